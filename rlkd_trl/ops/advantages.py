@@ -1,0 +1,73 @@
+"""Returns, advantages and baselines. Shapes: rewards, masks, advantages `[B, T]`; values `[B, T+1]`."""
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.ops.masking import masked_moments
+from rlkd_trl.ops.rewards import zero_terminal_value
+
+
+def return_to_go(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + γ G_{t+1}, 0 behind the mask."""
+    rewards_BT = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
+    returns_BT = torch.zeros_like(rewards_BT)
+    future_B = torch.zeros_like(rewards_BT[:, 0])
+    for t in reversed(range(rewards_BT.shape[1])):
+        future_B = rewards_BT[:, t] + gamma * future_B
+        returns_BT[:, t] = future_B
+    return returns_BT
+
+
+def gae(
+    rewards_BT: Tensor, values_BT1: Tensor, mask_BT: Tensor, ended_B: Tensor, *, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} − V_t. After EOS, V = 0; a truncated completion is bootstrapped
+    from V_{n+1}, since it stopped for want of room, not because the episode was over (Pardo et al. 2018, eq. 6).
+    Returns `[B, T]`, 0 behind the mask.
+    """
+    values_BT1 = zero_terminal_value(values_BT1, mask_BT, ended_B)
+    rewards_BT = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
+    advantages_BT = torch.zeros_like(rewards_BT)
+    future_B = torch.zeros_like(rewards_BT[:, 0])
+    for t in reversed(range(rewards_BT.shape[1])):
+        delta_B = rewards_BT[:, t] + gamma * values_BT1[:, t + 1] - values_BT1[:, t]
+        future_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * future_B, torch.zeros_like(delta_B))
+        advantages_BT[:, t] = future_B
+    return advantages_BT
+
+
+def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
+    """R_i − mean_{j≠i} R_j among the K samples of each prompt (Ahmadian et al. 2024, eq. 7).
+
+    `scores` is `[B]` (sequence rewards) or `[B, T]` (position by position), B = P · K with the K samples of a prompt
+    next to each other; K ≥ 2. Returns the shape it was given.
+    """
+    if num_generations < 2 or scores.shape[0] % num_generations:
+        raise ValueError(
+            f"leave-one-out needs at least 2 samples per prompt and whole groups; got {scores.shape[0]} samples in "
+            f"groups of {num_generations}"
+        )
+    grouped = scores.unflatten(0, (-1, num_generations))
+    others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / (num_generations - 1)
+    return (grouped - others_mean).flatten(0, 1)
+
+
+def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations: int, gamma: float = 1.0) -> Tensor:
+    """RLOO at token level: A_{t,i} = G_{t,i} − mean_{j≠i} G_{t,j}, with G the return-to-go.
+
+    Meant for rewards after `potential_shaping` with the teacher's V_t, which makes the returns of different samples
+    comparable at the same t. A sample that has already ended contributes 0, the return of a finished episode; the
+    baseline never depends on sample i's own actions, so the gradient stays unbiased.
+    Returns `[B, T]`, 0 behind the mask.
+    """
+    advantages_BT = leave_one_out(return_to_go(rewards_BT, mask_BT, gamma=gamma), num_generations)
+    return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+
+
+def explained_variance(predictions_BT: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """1 − Var[target − prediction] / Var[target] over real tokens: 1 is a perfect critic, 0 a constant one."""
+    _, residual = masked_moments(targets_BT - predictions_BT, mask_BT)
+    _, total = masked_moments(targets_BT, mask_BT)
+    return 1.0 - residual / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -1,0 +1,109 @@
+"""Per-token statistics of an LM head's logits, taken in slices of positions.
+
+The methods need a few scalars per token, never the logits. The head is applied to as many positions at a time as fit
+`max_elements` logits, so the peak memory of scoring does not grow with T × V. Logits are upcast to float32 before any
+statistic, whatever the model's dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# 2**24 float32 logits: 64 MiB. At V = 32,128 that is 522 positions a slice.
+MAX_SLICE_ELEMENTS = 2**24
+
+
+class LogitStatistics(NamedTuple):
+    """Statistics of z ∈ R^V at N positions, each `[N]` float32.
+
+    chosen: z[y]. mean: mean_v z. max: max_v z. logsumexp: log Σ_v exp z. expected: Σ_v softmax(z)_v z_v.
+    soft: τ log Σ_v exp(z/τ). The last two are None unless asked for.
+    """
+
+    chosen: Tensor
+    mean: Tensor
+    max: Tensor
+    logsumexp: Tensor
+    expected: Tensor | None = None
+    soft: Tensor | None = None
+
+
+class TokenLogProbs(NamedTuple):
+    """log π(y) and the entropy −Σ_v π_v log π_v, in nats, at N positions: each `[N]` float32."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+def logit_statistics(
+    logits_NV: Tensor, chosen_N: Tensor, *, expected: bool = False, tau: float | None = None
+) -> LogitStatistics:
+    """The scalars that every reward of the package is made of, from the logits of one slice."""
+    z_NV = logits_NV.float()
+    logsumexp_N = z_NV.logsumexp(dim=-1)
+    expected_N = None
+    if expected:
+        expected_N = ((z_NV - logsumexp_N[:, None]).exp() * z_NV).sum(dim=-1)
+    return LogitStatistics(
+        chosen=z_NV.gather(-1, chosen_N[:, None]).squeeze(-1),
+        mean=z_NV.mean(dim=-1),
+        max=z_NV.amax(dim=-1),
+        logsumexp=logsumexp_N,
+        expected=expected_N,
+        soft=None if tau is None else tau * (z_NV / tau).logsumexp(dim=-1),
+    )
+
+
+def token_log_probs(
+    logits_NV: Tensor, chosen_N: Tensor, *, temperature: float = 1.0, forbidden_V: Tensor | None = None
+) -> TokenLogProbs:
+    """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
+
+    `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
+    forbidden `chosen` id gets a log-probability of about −3e38, not an error.
+    """
+    z_NV = logits_NV.float() / temperature
+    if forbidden_V is not None:
+        # The smallest finite number, not −inf: 0 · (−inf) in the entropy would be NaN.
+        z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
+    logsumexp_N = z_NV.logsumexp(dim=-1)
+    logps_N = z_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - logsumexp_N
+    # H = −Σ π log π = logsumexp(z) − Σ π z
+    entropy_N = logsumexp_N - ((z_NV - logsumexp_N[:, None]).exp() * z_NV).sum(dim=-1)
+    return TokenLogProbs(logps_N, entropy_N)
+
+
+def map_head_slices(
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    per_slice: Callable[..., Sequence[Tensor | None]],
+    *per_position: Tensor,
+    vocab_size: int,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+) -> list[Tensor | None]:
+    """Applies `per_slice(head(hidden_nD), *per_position_n)` to slices of positions and concatenates each output.
+
+    `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N]` and sliced alongside. At
+    most about `max_elements` logits exist at a time, in the backward pass too: with several slices each is
+    recomputed there instead of stored.
+
+    Returns one `[N]` tensor (or None) per output of `per_slice`.
+    """
+    rows = max(1, max_elements // vocab_size)
+
+    def one_slice(hidden_nD, *extra):
+        return tuple(per_slice(head(hidden_nD), *extra))
+
+    starts = range(0, max(1, hidden_ND.shape[0]), rows)
+    recompute = torch.is_grad_enabled() and len(starts) > 1
+    outputs = []
+    for start in starts:
+        arguments = [tensor[start : start + rows] for tensor in (hidden_ND, *per_position)]
+        if recompute:
+            outputs.append(checkpoint(one_slice, *arguments, use_reentrant=False))
+        else:
+            outputs.append(one_slice(*arguments))
+    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True)]

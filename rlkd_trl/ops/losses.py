@@ -1,0 +1,112 @@
+"""Policy and value losses. Each returns `(loss, metrics)`: a scalar to minimise and detached scalars to log.
+
+`denominator` is what the sum over the batch is divided by. A trainer passes the count over all ranks and all
+accumulated micro-batches, which makes the gradient independent of how the batch was cut; by default it is the count in
+the tensors given.
+"""
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.ops.masking import masked_mean, masked_sum
+
+
+def clipped_policy_loss(
+    logps_BT: Tensor,
+    old_logps_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    epsilon: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate per token (Schulman et al. 2017, eq. 7):
+
+    −Σ_t min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) / denominator,  ρ_t = π(y_t|s_t) / π_old(y_t|s_t).
+    """
+    # Masked before exp: a difference of garbage could overflow, and 0 · inf is NaN in the gradient.
+    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT, torch.zeros_like(logps_BT))
+    advantages_BT = torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+    objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT, epsilon)
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
+    loss = -masked_sum(objective_BT, mask_BT) / denominator
+    return loss, _ratio_metrics(log_ratio_BT, ratio_BT, clipped_BT, mask_BT)
+
+
+def clipped_sequence_policy_loss(
+    logps_BT: Tensor,
+    old_logps_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    epsilon: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate with one ratio per sequence, as in TRL's RLOO:
+
+    −Σ_i min( ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i ) / denominator,  ρ_i = π(y_i|x_i) / π_old(y_i|x_i).
+
+    A row without any real token (a masked completion) counts for nothing.
+    """
+    log_ratio_B = masked_sum(logps_BT - old_logps_BT, mask_BT, dim=1)
+    row_mask_B = mask_BT.any(dim=1)
+    advantages_B = torch.where(row_mask_B, advantages_B, torch.zeros_like(advantages_B))
+    objective_B, clipped_B, ratio_B = _clipped_objective(log_ratio_B, advantages_B, epsilon)
+    denominator = row_mask_B.sum().clamp(min=1) if denominator is None else denominator
+    loss = -masked_sum(objective_B, row_mask_B) / denominator
+    return loss, _ratio_metrics(log_ratio_B, ratio_B, clipped_B, row_mask_B)
+
+
+def _clipped_objective(log_ratio: Tensor, advantages: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
+    return torch.minimum(unclipped, clipped), clipped < unclipped, ratio
+
+
+def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    log_ratio, ratio = log_ratio.detach(), ratio.detach()
+    return {
+        "ratio": masked_mean(ratio, mask),
+        "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
+        # E_old[(ρ − 1) − log ρ]: a non-negative one-sample estimate of KL(π_old ‖ π) (Schulman 2020, "k3").
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+    }
+
+
+def clipped_value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    cliprange_value: float | None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ Σ_t max( (V_t − G_t)², (clip(V_t, V_old ± c) − G_t)² ) / denominator (PPO's reference code; c = None: no clip).
+
+    `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
+    """
+    zeros_BT = torch.zeros_like(values_BT)
+    values_BT, old_values_BT, returns_BT = (
+        torch.where(mask_BT, tensor, zeros_BT) for tensor in (values_BT, old_values_BT, returns_BT)
+    )
+    error_BT = (values_BT - returns_BT) ** 2
+    clip_fraction = torch.zeros((), device=values_BT.device)
+    if cliprange_value is not None:
+        near_old_BT = old_values_BT + (values_BT - old_values_BT).clamp(-cliprange_value, cliprange_value)
+        clipped_error_BT = (near_old_BT - returns_BT) ** 2
+        clip_fraction = masked_mean((clipped_error_BT > error_BT).to(values_BT.dtype), mask_BT)
+        error_BT = torch.maximum(error_BT, clipped_error_BT)
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
+    loss = 0.5 * masked_sum(error_BT, mask_BT) / denominator
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clip_fraction.detach()}
+
+
+def entropy_bonus(
+    entropy_BT: Tensor, mask_BT: Tensor, *, denominator: Tensor | float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """−Σ_t H(π(·|s_t)) / denominator: the loss whose minimisation raises the entropy."""
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
+    loss = -masked_sum(entropy_BT, mask_BT) / denominator
+    return loss, {"entropy": masked_mean(entropy_BT.detach(), mask_BT)}

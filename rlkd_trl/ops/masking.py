@@ -1,0 +1,90 @@
+"""Completion masks and masked statistics.
+
+Everywhere in the package a `mask_BT` is True on real tokens. Masked entries never enter the arithmetic (they are
+replaced, not multiplied by zero), so NaN or garbage behind a mask reaches neither a value nor a gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def completion_mask(completion_ids_BT: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Mask of a completion's tokens up to and including its first EOS, and whether it has one.
+
+    Derived from the EOS position alone: T5's pad id is also its decoder start, and many decoder-only tokenizers pad
+    with EOS, so comparing with the pad id would be wrong for both.
+
+    Returns `mask_BT` (bool) and `ended_B` (bool); a row without EOS is truncated and all its T positions are real.
+    """
+    eos_T = torch.tensor(eos_token_ids, device=completion_ids_BT.device, dtype=completion_ids_BT.dtype)
+    is_eos_BT = torch.isin(completion_ids_BT, eos_T)
+    eos_seen_before_BT = is_eos_BT.long().cumsum(dim=1) - is_eos_BT.long() > 0
+    return ~eos_seen_before_BT, is_eos_BT.any(dim=1)
+
+
+def state_mask(mask_BT: Tensor, ended_B: Tensor) -> Tensor:
+    """`[B, T+1]`: True where state s_t exists, i.e. where the policy still has a token to choose.
+
+    A completion of n tokens visits s_1 .. s_n; a truncated one also stops in s_{n+1}, from which it would go on.
+    """
+    mask_B1 = torch.ones_like(mask_BT[:, :1])
+    follows_real_token_BT1 = torch.cat([mask_B1, mask_BT], dim=1)
+    return follows_real_token_BT1 & ~(after_last_token(mask_BT) & ended_B[:, None])
+
+
+def after_last_token(mask_BT: Tensor) -> Tensor:
+    """`[B, T+1]`: True at the one position that follows the last real token (position 1 of an empty completion)."""
+    length_B1 = mask_BT.sum(dim=1, keepdim=True)
+    return torch.arange(mask_BT.shape[1] + 1, device=mask_BT.device)[None, :] == length_B1
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """`[B, T]`: True at the last real token of each completion."""
+    return after_last_token(mask_BT)[:, 1:]
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of the entries where `mask` is True, over everything or over `dim`."""
+    kept = torch.where(mask, x, torch.zeros_like(x))
+    return kept.sum() if dim is None else kept.sum(dim=dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the entries where `mask` is True; 0 if there are none."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_moments(
+    x: Tensor, mask: Tensor, *, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and (population) variance of the entries where `mask` is True.
+
+    `sum_over_ranks` adds a tensor up over all processes; with it, the moments are those of the global batch. Two
+    passes, because E[x²] − E[x]² loses all digits when the mean is large.
+    """
+    total = sum_over_ranks or (lambda tensor: tensor)
+    count = total(mask.sum().to(x.dtype)).clamp(min=1)
+    mean = total(masked_sum(x, mask)) / count
+    variance = total(masked_sum((x - mean) ** 2, mask)) / count
+    return mean, variance
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    epsilon: float = 1e-8,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(x − mean) / sqrt(variance + epsilon) over the real tokens of all ranks; 0 behind the mask.
+
+    With `shift_mean=False` the mean is kept, as for rewards, where a shift would change the optimal policy.
+    """
+    mean, variance = masked_moments(x, mask, sum_over_ranks=sum_over_ranks)
+    whitened = (x - mean) * torch.rsqrt(variance + epsilon)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, torch.zeros_like(x))
