@@ -1,3 +1,35 @@
 """rlkd_trl: reinforcement-learning knowledge distillation for encoder-decoder and decoder-only language models."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+# Imported on first use: torch and transformers take seconds, and `--help` should not.
+_HOMES = {
+    "PPOKDConfig": "rlkd_trl.trainers",
+    "PPOKDTrainer": "rlkd_trl.trainers",
+    "PromptTemplates": "rlkd_trl.prompts",
+    "RLOOKDConfig": "rlkd_trl.trainers",
+    "RLOOKDTrainer": "rlkd_trl.trainers",
+    "TeacherForcingReward": "rlkd_trl.rewards",
+}
+__all__ = [
+    "PPOKDConfig",
+    "PPOKDTrainer",
+    "PromptTemplates",
+    "RLOOKDConfig",
+    "RLOOKDTrainer",
+    "TeacherForcingReward",
+]
+
+if TYPE_CHECKING:
+    from rlkd_trl.prompts import PromptTemplates
+    from rlkd_trl.rewards import TeacherForcingReward
+    from rlkd_trl.trainers import PPOKDConfig, PPOKDTrainer, RLOOKDConfig, RLOOKDTrainer
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Evaluation: outputs, their metrics, and the report of a run."""

@@ -45,6 +45,11 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return after_last_token(mask_BT)[:, 1:]
 
 
+def pad_columns(parts: list[Tensor], width: int, *, value: float = 0.0) -> Tensor:
+    """Concatenates `[b, t]` tensors of different t along the rows, padded with `value` to `width` columns."""
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of the entries where `mask` is True, over everything or over `dim`."""
     kept = torch.where(mask, x, torch.zeros_like(x))

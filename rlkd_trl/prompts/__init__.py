@@ -1,0 +1,5 @@
+"""Natural-language prompts that a teacher is asked through: templates in promptsource's YAML format."""
+
+from rlkd_trl.prompts.templates import PromptTemplate, PromptTemplates
+
+__all__ = ["PromptTemplate", "PromptTemplates"]

@@ -1,0 +1,226 @@
+"""The embedded demo task: describe a hiking trail from its attributes. English, small, and written for this package.
+
+A source lists a trail's name and 2 to 5 other attributes; a reference is one or more sentences that state each of
+them exactly once. References differ in the wording of every attribute, in sentence order and in what is joined into
+one sentence, so a model has to learn content and form separately: a weak one omits, repeats or invents attributes.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from typing import TYPE_CHECKING
+
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLIT_SIZES = {"train": 400, "validation": 60, "test": 100}
+MIN_REFERENCES, MAX_REFERENCES = 3, 4
+MIN_ATTRIBUTES, MAX_ATTRIBUTES = 3, 6  # the name included
+
+NAME_FIRST = (
+    "Amber", "Badger", "Copper", "Eagle", "Falcon", "Fox", "Heron", "Juniper", "Maple", "Misty", "Otter", "Raven",
+    "Silver", "Willow",
+)  # fmt: skip
+NAME_SECOND = ("Creek", "Glen", "Hollow", "Meadow", "Moor", "Ridge", "Summit", "Valley")
+
+# Attribute -> value in the source -> the words for it in a reference. In source order; `name` comes before them all.
+WORDS = {
+    "type": {
+        "loop": ("loop trail",),
+        "coast": ("coastal path",),
+        "forest": ("forest walk",),
+        "mountain": ("mountain route",),
+        "river": ("riverside path",),
+        "desert": ("desert track",),
+        "city": ("city tour",),
+    },
+    "distance": {f"{km} km": (f"{km} km",) for km in (3, 5, 7, 9, 12, 15, 20, 25)},
+    "difficulty": {
+        "easy": ("easy", "gentle"),
+        "moderate": ("moderate", "medium"),
+        "hard": ("hard", "tough"),
+        "expert": ("very demanding", "very steep"),
+    },
+    "highlight": {
+        "waterfall": ("a tall waterfall",),
+        "castle": ("an old castle",),
+        "lake": ("a clear blue lake",),
+        "lighthouse": ("a white lighthouse",),
+        "bridge": ("a stone bridge",),
+        "cave": ("a deep cave",),
+        "wildflowers": ("fields of wildflowers",),
+        "birds": ("rare sea birds",),
+        "orchards": ("apple orchards",),
+        "windmill": ("a wooden windmill",),
+    },
+    "dogs": {  # whole predicates; DOG_CLAUSES has the clauses
+        "welcome": ("welcomes dogs", "is open to dogs"),
+        "on a lead": ("requires dogs to stay on a lead", "accepts dogs on a lead"),
+        "no": ("does not allow dogs", "is closed to dogs"),
+    },
+    "season": {season: (season,) for season in ("spring", "summer", "autumn", "winter")},
+    "facilities": {
+        "picnic area": ("a picnic area",),
+        "camp site": ("a quiet camp site",),
+        "toilets": ("public toilets",),
+        "tea room": ("a friendly tea room",),
+        "none": ("no facilities",),
+    },
+    "start": {
+        place: (place,)
+        for place in (
+            "Pine Lodge", "Harbour Inn", "Oak Station", "Mill Farm", "Chapel Square", "North Gate", "Boulder Camp",
+            "Lime Street",
+        )
+    },
+}  # fmt: skip
+DOG_CLAUSES = {
+    "welcome": ("dogs are welcome", "you may bring your dog"),
+    "on a lead": ("dogs must be kept on a lead", "you may bring your dog on a lead"),
+    "no": ("dogs are not allowed", "you have to leave your dog at home"),
+}
+
+# Attribute -> verb phrases whose subject is the trail, and sentences with a subject of their own.
+PREDICATES = {
+    "distance": ("is {} long", "covers {}", "runs for {}", "stretches over {}"),
+    "difficulty": ("is {}", "is {} to walk"),
+    "highlight": ("passes {}", "leads to {}", "is famous for {}", "takes you past {}"),
+    "dogs": ("{}",),
+    "season": ("is best in {}", "looks its best in {}", "should be walked in {}"),
+    "facilities": ("has {}", "offers {}", "comes with {}"),
+    "start": ("starts at {}", "begins near {}", "sets off from {}", "can be reached from {}"),
+}
+CLAUSES = {
+    "distance": ("the total distance is {}", "you will walk {}", "you can expect a walk of {}"),
+    "difficulty": ("the walking is {}", "most hikers find it {}", "the climb is {}"),
+    "highlight": ("you can see {}", "visitors enjoy {}", "along the way you pass {}", "you should not miss {}"),
+    "dogs": ("{}",),
+    "season": ("{} is the best time to go", "the ideal season is {}"),
+    "facilities": ("on site you will find {}", "hikers can count on {}"),
+    "start": ("the start is at {}", "you set off from {}", "you can park your car at {}"),
+}
+
+
+def demo_dataset(split: str, seed: int = 0) -> Dataset:
+    """One split of the demo task: 400 rows of "train", 60 of "validation" or 100 of "test".
+
+    Columns: `source` (str, "name[Fox Ridge], type[loop], ..."), `target` (str, the first reference) and
+    `references` (3 or 4 distinct strings). No source occurs twice, or in two splits, whatever their seeds. The same
+    split and seed give the same rows everywhere.
+
+    Raises:
+        InputError: `split` is none of the three.
+    """
+    from datasets import Dataset
+
+    if split not in SPLIT_SIZES:
+        raise InputError(f"The demo task has no split {split!r}; its splits are: {', '.join(SPLIT_SIZES)}.")
+    # Of `random`, only Random(int) and random() promise the same numbers in every Python version.
+    rng = random.Random(seed * len(SPLIT_SIZES) + list(SPLIT_SIZES).index(split))
+    rows: dict[str, list[str]] = {}
+    while len(rows) < SPLIT_SIZES[split]:
+        trail = _draw_trail(rng)
+        source = ", ".join(f"{attribute}[{value}]" for attribute, value in trail.items())
+        if source not in rows and _split_of(source) == split:
+            rows[source] = _draw_references(rng, trail)
+    references = list(rows.values())
+    return Dataset.from_dict(
+        {"source": list(rows), "target": [refs[0] for refs in references], "references": references}
+    )
+
+
+def _split_of(source: str) -> str:
+    """The split a source belongs to, from a checksum of its text: the same for every seed."""
+    bucket = zlib.crc32(source.encode()) % 100
+    return "train" if bucket < 70 else "validation" if bucket < 80 else "test"
+
+
+def _draw_trail(rng: random.Random) -> dict[str, str]:
+    """A name and 2 to 5 other attributes, in source order."""
+    trail = {"name": f"{_choice(rng, NAME_FIRST)} {_choice(rng, NAME_SECOND)}"}
+    num_others = _choice(rng, range(MIN_ATTRIBUTES - 1, MAX_ATTRIBUTES))
+    chosen = _shuffled(rng, WORDS)[:num_others]
+    trail.update({attribute: _choice(rng, list(WORDS[attribute])) for attribute in WORDS if attribute in chosen})
+    return trail
+
+
+def _draw_references(rng: random.Random, trail: dict[str, str]) -> list[str]:
+    wanted = _choice(rng, range(MIN_REFERENCES, MAX_REFERENCES + 1))
+    references: dict[str, None] = {}  # a set that keeps order
+    while len(references) < wanted:
+        references[_describe(rng, trail)] = None
+    return list(references)
+
+
+def _describe(rng: random.Random, trail: dict[str, str]) -> str:
+    """One reference: an opening sentence about the name, then the other attributes, one or two to a sentence."""
+    rest = _shuffled(rng, [attribute for attribute in trail if attribute != "name"])
+    opening, told = _opening(rng, trail, rest)
+    rest = [attribute for attribute in rest if attribute not in told]
+    sentences = [opening]
+    while rest:
+        pair, rest = (rest[:2], rest[2:]) if rng.random() < 0.7 else (rest[:1], rest[1:])
+        sentences.append(_following(rng, trail, pair))
+    return " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
+
+
+def _opening(rng: random.Random, trail: dict[str, str], rest: list[str]) -> tuple[str, set[str]]:
+    """The first sentence and the attributes it states; `rest` is shuffled, its first ones are told first."""
+    name = trail["name"]
+    if "type" not in trail and "difficulty" not in trail:
+        told = rest[:2]  # "Fox Ridge covers 5 km and passes a stone bridge"
+        return f"{name} {' and '.join(_predicate(rng, a, trail[a]) for a in told)}", set(told)
+
+    told = {"type"} & set(rest)
+    noun = _choice(rng, WORDS["type"][trail["type"]]) if told else _choice(rng, ("trail", "hike"))
+    if "difficulty" in trail and (not told or rng.random() < 0.6):
+        told.add("difficulty")
+        noun = f"{_choice(rng, WORDS['difficulty'][trail['difficulty']])} {noun}"
+    noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+    others = [attribute for attribute in rest if attribute not in told]
+    draw = rng.random()
+    if "start" in others and draw < 0.5:
+        start = _choice(rng, ("Starting at {}", "From {}")).format(trail["start"])
+        return f"{start}, {name} is {noun}", told | {"start"}
+    if "season" in others and draw < 0.5:
+        season = _choice(rng, ("In {}", "For a day out in {}")).format(trail["season"])
+        return f"{season}, try {name}, {noun}", told | {"season"}
+    if others and draw < 0.75:
+        return f"{name} is {noun} that {_predicate(rng, others[0], trail[others[0]])}", told | {others[0]}
+    return _choice(rng, ("{} is {}", "{} is known as {}")).format(name, noun), told
+
+
+def _following(rng: random.Random, trail: dict[str, str], attributes: list[str]) -> str:
+    """A later sentence about one or two attributes, with the trail as its subject or without."""
+    first, *more = attributes
+    if rng.random() < 0.5:
+        subject = _choice(rng, ("it", "the trail", "this route"))
+        sentence = f"{subject} {_predicate(rng, first, trail[first])}"
+        joined = [f" and {_predicate(rng, a, trail[a])}" for a in more]
+    else:
+        sentence = _clause(rng, first, trail[first])
+        joined = [_choice(rng, (", and ", ", while ")) + _clause(rng, a, trail[a]) for a in more]
+    return sentence + "".join(joined)
+
+
+def _predicate(rng: random.Random, attribute: str, value: str) -> str:
+    """A verb phrase about the trail: "covers 5 km"."""
+    return _choice(rng, PREDICATES[attribute]).format(_choice(rng, WORDS[attribute][value]))
+
+
+def _clause(rng: random.Random, attribute: str, value: str) -> str:
+    """A sentence of its own, without the final stop: "the total distance is 5 km"."""
+    words = DOG_CLAUSES[value] if attribute == "dogs" else WORDS[attribute][value]
+    return _choice(rng, CLAUSES[attribute]).format(_choice(rng, words))
+
+
+def _choice(rng: random.Random, options):
+    return options[int(rng.random() * len(options))]
+
+
+def _shuffled(rng: random.Random, items) -> list:
+    return [item for _, item in sorted((rng.random(), item) for item in items)]

@@ -1,0 +1,275 @@
+"""Datasets in: from the Hub, from local files and directories, grouped by source text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+EXTENSIONS = ", ".join(FILE_FORMATS)
+QUIET_BELOW_BYTES = 16 * 2**20  # files that are read faster than a progress bar is looked at
+
+# "name" or "owner/name"; whatever else is given can only be a path.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_rows(
+    dataset: str, split: str = "train", *, revision: str | None = None, config: str | None = None
+) -> Dataset:
+    """The rows of one split of a dataset.
+
+    Args:
+        dataset: a local .csv, .json, .jsonl or .parquet file; a directory of such files, or one that
+            `datasets.save_to_disk` wrote; or the id of a dataset on the Hub. What exists locally comes first.
+        split: a split's name. A slice such as "train[:100]" works too, except for `save_to_disk`.
+            A single file has the one split "train".
+        revision: branch, tag or commit; for Hub datasets only.
+        config: a Hub dataset's configuration, e.g. "3.0.0" of cnn_dailymail.
+
+    Raises:
+        InputError: the dataset, the split or the file's content is not there or cannot be read.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        rows = _load_file(path, split)
+    elif _is_saved_to_disk(path):
+        rows = _load_saved(path, split)
+    elif path.is_dir():
+        rows = _load_directory(path, split)
+    elif path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset:
+        raise InputError(f"`--dataset {dataset}` does not exist; check the path (looked for {path.absolute()}).")
+    else:
+        rows = _load_from_hub(dataset, split, revision, config)
+    if len(rows) == 0:
+        raise InputError(f"`--dataset {dataset}` has no rows in split {split!r}; there is nothing to work on.")
+    return rows
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    if path.suffix.lower() not in FILE_FORMATS:
+        raise InputError(f"`--dataset {path}` has an extension that is not known; use one of: {EXTENSIONS}.")
+    if split.split("[")[0] != "train":
+        raise InputError(
+            f"`--dataset_split {split}` is not in {path}: a single file has the one split 'train'. Give the file of "
+            "that split as `--dataset`, or a directory with one file for each split."
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"{path} is empty; it needs a header and rows.")
+    with _no_progress_bars() if size < QUIET_BELOW_BYTES else nullcontext():
+        try:
+            rows = load_dataset(
+                FILE_FORMATS[path.suffix.lower()],
+                data_files={"train": str(path)},
+                split=split,
+                cache_dir=_cache_for_content([path]),
+            )
+        except Exception as error:  # each format's parser has its own exceptions, StopIteration among them
+            if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
+                raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
+            raise InputError(f"{path} could not be read: {_reason(error)}") from error
+    if "__index_level_0__" in rows.column_names:  # pandas took the surplus field for an index and shifted the rest
+        raise InputError(f"{path} has rows with more fields than its header; quote the fields that contain commas.")
+    return rows
+
+
+def _cache_for_content(files: list[Path]) -> str:
+    """A cache directory for these files as they are now; `datasets` itself looks at their modification times only."""
+    from datasets import config
+
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return str(Path(config.HF_DATASETS_CACHE) / f"content-{digest.hexdigest()[:16]}")
+
+
+def _is_saved_to_disk(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _load_saved(path: Path, split: str) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except Exception as error:
+        raise InputError(f"{path} could not be read: {_reason(error)}") from error
+    splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise _unknown_split(str(path), split, ", ".join(splits))
+    return splits[split]
+
+
+def _load_directory(path: Path, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError
+
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS and file.is_file())
+    try:
+        return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise InputError(f"{path} holds no data files; it needs files of one of: {EXTENSIONS}.") from error
+    except Exception as error:
+        if splits := _splits_named_in(error):
+            raise _unknown_split(str(path), split, splits) from error
+        raise InputError(f"{path} could not be read: {_reason(error)}") from error
+
+
+def _load_from_hub(dataset: str, split: str, revision: str | None, config: str | None) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(dataset, config, split=split, revision=revision)
+    except Exception as error:
+        if splits := _splits_named_in(error):
+            raise _unknown_split(dataset, split, splits) from error
+        if configs := re.search(r"available configs: \[(.*)\]", str(error)):
+            names = configs.group(1).replace("'", "")
+            raise InputError(f"`--dataset {dataset}` has several configurations; choose one of: {names}.") from error
+        at_revision = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"`--dataset {dataset}` is not a local path and could not be fetched from the Hub{at_revision}: "
+            f"{_reason(error)}. Check the spelling and the network, or give a local file."
+        ) from error
+
+
+def _unknown_split(dataset: str, split: str, available: str) -> InputError:
+    return InputError(f"`--dataset_split {split}` is not in {dataset}; its splits are: {available}.")
+
+
+def _splits_named_in(error: Exception) -> str:
+    """The splits that `datasets` lists in its error about an unknown split ("train, test"); "" for other errors."""
+    match = re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error))
+    return match.group(1).replace("'", "") if match else ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; `datasets` puts the parser's own words in the cause."""
+    from datasets.exceptions import DatasetGenerationError
+
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _no_progress_bars():
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def require_columns(rows: Dataset, **flags: str | None) -> None:
+    """Check that the columns named by flags exist: `require_columns(rows, source_column="mr")`. None is skipped.
+
+    Raises:
+        InputError: for the first flag whose column is not in the data.
+    """
+    for flag, column in flags.items():
+        if column is not None and column not in rows.column_names:
+            columns = ", ".join(rows.column_names)
+            raise InputError(f"`--{flag} {column}` is not in the data; its columns are: {columns}.")
+
+
+def group_by_source(rows: Dataset, source_column: str, target_column: str | None = None) -> Dataset:
+    """One row for each distinct source text, in the order in which they first occur.
+
+    Columns: `prompt` (str, the source text), `references` (list[str]: the targets of all rows with that source; []
+    without `target_column`), and the first value of every other column, the source column under its own name
+    included. The target column, and a `references` column that is not the target, are left out, so that no reference
+    reaches a prompt through them.
+
+    Args:
+        rows: the data.
+        source_column: a column of non-blank strings.
+        target_column: a column of non-blank strings, or of non-empty lists of them.
+
+    Raises:
+        InputError: a column is missing, its values are not as above (rows are counted from 1, headers left out), or
+            `prompt` is already the name of another column.
+    """
+    from datasets import List, Value
+
+    require_columns(rows, source_column=source_column, target_column=target_column)
+    if source_column == target_column:
+        raise InputError(f"`--target_column {target_column}` is the source column too; name another or leave it out.")
+    if "prompt" in rows.column_names and "prompt" not in (source_column, target_column):
+        raise InputError(
+            f"The data has a column `prompt` besides the source column `{source_column}`, and the source text goes by "
+            "that name from here on; rename that column or use it as the source column."
+        )
+
+    first_row: dict[str, int] = {}
+    references: dict[str, list[str]] = {}
+    targets = rows[target_column] if target_column else [[]] * len(rows)
+    for i, (source, target) in enumerate(zip(rows[source_column], targets, strict=True)):
+        _require_text(source, source_column, i)
+        first_row.setdefault(source, i)
+        references.setdefault(source, []).extend(_as_references(target, target_column, i) if target_column else [])
+
+    grouped = rows.select(list(first_row.values()))
+    replaced = {"prompt", "references", target_column} - {source_column}
+    grouped = grouped.remove_columns([column for column in rows.column_names if column in replaced])
+    if source_column != "prompt":
+        grouped = grouped.add_column("prompt", list(first_row), feature=Value("string"))
+    return grouped.add_column("references", list(references.values()), feature=List(Value("string")))
+
+
+def _as_references(target, column: str, index: int) -> list[str]:
+    references = list(target) if isinstance(target, (list, tuple)) else [target]
+    if not references:
+        raise InputError(f"Row {index + 1}: column `{column}` holds an empty list; drop the row or fill it in.")
+    for reference in references:
+        _require_text(reference, column, index)
+    return references
+
+
+def _require_text(value, column: str, index: int) -> None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(
+            f"Row {index + 1}: column `{column}` is empty; drop the row or fill it in. "
+            "(In CSV files NA, null and None count as empty too.)"
+        )
+    if not isinstance(value, str):
+        raise InputError(
+            f"Row {index + 1}: column `{column}` holds {value!r} ({type(value).__name__}), not text; "
+            "name a text column or convert it."
+        )
+
+
+def parse_renames(pairs: list[str]) -> dict[str, str]:
+    """["mr=meaning_representation"] -> {"mr": "meaning_representation"}: old column names to new ones.
+
+    Raises:
+        InputError: a pair is not of the form old=new, or a name occurs twice on the same side.
+    """
+    renames: dict[str, str] = {}
+    for pair in pairs:
+        old, equals, new = (part.strip() for part in pair.partition("="))
+        if not (old and equals and new) or "=" in new:
+            raise InputError(f"Column renaming {pair!r} is not of the form old=new, e.g. mr=meaning_representation.")
+        if old in renames or new in renames.values():
+            raise InputError(f"Column renaming {pair!r} names a column that an earlier renaming has named already.")
+        renames[old] = new
+    return renames

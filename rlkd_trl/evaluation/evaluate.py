@@ -1,0 +1,215 @@
+"""How good are a model's outputs: text metrics, what the teacher thinks of them, and the other way round."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlkd_trl.metrics import text_metrics
+from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.ops.masking import masked_sum, pad_columns
+from rlkd_trl.ops.rewards import log_likelihood, sequence_sum
+from rlkd_trl.rewards import RewardInputs, RewardModel
+from rlkd_trl.students import Policy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: name to value. outputs: one text per row. completions: the same as tokens, in row order."""
+
+    metrics: dict[str, float]
+    outputs: list[str]
+    completions: Completions
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    batch_size: int = 64,
+    seed: int | None = None,
+) -> Completions:
+    """One completion per prompt: greedy, or sampled at the policy's temperature with a `seed`."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    parts: list[Completions] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        ids_PS, mask_PS = tokenize_prompts(
+            tokenizer, batch, padding_side=policy.backbone.padding_side, max_length=max_prompt_length
+        )
+        device = policy.backbone.device
+        uniforms_BT = None
+        if generator is not None:
+            uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(device)
+        parts.append(
+            policy.sample(
+                ids_PS.to(device),
+                mask_PS.to(device),
+                torch.arange(len(batch), device=device),
+                max_completion_length=max_completion_length,
+                uniforms_BT=uniforms_BT,
+            )
+        )
+    return Completions(
+        ids_BT=pad_columns([part.ids_BT for part in parts], max_completion_length, value=policy.pad_id),
+        mask_BT=pad_columns([part.mask_BT for part in parts], max_completion_length, value=False),
+        ended_B=torch.cat([part.ended_B for part in parts]),
+    )
+
+
+@torch.no_grad()
+def completion_log_probs(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Completions,
+    *,
+    max_prompt_length: int | None,
+    batch_size: int = 64,
+) -> Tensor:
+    """log π(y_t | s_t) of one completion per prompt, `[B, T]`, 0 behind the mask."""
+    logps = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        ids_PS, mask_PS = tokenize_prompts(
+            tokenizer, prompts[rows], padding_side=policy.backbone.padding_side, max_length=max_prompt_length
+        )
+        device = policy.backbone.device
+        output = policy(
+            ids_PS.to(device),
+            mask_PS.to(device),
+            torch.arange(len(prompts[rows]), device=device),
+            completions.ids_BT[rows],
+            completions.mask_BT[rows],
+        )
+        logps.append(output.logps_BT)
+    return torch.cat(logps)
+
+
+def evaluate_completions(
+    rows: Sequence[Mapping[str, object]],
+    completions: Completions,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel | None,
+    *,
+    own_logps_BT: Tensor | None = None,
+    batch_size: int = 64,
+    with_ibleu: bool = False,
+) -> Evaluation:
+    """Text metrics against `references`, and the reward model's view of one completion per row.
+
+    Adds `reward` (mean sequence reward), `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, `tokens`
+    (mean, EOS included) and `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et
+    al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation".
+    """
+    outputs = tokenizer.batch_decode(
+        [ids[mask] for ids, mask in zip(completions.ids_BT, completions.mask_BT, strict=True)],
+        skip_special_tokens=True,
+    )
+    references = [list(row.get("references") or []) for row in rows]
+    metrics = text_metrics(outputs, references, [str(row["prompt"]) for row in rows] if with_ibleu else None)
+    mask_BT = completions.mask_BT
+    metrics["tokens"] = float(mask_BT.sum(dim=1).float().mean())
+    metrics["eos_rate"] = float(completions.ended_B.float().mean())
+    if reward_model is not None:
+        metrics |= _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batch_size)
+    return Evaluation(metrics, outputs, completions)
+
+
+def _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batch_size) -> dict[str, float]:
+    reward, nll, tokens = 0.0, 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        cut = slice(start, start + batch_size)
+        inputs = RewardInputs(
+            rows=rows[cut],
+            prompt_index_B=torch.arange(len(rows[cut]), device=completions.ids_BT.device),
+            completion_ids_BT=completions.ids_BT[cut],
+            completion_mask_BT=completions.mask_BT[cut],
+            ended_B=completions.ended_B[cut],
+            completions=outputs[cut],
+            student_logps_BT=None if own_logps_BT is None else own_logps_BT[cut],
+        )
+        result = reward_model.rewards(inputs, reward_model.score(inputs))
+        reward += float(sequence_sum(result.rewards_BT, inputs.completion_mask_BT).sum())
+        tokens += int(inputs.completion_mask_BT.sum())
+        for weight, scores in zip(result.scorer_weights, result.scores or [], strict=True):
+            logps_BT = log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)
+            nll -= weight * float(masked_sum(logps_BT, inputs.completion_mask_BT))
+    metrics = {"reward": reward / len(rows)}
+    if reward_model.panels:
+        metrics |= {"teacher_nll_per_token": nll / tokens, "teacher_nll_per_sequence": nll / len(rows)}
+    return metrics
+
+
+def evaluate_student(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, object]],
+    reward_model: RewardModel | None,
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    batch_size: int = 64,
+    seed: int | None = None,
+    teacher_completions: Completions | None = None,
+    with_ibleu: bool = False,
+) -> Evaluation:
+    """`evaluate_completions` of the student's own greedy (or, with `seed`, sampled) outputs.
+
+    With `teacher_completions` (one per row), also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
+    """
+    prompts = [str(row["prompt"]) for row in rows]
+    lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
+    completions = generate(
+        policy, tokenizer, prompts, max_completion_length=max_completion_length, seed=seed, **lengths
+    )
+    own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
+    result = evaluate_completions(
+        rows,
+        completions,
+        tokenizer,
+        reward_model,
+        own_logps_BT=own_logps_BT,
+        batch_size=batch_size,
+        with_ibleu=with_ibleu,
+    )
+    if teacher_completions is not None:
+        logps_BT = completion_log_probs(policy, tokenizer, prompts, teacher_completions, **lengths)
+        nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
+        result.metrics["student_nll_of_teacher_per_token"] = float(nll)
+    return result
+
+
+def evaluate_teacher(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, object]],
+    reward_model: RewardModel,
+    *,
+    max_completion_length: int,
+    batch_size: int = 64,
+) -> Evaluation:
+    """The first teacher's greedy answers, asked through its first template, under the same metrics."""
+    scorer = reward_model.panels[0].scorers[0]
+    policy = Policy(scorer.teacher.model, tokenizer)
+    questions = [reward_model.panels[0].questions(row)[0] for row in rows]
+    completions = generate(
+        policy,
+        tokenizer,
+        questions,
+        max_prompt_length=scorer.teacher.max_prompt_length,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
+    )
+    own_logps_BT = completion_log_probs(
+        policy, tokenizer, questions, completions, max_prompt_length=scorer.teacher.max_prompt_length
+    )
+    return evaluate_completions(
+        rows, completions, tokenizer, reward_model, own_logps_BT=own_logps_BT, batch_size=batch_size
+    )

@@ -1,0 +1,223 @@
+"""One small interface over encoder-decoder and decoder-only models, built around sharing a prompt.
+
+K completions of a prompt have the prompt in common. Both families compute that common part once, in `prefill`, and
+keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
+read the decoder-start token), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each
+completion its prompt's rows and `extend` reads completion tokens on top. Sampling, teacher scoring and the training
+forward pass are all made of these calls, with gradients where autograd is on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from rlkd_trl.errors import InputError
+
+# T5's descendants that multiply the decoder's output by d_model**-0.5 before a tied LM head.
+_SCALED_HEAD_MODEL_TYPES = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano"}
+
+
+@dataclass
+class Prefix:
+    """What the model has read so far, one row per sequence.
+
+    cache: keys and values. mask: attention mask over the source tokens (encoder-decoder, `[B, S]`) or over every
+    cached position (decoder-only, `[B, S+t]`). hidden_B1D: the last position's state, from which the next token is
+    predicted. encoder_hidden_BSD: only for encoder-decoder models.
+    """
+
+    cache: Cache
+    mask: Tensor
+    hidden_B1D: Tensor
+    encoder_hidden_BSD: Tensor | None = None
+
+    def select(self, index_B: Tensor) -> "Prefix":
+        """Rows `index_B`, repeats allowed: one prompt's row for each of its completions. Invalidates this prefix."""
+        self.cache.batch_select_indices(index_B)
+        encoder_hidden = None if self.encoder_hidden_BSD is None else self.encoder_hidden_BSD[index_B]
+        return Prefix(self.cache, self.mask[index_B], self.hidden_B1D[index_B], encoder_hidden)
+
+
+class Backbone:
+    """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
+
+    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others.
+    """
+
+    padding_side: str
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the states that the LM head reads."""
+        return self.model.get_output_embeddings().weight.shape[-1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of LM-head rows, padding rows included."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`, in the model's dtype, through the model's own head path."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+        """Reads the prompts, once each."""
+        raise NotImplementedError
+
+    def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
+        """Reads t more tokens per row; returns their states `[B, t, D]` and grows the prefix in place."""
+        raise NotImplementedError
+
+    def completion_states(
+        self,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        completion_ids_BT: Tensor,
+        prompt_index_B: Tensor,
+        *,
+        with_final_state: bool = True,
+    ) -> Tensor:
+        """States s_1 .. s_{T+1} of each completion as `[B, T+1, D]`: position t predicts token y_t.
+
+        Completion b continues prompt `prompt_index_B[b]`. Without `with_final_state` the last token is not read and
+        the result is `[B, T, D]`. Completions are padded on the right, which a causal decoder never looks at.
+        """
+        prefix = self.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+        first_B1D = prefix.hidden_B1D
+        read_BT = completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]
+        if read_BT.shape[1] == 0:
+            return first_B1D
+        return torch.cat([first_B1D, self.extend(prefix, read_BT)], dim=1)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Checks on a few tokens that this class computes what the model's own forward pass does.
+
+        Raises:
+            InputError: The architecture scales, shifts or caches in a way that is not supported here.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        # Ids 1..3 exist in every vocabulary; which tokens they are does not matter for comparing two computations.
+        prompt_ids_PS = torch.tensor([[3, 2, 1]], device=self.device)
+        completion_ids_BT = torch.tensor([[2, 3], [3, 1]], device=self.device)
+        index_B = torch.zeros(2, dtype=torch.long, device=self.device)
+        mask_PS = torch.ones_like(prompt_ids_PS)
+        ours_BTV = self.head(self.completion_states(prompt_ids_PS, mask_PS, completion_ids_BT, index_B)).float()
+        theirs_BTV = self._own_logits(prompt_ids_PS.expand(2, -1), completion_ids_BT).float()
+        self.model.train(was_training)
+        error = (ours_BTV - theirs_BTV).norm() / theirs_BTV.norm()
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if not error <= tolerance:
+            raise InputError(
+                f"{type(self.model).__name__} (model type {self.model.config.model_type!r}) is not supported: its "
+                f"logits differ from states × LM head by a relative {error:.2g}."
+            )
+
+    def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EncoderDecoderBackbone(Backbone):
+    """T5, T0, Flan-T5, mT5, UL2 and other encoder-decoder models with the same cache layout."""
+
+    padding_side = "right"
+
+    def head(self, hidden: Tensor) -> Tensor:
+        config = self.model.config
+        if config.model_type in _SCALED_HEAD_MODEL_TYPES and getattr(
+            config, "scale_decoder_outputs", config.tie_word_embeddings
+        ):
+            hidden = hidden * config.d_model**-0.5
+        logits = super().head(hidden)
+        bias = getattr(self.model, "final_logits_bias", None)
+        return logits if bias is None else logits + bias.squeeze(0)
+
+    def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+        encoder_hidden_PSD = self.model.get_encoder()(
+            input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS
+        ).last_hidden_state
+        prefix = Prefix(
+            cache=EncoderDecoderCache(
+                DynamicCache(config=self.model.config.get_text_config(decoder=True)),
+                DynamicCache(config=self.model.config.get_text_config(decoder=True)),
+            ),
+            mask=prompt_mask_PS,
+            hidden_B1D=encoder_hidden_PSD[:, :0],
+            encoder_hidden_BSD=encoder_hidden_PSD,
+        )
+        start = self.model.generation_config.decoder_start_token_id
+        start = self.model.config.decoder_start_token_id if start is None else start
+        # Reading the start token projects the cross-attention keys and values, once per prompt.
+        self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], start))
+        return prefix
+
+    def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
+        hidden_BtD = self.model.get_decoder()(
+            input_ids=token_ids_Bt,
+            encoder_hidden_states=prefix.encoder_hidden_BSD,
+            encoder_attention_mask=prefix.mask,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        ).last_hidden_state
+        prefix.hidden_B1D = hidden_BtD[:, -1:]
+        return hidden_BtD
+
+    def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
+        start = self.model.generation_config.decoder_start_token_id
+        start = self.model.config.decoder_start_token_id if start is None else start
+        start_B1 = torch.full_like(completion_ids_BT[:, :1], start)
+        return self.model(
+            input_ids=prompt_ids_BS, decoder_input_ids=torch.cat([start_B1, completion_ids_BT], dim=1)
+        ).logits
+
+
+class DecoderOnlyBackbone(Backbone):
+    """Llama, Qwen, GLM, GPT-2 and other decoder-only models. Prompts are padded on the left."""
+
+    padding_side = "left"
+
+    def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+        prefix = Prefix(
+            cache=DynamicCache(config=self.model.config.get_text_config(decoder=True)),
+            mask=prompt_mask_PS[:, :0],
+            hidden_B1D=torch.empty(0),
+        )
+        self._read(prefix, prompt_ids_PS, prompt_mask_PS)
+        return prefix
+
+    def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
+        return self._read(prefix, token_ids_Bt, torch.ones_like(token_ids_Bt))
+
+    def _read(self, prefix: Prefix, token_ids_Bt: Tensor, mask_Bt: Tensor) -> Tensor:
+        prefix.mask = torch.cat([prefix.mask, mask_Bt], dim=1)
+        position_ids_Bt = (prefix.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -token_ids_Bt.shape[1] :]
+        hidden_BtD = self.model.base_model(
+            input_ids=token_ids_Bt,
+            attention_mask=prefix.mask,
+            position_ids=position_ids_Bt,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        ).last_hidden_state
+        prefix.hidden_B1D = hidden_BtD[:, -1:]
+        return hidden_BtD
+
+    def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
+        ids = torch.cat([prompt_ids_BS, completion_ids_BT], dim=1)
+        return self.model(input_ids=ids).logits[:, prompt_ids_BS.shape[1] - 1 :]
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone for a model's family, by `config.is_encoder_decoder`."""
+    return EncoderDecoderBackbone(model) if model.config.is_encoder_decoder else DecoderOnlyBackbone(model)

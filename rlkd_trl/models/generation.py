@@ -1,0 +1,78 @@
+"""Sampling completions: K per prompt, the prompt read once, every row on its own random numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.models.backbone import Backbone
+from rlkd_trl.ops.masking import completion_mask
+
+# Finished rows are dropped from the decode batch once they are this share of it; dropping copies the cache.
+_DROP_FINISHED_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Completions:
+    """ids_BT: completion tokens, padded with the pad id. mask_BT: up to and with EOS. ended_B: has an EOS."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    ended_B: Tensor
+
+
+@torch.no_grad()
+def sample_completions(
+    backbone: Backbone,
+    prompt_ids_PS: Tensor,
+    prompt_mask_PS: Tensor,
+    prompt_index_B: Tensor,
+    *,
+    max_completion_length: int,
+    eos_ids: list[int],
+    pad_id: int,
+    forbidden_V: Tensor,
+    temperature: float = 1.0,
+    uniforms_BT: Tensor | None = None,
+) -> Completions:
+    """Completion b of prompt `prompt_index_B[b]`, token by token, from softmax(z / temperature) over allowed ids.
+
+    Each token is drawn by inverting the distribution function at `uniforms_BT[b, t]` in [0, 1): a row's sample
+    depends on its own numbers alone, not on what else is in the batch, on which rank it is, or on who has finished.
+    Without `uniforms_BT`, decoding is greedy.
+    """
+    prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+    batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
+    eos_E = torch.tensor(eos_ids, device=device)
+    ids_BT = torch.full((batch_size, max_completion_length), pad_id, device=device)
+    row_b = torch.arange(batch_size, device=device)  # the rows still being decoded
+    alive_b = torch.ones(batch_size, dtype=torch.bool, device=device)
+    for t in range(max_completion_length):
+        logits_bV = backbone.head(prefix.hidden_B1D[:, 0]).float()
+        logits_bV = logits_bV.masked_fill(forbidden_V, -torch.inf)
+        if uniforms_BT is None:
+            token_b = logits_bV.argmax(dim=-1)
+        else:
+            token_b = _invert_distribution(logits_bV / temperature, uniforms_BT[row_b, t])
+        token_b = torch.where(alive_b, token_b, pad_id)
+        ids_BT[row_b, t] = token_b
+        alive_b = alive_b & ~torch.isin(token_b, eos_E)
+        finished = int((~alive_b).sum())
+        if finished == len(row_b) or t == max_completion_length - 1:
+            break
+        if finished > _DROP_FINISHED_SHARE * len(row_b):
+            keep = alive_b.nonzero()[:, 0]
+            prefix, row_b, token_b, alive_b = prefix.select(keep), row_b[keep], token_b[keep], alive_b[keep]
+        backbone.extend(prefix, token_b[:, None])
+    ids_BT = ids_BT[:, : t + 1]
+    mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
+    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B)
+
+
+def _invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Ids v with Σ_{u<v} p_u ≤ uniform < Σ_{u≤v} p_u; an id of probability 0 is never returned."""
+    cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
+    # Scaled by the last entry, which rounding leaves near 1, so that the search cannot run past the end.
+    target_B1 = uniforms_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
+    last_B1 = (cumulative_BV < cumulative_BV[:, -1:]).sum(dim=-1, keepdim=True)
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).minimum(last_B1)[:, 0]

@@ -1,0 +1,122 @@
+"""promptsource's file format: a YAML file of templates, each with a name, jinja text and metadata."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import yaml
+
+from rlkd_trl.errors import InputError
+
+FILE_NAME = "templates.yaml"
+
+
+class TemplateEntry(TypedDict):
+    """One entry of a file; the keys are fields of `PromptTemplate`."""
+
+    name: str
+    jinja: str
+    answer_choices: str | None
+    original_task: bool
+
+
+class _PromptsourceLoader(yaml.SafeLoader):
+    """A safe loader that also reads promptsource's two tags, as plain mappings. Any other tag is an error."""
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict:
+    return loader.construct_mapping(node, deep=True)
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _PromptsourceLoader.add_constructor(_tag, _construct_mapping)
+
+
+def resolve_file(path: str | Path) -> Path:
+    """The YAML file meant by `path`: itself, or the `templates.yaml` in the directory `path`.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir():
+        raise InputError(f"The directory {path} has no {FILE_NAME}; give the path of a promptsource YAML file.")
+    raise InputError(f"There is no prompt template file {path}; give a {FILE_NAME}, its directory, or builtin:TASK.")
+
+
+def read_entries(file: Path) -> list[TemplateEntry]:
+    """All templates of a promptsource YAML file, in the file's order. Their jinja text is not looked at.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, has another tag, or an entry lacks a name or jinja text.
+    """
+    try:
+        document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_PromptsourceLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, impossible dates
+        raise InputError(f"{file} cannot be read as promptsource YAML: {_one_line(error)}") from error
+    templates = document.get("templates") if isinstance(document, dict) else None
+    if not isinstance(templates, dict) or not templates:
+        raise InputError(f"{file} is not a promptsource file: it has no mapping 'templates:' of id to template.")
+    return [_entry(file, key, fields) for key, fields in templates.items()]
+
+
+def select_entries(entries: list[TemplateEntry], names: str | Sequence[str], file: Path) -> list[TemplateEntry]:
+    """The entries meant by `names`: "all" for those of the original task, or names, in a list or separated by commas.
+
+    Raises:
+        InputError: a name is unknown, ambiguous or repeated, or nothing is chosen.
+    """
+    available = [entry["name"] for entry in entries]
+    if names in ("all", ["all"]):
+        chosen = [entry for entry in entries if entry["original_task"]]
+        if not chosen:
+            raise InputError(f"{file} has no template of the original task; choose by name: {', '.join(available)}.")
+        return chosen
+    if isinstance(names, str):  # a name may itself contain commas
+        names = [names] if names in available else [name.strip() for name in names.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"No template names were given; {file} has: {', '.join(available)}.")
+    for name in names:
+        if name not in available:
+            close = difflib.get_close_matches(name, available)
+            rest = [other for other in available if other not in close]
+            raise InputError(f"{file} has no template '{name}'; it has: {', '.join(close + rest)}.")
+        if available.count(name) > 1:
+            raise InputError(f"{file} has {available.count(name)} templates named '{name}'; rename them in the file.")
+        if list(names).count(name) > 1:
+            raise InputError(f"Template '{name}' was named twice.")
+    return [entries[available.index(name)] for name in names]
+
+
+def _entry(file: Path, key: object, fields: object) -> TemplateEntry:
+    where = f"{file}, template id {key}"
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: expected a mapping with 'name' and 'jinja', found {type(fields).__name__}.")
+    for field in ("name", "jinja"):
+        if not isinstance(fields.get(field), str):
+            raise InputError(f"{where}: '{field}' must be text, found {fields.get(field)!r}; put it in quotes.")
+    answer_choices = fields.get("answer_choices")
+    if not isinstance(answer_choices, str | None):
+        raise InputError(f"{where}: 'answer_choices' must be text or null, found {answer_choices!r}.")
+    metadata = fields.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{where}: 'metadata' must be a mapping, found {metadata!r}.")
+    original_task = metadata.get("original_task")
+    if not isinstance(original_task, bool | None):
+        raise InputError(f"{where}: 'original_task' must be true or false, found {original_task!r}.")
+    return TemplateEntry(
+        name=fields["name"],
+        jinja=fields["jinja"],
+        answer_choices=answer_choices,
+        original_task=original_task is not False,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

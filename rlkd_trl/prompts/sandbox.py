@@ -1,0 +1,219 @@
+"""Runs the jinja text of a template, which may come from anywhere, in a sandbox and only as far as it is needed.
+
+The sandbox keeps templates away from Python's internals, files and the network. It also refuses the cheapest ways to
+exhaust the machine (huge ranges, repetitions, powers and outputs), but a hostile template can still waste time or
+memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import numbers
+import random
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.runtime import Context, Undefined, missing
+from jinja2.sandbox import SandboxedEnvironment
+
+WRITTEN_SEPARATOR = "|||"
+# What stands for a template's own "|||" while it renders. Rows cannot contain it, so a "|||" in the data is text. It
+# has no letters and no spaces, so that filters such as `upper` and `trim` leave it alone.
+SEPARATOR = f"\ue000{secrets.randbelow(10**18):018d}\ue001"
+
+MAX_CHARACTERS = 10_000_000  # of one rendering; also the most elements that a `*` may build
+MAX_POWER_BITS = 10_000
+
+_random: ContextVar[random.Random] = ContextVar("_random")
+
+
+class MissingColumn(jinja2.UndefinedError):
+    """A template used a variable that the row does not have. `str()` of it is the variable's name."""
+
+
+class _Undefined(jinja2.StrictUndefined):
+    """Raises on every use, also inside a printed list (`repr`), so that nothing absent can shape a prompt unseen."""
+
+    __slots__ = ()
+    __repr__ = Undefined._fail_with_undefined_error
+
+    def __init__(self, hint=None, obj=missing, name=None, exc=jinja2.UndefinedError):
+        if hint is None and obj is missing:
+            hint, exc = name, MissingColumn
+        super().__init__(hint, obj, name, exc)
+
+
+class _PromptEnvironment(SandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left, right):
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * right > MAX_POWER_BITS:
+                raise OverflowError(f"** gives a number of more than {MAX_POWER_BITS} bits")
+        elif operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if not isinstance(sequence, str | bytes | list | tuple) or not isinstance(times, int):
+                    continue
+                if len(sequence) * times > MAX_CHARACTERS:
+                    raise OverflowError(f"* repeats to more than {MAX_CHARACTERS} elements")
+        return super().call_binop(context, operator, left, right)
+
+
+# Because it takes the context, jinja evaluates nothing while it compiles: templates run only when rendered.
+@jinja2.pass_context
+def _printable(context: Context, value: object) -> object:
+    if isinstance(value, Undefined) or not _is_empty(value):
+        return value
+    empty = sorted(str(name) for name, column in context.get_all().items() if _is_empty(column))
+    raise ValueError(f"it prints None or NaN; columns without a value in this row: {', '.join(empty) or 'none'}")
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _choice(options: Sequence):
+    """promptsource's random `choice`, made reproducible: `seeded_choice` fixes the draws of one rendering."""
+    return _random.get().choice(options)
+
+
+def _most_frequent(items: Iterable) -> list:
+    """All items that occur the most often, in the order of their first occurrence."""
+    counts = Counter(items)
+    highest = max(counts.values(), default=0)
+    return [item for item, count in counts.items() if count == highest]
+
+
+def _make_environment() -> _PromptEnvironment:
+    environment = _PromptEnvironment(undefined=_Undefined, finalize=_printable, optimized=False)
+    environment.globals["zip"] = zip
+    del environment.globals["lipsum"]  # draws at random
+    environment.filters.update(choice=_choice, random=_choice, most_frequent=_most_frequent)
+    return environment
+
+
+_ENVIRONMENT = _make_environment()
+
+
+@contextmanager
+def seeded_choice(seed: str) -> Iterator[None]:
+    """Inside it, the filters `choice` and `random` draw from a generator that depends only on `seed`."""
+    token = _random.set(random.Random(seed))
+    try:
+        yield
+    finally:
+        _random.reset(token)
+
+
+@dataclass(frozen=True)
+class CompiledJinja:
+    template: jinja2.Template
+    variables: frozenset[str]
+    """What the text reads from the row."""
+    input_variables: frozenset[str]
+    """What it may read before its `|||`."""
+
+    def input_part(self, values: Mapping[str, object]) -> str:
+        """The text before `|||`. What comes after it is not run, so it may use columns that the row lacks."""
+        return self._render(values, until_separator=True).partition(SEPARATOR)[0]
+
+    def parts(self, values: Mapping[str, object]) -> list[str]:
+        """The whole text, split at the template's own `|||`."""
+        return self._render(values, until_separator=False).split(SEPARATOR)
+
+    def _render(self, values: Mapping[str, object], until_separator: bool) -> str:
+        pieces, length = [], 0
+        for piece in self.template.generate(values):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_CHARACTERS:
+                raise OverflowError(f"it renders more than {MAX_CHARACTERS} characters")
+            if until_separator and SEPARATOR in piece:
+                break
+        return "".join(pieces)
+
+
+@lru_cache(maxsize=4096)
+def compile_jinja(source: str) -> CompiledJinja:
+    """Parse and compile, running nothing. Raises what jinja and Python's compiler raise."""
+    tree = _ENVIRONMENT.parse(source)
+    _mark_separators(tree)
+    input_tree = _ENVIRONMENT.parse(source)
+    _mark_separators(input_tree)
+    input_tree.body, _ = _before_separator(input_tree.body)
+    return CompiledJinja(
+        variables=frozenset(meta.find_undeclared_variables(tree)),
+        input_variables=frozenset(meta.find_undeclared_variables(input_tree)),
+        template=_ENVIRONMENT.from_string(tree),
+    )
+
+
+def _mark_separators(parent: nodes.Node) -> None:
+    """Put SEPARATOR for each `|||` that the template prints: in its text, and in literals as in `join("|||")`.
+
+    A literal that is passed to a method or compared (`text.split("|||")`) is about the data, and stays.
+    """
+    for node in parent.iter_child_nodes():
+        if isinstance(node, nodes.TemplateData):
+            node.data = node.data.replace(WRITTEN_SEPARATOR, SEPARATOR)
+        elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+            is_printed = not isinstance(parent, nodes.Call | nodes.Compare | nodes.Operand)
+            node.value = node.value.replace(WRITTEN_SEPARATOR, SEPARATOR) if is_printed else node.value
+        _mark_separators(node)
+
+
+def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:
+    """The statements that can run before a separator in the text, and whether they always reach one.
+
+    Looks into `{% if %}`; statements of other kinds are kept whole, which can only keep too much. Changes `body`.
+    """
+    kept = []
+    for node in body:
+        kept.append(node)
+        ended = False
+        if isinstance(node, nodes.Output):
+            texts = [isinstance(child, nodes.TemplateData) and SEPARATOR in child.data for child in node.nodes]
+            ended = any(texts)
+            node.nodes = node.nodes[: texts.index(True)] if ended else node.nodes
+        elif isinstance(node, nodes.If):
+            branches = [node, *node.elif_]
+            endings = []
+            for branch in branches:
+                branch.body, branch_ended = _before_separator(branch.body)
+                endings.append(branch_ended)
+            node.else_, else_ended = _before_separator(node.else_)
+            ended = else_ended and all(endings)
+        if ended:
+            return kept, True
+    return kept, False
+
+
+def plain_value(column: str, value: object) -> object:
+    """A copy of a row's value that a template may use and change: text, numbers, dates, None, lists and mappings.
+
+    Arrays and tensors become lists. Any other object (an image, say) becomes a value that raises when it is used.
+    """
+    if hasattr(value, "tolist"):  # numpy, torch
+        value = value.tolist()
+    if value is None or isinstance(value, str | numbers.Number | datetime.date | datetime.time | datetime.timedelta):
+        return value
+    if isinstance(value, Mapping):
+        return {key: plain_value(column, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(column, item) for item in value]
+    return _ENVIRONMENT.undefined(
+        f"column '{column}' holds a {type(value).__name__}; prompts take text, numbers, lists"
+    )
+
+
+def missing_value(column: str) -> Undefined:
+    """A value that raises `MissingColumn` for `column` when it is used."""
+    return _ENVIRONMENT.undefined(name=column)

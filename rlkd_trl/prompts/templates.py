@@ -1,0 +1,291 @@
+"""Prompt templates: one (`PromptTemplate`), and the set through which a teacher is asked (`PromptTemplates`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from jinja2.exceptions import SecurityError
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts.promptsource import read_entries, resolve_file, select_entries
+from rlkd_trl.prompts.sandbox import (
+    CompiledJinja,
+    MissingColumn,
+    compile_jinja,
+    missing_value,
+    plain_value,
+    seeded_choice,
+)
+
+BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
+BUILTIN_PREFIX = "builtin:"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A jinja text `input ||| target`, rendered in a sandbox with the columns of a row as its variables.
+
+    Jinja as in promptsource: the global `zip`, the filters `most_frequent` and `choice`, and `answer_choices` as a
+    list. `choice` is not random here: it depends on the template and on what its input reads from the row, so that a
+    prompt is the same every time. A "|||" or jinja syntax in the row's values is plain text.
+
+    Raises:
+        InputError: the jinja text is not valid.
+    """
+
+    name: str
+    jinja: str
+    answer_choices: str | None = None
+    """Jinja text of the possible answers, separated by `|||`; the template sees them as a list."""
+    original_task: bool = True
+    """False for promptsource's templates that turn the task around, e.g. from the summary to the article."""
+    origin: str | None = field(default=None, compare=False)
+    """The file it came from, for error messages."""
+
+    def __post_init__(self) -> None:
+        for text in (self.jinja, self.answer_choices or ""):
+            try:
+                compile_jinja(text)
+            except Exception as error:  # jinja's, or Python's about the generated code
+                line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+                raise InputError(f"{self._described} is not valid jinja{line}: {error}") from error
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The columns that the whole template reads, target included."""
+        return self._with_choices(self._compiled.variables)
+
+    @property
+    def input_variables(self) -> frozenset[str]:
+        """The columns that the text before `|||` may read; the target's are among them if `|||` is in a loop."""
+        return self._with_choices(self._compiled.input_variables)
+
+    def render(self, row: Mapping[str, object]) -> str:
+        """The prompt: the text before `|||`, stripped.
+
+        The target part is not run, so its columns may be missing. Take the human reference out of the row: then no
+        template can show it to the teacher.
+
+        Raises:
+            InputError: the input uses a column that the row lacks, the template fails or does something that the
+                sandbox forbids, or the prompt is empty.
+        """
+        with self._explained(
+            row, hint=", or leave this template out if that is the human reference: a prompt must not show it"
+        ):
+            prompt = self._compiled.input_part(self._values(row)).strip()
+        if not prompt:
+            raise InputError(
+                f"{self._described} renders an empty prompt. promptsource templates often wrap their text in "
+                "{% if … %}: leave out either this template or the rows for which the condition is false."
+            )
+        return prompt
+
+    def render_example(self, row: Mapping[str, object]) -> tuple[str, str]:
+        """The input and the target, both stripped.
+
+        Raises:
+            InputError: as `render`, or there is not exactly one `|||`.
+        """
+        prompt = self.render(row)
+        with self._explained(row):
+            parts = self._compiled.parts(self._values(row))
+        if len(parts) != 2:
+            raise InputError(f"{self._described} renders {len(parts)} parts; an example is one input ||| one target.")
+        return prompt, parts[1].strip()
+
+    @property
+    def _compiled(self) -> CompiledJinja:
+        return compile_jinja(self.jinja)
+
+    @property
+    def _described(self) -> str:
+        return f"Template '{self.name}'" + (f" of {self.origin}" if self.origin else "")
+
+    def _with_choices(self, variables: frozenset[str]) -> frozenset[str]:
+        if self.answer_choices is None or "answer_choices" not in variables:
+            return variables
+        return variables - {"answer_choices"} | compile_jinja(self.answer_choices).variables
+
+    def _values(self, row: Mapping[str, object]) -> dict[str, object]:
+        values = {column: plain_value(column, value) for column, value in row.items()}
+        if self.answer_choices is not None and "answer_choices" in self._compiled.variables:
+            try:
+                choices = compile_jinja(self.answer_choices).parts(values)
+            except MissingColumn as error:  # matters only if the template comes to use the choices
+                values["answer_choices"] = missing_value(str(error))
+            else:
+                values["answer_choices"] = [choice.strip() for choice in choices]
+        return values
+
+    @contextmanager
+    def _explained(self, row: Mapping[str, object], hint: str = "") -> Iterator[None]:
+        """Fixes the draws of `choice`, and turns whatever a template raises into an InputError."""
+        read = [(column, row[column]) for column in sorted(self.input_variables) if column in row]
+        try:
+            with seeded_choice(repr((self.name, self.jinja, read))):
+                yield
+        except MissingColumn as error:
+            candidate = next((column for column in row if column not in self.variables), "COLUMN")
+            raise InputError(
+                f"{self._described} asks for column '{error}'; the row has: {', '.join(map(str, row)) or 'none'}. "
+                f"Rename columns with --rename_columns {candidate}={error}{hint}."
+            ) from error
+        except SecurityError as error:
+            raise InputError(f"{self._described} does what the sandbox forbids: {error}") from error
+        except Exception as error:  # a template is a program: it can raise anything
+            raise InputError(f"{self._described} fails on a row: {type(error).__name__}: {error}") from error
+
+
+class PromptTemplates(Sequence[PromptTemplate]):
+    """The templates through which a teacher is asked, and how columns are renamed for them.
+
+    `rename` maps columns to template variables, e.g. `{"mr": "meaning_representation"}`. A row keeps its columns and
+    gains the aliases. The single templates (`templates[0]`) know nothing of it.
+
+    Raises:
+        InputError: there are no templates.
+    """
+
+    def __init__(self, templates: Iterable[PromptTemplate], rename: Mapping[str, str] | None = None):
+        self._templates = tuple(templates)
+        self._rename = dict(rename or {})
+        if not self._templates:
+            raise InputError("No prompt templates were given; at least one is needed.")
+
+    @classmethod
+    def load(
+        cls, spec: str, names: str | Sequence[str] = "all", rename: Mapping[str, str] | None = None
+    ) -> PromptTemplates:
+        """What `--templates` takes: the path of a promptsource YAML file or its directory, or `builtin:TASK`.
+
+        Raises:
+            InputError: as `from_yaml` and `builtin`.
+        """
+        if spec.startswith(BUILTIN_PREFIX):
+            return cls.builtin(spec.removeprefix(BUILTIN_PREFIX), names, rename)
+        if spec in builtin_tasks() and not Path(spec).exists():
+            raise InputError(
+                f"There is no prompt template file {spec}; for the set of that name, give builtin:{spec}."
+            )
+        return cls.from_yaml(spec, names, rename)
+
+    @classmethod
+    def builtin(
+        cls, task: str, names: str | Sequence[str] = "all", rename: Mapping[str, str] | None = None
+    ) -> PromptTemplates:
+        """The package's own prompts for `task`. Their input variable is `source`, their target variable `target`.
+
+        Raises:
+            InputError: there is no such task, or as `from_yaml`.
+        """
+        if task not in builtin_tasks():
+            raise InputError(f"There are no built-in templates for '{task}'; tasks: {', '.join(builtin_tasks())}.")
+        return cls.from_yaml(BUILTIN_DIRECTORY / f"{task}.yaml", names, rename)
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, names: str | Sequence[str] = "all", rename: Mapping[str, str] | None = None
+    ) -> PromptTemplates:
+        """Templates of a promptsource YAML file, or of the `templates.yaml` in a directory.
+
+        Args:
+            path: the file or directory.
+            names: "all" for every template of the original task, in the file's order; or names, as a list or
+                separated by commas, in the order in which they are named.
+            rename: columns to template variables.
+
+        Raises:
+            InputError: the file or a chosen template is not valid, a name is unknown, ambiguous or repeated, nothing
+                is left, or `rename` names a variable that no chosen template has.
+        """
+        file = resolve_file(path)
+        entries = select_entries(read_entries(file), names, file)
+        templates = cls([PromptTemplate(**entry, origin=str(file)) for entry in entries], rename)
+        variables = frozenset().union(*(template.variables for template in templates))
+        for column, variable in (rename or {}).items():
+            if variable not in variables:
+                raise InputError(
+                    f"--rename_columns {column}={variable}: the chosen templates of {file} have no variable "
+                    f"'{variable}'; theirs are: {', '.join(sorted(variables))}."
+                )
+        return templates
+
+    @property
+    def names(self) -> list[str]:
+        return [template.name for template in self]
+
+    @property
+    def source_variable(self) -> str:
+        """The one column that the inputs of all templates read.
+
+        Raises:
+            InputError: an input reads none or several, or the templates differ.
+        """
+        variables = {template.input_variables for template in self}
+        if len(variables) == 1 and len(common := next(iter(variables))) == 1:
+            return next(iter(common))
+        uses = "; ".join(f"{t.name}: {', '.join(sorted(t.input_variables)) or 'none'}" for t in self)
+        raise InputError(
+            "A source text alone fits only templates whose inputs all read the same one column. "
+            f"These read: {uses}. Choose templates by name."
+        )
+
+    def render(self, row: Mapping[str, object]) -> list[str]:
+        """One prompt per template, in order.
+
+        Raises:
+            InputError: the row lacks a column of `rename`, or as `PromptTemplate.render`.
+        """
+        row = self._renamed(row)
+        return [template.render(row) for template in self]
+
+    def render_source(self, text: str) -> list[str]:
+        """One prompt per template, with `text` as the one column that their inputs read; `rename` plays no part.
+
+        Raises:
+            InputError: as `source_variable` and `PromptTemplate.render`.
+        """
+        variable = self.source_variable
+        return [template.render({variable: text}) for template in self]
+
+    def validate(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Render every row, to find out early.
+
+        Raises:
+            InputError: a row cannot be rendered; the message names it (counting from 0) and the template.
+        """
+        for index, row in enumerate(rows):
+            try:
+                self.render(row)
+            except InputError as error:
+                raise InputError(f"Row {index}: {error}") from error
+
+    def _renamed(self, row: Mapping[str, object]) -> dict[str, object]:
+        for column, variable in self._rename.items():
+            if column not in row:
+                raise InputError(
+                    f"--rename_columns {column}={variable}: the row has no column '{column}'; "
+                    f"it has: {', '.join(map(str, row)) or 'none'}."
+                )
+        return {**row, **{variable: row[column] for column, variable in self._rename.items()}}
+
+    def __len__(self) -> int:
+        return len(self._templates)
+
+    def __getitem__(self, index):
+        """One template, or with a slice a smaller set with the same `rename`."""
+        if isinstance(index, slice):
+            return PromptTemplates(self._templates[index], self._rename)
+        return self._templates[index]
+
+    def __repr__(self) -> str:
+        return f"PromptTemplates({self.names})"
+
+
+def builtin_tasks() -> list[str]:
+    return sorted(file.stem for file in BUILTIN_DIRECTORY.glob("*.yaml"))

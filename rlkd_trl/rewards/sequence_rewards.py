@@ -1,0 +1,44 @@
+"""Sequence-level rewards: TRL-style functions whose scores land on a completion's last token.
+
+Each has TRL's signature `(prompts, completions, completion_ids, **columns) -> list[float]`, so any of them also works
+as a `reward_funcs` entry of TRL's trainers, and any function written for TRL works here.
+"""
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.metrics import bleu, rouge
+
+
+def length(prompts, completions, completion_ids, **columns) -> list[float]:
+    """Number of tokens, EOS included. With a negative weight, a length penalty."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def missing_eos(prompts, completions, completion_ids, *, ended, **columns) -> list[float]:
+    """1 where the completion has no EOS within the length cap. Weight it negatively."""
+    return [0.0 if has_eos else 1.0 for has_eos in ended]
+
+
+def repetition(prompts, completions, completion_ids, *, n: int = 3, **columns) -> list[float]:
+    """Share of token n-grams that repeat an earlier one, 0 to 1. Weight it negatively."""
+    shares = []
+    for ids in completion_ids:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return shares
+
+
+def reference_bleu(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
+    """BLEU of each completion against its references, 0 to 100. Uses human labels, which plain RLKD does not."""
+    _require_references("reference_bleu", references)
+    return [bleu([completion], [refs]) for completion, refs in zip(completions, references, strict=True)]
+
+
+def reference_rouge(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
+    """ROUGE-L F1 of each completion against its references, 0 to 100. Uses human labels, as above."""
+    _require_references("reference_rouge", references)
+    return [rouge([completion], [refs])["rougeL"] for completion, refs in zip(completions, references, strict=True)]
+
+
+def _require_references(name: str, references) -> None:
+    if not references or not all(references):
+        raise InputError(f"The reward {name!r} compares with references: name their column with --target_column.")

@@ -1,0 +1,224 @@
+"""Rewards that a teacher gives, one number per token.
+
+Each class names one equation of `rlkd_trl.ops.rewards` and the statistics it reads. An instance is a valid TRL reward
+function too: `GRPOTrainer(reward_funcs=[TeacherForcingReward(...)])` gets the sequence sums.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.vocabulary import eos_token_ids
+from rlkd_trl.ops.rewards import (
+    centre,
+    k_step_return,
+    log_likelihood,
+    log_ratio,
+    rewards_from_returns,
+    teacher_forcing_reward,
+)
+from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.rewards.inputs import RewardInputs
+from rlkd_trl.teachers.panel import TeacherPanel
+from rlkd_trl.teachers.scores import TeacherScores
+from rlkd_trl.teachers.teacher import Teacher
+
+VALUES = ("max", "expected", "soft")
+
+
+class TeacherReward:
+    """A per-token reward read off a teacher's scores, averaged over teachers and templates.
+
+    Args:
+        model: A `Teacher`, a loaded model, a checkpoint's directory or Hub id, or a list of any of these, or a
+            ready `TeacherPanel`.
+        processing_class: The teacher's tokenizer; not needed where `model` brings its own.
+        templates: The ways to ask; without any, the teacher reads the student's prompt as it is.
+    """
+
+    def __init__(
+        self,
+        model: "TeacherPanel | Teacher | PreTrainedModel | str | Sequence",
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        templates: PromptTemplates | None = None,
+    ):
+        self.panel = model if isinstance(model, TeacherPanel) else _panel(model, processing_class, templates)
+
+    @property
+    def __name__(self) -> str:  # TRL logs a reward function under this name
+        return type(self).__name__
+
+    def wanted_statistics(self) -> dict[str, object]:
+        """Arguments for `TeacherPanel.score` beyond the completions."""
+        return {}
+
+    def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        """`[B, T]` rewards from one scorer's scores, 0 behind the mask."""
+        raise NotImplementedError
+
+    def potentials(self, scores: TeacherScores) -> Tensor:
+        """`[B, T+1]` Φ(s_t) for potential-based shaping; 0 where the reward implies none."""
+        return torch.zeros_like(scores.mean)
+
+    def score_tokens(self, prompts: list[str], completions_ids: list[list[int]]) -> list[Tensor]:
+        """The reward of every token: one float32 tensor `[T_i]` per completion.
+
+        `prompts[i]` is the source text that completion i answers; equal prompts are read once. A completion whose
+        last id is not EOS counts as truncated.
+        """
+        if len(prompts) != len(completions_ids):
+            raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
+        return self._score_rows([{"prompt": prompt} for prompt in prompts], completions_ids)
+
+    def __call__(self, prompts, completions=None, completion_ids=None, **kwargs) -> list[float]:
+        """TRL's reward-function protocol: the sequence sums. Extra columns reach the templates."""
+        if completion_ids is None:
+            raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
+        columns = {name: v for name, v in kwargs.items() if isinstance(v, list) and len(v) == len(prompts)}
+        rows = [
+            {**{name: values[i] for name, values in columns.items()}, "prompt": self._text(prompt)}
+            for i, prompt in enumerate(prompts)
+        ]
+        return [float(rewards.sum()) for rewards in self._score_rows(rows, completion_ids)]
+
+    def _text(self, prompt: str | list[dict[str, str]]) -> str:
+        """A conversational prompt as text, through the teacher's own chat template."""
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self.panel.scorers[0].teacher.processing_class
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    def _score_rows(self, rows: list[dict], completions_ids: list[list[int]]) -> list[Tensor]:
+        teacher = self.panel.scorers[0].teacher
+        eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
+        lengths = [len(ids) for ids in completions_ids]
+        ids_BT = torch.zeros(len(rows), max([1, *lengths]), dtype=torch.long)
+        for row_T, ids in zip(ids_BT, completions_ids, strict=True):
+            row_T[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        first_row_of: dict[str, int] = {}
+        distinct_rows: list[dict] = []
+        prompt_index = []
+        for row in rows:
+            key = repr(sorted(row.items()))
+            if key not in first_row_of:
+                first_row_of[key] = len(distinct_rows)
+                distinct_rows.append(row)
+            prompt_index.append(first_row_of[key])
+        inputs = RewardInputs(
+            rows=distinct_rows,
+            prompt_index_B=torch.tensor(prompt_index, dtype=torch.long),
+            completion_ids_BT=ids_BT,
+            completion_mask_BT=torch.arange(ids_BT.shape[1])[None, :] < torch.tensor(lengths)[:, None],
+            ended_B=torch.tensor([bool(ids) and ids[-1] in eos_ids for ids in completions_ids]),
+        )
+        rewards_BT = self.mean_over_scorers(score_panel(self.panel, inputs, [self]), inputs)
+        return [rewards_T[:length] for rewards_T, length in zip(rewards_BT, lengths, strict=True)]
+
+    def mean_over_scorers(self, scores: list[TeacherScores], inputs: RewardInputs) -> Tensor:
+        """The weighted mean of `rewards` over teachers and templates, `[B, T]`."""
+        return sum(w * self.rewards(s, inputs) for w, s in zip(self.panel.weights, scores, strict=True))
+
+    def mean_potentials(self, scores: list[TeacherScores]) -> Tensor:
+        """The weighted mean of `potentials`, `[B, T+1]`."""
+        return sum(w * self.potentials(s) for w, s in zip(self.panel.weights, scores, strict=True))
+
+
+class TeacherForcingReward(TeacherReward):
+    """r_t = q_t − γ V_{t+1} (Hao, Liu & Mou 2022; Li, Hao & Mou 2024, "LLMR").
+
+    Args:
+        value: V is the "max" of the centred logits (Hao 2022), their "expected" value under the teacher's softmax
+            (LLMR), or "soft" = τ logsumexp(f/τ), for which the reward is a shaped log-likelihood at τ = 1.
+        gamma: Discount γ. Use the trainer's.
+        k: Steps of KETCHUP's K-step return (Fan et al. 2026); 1 is the one-step reward.
+        tau: Temperature of value="soft".
+
+    Raises:
+        InputError: Unknown `value`, `k` < 1, `tau` ≤ 0, or `gamma` outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        model,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        templates: PromptTemplates | None = None,
+        value: str = "max",
+        gamma: float = 1.0,
+        k: int = 1,
+        tau: float = 1.0,
+    ):
+        if value not in VALUES:
+            raise InputError(f"Unknown value {value!r} for the teacher-forcing reward; choose one of {VALUES}.")
+        if k < 1 or tau <= 0 or not 0 <= gamma <= 1:
+            raise InputError(f"k must be ≥ 1, tau > 0 and gamma in [0, 1]; got k={k}, tau={tau}, gamma={gamma}.")
+        super().__init__(model, processing_class, templates=templates)
+        self.value, self.gamma, self.k, self.tau = value, gamma, k, tau
+
+    def wanted_statistics(self) -> dict[str, object]:
+        return {"expected": self.value == "expected", "tau": self.tau if self.value == "soft" else None}
+
+    def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        q_BT = centre(scores.chosen, scores.mean[:, :-1])
+        values_BT1 = self.potentials(scores)
+        mask_BT, ended_B = inputs.completion_mask_BT, inputs.ended_B
+        if self.k == 1:
+            return teacher_forcing_reward(q_BT, values_BT1, mask_BT, ended_B, gamma=self.gamma)
+        returns_BT = k_step_return(q_BT, values_BT1, mask_BT, ended_B, k=self.k, gamma=self.gamma)
+        return rewards_from_returns(returns_BT, gamma=self.gamma)
+
+    def potentials(self, scores: TeacherScores) -> Tensor:
+        return centre(getattr(scores, self.value), scores.mean)
+
+
+class LogLikelihoodReward(TeacherReward):
+    """log p_teacher(y_t | s_t), in nats. Its sum is minus the teacher's NLL of the completion."""
+
+    def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        return log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)
+
+
+class LogRatioReward(TeacherReward):
+    """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation)."""
+
+    def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        if inputs.student_logps_BT is None:
+            raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
+        teacher_logps_BT = log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)
+        return log_ratio(teacher_logps_BT, inputs.student_logps_BT, inputs.completion_mask_BT)
+
+
+def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[TeacherReward]) -> list[TeacherScores]:
+    """The panel's scores with every statistic that any of `terms` reads."""
+    wanted: dict[str, object] = {"expected": False, "tau": None}
+    for term in terms:
+        for name, value in term.wanted_statistics().items():
+            if value:
+                if name == "tau" and wanted["tau"] not in (None, value):
+                    raise InputError(f"Two reward terms want different tau: {wanted['tau']} and {value}.")
+                wanted[name] = value
+    return panel.score(
+        inputs.rows,
+        inputs.prompt_index_B,
+        inputs.completion_ids_BT,
+        inputs.completion_mask_BT,
+        inputs.ended_B,
+        **wanted,
+    )
+
+
+def _panel(model, processing_class, templates: PromptTemplates | None) -> TeacherPanel:
+    def teacher(one) -> Teacher:
+        if isinstance(one, Teacher):
+            return one
+        if isinstance(one, str):
+            return Teacher.from_pretrained(one)
+        if processing_class is None:
+            raise InputError("A loaded teacher model needs its tokenizer: pass `processing_class`.")
+        return Teacher(one, processing_class)
+
+    return TeacherPanel([teacher(m) for m in (model if isinstance(model, list | tuple) else [model])], templates)

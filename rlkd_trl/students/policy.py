@@ -1,0 +1,170 @@
+"""The student as a policy: what it samples, the log-probabilities of that, and a value head for PPO."""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.generation import Completions, sample_completions
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
+from rlkd_trl.ops.lm_head import map_head_slices, token_log_probs
+
+CRITICS = ("none", "shared", "separate")
+_VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class PolicyOutput(NamedTuple):
+    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable. values_BT1: V^π(s_1 .. s_{T+1}), or None."""
+
+    logps_BT: Tensor
+    entropy_BT: Tensor
+    values_BT1: Tensor | None
+
+
+class Policy(nn.Module):
+    """π(y_t | s_t) = softmax(z_t / temperature) over the ids that may be sampled.
+
+    One distribution everywhere: `sample` draws from it and `forward` returns its log-probabilities. Dropout is off in
+    both, or the ratio of new to old policy would be noise. `forward` is what distributed wrappers wrap.
+
+    Args:
+        model: The student, encoder-decoder or decoder-only.
+        critic: "none"; "shared", a linear value head on the decoder's states; or "separate", the same head on a copy
+            of the student's body with weights of its own. The head starts at zero.
+
+    Raises:
+        InputError: Unknown critic, unsupported architecture, no EOS, or temperature ≤ 0.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        temperature: float = 1.0,
+        critic: str = "none",
+    ):
+        super().__init__()
+        if critic not in CRITICS:
+            raise InputError(f"Unknown critic {critic!r}; choose one of: {', '.join(CRITICS)}.")
+        if temperature <= 0:
+            raise InputError(f"temperature must be > 0 for a sampling policy; got {temperature}.")
+        self.model = model
+        self.temperature = temperature
+        self.eos_ids = eos_token_ids(model, processing_class)
+        self.pad_id = processing_class.pad_token_id
+        self.backbone = backbone_of(model)
+        self.backbone.verify()
+        forbidden_V = forbidden_ids(processing_class, self.backbone.vocab_size, self.eos_ids)
+        self.register_buffer("forbidden_V", forbidden_V.to(model.device), persistent=False)
+        self.critic_model = copy.deepcopy(model) if critic == "separate" else None
+        self.critic_backbone = backbone_of(self.critic_model) if critic == "separate" else self.backbone
+        self.value_head = None
+        if critic != "none":
+            self.value_head = nn.Linear(self.backbone.hidden_size, 1, device=model.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        if self.critic_model is not None:
+            # Only its states are used; a frozen head is neither trained nor waited for by gradient reduction.
+            head = self.critic_model.get_output_embeddings()
+            if head.weight is not self.critic_model.get_input_embeddings().weight:
+                head.requires_grad_(False)
+        self.train()
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Keeps dropout off whatever the mode."""
+        return super().train(False)
+
+    def forward(
+        self,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+    ) -> PolicyOutput:
+        """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included."""
+        prompt = (prompt_ids_PS, prompt_mask_PS)
+        need_final_state = self.value_head is not None and self.critic_model is None
+        states_BTD = self.backbone.completion_states(
+            *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
+        )
+        statistics = map_head_slices(
+            self.backbone.head,
+            states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT],
+            lambda logits, chosen: token_log_probs(
+                logits, chosen, temperature=self.temperature, forbidden_V=self.forbidden_V
+            ),
+            completion_ids_BT[completion_mask_BT],
+            vocab_size=self.backbone.vocab_size,
+        )
+        logps_BT, entropy_BT = (
+            torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(completion_mask_BT, values_N)
+            for values_N in statistics
+        )
+        values_BT1 = None
+        if self.value_head is not None:
+            if self.critic_model is not None:
+                states_BTD = self.critic_backbone.completion_states(*prompt, completion_ids_BT, prompt_index_B)
+            with torch.autocast(states_BTD.device.type, enabled=False):
+                values_BT1 = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
+        return PolicyOutput(logps_BT, entropy_BT, values_BT1)
+
+    def sample(
+        self,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        prompt_index_B: Tensor,
+        *,
+        max_completion_length: int,
+        uniforms_BT: Tensor | None,
+    ) -> Completions:
+        """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`)."""
+        return sample_completions(
+            self.backbone,
+            prompt_ids_PS,
+            prompt_mask_PS,
+            prompt_index_B,
+            max_completion_length=max_completion_length,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            forbidden_V=self.forbidden_V,
+            temperature=self.temperature,
+            uniforms_BT=uniforms_BT,
+        )
+
+    def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint that plain transformers loads; the critic goes to a file of its own.
+
+        `state_dict` replaces the weights in memory, where a sharded run has gathered them.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        self.model.save_pretrained(output_dir, state_dict=student)
+        critic = {k: v.contiguous().clone() for k, v in state_dict.items() if not k.startswith("model.")}
+        if critic:
+            save_file(critic, Path(output_dir) / _VALUE_HEAD_FILE)
+
+    def load_pretrained(self, checkpoint_dir: str | Path) -> None:
+        """Weights of a checkpoint that `save_pretrained` wrote, into the model in memory."""
+        saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        critic_file = Path(checkpoint_dir) / _VALUE_HEAD_FILE
+        if self.value_head is not None and critic_file.is_file():
+            self.load_state_dict(load_file(critic_file), strict=False)
+
+
+def frozen_copy(policy: Policy, processing_class: PreTrainedTokenizerBase) -> Policy:
+    """The reference policy: a copy of the student as it is in memory now, without critic or gradients."""
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return Policy(model, processing_class, temperature=policy.temperature)

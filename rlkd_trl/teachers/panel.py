@@ -1,0 +1,104 @@
+"""Several teachers and several templates as one weighted list of scorers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.teachers.scores import TeacherScores
+from rlkd_trl.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One teacher asked in one way: with template number `question`."""
+
+    teacher: Teacher
+    question: int
+    weight: float
+
+
+class TeacherPanel:
+    """Every teacher × every template, with weights that add up to 1 (equal by default).
+
+    LLMR averages its reward over templates; Hinton's ensemble averages over teachers.
+
+    Raises:
+        InputError: No teacher, or another number of weights than of teachers.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        templates: PromptTemplates | None = None,
+        *,
+        teacher_weights: Sequence[float] | None = None,
+    ):
+        teacher_weights = [1.0] * len(teachers) if teacher_weights is None else list(teacher_weights)
+        if not teachers or len(teacher_weights) != len(teachers):
+            raise InputError(f"{len(teachers)} teachers and {len(teacher_weights)} weights: give one weight each.")
+        self.templates = templates
+        self._source_variable = None if templates is None else _only_input_column(templates)
+        questions = 1 if templates is None else len(templates)
+        self.scorers = [
+            Scorer(teacher, question, weight / sum(teacher_weights) / questions)
+            for teacher, weight in zip(teachers, teacher_weights, strict=True)
+            for question in range(questions)
+        ]
+
+    @property
+    def weights(self) -> list[float]:
+        return [scorer.weight for scorer in self.scorers]
+
+    def questions(self, row: Mapping[str, object]) -> list[str]:
+        """What the teachers are asked about a data row: one prompt per template.
+
+        Without templates, `row["prompt"]` itself. Where the templates all read one and the same column and the row
+        lacks it (a bare prompt, say), the row's `prompt` takes its place. References never reach a template.
+
+        Raises:
+            InputError: A template does not render; it is named.
+        """
+        if self.templates is None:
+            return [str(row["prompt"])]
+        columns = {name: value for name, value in row.items() if name != "references"}
+        if set(columns) == {"prompt"}:
+            return self.templates.render_source(str(row["prompt"]))
+        if self._source_variable is not None:
+            columns.setdefault(self._source_variable, row["prompt"])
+        return self.templates.render(columns)
+
+    def score(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+        ended_B: Tensor,
+        *,
+        expected: bool = False,
+        tau: float | None = None,
+    ) -> list[TeacherScores]:
+        """One `TeacherScores` per scorer; `rows` are the P prompts' data rows, each with a `prompt`."""
+        questions = [self.questions(row) for row in rows]
+        return [
+            scorer.teacher.score(
+                [asked[scorer.question] for asked in questions],
+                prompt_index_B,
+                completion_ids_BT,
+                completion_mask_BT,
+                ended_B,
+                expected=expected,
+                tau=tau,
+            )
+            for scorer in self.scorers
+        ]
+
+
+def _only_input_column(templates: PromptTemplates) -> str | None:
+    try:
+        return templates.source_variable
+    except InputError:
+        return None

@@ -1,0 +1,43 @@
+"""What a teacher says about a completion: a few scalars per token, never the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Statistics of the teacher's raw logits z_t at each state s_t of each completion, float32.
+
+    chosen: z_t[y_t] `[B, T]`. The others are `[B, T+1]`, since the reward of a truncated completion's last token
+    needs the state after it: mean, max, logsumexp (temperature 1), and, only where requested, expected =
+    Σ softmax(z)·z and soft = τ logsumexp(z/τ). Positions where no state exists are 0.
+    """
+
+    chosen: Tensor
+    mean: Tensor
+    max: Tensor
+    logsumexp: Tensor
+    expected: Tensor | None = None
+    soft: Tensor | None = None
+
+    def rows(self, index_B: Tensor) -> "TeacherScores":
+        """The scores of some completions."""
+        return TeacherScores(**{name: None if value is None else value[index_B] for name, value in vars(self).items()})
+
+
+def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, device) -> TeacherScores:
+    """Zeros of the right shapes, to be filled batch by batch."""
+
+    def zeros(width: int) -> Tensor:
+        return torch.zeros(batch_size, width, device=device)
+
+    return TeacherScores(
+        chosen=zeros(length),
+        mean=zeros(length + 1),
+        max=zeros(length + 1),
+        logsumexp=zeros(length + 1),
+        expected=zeros(length + 1) if expected else None,
+        soft=zeros(length + 1) if soft else None,
+    )

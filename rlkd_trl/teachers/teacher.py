@@ -1,0 +1,157 @@
+"""A frozen teacher: reads prompts and completions in teacher forcing, returns `TeacherScores`."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
+from rlkd_trl.ops.masking import state_mask
+from rlkd_trl.teachers.scores import TeacherScores, empty_scores
+
+
+class Teacher:
+    """Scores completions token by token.
+
+    The encoder (or a decoder-only model's prompt) is computed once per prompt and shared by its completions, cross-
+    attention keys and values included. Prompts are sorted by length and cut into batches of at most
+    `max_batch_tokens` padded tokens. The LM head is applied to real positions only, in slices.
+
+    Args:
+        model: An encoder-decoder or decoder-only model. It is put in eval mode and its parameters are frozen.
+        processing_class: Its tokenizer.
+        max_prompt_length: Longer prompts are cut at this many tokens; None leaves them whole.
+        max_batch_tokens: Budget of one scoring batch, in tokens of prompts and completions with their padding.
+
+    Raises:
+        InputError: The architecture is not supported (see `Backbone.verify`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        max_prompt_length: int | None = None,
+        max_batch_tokens: int = 16384,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.processing_class = processing_class
+        self.max_prompt_length = max_prompt_length
+        self.max_batch_tokens = max_batch_tokens
+        self.backbone = backbone_of(model)
+        self.backbone.verify()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        **kwargs,
+    ) -> "Teacher":
+        """Loads a teacher from a directory or the Hub; `kwargs` go to the constructor. Raises `InputError`."""
+        tokenizer = load_tokenizer(name_or_path, revision=revision)
+        model = load_model(name_or_path, revision=revision, dtype=dtype)
+        return cls(model.to(device), tokenizer, **kwargs)
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[str],
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+        ended_B: Tensor,
+        *,
+        expected: bool = False,
+        tau: float | None = None,
+    ) -> TeacherScores:
+        """Scores completion b as an answer to `prompts[prompt_index_B[b]]`.
+
+        `expected` and `tau` request `TeacherScores.expected` and `.soft`. The result is on the completions' device.
+        """
+        prompt_ids, _ = tokenize_prompts(
+            self.processing_class, prompts, padding_side=None, max_length=self.max_prompt_length
+        )
+        scores = empty_scores(
+            *completion_ids_BT.shape, expected=expected, soft=tau is not None, device=completion_ids_BT.device
+        )
+        lengths_B = completion_mask_BT.sum(dim=1)
+        members = [torch.nonzero(prompt_index_B == p)[:, 0] for p in range(len(prompts))]
+        for batch in self._batches(prompt_ids, members, lengths_B):
+            rows_b = torch.cat([members[p] for p in batch])
+            index_b = torch.repeat_interleave(
+                torch.arange(len(batch), device=rows_b.device),
+                torch.tensor([len(members[p]) for p in batch], device=rows_b.device),
+            )
+            self._score_batch(
+                [prompt_ids[p] for p in batch],
+                index_b,
+                completion_ids_BT[rows_b],
+                completion_mask_BT[rows_b],
+                ended_B[rows_b],
+                into=scores,
+                rows_b=rows_b,
+                tau=tau,
+            )
+        return scores
+
+    def _batches(self, prompt_ids: list[list[int]], members: list[Tensor], lengths_B: Tensor) -> Iterator[list[int]]:
+        """Prompt indices, sorted by length, cut so that a batch's padded tokens stay within the budget."""
+        completion_tokens = [int(lengths_B[rows].max()) if len(rows) else 0 for rows in members]
+        asked = [p for p in range(len(prompt_ids)) if len(members[p])]
+        batch: list[int] = []
+        for p in sorted(asked, key=lambda p: (len(prompt_ids[p]), completion_tokens[p])):
+            candidate = [*batch, p]
+            source = max(len(prompt_ids[q]) for q in candidate)
+            target = max(completion_tokens[q] for q in candidate)
+            samples = sum(len(members[q]) for q in candidate)
+            if batch and len(candidate) * source + samples * target > self.max_batch_tokens:
+                yield batch
+                candidate = [p]
+            batch = candidate
+        if batch:
+            yield batch
+
+    def _score_batch(self, prompt_ids, index_b, ids_bT, mask_bT, ended_b, *, into, rows_b, tau) -> None:
+        device = self.backbone.device
+        padded = self.processing_class.pad(
+            {"input_ids": prompt_ids}, padding_side=self.backbone.padding_side, return_tensors="pt"
+        )
+        longest = max(1, int(mask_bT.sum(dim=1).max()))
+        ids_bT, mask_bT = ids_bT[:, :longest], mask_bT[:, :longest]
+        states_bT1D = self.backbone.completion_states(
+            padded["input_ids"].to(device),
+            padded["attention_mask"].to(device),
+            ids_bT.to(device),
+            index_b.to(device),
+        )
+        exists_bT1 = state_mask(mask_bT, ended_b)
+        # The state after a truncated completion has no chosen token; any id will do there.
+        chosen_bT1 = torch.cat([ids_bT, torch.zeros_like(ids_bT[:, :1])], dim=1)
+        statistics = map_head_slices(
+            self.backbone.head,
+            states_bT1D[exists_bT1.to(device)],
+            lambda logits, chosen: logit_statistics(logits, chosen, expected=into.expected is not None, tau=tau),
+            chosen_bT1[exists_bT1].to(device),
+            vocab_size=self.backbone.vocab_size,
+        )
+        row_n, position_n = exists_bT1.nonzero(as_tuple=True)
+        names = ("chosen", "mean", "max", "logsumexp", "expected", "soft")
+        for name, value_n in zip(names, statistics, strict=True):
+            if value_n is None:
+                continue
+            value_n = value_n.to(rows_b.device)
+            if name == "chosen":
+                is_token = position_n < longest
+                is_token &= mask_bT[row_n, position_n.clamp(max=longest - 1)]
+                into.chosen[rows_b[row_n[is_token]], position_n[is_token]] = value_n[is_token]
+            else:
+                getattr(into, name)[rows_b[row_n], position_n] = value_n

@@ -1,0 +1,183 @@
+"""Settings of the on-policy trainers: `transformers.TrainingArguments` plus one block per concern.
+
+Names are TRL's where TRL has one. A wrong combination raises `InputError` at construction, before any model is loaded.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from rlkd_trl.errors import InputError
+
+
+@dataclass
+class OnPolicyConfig(TrainingArguments):
+    """What PPO, RLOO and REINFORCE share: sampling, reward shaping, the update's batches.
+
+    A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
+    `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
+    `num_iterations` times; every `gradient_accumulation_steps` micro-batches make one optimizer step.
+    """
+
+    # Defaults of the base class that do not suit this use.
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per device and micro-batch."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: templates and rewards read the data's columns."}
+    )
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to log: none, wandb, ..."})
+
+    # Sampling
+    num_generations: int = field(default=4, metadata={"help": "K, completions sampled per prompt."})
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Student prompts are cut at this many tokens."}
+    )
+    max_completion_length: int = field(default=64, metadata={"help": "T, cap on sampled tokens, EOS included."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; log-probabilities are taken at it too."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
+    top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
+
+    # Reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward; 1.0 each by default."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ of returns and of the teacher-forcing reward."})
+    beta: float = field(
+        default=0.0, metadata={"help": "KL coefficient to the initial policy, per token; 0 loads no reference."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Adapt beta towards this KL, nats per sequence (Ziegler et al. 2019)."}
+    )
+    kl_horizon: float = field(default=10000, metadata={"help": "Adaptive KL: sequences over which beta reacts."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the last token's reward of a truncated completion."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave truncated completions out of the loss instead of bootstrapping."}
+    )
+    teacher_baseline: bool = field(
+        default=True,
+        metadata={"help": "Shape token-level rewards by the teacher's V (same optimum, smaller returns)."},
+    )
+
+    # Update
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches per rollout; gradient_accumulation_steps by default."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (PPO epochs)."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Whiten advantages over the rollout, all devices."}
+    )
+    early_stop_kl: float | None = field(
+        default=None,
+        metadata={"help": "Skip the rest of a rollout's updates once KL(old‖new) per token exceeds this, in nats."},
+    )
+    log_completions: bool = field(default=False, metadata={"help": "Print some completions at every log."})
+    num_completions_to_print: int = field(default=4, metadata={"help": "How many, with log_completions."})
+
+    def __post_init__(self):
+        # Without an accelerator, several processes only synchronise if this is set.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        self._check()
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """P, on each device."""
+        return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+
+    def _check(self) -> None:
+        completions = self.per_device_train_batch_size * self.steps_per_generation
+        if self.num_generations < 1 or completions % self.num_generations:
+            raise InputError(
+                f"A rollout of {completions} completions per device (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} × steps_per_generation {self.steps_per_generation}) is not "
+                f"divisible by num_generations {self.num_generations}."
+            )
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise InputError(
+                f"steps_per_generation {self.steps_per_generation} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}."
+            )
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise InputError(
+                f"top_k={self.top_k}, top_p={self.top_p}: truncated sampling changes the support of the policy as it "
+                "learns, and the ratio of new to old probabilities is then undefined for tokens that leave it. Use "
+                "temperature instead."
+            )
+        if self.gradient_checkpointing:
+            raise InputError(
+                "gradient_checkpointing is not supported: it discards the key/value cache that lets the completions "
+                "of a prompt share its encoder. Use a smaller per_device_train_batch_size with more "
+                "gradient_accumulation_steps."
+            )
+        ranges = {
+            "max_completion_length": self.max_completion_length >= 1,
+            "num_iterations": self.num_iterations >= 1,
+            "temperature": self.temperature > 0,
+            "epsilon": self.epsilon > 0,
+            "gamma": 0 <= self.gamma <= 1,
+            "beta": self.beta >= 0,
+            "kl_horizon": self.kl_horizon > 0,
+        }
+        for name, valid in ranges.items():
+            if not valid:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range.")
+        if self.kl_target is not None and (self.beta == 0 or self.kl_target <= 0):
+            raise InputError("kl_target must be > 0 and adapts beta, so beta must start above 0.")
+
+
+@dataclass
+class PPOKDConfig(OnPolicyConfig):
+    """PPO with GAE and a value head (Schulman et al. 2017), on the teacher's token rewards."""
+
+    normalize_advantages: bool = field(
+        default=True, metadata={"help": "Whiten advantages over the rollout, all devices."}
+    )
+    lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float | None = field(
+        default=None, metadata={"help": "Clip range of the value, in reward units; None does not clip."}
+    )
+    critic: str = field(
+        default="shared",
+        metadata={"help": "'shared': value head on the student's decoder; 'separate': on a copy of the student."},
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        if self.critic not in ("shared", "separate"):
+            raise InputError(f"critic = {self.critic!r}: choose 'shared' or 'separate'.")
+        if not 0 <= self.lam <= 1:
+            raise InputError(f"lam = {self.lam} is out of range: 0 to 1.")
+
+
+@dataclass
+class RLOOKDConfig(OnPolicyConfig):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024), for whole sequences or token by token."""
+
+    level: str = field(
+        default="sequence",
+        metadata={
+            "help": "'sequence': one reward, ratio and clip per completion, as in TRL; 'token': return-to-go of each "
+            "token minus the other completions' at the same position."
+        },
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        if self.level not in ("sequence", "token"):
+            raise InputError(f"level = {self.level!r}: choose 'sequence' or 'token'.")
+        if self.num_generations < 2:
+            raise InputError(
+                f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
+                "each other and needs at least 2."
+            )

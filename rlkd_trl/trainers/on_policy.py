@@ -1,0 +1,430 @@
+"""The on-policy loop under PPO, RLOO and REINFORCE, on `transformers.Trainer`.
+
+    1 sample     K completions per prompt from the student
+    2 score      the teacher reads each completion once, in teacher forcing
+    3 reward     scores to one number per token; KL penalty and truncation penalty
+    4 advantage  each method's own
+    5 update     each method's own loss, over micro-batches and `num_iterations` passes
+
+Steps 1 to 4 make a `Rollout`; step 5 reads it and nothing else.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl.trainer.utils import RepeatSampler, print_prompt_completions_sample
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.evaluate import evaluate_student
+from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.models.vocabulary import check_same_tokenizer
+from rlkd_trl.ops.losses import entropy_bonus
+from rlkd_trl.ops.masking import masked_moments, masked_sum, masked_whiten, pad_columns
+from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, log_likelihood, sequence_sum
+from rlkd_trl.rewards import RewardInputs, RewardModel, RewardResult
+from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
+from rlkd_trl.trainers.config import OnPolicyConfig
+from rlkd_trl.trainers.rollout import Rollout
+
+_STATE_FILE = "on_policy_state.json"
+
+
+@dataclass
+class OnPolicyState:
+    """What the next update depends on, beyond weights and optimizer.
+
+    micro_step: micro-batches seen; it gives the place in the current rollout, and the random numbers of the next.
+    beta: the (adaptive) KL coefficient. stopped: the rest of this rollout's updates are skipped.
+    """
+
+    micro_step: int = 0
+    beta: float = 0.0
+    stopped: bool = False
+    rollout: Rollout | None = None
+    window_tokens: list[Tensor] | None = None
+    window_sequences: list[Tensor] | None = None
+
+
+class OnPolicyTrainer(Trainer):
+    """Base of `PPOKDTrainer`, `RLOOKDTrainer` and `ReinforceKDTrainer`; see the module's five steps.
+
+    Args:
+        model: The student, loaded, or its directory or Hub id.
+        reward_funcs: One reward or several: `TeacherForcingReward(...)`, another `TeacherReward`, a TRL reward
+            function, or a function of `RewardInputs`; or a `RewardModel`. Weights are `args.reward_weights`.
+        args: The method's config.
+        train_dataset: Rows with a column `prompt`: what the student reads. Other columns reach the templates and
+            reward functions.
+        eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
+        processing_class: The student's tokenizer; loaded with the model when that is a name.
+
+    Raises:
+        InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, or bad settings.
+    """
+
+    critic_kind = "none"
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardModel | Callable | Sequence[Callable],
+        args: OnPolicyConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ):
+        self._check_data(train_dataset, args)
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model)
+        if processing_class is None:
+            raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+        self.reward_model = _reward_model(reward_funcs, args.reward_weights)
+        for panel in self.reward_model.panels:
+            for scorer in panel.scorers:
+                check_same_tokenizer(processing_class, scorer.teacher.processing_class)
+        policy = Policy(model, processing_class, temperature=args.temperature, critic=self.critic_kind)
+        self.on_policy_state = OnPolicyState(beta=args.beta)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.sample_table: list[dict[str, object]] = []
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,
+            **kwargs,
+        )
+        # The losses here are already divided by the global count; Trainer must not divide by its own.
+        self.model_accepts_loss_kwargs = False
+        self.reference = None
+        if args.beta > 0:
+            self.reference = frozen_copy(policy, processing_class).to(self.accelerator.device)
+        for panel in self.reward_model.panels:
+            for scorer in panel.scorers:
+                scorer.teacher.model.to(self.accelerator.device)
+
+    # What each method defines
+
+    def advantages(self, rollout: Rollout) -> Rollout:
+        """Step 4: the rollout with `advantages_BT` (and `returns_BT`, with a critic)."""
+        raise NotImplementedError
+
+    def policy_loss(
+        self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Step 5: the loss of one micro-batch, divided by the optimizer step's count of tokens or sequences."""
+        raise NotImplementedError
+
+    # Steps 1 to 4
+
+    @torch.no_grad()
+    def make_rollout(self, rows: list[dict]) -> Rollout:
+        """Samples, scores, rewards and advantages for this device's prompts."""
+        args, seconds = self.args, {}
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+
+        started = time.perf_counter()
+        rollout = self._sample(policy, rows)  # 1 sample
+        seconds["sample"] = time.perf_counter() - started
+
+        started = time.perf_counter()
+        rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
+        inputs = RewardInputs(
+            rows=rows,
+            prompt_index_B=rollout.prompt_index_B,
+            completion_ids_BT=rollout.completion_ids_BT,
+            completion_mask_BT=rollout.completion_mask_BT,
+            ended_B=rollout.ended_B,
+            completions=self._decode(rollout),
+            student_logps_BT=rollout.old_logps_BT,
+        )
+        scores = self.reward_model.score(inputs)  # 2 score
+        seconds["score"] = time.perf_counter() - started
+
+        result = self.reward_model.rewards(inputs, scores)  # 3 reward
+        rewards_BT, kl_BT = result.rewards_BT, None
+        if reference_logps_BT is not None:
+            kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
+            rewards_BT = rewards_BT - self.on_policy_state.beta * kl_BT
+        if args.missing_eos_penalty is not None:
+            rewards_BT = rewards_BT - args.missing_eos_penalty * rollout.truncated_last_token_BT()
+        rollout = rollout.with_(rewards_BT=rewards_BT, potentials_BT1=result.potentials_BT1)
+
+        rollout = self.advantages(rollout)  # 4 advantage
+        if args.normalize_advantages:
+            whitened_BT = masked_whiten(
+                rollout.advantages_BT, rollout.loss_mask_BT, sum_over_ranks=self._sum_over_ranks
+            )
+            rollout = rollout.with_(advantages_BT=whitened_BT)
+
+        self._log_rollout(rollout, result, kl_BT, seconds)
+        self._keep_samples(inputs, result, rollout)
+        return rollout
+
+    def _sample(self, policy: Policy, rows: list[dict]) -> Rollout:
+        args, device = self.args, self.accelerator.device
+        prompt_ids_PS, prompt_mask_PS = tokenize_prompts(
+            self.processing_class,
+            [row["prompt"] for row in rows],
+            padding_side=policy.backbone.padding_side,
+            max_length=args.max_prompt_length,
+        )
+        prompt_ids_PS, prompt_mask_PS = prompt_ids_PS.to(device), prompt_mask_PS.to(device)
+        prompt_index_B = torch.arange(len(rows), device=device).repeat_interleave(args.num_generations)
+        completions = policy.sample(
+            prompt_ids_PS,
+            prompt_mask_PS,
+            prompt_index_B,
+            max_completion_length=args.max_completion_length,
+            uniforms_BT=self._uniforms(len(prompt_index_B)),
+        )
+        return Rollout.of(
+            prompt_ids_PS,
+            prompt_mask_PS,
+            prompt_index_B,
+            completions,
+            mask_truncated=args.mask_truncated_completions,
+        )
+
+    def _uniforms(self, batch_size: int) -> Tensor:
+        """This device's rows of the rollout's random numbers, which depend on the seed and the step only.
+
+        Drawn for the global batch, so that any number of devices samples the same completions, and without any
+        generator state, so that a resumed run does too.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.on_policy_state.micro_step)
+        shape = (batch_size * self.accelerator.num_processes, self.args.max_completion_length)
+        first = batch_size * self.accelerator.process_index
+        return torch.rand(shape, generator=generator)[first : first + batch_size].to(self.accelerator.device)
+
+    def _student_log_probs(self, policy: Policy, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Old log-probabilities and values, and the reference's, from the training forward pass."""
+        size, width = self.args.per_device_train_batch_size, rollout.completion_ids_BT.shape[1]
+        old, reference_logps = [], []
+        for i in range(self.args.steps_per_generation):
+            batch = rollout.micro_batch(i, size)
+            with self.compute_loss_context_manager():
+                old.append(policy(**batch.policy_inputs()))
+                if self.reference is not None:
+                    reference_logps.append(self.reference(**batch.policy_inputs()).logps_BT)
+        rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
+        if old[0].values_BT1 is not None:
+            values_BT1 = pad_columns([output.values_BT1 for output in old], width + 1)
+            rollout = rollout.with_(old_values_BT1=values_BT1)
+        return rollout, pad_columns(reference_logps, width) if reference_logps else None
+
+    # Step 5
+
+    def compute_loss(self, model, inputs: Rollout, return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
+        state, args = self.on_policy_state, self.args
+        window = (state.micro_step % args.steps_per_generation) // args.gradient_accumulation_steps
+        # Gradients are averaged over processes, and Trainer divides by the accumulation steps: undo both.
+        world, accumulation = self.accelerator.num_processes, self.current_gradient_accumulation_steps
+        tokens, sequences = state.window_tokens[window] / world, state.window_sequences[window] / world
+        output = model(**inputs.policy_inputs())
+        loss, metrics = self.policy_loss(inputs, output, tokens=tokens, sequences=sequences)
+        entropy_loss, entropy_metrics = entropy_bonus(output.entropy_BT, inputs.loss_mask_BT, denominator=tokens)
+        if args.entropy_coef:
+            loss = loss + args.entropy_coef * entropy_loss
+        metrics = self._mean_over_ranks({**metrics, **entropy_metrics})
+        if args.early_stop_kl is not None and metrics["approx_kl"] > args.early_stop_kl:
+            state.stopped = True
+        self._record(metrics)
+        return loss * accumulation
+
+    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
+        state, args = self.on_policy_state, self.args
+        passes = args.steps_per_generation * args.num_iterations
+        if state.rollout is None or state.micro_step % passes == 0:
+            state.rollout = self.make_rollout(inputs)
+            state.stopped = False
+            self._count_windows(state.rollout)
+        if state.stopped:
+            # Without gradients the optimizer leaves the weights alone; every process agrees on this.
+            loss = torch.zeros((), device=args.device)
+        else:
+            batch = state.rollout.micro_batch(
+                state.micro_step % args.steps_per_generation, args.per_device_train_batch_size
+            )
+            started = time.perf_counter()
+            loss = super().training_step(model, batch, num_items_in_batch)
+            self._metrics["seconds/update"].append(time.perf_counter() - started)
+        state.micro_step += 1
+        return loss
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # a rollout is made on its device
+
+    def _count_windows(self, rollout: Rollout) -> None:
+        """Tokens and sequences in the loss of each optimizer step, over all processes."""
+        counts_B2 = torch.stack([rollout.loss_mask_BT.sum(dim=1), rollout.loss_mask_BT.any(dim=1)], dim=1).float()
+        windows = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        counts_W2 = self._sum_over_ranks(counts_B2.view(windows, -1, 2).sum(dim=1)).clamp(min=1)
+        self.on_policy_state.window_tokens = list(counts_W2[:, 0])
+        self.on_policy_state.window_sequences = list(counts_W2[:, 1])
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each rollout's prompts, once per micro-batch made from it, whole groups on each device."""
+        args = self.args
+        prompts = args.prompts_per_rollout
+        sampler = RepeatSampler(
+            self.train_dataset,
+            mini_repeat_count=1,
+            batch_size=prompts * self.accelerator.num_processes,
+            repeat_count=args.steps_per_generation * args.num_iterations,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+        loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
+        return self.accelerator.prepare(loader)
+
+    @staticmethod
+    def _check_data(dataset: Dataset, args: OnPolicyConfig) -> None:
+        if "prompt" not in dataset.column_names:
+            raise InputError(
+                f"The training data has no column `prompt`; its columns are: {', '.join(dataset.column_names)}."
+            )
+        needed = args.prompts_per_rollout * args.world_size
+        if len(dataset) < needed:
+            raise InputError(
+                f"A rollout takes {needed} prompts (per_device_train_batch_size {args.per_device_train_batch_size} × "
+                f"steps_per_generation {args.steps_per_generation} × {args.world_size} processes / num_generations "
+                f"{args.num_generations}), but the data has {len(dataset)}."
+            )
+
+    # Logging
+
+    def _log_rollout(self, rollout: Rollout, result: RewardResult, kl_BT: Tensor | None, seconds: dict) -> None:
+        mask_BT, total = rollout.completion_mask_BT, self._sum_over_ranks
+        sequences = total(torch.tensor(float(len(mask_BT)), device=mask_BT.device))
+        tokens = total(mask_BT.sum().float())
+        reward_B = sequence_sum(result.rewards_BT, mask_BT)
+        mean, variance = masked_moments(reward_B, torch.ones_like(reward_B, dtype=torch.bool), sum_over_ranks=total)
+        metrics = {
+            "reward": mean,
+            "reward_std": variance.sqrt(),
+            "completions/mean_length": tokens / sequences,
+            "completions/eos_rate": total(rollout.ended_B.sum().float()) / sequences,
+            "tokens_per_second": tokens / sum(seconds.values()),
+        }
+        for name, term_BT in result.terms.items():
+            metrics[f"rewards/{name}"] = total(masked_sum(term_BT, mask_BT)) / sequences
+        if result.scores is not None:
+            nll_BT = -sum(
+                weight * log_likelihood(score.chosen, score.logsumexp[:, :-1], mask_BT)
+                for weight, score in zip(result.scorer_weights, result.scores, strict=True)
+            )
+            metrics["teacher_nll"] = total(masked_sum(nll_BT, mask_BT)) / tokens
+        if kl_BT is not None:
+            kl = total(masked_sum(kl_BT, mask_BT)) / sequences
+            metrics |= {"kl": kl, "beta": self.on_policy_state.beta}
+            if self.args.kl_target is not None:
+                self.on_policy_state.beta = adaptive_kl_coefficient(
+                    self.on_policy_state.beta,
+                    kl=float(kl),
+                    target=self.args.kl_target,
+                    horizon=self.args.kl_horizon,
+                    num_samples=int(sequences),
+                )
+        self._record(metrics)
+        self._record({f"seconds/{name}": value for name, value in seconds.items()})
+
+    def _keep_samples(self, inputs: RewardInputs, result: RewardResult, rollout: Rollout) -> None:
+        """The first completions of the latest rollout, for the log and the report."""
+        count = min(self.args.num_completions_to_print, len(inputs.completions))
+        self.sample_table = [
+            {
+                "prompt": inputs.column("prompt")[i],
+                "completion": inputs.completions[i],
+                "reward": float(sequence_sum(result.rewards_BT, rollout.completion_mask_BT)[i]),
+                "tokens": int(rollout.completion_mask_BT[i].sum()),
+                "ended": bool(rollout.ended_B[i]),
+            }
+            for i in range(count)
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of everything recorded since the last log."""
+        if "loss" in logs or not any(key.startswith("eval_") for key in logs):
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+        if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
+            print_prompt_completions_sample(
+                [row["prompt"] for row in self.sample_table],
+                [row["completion"] for row in self.sample_table],
+                {"reward": [row["reward"] for row in self.sample_table]},
+                None,
+                self.state.global_step,
+            )
+
+    def _record(self, metrics: dict[str, Tensor | float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        means = self.accelerator.reduce(torch.stack(list(metrics.values())), reduction="mean")
+        return dict(zip(metrics, means.tolist(), strict=True))
+
+    def _decode(self, rollout: Rollout) -> list[str]:
+        rows = zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
+        return self.processing_class.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+
+    # Evaluation and checkpoints
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        result = evaluate_student(
+            policy,
+            self.processing_class,
+            list(dataset),
+            self.reward_model,
+            max_prompt_length=self.args.max_prompt_length,
+            max_completion_length=self.args.max_completion_length,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+        state = {"micro_step": self.on_policy_state.micro_step, "beta": self.on_policy_state.beta}
+        (output_dir / _STATE_FILE).write_text(json.dumps(state))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_pretrained(resume_from_checkpoint)
+        state_file = Path(resume_from_checkpoint) / _STATE_FILE
+        if state_file.is_file():
+            self.on_policy_state = OnPolicyState(**json.loads(state_file.read_text()))
+
+
+def _reward_model(reward_funcs, weights: list[float] | None) -> RewardModel:
+    if isinstance(reward_funcs, RewardModel):
+        return reward_funcs
+    return RewardModel(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs], weights)

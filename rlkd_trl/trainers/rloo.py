@@ -1,0 +1,58 @@
+"""RLOO on the teacher's rewards, for whole sequences or token by token."""
+
+from torch import Tensor
+
+from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
+from rlkd_trl.ops.losses import clipped_policy_loss, clipped_sequence_policy_loss
+from rlkd_trl.ops.rewards import potential_shaping, sequence_sum
+from rlkd_trl.students import PolicyOutput
+from rlkd_trl.trainers.config import RLOOKDConfig
+from rlkd_trl.trainers.on_policy import OnPolicyTrainer
+from rlkd_trl.trainers.rollout import Rollout
+
+
+class RLOOKDTrainer(OnPolicyTrainer):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, "Back to Basics").
+
+    level="sequence" is the paper's method and TRL's: the sum of a completion's rewards minus the mean of the other
+    completions of its prompt, one clipped ratio per completion. level="token" gives each token its return-to-go,
+    shaped by the teacher's V_t, minus the same of the other completions at that position.
+    """
+
+    args: RLOOKDConfig
+
+    def advantages(self, rollout: Rollout) -> Rollout:
+        args, mask_BT = self.args, rollout.completion_mask_BT
+        if args.level == "sequence":
+            advantages_B = leave_one_out(sequence_sum(rollout.rewards_BT, mask_BT), args.num_generations)
+            return rollout.with_(advantages_BT=advantages_B[:, None] * mask_BT)
+        rewards_BT = rollout.rewards_BT
+        if args.teacher_baseline:
+            rewards_BT = potential_shaping(
+                rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
+            )
+        advantages_BT = token_leave_one_out(
+            rewards_BT, mask_BT, num_generations=args.num_generations, gamma=args.gamma
+        )
+        return rollout.with_(advantages_BT=advantages_BT)
+
+    def policy_loss(
+        self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.args.level == "token":
+            return clipped_policy_loss(
+                output.logps_BT,
+                batch.old_logps_BT,
+                batch.advantages_BT,
+                batch.loss_mask_BT,
+                epsilon=self.args.epsilon,
+                denominator=tokens,
+            )
+        return clipped_sequence_policy_loss(
+            output.logps_BT,
+            batch.old_logps_BT,
+            batch.advantages_BT[:, 0],
+            batch.loss_mask_BT,
+            epsilon=self.args.epsilon,
+            denominator=sequences,
+        )

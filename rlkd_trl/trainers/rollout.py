@@ -1,0 +1,94 @@
+"""One rollout: everything the update reads, as tensors, cut into micro-batches by rows."""
+
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from rlkd_trl.models.generation import Completions
+from rlkd_trl.ops.masking import last_token
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = P · K completions of this device's P prompts; the K of a prompt are next to each other.
+
+    loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
+    old_logps_BT, old_values_BT1: of the policy that sampled. The advantage step fills advantages_BT and, with a
+    critic, returns_BT.
+    """
+
+    prompt_ids_PS: Tensor
+    prompt_mask_PS: Tensor
+    prompt_index_B: Tensor
+    completion_ids_BT: Tensor
+    completion_mask_BT: Tensor
+    loss_mask_BT: Tensor
+    ended_B: Tensor
+    old_logps_BT: Tensor | None = None
+    old_values_BT1: Tensor | None = None
+    rewards_BT: Tensor | None = None
+    potentials_BT1: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        prompt_index_B: Tensor,
+        completions: Completions,
+        *,
+        mask_truncated: bool,
+    ) -> "Rollout":
+        mask_BT = completions.mask_BT
+        loss_mask_BT = mask_BT & completions.ended_B[:, None] if mask_truncated else mask_BT
+        return cls(
+            prompt_ids_PS,
+            prompt_mask_PS,
+            prompt_index_B,
+            completions.ids_BT,
+            mask_BT,
+            loss_mask_BT,
+            completions.ended_B,
+        )
+
+    def with_(self, **tensors: Tensor | None) -> "Rollout":
+        """A copy with some fields set."""
+        return replace(self, **tensors)
+
+    def micro_batch(self, index: int, size: int) -> "Rollout":
+        """Rows `index · size` to `(index + 1) · size` with just their prompts, cut to the longest completion."""
+        rows = slice(index * size, (index + 1) * size)
+        prompt_index_b = self.prompt_index_B[rows]
+        first, last = int(prompt_index_b[0]), int(prompt_index_b[-1])
+        longest = int(self.completion_mask_BT[rows].sum(dim=1).max())
+        cut = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None:
+                continue
+            if item.name.startswith("prompt_"):
+                cut[item.name] = value[first : last + 1]
+            elif item.name.endswith("_BT1"):
+                cut[item.name] = value[rows, : longest + 1]
+            elif item.name.endswith("_BT"):
+                cut[item.name] = value[rows, :longest]
+            else:
+                cut[item.name] = value[rows]
+        cut["prompt_index_B"] = prompt_index_b - first
+        return Rollout(**cut)
+
+    def policy_inputs(self) -> dict[str, Tensor]:
+        """What the policy's forward pass takes."""
+        return {
+            "prompt_ids_PS": self.prompt_ids_PS,
+            "prompt_mask_PS": self.prompt_mask_PS,
+            "prompt_index_B": self.prompt_index_B,
+            "completion_ids_BT": self.completion_ids_BT,
+            "completion_mask_BT": self.completion_mask_BT,
+        }
+
+    def truncated_last_token_BT(self) -> Tensor:
+        """True at the last token of each truncated completion."""
+        return last_token(self.completion_mask_BT) & ~self.ended_B[:, None]

@@ -1,0 +1,204 @@
+"""Loading rows from files, directories and the Hub: what works, and what the errors say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+
+from rlkd_trl.data import group_by_source, load_rows
+from rlkd_trl.errors import InputError
+
+E2E = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e"
+ROWS = [{"mr": "name[A]", "ref": "This is A."}, {"mr": "name[B]", "ref": "This is B, not A."}]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def fails(message, dataset, split="train", **kwargs):
+    with pytest.raises(InputError, match=message) as caught:
+        load_rows(str(dataset), split, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+# --- load_rows: what works ---
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path):
+    files = [
+        write(tmp_path / "a.csv", 'mr,ref\nname[A],This is A.\nname[B],"This is B, not A."\n'),
+        write(tmp_path / "a.json", json.dumps(ROWS)),
+        write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        write(tmp_path / "upper.CSV", 'mr,ref\nname[A],This is A.\nname[B],"This is B, not A."\n'),
+        str(tmp_path / "a.parquet"),
+    ]
+    Dataset.from_list(ROWS).to_parquet(files[-1])
+    for file in files:
+        assert load_rows(file).to_list() == ROWS, file
+
+
+def test_slices_of_a_file(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps(ROWS))
+    assert load_rows(file, "train[:1]").to_list() == ROWS[:1]
+
+
+def test_directory_with_a_file_for_each_split(tmp_path):
+    write(tmp_path / "train.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "test.jsonl", json.dumps(ROWS[1]))
+    assert load_rows(str(tmp_path), "train").to_list() == ROWS[:1]
+    assert load_rows(str(tmp_path), "test").to_list() == ROWS[1:]
+    fails(r"`--dataset_split dev` is not in .*; its splits are: train, test\.", tmp_path, "dev")
+
+
+def test_directories_that_save_to_disk_wrote(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "dict")
+    assert load_rows(str(tmp_path / "one")).to_list() == ROWS
+    assert load_rows(str(tmp_path / "dict"), "test").to_list() == ROWS
+    fails(r"`--dataset_split test` is not in .*one; its splits are: train\.", tmp_path / "one", "test")
+    fails(r"`--dataset_split train` is not in .*dict; its splits are: test\.", tmp_path / "dict")
+
+
+def test_changed_content_is_read_anew_even_at_the_same_size(tmp_path):
+    file = write(tmp_path / "a.csv", "mr,ref\na,b\n")
+    assert load_rows(file).to_list() == [{"mr": "a", "ref": "b"}]
+    write(tmp_path / "a.csv", "mr,ref\nc,d\n")
+    assert load_rows(file).to_list() == [{"mr": "c", "ref": "d"}]
+
+
+def test_changed_content_is_read_anew_even_at_the_same_modification_time(tmp_path):
+    """As when archives with fixed times are unpacked one over the other."""
+    file = write(tmp_path / "a.csv", "mr,ref\na,b\n")
+    os.utime(file, (1e9, 1e9))
+    assert load_rows(file)["mr"][:] == ["a"]
+    write(tmp_path / "a.csv", "mr,ref\nc,d\n")
+    os.utime(file, (1e9, 1e9))
+    assert load_rows(file)["mr"][:] == ["c"]
+
+
+def test_progress_bars_are_quiet_for_small_files_and_left_as_they_were(tmp_path, capfd):
+    from datasets.utils import are_progress_bars_disabled
+
+    before = are_progress_bars_disabled()
+    load_rows(write(tmp_path / "a.csv", "mr,ref\na,b\n"))
+    fails("could not be read", write(tmp_path / "b.csv", 'mr,ref\n"a,b\n'))
+    assert are_progress_bars_disabled() == before
+    assert "Generating" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not E2E.is_dir(), reason="the E2E data are not part of the package and not beside it")
+def test_the_e2e_files():
+    for file, rows, inputs in (("train.csv", 4672, 547), ("test.csv", 4693, 630)):
+        loaded = load_rows(str(E2E / file))
+        assert (len(loaded), loaded.column_names) == (rows, ["mr", "ref"])
+        grouped = group_by_source(loaded, "mr", "ref")
+        assert len(grouped) == inputs
+        assert sum(map(len, grouped["references"])) == rows
+    assert grouped[0]["prompt"] == "name[Blue Spice], eatType[coffee shop], area[city centre]"
+    assert grouped[0]["references"] == [
+        "A coffee shop in the city centre area called Blue Spice.",
+        "Blue Spice is a coffee shop in city centre.",
+    ]
+
+
+# --- load_rows: what does not ---
+
+
+def test_missing_file_fails_before_the_network_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked for it"))
+    fails(r"`--dataset .*none\.csv` does not exist; check the path", tmp_path / "none.csv")
+    fails(r"`--dataset none\.jsonl` does not exist", "none.jsonl")
+    fails(r"does not exist; check the path", tmp_path / "no_such_directory")
+
+
+def test_unknown_extension(tmp_path):
+    file = write(tmp_path / "a.txt", "hello\n")
+    fails(r"a\.txt` has an extension that is not known; use one of: \.csv, \.json, \.jsonl, \.parquet\.", file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", r"a\.csv is empty; it needs a header and rows"),
+        ("a.csv", "mr,ref\n", r"a\.csv has no rows in split 'train'; there is nothing to work on"),
+        ("a.json", "[]", r"a\.json has no rows"),
+        ("a.jsonl", "\n\n", r"a\.jsonl has no rows"),
+        ("a.csv", "\n\n", r"a\.csv could not be read: No columns to parse from file"),
+        ("a.csv", 'mr,ref\nx,y\n"z', r"a\.csv could not be read: Error tokenizing data.*EOF inside string"),
+        ("a.csv", "mr,ref\nx,y\na,b,c\n", r"a\.csv could not be read: Error tokenizing.*Expected 2 fields in line 3"),
+        ("a.csv", "mr,ref\na,b,c\n", r"a\.csv has rows with more fields than its header; quote"),
+        ("a.jsonl", '{"a": 1}\n{"a": ', r"a\.jsonl could not be read: JSON parse error"),
+        ("a.json", '[{"a": 1},', r"a\.json could not be read: "),
+        ("a.parquet", "xx", r"a\.parquet could not be read: Parquet file size is 2 bytes"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    fails(message, write(tmp_path / name, content))
+
+
+def test_wrong_encoding(tmp_path):
+    (tmp_path / "a.csv").write_bytes("mr,ref\ncafé,b\n".encode("latin-1"))
+    fails(r"a\.csv could not be read: 'utf-8' codec can't decode byte 0xe9", tmp_path / "a.csv")
+
+
+def test_other_split_of_a_single_file(tmp_path):
+    file = write(tmp_path / "a.csv", "mr,ref\na,b\n")
+    fails(r"`--dataset_split test` is not in .*a\.csv: a single file has the one split 'train'", file, "test")
+    fails(r"has no rows in split 'train\[:0\]'", file, "train[:0]")
+
+
+def test_directory_without_data(tmp_path):
+    fails(r"holds no data files; it needs files of one of: \.csv", tmp_path)
+    write(tmp_path / "notes.foo", "hello")
+    fails(r"holds no data files", tmp_path)
+
+
+def test_hub_errors_say_that_neither_a_path_nor_the_hub_worked(monkeypatch):
+    def unreachable(path, config, *, split, revision):
+        raise ConnectionError("Couldn't reach 'owner/data' on the Hub (Timeout)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = r"`--dataset owner/data` is not a local path and could not be fetched from the Hub: Couldn't reach"
+    fails(message, "owner/data")
+    fails(r"from the Hub at revision v9: Couldn't reach", "owner/data", revision="v9")
+
+
+def test_hub_arguments_and_unknown_split(monkeypatch):
+    def hub(path, config, *, split, revision):
+        assert (path, config, revision) == ("owner/data", "3.0.0", "main")
+        if split == "dev":
+            raise ValueError("Unknown split \"dev\". Should be one of ['train', 'test'].")
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert load_rows("owner/data", "test", revision="main", config="3.0.0").to_list() == ROWS
+    message = r"`--dataset_split dev` is not in owner/data; its splits are: train, test\."
+    fails(message, "owner/data", "dev", revision="main", config="3.0.0")
+
+
+def test_hub_dataset_with_several_configurations_lists_them(monkeypatch):
+    def hub(*args, **kwargs):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['1.0.0', '2.0.0']\n")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    fails(r"`--dataset owner/data` has several configurations; choose one of: 1\.0\.0, 2\.0\.0\.", "owner/data")
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = "import sys, rlkd_trl.data; print(sorted({'datasets', 'transformers', 'torch'} & set(sys.modules)))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,274 @@
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import yaml
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+
+RESULTS = {
+    "student before": {"bleu": 12.3456, "rougeL": 30.0, "reward": -1.5, "loss_of_my_own": 0.25},
+    "teacher": {"bleu": 45.0, "teacher_nll_per_token": 0.71234, "reward": math.nan},
+}
+
+
+def report(path, **changes):
+    """Write a report and return it parsed: the whole file is well-formed XML, so nothing broke out of its place."""
+    arguments = {"title": "A run", "results": RESULTS, "history": [], "samples": [], "config": {}} | changes
+    write_report(path, **arguments)
+    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+
+
+def texts(root, path):
+    return ["".join(element.itertext()) for element in root.findall(path)]
+
+
+def front_matter(card):
+    """The YAML between the two --- lines, and the Markdown after it."""
+    empty, metadata, body = card.split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(metadata), body
+
+
+# --- metrics.json
+
+
+def test_metrics_keep_full_precision_and_order(tmp_path):
+    metrics = {"z": {"bleu": 1 / 3, "n": 7, "ok": True, "name": "größe", "none": None}, "a": [0.1, 2]}
+    write_metrics(tmp_path / "new" / "metrics.json", metrics)
+    text = (tmp_path / "new" / "metrics.json").read_text(encoding="utf-8")
+    assert json.loads(text) == metrics
+    assert list(json.loads(text)) == ["z", "a"]
+    assert '\n  "z": {\n    "bleu": 0.3333333333333333,' in text
+    assert "größe" in text
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_metrics(path, {"a": math.nan, "b": {"c": [1.0, math.inf, -math.inf]}, "d": np.float32("nan")})
+    assert json.loads(path.read_text()) == {"a": None, "b": {"c": [1.0, None, None]}, "d": None}
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_metrics(path, {"a": np.float32(0.5), "b": np.int64(3), "c": np.float64(0.25)})
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": 3, "c": 0.25}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    write_metrics(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_metrics(path, {"a": object()})
+
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("rlkd_trl.evaluation.report.os.replace", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        write_metrics(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+# --- the table
+
+
+def test_the_table_is_aligned_and_shows_what_is_missing():
+    columns = [("bleu", "BLEU", ".2f"), ("reward", "mean reward", ".1f"), ("nowhere", "other", ".1f")]
+    assert comparison_table(RESULTS, columns).splitlines() == [
+        "model            BLEU  mean reward  other",
+        "--------------  -----  -----------  -----",
+        "student before  12.35         -1.5      –",
+        "teacher         45.00            –      –",
+    ]
+
+
+def test_the_default_columns():
+    heading, _, before, teacher = comparison_table(RESULTS).splitlines()
+    position = -1
+    for name in ("BLEU", "ROUGE-L", "teacher NLL/token", "mean reward", "length", "distinct-2"):
+        assert heading.index(name) > position
+        position = heading.index(name)
+    assert before.split() == ["student", "before", "12.35", "30.00", "–", "-1.5000", "–", "–"]
+    assert teacher.split() == ["teacher", "45.00", "–", "0.7123", "–", "–", "–"]
+
+
+def test_a_table_of_nothing_has_its_headings():
+    assert comparison_table({}, [("bleu", "BLEU", ".2f")]).splitlines() == ["model  BLEU", "-----  ----"]
+
+
+# --- report.html
+
+
+def test_the_report_shows_results_samples_and_configuration(tmp_path):
+    samples = [{"source": "a\nb", "completion": "Größe ✓ مرحبا", "reward": 0.123456}, {"source": "c", "extra": None}]
+    root = report(tmp_path / "report.html", samples=samples, config={"lr": 1e-5, "path": tmp_path, "x": math.nan})
+    assert texts(root, ".//h1") == ["A run"]
+    headings = texts(root, ".//table[@class='results']/thead/tr/th")
+    assert headings[:3] == ["model", "BLEU", "ROUGE-L"]
+    assert headings[-1] == "loss_of_my_own"
+    assert texts(root, ".//table[@class='results']/tbody/tr/th") == ["student before", "teacher"]
+    assert texts(root, ".//table[@class='samples']/thead/tr/th") == ["source", "completion", "reward", "extra"]
+    assert texts(root, ".//table[@class='samples']/tbody/tr/td") == [
+        *["a\nb", "Größe ✓ مرحبا", "0.1235", "–"],
+        *["c", "–", "–", "–"],
+    ]
+    assert json.loads(texts(root, ".//details/pre")[0]) == {"lr": 1e-5, "path": str(tmp_path), "x": None}
+
+
+def test_everything_is_escaped(tmp_path):
+    attack = """</pre></title><script>alert("1")</script><img src='x' onerror=alert(1)>&amp;"""
+    history = [{"step": 1, attack: 1.0}, {"step": 2, attack: 2.0}, {"step": 2, attack + "constant": 2.0}]
+    root = report(
+        tmp_path / "report.html",
+        title=attack,
+        results={attack: {attack: 1.0}},
+        history=history,
+        samples=[{attack: attack}],
+        config={attack: attack},
+    )
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "<img" not in text
+    assert "&lt;script&gt;" in text
+    for path in ("./head/title", ".//h1", ".//table[@class='samples']//td", ".//tbody/tr/th", ".//svg/title"):
+        assert attack in texts(root, path)
+
+
+def test_the_report_needs_no_network_and_no_script(tmp_path):
+    history = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    report(tmp_path / "report.html", history=history)
+    text = (tmp_path / "report.html").read_text()
+    for forbidden in ("http://", "https://", "<script", "<link", "src=", "url(", "@import"):
+        assert forbidden not in text
+
+
+def test_control_characters_and_lone_surrogates_can_be_written(tmp_path):
+    root = report(tmp_path / "report.html", samples=[{"completion": "a\x00b\x1bc\ud800d\te"}])
+    assert texts(root, ".//table[@class='samples']//td") == ["a\ufffdb\ufffdc\\ud800d\te"]
+
+
+def test_a_chart_for_every_number_that_varies(tmp_path):
+    history = [
+        {"step": 10, "epoch": 0.1, "loss": 3.0, "lr": 1e-5, "note": "text", "flag": True, "eval_runtime": 1.0},
+        {"step": 10, "eval_reward": -2.0},
+        {"step": 30, "epoch": 0.3, "loss": 1.0, "lr": 1e-5, "note": "more", "flag": False, "eval_runtime": 2.0},
+        {"step": 20, "eval_reward": 0.5},
+        {"train_loss": 1.0},
+    ]
+    root = report(tmp_path / "report.html", history=history)
+    assert texts(root, ".//svg/title") == ["loss", "eval_reward"]
+    assert texts(root, ".//svg/desc")[0] == "From 3 to 1 over steps 10 to 30; lowest 1, highest 3."
+    assert texts(root, ".//main/p")[0] == "Logged, and did not vary: lr = 1e-05."
+    # Each chart is named by its own title and description.
+    ids = {element.get("id") for element in root.iter() if element.get("id")}
+    labels = [label for svg in root.iter("svg") for label in svg.get("aria-labelledby").split()]
+    assert sorted(labels) == sorted(ids) and len(ids) == 4
+
+
+def points_of(root):
+    return [
+        [tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in root.iter("polyline")
+    ]
+
+
+def test_the_line_goes_where_the_numbers_are(tmp_path):
+    # Steps 0, 1, 4 and values 0, 4, 1: across, the middle point lies at a quarter; up, the last lies at a quarter.
+    history = [{"step": 0, "a": 0.0}, {"step": 1, "a": 4.0}, {"step": 4, "a": 1.0}]
+    [[first, middle, last]] = points_of(report(tmp_path / "report.html", history=history))
+    assert middle[0] - first[0] == pytest.approx((last[0] - first[0]) / 4, abs=0.1)
+    assert first[1] - last[1] == pytest.approx((first[1] - middle[1]) / 4, abs=0.1)
+    assert middle[1] < last[1] < first[1]  # SVG counts downwards
+
+
+def test_nan_is_a_gap_in_the_line(tmp_path):
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 4.0, 5.0, 6.0]
+    history = [{"step": step, "a": value, "never": math.nan, "same": 2.0} for step, value in enumerate(values)]
+    root = report(tmp_path / "report.html", history=history)
+    assert [len(run) for run in points_of(root)] == [2, 3]
+    assert len(list(root.iter("circle"))) == 1  # the lone 3.0
+    assert texts(root, ".//main/p")[0] == "Logged, and did not vary: never (never finite); same = 2."
+    for element in root.find(".//svg").iter():
+        assert not any(value in ("nan", "inf") for value in element.attrib.values())
+
+
+def test_values_that_differ_at_one_step_only(tmp_path):
+    root = report(tmp_path / "report.html", history=[{"step": 5, "a": 1.0}, {"step": 5, "a": 2.0}])
+    [[first, last]] = points_of(root)
+    assert first[0] == last[0]
+
+
+def test_a_report_of_nothing(tmp_path):
+    root = report(tmp_path / "report.html", results={})
+    assert list(root.iter("svg")) == []
+    assert texts(root, ".//main/p") == ["Nothing was logged.", "No samples were given."]
+
+
+# --- the model card
+
+
+def model_card(path, **changes):
+    arguments = {
+        "title": "T5-base, distilled",
+        "results": RESULTS,
+        "method": "PPO on the teacher-forcing reward",
+        "teacher": "bigscience/T0_3B",
+        "student": "google-t5/t5-base",
+        "dataset": "owner/texts",
+    }
+    write_model_card(path, **(arguments | changes))
+    return front_matter(path.read_text(encoding="utf-8"))
+
+
+def test_the_model_card(tmp_path):
+    metadata, body = model_card(tmp_path / "README.md", command="python recipes/ppo_kd.py \\\n  --seed 1")
+    assert metadata["library_name"] == "transformers"
+    assert metadata["base_model"] == "google-t5/t5-base"
+    assert metadata["datasets"] == ["owner/texts"]
+    assert {"rlkd_trl", "knowledge-distillation"} <= set(metadata["tags"])
+    assert "license" not in metadata
+    assert "\n# T5-base, distilled\n" in body
+    assert "`bigscience/T0_3B`" in body
+    assert "| teacher | 45.00 | – | 0.7123 | – | – | – |\n" in body
+    assert "AutoModelForSeq2SeqLM.from_pretrained(" in body
+    assert "```bash\npython recipes/ppo_kd.py \\\n  --seed 1\n```" in body
+
+
+def test_the_model_card_of_a_decoder_only_student(tmp_path):
+    _, body = model_card(tmp_path / "README.md", auto_class="AutoModelForCausalLM")
+    assert "AutoModelForCausalLM.from_pretrained(" in body
+    assert "Seq2Seq" not in body
+    assert "How it was trained" not in body
+    with pytest.raises(InputError, match="AutoModelForVision"):
+        model_card(tmp_path / "README.md", auto_class="AutoModelForVision")
+
+
+@pytest.mark.parametrize("name", ["t5-base", "./out/student", "/data/student", "a/b/c", "x: y", "a/b\nlicense: mit"])
+def test_only_hub_ids_are_stated_as_metadata(tmp_path, name):
+    metadata, _ = model_card(tmp_path / "README.md", student=name, dataset=name)
+    assert set(metadata) == {"library_name", "tags"}
+
+
+def test_a_local_folder_that_looks_like_a_hub_id_is_not_one(tmp_path, monkeypatch):
+    (tmp_path / "out" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    metadata, _ = model_card(tmp_path / "README.md", student="out/student")
+    assert "base_model" not in metadata
+
+
+def test_text_cannot_leave_its_place_in_the_model_card(tmp_path):
+    metadata, body = model_card(
+        tmp_path / "README.md",
+        title="Größe\n---\nlicense: mit",
+        results={"a|b\n# c <b>": {"bleu": 1.0}},
+        teacher="x`y",
+        command="echo '```'\n# <b>",
+    )
+    assert "license" not in metadata
+    assert "# Größe --- license: mit\n" in body
+    assert "| a\\|b # c &lt;b&gt; | 1.00 |" in body
+    assert "`` x`y ``" in body
+    assert "````bash\necho '```'\n# <b>\n````" in body

@@ -1,0 +1,258 @@
+import math
+
+import pytest
+import torch
+
+from rlkd_trl.ops.advantages import explained_variance, gae, leave_one_out, return_to_go, token_leave_one_out
+from rlkd_trl.ops.rewards import potential_shaping
+from tests.ops.ragged_batches import (
+    DTYPES,
+    POISONS,
+    SEEDS,
+    assert_matches,
+    assert_padding_is_ignored,
+    normal,
+    ragged_batch,
+)
+
+
+def random_episodes(seed, dtype=torch.float64, T=6):
+    """A ragged batch with rewards `[B, T]` and values `[B, T+1]`: random everywhere, behind the mask too."""
+    batch = ragged_batch(seed, T)
+    B = len(batch.lengths)
+    return batch, normal(B, T, seed=seed + 10, dtype=dtype), normal(B, T + 1, seed=seed + 20, dtype=dtype) + 2
+
+
+def returns_by_loop(rewards, length, gamma):
+    return [math.fsum(gamma ** (u - t) * rewards[u] for u in range(t, length)) for t in range(length)]
+
+
+def padded(rows, T):
+    return [row + [0.0] * (T - len(row)) for row in rows]
+
+
+# ---- return-to-go
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_return_to_go_matches_the_loop(seed, gamma, dtype):
+    batch, rewards_BT, _ = random_episodes(seed, dtype)
+    rows = [returns_by_loop(rewards_BT[i].tolist(), length, gamma) for i, length, _ in batch.rows]
+    assert_matches(return_to_go(rewards_BT, batch.mask_BT, gamma=gamma), padded(rows, 6), dtype)
+
+
+def test_return_to_go_by_hand():
+    # γ = ½: G_3 = 4, G_2 = 2 + ½·4 = 4, G_1 = 1 + ½·4 = 3; γ = 1 by default: 4, 6, 7
+    rewards_BT, mask_BT = torch.tensor([[1.0, 2.0, 4.0, 9.0]]), torch.tensor([[True, True, True, False]])
+    assert return_to_go(rewards_BT, mask_BT, gamma=0.5).tolist() == [[3.0, 4.0, 4.0, 0.0]]
+    assert return_to_go(rewards_BT, mask_BT).tolist() == [[7.0, 6.0, 4.0, 0.0]]
+
+
+# ---- GAE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (0.9, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_matches_the_sum_in_the_paper(seed, gamma, lam, dtype):
+    """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t, over the tokens of the completion."""
+    batch, rewards_BT, values_BT1 = random_episodes(seed, dtype)
+    rows = []
+    for i, length, ended in batch.rows:
+        rewards, values = rewards_BT[i].tolist(), values_BT1[i].tolist()
+        if ended:
+            values[length] = 0.0
+        delta = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(length)]
+        rows.append([math.fsum((gamma * lam) ** (u - t) * delta[u] for u in range(t, length)) for t in range(length)])
+    advantages_BT = gae(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B, gamma=gamma, lam=lam)
+    assert_matches(advantages_BT, padded(rows, 6), dtype)
+
+
+def test_gae_by_hand():
+    # γ = ½, λ = ½, r = (1, 2), V = (4, 8, 16); γλ = ¼
+    rewards_BT, values_BT1 = torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[4.0, 8.0, 16.0]] * 3)
+    mask_BT = torch.tensor([[True, True], [True, True], [True, False]])
+    ended_B = torch.tensor([True, False, True])
+    expected = [
+        # ended:     δ_2 = 2 + 0 − 8 = −6;         δ_1 = 1 + ½·8 − 4 = 1;  A_1 = 1 + ¼·(−6) = −0.5
+        [-0.5, -6.0],
+        # truncated: δ_2 = 2 + ½·16 − 8 = 2;       δ_1 = 1;                A_1 = 1 + ¼·2 = 1.5
+        [1.5, 2.0],
+        # one token and ended: δ_1 = 1 + 0 − 4 = −3
+        [-3.0, 0.0],
+    ]
+    assert gae(rewards_BT, values_BT1, mask_BT, ended_B, gamma=0.5, lam=0.5).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_with_lambda_one_is_the_return_minus_the_value(seed):
+    batch, rewards_BT, values_BT1 = random_episodes(seed)
+    advantages_BT = gae(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B, gamma=1.0, lam=1.0)
+    for i, length, ended in batch.rows:
+        bootstrap = 0.0 if ended else values_BT1[i, length].item()
+        for t in range(length):
+            expected = rewards_BT[i, t:length].sum().item() + bootstrap - values_BT1[i, t].item()
+            assert advantages_BT[i, t].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_with_lambda_zero_is_the_one_step_error(seed):
+    batch, rewards_BT, values_BT1 = random_episodes(seed)
+    advantages_BT = gae(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B, gamma=0.9, lam=0.0)
+    one_step_BT = potential_shaping(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B, gamma=0.9)
+    torch.testing.assert_close(advantages_BT, one_step_BT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shaped_rewards_with_values_are_raw_rewards_with_values_plus_potentials(seed, gamma, lam):
+    """r + γΦ' − Φ + γV' − V = r + γ(V + Φ)' − (V + Φ): every δ, and so every advantage, is the same."""
+    batch, rewards_BT, values_BT1 = random_episodes(seed)
+    potentials_BT1 = normal(*values_BT1.shape, seed=seed + 30, dtype=torch.float64)
+    shaped_BT = potential_shaping(rewards_BT, potentials_BT1, batch.mask_BT, batch.ended_B, gamma=gamma)
+    torch.testing.assert_close(
+        gae(shaped_BT, values_BT1, batch.mask_BT, batch.ended_B, gamma=gamma, lam=lam),
+        gae(rewards_BT, values_BT1 + potentials_BT1, batch.mask_BT, batch.ended_B, gamma=gamma, lam=lam),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+# ---- leave-one-out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(12,), (12, 3)])
+@pytest.mark.parametrize("K", [2, 3, 4, 12])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_leave_one_out_matches_the_loop(seed, K, shape, dtype):
+    scores = normal(*shape, seed=seed, dtype=dtype)
+    advantages = leave_one_out(scores, K)
+    assert advantages.shape == scores.shape
+    numbers = scores.view(12, -1).tolist()
+    expected = []
+    for i in range(12):
+        others = [j for j in range(12) if j // K == i // K and j != i]
+        expected.append(
+            [score - math.fsum(numbers[j][c] for j in others) / (K - 1) for c, score in enumerate(numbers[i])]
+        )
+    assert_matches(advantages.view(12, -1), expected, dtype)
+    torch.testing.assert_close(
+        advantages.view(12 // K, K, -1).sum(dim=1), torch.zeros(12 // K, *advantages.view(12, -1).shape[1:]).to(dtype)
+    )
+
+
+def test_leave_one_out_by_hand():
+    # prompt 1: 1 − (2 + 6)/2 = −3, 2 − (1 + 6)/2 = −1.5, 6 − (1 + 2)/2 = 4.5; prompt 2: all equal, 0
+    assert leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3).tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
+    # K = 2 is antisymmetric: ±(R_1 − R_2), not half of it; neighbours belong together
+    assert leave_one_out(torch.tensor([1.0, 4.0, 10.0, 30.0]), 2).tolist() == [-3.0, 3.0, -20.0, 20.0]
+
+
+@pytest.mark.parametrize(("num_samples", "K"), [(4, 1), (4, 0), (4, -2), (5, 2), (2, 4)])
+def test_leave_one_out_refuses_what_it_cannot_do(num_samples, K):
+    for function in (
+        lambda: leave_one_out(torch.zeros(num_samples), K),
+        lambda: token_leave_one_out(
+            torch.zeros(num_samples, 2), torch.ones(num_samples, 2, dtype=torch.bool), num_generations=K
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{num_samples} samples in groups of {K}"):
+            function()
+
+
+def test_token_leave_one_out_by_hand():
+    rewards_BT = torch.tensor([[1.0, 2.0, 4.0], [8.0, 5.0, 5.0], [1.0, 1.0, 7.0]])
+    mask_BT = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    # returns-to-go, 0 once a completion is over: (7, 6, 4), (8, 0, 0), (2, 1, 0)
+    # sample 1: 7 − (8 + 2)/2 = 2,    6 − (0 + 1)/2 = 5.5,  4 − 0 = 4
+    # sample 2: 8 − (7 + 2)/2 = 3.5
+    # sample 3: 2 − (7 + 8)/2 = −5.5, 1 − (6 + 0)/2 = −2
+    expected = [[2.0, 5.5, 4.0], [3.5, 0.0, 0.0], [-5.5, -2.0, 0.0]]
+    assert token_leave_one_out(rewards_BT, mask_BT, num_generations=3).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_token_leave_one_out_matches_the_loop(seed, K, gamma, dtype):
+    batch, rewards_BT, _ = random_episodes(seed, dtype)
+    returns = padded([returns_by_loop(rewards_BT[i].tolist(), length, gamma) for i, length, _ in batch.rows], T=6)
+    expected = []
+    for i, length, _ in batch.rows:
+        others = [j for j in range(8) if j // K == i // K and j != i]
+        expected.append([returns[i][t] - math.fsum(returns[j][t] for j in others) / (K - 1) for t in range(length)])
+    advantages_BT = token_leave_one_out(rewards_BT, batch.mask_BT, num_generations=K, gamma=gamma)
+    assert_matches(advantages_BT, padded(expected, 6), dtype)
+
+
+# ---- explained variance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_explained_variance_matches_the_loop(seed, dtype):
+    batch, targets_BT, noise_BT1 = random_episodes(seed, dtype)
+    predictions_BT = targets_BT + 0.5 * noise_BT1[:, 1:]
+
+    def variance(numbers):
+        mean = math.fsum(numbers) / len(numbers)
+        return math.fsum((number - mean) ** 2 for number in numbers) / len(numbers)
+
+    targets, predictions = targets_BT[batch.mask_BT].tolist(), predictions_BT[batch.mask_BT].tolist()
+    residuals = [target - prediction for target, prediction in zip(targets, predictions, strict=True)]
+    expected = 1 - variance(residuals) / variance(targets)
+    assert 0 < expected < 0.95
+    assert_matches(explained_variance(predictions_BT, targets_BT, batch.mask_BT), expected, dtype)
+
+
+def test_explained_variance_by_hand():
+    targets_BT, mask_BT = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
+
+    def of(*predictions):
+        return explained_variance(torch.tensor([predictions]), targets_BT, mask_BT).item()
+
+    assert of(1.0, 3.0, 0.0) == 1.0  # perfect
+    assert of(6.0, 8.0, 0.0) == 1.0  # perfect but for a constant: the variance of the error is 0
+    assert of(2.0, 2.0, 0.0) == 0.0  # constant
+    assert of(1.5, 2.5, 0.0) == 0.75  # error (−½, ½): variance ¼ of 1
+    assert of(3.0, 1.0, 0.0) == -3.0  # anticorrelated: error (−2, 2), variance 4 of 1
+
+
+# ---- poisoned padding
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda r, v, mask, ended: return_to_go(r, mask, gamma=0.9),
+        lambda r, v, mask, ended: gae(r, v, mask, ended, gamma=0.9, lam=0.8),
+        lambda r, v, mask, ended: gae(r, v, mask, ended, gamma=1.0, lam=1.0),
+        lambda r, v, mask, ended: token_leave_one_out(r, mask, num_generations=4),
+    ],
+    ids=["return-to-go", "gae", "gae-undiscounted", "token-leave-one-out"],
+)
+def test_padding_is_ignored(function, poison):
+    """The value after EOS counts as padding: 0 by definition, whatever the critic says there."""
+    batch, rewards_BT, values_BT1 = random_episodes(0, torch.float32)
+    assert_padding_is_ignored(
+        lambda rewards_BT, values_BT1: function(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B),
+        (rewards_BT, batch.mask_BT),
+        (values_BT1, batch.has_value_BT1),
+        poison=poison,
+    )
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_padding_is_ignored_in_explained_variance(poison):
+    mask_BT = ragged_batch(0).mask_BT
+    assert_padding_is_ignored(
+        lambda predictions_BT, targets_BT: explained_variance(predictions_BT, targets_BT, mask_BT),
+        (normal(8, 6, seed=0), mask_BT),
+        (normal(8, 6, seed=1), mask_BT),
+        poison=poison,
+    )

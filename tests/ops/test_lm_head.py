@@ -1,0 +1,361 @@
+import math
+
+import pytest
+import torch
+
+from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, token_log_probs
+from tests.ops.ragged_batches import SEEDS, assert_matches, normal
+
+N, V, D = 9, 13, 5
+
+
+def random_logits(seed, scale=3.0):
+    """Logits `[N, V]` off centre by −4, and chosen ids `[N]`."""
+    chosen_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(seed))
+    return normal(N, V, seed=seed, scale=scale) - 4, chosen_N
+
+
+def logsumexp_by_loop(z):
+    largest = max(z)
+    return largest + math.log(math.fsum(math.exp(z_v - largest) for z_v in z))
+
+
+def softmax_by_loop(z):
+    logsumexp = logsumexp_by_loop(z)
+    return [math.exp(z_v - logsumexp) for z_v in z]
+
+
+def entropy_by_loop(p):
+    return -math.fsum(p_v * math.log(p_v) for p_v in p)
+
+
+# ---- logit statistics
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 4.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logit_statistics_match_the_loop(seed, tau):
+    logits_NV, chosen_N = random_logits(seed)
+    statistics = logit_statistics(logits_NV, chosen_N, expected=True, tau=tau)
+    rows = logits_NV.tolist()
+    assert_matches(statistics.chosen, [z[y] for z, y in zip(rows, chosen_N.tolist(), strict=True)], torch.float32)
+    assert_matches(statistics.mean, [math.fsum(z) / V for z in rows], torch.float32)
+    assert_matches(statistics.max, [max(z) for z in rows], torch.float32)
+    assert_matches(statistics.logsumexp, [logsumexp_by_loop(z) for z in rows], torch.float32)
+    expected = [math.fsum(p_v * z_v for p_v, z_v in zip(softmax_by_loop(z), z, strict=True)) for z in rows]
+    assert_matches(statistics.expected, expected, torch.float32)
+    soft = [tau * logsumexp_by_loop([z_v / tau for z_v in z]) for z in rows]
+    assert_matches(statistics.soft, soft, torch.float32)
+
+
+def test_logit_statistics_by_hand():
+    # z = (0, ln 3), the second chosen: Σ exp z = 1 + 3, p = (¼, ¾), Σ p z = ¾ ln 3
+    # τ = ½: ½ ln(exp 0 + exp(2 ln 3)) = ½ ln(1 + 9)
+    ln3 = math.log(3)
+    statistics = logit_statistics(torch.tensor([[0.0, ln3]]), torch.tensor([1]), expected=True, tau=0.5)
+    expected = [ln3, ln3 / 2, ln3, math.log(4), 0.75 * ln3, 0.5 * math.log(10)]
+    assert_matches(torch.cat(list(statistics)), expected, torch.float32)
+
+
+def test_expected_and_soft_only_on_request():
+    logits_NV, chosen_N = random_logits(0)
+    assert logit_statistics(logits_NV, chosen_N)[4:] == (None, None)
+    assert logit_statistics(logits_NV, chosen_N, expected=True).soft is None
+    assert logit_statistics(logits_NV, chosen_N, tau=1.0).expected is None
+
+
+def test_the_values_of_a_state_are_ordered():
+    """mean ≤ expected ≤ max ≤ soft, and soft tends to max as τ → 0."""
+    logits_NV, chosen_N = random_logits(0)
+    statistics = logit_statistics(logits_NV, chosen_N, expected=True, tau=1.0)
+    assert (statistics.mean < statistics.expected).all() and (statistics.expected < statistics.max).all()
+    assert (statistics.max < statistics.soft).all()
+    torch.testing.assert_close(logit_statistics(logits_NV, chosen_N, tau=1e-3).soft, statistics.max)
+
+
+def test_gradients_of_the_logit_statistics():
+    logits_NV, chosen_N = random_logits(1)
+    logits_NV.requires_grad_()
+    tau = 2.0
+    statistics = logit_statistics(logits_NV, chosen_N, expected=True, tau=tau)
+    found = [torch.autograd.grad(statistic.sum(), logits_NV, retain_graph=True)[0] for statistic in statistics]
+    z = logits_NV.detach().double()
+    p = z.softmax(-1)
+    expected = [
+        torch.nn.functional.one_hot(chosen_N, V).double(),
+        torch.full_like(z, 1 / V),
+        torch.nn.functional.one_hot(z.argmax(-1), V).double(),
+        p,
+        p * (1 + z - (p * z).sum(-1, keepdim=True)),  # d/dz_u Σ p_v z_v = p_u + p_u (z_u − Σ p_v z_v)
+        (z / tau).softmax(-1),
+    ]
+    for found_NV, expected_NV in zip(found, expected, strict=True):
+        torch.testing.assert_close(found_NV.double(), expected_NV, rtol=1e-5, atol=1e-5)
+
+
+# ---- token log-probs
+
+FORBIDDEN_IDS = [0, 7, 12]
+
+
+def forbidden_mask():
+    forbidden_V = torch.zeros(V, dtype=torch.bool)
+    forbidden_V[FORBIDDEN_IDS] = True
+    return forbidden_V
+
+
+@pytest.mark.parametrize("forbid", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_token_log_probs_match_the_softmax_over_the_allowed_ids(seed, temperature, forbid):
+    logits_NV, _ = random_logits(seed)
+    allowed = [v for v in range(V) if not (forbid and v in FORBIDDEN_IDS)]
+    chosen = [allowed[(3 * i + seed) % len(allowed)] for i in range(N)]
+    result = token_log_probs(
+        logits_NV,
+        torch.tensor(chosen),
+        temperature=temperature,
+        forbidden_V=forbidden_mask() if forbid else None,
+    )
+    policies = [softmax_by_loop([z[v] / temperature for v in allowed]) for z in logits_NV.tolist()]
+    expected = [math.log(p[allowed.index(y)]) for p, y in zip(policies, chosen, strict=True)]
+    assert_matches(result.logps, expected, torch.float32)
+    assert_matches(result.entropy, [entropy_by_loop(p) for p in policies], torch.float32)
+
+
+def test_token_log_probs_by_hand():
+    # z = (ln 9, 0, 5), the third forbidden. Temperature 1: p = (9, 1)/10. Temperature 2: √9 = 3, p = (3, 1)/4.
+    logits_NV, forbidden_V = torch.tensor([[math.log(9), 0.0, 5.0]]), torch.tensor([False, False, True])
+    for temperature, p in ((1.0, 0.9), (2.0, 0.75)):
+        result = token_log_probs(logits_NV, torch.tensor([0]), temperature=temperature, forbidden_V=forbidden_V)
+        assert_matches(result.logps, [math.log(p)], torch.float32)
+        assert_matches(result.entropy, [-p * math.log(p) - (1 - p) * math.log(1 - p)], torch.float32)
+
+
+def test_a_forbidden_id_has_a_finite_and_vanishing_probability():
+    logits_NV, _ = random_logits(0)
+    logps_N, entropy_N = token_log_probs(logits_NV, torch.full((N,), 7), forbidden_V=forbidden_mask())
+    assert logps_N.isfinite().all() and (logps_N < -1e38).all()
+    assert entropy_N.isfinite().all()
+
+
+def test_one_allowed_id_leaves_no_choice():
+    forbidden_V = torch.ones(V, dtype=torch.bool)
+    forbidden_V[3] = False
+    logits_NV, _ = random_logits(0)
+    logps_N, entropy_N = token_log_probs(logits_NV, torch.full((N,), 3), forbidden_V=forbidden_V)
+    assert logps_N.tolist() == entropy_N.tolist() == [0.0] * N
+
+
+@pytest.mark.parametrize("forbid", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gradients_of_log_probs_and_entropy(seed, temperature, forbid):
+    """d log π(y) / dz_v = (1[v = y] − π_v) / T; dH / dz_v = −π_v (log π_v + H) / T; 0 for forbidden ids."""
+    logits_NV, _ = random_logits(seed)
+    logits_NV.requires_grad_()
+    chosen_N = torch.arange(1, N + 1) % 6 + 1  # 1 .. 6, none of them forbidden
+    forbidden_V = forbidden_mask() if forbid else torch.zeros(V, dtype=torch.bool)
+    result = token_log_probs(logits_NV, chosen_N, temperature=temperature, forbidden_V=forbidden_V if forbid else None)
+
+    p = (logits_NV.detach().double() / temperature).exp() * ~forbidden_V
+    p = p / p.sum(-1, keepdim=True)
+    log_p = torch.where(forbidden_V, 0.0, p.log())
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    chosen_NV = torch.nn.functional.one_hot(chosen_N, V)
+
+    found, expected = torch.autograd.grad(result.logps.sum(), logits_NV, retain_graph=True)[0], (chosen_NV - p)
+    torch.testing.assert_close(found.double(), expected / temperature, rtol=1e-5, atol=1e-6)
+    found, expected = torch.autograd.grad(result.entropy.sum(), logits_NV)[0], -p * (log_p + entropy)
+    torch.testing.assert_close(found.double(), expected / temperature, rtol=1e-5, atol=5e-6)
+    assert (found[:, forbidden_V] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.01, -1.0, 3.0, 65536.0])
+def test_the_entropy_gradient_scales_with_a_loss_scale(scale):
+    """A loss multiplied up (loss scaling, a sum over many tokens) must not overflow at the forbidden ids."""
+    logits_NV, chosen_N = random_logits(0)
+    gradients = []
+    for factor in (1.0, scale):
+        logits_NV = logits_NV.detach().requires_grad_()
+        entropy_N = token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_mask()).entropy
+        gradients.append(torch.autograd.grad(factor * entropy_N.sum(), logits_NV)[0])
+    assert gradients[1].isfinite().all()
+    torch.testing.assert_close(gradients[1] / scale, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [100.0, -100.0])
+def test_log_probs_and_entropy_do_not_change_with_a_constant(offset):
+    # Logits near 100 are 8e-6 apart in float32, which is the error to expect in each of a few additions.
+    logits_NV, chosen_N = random_logits(0)
+    plain, shifted = (token_log_probs(z, chosen_N) for z in (logits_NV, logits_NV + offset))
+    for plain_N, shifted_N in zip(plain, shifted, strict=True):
+        torch.testing.assert_close(shifted_N, plain_N, rtol=0, atol=1e-4)
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_upcast_before_any_statistic(dtype):
+    """bf16 holds 8 bits: a sum, a quotient or a logsumexp taken in it is off in the third digit."""
+    logits_NV = normal(6, 500, seed=0, scale=4.0).to(dtype)
+    chosen_N = torch.arange(6)
+    rows, temperature = logits_NV.double().tolist(), 0.7
+    logsumexp = [logsumexp_by_loop(z) for z in rows]
+
+    # The trap is real: taken in the logits' own dtype, the same statistic is far outside the tolerance below.
+    in_own_dtype_N = logits_NV.logsumexp(-1).double()
+    assert (in_own_dtype_N - torch.tensor(logsumexp)).abs().max() > 1e-3
+
+    statistics = logit_statistics(logits_NV, chosen_N, expected=True, tau=temperature)
+    assert all(statistic.dtype == torch.float32 for statistic in statistics)
+    assert_matches(statistics.logsumexp, logsumexp)
+    assert_matches(statistics.mean, [math.fsum(z) / 500 for z in rows])
+    expected = [math.fsum(p_v * z_v for p_v, z_v in zip(softmax_by_loop(z), z, strict=True)) for z in rows]
+    assert_matches(statistics.expected, expected)
+    soft = [temperature * logsumexp_by_loop([z_v / temperature for z_v in z]) for z in rows]
+    assert_matches(statistics.soft, soft)
+
+    result = token_log_probs(logits_NV, chosen_N, temperature=temperature)
+    policies = [softmax_by_loop([z_v / temperature for z_v in z]) for z in rows]
+    assert_matches(result.logps, [math.log(p[i]) for i, p in enumerate(policies)], torch.float32)
+    assert_matches(result.entropy, [entropy_by_loop(p) for p in policies], torch.float32)
+
+
+# ---- slices
+
+
+class CountingHead:
+    """A linear LM head that notes how many positions it is given at a time."""
+
+    def __init__(self, seed=0, dtype=torch.float32):
+        self.weight_VD = normal(V, D, seed=seed).to(dtype).requires_grad_()
+        self.calls = []
+
+    def __call__(self, hidden_nD):
+        self.calls.append(hidden_nD.shape[0])
+        return hidden_nD @ self.weight_VD.T
+
+
+def all_statistics(logits_nV, chosen_n):
+    logps_n, entropy_n = token_log_probs(logits_nV, chosen_n, forbidden_V=forbidden_mask())
+    return (*logit_statistics(logits_nV, chosen_n, expected=True), logps_n, entropy_n)
+
+
+def random_positions(n=N, seed=0):
+    hidden_ND = normal(n, D, seed=seed).requires_grad_()
+    return hidden_ND, torch.arange(n) % 6 + 1  # chosen ids 1 .. 6, none of them forbidden
+
+
+# (logits allowed at a time, positions per slice): V = 13, N = 9
+BUDGETS = [
+    (V, [1] * 9),
+    (2 * V, [2, 2, 2, 2, 1]),
+    (3 * V - 1, [2, 2, 2, 2, 1]),
+    (3 * V, [3, 3, 3]),
+    (8 * V, [8, 1]),
+    (9 * V, [9]),
+    (10**6, [9]),
+]
+
+
+@pytest.mark.parametrize(("max_elements", "slices"), BUDGETS)
+def test_slices_give_what_the_whole_gives(max_elements, slices):
+    hidden_ND, chosen_N = random_positions()
+    head = CountingHead()
+    outputs = map_head_slices(head, hidden_ND, all_statistics, chosen_N, vocab_size=V, max_elements=max_elements)
+    assert head.calls == slices
+    expected = all_statistics(hidden_ND @ head.weight_VD.T, chosen_N)
+    assert outputs[5] is expected[5] is None  # soft was not asked for
+    kept = [(output, whole) for output, whole in zip(outputs, expected, strict=True) if whole is not None]
+    assert len(kept) == 7
+    for output, whole in kept:
+        torch.testing.assert_close(output, whole, rtol=1e-5, atol=1e-6)
+
+    weights_N = normal(N, seed=3)
+    inputs = [hidden_ND, head.weight_VD]
+    found = torch.autograd.grad(sum((output * weights_N).sum() for output, _ in kept), inputs)
+    whole = torch.autograd.grad(sum((whole * weights_N).sum() for _, whole in kept), inputs)
+    for found_gradient, whole_gradient in zip(found, whole, strict=True):
+        torch.testing.assert_close(found_gradient, whole_gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("max_elements", "slices"), BUDGETS)
+def test_the_backward_pass_holds_one_slice_of_logits_at_a_time(max_elements, slices):
+    hidden_ND, chosen_N = random_positions()
+    head = CountingHead()
+    stored = []
+
+    def store(tensor):
+        if tensor.dim() == 2 and tensor.shape[-1] == V:
+            stored.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+        outputs = map_head_slices(head, hidden_ND, all_statistics, chosen_N, vocab_size=V, max_elements=max_elements)
+    if len(slices) > 1:
+        assert stored == [], "the forward pass of several slices keeps logits for the backward pass"
+    else:
+        assert stored, "one slice needs no second forward pass"
+
+    head.calls.clear()
+    sum(output.sum() for output in outputs if output is not None).backward()
+    # recomputed, each slice once, in any order; a single slice is not recomputed
+    assert sorted(head.calls) == (sorted(slices) if len(slices) > 1 else [])
+    assert hidden_ND.grad.abs().min() > 0 and head.weight_VD.grad is not None
+
+
+def test_nothing_is_recomputed_without_gradients():
+    hidden_ND, chosen_N = random_positions()
+    head = CountingHead()
+    with torch.no_grad():
+        outputs = map_head_slices(head, hidden_ND, logit_statistics, chosen_N, vocab_size=V, max_elements=4 * V)
+    assert head.calls == [4, 4, 1]
+    assert [output is None for output in outputs] == [False] * 4 + [True] * 2
+    assert not any(output.requires_grad for output in outputs[:4])
+
+
+def test_a_budget_below_one_row_still_takes_one_position_at_a_time():
+    hidden_ND, chosen_N = random_positions()
+    head = CountingHead()
+    map_head_slices(head, hidden_ND, logit_statistics, chosen_N, vocab_size=V, max_elements=V - 1)
+    assert head.calls == [1] * N
+
+
+def test_positions_keep_their_own_arguments():
+    """Each position's tensors travel with it: hidden states one-hot, so that the logits name the position."""
+    hidden_ND = torch.eye(6)
+    labels_N, weights_N = torch.arange(6), torch.arange(6) * 10.0
+
+    def per_slice(logits_nV, labels_n, weights_n):
+        return logits_nV.argmax(dim=-1), labels_n, weights_n
+
+    outputs = map_head_slices(
+        lambda hidden: hidden, hidden_ND, per_slice, labels_N, weights_N, vocab_size=6, max_elements=4 * 6
+    )
+    assert [output.tolist() for output in outputs] == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 10, 20, 30, 40, 50]]
+
+
+@pytest.mark.parametrize("max_elements", [V, 10**6])
+def test_no_positions(max_elements):
+    hidden_ND, chosen_N = random_positions(n=0)
+    head = CountingHead()
+    outputs = map_head_slices(head, hidden_ND, all_statistics, chosen_N, vocab_size=V, max_elements=max_elements)
+    assert [None if output is None else output.shape for output in outputs] == [(0,)] * 5 + [None] + [(0,)] * 2
+    sum(output.sum() for output in outputs if output is not None).backward()
+    assert (head.weight_VD.grad == 0).all() and hidden_ND.grad.shape == (0, D)
+
+
+@pytest.mark.parametrize("max_elements", [2 * V, 10**6])
+def test_a_half_precision_head_gives_float32_statistics_and_half_precision_gradients(max_elements):
+    head = CountingHead(dtype=torch.bfloat16)
+    hidden_ND = normal(N, D, seed=1).bfloat16().requires_grad_()
+    chosen_N = torch.arange(N) % 6 + 1
+    outputs = map_head_slices(head, hidden_ND, token_log_probs, chosen_N, vocab_size=V, max_elements=max_elements)
+    logits = (hidden_ND @ head.weight_VD.T).double().tolist()
+    policies = [softmax_by_loop(z) for z in logits]
+    expected = [math.log(p[y]) for p, y in zip(policies, chosen_N.tolist(), strict=True)]
+    assert_matches(outputs[0], expected, torch.float32)
+    outputs[0].sum().backward()
+    assert hidden_ND.grad.dtype == head.weight_VD.grad.dtype == torch.bfloat16

@@ -1,0 +1,396 @@
+import math
+
+import pytest
+import torch
+
+from rlkd_trl.ops.losses import clipped_policy_loss, clipped_sequence_policy_loss, clipped_value_loss, entropy_bonus
+from tests.ops.ragged_batches import (
+    DTYPES,
+    POISONS,
+    SEEDS,
+    assert_matches,
+    assert_padding_is_ignored,
+    normal,
+    ragged_batch,
+)
+
+EPSILON = 0.2
+
+
+def random_policies(seed, dtype=torch.float64, T=6):
+    """A ragged batch, log π, log π_old and advantages `[B, T]`; ratios between about ½ and 2."""
+    batch = ragged_batch(seed, T)
+    logps_BT = -normal(8, T, seed=seed, dtype=dtype).abs() - 0.5
+    old_logps_BT = logps_BT + normal(8, T, seed=seed + 1, dtype=dtype, scale=0.3)
+    return batch, logps_BT, old_logps_BT, normal(8, T, seed=seed + 2, dtype=dtype)
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def surrogate_by_loop(pairs, epsilon, denominator):
+    """Loss and metrics from (log ratio, advantage) pairs, one for each real token or sequence."""
+    ratios = [math.exp(log_ratio) for log_ratio, _ in pairs]
+    objective = [
+        min(ratio * advantage, clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
+        for ratio, (_, advantage) in zip(ratios, pairs, strict=True)
+    ]
+    was_clipped = [
+        (ratio > 1 + epsilon and advantage > 0) or (ratio < 1 - epsilon and advantage < 0)
+        for ratio, (_, advantage) in zip(ratios, pairs, strict=True)
+    ]
+    return -math.fsum(objective) / (denominator or len(pairs)), {
+        "ratio": math.fsum(ratios) / len(pairs),
+        "clip_fraction": sum(was_clipped) / len(pairs),
+        "approx_kl": math.fsum(r - 1 - log_ratio for r, (log_ratio, _) in zip(ratios, pairs, strict=True))
+        / len(pairs),
+    }
+
+
+def assert_loss_matches(actual, expected, dtype):
+    (loss, metrics), (expected_loss, expected_metrics) = actual, expected
+    assert loss.shape == ()
+    assert_matches(loss.detach(), expected_loss, dtype)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        assert not value.requires_grad, f"{name} is for the log and must not hold the graph"
+        assert value.shape == ()
+        assert_matches(value, expected_metrics[name], dtype)
+
+
+# ---- clipped loss per token
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("epsilon", [0.2, 0.05])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_clipped_policy_loss_matches_the_loop(seed, epsilon, denominator, dtype):
+    batch, logps_BT, old_logps_BT, advantages_BT = random_policies(seed, dtype)
+    real = [(i, t) for i, length, _ in batch.rows for t in range(length)]
+    pairs = [(logps_BT[i, t].item() - old_logps_BT[i, t].item(), advantages_BT[i, t].item()) for i, t in real]
+    actual = clipped_policy_loss(
+        logps_BT.requires_grad_(),
+        old_logps_BT,
+        advantages_BT,
+        batch.mask_BT,
+        epsilon=epsilon,
+        denominator=denominator,
+    )
+    expected = surrogate_by_loop(pairs, epsilon, denominator)
+    assert 0 < expected[1]["clip_fraction"] < 1
+    assert_loss_matches(actual, expected, dtype)
+
+
+# Ratio ρ, advantage A, and, with ε = 0.2: the objective min(ρA, clip(ρ)A) and its derivative in log π, which is ρA
+# where the first is the smaller and 0 where the clipped one is.
+CLIP_CASES = [
+    (1.0, 2.0, 2.0, 2.0),
+    (1.0, -2.0, -2.0, -2.0),
+    (1.1, 2.0, 2.2, 2.2),  # inside the range: as if there were no clip
+    (0.9, -2.0, -1.8, -1.8),
+    (1.5, 2.0, 2.4, 0.0),  # a good token, already likelier by more than ε: 1.2·2, no gradient
+    (0.5, 2.0, 1.0, 1.0),  # a good token that became less likely: 0.5·2, pushed back up
+    (0.5, -2.0, -1.6, 0.0),  # a bad token, already less likely by more than ε: 0.8·(−2), no gradient
+    (1.5, -2.0, -3.0, -3.0),  # a bad token that became likelier: 1.5·(−2), pushed down
+    (1.5, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "objective", "derivative"), CLIP_CASES)
+def test_clipping_per_token_by_hand(ratio, advantage, objective, derivative):
+    logps_BT = torch.tensor([[-1.0, -9.0]], dtype=torch.float64).requires_grad_()
+    old_logps_BT = torch.tensor([[-1.0 - math.log(ratio), -3.0]], dtype=torch.float64)
+    advantages_BT = torch.tensor([[advantage, 7.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, False]])
+    loss, metrics = clipped_policy_loss(logps_BT, old_logps_BT, advantages_BT, mask_BT, epsilon=EPSILON)
+    loss.backward()
+    assert loss.item() == pytest.approx(-objective, abs=1e-12)
+    assert logps_BT.grad[0, 0].item() == pytest.approx(-derivative, abs=1e-12)
+    if derivative == 0:
+        assert logps_BT.grad[0, 0] == 0  # exactly
+    assert logps_BT.grad[0, 1] == 0
+    assert metrics["clip_fraction"] == float(derivative == 0 and advantage != 0)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "objective", "derivative"), CLIP_CASES)
+def test_clipping_per_sequence_by_hand(ratio, advantage, objective, derivative):
+    """The same numbers with log ρ split over two tokens as 3 log ρ − 2 log ρ: per token, both would be clipped."""
+    logps_BT = torch.tensor([[-1.0, -2.0, -9.0]], dtype=torch.float64).requires_grad_()
+    split_BT = torch.tensor([[3.0, -2.0, 1.0]], dtype=torch.float64) * math.log(ratio)
+    mask_BT = torch.tensor([[True, True, False]])
+    loss, metrics = clipped_sequence_policy_loss(
+        logps_BT,
+        logps_BT.detach() - split_BT,
+        torch.tensor([advantage], dtype=torch.float64),
+        mask_BT,
+        epsilon=EPSILON,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-objective, abs=1e-12)
+    assert logps_BT.grad.tolist() == [pytest.approx([-derivative, -derivative, 0.0], abs=1e-12)]
+    if derivative == 0:
+        assert (logps_BT.grad == 0).all()  # exactly
+    assert metrics["clip_fraction"] == float(derivative == 0 and advantage != 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ratio_one_is_the_plain_policy_gradient(seed):
+    """The gradient of −Σ A_t log π(y_t) / N, which is −A_t / N at every real token, whatever ε."""
+    batch, logps_BT, _, advantages_BT = random_policies(seed)
+    logps_BT.requires_grad_()
+    loss, metrics = clipped_policy_loss(logps_BT, logps_BT.detach(), advantages_BT, batch.mask_BT, epsilon=1e-3)
+    loss.backward()
+    n = sum(batch.lengths)
+    expected = [
+        [-advantages_BT[i, t].item() / n if t < length else 0.0 for t in range(6)] for i, length, _ in batch.rows
+    ]
+    assert_matches(logps_BT.grad, expected)
+    assert (metrics["ratio"], metrics["clip_fraction"], metrics["approx_kl"]) == (1, 0, 0)
+
+
+def test_the_plain_policy_gradient_reaches_the_logits():
+    """Through log softmax: −A (1[v = y] − π_v) / N, here with N = 1."""
+    logits_V = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).requires_grad_()
+    logps_BT = logits_V.log_softmax(-1)[1].view(1, 1)
+    advantages_BT, mask_BT = torch.tensor([[-1.5]], dtype=torch.float64), torch.tensor([[True]])
+    clipped_policy_loss(logps_BT, logps_BT.detach(), advantages_BT, mask_BT, epsilon=EPSILON)[0].backward()
+    exponentials = [math.exp(z) for z in (0.3, -1.0, 2.0)]
+    expected = [1.5 * ((v == 1) - e / sum(exponentials)) for v, e in enumerate(exponentials)]
+    assert_matches(logits_V.grad, expected)
+
+
+# ---- clipped loss per sequence
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_clipped_sequence_policy_loss_matches_the_loop(seed, denominator, dtype):
+    batch, logps_BT, old_logps_BT, advantages_BT = random_policies(seed, dtype)
+    # the masked completion counts for nothing, in the denominator either
+    pairs = [
+        (
+            math.fsum(logps_BT[i, t].item() - old_logps_BT[i, t].item() for t in range(length)),
+            advantages_BT[i, 0].item(),
+        )
+        for i, length, _ in batch.rows
+        if length
+    ]
+    actual = clipped_sequence_policy_loss(
+        logps_BT.requires_grad_(),
+        old_logps_BT,
+        advantages_BT[:, 0],
+        batch.mask_BT,
+        epsilon=EPSILON,
+        denominator=denominator,
+    )
+    expected = surrogate_by_loop(pairs, EPSILON, denominator)
+    assert len(pairs) == 7
+    assert_loss_matches(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sequence_ratio_one_is_the_plain_policy_gradient(seed):
+    """−A_i / (number of completions) at every real token of completion i."""
+    batch, logps_BT, _, advantages_BT = random_policies(seed)
+    logps_BT.requires_grad_()
+    loss, _ = clipped_sequence_policy_loss(
+        logps_BT, logps_BT.detach(), advantages_BT[:, 0], batch.mask_BT, epsilon=1e-3
+    )
+    loss.backward()
+    expected = [
+        [-advantages_BT[i, 0].item() / 7 if t < length else 0.0 for t in range(6)] for i, length, _ in batch.rows
+    ]
+    assert_matches(logps_BT.grad, expected)
+
+
+# ---- value loss
+
+
+def value_loss_by_loop(numbers, cliprange, denominator):
+    """`numbers`: (V, V_old, G) of every real token."""
+    errors, clipped = [], 0
+    for value, old, target in numbers:
+        error = (value - target) ** 2
+        if cliprange is not None:
+            clipped_error = (clip(value, old - cliprange, old + cliprange) - target) ** 2
+            clipped += clipped_error > error
+            error = max(error, clipped_error)
+        errors.append(error)
+    loss = 0.5 * math.fsum(errors) / (denominator or len(numbers))
+    return loss, {"value_loss": loss, "value_clip_fraction": clipped / len(numbers)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("cliprange_value", [None, 0.2, 1.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_clipped_value_loss_matches_the_loop(seed, cliprange_value, denominator, dtype):
+    batch = ragged_batch(seed)
+    values_BT, old_values_BT, returns_BT = (normal(8, 6, seed=seed + i, dtype=dtype) for i in range(3))
+    numbers = [
+        (values_BT[i, t].item(), old_values_BT[i, t].item(), returns_BT[i, t].item())
+        for i, length, _ in batch.rows
+        for t in range(length)
+    ]
+    loss, metrics = clipped_value_loss(
+        values_BT.requires_grad_(),
+        old_values_BT,
+        returns_BT,
+        batch.mask_BT,
+        cliprange_value=cliprange_value,
+        denominator=denominator,
+    )
+    metrics["value_clip_fraction"] = metrics["value_clip_fraction"].to(dtype)
+    expected = value_loss_by_loop(numbers, cliprange_value, denominator)
+    assert_loss_matches((loss, metrics), expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "derivative"),
+    # V_old = 0, clip range 1. Loss ½ max((V − G)², (clip(V) − G)²); derivative V − G, or 0 where the clipped error,
+    # which does not depend on V, is the larger.
+    [
+        (0.5, 2.5, 2.0, -2.0),  # inside: ½·2²
+        (2.0, 3.0, 2.0, 0.0),  # moved towards the target by more than the range: ½·(1 − 3)², no gradient
+        (2.0, -1.0, 4.5, 3.0),  # moved away from the target: ½·(2 + 1)², pulled back
+        (-2.0, -3.0, 2.0, 0.0),  # the same downwards: ½·(−1 + 3)²
+        (-2.0, 1.0, 4.5, -3.0),  # ½·(−2 − 1)²
+        (3.0, 1.5, 1.125, 1.5),  # overshot: ½·1.5² beats ½·(1 − 1.5)²
+    ],
+)
+def test_value_clipping_by_hand(value, target, loss, derivative):
+    values_BT = torch.tensor([[value, 8.0]]).requires_grad_()
+    mask_BT = torch.tensor([[True, False]])
+    old_values_BT, returns_BT = torch.tensor([[0.0, 1.0]]), torch.tensor([[target, 5.0]])
+    actual, metrics = clipped_value_loss(values_BT, old_values_BT, returns_BT, mask_BT, cliprange_value=1.0)
+    actual.backward()
+    assert (actual.item(), metrics["value_clip_fraction"].item()) == (loss, float(derivative == 0))
+    assert values_BT.grad.tolist() == [[derivative, 0.0]]
+    # without a clip range: ½ (V − G)² and V − G
+    plain, metrics = clipped_value_loss(values_BT, old_values_BT, returns_BT, mask_BT, cliprange_value=None)
+    assert (plain.item(), metrics["value_clip_fraction"].item()) == (0.5 * (value - target) ** 2, 0.0)
+
+
+def test_values_inside_the_range_do_not_count_as_clipped():
+    """V_old + (V − V_old) is not always V in floating point; the rounding must not pass for clipping."""
+    values_BT, old_values_BT, returns_BT = (0.4 * torch.tanh(normal(40, 50, seed=i)) for i in range(3))
+    mask_BT = torch.ones(40, 50, dtype=torch.bool)
+    _, metrics = clipped_value_loss(values_BT, old_values_BT, returns_BT, mask_BT, cliprange_value=1.0)
+    assert metrics["value_clip_fraction"] == 0
+
+
+# ---- entropy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_entropy_bonus_matches_the_loop(seed, denominator, dtype):
+    batch = ragged_batch(seed)
+    entropy_BT = normal(8, 6, seed=seed, dtype=dtype).abs().requires_grad_()
+    numbers = [entropy_BT[i, t].item() for i, length, _ in batch.rows for t in range(length)]
+    n = denominator or len(numbers)
+    loss, metrics = entropy_bonus(entropy_BT, batch.mask_BT, denominator=denominator)
+    mean = math.fsum(numbers) / len(numbers)
+    assert_loss_matches((loss, metrics), (-math.fsum(numbers) / n, {"entropy": mean}), dtype)
+    loss.backward()
+    # minimising it raises the entropy: −1/n at every real token
+    assert_matches(entropy_BT.grad, [[-1 / n if t < length else 0.0 for t in range(6)] for _, length, _ in batch.rows])
+
+
+# ---- all the losses
+
+
+def token_loss(trained_BT, constant_BT, other_constant_BT, mask_BT, denominator=None):
+    return clipped_policy_loss(
+        trained_BT, constant_BT, other_constant_BT, mask_BT, epsilon=EPSILON, denominator=denominator
+    )
+
+
+def sequence_loss(trained_BT, constant_BT, other_constant_BT, mask_BT, denominator=None):
+    return clipped_sequence_policy_loss(
+        trained_BT, constant_BT, other_constant_BT[:, 0], mask_BT, epsilon=EPSILON, denominator=denominator
+    )
+
+
+def value_loss(trained_BT, constant_BT, other_constant_BT, mask_BT, denominator=None):
+    return clipped_value_loss(
+        trained_BT, constant_BT, other_constant_BT, mask_BT, cliprange_value=0.2, denominator=denominator
+    )
+
+
+def unclipped_value_loss(trained_BT, constant_BT, other_constant_BT, mask_BT, denominator=None):
+    return clipped_value_loss(
+        trained_BT, constant_BT, other_constant_BT, mask_BT, cliprange_value=None, denominator=denominator
+    )
+
+
+def entropy_loss(trained_BT, constant_BT, other_constant_BT, mask_BT, denominator=None):
+    return entropy_bonus(trained_BT, mask_BT, denominator=denominator)
+
+
+LOSSES = [token_loss, sequence_loss, value_loss, unclipped_value_loss, entropy_loss]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("cuts", [[4, 8], [1, 3, 8], list(range(1, 9))])
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_micro_batches_with_the_global_denominator_are_the_whole_batch(loss_function, cuts, as_tensor):
+    batch, *tensors = random_policies(seed=1)
+    tensors[0].requires_grad_()
+    whole, _ = loss_function(*tensors, batch.mask_BT)
+    whole_gradient = torch.autograd.grad(whole, tensors[0])[0]
+    assert whole_gradient.abs().max() > 1e-2
+
+    count = sum(length > 0 for length in batch.lengths) if loss_function is sequence_loss else sum(batch.lengths)
+    denominator = torch.tensor(count) if as_tensor else count
+    total = 0.0
+    for start, end in zip([0, *cuts[:-1]], cuts, strict=True):
+        part, _ = loss_function(*(x[start:end] for x in (*tensors, batch.mask_BT)), denominator=denominator)
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(whole.item())
+    torch.testing.assert_close(tensors[0].grad, whole_gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_only_what_is_trained_gets_a_gradient(loss_function):
+    """log π_old, advantages, old values and returns are constants, even where they come with a graph."""
+    batch, *tensors = random_policies(seed=1)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    loss_function(*tensors, batch.mask_BT)[0].backward()
+    trained_BT, *constants = tensors
+    assert trained_BT.grad.abs().max() > 1e-2
+    assert all(constant.grad is None or (constant.grad == 0).all() for constant in constants)
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_a_batch_of_masked_completions_has_loss_zero_and_no_gradient(loss_function):
+    tensors = [torch.full((2, 3), float("nan")).requires_grad_() for _ in range(3)]
+    loss, metrics = loss_function(*tensors, torch.zeros(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert (tensors[0].grad == 0).all()
+    assert all(metric == 0 for metric in metrics.values())
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_padding_is_ignored(loss_function, poison):
+    batch, *tensors = random_policies(0, torch.float32)
+    mask_BT = batch.mask_BT
+    # An advantage per sequence stands in column 0, and is padding where the whole completion is.
+    assert_padding_is_ignored(
+        lambda *tensors: loss_function(*tensors, mask_BT), *((x, mask_BT) for x in tensors), poison=poison
+    )
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_gradients(loss_function):
+    batch, *tensors = random_policies(2, T=3)
+    tensors[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss_function(x, *tensors[1:], batch.mask_BT)[0], (tensors[0],))
