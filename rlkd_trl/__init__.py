@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 # Imported on first use: torch and transformers take seconds, and `--help` should not.
 _HOMES = {
-    "PPOKDConfig": "rlkd_trl.trainers",
-    "PPOKDTrainer": "rlkd_trl.trainers",
+    "PPOKDConfig": "rlkd_trl.trainers.config",
+    "PPOKDTrainer": "rlkd_trl.trainers.ppo",
     "PromptTemplates": "rlkd_trl.prompts",
-    "RLOOKDConfig": "rlkd_trl.trainers",
-    "RLOOKDTrainer": "rlkd_trl.trainers",
+    "RLOOKDConfig": "rlkd_trl.trainers.config",
+    "RLOOKDTrainer": "rlkd_trl.trainers.rloo",
     "TeacherForcingReward": "rlkd_trl.rewards",
 }
 __all__ = [
@@ -26,7 +26,9 @@ __all__ = [
 if TYPE_CHECKING:
     from rlkd_trl.prompts import PromptTemplates
     from rlkd_trl.rewards import TeacherForcingReward
-    from rlkd_trl.trainers import PPOKDConfig, PPOKDTrainer, RLOOKDConfig, RLOOKDTrainer
+    from rlkd_trl.trainers.config import PPOKDConfig, RLOOKDConfig
+    from rlkd_trl.trainers.ppo import PPOKDTrainer
+    from rlkd_trl.trainers.rloo import RLOOKDTrainer
 
 
 def __getattr__(name: str):

@@ -83,8 +83,9 @@ def clipped_value_loss(
     cliprange_value: float | None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ Σ_t max( (V_t − G_t)², (clip(V_t, V_old ± c) − G_t)² ) / denominator (PPO's reference code; c = None: no clip).
+    """½ Σ_t max( (V_t − G_t)², (clip(V_t, V_old ± c) − G_t)² ) / denominator.
 
+    The value clipping of PPO's reference code; `cliprange_value` c is in reward units, None does not clip.
     `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
     """
     zeros_BT = torch.zeros_like(values_BT)

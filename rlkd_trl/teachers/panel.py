@@ -1,5 +1,6 @@
 """Several teachers and several templates as one weighted list of scorers."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,6 @@ class TeacherPanel:
         if not teachers or len(teacher_weights) != len(teachers):
             raise InputError(f"{len(teachers)} teachers and {len(teacher_weights)} weights: give one weight each.")
         self.templates = templates
-        self._source_variable = None if templates is None else _only_input_column(templates)
         questions = 1 if templates is None else len(templates)
         self.scorers = [
             Scorer(teacher, question, weight / sum(teacher_weights) / questions)
@@ -55,20 +55,17 @@ class TeacherPanel:
     def questions(self, row: Mapping[str, object]) -> list[str]:
         """What the teachers are asked about a data row: one prompt per template.
 
-        Without templates, `row["prompt"]` itself. Where the templates all read one and the same column and the row
-        lacks it (a bare prompt, say), the row's `prompt` takes its place. References never reach a template.
+        Without templates, `row["prompt"]` itself. A row of nothing but a prompt is bound to the templates' one input
+        column; see `question_columns` for the rest.
 
         Raises:
             InputError: A template does not render; it is named.
         """
         if self.templates is None:
             return [str(row["prompt"])]
-        columns = {name: value for name, value in row.items() if name != "references"}
-        if set(columns) == {"prompt"}:
+        if set(row) <= {"prompt", "references"}:
             return self.templates.render_source(str(row["prompt"]))
-        if self._source_variable is not None:
-            columns.setdefault(self._source_variable, row["prompt"])
-        return self.templates.render(columns)
+        return self.templates.render(question_columns(self.templates, row))
 
     def score(
         self,
@@ -97,8 +94,14 @@ class TeacherPanel:
         ]
 
 
-def _only_input_column(templates: PromptTemplates) -> str | None:
-    try:
-        return templates.source_variable
-    except InputError:
-        return None
+def question_columns(templates: PromptTemplates, row: Mapping[str, object]) -> dict[str, object]:
+    """The columns of a data row that templates may read.
+
+    All but the references; and where the templates all read one and the same column which the row lacks, the row's
+    source text under that name.
+    """
+    columns = {name: value for name, value in row.items() if name != "references"}
+    # With several input columns there is no such name; rendering then says which column is missing.
+    with contextlib.suppress(InputError):
+        columns.setdefault(templates.source_variable, row.get("source", row["prompt"]))
+    return columns

@@ -116,6 +116,10 @@ class OnPolicyTrainer(Trainer):
             for scorer in panel.scorers:
                 scorer.teacher.model.to(self.accelerator.device)
 
+    @property
+    def _micro_steps_per_rollout(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
     # What each method defines
 
     def advantages(self, rollout: Rollout) -> Rollout:
@@ -200,12 +204,13 @@ class OnPolicyTrainer(Trainer):
         )
 
     def _uniforms(self, batch_size: int) -> Tensor:
-        """This device's rows of the rollout's random numbers, which depend on the seed and the step only.
+        """This device's rows of the rollout's random numbers, which depend on the seed and the rollout's number only.
 
-        Drawn for the global batch, so that any number of devices samples the same completions, and without any
-        generator state, so that a resumed run does too.
+        Drawn for the global batch, so that any number of devices, and any cut into micro-batches, samples the same
+        completions; without any generator state, so that a resumed run does too.
         """
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.on_policy_state.micro_step)
+        rollout_number = self.on_policy_state.micro_step // self._micro_steps_per_rollout
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + rollout_number)
         shape = (batch_size * self.accelerator.num_processes, self.args.max_completion_length)
         first = batch_size * self.accelerator.process_index
         return torch.rand(shape, generator=generator)[first : first + batch_size].to(self.accelerator.device)
@@ -248,8 +253,7 @@ class OnPolicyTrainer(Trainer):
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
         state, args = self.on_policy_state, self.args
-        passes = args.steps_per_generation * args.num_iterations
-        if state.rollout is None or state.micro_step % passes == 0:
+        if state.rollout is None or state.micro_step % self._micro_steps_per_rollout == 0:
             state.rollout = self.make_rollout(inputs)
             state.stopped = False
             self._count_windows(state.rollout)
@@ -287,7 +291,7 @@ class OnPolicyTrainer(Trainer):
             self.train_dataset,
             mini_repeat_count=1,
             batch_size=prompts * self.accelerator.num_processes,
-            repeat_count=args.steps_per_generation * args.num_iterations,
+            repeat_count=self._micro_steps_per_rollout,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)

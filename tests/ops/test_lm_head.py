@@ -167,7 +167,7 @@ def test_gradients_of_log_probs_and_entropy(seed, temperature, forbid):
     found, expected = torch.autograd.grad(result.logps.sum(), logits_NV, retain_graph=True)[0], (chosen_NV - p)
     torch.testing.assert_close(found.double(), expected / temperature, rtol=1e-5, atol=1e-6)
     found, expected = torch.autograd.grad(result.entropy.sum(), logits_NV)[0], -p * (log_p + entropy)
-    torch.testing.assert_close(found.double(), expected / temperature, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(found.double(), expected / temperature, rtol=1e-5, atol=2e-5)
     assert (found[:, forbidden_V] == 0).all()
 
 
@@ -185,12 +185,21 @@ def test_the_entropy_gradient_scales_with_a_loss_scale(scale):
 
 
 @pytest.mark.parametrize("offset", [100.0, -100.0])
-def test_log_probs_and_entropy_do_not_change_with_a_constant(offset):
-    # Logits near 100 are 8e-6 apart in float32, which is the error to expect in each of a few additions.
+def test_a_constant_added_to_the_logits_costs_no_more_than_its_rounding(offset):
+    """T5's logits lie far from 0, all on one side. A softmax that sums to 1 only up to the rounding of z − logsumexp z
+    (8e-6 near 100) makes Σ π z, and so entropy and expected value, wrong by 100 times that."""
     logits_NV, chosen_N = random_logits(0)
-    plain, shifted = (token_log_probs(z, chosen_N) for z in (logits_NV, logits_NV + offset))
-    for plain_N, shifted_N in zip(plain, shifted, strict=True):
-        torch.testing.assert_close(shifted_N, plain_N, rtol=0, atol=1e-4)
+    shifted_NV = logits_NV + offset
+    z = shifted_NV.double()
+    log_p = z.log_softmax(-1)
+    result = token_log_probs(shifted_NV, chosen_N)
+    statistics = logit_statistics(shifted_NV, chosen_N, expected=True)
+    for found_N, expected_N in [
+        (result.logps, log_p.gather(-1, chosen_N[:, None]).squeeze(-1)),
+        (result.entropy, -(log_p.exp() * log_p).sum(-1)),
+        (statistics.expected - statistics.mean, (log_p.exp() * z).sum(-1) - z.mean(-1)),
+    ]:
+        torch.testing.assert_close(found_N.double(), expected_N, rtol=0, atol=1e-4)
 
 
 # ---- half precision
@@ -208,19 +217,24 @@ def test_half_precision_logits_are_upcast_before_any_statistic(dtype):
     in_own_dtype_N = logits_NV.logsumexp(-1).double()
     assert (in_own_dtype_N - torch.tensor(logsumexp)).abs().max() > 1e-3
 
+    def assert_upcast(statistic_N, expected):
+        assert statistic_N.dtype == torch.float32
+        torch.testing.assert_close(statistic_N, torch.tensor(expected), rtol=1e-5, atol=5e-5)
+
     statistics = logit_statistics(logits_NV, chosen_N, expected=True, tau=temperature)
-    assert all(statistic.dtype == torch.float32 for statistic in statistics)
-    assert_matches(statistics.logsumexp, logsumexp)
-    assert_matches(statistics.mean, [math.fsum(z) / 500 for z in rows])
+    assert_upcast(statistics.chosen, [z[i] for i, z in enumerate(rows)])
+    assert_upcast(statistics.mean, [math.fsum(z) / 500 for z in rows])
+    assert_upcast(statistics.max, [max(z) for z in rows])
+    assert_upcast(statistics.logsumexp, logsumexp)
     expected = [math.fsum(p_v * z_v for p_v, z_v in zip(softmax_by_loop(z), z, strict=True)) for z in rows]
-    assert_matches(statistics.expected, expected)
+    assert_upcast(statistics.expected, expected)
     soft = [temperature * logsumexp_by_loop([z_v / temperature for z_v in z]) for z in rows]
-    assert_matches(statistics.soft, soft)
+    assert_upcast(statistics.soft, soft)
 
     result = token_log_probs(logits_NV, chosen_N, temperature=temperature)
     policies = [softmax_by_loop([z_v / temperature for z_v in z]) for z in rows]
-    assert_matches(result.logps, [math.log(p[i]) for i, p in enumerate(policies)], torch.float32)
-    assert_matches(result.entropy, [entropy_by_loop(p) for p in policies], torch.float32)
+    assert_upcast(result.logps, [math.log(p[i]) for i, p in enumerate(policies)])
+    assert_upcast(result.entropy, [entropy_by_loop(p) for p in policies])
 
 
 # ---- slices
@@ -273,7 +287,7 @@ def test_slices_give_what_the_whole_gives(max_elements, slices):
     for output, whole in kept:
         torch.testing.assert_close(output, whole, rtol=1e-5, atol=1e-6)
 
-    weights_N = normal(N, seed=3)
+    weights_N = 0.1 * normal(N, seed=3)
     inputs = [hidden_ND, head.weight_VD]
     found = torch.autograd.grad(sum((output * weights_N).sum() for output, _ in kept), inputs)
     whole = torch.autograd.grad(sum((whole * weights_N).sum() for _, whole in kept), inputs)

@@ -225,7 +225,7 @@ def value_loss_by_loop(numbers, cliprange, denominator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("denominator", [None, 50.0])
-@pytest.mark.parametrize("cliprange_value", [None, 0.2, 1.0])
+@pytest.mark.parametrize("cliprange_value", [None, 0.0, 0.2, 1.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_clipped_value_loss_matches_the_loop(seed, cliprange_value, denominator, dtype):
     batch = ragged_batch(seed)

@@ -398,10 +398,11 @@ def test_adaptive_kl_coefficient_by_hand(kl, expected):
         lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=1, gamma=0.9),
         lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=2),
         lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=100),
+        lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=2, gamma=0.0),
         lambda q, v, mask, ended: potential_shaping(q, v, mask, ended, gamma=0.9),
         lambda q, v, mask, ended: sequence_sum(q, mask),
     ],
-    ids=["zero-terminal", "teacher-forcing", "1-step", "2-step", "100-step", "shaping", "sum"],
+    ids=["zero-terminal", "teacher-forcing", "1-step", "2-step", "100-step", "2-step-myopic", "shaping", "sum"],
 )
 def test_padding_is_ignored(function, poison):
     """The value after EOS counts as padding: 0 by definition, whatever the model says there."""

@@ -1,0 +1,222 @@
+"""The steps that recipes share, from parsed flags to a finished output directory. Each recipe is a story of these."""
+
+import json
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.cli import DataArguments, PromptArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.data import demo_dataset, group_by_source, load_rows, parse_renames, require_columns
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rlkd_trl.evaluation.evaluate import Evaluation
+    from rlkd_trl.rewards import RewardModel
+    from rlkd_trl.trainers.on_policy import OnPolicyTrainer
+
+logger = logging.getLogger(__name__)
+
+# Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
+
+
+def load_templates(arguments: PromptArguments) -> PromptTemplates | None:
+    """The teacher's templates, or None without `--templates`. Raises `InputError`."""
+    if arguments.templates is None:
+        if arguments.rename_columns or arguments.template_names:
+            raise InputError("--rename_columns and --template_names need --templates.")
+        return None
+    return PromptTemplates.load(
+        arguments.templates, arguments.template_names or "all", parse_renames(arguments.rename_columns or [])
+    )
+
+
+def load_prompts(
+    data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None, *, held_out: bool = False
+) -> "Dataset":
+    """One row for each distinct input: `prompt` (what the student reads), `source`, `references`, other columns.
+
+    The reference column itself is not among them, so that no template can show it to the teacher. Every row is
+    rendered through every template here, before a model is loaded. `held_out` takes `--eval_dataset`.
+
+    Raises:
+        InputError: A file, column, split or template is wrong; the message names it.
+    """
+    name, split = (data.eval_dataset, data.eval_split) if held_out else (data.dataset, data.dataset_split)
+    if name is None:
+        rows = demo_dataset("test" if held_out else "train").remove_columns("target")
+        source_column, target_column = "source", "references"
+    else:
+        rows = load_rows(name, split, revision=None if held_out else data.dataset_revision)
+        source_column, target_column = data.source_column, data.target_column
+        require_columns(rows, source_column=source_column, target_column=target_column)
+    grouped = group_by_source(rows, source_column, target_column)
+    if data.max_rows is not None:
+        grouped = grouped.select(range(min(data.max_rows, len(grouped))))
+    if "source" not in grouped.column_names:
+        grouped = grouped.add_column("source", grouped["prompt"][:])
+    if prompts.student_template is not None:
+        own = PromptTemplate("student_template", prompts.student_template)
+        texts = [own.render({k: v for k, v in row.items() if k != "references"}) for row in grouped]
+        grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
+    check_templates(templates, grouped)
+    return grouped
+
+
+def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
+    """Renders every row through every template. Raises `InputError`, naming the first that fails."""
+    if templates is None:
+        return
+    from rlkd_trl.teachers.panel import question_columns
+
+    templates.validate(question_columns(templates, row) for row in rows)
+
+
+def load_train_and_held_out(
+    data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None, *, seed: int
+) -> tuple["Dataset", "Dataset"]:
+    """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data."""
+    train = load_prompts(data, prompts, templates)
+    if data.eval_dataset is not None or data.dataset is None:
+        return train, load_prompts(data, prompts, templates, held_out=True)
+    count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
+    if count == 0:
+        raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give --eval_dataset.")
+    order = random.Random(seed).sample(range(len(train)), len(train))
+    logger.warning("No --eval_dataset: %d of %d distinct inputs are held out for evaluation.", count, len(train))
+    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+
+
+def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
+    """Teacher and student exist and share a tokenizer; before any weights are read. Raises `InputError`."""
+    from rlkd_trl.models.loading import load_tokenizer, require_checkpoint
+    from rlkd_trl.models.vocabulary import check_same_tokenizer
+
+    for name in teacher.teacher:
+        require_checkpoint("--teacher", name)
+    require_checkpoint("--student", student.student)
+    student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    for name in teacher.teacher:
+        check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+
+
+def load_reward_model(
+    reward: RewardArguments,
+    teacher: TeacherArguments,
+    templates: PromptTemplates | None,
+    *,
+    gamma: float,
+    weights: Sequence[float] | None,
+) -> "RewardModel":
+    """The named rewards on one panel of the named teachers.
+
+    Raises:
+        InputError: As `load_reward`, `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
+    """
+    from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
+    from rlkd_trl.teachers import Teacher, TeacherPanel
+
+    found = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
+    panel = TeacherPanel(
+        [
+            Teacher.from_pretrained(
+                name,
+                revision=teacher.teacher_revision,
+                dtype=teacher.teacher_dtype,
+                max_prompt_length=teacher.teacher_max_prompt_length,
+                max_batch_tokens=teacher.teacher_batch_tokens,
+            )
+            for name in teacher.teacher
+        ],
+        templates,
+    )
+    terms = []
+    for one in found:
+        if one is TeacherForcingReward:
+            terms.append(one(panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
+        elif isinstance(one, type) and issubclass(one, TeacherReward):
+            terms.append(one(panel))
+        else:
+            terms.append(one)
+    return RewardModel(terms, weights)
+
+
+def check_rewards(reward: RewardArguments, weights: Sequence[float] | None) -> None:
+    """The rewards exist, and there are as many weights. Raises `InputError`."""
+    from rlkd_trl.rewards import load_reward
+    from rlkd_trl.rewards.teacher_rewards import VALUES
+
+    for name in reward.reward:
+        load_reward(name)
+    if reward.value not in VALUES:
+        raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
+    if weights is not None and len(weights) != len(reward.reward):
+        raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
+
+
+def read_or_evaluate_teacher(trainer: "OnPolicyTrainer", rows: Sequence[Mapping]) -> "Evaluation":
+    """The first teacher's greedy outputs under the run's metrics: the line the student is compared with."""
+    from rlkd_trl.evaluation.evaluate import evaluate_teacher
+
+    return evaluate_teacher(
+        trainer.processing_class,
+        rows,
+        trainer.reward_model,
+        max_completion_length=trainer.args.max_completion_length,
+        batch_size=trainer.args.per_device_eval_batch_size,
+    )
+
+
+def finish_run(
+    trainer: "OnPolicyTrainer",
+    results: dict[str, dict[str, float]],
+    *,
+    method: str,
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    data: DataArguments,
+    settings: Mapping[str, object],
+) -> None:
+    """Prints the final table; writes the student, `metrics.json`, `report.html` and the model card."""
+    from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = Path(trainer.args.output_dir)
+    trainer.accelerator.unwrap_model(trainer.model).model.generation_config.save_pretrained(output_dir)
+    write_metrics(output_dir / "metrics.json", results)
+    write_report(
+        output_dir / "report.html",
+        title=f"{method}: {output_dir.name}",
+        results=results,
+        history=trainer.state.log_history,
+        samples=trainer.sample_table,
+        config=settings,
+    )
+    config = trainer.model.config
+    write_model_card(
+        output_dir / "README.md",
+        title=output_dir.name,
+        results=results,
+        method=method,
+        teacher=", ".join(teacher.teacher),
+        student=student.student,
+        dataset=data.dataset or "the embedded demo of rlkd_trl",
+        auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
+    )
+    print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n")
+    print(f"Student, metrics.json and report.html are in {output_dir}.")
+
+
+def describe_settings(*arguments) -> dict[str, object]:
+    """All flags of a run by group, for its report."""
+    return {
+        type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
+        for group in arguments
+    }

@@ -1,0 +1,137 @@
+"""Maximum likelihood on (prompt, target) pairs: trains teachers on references, warms students up on pseudo-labels."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from rlkd_trl.errors import InputError
+
+_IGNORED = -100
+
+
+@dataclass
+class SupervisedConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the texts."}
+    )
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to log: none, wandb, ..."})
+    max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}
+    )
+
+    def __post_init__(self):
+        # Without an accelerator, several processes only synchronise if this is set.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+class SupervisedTrainer(Trainer):
+    """Cross-entropy of the target's tokens, EOS included, averaged over all tokens of the global batch.
+
+    Args:
+        train_dataset: Rows with `prompt` and `target`, both texts.
+
+    Raises:
+        InputError: One of the two columns is missing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SupervisedConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs,
+    ):
+        for column in ("prompt", "target"):
+            if column not in train_dataset.column_names:
+                raise InputError(
+                    f"The training data has no column `{column}`; its columns are: "
+                    f"{', '.join(train_dataset.column_names)}."
+                )
+        collate = PairCollator(
+            processing_class,
+            model.config.is_encoder_decoder,
+            decoder_start_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=collate,
+            # Given explicitly, so that Trainer counts the tokens of the global batch: T5 takes `num_items_in_batch`
+            # and ignores it, and the default would multiply gradients by accumulation steps and processes.
+            compute_loss_func=partial(_summed_cross_entropy, shift=not model.config.is_encoder_decoder),
+            **kwargs,
+        )
+
+
+@dataclass
+class PairCollator:
+    """Token ids of (prompt, target) rows: encoder and decoder inputs, or one sequence with the prompt unlabelled."""
+
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder_decoder: bool
+    decoder_start_id: int | None
+    max_prompt_length: int
+    max_completion_length: int
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        prompts = self.tokenizer([row["prompt"] for row in rows], truncation=True, max_length=self.max_prompt_length)[
+            "input_ids"
+        ]
+        targets = [self._target_ids(row["target"]) for row in rows]
+        pad = self.tokenizer.pad_token_id
+        if self.is_encoder_decoder:
+            input_ids, attention_mask = _pad_right(prompts, pad)
+            labels, _ = _pad_right(targets, _IGNORED)
+            decoder_input_ids, _ = _pad_right([[self.decoder_start_id, *ids[:-1]] for ids in targets], pad)
+            return {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "decoder_input_ids": decoder_input_ids,
+                "labels": labels,
+            }
+        pairs = list(zip(prompts, targets, strict=True))
+        input_ids, attention_mask = _pad_right([prompt + target for prompt, target in pairs], pad)
+        labels, _ = _pad_right([[_IGNORED] * len(prompt) + target for prompt, target in pairs], _IGNORED)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _target_ids(self, text: str) -> list[int]:
+        """The target's tokens with exactly one EOS, cut to the length cap (EOS is then lost, as when sampling)."""
+        ids = self.tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id][: self.max_completion_length]
+
+
+def _pad_right(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def _summed_cross_entropy(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, shift: bool):
+    """Σ −log p(label) over this micro-batch's labels, divided by the global batch's count of them.
+
+    With `shift`, position t of a decoder-only model predicts label t+1.
+    """
+    logits = outputs.logits.float()
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="sum"
+    )
+    return loss / ((labels != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)

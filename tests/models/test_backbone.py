@@ -1,0 +1,252 @@
+"""Prompts are shared between completions, and nobody can tell from the numbers."""
+
+import pytest
+import torch
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.backbone import backbone_of
+from tests.conftest import tiny_llama, tiny_t5
+from tests.models.reference import FAMILIES, own_logits, pad_completions, pad_prompts
+
+PROMPTS = [[4, 5, 6, 7, 8, 1], [9, 1], [10, 11, 12, 1]]
+# Three, one and two completions, not in the prompts' order, and one pair twice.
+PROMPT_INDEX = [2, 0, 1, 0, 2, 0]
+COMPLETIONS = [[3, 4, 5, 1], [6], [7, 8, 9, 10, 11], [12, 1], [3, 4, 5, 1], [13, 14, 15]]
+
+# Two float32 computations of the same logits (here up to about 10) that group their additions differently.
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model(request):
+    return FAMILIES[request.param]()
+
+
+def shared_logits(model, prompts=PROMPTS, completions=COMPLETIONS, index=PROMPT_INDEX, filler=0, **kwargs):
+    """Through the backbone; `filler` stands behind both masks."""
+    backbone = backbone_of(model)
+    ids_BT, _ = pad_completions(completions, filler)
+    states = backbone.completion_states(
+        *pad_prompts(model, prompts, filler), ids_BT, torch.tensor(index), **kwargs
+    )
+    return backbone.head(states)
+
+
+def assert_own_logits(model, logits_BT1V, completions=COMPLETIONS, index=PROMPT_INDEX, states_after=1):
+    for b, (completion, p) in enumerate(zip(completions, index, strict=True)):
+        n = len(completion) + states_after
+        torch.testing.assert_close(logits_BT1V[b, :n], own_logits(model, PROMPTS[p], completion)[:n], **FLOAT32)
+
+
+@torch.no_grad()
+def test_states_times_head_are_the_models_own_logits(model):
+    assert_own_logits(model, shared_logits(model))
+
+
+@torch.no_grad()
+def test_prompts_without_completions_and_one_prompt_for_all(model):
+    completions = [[3, 4], [5, 1, 6], [7]]
+    assert_own_logits(model, shared_logits(model, completions=completions, index=[1, 1, 1]), completions, [1, 1, 1])
+
+
+@torch.no_grad()
+def test_one_token_completions(model):
+    completions = [[3], [4], [1]]
+    logits = shared_logits(model, completions=completions, index=[0, 2, 1])
+    assert logits.shape[1] == 2
+    assert_own_logits(model, logits, completions, [0, 2, 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("completions", [COMPLETIONS, [[3], [4], [5], [6], [7], [8]]], ids=["ragged", "one-token"])
+def test_without_the_final_state_there_is_one_position_per_token(model, completions):
+    logits = shared_logits(model, completions=completions, with_final_state=False)
+    assert logits.shape[1] == max(map(len, completions))
+    assert_own_logits(model, logits, completions, states_after=0)
+
+
+@torch.no_grad()
+def test_without_the_final_state_the_last_token_is_not_read(model):
+    backbone = backbone_of(model)
+    read = []
+    extend = backbone.extend
+    backbone.extend = lambda prefix, ids: read.append(ids.shape[1]) or extend(prefix, ids)
+    ids_BT = torch.tensor([[3, 4, 5]])
+    backbone.completion_states(
+        *pad_prompts(model, [[6, 7]]), ids_BT, torch.tensor([0]), with_final_state=False
+    )
+    assert read[-1] == 2
+
+
+@torch.no_grad()
+def test_token_by_token_is_the_same_as_at_once(model):
+    backbone = backbone_of(model)
+    prefix = backbone.prefill(*pad_prompts(model, PROMPTS)).select(torch.tensor([2, 0, 2]))
+    completions = [[3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    states = [prefix.hidden_B1D]
+    for t in range(3):
+        states.append(backbone.extend(prefix, torch.tensor(completions)[:, t : t + 1]))
+        torch.testing.assert_close(prefix.hidden_B1D, states[-1])
+    assert_own_logits(model, backbone.head(torch.cat(states, dim=1)), completions, [2, 0, 2])
+
+
+@torch.no_grad()
+def test_rows_can_be_dropped_in_the_middle(model):
+    backbone = backbone_of(model)
+    prefix = backbone.prefill(*pad_prompts(model, PROMPTS)).select(torch.tensor([1, 0, 2]))
+    backbone.extend(prefix, torch.tensor([[3], [6], [9]]))
+    prefix = prefix.select(torch.tensor([2, 1]))
+    last = backbone.head(backbone.extend(prefix, torch.tensor([[10], [7]])))[:, -1]
+    torch.testing.assert_close(last[0], own_logits(model, PROMPTS[2], [9, 10])[-1], **FLOAT32)
+    torch.testing.assert_close(last[1], own_logits(model, PROMPTS[0], [6, 7])[-1], **FLOAT32)
+
+
+@torch.no_grad()
+def test_what_stands_behind_the_masks_changes_nothing(model):
+    clean, poisoned = shared_logits(model, filler=0), shared_logits(model, filler=29)
+    for b, completion in enumerate(COMPLETIONS):
+        n = len(completion) + 1
+        torch.testing.assert_close(poisoned[b, :n], clean[b, :n], rtol=0, atol=0)
+
+
+def test_gradients_are_those_of_separate_unshared_passes(model):
+    """Every parameter; the loss weighs each logit differently, so that nothing cancels."""
+    # In float64, but for Gemma: its eager attention casts float64's mask value to float32's −inf, and a row of
+    # padding that may look at nothing becomes NaN.
+    dtype, tolerance = (torch.float32, 1e-4) if model.config.model_type == "gemma2" else (torch.float64, 1e-5)
+    model = model.to(dtype)
+    weights = torch.randn(len(COMPLETIONS), 6, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    logits_BT1V = shared_logits(model)
+    assert logits_BT1V.shape == weights.shape
+    shared = gradients(
+        sum((logits_BT1V[b, : len(c) + 1] * weights[b, : len(c) + 1]).sum() for b, c in enumerate(COMPLETIONS))
+    )
+    separate = gradients(
+        sum(
+            (own_logits(model, PROMPTS[p], c) * weights[b, : len(c) + 1]).sum()
+            for b, (p, c) in enumerate(zip(PROMPT_INDEX, COMPLETIONS, strict=True))
+        )
+    )
+    assert shared.keys() == separate.keys()
+    assert set(shared) == {name for name, _ in model.named_parameters()}, "a parameter got no gradient"
+    for name, gradient in separate.items():
+        # Norms and rotary embeddings round to float32 inside; 1e-5 of the largest entry is far below any mistake.
+        # 1e-9: a softmax does not see a bias of its keys, whose gradient is 0 but for rounding.
+        atol = tolerance * gradient.abs().max().item() + 1e-9
+        torch.testing.assert_close(
+            shared[name], gradient, rtol=tolerance, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_first_token_gets_a_gradient(model):
+    """TRL 0.11's encoder-decoder completions gave it exactly none."""
+    logits = shared_logits(model)
+    logits[:, 0].log_softmax(-1)[:, 5].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "embed" in n or n.endswith("wte.weight"))
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_and_not_once_per_completion(model):
+    rows = []
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    reader.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    shared_logits(model)
+    prompts_read = (len(PROMPTS), max(map(len, PROMPTS)))
+    if model.config.is_encoder_decoder:
+        assert rows == [prompts_read]
+    else:
+        assert rows == [prompts_read, (len(COMPLETIONS), max(map(len, COMPLETIONS)))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_cross_attention_keys_are_projected_once_per_prompt(tied):
+    model = tiny_t5(tied=tied)
+    rows = []
+    keys = model.decoder.block[1].layer[1].EncDecAttention.k
+    keys.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    shared_logits(model)
+    assert rows == [len(PROMPTS)]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_padding_side_is_what_the_family_needs(name):
+    expected = "right" if name in ("t5-tied", "t5-untied", "bart") else "left"
+    assert backbone_of(FAMILIES[name]()).padding_side == expected
+
+
+def test_sizes(model):
+    backbone = backbone_of(model)
+    assert (backbone.hidden_size, backbone.vocab_size) == (16, 32)
+
+
+def test_verify_accepts_every_family(model):
+    backbone_of(model).verify()
+
+
+def test_verify_leaves_the_mode_as_it_was(model):
+    for training in (True, False):
+        model.train(training)
+        backbone_of(model).verify()
+        assert model.training is training
+
+
+def test_verify_accepts_bfloat16(model):
+    backbone_of(model.to(torch.bfloat16)).verify()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.1])
+def test_verify_refuses_logits_that_are_scaled(model, factor):
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * factor
+        return output
+
+    model.forward = scaled
+    with pytest.raises(InputError, match="is not supported"):
+        backbone_of(model).verify()
+
+
+def test_verify_refuses_nan(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(InputError, match="is not supported"):
+        backbone_of(model).verify()
+
+
+def test_verify_refuses_a_model_that_forgets_its_prompt():
+    """A broken cache, not a broken head."""
+    model = tiny_llama()
+    body = model.model.forward
+
+    def without_cache(*, past_key_values=None, attention_mask=None, position_ids=None, **kwargs):
+        return body(**kwargs)
+
+    model.model.forward = without_cache
+    with pytest.raises(InputError, match="is not supported"):
+        backbone_of(model).verify()
+
+
+def test_gradient_checkpointing_does_not_lose_the_prompt(model):
+    """transformers drops the key/value cache, silently, where a model checkpoints gradients in training mode.
+
+    Either the numbers are right or it is an error; a completion scored without its prompt is neither.
+    """
+    expected = shared_logits(model).detach()
+    model.gradient_checkpointing_enable()
+    model.train()  # without dropout in these models
+    try:
+        logits = shared_logits(model).detach()
+    except InputError:
+        return
+    torch.testing.assert_close(logits, expected, **FLOAT32)

@@ -1,0 +1,291 @@
+"""Samples come from exactly the stated distribution, and depend on nothing but their own random numbers."""
+
+import pytest
+import torch
+
+from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.generation import _invert_distribution, sample_completions
+from rlkd_trl.models.vocabulary import forbidden_ids
+from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB, word_tokenizer
+from tests.models.reference import FAMILIES, own_logits, pad_prompts
+
+PROMPTS = [[4, 5, 6, 7, 8], [9], [10, 11, 12], [13, 14], [15, 16, 17, 18]]
+FORBIDDEN = forbidden_ids(word_tokenizer(), PADDED_VOCAB, [EOS])
+ALLOWED_IDS = (~FORBIDDEN).nonzero()[:, 0].tolist()
+# So many words end a completion that some rows end early, some late and some not at all.
+MANY_EOS = [1, 5, 8, 11, 14, 17, 20, 23]
+FORBIDDEN_MANY_EOS = forbidden_ids(word_tokenizer(), PADDED_VOCAB, MANY_EOS)
+
+
+def sample(model, prompts, index, **kwargs):
+    """With one EOS, or with many where `kwargs` say so."""
+    settings = {"eos_ids": [EOS], "pad_id": PAD, "forbidden_V": FORBIDDEN, **kwargs}
+    ids_PS, mask_PS = pad_prompts(model, prompts)
+    return sample_completions(backbone_of(model), ids_PS, mask_PS, torch.tensor(index), **settings)
+
+
+def uniforms(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def next_token_distribution(model, prompt, completion, temperature) -> torch.Tensor:
+    """Softmax in float64 of the model's own logits after `completion`, over the allowed ids only."""
+    z_V = own_logits(model, prompt, completion)[-1].double() / temperature
+    p_V = torch.zeros_like(z_V)
+    p_V[ALLOWED_IDS] = z_V[ALLOWED_IDS].softmax(-1)
+    return p_V
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_token_has_its_stated_share_of_the_uniforms(name, temperature):
+    """With N evenly spaced uniforms, token v is drawn N·p_v times, give or take one at either end of its interval."""
+    model, N = MODELS[name](), 2000
+    even_N1 = (torch.arange(N)[:, None] + 0.5) / N
+    first = sample(
+        model, PROMPTS, [2] * N, max_completion_length=1, temperature=temperature, uniforms_BT=even_N1
+    ).ids_BT[:, 0]
+    share_V = next_token_distribution(model, PROMPTS[2], [], temperature)
+    assert (torch.bincount(first, minlength=PADDED_VOCAB) - N * share_V).abs().max() <= 1.01
+
+    # The second token, given the one first token that u = 0.5 draws.
+    second = sample(
+        model,
+        PROMPTS,
+        [2] * N,
+        max_completion_length=2,
+        temperature=temperature,
+        uniforms_BT=torch.cat([torch.full_like(even_N1, 0.5), even_N1], dim=1),
+    ).ids_BT
+    assert (second[:, 0] == second[0, 0]).all() and second[0, 0] != EOS
+    share_V = next_token_distribution(model, PROMPTS[2], [int(second[0, 0])], temperature)
+    assert (torch.bincount(second[:, 1], minlength=PADDED_VOCAB) - N * share_V).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("name", ["t5-tied", "llama"])
+def test_pairs_of_tokens_pass_a_chi_square_test(name):
+    """20,000 random pairs against p(first) p(second | first), computed from the model's own logits."""
+    model, N = MODELS[name](), 20000
+    pairs = sample(
+        model, PROMPTS, [0] * N, max_completion_length=2, temperature=1.0, uniforms_BT=uniforms(N, 2)
+    ).ids_BT
+    first_V = next_token_distribution(model, PROMPTS[0], [], 1.0)
+    joint_VV = torch.zeros(PADDED_VOCAB, PADDED_VOCAB, dtype=torch.float64)
+    for token in ALLOWED_IDS:
+        if token == EOS:
+            joint_VV[EOS, PAD] = first_V[EOS]  # it ends, and padding follows
+        else:
+            joint_VV[token] = first_V[token] * next_token_distribution(model, PROMPTS[0], [token], 1.0)
+    torch.testing.assert_close(joint_VV.sum(), torch.tensor(1.0, dtype=torch.float64))
+    counts_VV = torch.bincount(pairs[:, 0] * PADDED_VOCAB + pairs[:, 1], minlength=PADDED_VOCAB**2).double()
+    expected_VV = (N * joint_VV).flatten()
+    assert counts_VV[expected_VV == 0].sum() == 0
+    # Cells that expect fewer than 5 draws are pooled, as the test requires.
+    common = expected_VV >= 5
+    observed = torch.cat([counts_VV[common], counts_VV[~common].sum()[None]])
+    expected = torch.cat([expected_VV[common], expected_VV[~common].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert freedom > 100
+    # χ² has mean `freedom` and standard deviation sqrt(2 freedom); on this seed it is 1.2 and 1.4 of them above. Sampling at
+    # temperature 0.8 instead is 5 (T5) and 73 (Llama) above. The test with even uniforms is sharper; here, pairs count.
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_forbidden_ids_are_never_drawn_and_all_others_are(name):
+    """At temperature 1000 the distribution is flat: each of 26 allowed ids is expected 77 times at each step."""
+    ids_BT = sample(
+        FAMILIES[name](),
+        PROMPTS,
+        [0] * 2000,
+        max_completion_length=4,
+        temperature=1000.0,
+        eos_ids=[],
+        uniforms_BT=uniforms(2000, 4),
+    ).ids_BT
+    for t in range(4):
+        assert ids_BT[:, t].unique().tolist() == ALLOWED_IDS
+
+
+def test_uniforms_at_the_ends_stay_among_the_allowed_ids():
+    """The last ids are forbidden, the first is too: neither 0 nor the largest float below 1 may fall on them."""
+    ends = torch.tensor([[0.0], [torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()]])
+    ids = sample(MODELS["t5-tied"](), PROMPTS, [0, 0], max_completion_length=1, uniforms_BT=ends).ids_BT[:, 0]
+    assert ids.tolist() == [ALLOWED_IDS[0], ALLOWED_IDS[-1]]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("many_eos", [False, True])
+def test_greedy_is_transformers_generate(name, many_eos):
+    model = FAMILIES[name]()
+    eos_ids = MANY_EOS if many_eos else [EOS]
+    forbidden_V = FORBIDDEN_MANY_EOS if many_eos else FORBIDDEN
+    ids_PS, mask_PS = pad_prompts(model, PROMPTS)
+    theirs = model.generate(
+        input_ids=ids_PS,
+        attention_mask=mask_PS,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=8,
+        eos_token_id=eos_ids,
+        pad_token_id=PAD,
+        suppress_tokens=forbidden_V.nonzero()[:, 0].tolist(),
+    )
+    theirs = theirs[:, 1:] if model.config.is_encoder_decoder else theirs[:, ids_PS.shape[1] :]
+    ours = sample(
+        model, PROMPTS, range(len(PROMPTS)), max_completion_length=8, eos_ids=eos_ids, forbidden_V=forbidden_V
+    )
+    assert ours.ids_BT.tolist() == theirs.tolist()
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def many_rows(request):
+    """40 rows of 5 prompts that end all over the place: model, index, uniforms, completions, and rows per step."""
+    model = MODELS[request.param]()
+    index = [p for p in range(5) for _ in range(8)]
+    uniforms_BT = uniforms(40, 10, seed=1)
+    backbone = backbone_of(model)
+    rows, extend = [], backbone.extend
+    backbone.extend = lambda prefix, ids: rows.append(len(ids)) or extend(prefix, ids)
+    completions = sample_completions(
+        backbone,
+        *pad_prompts(model, PROMPTS),
+        torch.tensor(index),
+        max_completion_length=10,
+        eos_ids=MANY_EOS,
+        pad_id=PAD,
+        forbidden_V=FORBIDDEN_MANY_EOS,
+        uniforms_BT=uniforms_BT,
+    )
+    return model, index, uniforms_BT, completions, rows
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_in(many_rows):
+    """Each row alone, with its own numbers, is the row in the batch, out of which finished rows were dropped."""
+    model, index, uniforms_BT, batch, _ = many_rows
+    for b, p in enumerate(index):
+        alone = sample(
+            model,
+            [PROMPTS[p]],
+            [0],
+            max_completion_length=10,
+            eos_ids=MANY_EOS,
+            forbidden_V=FORBIDDEN_MANY_EOS,
+            uniforms_BT=uniforms_BT[b : b + 1],
+        )
+        assert alone.ids_BT[0][alone.mask_BT[0]].tolist() == batch.ids_BT[b][batch.mask_BT[b]].tolist()
+        assert alone.ended_B[0] == batch.ended_B[b]
+
+
+def test_finished_rows_are_not_decoded(many_rows):
+    *_, batch, rows = many_rows
+    steps = rows[-(batch.ids_BT.shape[1] - 1) :]  # after the prompts'
+    assert steps[0] <= 40 and steps == sorted(steps, reverse=True) and steps[-1] < 20
+    lengths_B = batch.mask_BT.sum(dim=1)
+    for t, decoded in enumerate(steps, start=1):
+        unfinished = int((lengths_B > t).sum())
+        assert unfinished <= decoded <= max(1, unfinished / 0.75 + 1e-6)
+
+
+def test_masks_end_with_the_first_eos_and_padding_follows(many_rows):
+    *_, batch, _ = many_rows
+    assert batch.ended_B.any(), "no row ended: the test would be empty"
+    assert len(batch.mask_BT.sum(1).unique()) > 3
+    for ids_T, mask_T, ended in zip(batch.ids_BT, batch.mask_BT, batch.ended_B, strict=True):
+        ends = [t for t, token in enumerate(ids_T.tolist()) if token in MANY_EOS]
+        length = ends[0] + 1 if ends else len(ids_T)
+        assert bool(ended) == bool(ends)
+        assert mask_T.tolist() == [t < length for t in range(len(ids_T))]
+        assert (ids_T[length:] == PAD).all()
+
+
+def test_pad_as_a_sampled_token_counts_where_it_does_not_end_a_completion():
+    """The mask comes from EOS alone; here the pad id is an ordinary word."""
+    uniforms_BT = uniforms(50, 6)
+    model = MODELS["llama"]()
+    as_word = sample(model, PROMPTS, [0] * 50, max_completion_length=6, pad_id=9, uniforms_BT=uniforms_BT)
+    usual = sample(model, PROMPTS, [0] * 50, max_completion_length=6, uniforms_BT=uniforms_BT)
+    assert (usual.ids_BT[usual.mask_BT] == 9).any()
+    assert torch.equal(as_word.mask_BT, usual.mask_BT)
+    assert torch.equal(as_word.ids_BT[as_word.mask_BT], usual.ids_BT[usual.mask_BT])
+
+
+def test_a_pad_that_is_eos():
+    """Padding a row that has ended must not end it twice, or any other row at all."""
+    model, uniforms_BT = MODELS["llama"](), uniforms(30, 6, seed=2)
+    settings = {"max_completion_length": 6, "eos_ids": MANY_EOS, "forbidden_V": FORBIDDEN_MANY_EOS}
+    usual = sample(model, PROMPTS, [1] * 30, uniforms_BT=uniforms_BT, **settings)
+    padded = sample(model, PROMPTS, [1] * 30, uniforms_BT=uniforms_BT, pad_id=EOS, **settings)
+    assert usual.ended_B.any() and not usual.ended_B.all()
+    assert torch.equal(usual.mask_BT, padded.mask_BT) and torch.equal(usual.ended_B, padded.ended_B)
+    assert torch.equal(usual.ids_BT[usual.mask_BT], padded.ids_BT[padded.mask_BT])
+
+
+def test_length_one():
+    completions = sample(MODELS["t5-untied"](), PROMPTS, [3, 0], max_completion_length=1, uniforms_BT=uniforms(2, 1))
+    assert completions.ids_BT.shape == completions.mask_BT.shape == (2, 1)
+    assert completions.mask_BT.all()
+    assert torch.equal(completions.ended_B, completions.ids_BT[:, 0] == EOS)
+
+
+def test_when_all_rows_end_at_once_nothing_more_is_decoded():
+    completions = sample(
+        MODELS["llama"](), PROMPTS, [0, 1, 2], max_completion_length=9, eos_ids=ALLOWED_IDS, uniforms_BT=uniforms(3, 9)
+    )
+    assert completions.ids_BT.shape == (3, 1) and completions.ended_B.all() and completions.mask_BT.all()
+
+
+def test_more_uniforms_than_steps_and_the_same_numbers_twice():
+    model, uniforms_BT = MODELS["t5-tied"](), uniforms(6, 12)
+    short = sample(model, PROMPTS, [0, 1, 2] * 2, max_completion_length=4, uniforms_BT=uniforms_BT)
+    again = sample(model, PROMPTS, [0, 1, 2] * 2, max_completion_length=4, uniforms_BT=uniforms_BT)
+    assert torch.equal(short.ids_BT, again.ids_BT)
+    same = sample(model, PROMPTS, [1, 1], max_completion_length=4, uniforms_BT=uniforms_BT[:1].repeat(2, 1))
+    assert torch.equal(same.ids_BT[0], same.ids_BT[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_gradient_is_recorded(dtype):
+    """And it works in bfloat16."""
+    model = MODELS["t5-tied"]().to(dtype)
+    ids = sample(model, PROMPTS, [0, 1], max_completion_length=3, uniforms_BT=uniforms(2, 3)).ids_BT
+    assert ids.dtype == torch.long and not ids.requires_grad
+
+
+# The distribution function by hand: p = 0, 1/2, 0, 1/4, 1/4, 0.
+HAND_LOGITS = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0]).log()
+BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+
+
+@pytest.mark.parametrize(
+    "uniform, token",
+    [(0.0, 1), (0.25, 1), (0.4999, 1), (0.5, 3), (0.6, 3), (0.7499, 3), (0.75, 4), (0.99, 4), (BELOW_ONE, 4)],
+)
+def test_inverting_a_distribution_by_hand(uniform, token):
+    assert _invert_distribution(HAND_LOGITS[None], torch.tensor([uniform])).tolist() == [token]
+
+
+@pytest.mark.parametrize("certain", [0, 3, 5])
+def test_inverting_a_certain_outcome(certain):
+    logits_BV = torch.full((3, 6), -torch.inf)
+    logits_BV[:, certain] = 7.0
+    assert _invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [certain] * 3
+
+
+def test_inverting_near_one_over_a_large_vocabulary():
+    """A float32 sum of 32,128 probabilities misses 1 by rounding; the last 28 ids have probability 0."""
+    logits_V = torch.randn(32128, generator=torch.Generator().manual_seed(0))
+    logits_V[32100:] = -torch.inf
+    near_one = 1 - torch.arange(1, 200) * 2.0**-24
+    tokens = _invert_distribution(logits_V.expand(199, -1), near_one)
+    assert tokens.max() < 32100
+    assert tokens.min() > 32000  # the last 1e-5 of the mass; a token has 3e-5 on average
+
+
+def test_a_nearly_certain_token_leaves_the_impossible_ones_alone():
+    """exp(−200) underflows to 0 in float32: such an id has no interval."""
+    logits_BV = torch.tensor([[-200.0, 0.0, -200.0]]).expand(3, -1)
+    assert _invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]

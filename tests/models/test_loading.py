@@ -1,0 +1,259 @@
+"""Checkpoints from a directory or the Hub, and one line of explanation where that fails."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
+from rlkd_trl.models.prompts import tokenize_prompts
+from tests.conftest import MODELS, tiny_llama, tiny_t5, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One directory per family."""
+    directories = {}
+    for name, build in MODELS.items():
+        directories[name] = tmp_path_factory.mktemp(name)
+        build().save_pretrained(directories[name])
+        word_tokenizer().save_pretrained(directories[name])
+    return directories
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_what_was_saved_is_loaded(checkpoints, name):
+    model, saved = load_model(str(checkpoints[name])), MODELS[name]()
+    assert type(model) is type(saved)
+    for key, value in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert load_tokenizer(str(checkpoints[name])).get_vocab() == word_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype(checkpoints, dtype):
+    assert {p.dtype for p in load_model(str(checkpoints["t5-untied"]), dtype=dtype).parameters()} == {
+        getattr(torch, dtype)
+    }
+
+
+def test_dtype_auto_is_the_checkpoints_own(tmp_path):
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), dtype="auto").dtype == torch.bfloat16
+    assert load_model(str(tmp_path)).dtype == torch.float32
+
+
+def test_float16_is_for_other_models_than_t5(checkpoints):
+    assert load_model(str(checkpoints["llama"]), dtype="float16").dtype == torch.float16
+    with pytest.raises(InputError, match="overflow in float16"):
+        load_model(str(checkpoints["t5-tied"]), dtype="float16")
+
+
+def test_a_t5_checkpoint_in_float16_does_not_slip_through_auto(tmp_path):
+    tiny_t5(tied=True).half().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="float16"):
+        load_model(str(tmp_path), dtype="auto")
+
+
+def test_unknown_dtype_before_anything_is_read():
+    with pytest.raises(InputError, match=r"'fp32'.*float32"):
+        load_model("/nowhere", dtype="fp32")
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "../nowhere", "a/b/c"])
+def test_a_missing_directory(load, name):
+    with pytest.raises(InputError, match="is not a directory") as caught:
+        load(name)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_directory_without_config(load, tmp_path):
+    with pytest.raises(InputError, match=r"without config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_file_is_not_a_checkpoint(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(InputError, match="is not a directory"):
+        load_model(str(file))
+
+
+def test_the_flag_is_named():
+    with pytest.raises(InputError, match="`--teacher ./nowhere`"):
+        require_checkpoint("--teacher", "./nowhere")
+
+
+def test_hub_ids_are_left_to_the_hub(tmp_path):
+    for name in ("t5-base", "bigscience/T0_3B"):
+        require_checkpoint("--teacher", name)
+
+
+def _without_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def _half_the_weights(path):
+    """An interrupted copy."""
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _bad_config(path):
+    (path / "config.json").write_text('{"model_type": ')
+
+
+def _unknown_type(path):
+    (path / "config.json").write_text('{"model_type": "abacus"}')
+
+
+@pytest.mark.parametrize("damage", [_without_weights, _bad_config, _unknown_type, _half_the_weights])
+def test_damaged_checkpoints_are_explained(tmp_path, damage):
+    tiny_llama().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_tokenizer(tmp_path):
+    tiny_t5(tied=True).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
+    """As GPT-2's and Llama's."""
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
+
+
+# A repository on the Hub, played by a server on this machine.
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The Hub's file endpoints for one repository: revision "main" is empty, revision "v2" holds the files."""
+
+    repository, commit = "someone/tiny-teacher", "c" * 40
+    directory, served = None, []
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, *, body):
+        path = self.path.split("?")[0]
+        prefixes = [f"/{self.repository}/resolve/{revision}/" for revision in ("v2", self.commit)]
+        name = next((path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)), None)
+        file = None if name is None else self.directory / name
+        listing = path in (f"/api/models/{self.repository}", f"/api/models/{self.repository}/revision/v2")
+        if file is not None and file.is_file():
+            content, status = file.read_bytes(), 200
+            self.served.append(name)
+        elif listing:
+            names = sorted(p.name for p in self.directory.iterdir())
+            content = json.dumps(
+                {"id": self.repository, "sha": self.commit, "siblings": [{"rfilename": n} for n in names], "tags": []}
+            ).encode()
+            status = 200
+        else:
+            content, status = b"{}", 404
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("Content-Length", str(len(content)))
+        if status == 200:
+            self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:x}"')
+        else:
+            known = path.startswith((f"/{self.repository}/resolve/", f"/api/models/{self.repository}/tree/v2/"))
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+_LOAD_FROM_HUB = """
+import json, sys, torch
+from rlkd_trl.errors import InputError
+from rlkd_trl.teachers import Teacher
+torch.set_num_threads(1)
+teacher = Teacher.from_pretrained("someone/tiny-teacher", revision="v2")
+ids = torch.tensor([[3, 4, 1]])
+scores = teacher.score(["w5 w6"], torch.tensor([0]), ids, torch.ones_like(ids).bool(), torch.tensor([True]))
+try:
+    Teacher.from_pretrained("someone/not-there")
+except InputError as error:
+    missing = str(error)
+print(json.dumps({"chosen": scores.chosen[0].tolist(), "missing": missing}))
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_id_and_revision(checkpoints, tmp_path):
+    """In a process of its own, since huggingface_hub reads its address when it is imported."""
+    _Hub.directory = checkpoints["t5-tied"]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _LOAD_FROM_HUB], env=environment, capture_output=True, text=True, timeout=300
+        )
+    finally:
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    logits = MODELS["t5-tied"]()(
+        input_ids=torch.tensor([[5, 6, 1]]), decoder_input_ids=torch.tensor([[0, 3, 4]])
+    ).logits[0]
+    torch.testing.assert_close(torch.tensor(answer["chosen"]), logits[range(3), [3, 4, 1]].detach())
+    assert "model.safetensors" in _Hub.served and "someone/not-there" in answer["missing"]
+
+
+@pytest.mark.parametrize("side, expected", [("right", [[3, 4, 1], [5, 1, 0]]), ("left", [[3, 4, 1], [0, 5, 1]])])
+def test_prompts_are_padded_on_the_side_that_was_asked_for(tokenizer, side, expected):
+    ids_PS, mask_PS = tokenize_prompts(tokenizer, ["w3 w4", "w5"], padding_side=side)
+    assert ids_PS.tolist() == expected
+    assert mask_PS.tolist() == [[int(i != 0) for i in ids] for ids in expected]
+
+
+def test_prompts_as_ragged_lists_and_cut(tokenizer):
+    # </s> is one of the tokens; a cut prompt keeps it, as T5's encoder expects.
+    assert tokenize_prompts(tokenizer, ["w3 w4 w5", "w6"], padding_side=None, max_length=3)[0] == [[3, 4, 1], [6, 1]]
+
+
+def test_a_pad_token_inside_a_prompt_is_not_masked(tokenizer):
+    """The mask comes from the lengths and not from the ids."""
+    _, mask_PS = tokenize_prompts(tokenizer, ["w3 <pad> w4", "w5"], padding_side="right")
+    assert mask_PS.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_a_tokenizer_that_does_not_list_the_mask_among_its_outputs():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer().backend_tokenizer, pad_token="<pad>", model_input_names=["input_ids"]
+    )
+    _, mask_PS = tokenize_prompts(tokenizer, ["w3 w4", "w5"], padding_side="left")
+    assert mask_PS.tolist() == [[1, 1, 1], [0, 1, 1]]

@@ -1,0 +1,154 @@
+"""One update of PPO or RLOO written out in loops from the papers, in float64, on plain forward passes of the models."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlkd_trl.trainers.rollout import Rollout
+from tests.conftest import EOS
+from tests.students.plain_forward import chosen_log_probs, entropies, plain_forward, plain_values
+
+
+@dataclass
+class Sample:
+    prompt: list[int]
+    completion: list[int]
+    ended: bool
+
+
+@dataclass
+class Targets:
+    """Per sample: log π_old per token, V_old per state s_1 .. s_{T+1}, advantage and return per token."""
+
+    old_logps: list[list[float]]
+    old_values: list[list[float]] | None
+    advantages: list[list[float]]
+    returns: list[list[float]] | None
+
+
+def samples_of(rollout: Rollout) -> list[Sample]:
+    """What was sampled, as lists; nothing else is taken from the rollout."""
+    samples = []
+    for b, p in enumerate(rollout.prompt_index_B.tolist()):
+        prompt = rollout.prompt_ids_PS[p][rollout.prompt_mask_PS[p].bool()].tolist()
+        completion = rollout.completion_ids_BT[b][rollout.completion_mask_BT[b]].tolist()
+        samples.append(Sample(prompt, completion, completion[-1] == EOS))
+    return samples
+
+
+@torch.no_grad()
+def teacher_rewards(teacher: PreTrainedModel, sample: Sample, gamma: float) -> tuple[list[float], list[float]]:
+    """r_t = f_t[y_t] − γ max f_{t+1} and Φ_t = max f_t, with f the logits minus their mean; V after EOS is 0."""
+    f = plain_forward(teacher, sample.prompt, sample.completion)[0].double()
+    f = f - f.mean(dim=-1, keepdim=True)
+    values = [float(row.max()) for row in f]
+    if sample.ended:
+        values[-1] = 0.0
+    rewards = [float(f[t, y]) - gamma * values[t + 1] for t, y in enumerate(sample.completion)]
+    return rewards, values
+
+
+def targets_of(
+    args,
+    method: str,
+    samples: list[Sample],
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    critic: PreTrainedModel | None,
+    head: nn.Linear | None,
+) -> Targets:
+    """Advantages and returns of a rollout that `student` (with `critic` and `head`) sampled."""
+    gamma = args.gamma
+    rewards, old_logps, old_values = [], [], []
+    for s in samples:
+        r, phi = teacher_rewards(teacher, s, gamma)
+        if args.missing_eos_penalty is not None and not s.ended:
+            r[-1] -= args.missing_eos_penalty
+        if args.teacher_baseline and method != "rloo-sequence":
+            r = [r[t] + gamma * phi[t + 1] - phi[t] for t in range(len(r))]
+        rewards.append(r)
+        old_logps.append(chosen_log_probs(student, s.prompt, s.completion, args.temperature).tolist())
+        if head is not None:
+            v = plain_values(critic, head, s.prompt, s.completion).tolist()
+            old_values.append([*v[:-1], 0.0 if s.ended else v[-1]])
+
+    returns = None
+    if method == "ppo":
+        advantages, returns = [], []
+        for r, v in zip(rewards, old_values, strict=True):
+            a, following = [0.0] * len(r), 0.0
+            for t in reversed(range(len(r))):
+                following = r[t] + gamma * v[t + 1] - v[t] + gamma * args.lam * following
+                a[t] = following
+            advantages.append(a)
+            returns.append([a[t] + v[t] for t in range(len(r))])
+    else:
+        to_go = []
+        for r in rewards:
+            discount = 1.0 if method == "rloo-sequence" else gamma
+            g, following = [0.0] * len(r), 0.0
+            for t in reversed(range(len(r))):
+                following = r[t] + discount * following
+                g[t] = following
+            to_go.append(g)
+        advantages = []
+        K = args.num_generations
+        for i, g in enumerate(to_go):
+            group = range(i // K * K, i // K * K + K)
+            a = []
+            for t in range(len(g)):
+                at = 0 if method == "rloo-sequence" else t
+                others = [to_go[j][at] if at < len(to_go[j]) else 0.0 for j in group if j != i]
+                a.append(g[at] - sum(others) / (K - 1))
+            advantages.append(a)
+
+    if args.normalize_advantages:
+        kept = [a for i in range(len(samples)) if _in_loss(args, samples[i]) for a in advantages[i]]
+        mean = sum(kept) / len(kept)
+        deviation = (sum((a - mean) ** 2 for a in kept) / len(kept)) ** 0.5
+        advantages = [[(a - mean) / deviation for a in row] for row in advantages]
+    return Targets(old_logps, old_values or None, advantages, returns)
+
+
+def _in_loss(args, sample: Sample) -> bool:
+    return sample.ended or not args.mask_truncated_completions
+
+
+def plain_loss(
+    args,
+    method: str,
+    samples: list[Sample],
+    targets: Targets,
+    student: PreTrainedModel,
+    critic: PreTrainedModel | None,
+    head: nn.Linear | None,
+) -> Tensor:
+    """The scalar that the optimizer step descends, differentiable in the student, critic and head."""
+    kept = [i for i in range(len(samples)) if _in_loss(args, samples[i])]
+    tokens = sum(len(samples[i].completion) for i in kept)
+    policy, value, entropy = 0.0, 0.0, 0.0
+    for i in kept:
+        s = samples[i]
+        old = torch.tensor(targets.old_logps[i], dtype=torch.float64)
+        log_ratio = chosen_log_probs(student, s.prompt, s.completion, args.temperature) - old
+        advantages = torch.tensor(targets.advantages[i], dtype=torch.float64)
+        if method == "rloo-sequence":
+            log_ratio, advantages = log_ratio.sum()[None], advantages[:1]
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+        policy = policy + torch.minimum(ratio * advantages, clipped * advantages).sum()
+        entropy = entropy + entropies(student, s.prompt, s.completion, args.temperature).sum()
+        if head is not None:
+            v = plain_values(critic, head, s.prompt, s.completion)[:-1]
+            v_old = torch.tensor(targets.old_values[i][: len(s.completion)], dtype=torch.float64)
+            goal = torch.tensor(targets.returns[i], dtype=torch.float64)
+            error = (v - goal) ** 2
+            if args.cliprange_value is not None:
+                c = args.cliprange_value
+                error = torch.maximum(error, (torch.clamp(v, v_old - c, v_old + c) - goal) ** 2)
+            value = value + 0.5 * error.sum()
+    denominator = len(kept) if method == "rloo-sequence" else tokens
+    loss = -policy / denominator - args.entropy_coef * entropy / tokens
+    return loss + args.vf_coef * value / tokens if head is not None else loss

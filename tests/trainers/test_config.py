@@ -1,0 +1,104 @@
+import pytest
+
+from rlkd_trl import PPOKDConfig, RLOOKDConfig
+from rlkd_trl.errors import InputError
+
+BOTH = [PPOKDConfig, RLOOKDConfig]
+
+
+def config(config_class, tmp_path, **settings):
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, **settings}
+    return config_class(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("config_class", BOTH)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 6}, "not divisible by num_generations 4"),
+        ({"per_device_train_batch_size": 2}, "not divisible"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"num_generations": -4}, "num_generations"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "not a multiple"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "not a multiple"),
+        ({"steps_per_generation": 0}, "steps_per_generation"),
+        ({"top_k": 50}, "top_k"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        # transformers' newer name for the same.
+        ({"activation_checkpointing": True}, "checkpointing"),
+        ({"max_completion_length": 0}, "max_completion_length"),
+        ({"num_iterations": 0}, "num_iterations"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"gamma": 1.01}, "gamma"),
+        ({"gamma": -0.1}, "gamma"),
+        ({"beta": -0.1}, "beta"),
+        ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 0.0}, "kl_horizon"),
+        ({"kl_target": 1.0}, "kl_target"),
+        ({"beta": 0.1, "kl_target": 0.0}, "kl_target"),
+        ({"beta": 0.1, "kl_target": -1.0}, "kl_target"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        config(config_class, tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "message"),
+    [
+        (PPOKDConfig, {"critic": "none"}, "critic"),
+        (PPOKDConfig, {"lam": 1.5}, "lam"),
+        (PPOKDConfig, {"lam": -0.5}, "lam"),
+        (RLOOKDConfig, {"level": "word"}, "level"),
+        (RLOOKDConfig, {"num_generations": 1}, "at least 2"),
+    ],
+)
+def test_wrong_settings_of_one_method(tmp_path, config_class, settings, message):
+    with pytest.raises(InputError, match=message):
+        config(config_class, tmp_path, **settings)
+
+
+def test_settings_that_are_ignored_are_refused(tmp_path):
+    """`remove_unused_columns=True` would drop the columns that templates and rewards read."""
+    with pytest.raises(InputError, match="remove_unused_columns"):
+        config(PPOKDConfig, tmp_path, remove_unused_columns=True)
+
+
+@pytest.mark.parametrize("config_class", BOTH)
+def test_one_rollout_is_one_optimizer_step_by_default(config_class, tmp_path):
+    args = config(config_class, tmp_path, gradient_accumulation_steps=3)
+    assert args.steps_per_generation == 3
+    # 8 completions a micro-batch × 3 micro-batches / 4 completions a prompt
+    assert args.prompts_per_rollout == 6
+
+
+@pytest.mark.parametrize("config_class", BOTH)
+def test_a_rollout_may_feed_several_optimizer_steps(config_class, tmp_path):
+    args = config(config_class, tmp_path, gradient_accumulation_steps=2, steps_per_generation=4)
+    assert (args.steps_per_generation, args.prompts_per_rollout) == (4, 8)
+
+
+def test_ppo_takes_one_completion_per_prompt(tmp_path):
+    assert config(PPOKDConfig, tmp_path, num_generations=1).prompts_per_rollout == 8
+
+
+def test_a_group_may_be_larger_than_a_micro_batch(tmp_path):
+    args = config(RLOOKDConfig, tmp_path, per_device_train_batch_size=2, steps_per_generation=2)
+    assert args.prompts_per_rollout == 1
+
+
+def test_the_rest_of_the_range_is_allowed(tmp_path):
+    args = config(PPOKDConfig, tmp_path, gamma=0.0, lam=0.0, beta=0.0, critic="separate", epsilon=1.5)
+    assert (args.gamma, args.lam, args.beta) == (0.0, 0.0, 0.0)
+    assert config(PPOKDConfig, tmp_path, gamma=1.0, lam=1.0, beta=0.1, kl_target=6.0).kl_target == 6.0
+
+
+@pytest.mark.parametrize("config_class", BOTH)
+def test_cpu_is_chosen_where_there_is_nothing_else(config_class, tmp_path):
+    """Otherwise two CPU processes would train unsynchronised."""
+    import torch
+
+    assert config(config_class, tmp_path).use_cpu is (not torch.accelerator.is_available())

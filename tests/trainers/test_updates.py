@@ -1,0 +1,240 @@
+"""The gradient of an update: against loops written from the papers, and however the batch is cut."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.conftest import MODELS
+from tests.trainers.plain_update import plain_loss, samples_of, targets_of
+from tests.trainers.tiny_runs import METHODS, Recorder, assert_same_weights, build, largest_difference, run
+
+
+def with_random_value_head(trainer):
+    if trainer.model.value_head is not None:
+        torch.manual_seed(11)
+        torch.nn.init.normal_(trainer.model.value_head.weight)
+        torch.nn.init.normal_(trainer.model.value_head.bias)
+    return trainer
+
+
+CASES = {
+    "ppo": ("ppo", "t5-tied", {}),
+    "ppo, every option": (
+        "ppo",
+        "t5-untied",
+        {
+            "gamma": 0.9,
+            "lam": 0.8,
+            "temperature": 0.7,
+            "entropy_coef": 0.5,
+            "cliprange_value": 0.2,
+            "vf_coef": 0.7,
+            "normalize_advantages": False,
+            "missing_eos_penalty": 3.0,
+            "epsilon": 0.1,
+        },
+    ),
+    "ppo, separate critic": ("ppo", "llama", {"critic": "separate", "entropy_coef": 0.1}),
+    "ppo, no teacher baseline": ("ppo", "llama", {"teacher_baseline": False, "num_generations": 1}),
+    "ppo, truncated completions masked": ("ppo", "t5-tied", {"mask_truncated_completions": True}),
+    "rloo, sequences": ("rloo-sequence", "t5-tied", {"entropy_coef": 0.1, "missing_eos_penalty": 3.0}),
+    "rloo, sequences, truncated completions masked": (
+        "rloo-sequence",
+        "llama",
+        {"num_generations": 4, "mask_truncated_completions": True, "temperature": 1.3},
+    ),
+    "rloo, tokens": ("rloo-token", "llama", {"gamma": 0.9}),
+    "rloo, tokens, every option": (
+        "rloo-token",
+        "t5-untied",
+        {"num_generations": 4, "normalize_advantages": True, "mask_truncated_completions": True, "epsilon": 0.1},
+    ),
+    "rloo, tokens, no teacher baseline": ("rloo-token", "t5-tied", {"teacher_baseline": False}),
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
+    """Both passes over a rollout: at ratio 1, and, after a step large enough to clip some, at other ratios."""
+    from tests.trainers.tiny_runs import teacher_reward
+
+    method, family, settings = CASES[case]
+    trainer = build(
+        method,
+        tmp_path,
+        family=family,
+        reward=teacher_reward(family, gamma=settings.get("gamma", 1.0)),
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        num_iterations=2,
+        max_grad_norm=0.0,  # no clipping of the gradient
+        learning_rate=0.03,
+        optim="sgd",
+        **settings,
+    )
+    with_random_value_head(trainer)
+    policies = [copy.deepcopy(trainer.model)]
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    after_one_step = copy.deepcopy(policies[0])
+    after_one_step.load_state_dict(recorder.weights[0])
+    policies.append(after_one_step)
+
+    samples = samples_of(recorder.rollouts[0])
+    assert recorder.rollouts[1] is recorder.rollouts[0], "two passes over one rollout"
+    assert {s.ended for s in samples} == {True, False} and len({len(s.completion) for s in samples}) > 2
+    teacher = MODELS[family](seed=5)
+    old = policies[0]
+    old_critic = (old.critic_model or old.model) if old.value_head is not None else None
+    targets = targets_of(trainer.args, method, samples, teacher, old.model, old_critic, old.value_head)
+
+    for step, policy in enumerate(policies):
+        critic = (policy.critic_model or policy.model) if policy.value_head is not None else None
+        loss = plain_loss(trainer.args, method, samples, targets, policy.model, critic, policy.value_head)
+        assert recorder.logs[step]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-5)
+        parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        norm = torch.cat([g.flatten() for g in expected if g is not None]).norm()
+        assert norm > 1e-2
+        assert recorder.logs[step]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+        for name, gradient in zip(parameters, expected, strict=True):
+            actual = recorder.gradients[step][name]
+            if gradient is None:
+                assert actual is None or (actual == 0).all(), name
+                continue
+            torch.testing.assert_close(
+                actual, gradient, rtol=1e-3, atol=2e-5 * float(norm), msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert recorder.logs[1]["approx_kl"] > 1e-4, "the second pass must not be at ratio 1 for this test to mean much"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("family", ["t5-tied", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path):
+    """Over three rollouts, each after an update; with dropout on in the config it would not be."""
+    model = MODELS[family]()
+    if family == "t5-tied":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+    recorder = run(
+        method,
+        tmp_path,
+        family=family,
+        model=model.train(),
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        temperature=0.8,
+        max_steps=3,
+    )
+    assert len(recorder.logs) == 3
+    for entry in recorder.logs:
+        assert entry["ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert entry["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert entry["clip_fraction"] == 0.0
+    assert largest_difference(recorder.weights[1], recorder.weights[0]) > 1e-3
+
+
+def test_several_optimizer_steps_share_a_rollout(tmp_path):
+    """steps_per_generation 2 × num_iterations 2: four optimizer steps a rollout, the first at ratio 1."""
+    recorder = run(
+        "ppo", tmp_path, per_device_train_batch_size=4, steps_per_generation=2, num_iterations=2, max_steps=8
+    )
+    assert [r is recorder.rollouts[0] for r in recorder.rollouts] == [True] * 4 + [False] * 4
+    assert len({id(r) for r in recorder.rollouts[4:]}) == 1
+    assert len(recorder.rollouts[0].completion_ids_BT) == 8
+    kl = [entry["approx_kl"] for entry in recorder.logs]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[4] == pytest.approx(0, abs=1e-6)
+    assert min(kl[1:4] + kl[5:]) > 1e-5
+
+
+@pytest.mark.parametrize("cut", [(4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("method", METHODS)
+def test_update_does_not_depend_on_how_the_batch_is_cut(method, cut, tmp_path):
+    """Eight completions in one micro-batch, or in several: same weights, losses and gradient norms."""
+    settings = {
+        "max_steps": 3,
+        "max_grad_norm": 0.1,
+        "normalize_advantages": True,
+        "entropy_coef": 0.1,
+        "num_iterations": 1,
+    }
+    whole = run(method, tmp_path / "whole", per_device_train_batch_size=8, **settings)
+    size, accumulation = cut
+    parts = run(
+        method,
+        tmp_path / "parts",
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        **settings,
+    )
+    assert min(entry["grad_norm"] for entry in whole.logs) > 0.1, "gradient clipping must be active"
+    lengths = whole.rollouts[0].completion_mask_BT.sum(dim=1)
+    assert len(set(lengths.tolist())) > 2, "the test needs ragged completions"
+    for step in range(3):
+        ours, theirs = parts.rollouts[step], whole.rollouts[step]
+        assert torch.equal(ours.completion_ids_BT, theirs.completion_ids_BT), f"other samples at step {step}"
+        for name in ("loss", "grad_norm", "reward"):
+            assert parts.logs[step][name] == pytest.approx(whole.logs[step][name], rel=1e-4, abs=1e-6), name
+    # AdamW divides by the gradient's size, which magnifies rounding where a gradient is nearly 0.
+    assert_same_weights(parts.weights[-1], whole.weights[-1], rtol=1e-3, atol=1e-4)
+    assert largest_difference(whole.weights[-1], whole.weights[0]) > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logged_update_metrics_do_not_depend_on_how_the_batch_is_cut(method, tmp_path):
+    """Token means over the optimizer step, at ratios other than 1."""
+    settings = {"max_steps": 2, "num_iterations": 2, "learning_rate": 3e-2}
+    whole = run(method, tmp_path / "whole", per_device_train_batch_size=8, **settings)
+    parts = run(method, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
+    names = ["ratio", "approx_kl", "clip_fraction", "entropy"]
+    names += ["value_loss", "explained_variance"] if method == "ppo" else []
+    for step in range(2):
+        ours = {name: parts.logs[step][name] for name in names if name in whole.logs[step]}
+        theirs = {name: whole.logs[step][name] for name in names if name in whole.logs[step]}
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_teacher_is_frozen_and_gets_no_gradient(tmp_path):
+    trainer = build("ppo", tmp_path, max_steps=3)
+    teacher = trainer.reward_model.panels[0].scorers[0].teacher.model
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer.train()
+    assert_same_weights(teacher.state_dict(), before)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised.isdisjoint(id(p) for p in teacher.parameters())
+
+
+def test_every_trainable_parameter_moves(tmp_path):
+    trainer = build("ppo", tmp_path, max_steps=2, critic="separate")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "critic_model" in name and "lm_head" in name and not parameter.requires_grad:
+            continue
+        assert (parameter - before[name]).abs().max() > 1e-4, f"{name} does not learn"
+
+
+def test_two_teacher_terms_ask_the_teacher_once(tmp_path):
+    from rlkd_trl import TeacherForcingReward
+    from rlkd_trl.rewards import LogLikelihoodReward
+    from rlkd_trl.teachers import Teacher, TeacherPanel
+    from tests.conftest import word_tokenizer
+
+    panel = TeacherPanel([Teacher(MODELS["t5-tied"](seed=5), word_tokenizer())])
+    calls = []
+    panel.scorers[0].teacher.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+    terms = [TeacherForcingReward(panel), LogLikelihoodReward(panel)]
+    recorder = run("rloo-sequence", tmp_path, reward=terms, reward_weights=[0.5, 2.0], max_steps=2)
+    assert len(calls) == 2, "once per rollout"
+    for entry in recorder.logs:
+        forcing, likelihood = entry["rewards/TeacherForcingReward"], entry["rewards/LogLikelihoodReward"]
+        assert entry["reward"] == pytest.approx(0.5 * forcing + 2.0 * likelihood, rel=1e-5)
+        # The log-likelihood per token, with the other sign, is the teacher's NLL.
+        assert entry["teacher_nll"] == pytest.approx(-likelihood / entry["completions/mean_length"], rel=1e-5)
