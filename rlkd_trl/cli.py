@@ -115,6 +115,15 @@ class RewardArguments:
     tau: float = field(default=1.0, metadata={"help": "Temperature of --value soft."})
 
 
+@dataclass
+class RunArguments:
+    """Run"""
+
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last checkpoint in --output_dir (see --save_steps)."}
+    )
+
+
 class RecipeParser(TrlParser):
     """`TrlParser` with grouped help, type-checked YAML, `--config=X`, and errors of one line.
 
@@ -142,7 +151,8 @@ class RecipeParser(TrlParser):
             self._show_everything()
             self.print_help()
             sys.exit(0)
-        if demo_preset is not None and not {"--teacher", "--config"} & set(argv):
+        named = {arg.split("=")[0] for arg in argv}
+        if demo_preset is not None and not {"--teacher", "--config", "-h", "--help"} & named:
             argv = ["--config", str(demo_preset), *argv]
         if "--config" in argv:
             position = argv.index("--config")
@@ -209,20 +219,28 @@ class RecipeParser(TrlParser):
             action.help = self._hidden_help.get(id(action), action.help)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line for each flag where it fits, with its default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=119)
 
     def _get_help_string(self, action):
-        text = " ".join((action.help or "").split()).replace("%", "%%")
-        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
+        text = " ".join((action.help or "").split())
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or action.nargs == 0:
             return text
-        return f"{text} [%(default)s]"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{text} [{shown}]".replace("%", "%%")
+
+    def _format_action_invocation(self, action):
+        # Both --learning_rate and --learning-rate work; one spelling is enough to read.
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        value = "" if action.nargs == 0 else f" {self._format_args(action, 'X')}"
+        return ", ".join(names) + value
 
     def _format_args(self, action, default_metavar):
-        return "…" if action.nargs in ("+", "*") else super()._format_args(action, "X")
+        return {"+": "X …", "*": "X …", "?": "[X]"}.get(action.nargs, action.metavar or "X")
 
 
 def run(main: Callable[[], None]) -> None:

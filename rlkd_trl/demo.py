@@ -1,4 +1,4 @@
-"""The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained here in about two minutes.
+"""The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained here in two minutes.
 
 The teacher is T0-style: one model trained on several templates. The student sees the bare source, is smaller, and is
 warm-started on the teacher's greedy answers for a quarter of the inputs: too few to learn the task from.

@@ -7,15 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.cli import DataArguments, PromptArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.cli import (
+    DataArguments,
+    PromptArguments,
+    RewardArguments,
+    RunArguments,
+    StudentArguments,
+    TeacherArguments,
+)
 from rlkd_trl.data import demo_dataset, group_by_source, load_rows, parse_renames, require_columns
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from rlkd_trl.evaluation.evaluate import Evaluation
     from rlkd_trl.rewards import RewardModel
     from rlkd_trl.trainers.on_policy import OnPolicyTrainer
 
@@ -159,17 +166,74 @@ def check_rewards(reward: RewardArguments, weights: Sequence[float] | None) -> N
         raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
 
 
-def read_or_evaluate_teacher(trainer: "OnPolicyTrainer", rows: Sequence[Mapping]) -> "Evaluation":
-    """The first teacher's greedy outputs under the run's metrics: the line the student is compared with."""
+def name_or_make_models(
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    data: DataArguments,
+    templates: PromptTemplates | None,
+    args: "TrainingArguments",
+) -> None:
+    """Fills in the demo's teacher and warm start, trained here, where none of data, teacher and student is named.
+
+    Raises:
+        InputError: Some of the three are named and others not.
+    """
+    named = {"--dataset": data.dataset, "--teacher": teacher.teacher, "--student": student.student}
+    missing = [flag for flag, value in named.items() if value is None]
+    if not missing:
+        return
+    if len(missing) < len(named):
+        raise InputError(
+            f"{' and '.join(missing)} missing: give --dataset, --teacher and --student, or none of them for the demo."
+        )
+    from rlkd_trl.demo import make_demo_models
+
+    models = make_demo_models(Path(args.output_dir) / "demo_models", templates, seed=args.seed)
+    teacher.teacher, student.student = [models.teacher], models.student
+
+
+def load_student(student: StudentArguments) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The student and its tokenizer. Raises `InputError`."""
+    from rlkd_trl.models.loading import load_model, load_tokenizer
+
+    model = load_model(student.student, revision=student.student_revision, dtype=student.student_dtype)
+    return model, load_tokenizer(student.student, revision=student.student_revision)
+
+
+def evaluate_teacher_of(trainer: "OnPolicyTrainer") -> dict[str, float]:
+    """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
+    if not trainer.reward_model.panels:
+        return {}
     return evaluate_teacher(
         trainer.processing_class,
-        rows,
+        list(trainer.eval_dataset),
         trainer.reward_model,
         max_completion_length=trainer.args.max_completion_length,
         batch_size=trainer.args.per_device_eval_batch_size,
-    )
+    ).metrics
+
+
+def evaluate(trainer: "OnPolicyTrainer") -> dict[str, float]:
+    """The student's greedy outputs on the held-out rows."""
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+
+
+def last_checkpoint(run: RunArguments, output_dir: str) -> str | None:
+    """The newest checkpoint in `output_dir` if `--resume` asks for it.
+
+    Raises:
+        InputError: There is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not run.resume:
+        return None
+    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if found is None:
+        raise InputError(f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps.")
+    return found
 
 
 def finish_run(

@@ -24,11 +24,10 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
     A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} − V_t. After EOS, V = 0; a truncated completion is bootstrapped
-    from V_{n+1}, since it stopped for want of room, not because the episode was over (Pardo et al. 2018, eq. 6).
-    Returns `[B, T]`, 0 behind the mask.
+    from V_{n+1}, since it stopped for want of room, not because the episode was over (Pardo et al. 2018, "Time Limits
+    in Reinforcement Learning"). Returns `[B, T]`, 0 behind the mask.
     """
     values_BT1 = zero_terminal_value(values_BT1, mask_BT, ended_B)
-    rewards_BT = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
     advantages_BT = torch.zeros_like(rewards_BT)
     future_B = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
@@ -39,7 +38,7 @@ def gae(
 
 
 def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
-    """R_i − mean_{j≠i} R_j among the K samples of each prompt (Ahmadian et al. 2024, eq. 7).
+    """R_i − mean_{j≠i} R_j among the K samples of each prompt (Ahmadian et al. 2024, "Back to Basics", RLOO).
 
     `scores` is `[B]` (sequence rewards) or `[B, T]` (position by position), B = P · K with the K samples of a prompt
     next to each other; K ≥ 2. Returns the shape it was given.
@@ -67,7 +66,10 @@ def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations:
 
 
 def explained_variance(predictions_BT: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """1 − Var[target − prediction] / Var[target] over real tokens: 1 is a perfect critic, 0 a constant one."""
+    """1 − Var[target − prediction] / Var[target] over real tokens: 1 is a perfect critic, 0 a constant one.
+
+    0 where the targets do not vary and there is nothing to explain.
+    """
     _, residual = masked_moments(targets_BT - predictions_BT, mask_BT)
     _, total = masked_moments(targets_BT, mask_BT)
-    return 1.0 - residual / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.where(total > 0, 1.0 - residual / total, torch.zeros_like(total))

@@ -43,15 +43,16 @@ def logit_statistics(
 ) -> LogitStatistics:
     """The scalars that every reward of the package is made of, from the logits of one slice."""
     z_NV = logits_NV.float()
-    logsumexp_N = z_NV.logsumexp(dim=-1)
+    mean_N = z_NV.mean(dim=-1)
     expected_N = None
     if expected:
-        expected_N = ((z_NV - logsumexp_N[:, None]).exp() * z_NV).sum(dim=-1)
+        # Around the mean: softmax sums to 1 only up to rounding, which a large common offset would magnify.
+        expected_N = (z_NV.softmax(dim=-1) * (z_NV - mean_N[:, None])).sum(dim=-1) + mean_N
     return LogitStatistics(
         chosen=z_NV.gather(-1, chosen_N[:, None]).squeeze(-1),
-        mean=z_NV.mean(dim=-1),
+        mean=mean_N,
         max=z_NV.amax(dim=-1),
-        logsumexp=logsumexp_N,
+        logsumexp=z_NV.logsumexp(dim=-1),
         expected=expected_N,
         soft=None if tau is None else tau * (z_NV / tau).logsumexp(dim=-1),
     )
@@ -67,13 +68,14 @@ def token_log_probs(
     """
     z_NV = logits_NV.float() / temperature
     if forbidden_V is not None:
-        # The smallest finite number, not −inf: 0 · (−inf) in the entropy would be NaN.
         z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
-    logsumexp_N = z_NV.logsumexp(dim=-1)
-    logps_N = z_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - logsumexp_N
-    # H = −Σ π log π = logsumexp(z) − Σ π z
-    entropy_N = logsumexp_N - ((z_NV - logsumexp_N[:, None]).exp() * z_NV).sum(dim=-1)
-    return TokenLogProbs(logps_N, entropy_N)
+    logps_NV = z_NV.log_softmax(dim=-1)
+    logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
+    probabilities_NV = logps_NV.exp()
+    if forbidden_V is not None:
+        # 0 · log 0 = 0, in the gradient too, where 0 · (a huge number) could overflow to NaN.
+        logps_NV = logps_NV.masked_fill(forbidden_V, 0.0)
+    return TokenLogProbs(logps_N, -(probabilities_NV * logps_NV).sum(dim=-1))
 
 
 def map_head_slices(

@@ -2,7 +2,7 @@
 
 `denominator` is what the sum over the batch is divided by. A trainer passes the count over all ranks and all
 accumulated micro-batches, which makes the gradient independent of how the batch was cut; by default it is the count in
-the tensors given.
+the tensors given. Only log-probabilities, values and entropies get gradients; everything else is a constant.
 """
 
 import torch
@@ -25,9 +25,8 @@ def clipped_policy_loss(
     −Σ_t min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) / denominator,  ρ_t = π(y_t|s_t) / π_old(y_t|s_t).
     """
     # Masked before exp: a difference of garbage could overflow, and 0 · inf is NaN in the gradient.
-    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT, torch.zeros_like(logps_BT))
-    advantages_BT = torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
-    objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT, epsilon)
+    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT.detach(), torch.zeros_like(logps_BT))
+    objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT.detach(), epsilon)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_BT, mask_BT) / denominator
     return loss, _ratio_metrics(log_ratio_BT, ratio_BT, clipped_BT, mask_BT)
@@ -48,10 +47,9 @@ def clipped_sequence_policy_loss(
 
     A row without any real token (a masked completion) counts for nothing.
     """
-    log_ratio_B = masked_sum(logps_BT - old_logps_BT, mask_BT, dim=1)
+    log_ratio_B = masked_sum(logps_BT - old_logps_BT.detach(), mask_BT, dim=1)
     row_mask_B = mask_BT.any(dim=1)
-    advantages_B = torch.where(row_mask_B, advantages_B, torch.zeros_like(advantages_B))
-    objective_B, clipped_B, ratio_B = _clipped_objective(log_ratio_B, advantages_B, epsilon)
+    objective_B, clipped_B, ratio_B = _clipped_objective(log_ratio_B, advantages_B.detach(), epsilon)
     denominator = row_mask_B.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_B, row_mask_B) / denominator
     return loss, _ratio_metrics(log_ratio_B, ratio_B, clipped_B, row_mask_B)
@@ -90,12 +88,12 @@ def clipped_value_loss(
     """
     zeros_BT = torch.zeros_like(values_BT)
     values_BT, old_values_BT, returns_BT = (
-        torch.where(mask_BT, tensor, zeros_BT) for tensor in (values_BT, old_values_BT, returns_BT)
+        torch.where(mask_BT, tensor, zeros_BT) for tensor in (values_BT, old_values_BT.detach(), returns_BT.detach())
     )
     error_BT = (values_BT - returns_BT) ** 2
     clip_fraction = torch.zeros((), device=values_BT.device)
     if cliprange_value is not None:
-        near_old_BT = old_values_BT + (values_BT - old_values_BT).clamp(-cliprange_value, cliprange_value)
+        near_old_BT = values_BT.clamp(old_values_BT - cliprange_value, old_values_BT + cliprange_value)
         clipped_error_BT = (near_old_BT - returns_BT) ** 2
         clip_fraction = masked_mean((clipped_error_BT > error_BT).to(values_BT.dtype), mask_BT)
         error_BT = torch.maximum(error_BT, clipped_error_BT)

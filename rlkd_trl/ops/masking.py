@@ -46,7 +46,7 @@ def last_token(mask_BT: Tensor) -> Tensor:
 
 
 def pad_columns(parts: list[Tensor], width: int, *, value: float = 0.0) -> Tensor:
-    """Concatenates `[b, t]` tensors of different t along the rows, padded with `value` to `width` columns."""
+    """Concatenates `[b, t]` tensors of different t ≤ width along the rows, padded with `value` to `width` columns."""
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
 
 
@@ -69,6 +69,7 @@ def masked_moments(
     `sum_over_ranks` adds a tensor up over all processes; with it, the moments are those of the global batch. Two
     passes, because E[x²] − E[x]² loses all digits when the mean is large.
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     total = sum_over_ranks or (lambda tensor: tensor)
     count = total(mask.sum().to(x.dtype)).clamp(min=1)
     mean = total(masked_sum(x, mask)) / count
@@ -88,6 +89,7 @@ def masked_whiten(
 
     With `shift_mean=False` the mean is kept, as for rewards, where a shift would change the optimal policy.
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     mean, variance = masked_moments(x, mask, sum_over_ranks=sum_over_ranks)
     whitened = (x - mean) * torch.rsqrt(variance + epsilon)
     if not shift_mean:

@@ -29,7 +29,7 @@ def teacher_forcing_reward(
 ) -> Tensor:
     """r_t = q_t − γ V_{t+1}: the reward that a language model trained by teacher forcing implies.
 
-    Hao, Liu & Mou 2022, "Teacher Forcing Recovers Reward Functions for Text Generation", eq. 8, from the inverse
+    Hao, Liu & Mou 2022, "Teacher Forcing Recovers Reward Functions for Text Generation", from the inverse
     Bellman equation with q := the (centred) logits and V = max_v f; Li, Hao & Mou 2024, "LLMR", with other V.
 
     V_{t+1} is taken from position t+1 itself: the last position of a truncated completion reads V_{T+1}, never the
@@ -48,8 +48,9 @@ def k_step_return(
     fewer terms and so a lower variance. A last segment of m < k tokens is q_t − γ^m V_{n+1}. For k = 1 this is the
     return-to-go of `teacher_forcing_reward`. Returns `[B, T]`, 0 behind the mask.
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
     values_BT1 = zero_terminal_value(values_BT1, mask_BT, ended_B)
-    q_BT = torch.where(mask_BT, q_BT, torch.zeros_like(q_BT))
     length_B = mask_BT.sum(dim=1)
     returns_BT1 = torch.zeros_like(values_BT1)
     for t in reversed(range(mask_BT.shape[1])):
@@ -63,7 +64,8 @@ def k_step_return(
 def rewards_from_returns(returns_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
     """r_t = G_t − γ G_{t+1}: the per-token rewards whose return-to-go is `returns_BT`.
 
-    It turns any return estimate, such as `k_step_return`, into rewards that every trainer of the package can use.
+    `returns_BT` must be 0 behind the mask. This turns any return estimate, such as `k_step_return`, into rewards that
+    every trainer of the package can use.
     """
     next_returns_BT = torch.cat([returns_BT[:, 1:], torch.zeros_like(returns_BT[:, :1])], dim=1)
     return returns_BT - gamma * next_returns_BT
@@ -77,7 +79,7 @@ def log_likelihood(chosen_BT: Tensor, logsumexp_BT: Tensor, mask_BT: Tensor) -> 
 def log_ratio(teacher_logps_BT: Tensor, student_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """log p_teacher(y_t | s_t) − log p_student(y_t | s_t), 0 behind the mask.
 
-    Its expectation over the student's samples is minus the reverse KL (Gu et al. 2024, "MiniLLM", eq. 2).
+    Its expectation over the student's samples is minus the reverse KL (Gu et al. 2024, "MiniLLM").
     """
     return torch.where(mask_BT, teacher_logps_BT - student_logps_BT, torch.zeros_like(teacher_logps_BT))
 

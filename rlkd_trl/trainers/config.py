@@ -27,7 +27,10 @@ class OnPolicyConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: templates and rewards read the data's columns."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to log: none, wandb, ..."})
+    # None first: HfArgumentParser cannot read the other order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, wandb, ..."}
+    )
 
     # Sampling
     num_generations: int = field(default=4, metadata={"help": "K, completions sampled per prompt."})

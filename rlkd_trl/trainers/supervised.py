@@ -23,7 +23,10 @@ class SupervisedConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the collator reads the texts."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to log: none, wandb, ..."})
+    # None first: HfArgumentParser cannot read the other order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, wandb, ..."}
+    )
     max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
     max_completion_length: int = field(
         default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}

@@ -13,6 +13,7 @@ from rlkd_trl.ops.masking import (
     masked_moments,
     masked_sum,
     masked_whiten,
+    pad_columns,
     state_mask,
 )
 from tests.ops.ragged_batches import (
@@ -112,6 +113,19 @@ def test_positions_match_the_loop(seed):
         assert last_BT[i].nonzero().flatten().tolist() == ([length - 1] if length else [])
         number_of_states = length if ended else length + 1
         assert state_BT1[i].tolist() == [t < number_of_states for t in range(T + 1)]
+
+
+def test_pad_columns_by_hand():
+    ids = [torch.tensor([[4, 5, 1]]), torch.tensor([[6], [7]])]
+    assert pad_columns(ids, 4, value=9).tolist() == [[4, 5, 1, 9], [6, 9, 9, 9], [7, 9, 9, 9]]
+    mask_BT = pad_columns([part > 4 for part in ids], 3, value=False)
+    assert mask_BT.dtype == torch.bool
+    assert mask_BT.tolist() == [[False, True, False], [True, False, False], [True, False, False]]
+    logps = [torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[-2.0, -3.0]])]
+    padded_BT = pad_columns(logps, 2)
+    assert padded_BT.tolist() == [[-1.0, 0.0], [-2.0, -3.0]]
+    (padded_BT * torch.tensor([[5.0, 7.0], [1.0, 1.0]])).sum().backward()
+    assert logps[0].grad.tolist() == [[5.0]]
 
 
 # ---- masked statistics

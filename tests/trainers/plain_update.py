@@ -1,4 +1,4 @@
-"""One update of PPO or RLOO written out in loops from the papers, in float64, on plain forward passes of the models."""
+"""One update of PPO or RLOO in loops written from the papers, in float64, on plain forward passes of the models."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from rlkd_trl import PPOKDConfig, RLOOKDConfig
 from rlkd_trl.errors import InputError
@@ -99,6 +100,4 @@ def test_the_rest_of_the_range_is_allowed(tmp_path):
 @pytest.mark.parametrize("config_class", BOTH)
 def test_cpu_is_chosen_where_there_is_nothing_else(config_class, tmp_path):
     """Otherwise two CPU processes would train unsynchronised."""
-    import torch
-
     assert config(config_class, tmp_path).use_cpu is (not torch.accelerator.is_available())

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.trainers.rollout import Rollout
-from tests.conftest import MODELS, word_tokenizer
+from tests.conftest import EOS, MODELS, PAD, word_tokenizer
 
 # The three ways to train, as (trainer, config, arguments of the config).
 METHODS = {
@@ -96,6 +97,15 @@ def build(
         processing_class=word_tokenizer(),
     )
     return trainer
+
+
+def samples_instead(trainer, *completions: list[int]) -> None:
+    """Makes the student "sample" these completions, in every rollout."""
+    width = max(map(len, completions))
+    ids_BT = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in completions])
+    mask_BT = torch.tensor([[t < len(ids) for t in range(width)] for ids in completions])
+    ended_B = torch.tensor([ids[-1] == EOS for ids in completions])
+    trainer.model.sample = lambda *args, **kwargs: Completions(ids_BT, mask_BT, ended_B)
 
 
 def run(method: str, output_dir, **kwargs) -> Recorder:

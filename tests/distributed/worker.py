@@ -1,0 +1,87 @@
+"""Trains every case on the processes it was started with, and writes what it saw: `worker.py OUTPUT_DIR`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from tests.trainers.tiny_runs import prompts, run
+
+# Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
+# would show rounding: plain SGD with momentum.
+COMMON = {
+    "max_completion_length": 8,
+    "max_steps": 3,
+    "normalize_advantages": True,
+    "max_grad_norm": 0.5,
+    "entropy_coef": 0.05,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`gradient_accumulation` is of the distributed run; one process takes the same global batch in one piece."""
+
+    method: str
+    family: str = "t5-tied"
+    gradient_accumulation: int = 1
+    settings: tuple = ()
+
+
+CASES = {
+    "ppo": Case("ppo"),
+    "ppo-accumulated": Case("ppo", "llama", 2),
+    "ppo-two-passes-with-kl": Case("ppo", settings=(("num_iterations", 2), ("beta", 0.2), ("max_steps", 4))),
+    "ppo-separate-critic": Case("ppo", settings=(("critic", "separate"),)),
+    "rloo-sequence": Case("rloo-sequence", "llama"),
+    "rloo-sequence-accumulated": Case("rloo-sequence", gradient_accumulation=2),
+    "rloo-token": Case("rloo-token"),
+    "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),
+    "rloo-token-accumulated": Case("rloo-token", "llama", 2),
+}
+GLOBAL_BATCH = 8
+
+
+def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation: int) -> dict:
+    recorder = run(
+        case.method,
+        output_dir,
+        family=case.family,
+        data=prompts(32, seed=1),
+        per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
+        gradient_accumulation_steps=gradient_accumulation,
+        **{**COMMON, **dict(case.settings)},
+    )
+    assert recorder.trainer.accelerator.num_processes == processes
+    names = ("loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "completions/eos_rate")
+    return {
+        "tokens": [int(rollout.loss_mask_BT.sum()) for rollout in recorder.rollouts],
+        "logs": [{name: entry[name] for name in names if name in entry} for entry in recorder.logs],
+        "weights": recorder.weights[-1],
+        "first_weights": recorder.weights[0],
+    }
+
+
+def main(output_dir: Path) -> None:
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    results = {
+        name: train(
+            case,
+            output_dir / "runs",
+            processes=state.num_processes,
+            gradient_accumulation=case.gradient_accumulation if state.num_processes > 1 else 1,
+        )
+        for name, case in CASES.items()
+    }
+    torch.save(results, output_dir / f"rank{state.process_index}.pt")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

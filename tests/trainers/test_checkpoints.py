@@ -1,0 +1,98 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from tests.conftest import MODELS
+from tests.students.plain_forward import plain_forward
+from tests.trainers.tiny_runs import assert_same_weights, build, largest_difference, prompts, snapshot
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [("ppo", "t5-tied"), ("rloo-token", "t5-untied"), ("rloo-sequence", "llama"), ("ppo", "llama")],
+)
+def test_plain_transformers_loads_a_trained_student(method, family, tmp_path):
+    trainer = build(method, tmp_path, family=family)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    auto_class = AutoModelForSeq2SeqLM if family.startswith("t5") else AutoModelForCausalLM
+    loaded, info = auto_class.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert all(not keys for keys in info.values()), f"unexpected loading info: {info}"
+    prompt, completion = [5, 9, 13, 1], [4, 8, 1]
+    theirs = plain_forward(loaded.eval(), prompt, completion)[0]
+    torch.testing.assert_close(theirs, plain_forward(trainer.model.model, prompt, completion)[0], rtol=0, atol=0)
+    initial = plain_forward(MODELS[family](), prompt, completion)[0]
+    assert (theirs - initial).abs().max() > 1e-3, "what is saved must be the trained student"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert tokenizer.get_vocab() == trainer.processing_class.get_vocab()
+    assert (tmp_path / "student" / "generation_config.json").is_file()
+
+
+RESUMED = [
+    ("ppo", "t5-tied", {}),
+    ("ppo", "llama", {"critic": "separate"}),
+    ("rloo-token", "t5-tied", {"beta": 0.2, "kl_target": 1.0, "kl_horizon": 50.0}),
+    ("rloo-sequence", "llama", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    # Two rollouts an epoch: the checkpoint is at the end of the first epoch, or in the middle of the second.
+    ("rloo-token", "t5-tied", {"data": prompts(8)}),
+    ("rloo-token", "t5-tied", {"data": prompts(12), "save_steps": 4}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(RESUMED)))
+def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
+    method, family, settings = RESUMED[case]
+    settings = {
+        "family": family,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "linear",
+        **settings,
+    }
+    whole = build(method, tmp_path / "whole", **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / f"checkpoint-{settings['save_steps']}"
+    resumed = build(method, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    entries = [
+        [e for e in trainer.state.log_history if e.get("step") == 6 and "loss" in e] for trainer in (whole, resumed)
+    ]
+    for name in ("loss", "reward", "grad_norm", *(["kl", "beta"] if "beta" in settings else [])):
+        assert entries[1][0][name] == pytest.approx(entries[0][0][name], rel=1e-4, abs=1e-5), name
+    assert_same_weights(snapshot(resumed.model), snapshot(whole.model), rtol=1e-4, atol=1e-5)
+    unresumed = build(method, tmp_path / "unresumed", **{**settings, "max_steps": 4})
+    unresumed.train()
+    assert largest_difference(snapshot(unresumed.model), snapshot(whole.model)) > 1e-3
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path):
+    """Or refused; but not silently the last one instead."""
+    trainer = build(
+        "rloo-sequence",
+        tmp_path,
+        max_steps=4,
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_data=prompts(4, seed=3),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_tokens",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = AutoModelForSeq2SeqLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same_weights(snapshot(trainer.model.model), snapshot(best))
+
+
+def test_two_runs_with_one_seed_are_the_same_and_other_seeds_are_not(tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer = build("ppo", tmp_path / name, seed=seed)
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+    assert_same_weights(weights[0], weights[1])
+    assert largest_difference(weights[0], weights[2]) > 1e-3

@@ -1,0 +1,73 @@
+"""What is wrong is said before anything is trained."""
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from rlkd_trl import TeacherForcingReward
+from rlkd_trl.errors import InputError
+from rlkd_trl.rewards import RewardModel
+from tests.conftest import EOS, MODELS, tiny_t5, word_tokenizer
+from tests.trainers.tiny_runs import METHODS, build, prompts, teacher_reward
+
+METHOD_NAMES = list(METHODS)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_no_prompt_column(method, tmp_path):
+    with pytest.raises(InputError, match=r"prompt.*its columns are: mr, ref"):
+        build(method, tmp_path, data=Dataset.from_dict({"mr": ["a"] * 8, "ref": ["b"] * 8}))
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_too_few_prompts(method, tmp_path):
+    # 8 completions × 2 micro-batches / 2 a prompt = 8 prompts
+    settings = {"gradient_accumulation_steps": 2}
+    with pytest.raises(InputError, match=r"takes 8 prompts.*the data has 7"):
+        build(method, tmp_path, data=prompts(7), **settings)
+    build(method, tmp_path, data=prompts(8), **settings)
+
+
+def test_different_vocabularies(tmp_path):
+    other = word_tokenizer()
+    other.add_tokens(["w99"])
+    with pytest.raises(InputError, match="w99"):
+        build("ppo", tmp_path, reward=TeacherForcingReward(tiny_t5(tied=True), other))
+
+
+def test_different_eos(tmp_path):
+    other: PreTrainedTokenizerFast = word_tokenizer()
+    other.eos_token = "w5"
+    assert other.get_vocab() == word_tokenizer().get_vocab() and other.eos_token_id != EOS
+    with pytest.raises(InputError, match="EOS"):
+        build("ppo", tmp_path, reward=TeacherForcingReward(tiny_t5(tied=True), other))
+
+
+def test_every_term_of_several_is_checked(tmp_path):
+    other = word_tokenizer()
+    other.add_tokens(["w99"])
+    with pytest.raises(InputError, match="w99"):
+        build("ppo", tmp_path, reward=[teacher_reward(), TeacherForcingReward(tiny_t5(tied=True), other)])
+
+
+def test_reward_weights_of_another_number(tmp_path):
+    with pytest.raises(InputError, match="3 reward weights for 1 rewards"):
+        build("ppo", tmp_path, reward_weights=[1.0, 2.0, 3.0])
+
+
+def test_reward_weights_are_not_ignored_beside_a_reward_model(tmp_path):
+    """The model has weights of its own: two sets of weights cannot both hold."""
+    with pytest.raises(InputError, match="reward_weights"):
+        build("ppo", tmp_path, reward=RewardModel([teacher_reward()], [2.0]), reward_weights=[0.5])
+
+
+def test_no_reward(tmp_path):
+    with pytest.raises(InputError, match="reward"):
+        build("ppo", tmp_path, reward=[])
+
+
+def test_loaded_student_without_tokenizer(tmp_path):
+    trainer_class, config_class, _ = METHODS["ppo"]
+    args = config_class(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    with pytest.raises(InputError, match="processing_class"):
+        trainer_class(MODELS["llama"](), teacher_reward("llama"), args, prompts(32))

@@ -1,0 +1,61 @@
+import pytest
+from datasets import Dataset
+
+from rlkd_trl.evaluation.evaluate import evaluate_student
+from tests.conftest import EOS, MODELS
+from tests.students.plain_forward import ALLOWED, plain_forward
+from tests.trainers.tiny_runs import METHODS, build, prompts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluate_reports_the_students_greedy_outputs(method, tmp_path):
+    data = prompts(5, seed=3)
+    trainer = build(method, tmp_path, eval_data=data)
+    metrics = trainer.evaluate()
+    assert {"eval_reward", "eval_teacher_nll_per_token", "eval_tokens", "eval_eos_rate"} <= metrics.keys()
+    assert all(key.startswith("eval_") for key in metrics.keys() - {"epoch"})
+    assert not any("bleu" in key for key in metrics)
+    assert any("eval_reward" in entry for entry in trainer.state.log_history)
+
+    student, tokens, ended = MODELS["t5-tied"](), 0, 0
+    for row in data:
+        prompt, completion = trainer.processing_class(row["prompt"])["input_ids"], []
+        while len(completion) < 6 and (not completion or completion[-1] != EOS):
+            logits = plain_forward(student, prompt, completion)[0][-1]
+            completion.append(max(ALLOWED, key=lambda v: float(logits[v].detach())))
+        tokens, ended = tokens + len(completion), ended + (completion[-1] == EOS)
+    assert metrics["eval_tokens"] == pytest.approx(tokens / 5)
+    assert metrics["eval_eos_rate"] == pytest.approx(ended / 5)
+
+
+def test_references_give_text_metrics(tmp_path):
+    trainer = build("ppo", tmp_path)
+    trainer_outputs = trainer.evaluate(prompts(2, seed=3))
+    assert not any("bleu" in key for key in trainer_outputs)
+    rows = [{"prompt": row["prompt"], "references": ["nothing like it"]} for row in prompts(2, seed=3)]
+    poor = trainer.evaluate(Dataset.from_list(rows))
+    assert poor["eval_bleu"] == pytest.approx(0.0, abs=1.0)
+    assert {"eval_reward", "eval_rougeL"} <= poor.keys()
+
+    # The student's own greedy outputs as references: BLEU 100.
+    outputs = evaluate_student(
+        trainer.model, trainer.processing_class, rows, None, max_prompt_length=None, max_completion_length=6
+    ).outputs
+    perfect = [{"prompt": r["prompt"], "references": [text]} for r, text in zip(rows, outputs, strict=True)]
+    assert trainer.evaluate(Dataset.from_list(perfect))["eval_bleu"] == pytest.approx(100.0)
+
+
+def test_prefix_of_the_metrics(tmp_path):
+    metrics = build("ppo", tmp_path).evaluate(prompts(2), metric_key_prefix="test")
+    assert all(key.startswith("test_") for key in metrics.keys() - {"epoch"})
+
+
+def test_evaluation_leaves_training_alone(tmp_path):
+    """The same random numbers and the same weights, evaluated in between or not."""
+    finals = []
+    for evaluated in (False, True):
+        extra = {"eval_strategy": "steps", "eval_steps": 1, "eval_data": prompts(3, seed=3)} if evaluated else {}
+        trainer = build("rloo-token", tmp_path, max_steps=3, **extra)
+        trainer.train()
+        finals.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-6)
