@@ -73,3 +73,16 @@ def explained_variance(predictions_BT: Tensor, targets_BT: Tensor, mask_BT: Tens
     _, residual = masked_moments(targets_BT - predictions_BT, mask_BT)
     _, total = masked_moments(targets_BT, mask_BT)
     return torch.where(total > 0, 1.0 - residual / total, torch.zeros_like(total))
+
+
+def running_moments(
+    mean: float, variance: float, batch_mean: float, batch_variance: float, *, decay: float
+) -> tuple[float, float]:
+    """Exponential moving mean and variance, by moving averages of the first and second moment.
+
+    Normalising a critic's targets with them makes its loss and learning rate independent of the rewards' scale
+    (van Hasselt et al. 2016, "Learning values across many orders of magnitude"; Yu et al. 2022, MAPPO).
+    """
+    new_mean = decay * mean + (1 - decay) * batch_mean
+    second_moment = decay * (variance + mean**2) + (1 - decay) * (batch_variance + batch_mean**2)
+    return new_mean, max(second_moment - new_mean**2, 0.0)

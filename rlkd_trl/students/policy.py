@@ -81,6 +81,11 @@ class Policy(nn.Module):
     def config(self):
         return self.model.config
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The value head's parameters, and the separate critic's."""
+        modules = [module for module in (self.value_head, self.critic_model) if module is not None]
+        return [parameter for module in modules for parameter in module.parameters()]
+
     def train(self, mode: bool = True) -> "Policy":
         """Keeps dropout off whatever the mode."""
         return super().train(False)

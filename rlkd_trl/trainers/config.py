@@ -147,8 +147,11 @@ class PPOKDConfig(OnPolicyConfig):
     )
     lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic's own weights; 10 × learning_rate by default."}
+    )
     cliprange_value: float | None = field(
-        default=None, metadata={"help": "Clip range of the value, in reward units; None does not clip."}
+        default=None, metadata={"help": "Clip range of the normalised value; None does not clip."}
     )
     critic: str = field(
         default="shared",

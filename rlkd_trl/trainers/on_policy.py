@@ -44,11 +44,14 @@ class OnPolicyState:
     """What the next update depends on, beyond weights and optimizer.
 
     micro_step: micro-batches seen; it gives the place in the current rollout, and the random numbers of the next.
-    beta: the (adaptive) KL coefficient. stopped: the rest of this rollout's updates are skipped.
+    beta: the (adaptive) KL coefficient. return_mean, return_variance: moments that a critic's targets are normalised
+    with. stopped: the rest of this rollout's updates are skipped.
     """
 
     micro_step: int = 0
     beta: float = 0.0
+    return_mean: float = 0.0
+    return_variance: float | None = None
     stopped: bool = False
     rollout: Rollout | None = None
     window_tokens: list[Tensor] | None = None
@@ -418,7 +421,8 @@ class OnPolicyTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
-        state = {"micro_step": self.on_policy_state.micro_step, "beta": self.on_policy_state.beta}
+        kept = ("micro_step", "beta", "return_mean", "return_variance")
+        state = {name: getattr(self.on_policy_state, name) for name in kept}
         (output_dir / _STATE_FILE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

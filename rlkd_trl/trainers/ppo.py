@@ -1,21 +1,29 @@
 """PPO on the teacher's per-token rewards."""
 
+import torch
 from torch import Tensor
 
-from rlkd_trl.ops.advantages import explained_variance, gae
+from rlkd_trl.ops.advantages import explained_variance, gae, running_moments
 from rlkd_trl.ops.losses import clipped_policy_loss, clipped_value_loss
+from rlkd_trl.ops.masking import masked_moments
 from rlkd_trl.ops.rewards import potential_shaping
 from rlkd_trl.students import PolicyOutput
 from rlkd_trl.trainers.config import PPOKDConfig
 from rlkd_trl.trainers.on_policy import OnPolicyTrainer
 from rlkd_trl.trainers.rollout import Rollout
 
+_RETURN_MOMENTS_DECAY = 0.9
+_SMALLEST_RETURN_STD = 1e-4
+
 
 class PPOKDTrainer(OnPolicyTrainer):
     """Proximal policy optimisation (Schulman et al. 2017) with GAE and a clipped surrogate per token.
 
     With `teacher_baseline` the rewards are shaped by the teacher's V_t, so that the critic learns only how far the
-    student falls short of it: V^π(s) = V_teacher(s) + value_head(s), and the head rightly starts at zero.
+    student falls short of it: V^π(s) = V_teacher(s) + critic(s).
+
+    The critic predicts returns normalised by their running mean and variance, so that neither its learning rate nor
+    `vf_coef` depends on the scale of the teacher's logits.
     """
 
     args: PPOKDConfig
@@ -24,17 +32,52 @@ class PPOKDTrainer(OnPolicyTrainer):
         self.critic_kind = args.critic
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The critic's parameters in groups of their own, with their own learning rate."""
+        optimizer = super().create_optimizer(model)
+        critic_ids = {id(parameter) for parameter in self.accelerator.unwrap_model(self.model).critic_parameters()}
+        rate = self.args.critic_learning_rate or 10 * self.args.learning_rate
+        for group in list(optimizer.param_groups):
+            critic = [parameter for parameter in group["params"] if id(parameter) in critic_ids]
+            if critic:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic_ids]
+                optimizer.add_param_group({**group, "params": critic, "lr": rate})
+        return optimizer
+
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT
-        rewards_BT, values_BT1 = rollout.rewards_BT, rollout.old_values_BT1
+        rewards_BT = rollout.rewards_BT
         if args.teacher_baseline:
             rewards_BT = potential_shaping(
                 rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
             )
+        values_BT1 = self._in_reward_units(rollout.old_values_BT1)
         advantages_BT = gae(rewards_BT, values_BT1, mask_BT, rollout.ended_B, gamma=args.gamma, lam=args.lam)
         returns_BT = advantages_BT + values_BT1[:, :-1]
         self._record({"explained_variance": explained_variance(values_BT1[:, :-1], returns_BT, mask_BT)})
-        return rollout.with_(advantages_BT=advantages_BT, returns_BT=returns_BT)
+        self._track_returns(returns_BT, mask_BT)
+        return rollout.with_(advantages_BT=advantages_BT, returns_BT=self._in_critic_units(returns_BT))
+
+    def _in_reward_units(self, values: Tensor) -> Tensor:
+        state = self.on_policy_state
+        # Before the first rollout nothing is known of the returns, and the critic's zero means zero.
+        return state.return_mean + (state.return_variance or 0.0) ** 0.5 * values
+
+    def _in_critic_units(self, returns: Tensor) -> Tensor:
+        state = self.on_policy_state
+        return (returns - state.return_mean) / max(state.return_variance**0.5, _SMALLEST_RETURN_STD)
+
+    def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:
+        """Moves the running moments towards this rollout's, over all processes; the first sets them."""
+        state = self.on_policy_state
+        moments = masked_moments(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        mean, variance = (float(moment) for moment in moments)
+        if state.return_variance is None:
+            state.return_mean, state.return_variance = mean, variance
+        else:
+            state.return_mean, state.return_variance = running_moments(
+                state.return_mean, state.return_variance, mean, variance, decay=_RETURN_MOMENTS_DECAY
+            )
 
     def policy_loss(
         self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor

@@ -13,8 +13,8 @@ class Rollout:
     """B = P · K completions of this device's P prompts; the K of a prompt are next to each other.
 
     loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
-    old_logps_BT, old_values_BT1: of the policy that sampled. The advantage step fills advantages_BT and, with a
-    critic, returns_BT.
+    old_logps_BT, old_values_BT1: of the policy and critic that sampled. The advantage step fills advantages_BT and,
+    with a critic, returns_BT, in the critic's own normalised units like old_values_BT1.
     """
 
     prompt_ids_PS: Tensor

@@ -37,7 +37,8 @@ CASES = {
     "ppo-accumulated": Case("ppo", "llama", 2),
     "ppo-two-passes-with-kl": Case("ppo", settings=(("num_iterations", 2), ("beta", 0.2), ("max_steps", 4))),
     "ppo-separate-critic": Case("ppo", settings=(("critic", "separate"),)),
-    "rloo-sequence": Case("rloo-sequence", "llama"),
+    # Masked, so that the ranks differ in sequences too.
+    "rloo-sequence": Case("rloo-sequence", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-sequence-accumulated": Case("rloo-sequence", gradient_accumulation=2),
     "rloo-token": Case("rloo-token"),
     "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),

