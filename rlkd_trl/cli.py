@@ -124,6 +124,51 @@ class RunArguments:
     )
 
 
+@dataclass
+class NewModelArguments:
+    """New model (without --student)"""
+
+    architecture: str = field(default="t5", metadata={"help": "t5 (encoder-decoder) or llama (decoder-only)."})
+    d_model: int = field(default=128, metadata={"help": "Width D."})
+    num_layers: int = field(default=2, metadata={"help": "Layers, in encoder and decoder each."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    d_ff: int | None = field(default=None, metadata={"help": "Feed-forward width; 2 × d_model by default."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout while training."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Checkpoint whose tokenizer to use; default: train one on the data."}
+    )
+    vocab_size: int = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})
+
+
+@dataclass
+class PseudoLabelArguments:
+    """Pseudo-labels"""
+
+    output: str | None = field(default=None, metadata={"help": "JSON-lines file to write."})
+    strategy: str = field(default="greedy", metadata={"help": "greedy, beam or sample."})
+    num_beams: int = field(default=4, metadata={"help": "Beams of --strategy beam."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of --strategy sample."})
+    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
+    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of --strategy sample."})
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation"""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
+    max_prompt_length: int | None = field(default=512, metadata={"help": "Student prompts are cut at this."})
+    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
+    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
+    sample: bool = field(default=False, metadata={"help": "Sample the student's outputs instead of greedy."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of --sample."})
+    seed: int = field(default=0, metadata={"help": "Seed of --sample."})
+    ibleu: bool = field(default=False, metadata={"help": "Also iBLEU against the source, for paraphrase."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward."})
+
+
 class RecipeParser(TrlParser):
     """`TrlParser` with grouped help, type-checked YAML, `--config=X`, and errors of one line.
 

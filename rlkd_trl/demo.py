@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.data import demo_dataset, train_tokenizer
-from rlkd_trl.evaluation.evaluate import generate
+from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.students.from_scratch import new_model
-from rlkd_trl.students.policy import Policy
-from rlkd_trl.trainers.supervised import SupervisedConfig, SupervisedTrainer
+from rlkd_trl.trainers.config import SupervisedConfig
+from rlkd_trl.trainers.supervised import SupervisedTrainer
 
 MAX_COMPLETION_LENGTH = 48
 PSEUDO_LABELLED_INPUTS = 100
@@ -48,7 +48,9 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
-    answers = _greedy_answers(teacher, tokenizer, [templates.render({"source": text})[0] for text in sources])
+    questions = [templates.render({"source": text})[0] for text in sources]
+    completions = answer_prompts(teacher, tokenizer, questions, max_completion_length=MAX_COMPLETION_LENGTH)
+    answers = decode(joined(completions), tokenizer)
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, dropout=0.0, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
     _fit(student, tokenizer, pairs, paths.student, max_steps=300, learning_rate=3e-3, seed=seed)
@@ -79,15 +81,3 @@ def _fit(
     trainer = SupervisedTrainer(model, arguments, Dataset.from_list(pairs), tokenizer)
     trainer.train()
     trainer.save_model()
-
-
-def _greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[str]:
-    completions = generate(
-        Policy(model, tokenizer),
-        tokenizer,
-        questions,
-        max_prompt_length=None,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-    )
-    rows = zip(completions.ids_BT, completions.mask_BT, strict=True)
-    return tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)

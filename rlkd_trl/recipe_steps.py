@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.cli import (
     DataArguments,
+    EvaluationArguments,
+    NewModelArguments,
     PromptArguments,
     RewardArguments,
     RunArguments,
@@ -17,13 +19,14 @@ from rlkd_trl.cli import (
 )
 from rlkd_trl.data import demo_dataset, group_by_source, load_rows, parse_renames, require_columns
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplate, PromptTemplates
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rlkd_trl.rewards import RewardModel
+    from rlkd_trl.teachers import TeacherPanel
     from rlkd_trl.trainers.on_policy import OnPolicyTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,8 +82,6 @@ def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
     """Renders every row through every template. Raises `InputError`, naming the first that fails."""
     if templates is None:
         return
-    from rlkd_trl.teachers.panel import question_columns
-
     templates.validate(question_columns(templates, row) for row in rows)
 
 
@@ -99,17 +100,88 @@ def load_train_and_held_out(
     return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
 
 
+def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None) -> "Dataset":
+    """Supervised pairs, `prompt` and `target`: every row's reference after every template, or after the bare source.
+
+    Without `--dataset`, the demo's. Raises `InputError`.
+    """
+    from datasets import Dataset
+
+    rows = demo_dataset("train") if data.dataset is None else load_rows(data.dataset, data.dataset_split)
+    source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
+    require(**{"--target_column": target})
+    require_columns(rows, source_column=source, target_column=target)
+    if data.max_rows is not None:
+        rows = rows.select(range(min(data.max_rows, len(rows))))
+    own = None if prompts.student_template is None else PromptTemplate("student_template", prompts.student_template)
+    pairs = []
+    for row in rows:
+        columns = {name: value for name, value in row.items() if name not in (target, "references")}
+        columns = {"source": row[source], "prompt": row[source], **columns}
+        if templates is not None:
+            questions = templates.render(question_columns(templates, columns))
+        else:
+            questions = [own.render(columns) if own else str(row[source])]
+        answers = row[target] if isinstance(row[target], list) else [row[target]]
+        pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
+    return Dataset.from_list(pairs)
+
+
+def load_or_make_model(
+    student: StudentArguments, new: NewModelArguments, pairs: "Dataset", *, seed: int
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """`--student`'s checkpoint, or a new model over `--tokenizer` or one trained on the pairs. Raises `InputError`."""
+    if student.student is not None:
+        return load_student(student)
+    from rlkd_trl.data import train_tokenizer
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.students.from_scratch import new_model
+
+    if new.tokenizer is not None:
+        tokenizer = load_tokenizer(new.tokenizer)
+    else:
+        tokenizer = train_tokenizer([*pairs["prompt"], *pairs["target"]], vocab_size=new.vocab_size)
+    sizes = {
+        name: getattr(new, name) for name in ("architecture", "d_model", "num_layers", "num_heads", "d_ff", "dropout")
+    }
+    return new_model(tokenizer, **sizes, seed=seed), tokenizer
+
+
+def require(**flags: object) -> None:
+    """Raises `InputError` for the first flag without a value."""
+    for flag, value in flags.items():
+        if value is None:
+            raise InputError(f"{flag} is needed here.")
+
+
 def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
     """Teacher and student exist and share a tokenizer; before any weights are read. Raises `InputError`."""
     from rlkd_trl.models.loading import load_tokenizer, require_checkpoint
     from rlkd_trl.models.vocabulary import check_same_tokenizer
 
-    for name in teacher.teacher:
+    for name in teacher.teacher or []:
         require_checkpoint("--teacher", name)
     require_checkpoint("--student", student.student)
     student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
-    for name in teacher.teacher:
+    for name in teacher.teacher or []:
         check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+
+
+def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
+    """The named teachers, asked through the templates. Raises `InputError`."""
+    from rlkd_trl.teachers import Teacher, TeacherPanel
+
+    teachers = [
+        Teacher.from_pretrained(
+            name,
+            revision=teacher.teacher_revision,
+            dtype=teacher.teacher_dtype,
+            max_prompt_length=teacher.teacher_max_prompt_length,
+            max_batch_tokens=teacher.teacher_batch_tokens,
+        )
+        for name in teacher.teacher
+    ]
+    return TeacherPanel(teachers, templates)
 
 
 def load_reward_model(
@@ -126,22 +198,9 @@ def load_reward_model(
         InputError: As `load_reward`, `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
     """
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
-    from rlkd_trl.teachers import Teacher, TeacherPanel
 
     found = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
-    panel = TeacherPanel(
-        [
-            Teacher.from_pretrained(
-                name,
-                revision=teacher.teacher_revision,
-                dtype=teacher.teacher_dtype,
-                max_prompt_length=teacher.teacher_max_prompt_length,
-                max_batch_tokens=teacher.teacher_batch_tokens,
-            )
-            for name in teacher.teacher
-        ],
-        templates,
-    )
+    panel = load_panel(teacher, templates)
     terms = []
     for one in found:
         if one is TeacherForcingReward:
@@ -284,3 +343,59 @@ def describe_settings(*arguments) -> dict[str, object]:
         type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
         for group in arguments
     }
+
+
+def evaluate_checkpoints(
+    rows: list[dict],
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    reward: RewardArguments,
+    evaluation: EvaluationArguments,
+    templates: PromptTemplates | None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
+    from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
+    from rlkd_trl.students import Policy
+
+    model, tokenizer = load_student(student)
+    lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
+    found, reward_model, teacher_completions = {}, None, None
+    if teacher.teacher is not None:
+        reward_model = load_reward_model(
+            reward, teacher, templates, gamma=evaluation.gamma, weights=evaluation.reward_weights
+        )
+        if reward_model.panels:
+            found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, **lengths)
+            teacher_completions = found["teacher"].completions
+    found["student"] = evaluate_student(
+        Policy(model, tokenizer, temperature=evaluation.temperature),
+        tokenizer,
+        rows,
+        reward_model,
+        max_prompt_length=evaluation.max_prompt_length,
+        seed=evaluation.seed if evaluation.sample else None,
+        teacher_completions=teacher_completions,
+        with_ibleu=evaluation.ibleu,
+        **lengths,
+    )
+    return {n: e.metrics for n, e in found.items()}, {n: e.outputs for n, e in found.items()}
+
+
+def report_evaluation(
+    results: dict[str, dict[str, float]],
+    outputs: dict[str, list[str]],
+    rows: Sequence[Mapping],
+    output_dir: str | None,
+) -> None:
+    """Prints the table; with a directory, writes `metrics.json` and `outputs.jsonl`."""
+    from rlkd_trl.evaluation.report import comparison_table, write_metrics
+
+    print(comparison_table(results))
+    if output_dir is None:
+        return
+    write_metrics(Path(output_dir) / "metrics.json", results)
+    with (Path(output_dir) / "outputs.jsonl").open("w") as file:
+        for i, row in enumerate(rows):
+            line = {"prompt": row["prompt"], **{name: texts[i] for name, texts in outputs.items()}}
+            file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")
+    print(f"metrics.json and outputs.jsonl are in {output_dir}.")

@@ -1,6 +1,6 @@
 """The embedded demo task: describe a hiking trail from its attributes. English, small, and written for this package.
 
-A source lists a trail's name and 2 to 5 other attributes; a reference is one or more sentences that state each of
+A source lists a trail's name and 2 to 4 other attributes; a reference is one or more sentences that state each of
 them exactly once. References differ in the wording of every attribute, in sentence order and in what is joined into
 one sentence, so a model has to learn content and form separately: a weak one omits, repeats or invents attributes.
 """
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 SPLIT_SIZES = {"train": 400, "validation": 60, "test": 100}
 MIN_REFERENCES, MAX_REFERENCES = 3, 4
-MIN_ATTRIBUTES, MAX_ATTRIBUTES = 3, 6  # the name included
+MIN_ATTRIBUTES, MAX_ATTRIBUTES = 3, 5  # the name included
 
 NAME_FIRST = (
-    "Amber", "Badger", "Copper", "Eagle", "Falcon", "Fox", "Heron", "Juniper", "Maple", "Misty", "Otter", "Raven",
-    "Silver", "Willow",
+    "Amber", "Badger", "Copper", "Eagle", "Fox", "Maple", "Otter", "Silver",
 )  # fmt: skip
-NAME_SECOND = ("Creek", "Glen", "Hollow", "Meadow", "Moor", "Ridge", "Summit", "Valley")
+NAME_SECOND = ("Creek", "Glen", "Meadow", "Ridge", "Valley")
 
 # Attribute -> value in the source -> the words for it in a reference. In source order; `name` comes before them all.
 WORDS = {
@@ -33,11 +32,8 @@ WORDS = {
         "coast": ("coastal path",),
         "forest": ("forest walk",),
         "mountain": ("mountain route",),
-        "river": ("riverside path",),
-        "desert": ("desert track",),
-        "city": ("city tour",),
     },
-    "distance": {f"{km} km": (f"{km} km",) for km in (3, 5, 7, 9, 12, 15, 20, 25)},
+    "distance": {f"{km} km": (f"{km} km",) for km in (3, 5, 9, 12, 20)},
     "difficulty": {
         "easy": ("easy", "gentle"),
         "moderate": ("moderate", "medium"),
@@ -48,13 +44,9 @@ WORDS = {
         "waterfall": ("a tall waterfall",),
         "castle": ("an old castle",),
         "lake": ("a clear blue lake",),
-        "lighthouse": ("a white lighthouse",),
         "bridge": ("a stone bridge",),
         "cave": ("a deep cave",),
         "wildflowers": ("fields of wildflowers",),
-        "birds": ("rare sea birds",),
-        "orchards": ("apple orchards",),
-        "windmill": ("a wooden windmill",),
     },
     "dogs": {  # whole predicates; DOG_CLAUSES has the clauses
         "welcome": ("welcomes dogs", "is open to dogs"),
@@ -62,18 +54,10 @@ WORDS = {
         "no": ("does not allow dogs", "is closed to dogs"),
     },
     "season": {season: (season,) for season in ("spring", "summer", "autumn", "winter")},
-    "facilities": {
-        "picnic area": ("a picnic area",),
-        "camp site": ("a quiet camp site",),
-        "toilets": ("public toilets",),
-        "tea room": ("a friendly tea room",),
-        "none": ("no facilities",),
-    },
     "start": {
         place: (place,)
         for place in (
-            "Pine Lodge", "Harbour Inn", "Oak Station", "Mill Farm", "Chapel Square", "North Gate", "Boulder Camp",
-            "Lime Street",
+            "Pine Lodge", "Harbour Inn", "Oak Station", "Mill Farm", "North Gate",
         )
     },
 }  # fmt: skip
@@ -90,7 +74,6 @@ PREDICATES = {
     "highlight": ("passes {}", "leads to {}", "is famous for {}", "takes you past {}"),
     "dogs": ("{}",),
     "season": ("is best in {}", "looks its best in {}", "should be walked in {}"),
-    "facilities": ("has {}", "offers {}", "comes with {}"),
     "start": ("starts at {}", "begins near {}", "sets off from {}", "can be reached from {}"),
 }
 CLAUSES = {
@@ -99,7 +82,6 @@ CLAUSES = {
     "highlight": ("you can see {}", "visitors enjoy {}", "along the way you pass {}", "you should not miss {}"),
     "dogs": ("{}",),
     "season": ("{} is the best time to go", "the ideal season is {}"),
-    "facilities": ("on site you will find {}", "hikers can count on {}"),
     "start": ("the start is at {}", "you set off from {}", "you can park your car at {}"),
 }
 
@@ -139,7 +121,7 @@ def _split_of(source: str) -> str:
 
 
 def _draw_trail(rng: random.Random) -> dict[str, str]:
-    """A name and 2 to 5 other attributes, in source order."""
+    """A name and 2 to 4 other attributes, in source order."""
     trail = {"name": f"{_choice(rng, NAME_FIRST)} {_choice(rng, NAME_SECOND)}"}
     num_others = _choice(rng, range(MIN_ATTRIBUTES - 1, MAX_ATTRIBUTES))
     chosen = _shuffled(rng, WORDS)[:num_others]

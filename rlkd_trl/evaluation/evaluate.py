@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.metrics import text_metrics
+from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import tokenize_prompts
-from rlkd_trl.ops.masking import masked_sum, pad_columns
+from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import log_likelihood, sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy
@@ -23,45 +24,6 @@ class Evaluation:
     metrics: dict[str, float]
     outputs: list[str]
     completions: Completions
-
-
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_prompt_length: int | None,
-    max_completion_length: int,
-    batch_size: int = 64,
-    seed: int | None = None,
-) -> Completions:
-    """One completion per prompt: greedy, or sampled at the policy's temperature with a `seed`."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    parts: list[Completions] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        ids_PS, mask_PS = tokenize_prompts(
-            tokenizer, batch, padding_side=policy.backbone.padding_side, max_length=max_prompt_length
-        )
-        device = policy.backbone.device
-        uniforms_BT = None
-        if generator is not None:
-            uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(device)
-        parts.append(
-            policy.sample(
-                ids_PS.to(device),
-                mask_PS.to(device),
-                torch.arange(len(batch), device=device),
-                max_completion_length=max_completion_length,
-                uniforms_BT=uniforms_BT,
-            )
-        )
-    return Completions(
-        ids_BT=pad_columns([part.ids_BT for part in parts], max_completion_length, value=policy.pad_id),
-        mask_BT=pad_columns([part.mask_BT for part in parts], max_completion_length, value=False),
-        ended_B=torch.cat([part.ended_B for part in parts]),
-    )
 
 
 @torch.no_grad()
@@ -109,10 +71,7 @@ def evaluate_completions(
     (mean, EOS included) and `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et
     al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation".
     """
-    outputs = tokenizer.batch_decode(
-        [ids[mask] for ids, mask in zip(completions.ids_BT, completions.mask_BT, strict=True)],
-        skip_special_tokens=True,
-    )
+    outputs = decode(completions, tokenizer)
     references = [list(row.get("references") or []) for row in rows]
     metrics = text_metrics(outputs, references, [str(row["prompt"]) for row in rows] if with_ibleu else None)
     mask_BT = completions.mask_BT
@@ -167,8 +126,17 @@ def evaluate_student(
     """
     prompts = [str(row["prompt"]) for row in rows]
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
-    completions = generate(
-        policy, tokenizer, prompts, max_completion_length=max_completion_length, seed=seed, **lengths
+    completions = joined(
+        answer_prompts(
+            policy.model,
+            tokenizer,
+            prompts,
+            strategy="greedy" if seed is None else "sample",
+            temperature=policy.temperature,
+            max_completion_length=max_completion_length,
+            seed=seed or 0,
+            **lengths,
+        )
     )
     own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
     result = evaluate_completions(
@@ -197,19 +165,15 @@ def evaluate_teacher(
 ) -> Evaluation:
     """The first teacher's greedy answers, asked through its first template, under the same metrics."""
     scorer = reward_model.panels[0].scorers[0]
-    policy = Policy(scorer.teacher.model, tokenizer)
     questions = [reward_model.panels[0].questions(row)[0] for row in rows]
-    completions = generate(
-        policy,
-        tokenizer,
-        questions,
-        max_prompt_length=scorer.teacher.max_prompt_length,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
+    lengths = {"max_prompt_length": scorer.teacher.max_prompt_length, "batch_size": batch_size}
+    completions = joined(
+        answer_prompts(
+            scorer.teacher.model, tokenizer, questions, max_completion_length=max_completion_length, **lengths
+        )
     )
-    own_logps_BT = completion_log_probs(
-        policy, tokenizer, questions, completions, max_prompt_length=scorer.teacher.max_prompt_length
-    )
+    policy = Policy(scorer.teacher.model, tokenizer)
+    own_logps_BT = completion_log_probs(policy, tokenizer, questions, completions, **lengths)
     return evaluate_completions(
         rows, completions, tokenizer, reward_model, own_logps_BT=own_logps_BT, batch_size=batch_size
     )

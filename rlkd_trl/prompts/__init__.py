@@ -1,5 +1,6 @@
 """Natural-language prompts that a teacher is asked through: templates in promptsource's YAML format."""
 
+from rlkd_trl.prompts.questions import question_columns
 from rlkd_trl.prompts.templates import PromptTemplate, PromptTemplates
 
-__all__ = ["PromptTemplate", "PromptTemplates"]
+__all__ = ["PromptTemplate", "PromptTemplates", "question_columns"]

@@ -1,4 +1,4 @@
-"""Settings of the on-policy trainers: `transformers.TrainingArguments` plus one block per concern.
+"""Settings of the trainers: `transformers.TrainingArguments` plus one block per concern.
 
 Names are TRL's where TRL has one. A wrong combination raises `InputError` at construction, before any model is loaded.
 """
@@ -187,3 +187,28 @@ class RLOOKDConfig(OnPolicyConfig):
                 f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
                 "each other and needs at least 2."
             )
+
+
+@dataclass
+class SupervisedConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the texts."}
+    )
+    # None first: HfArgumentParser cannot read the other order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, wandb, ..."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}
+    )
+
+    def __post_init__(self):
+        # Without an accelerator, several processes only synchronise if this is set.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()

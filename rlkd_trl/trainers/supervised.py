@@ -1,41 +1,17 @@
 """Maximum likelihood on (prompt, target) pairs: trains teachers on references, warms students up on pseudo-labels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.trainers.config import SupervisedConfig
 
 _IGNORED = -100
-
-
-@dataclass
-class SupervisedConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay False: the collator reads the texts."}
-    )
-    # None first: HfArgumentParser cannot read the other order.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Where to log: none, wandb, ..."}
-    )
-    max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
-    max_completion_length: int = field(
-        default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}
-    )
-
-    def __post_init__(self):
-        # Without an accelerator, several processes only synchronise if this is set.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
 
 
 class SupervisedTrainer(Trainer):

@@ -20,7 +20,10 @@ class Sample:
 
 @dataclass
 class Targets:
-    """Per sample: log π_old per token, V_old per state s_1 .. s_{T+1}, advantage and return per token."""
+    """Per sample: log π_old per token, the critic's output per state s_1 .. s_{T+1}, advantage and target per token.
+
+    The critic's output and its targets are normalised returns: (G − mean) / standard deviation.
+    """
 
     old_logps: list[list[float]]
     old_values: list[list[float]] | None
@@ -58,8 +61,12 @@ def targets_of(
     student: PreTrainedModel,
     critic: PreTrainedModel | None,
     head: nn.Linear | None,
+    return_moments: tuple[float, float] | None = None,
 ) -> Targets:
-    """Advantages and returns of a rollout that `student` (with `critic` and `head`) sampled."""
+    """Advantages and returns of a rollout that `student` (with `critic` and `head`) sampled.
+
+    `return_moments`: the running mean and variance of earlier rollouts' returns; without any, every value counts as 0.
+    """
     gamma = args.gamma
     rewards, old_logps, old_values = [], [], []
     for s in samples:
@@ -71,19 +78,28 @@ def targets_of(
         rewards.append(r)
         old_logps.append(chosen_log_probs(student, s.prompt, s.completion, args.temperature).tolist())
         if head is not None:
-            v = plain_values(critic, head, s.prompt, s.completion).tolist()
-            old_values.append([*v[:-1], 0.0 if s.ended else v[-1]])
+            old_values.append(plain_values(critic, head, s.prompt, s.completion).tolist())
 
     returns = None
     if method == "ppo":
         advantages, returns = [], []
-        for r, v in zip(rewards, old_values, strict=True):
+        mean, variance = return_moments or (0.0, 0.0)
+        for s, r, normalised in zip(samples, rewards, old_values, strict=True):
+            v = [mean + variance**0.5 * value for value in normalised]
+            if s.ended:
+                v[-1] = 0.0
             a, following = [0.0] * len(r), 0.0
             for t in reversed(range(len(r))):
                 following = r[t] + gamma * v[t + 1] - v[t] + gamma * args.lam * following
                 a[t] = following
             advantages.append(a)
             returns.append([a[t] + v[t] for t in range(len(r))])
+        # The first rollout's moments, or 9/10 of the old first and second moment and 1/10 of the new.
+        every = [g for row in returns for g in row]
+        first, second = sum(every) / len(every), sum(g**2 for g in every) / len(every)
+        if return_moments is not None:
+            first, second = 0.9 * mean + 0.1 * first, 0.9 * (variance + mean**2) + 0.1 * second
+        returns = [[(g - first) / (second - first**2) ** 0.5 for g in row] for row in returns]
     else:
         to_go = []
         for r in rewards:

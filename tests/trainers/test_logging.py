@@ -73,11 +73,12 @@ def test_numbers_of_a_rollout_worked_out_by_hand(accumulation, tmp_path):
     assert entry["rewards/first_and_second"] == pytest.approx(2.0)
     assert entry["completions/mean_length"] == pytest.approx(3.5)
     assert entry["completions/eos_rate"] == pytest.approx(0.5)
-    # Values are 0, so returns are the reward to go: 1 on three tokens, 3 on four. ½ (3 · 1² + 4 · 3²) / 7 tokens.
-    assert entry["value_loss"] == pytest.approx(39 / 14)
+    # Values are 0, so returns are the reward to go: 1 on three tokens, 3 on four. The critic's targets are those
+    # normalised, its output is 0: ½ of their variance, 1.
+    assert entry["value_loss"] == pytest.approx(0.5)
     assert entry["explained_variance"] == pytest.approx(0.0, abs=1e-6)
     # At ratio 1 the policy loss is −(3 · 1 + 4 · 3) / 7.
-    assert entry["loss"] == pytest.approx(-15 / 7 + 0.5 * 39 / 14, rel=1e-5)
+    assert entry["loss"] == pytest.approx(-15 / 7 + 0.5 * 0.5, rel=1e-5)
     assert (entry["ratio"], entry["clip_fraction"]) == (pytest.approx(1.0, abs=1e-5), 0.0)
 
     student = MODELS["t5-tied"]()

@@ -235,8 +235,9 @@ def test_truncated_completions_are_bootstrapped_from_the_value_after_their_last_
 
     trainer = one_prompt(tmp_path, "ppo", ENDED, TRUNCATED, reward=nothing, lam=1.0, normalize_advantages=False)
     torch.nn.init.normal_(trainer.model.value_head.weight)
+    trainer.on_policy_state.return_mean, trainer.on_policy_state.return_variance = -1.5, 4.0
     rollout = trainer.make_rollout(list(prompts(1)))
-    values = rollout.old_values_BT1
+    values = -1.5 + 2.0 * rollout.old_values_BT1  # the critic's output is in standard deviations
     torch.testing.assert_close(rollout.advantages_BT[0, :3], -values[0, :3])
     torch.testing.assert_close(rollout.advantages_BT[1], values[1, 4] - values[1, :4])
     assert values.abs().min() > 1e-3

@@ -1,0 +1,32 @@
+r"""Pseudo-labels: the teacher's own answers, which stand in for references in the student's warm start.
+
+    python recipes/pseudo_label.py --teacher runs/teacher --dataset train.csv --source_column mr \
+        --templates templates.yaml --output runs/pseudo.jsonl
+
+One line of JSON for each distinct input and template: the input's columns, `template`, and `pseudo_label`. Lines are
+written as they are made. `--strategy greedy`, `beam` or `sample` chooses how the teacher answers (Kim & Rush 2016 use
+beam search for sequence-level distillation).
+"""
+
+from rlkd_trl import cli, recipe_steps
+
+
+def main() -> None:
+    parser = cli.RecipeParser(
+        cli.DataArguments, cli.PromptArguments, cli.TeacherArguments, cli.PseudoLabelArguments, description=__doc__
+    )
+    data, prompts, teacher, labels = parser.parse()
+    recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
+    templates = recipe_steps.load_templates(prompts)
+    rows = recipe_steps.load_prompts(data, prompts, templates)
+
+    from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
+
+    panel = recipe_steps.load_panel(teacher, templates)
+    generation = {key: value for key, value in vars(labels).items() if key != "output"}
+    count = write_pseudo_labels(panel, list(rows), labels.output, **generation)
+    print(f"{count} pseudo-labels are in {labels.output}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

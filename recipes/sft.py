@@ -1,0 +1,52 @@
+r"""Supervised training: a teacher on references through its templates, or a student's warm start on pseudo-labels.
+
+    # a teacher from scratch, T0-style: every row through every template
+    python recipes/sft.py --dataset train.csv --source_column mr --target_column ref --templates templates.yaml \
+        --d_model 128 --num_layers 2 --output_dir runs/teacher
+    # a smaller student from scratch with the teacher's tokenizer, on the teacher's answers to the bare sources
+    python recipes/sft.py --dataset runs/pseudo.jsonl --source_column mr --target_column pseudo_label \
+        --tokenizer runs/teacher --d_model 64 --num_layers 2 --output_dir runs/warm
+    # fine-tune an existing checkpoint
+    python recipes/sft.py --student google-t5/t5-base --dataset ... --output_dir runs/warm
+
+Cross-entropy over all target tokens of the global batch. Without `--student` a new model is made: T5 or Llama, of the
+size given, over a tokenizer trained on the data (byte-pair encoding with T5's special tokens) or taken from
+`--tokenizer`. Teacher and student must share one tokenizer.
+"""
+
+from rlkd_trl import cli, recipe_steps
+from rlkd_trl.trainers.config import SupervisedConfig
+
+
+def main() -> None:
+    # Parse, and find out what is wrong with the input before any model is loaded.
+    parser = cli.RecipeParser(
+        cli.DataArguments,
+        cli.PromptArguments,
+        cli.StudentArguments,
+        cli.NewModelArguments,
+        cli.RunArguments,
+        SupervisedConfig,
+        description=__doc__,
+    )
+    data, prompts, student, new, run, args = parser.parse()
+    templates = recipe_steps.load_templates(prompts)
+    pairs = recipe_steps.load_pairs(data, prompts, templates)
+    checkpoint = recipe_steps.last_checkpoint(run, args.output_dir)
+    print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
+
+    # Build.
+    from rlkd_trl.trainers.supervised import SupervisedTrainer
+
+    model, tokenizer = recipe_steps.load_or_make_model(student, new, pairs, seed=args.seed)
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+
+    # Train and save.
+    trainer = SupervisedTrainer(model, args, pairs, tokenizer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    print(f"The model is in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

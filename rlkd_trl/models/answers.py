@@ -1,0 +1,112 @@
+"""One completion for each of many prompts: greedy, sampled, or by beam search."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.generation import Completions, sample_completions
+from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
+from rlkd_trl.ops.masking import completion_mask, pad_columns
+
+STRATEGIES = ("greedy", "sample", "beam")
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    strategy: str = "greedy",
+    max_prompt_length: int | None = None,
+    max_completion_length: int,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+    num_beams: int = 4,
+    seed: int = 0,
+) -> Iterator[Completions]:
+    """Completions of `batch_size` prompts at a time, in the prompts' order, each `[b, max_completion_length]`.
+
+    Only ids that a student may sample are generated. `temperature` and `seed` are for strategy "sample", `num_beams`
+    for "beam", which is transformers' own beam search with its length normalisation.
+
+    Raises:
+        InputError: Unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of: {', '.join(STRATEGIES)}.")
+    backbone = backbone_of(model)
+    eos_ids = eos_token_ids(model, tokenizer)
+    forbidden_V = forbidden_ids(tokenizer, backbone.vocab_size, eos_ids).to(backbone.device)
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        ids_PS, mask_PS = (
+            tensor.to(backbone.device)
+            for tensor in tokenize_prompts(
+                tokenizer, batch, padding_side=backbone.padding_side, max_length=max_prompt_length
+            )
+        )
+        if strategy == "beam":
+            completions = _beam_search(
+                model, ids_PS, mask_PS, eos_ids, tokenizer.pad_token_id, forbidden_V, max_completion_length, num_beams
+            )
+        else:
+            uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(backbone.device)
+            completions = sample_completions(
+                backbone,
+                ids_PS,
+                mask_PS,
+                torch.arange(len(batch), device=backbone.device),
+                max_completion_length=max_completion_length,
+                eos_ids=eos_ids,
+                pad_id=tokenizer.pad_token_id,
+                forbidden_V=forbidden_V,
+                temperature=temperature,
+                uniforms_BT=uniforms_BT if strategy == "sample" else None,
+            )
+        yield Completions(
+            pad_columns([completions.ids_BT], max_completion_length, value=tokenizer.pad_token_id),
+            pad_columns([completions.mask_BT], max_completion_length, value=False),
+            completions.ended_B,
+        )
+
+
+def joined(parts: Iterator[Completions]) -> Completions:
+    """Batches of completions as one."""
+    batches = list(parts)
+    return Completions(
+        torch.cat([part.ids_BT for part in batches]),
+        torch.cat([part.mask_BT for part in batches]),
+        torch.cat([part.ended_B for part in batches]),
+    )
+
+
+def decode(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The completions' texts, without special tokens."""
+    rows = zip(completions.ids_BT, completions.mask_BT, strict=True)
+    return tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _beam_search(
+    model, ids_PS: Tensor, mask_PS: Tensor, eos_ids, pad_id, forbidden_V: Tensor, max_length: int, num_beams: int
+) -> Completions:
+    output_ids = model.generate(
+        input_ids=ids_PS,
+        attention_mask=mask_PS,
+        max_new_tokens=max_length,
+        num_beams=num_beams,
+        do_sample=False,
+        suppress_tokens=forbidden_V.nonzero()[:, 0].tolist(),
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+    )
+    prompt_length = 1 if model.config.is_encoder_decoder else ids_PS.shape[1]
+    ids_BT = output_ids[:, prompt_length:]
+    mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
+    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B)
