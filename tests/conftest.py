@@ -17,6 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+# The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
+torch.set_num_threads(1)
+
 PAD, EOS, UNK = 0, 1, 2
 WORDS = 24
 SENTINELS = 2
@@ -60,6 +63,10 @@ def tiny_t5(*, tied: bool, seed: int = 0, d_model: int = 16, dropout: float = 0.
         decoder_start_token_id=PAD,
     )
     model = T5ForConditionalGeneration(config)
+    if (
+        not tied
+    ):  # a new T5 is tied whatever its config says (transformers 5); only a checkpoint's two matrices untie it
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     # T5's initialisation gives logits in the hundreds without training; small weights make ordinary ones.
     with torch.no_grad():
         for parameter in model.parameters():

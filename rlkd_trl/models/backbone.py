@@ -10,13 +10,15 @@ forward pass are all made of these calls, with gradients where autograd is on.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
 
-# T5's descendants that multiply the decoder's output by d_model**-0.5 before a tied LM head.
-_SCALED_HEAD_MODEL_TYPES = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano"}
+# T5's descendants that may multiply the decoder's output by d_model**-0.5 before the LM head. In transformers 5, t5
+# and longt5 do as `scale_decoder_outputs` says, umt5 and switch_transformers as `tie_word_embeddings`, mt5 never.
+_SCALED_HEAD_MODEL_TYPES = {"t5", "longt5", "umt5", "switch_transformers"}
 
 
 @dataclass
@@ -72,7 +74,22 @@ class Backbone:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
-        """Reads the prompts, once each."""
+        """Reads the prompts, once each.
+
+        Raises:
+            InputError: The model checkpoints gradients in training mode, where transformers drops the key/value cache,
+                and with it the prompt, without an error.
+        """
+        if any(
+            module.training and getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        ):
+            raise InputError(
+                "Gradient checkpointing in training mode drops the key/value cache that holds the prompt: put the "
+                "model in eval mode, or disable gradient checkpointing."
+            )
+        return self._prefill(prompt_ids_PS, prompt_mask_PS)
+
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         raise NotImplementedError
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
@@ -107,8 +124,25 @@ class Backbone:
         Raises:
             InputError: The architecture scales, shifts or caches in a way that is not supported here.
         """
+        model = f"{type(self.model).__name__} (model type {self.model.config.model_type!r})"
         was_training = self.model.training
         self.model.eval()
+        try:
+            error = self._relative_error()
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as cause:
+            raise InputError(f"{model} is not supported: {type(cause).__name__}: {cause}") from cause
+        finally:
+            self.model.train(was_training)
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if not error <= tolerance:
+            raise InputError(
+                f"{model} is not supported: its logits differ from states × LM head by a relative {error:.2g}."
+            )
+
+    def _relative_error(self) -> float:
+        """‖our logits − the model's own‖ / ‖the model's own‖ on a few tokens."""
         # Ids 1..3 exist in every vocabulary; which tokens they are does not matter for comparing two computations.
         prompt_ids_PS = torch.tensor([[3, 2, 1]], device=self.device)
         completion_ids_BT = torch.tensor([[2, 3], [3, 1]], device=self.device)
@@ -116,14 +150,7 @@ class Backbone:
         mask_PS = torch.ones_like(prompt_ids_PS)
         ours_BTV = self.head(self.completion_states(prompt_ids_PS, mask_PS, completion_ids_BT, index_B)).float()
         theirs_BTV = self._own_logits(prompt_ids_PS.expand(2, -1), completion_ids_BT).float()
-        self.model.train(was_training)
-        error = (ours_BTV - theirs_BTV).norm() / theirs_BTV.norm()
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        if not error <= tolerance:
-            raise InputError(
-                f"{type(self.model).__name__} (model type {self.model.config.model_type!r}) is not supported: its "
-                f"logits differ from states × LM head by a relative {error:.2g}."
-            )
+        return float((ours_BTV - theirs_BTV).norm() / theirs_BTV.norm())
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
         raise NotImplementedError
@@ -144,23 +171,24 @@ class EncoderDecoderBackbone(Backbone):
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias.squeeze(0)
 
-    def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+    @property
+    def _start_id(self) -> int:
+        start = self.model.generation_config.decoder_start_token_id
+        return self.model.config.decoder_start_token_id if start is None else start
+
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         encoder_hidden_PSD = self.model.get_encoder()(
             input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS
         ).last_hidden_state
         prefix = Prefix(
-            cache=EncoderDecoderCache(
-                DynamicCache(config=self.model.config.get_text_config(decoder=True)),
-                DynamicCache(config=self.model.config.get_text_config(decoder=True)),
-            ),
+            # Not sized by the config, whose `num_layers` is the encoder's depth.
+            cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             mask=prompt_mask_PS,
             hidden_B1D=encoder_hidden_PSD[:, :0],
             encoder_hidden_BSD=encoder_hidden_PSD,
         )
-        start = self.model.generation_config.decoder_start_token_id
-        start = self.model.config.decoder_start_token_id if start is None else start
         # Reading the start token projects the cross-attention keys and values, once per prompt.
-        self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], start))
+        self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], self._start_id))
         return prefix
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
@@ -175,9 +203,7 @@ class EncoderDecoderBackbone(Backbone):
         return hidden_BtD
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
-        start = self.model.generation_config.decoder_start_token_id
-        start = self.model.config.decoder_start_token_id if start is None else start
-        start_B1 = torch.full_like(completion_ids_BT[:, :1], start)
+        start_B1 = torch.full_like(completion_ids_BT[:, :1], self._start_id)
         return self.model(
             input_ids=prompt_ids_BS, decoder_input_ids=torch.cat([start_B1, completion_ids_BT], dim=1)
         ).logits
@@ -188,7 +214,7 @@ class DecoderOnlyBackbone(Backbone):
 
     padding_side = "left"
 
-    def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         prefix = Prefix(
             cache=DynamicCache(config=self.model.config.get_text_config(decoder=True)),
             mask=prompt_mask_PS[:, :0],
@@ -218,6 +244,16 @@ class DecoderOnlyBackbone(Backbone):
         return self.model(input_ids=ids).logits[:, prompt_ids_BS.shape[1] - 1 :]
 
 
-def backbone_of(model: nn.Module) -> Backbone:
-    """The backbone for a model's family, by `config.is_encoder_decoder`."""
+def backbone_of(model: PreTrainedModel | PeftModel) -> Backbone:
+    """The backbone for a model's family, by `config.is_encoder_decoder`.
+
+    A PEFT model is read through the base model that its adapters sit in.
+
+    Raises:
+        InputError: A PEFT model whose adapter is a learned prompt: it lives outside the base model.
+    """
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise InputError(f"PEFT's {model.active_peft_config.peft_type} is not supported: use LoRA or the like.")
+        model = model.get_base_model()
     return EncoderDecoderBackbone(model) if model.config.is_encoder_decoder else DecoderOnlyBackbone(model)

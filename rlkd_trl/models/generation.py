@@ -71,7 +71,9 @@ def sample_completions(
 
 def _invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Ids v with Σ_{u<v} p_u ≤ uniform < Σ_{u≤v} p_u; an id of probability 0 is never returned."""
-    cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
+    probabilities_BV = logits_BV.softmax(dim=-1)
+    # A parallel sum (on GPUs) rounds each entry in its own way: it may fall, and may rise over an id of probability 0.
+    cumulative_BV = torch.where(probabilities_BV > 0, probabilities_BV.cumsum(dim=-1), 0).cummax(dim=-1).values
     # Scaled by the last entry, which rounding leaves near 1, so that the search cannot run past the end.
     target_B1 = uniforms_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
     last_B1 = (cumulative_BV < cumulative_BV[:, -1:]).sum(dim=-1, keepdim=True)

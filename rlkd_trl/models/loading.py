@@ -1,16 +1,21 @@
 """Loading models and tokenizers from a local directory or the Hub."""
 
+import pickle
+import textwrap
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from rlkd_trl.errors import InputError
 
@@ -21,6 +26,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+# Missing or unreachable, malformed, lacking a library, of another shape, and cut short in either format of weights.
+_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError)
+
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; its pad token is set to EOS where it has none (as decoder-only models do).
@@ -29,6 +37,8 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
         InputError: There is no such directory or Hub repository, or it holds no tokenizer.
     """
     tokenizer = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision)
+    if not _has_vocabulary(tokenizer, name_or_path, revision):
+        raise InputError(f"{name_or_path!r} holds no tokenizer: save it there, with `tokenizer.save_pretrained`.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -52,10 +62,9 @@ def load_model(
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
     config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
-    if dtype == "float16" and "t5" in config.model_type:
-        raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
+    _refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return _from_pretrained(
+    model = _from_pretrained(
         auto_class,
         name_or_path,
         "model",
@@ -63,6 +72,8 @@ def load_model(
         dtype=DTYPES[dtype],
         attn_implementation=attn_implementation,
     )
+    _refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
+    return model
 
 
 def require_checkpoint(flag: str, name_or_path: str) -> None:
@@ -80,10 +91,28 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
         raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
 
 
+def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:
+    """Whether the tokenizer was read from files: transformers 5 makes one of a few tokens up where there are none."""
+    own_names = type(tokenizer).vocab_files_names.values()
+    if not own_names:  # bytes or characters, as ByT5's
+        return True
+    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(
+        cached_file(name_or_path, name, revision=revision, **flags) is not None
+        for name in dict.fromkeys(("tokenizer.json", *own_names, "tokenizer.model", "tekken.json"))
+    )
+
+
+def _refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+    if dtype == torch.float16 and "t5" in config.model_type:
+        raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
+
+
 def _from_pretrained(auto_class, name_or_path: str, what: str, **kwargs):
     require_checkpoint("model", name_or_path)
     try:
         return auto_class.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except _LOADING_ERRORS as error:
+        # In one line: what to do (a token, access, a connection) often stands in the second.
+        reason = textwrap.shorten(str(error), 500) or type(error).__name__
         raise InputError(f"Could not load the {what} of {name_or_path!r}: {reason}") from error

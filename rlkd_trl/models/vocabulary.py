@@ -25,18 +25,25 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return [eos] if isinstance(eos, int) else list(eos)
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding, always behind a mask: the pad token, else EOS, else 0. Nothing ever reads it."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(index for index in ids if index is not None)
+
+
 def forbidden_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: list[int]) -> Tensor:
     """`[V]` bool, True on ids that a student must never sample.
 
-    Those are the LM-head rows beyond the tokenizer (T5 pads 32,100 tokens to 32,128 rows), T5's `<extra_id_*>`
-    sentinels, and every special token except EOS and the unknown token.
+    Those are the LM-head rows without a token (T5 pads 32,100 tokens to 32,128 rows), T5's `<extra_id_*>` sentinels,
+    and every special token, with a role or without (Llama 3's reserved ones), except EOS and the unknown token.
     """
-    forbidden_V = torch.zeros(vocab_size, dtype=torch.bool)
-    forbidden_V[len(tokenizer) :] = True
-    sentinels = [index for token, index in tokenizer.get_vocab().items() if _SENTINEL.fullmatch(token)]
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    ids = [index for index in {*sentinels, *special} - set(eos_ids) if index < vocab_size]
-    forbidden_V[ids] = True
+    vocab = tokenizer.get_vocab()
+    sentinels = {index for token, index in vocab.items() if _SENTINEL.fullmatch(token)}
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    allowed = set(vocab.values()) - sentinels - (special - {tokenizer.unk_token_id}) | set(eos_ids)
+    forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
+    forbidden_V[[index for index in allowed if index < vocab_size]] = False
     return forbidden_V
 
 

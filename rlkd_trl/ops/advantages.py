@@ -1,5 +1,7 @@
 """Returns, advantages and baselines. Shapes: rewards, masks, advantages `[B, T]`; values `[B, T+1]`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,13 +67,19 @@ def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations:
     return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
 
 
-def explained_variance(predictions_BT: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def explained_variance(
+    predictions_BT: Tensor,
+    targets_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """1 − Var[target − prediction] / Var[target] over real tokens: 1 is a perfect critic, 0 a constant one.
 
     0 where the targets do not vary and there is nothing to explain.
     """
-    _, residual = masked_moments(targets_BT - predictions_BT, mask_BT)
-    _, total = masked_moments(targets_BT, mask_BT)
+    _, residual = masked_moments(targets_BT - predictions_BT, mask_BT, sum_over_ranks=sum_over_ranks)
+    _, total = masked_moments(targets_BT, mask_BT, sum_over_ranks=sum_over_ranks)
     return torch.where(total > 0, 1.0 - residual / total, torch.zeros_like(total))
 
 

@@ -1,14 +1,15 @@
 """Policy and value losses. Each returns `(loss, metrics)`: a scalar to minimise and detached scalars to log.
 
-`denominator` is what the sum over the batch is divided by. A trainer passes the count over all ranks and all
-accumulated micro-batches, which makes the gradient independent of how the batch was cut; by default it is the count in
-the tensors given. Only log-probabilities, values and entropies get gradients; everything else is a constant.
+`denominator` is what the sums over the batch, of losses and metrics alike, are divided by. A trainer passes the count
+over all ranks and all accumulated micro-batches, which makes the gradient independent of how the batch was cut and
+the metrics additive; by default it is the count in the tensors given. Only log-probabilities, values and entropies
+get gradients; everything else is a constant.
 """
 
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import masked_mean, masked_sum
+from rlkd_trl.ops.masking import masked_sum
 
 
 def clipped_policy_loss(
@@ -29,7 +30,7 @@ def clipped_policy_loss(
     objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT.detach(), epsilon)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_BT, mask_BT) / denominator
-    return loss, _ratio_metrics(log_ratio_BT, ratio_BT, clipped_BT, mask_BT)
+    return loss, _ratio_metrics(log_ratio_BT, ratio_BT, clipped_BT, mask_BT, denominator)
 
 
 def clipped_sequence_policy_loss(
@@ -52,7 +53,7 @@ def clipped_sequence_policy_loss(
     objective_B, clipped_B, ratio_B = _clipped_objective(log_ratio_B, advantages_B.detach(), epsilon)
     denominator = row_mask_B.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_B, row_mask_B) / denominator
-    return loss, _ratio_metrics(log_ratio_B, ratio_B, clipped_B, row_mask_B)
+    return loss, _ratio_metrics(log_ratio_B, ratio_B, clipped_B, row_mask_B, denominator)
 
 
 def _clipped_objective(log_ratio: Tensor, advantages: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +63,13 @@ def _clipped_objective(log_ratio: Tensor, advantages: Tensor, epsilon: float) ->
     return torch.minimum(unclipped, clipped), clipped < unclipped, ratio
 
 
-def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor, denominator) -> dict[str, Tensor]:
     log_ratio, ratio = log_ratio.detach(), ratio.detach()
     return {
-        "ratio": masked_mean(ratio, mask),
-        "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
+        "ratio": masked_sum(ratio, mask) / denominator,
+        "clip_fraction": masked_sum(clipped.to(ratio.dtype), mask) / denominator,
         # E_old[(ρ − 1) − log ρ]: a non-negative one-sample estimate of KL(π_old ‖ π) (Schulman 2020, "k3").
-        "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+        "approx_kl": masked_sum(ratio - 1 - log_ratio, mask) / denominator,
     }
 
 
@@ -86,6 +87,7 @@ def clipped_value_loss(
     The value clipping of PPO's reference code; `cliprange_value` c is in reward units, None does not clip.
     `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
     """
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     zeros_BT = torch.zeros_like(values_BT)
     values_BT, old_values_BT, returns_BT = (
         torch.where(mask_BT, tensor, zeros_BT) for tensor in (values_BT, old_values_BT.detach(), returns_BT.detach())
@@ -95,9 +97,8 @@ def clipped_value_loss(
     if cliprange_value is not None:
         near_old_BT = values_BT.clamp(old_values_BT - cliprange_value, old_values_BT + cliprange_value)
         clipped_error_BT = (near_old_BT - returns_BT) ** 2
-        clip_fraction = masked_mean((clipped_error_BT > error_BT).to(values_BT.dtype), mask_BT)
+        clip_fraction = masked_sum((clipped_error_BT > error_BT).to(values_BT.dtype), mask_BT) / denominator
         error_BT = torch.maximum(error_BT, clipped_error_BT)
-    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = 0.5 * masked_sum(error_BT, mask_BT) / denominator
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": clip_fraction.detach()}
 
@@ -108,4 +109,4 @@ def entropy_bonus(
     """−Σ_t H(π(·|s_t)) / denominator: the loss whose minimisation raises the entropy."""
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(entropy_BT, mask_BT) / denominator
-    return loss, {"entropy": masked_mean(entropy_BT.detach(), mask_BT)}
+    return loss, {"entropy": -loss.detach()}

@@ -1,8 +1,13 @@
 """Reward recipes by name, a user's own functions, and their weighted sum."""
 
+import asyncio
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+import itertools
+import re
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +40,9 @@ REWARDS: dict[str, type[TeacherReward] | Callable] = {
     "reference_rouge": sequence_rewards.reference_rouge,
 }
 
+# A function with one of these parameters, or any keyword, follows TRL's protocol.
+_TRL_NAMES = {"prompts", "completions", "completion_ids"}
+
 
 @dataclass(frozen=True)
 class RewardResult:
@@ -51,9 +59,10 @@ class RewardResult:
 class RewardModel:
     """A weighted sum of reward terms; each teacher panel is asked once, whatever number of terms reads it.
 
-    A term is a `TeacherReward`, or a function with TRL's protocol (keyword arguments `prompts`, `completions`,
-    `completion_ids` and the data's columns; returns B floats, placed on the last token), or a function of one
-    `RewardInputs` that returns a tensor `[B, T]` (per token) or `[B]` (on the last token).
+    A term is a `TeacherReward`, or a function with TRL's protocol (of the keyword arguments `prompts`, `completions`,
+    `completion_ids`, `ended` and the data's columns, those that it accepts; returns B floats, placed on the last
+    token; may be asynchronous), or a function of one `RewardInputs` that returns a tensor `[B, T]` (per token) or
+    `[B]` (on the last token).
 
     Raises:
         InputError: No term, or as many weights as terms are not given.
@@ -123,11 +132,15 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
         )
     if not Path(path).is_file():
         raise InputError(f"`--reward {spec}`: there is no file {path}.")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # The whole path, so that a file called json.py, or two called reward.py, replace no other module.
+    module_name = re.sub(r"\W", "_", str(Path(path).resolve()))
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses, and pickle, look the module of a class up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[module_name]
         raise InputError(f"`--reward {spec}`: {path} failed: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -139,7 +152,8 @@ def _distinct_names(terms: Sequence[Callable]) -> list[str]:
     names: list[str] = []
     for term in terms:
         name = getattr(term, "__name__", type(term).__name__)
-        names.append(name if name not in names else f"{name}_{len(names)}")
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
     return names
 
 
@@ -147,13 +161,9 @@ def _call(name: str, function: Callable, inputs: RewardInputs) -> Tensor:
     """A function's scores as `[B, T]`, 0 behind the mask."""
     mask_BT = inputs.completion_mask_BT
     if _follows_trl_protocol(function):
-        columns = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
-        result = function(
-            prompts=inputs.column("prompt"),
-            completions=list(inputs.completions),
-            completion_ids=inputs.token_lists(),
-            **{"ended": inputs.ended_B.tolist(), **columns},
-        )
+        result = function(**_trl_arguments(function, inputs))
+        if inspect.isawaitable(result):
+            result = _wait_for(result)
     else:
         result = function(inputs)
     # A TRL reward function may return None for a sample it does not apply to: no reward.
@@ -173,5 +183,32 @@ def _call(name: str, function: Callable, inputs: RewardInputs) -> Tensor:
 
 
 def _follows_trl_protocol(function: Callable) -> bool:
-    parameters = inspect.signature(function).parameters
-    return "completions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return _takes_any_keyword(function) or not _TRL_NAMES.isdisjoint(inspect.signature(function).parameters)
+
+
+def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
+    """What TRL passes, and `ended`; data columns of these names give way. Only what the function accepts."""
+    arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
+    arguments |= {
+        "prompts": inputs.column("prompt"),
+        "completions": list(inputs.completions),
+        "completion_ids": inputs.token_lists(),
+        "ended": inputs.ended_B.tolist(),
+    }
+    if _takes_any_keyword(function):
+        return arguments
+    return {key: arguments[key] for key in inspect.signature(function).parameters if key in arguments}
+
+
+def _takes_any_keyword(function: Callable) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _wait_for(awaitable: Awaitable[list[float]]) -> list[float]:
+    """In a thread of its own: in a notebook, this one already runs an event loop."""
+
+    async def wait() -> list[float]:
+        return await awaitable
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, wait()).result()

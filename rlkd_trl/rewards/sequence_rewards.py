@@ -1,7 +1,7 @@
 """Sequence-level rewards: TRL-style functions whose scores land on a completion's last token.
 
-Each has TRL's signature `(prompts, completions, completion_ids, **columns) -> list[float]`, so any of them also works
-as a `reward_funcs` entry of TRL's trainers, and any function written for TRL works here.
+Each has TRL's signature `(prompts, completions, completion_ids, **columns) -> list[float]`, so all but `missing_eos`
+also work as a `reward_funcs` entry of TRL's trainers, and any function written for TRL works here.
 """
 
 from rlkd_trl.errors import InputError
@@ -13,8 +13,17 @@ def length(prompts, completions, completion_ids, **columns) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def missing_eos(prompts, completions, completion_ids, *, ended, **columns) -> list[float]:
-    """1 where the completion has no EOS within the length cap. Weight it negatively."""
+def missing_eos(prompts, completions, completion_ids, *, ended=None, **columns) -> list[float]:
+    """1 where the completion has no EOS within the length cap. Weight it negatively.
+
+    Raises:
+        InputError: `ended` is missing. TRL's trainers do not tell a reward function which completions ended.
+    """
+    if ended is None:
+        raise InputError(
+            "The reward 'missing_eos' needs `ended`, which TRL's trainers do not pass: there, set "
+            "mask_truncated_completions=True instead."
+        )
     return [0.0 if has_eos else 1.0 for has_eos in ended]
 
 

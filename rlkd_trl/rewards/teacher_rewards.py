@@ -93,24 +93,17 @@ class TeacherReward:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
     def _score_rows(self, rows: list[dict], completions_ids: list[list[int]]) -> list[Tensor]:
+        if not rows:
+            return []
         teacher = self.panel.scorers[0].teacher
         eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
         lengths = [len(ids) for ids in completions_ids]
         ids_BT = torch.zeros(len(rows), max([1, *lengths]), dtype=torch.long)
         for row_T, ids in zip(ids_BT, completions_ids, strict=True):
             row_T[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-        first_row_of: dict[str, int] = {}
-        distinct_rows: list[dict] = []
-        prompt_index = []
-        for row in rows:
-            key = repr(sorted(row.items()))
-            if key not in first_row_of:
-                first_row_of[key] = len(distinct_rows)
-                distinct_rows.append(row)
-            prompt_index.append(first_row_of[key])
         inputs = RewardInputs(
-            rows=distinct_rows,
-            prompt_index_B=torch.tensor(prompt_index, dtype=torch.long),
+            rows=rows,
+            prompt_index_B=torch.arange(len(rows)),
             completion_ids_BT=ids_BT,
             completion_mask_BT=torch.arange(ids_BT.shape[1])[None, :] < torch.tensor(lengths)[:, None],
             ended_B=torch.tensor([bool(ids) and ids[-1] in eos_ids for ids in completions_ids]),
@@ -183,7 +176,11 @@ class LogLikelihoodReward(TeacherReward):
 
 
 class LogRatioReward(TeacherReward):
-    """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation)."""
+    """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation).
+
+    The student's distribution is over the ids that it may sample, the teacher's over all: in each state the reward
+    also holds log Z ≤ 0, where Z is the teacher's probability of those ids together. It does not depend on the token.
+    """
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
         if inputs.student_logps_BT is None:

@@ -28,7 +28,8 @@ def new_model(
 ) -> PreTrainedModel:
     """A model of the given size over the tokenizer's vocabulary.
 
-    "t5" is the v1.1 form (gated GELU, untied LM head; `num_layers` in encoder and decoder each), "llama" decoder-only.
+    "t5" is the v1.1 form (gated GELU, states that reach the LM head unscaled; `num_layers` in encoder and decoder
+    each), but for its LM head, which transformers 5 ties to the embeddings; "llama" is decoder-only.
     `d_ff` is 2 · d_model by default.
 
     Raises:

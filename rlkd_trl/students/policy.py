@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
-from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.lm_head import map_head_slices, token_log_probs
 
 CRITICS = ("none", "shared", "separate")
@@ -58,7 +58,7 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.eos_ids = eos_token_ids(model, processing_class)
-        self.pad_id = processing_class.pad_token_id
+        self.pad_id = padding_id(processing_class)
         self.backbone = backbone_of(model)
         self.backbone.verify()
         forbidden_V = forbidden_ids(processing_class, self.backbone.vocab_size, self.eos_ids)

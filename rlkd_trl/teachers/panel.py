@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
@@ -26,7 +27,7 @@ class TeacherPanel:
     LLMR averages its reward over templates; Hinton's ensemble averages over teachers.
 
     Raises:
-        InputError: No teacher, or another number of weights than of teachers.
+        InputError: No teacher, another number of weights than of teachers, or weights whose sum is not positive.
     """
 
     def __init__(
@@ -39,6 +40,10 @@ class TeacherPanel:
         teacher_weights = [1.0] * len(teachers) if teacher_weights is None else list(teacher_weights)
         if not teachers or len(teacher_weights) != len(teachers):
             raise InputError(f"{len(teachers)} teachers and {len(teacher_weights)} weights: give one weight each.")
+        if not sum(teacher_weights) > 0:
+            raise InputError(
+                f"The teachers' weights must have a positive sum, by which they are divided; got {teacher_weights}."
+            )
         self.templates = templates
         questions = 1 if templates is None else len(templates)
         self.scorers = [
@@ -77,17 +82,25 @@ class TeacherPanel:
         expected: bool = False,
         tau: float | None = None,
     ) -> list[TeacherScores]:
-        """One `TeacherScores` per scorer; `rows` are the P prompts' data rows, each with a `prompt`."""
+        """One `TeacherScores` per scorer; `rows` are the P prompts' data rows, each with a `prompt`.
+
+        Rows that come to the same question are read once.
+        """
         questions = [self.questions(row) for row in rows]
-        return [
-            scorer.teacher.score(
-                [asked[scorer.question] for asked in questions],
-                prompt_index_B,
-                completion_ids_BT,
-                completion_mask_BT,
-                ended_B,
-                expected=expected,
-                tau=tau,
+        scores = []
+        for scorer in self.scorers:
+            asked = [of_row[scorer.question] for of_row in questions]
+            place = {question: i for i, question in enumerate(dict.fromkeys(asked))}
+            place_P = torch.tensor([place[question] for question in asked], device=prompt_index_B.device)
+            scores.append(
+                scorer.teacher.score(
+                    list(place),
+                    place_P[prompt_index_B],
+                    completion_ids_BT,
+                    completion_mask_BT,
+                    ended_B,
+                    expected=expected,
+                    tau=tau,
+                )
             )
-            for scorer in self.scorers
-        ]
+        return scores

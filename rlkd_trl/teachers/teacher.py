@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.loading import load_model, load_tokenizer
-from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
+from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
@@ -23,9 +24,10 @@ class Teacher:
 
     Args:
         model: An encoder-decoder or decoder-only model. It is put in eval mode and its parameters are frozen.
-        processing_class: Its tokenizer.
+        processing_class: Its tokenizer. It may lack a pad token: what stands in the padding is masked.
         max_prompt_length: Longer prompts are cut at this many tokens; None leaves them whole.
-        max_batch_tokens: Budget of one scoring batch, in tokens of prompts and completions with their padding.
+        max_batch_tokens: Budget of one scoring batch, in cached tokens with their padding: every completion holds a
+            copy of its prompt's keys and values besides its own. A single prompt's completions are never split.
 
     Raises:
         InputError: The architecture is not supported (see `Backbone.verify`).
@@ -76,10 +78,11 @@ class Teacher:
         """Scores completion b as an answer to `prompts[prompt_index_B[b]]`.
 
         `expected` and `tau` request `TeacherScores.expected` and `.soft`. The result is on the completions' device.
+
+        Raises:
+            InputError: A prompt has no tokens; it is named.
         """
-        prompt_ids, _ = tokenize_prompts(
-            self.processing_class, prompts, padding_side=None, max_length=self.max_prompt_length
-        )
+        prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
         scores = empty_scores(
             *completion_ids_BT.shape, expected=expected, soft=tau is not None, device=completion_ids_BT.device
         )
@@ -113,7 +116,7 @@ class Teacher:
             source = max(len(prompt_ids[q]) for q in candidate)
             target = max(completion_tokens[q] for q in candidate)
             samples = sum(len(members[q]) for q in candidate)
-            if batch and len(candidate) * source + samples * target > self.max_batch_tokens:
+            if batch and samples * (source + target) > self.max_batch_tokens:
                 yield batch
                 candidate = [p]
             batch = candidate
@@ -122,14 +125,14 @@ class Teacher:
 
     def _score_batch(self, prompt_ids, index_b, ids_bT, mask_bT, ended_b, *, into, rows_b, tau) -> None:
         device = self.backbone.device
-        padded = self.processing_class.pad(
-            {"input_ids": prompt_ids}, padding_side=self.backbone.padding_side, return_tensors="pt"
+        prompt_ids_PS, prompt_mask_PS = pad_prompts(
+            prompt_ids, padding_side=self.backbone.padding_side, pad_id=padding_id(self.processing_class)
         )
         longest = max(1, int(mask_bT.sum(dim=1).max()))
         ids_bT, mask_bT = ids_bT[:, :longest], mask_bT[:, :longest]
         states_bT1D = self.backbone.completion_states(
-            padded["input_ids"].to(device),
-            padded["attention_mask"].to(device),
+            prompt_ids_PS.to(device),
+            prompt_mask_PS.to(device),
             ids_bT.to(device),
             index_b.to(device),
         )

@@ -99,13 +99,13 @@ class OnPolicyConfig(TrainingArguments):
 
     def _check(self) -> None:
         completions = self.per_device_train_batch_size * self.steps_per_generation
-        if self.num_generations < 1 or completions % self.num_generations:
+        if self.num_generations < 1 or completions < 1 or completions % self.num_generations:
             raise InputError(
                 f"A rollout of {completions} completions per device (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} × steps_per_generation {self.steps_per_generation}) is not "
                 f"divisible by num_generations {self.num_generations}."
             )
-        if self.steps_per_generation % self.gradient_accumulation_steps:
+        if self.steps_per_generation < 1 or self.steps_per_generation % self.gradient_accumulation_steps:
             raise InputError(
                 f"steps_per_generation {self.steps_per_generation} is not a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}."
@@ -116,6 +116,8 @@ class OnPolicyConfig(TrainingArguments):
                 "learns, and the ratio of new to old probabilities is then undefined for tokens that leave it. Use "
                 "temperature instead."
             )
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns must stay False: templates and rewards read the data's columns.")
         if self.gradient_checkpointing:
             raise InputError(
                 "gradient_checkpointing is not supported: it discards the key/value cache that lets the completions "
@@ -130,6 +132,9 @@ class OnPolicyConfig(TrainingArguments):
             "gamma": 0 <= self.gamma <= 1,
             "beta": self.beta >= 0,
             "kl_horizon": self.kl_horizon > 0,
+            "early_stop_kl": self.early_stop_kl is None or self.early_stop_kl > 0,
+            "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
+            "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,
         }
         for name, valid in ranges.items():
             if not valid:

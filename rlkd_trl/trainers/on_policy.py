@@ -93,13 +93,14 @@ class OnPolicyTrainer(Trainer):
             model = load_model(model)
         if processing_class is None:
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
-        self.reward_model = _reward_model(reward_funcs, args.reward_weights)
+        self.reward_model = _reward_model(reward_funcs, args)
         for panel in self.reward_model.panels:
             for scorer in panel.scorers:
                 check_same_tokenizer(processing_class, scorer.teacher.processing_class)
         policy = Policy(model, processing_class, temperature=args.temperature, critic=self.critic_kind)
         self.on_policy_state = OnPolicyState(beta=args.beta)
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._window_metrics: dict[str, float] = defaultdict(float)
         self.sample_table: list[dict[str, object]] = []
         super().__init__(
             model=policy,
@@ -171,11 +172,6 @@ class OnPolicyTrainer(Trainer):
         rollout = rollout.with_(rewards_BT=rewards_BT, potentials_BT1=result.potentials_BT1)
 
         rollout = self.advantages(rollout)  # 4 advantage
-        if args.normalize_advantages:
-            whitened_BT = masked_whiten(
-                rollout.advantages_BT, rollout.loss_mask_BT, sum_over_ranks=self._sum_over_ranks
-            )
-            rollout = rollout.with_(advantages_BT=whitened_BT)
 
         self._log_rollout(rollout, result, kl_BT, seconds)
         self._keep_samples(inputs, result, rollout)
@@ -248,10 +244,8 @@ class OnPolicyTrainer(Trainer):
         entropy_loss, entropy_metrics = entropy_bonus(output.entropy_BT, inputs.loss_mask_BT, denominator=tokens)
         if args.entropy_coef:
             loss = loss + args.entropy_coef * entropy_loss
-        metrics = self._mean_over_ranks({**metrics, **entropy_metrics})
-        if args.early_stop_kl is not None and metrics["approx_kl"] > args.early_stop_kl:
-            state.stopped = True
-        self._record(metrics)
+        for name, share in self._mean_over_ranks({**metrics, **entropy_metrics}).items():
+            self._window_metrics[name] += share
         return loss * accumulation
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
@@ -271,7 +265,16 @@ class OnPolicyTrainer(Trainer):
             loss = super().training_step(model, batch, num_items_in_batch)
             self._metrics["seconds/update"].append(time.perf_counter() - started)
         state.micro_step += 1
+        if state.micro_step % args.gradient_accumulation_steps == 0 and self._window_metrics:
+            self._close_window()
         return loss
+
+    def _close_window(self) -> None:
+        """Records an optimizer step's metrics, and stops this rollout's updates if they went too far."""
+        kl, limit = self._window_metrics["approx_kl"], self.args.early_stop_kl
+        self.on_policy_state.stopped = limit is not None and kl > limit
+        self._record(self._window_metrics)
+        self._window_metrics.clear()
 
     def _prepare_inputs(self, inputs):
         return inputs  # a rollout is made on its device
@@ -290,7 +293,7 @@ class OnPolicyTrainer(Trainer):
         """Each rollout's prompts, once per micro-batch made from it, whole groups on each device."""
         args = self.args
         prompts = args.prompts_per_rollout
-        sampler = RepeatSampler(
+        sampler = _EpochSeededSampler(
             self.train_dataset,
             mini_repeat_count=1,
             batch_size=prompts * self.accelerator.num_processes,
@@ -367,11 +370,12 @@ class OnPolicyTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of everything recorded since the last log."""
-        if "loss" in logs or not any(key.startswith("eval_") for key in logs):
+        is_training_log = "loss" in logs
+        if is_training_log:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
             self._metrics.clear()
         super().log(logs, start_time)
-        if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
+        if self.args.log_completions and is_training_log and self.is_world_process_zero():
             print_prompt_completions_sample(
                 [row["prompt"] for row in self.sample_table],
                 [row["completion"] for row in self.sample_table],
@@ -383,6 +387,9 @@ class OnPolicyTrainer(Trainer):
     def _record(self, metrics: dict[str, Tensor | float]) -> None:
         for name, value in metrics.items():
             self._metrics[name].append(float(value))
+
+    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        return masked_whiten(advantages, mask, sum_over_ranks=self._sum_over_ranks)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -400,6 +407,11 @@ class OnPolicyTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, rows in dataset.items():
+                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         policy = self.accelerator.unwrap_model(self.model_wrapped)
         result = evaluate_student(
             policy,
@@ -426,13 +438,31 @@ class OnPolicyTrainer(Trainer):
         (output_dir / _STATE_FILE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_pretrained(resume_from_checkpoint)
+        self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
         state_file = Path(resume_from_checkpoint) / _STATE_FILE
         if state_file.is_file():
             self.on_policy_state = OnPolicyState(**json.loads(state_file.read_text()))
 
+    def _load_best_model(self) -> None:
+        self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
 
-def _reward_model(reward_funcs, weights: list[float] | None) -> RewardModel:
+
+class _EpochSeededSampler(RepeatSampler):
+    """Another order each epoch, the same in a resumed run: TRL's sampler would start again with the first epoch's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+def _reward_model(reward_funcs, args: OnPolicyConfig) -> RewardModel:
     if isinstance(reward_funcs, RewardModel):
-        return reward_funcs
-    return RewardModel(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs], weights)
+        if args.reward_weights is not None:
+            raise InputError("reward_weights are given twice: the RewardModel has its own.")
+        model = reward_funcs
+    else:
+        terms = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        model = RewardModel(terms, args.reward_weights)
+    for term in model.teacher_terms:
+        if getattr(term, "gamma", args.gamma) != args.gamma:
+            raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
+    return model

@@ -12,6 +12,7 @@ from rlkd_trl.trainers.config import PPOKDConfig
 from rlkd_trl.trainers.on_policy import OnPolicyTrainer
 from rlkd_trl.trainers.rollout import Rollout
 
+_CRITIC_RATE_FACTOR = 10
 _RETURN_MOMENTS_DECAY = 0.9
 _SMALLEST_RETURN_STD = 1e-4
 
@@ -36,7 +37,8 @@ class PPOKDTrainer(OnPolicyTrainer):
         """The critic's parameters in groups of their own, with their own learning rate."""
         optimizer = super().create_optimizer(model)
         critic_ids = {id(parameter) for parameter in self.accelerator.unwrap_model(self.model).critic_parameters()}
-        rate = self.args.critic_learning_rate or 10 * self.args.learning_rate
+        rate = self.args.critic_learning_rate
+        rate = _CRITIC_RATE_FACTOR * self.args.learning_rate if rate is None else rate
         for group in list(optimizer.param_groups):
             critic = [parameter for parameter in group["params"] if id(parameter) in critic_ids]
             if critic:
@@ -54,8 +56,11 @@ class PPOKDTrainer(OnPolicyTrainer):
         values_BT1 = self._in_reward_units(rollout.old_values_BT1)
         advantages_BT = gae(rewards_BT, values_BT1, mask_BT, rollout.ended_B, gamma=args.gamma, lam=args.lam)
         returns_BT = advantages_BT + values_BT1[:, :-1]
-        self._record({"explained_variance": explained_variance(values_BT1[:, :-1], returns_BT, mask_BT)})
+        explained = explained_variance(values_BT1[:, :-1], returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        self._record({"explained_variance": explained})
         self._track_returns(returns_BT, mask_BT)
+        if args.normalize_advantages:
+            advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
         return rollout.with_(advantages_BT=advantages_BT, returns_BT=self._in_critic_units(returns_BT))
 
     def _in_reward_units(self, values: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class RLOOKDTrainer(OnPolicyTrainer):
         args, mask_BT = self.args, rollout.completion_mask_BT
         if args.level == "sequence":
             advantages_B = leave_one_out(sequence_sum(rollout.rewards_BT, mask_BT), args.num_generations)
+            if args.normalize_advantages:
+                advantages_B = self._whitened(advantages_B, rollout.loss_mask_BT.any(dim=1))
             return rollout.with_(advantages_BT=advantages_B[:, None] * mask_BT)
         rewards_BT = rollout.rewards_BT
         if args.teacher_baseline:
@@ -34,6 +36,8 @@ class RLOOKDTrainer(OnPolicyTrainer):
         advantages_BT = token_leave_one_out(
             rewards_BT, mask_BT, num_generations=args.num_generations, gamma=args.gamma
         )
+        if args.normalize_advantages:
+            advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
         return rollout.with_(advantages_BT=advantages_BT)
 
     def policy_loss(

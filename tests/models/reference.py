@@ -12,18 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB, tiny_t5
-
-
-def tiny_t0(seed: int = 0) -> PreTrainedModel:
-    """A T5 whose LM head is a matrix of its own, as T0's and Flan-T5's.
-
-    A fresh `T5ForConditionalGeneration` ties its weights whatever its config says (transformers 5); only a checkpoint
-    with two matrices unties them.
-    """
-    model = tiny_t5(tied=False, seed=seed)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
-    return model
+from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB
 
 
 def tiny_bart(seed: int = 0) -> PreTrainedModel:
@@ -95,7 +84,7 @@ def tiny_gemma2(seed: int = 0) -> PreTrainedModel:
     return Gemma2ForCausalLM(config).eval()
 
 
-FAMILIES = {**MODELS, "t0": tiny_t0, "bart": tiny_bart, "gpt2": tiny_gpt2, "gemma2": tiny_gemma2}
+FAMILIES = {**MODELS, "bart": tiny_bart, "gpt2": tiny_gpt2, "gemma2": tiny_gemma2}
 
 
 def own_logits(model: PreTrainedModel, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:

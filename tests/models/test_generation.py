@@ -291,6 +291,14 @@ def test_a_nearly_certain_token_leaves_the_impossible_ones_alone():
     assert _invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]
 
 
+def test_a_sum_that_is_not_monotonic(monkeypatch):
+    """As a GPU's parallel sum, which may fall by rounding, and rise over ids of probability 0."""
+    rounded = torch.tensor([1e-8, 0.5, 0.5 + 1e-7, 0.75, 1.0, 1.0 + 1e-7])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: rounded.expand_as(self))
+    uniforms_B = torch.tensor([0.0, 0.25, 0.50000006, 0.6, 0.9, BELOW_ONE])
+    assert _invert_distribution(HAND_LOGITS.expand(6, -1), uniforms_B).tolist() == [1, 1, 3, 3, 4, 4]
+
+
 def test_a_uniform_that_rounds_to_one():
     """The largest float64 below 1 is 1 in float32: the last possible id, and not one beyond it."""
     uniform = torch.tensor([1 - 2.0**-53], dtype=torch.float64)

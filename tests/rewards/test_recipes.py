@@ -1,5 +1,7 @@
 """Sums of terms, a user's own functions, and loading them by name."""
 
+import asyncio
+import sys
 import textwrap
 
 import pytest
@@ -237,7 +239,44 @@ def test_a_function_with_trls_protocol_that_names_only_what_it_reads():
     torch.testing.assert_close(result_of(RewardModel([shortest])).rewards_BT, on_last([-3.0, -1.0, -7.0, 0.0]))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the coroutine is not awaited")
+def test_a_function_with_trls_protocol_gets_only_what_it_accepts():
+    def mine(completion_ids, id, ended):
+        return [float(i + len(ids) + 10 * e) for ids, i, e in zip(completion_ids, id, ended, strict=True)]
+
+    # Row ids 1, 0, 1, 0; 3, 1, 4, 1 tokens; the first and last have ended.
+    torch.testing.assert_close(result_of(RewardModel([mine])).rewards_BT, on_last([14.0, 1.0, 5.0, 11.0]))
+
+
+def test_data_columns_do_not_hide_what_trl_passes():
+    columns = {"prompts": "x", "completions": "x", "completion_ids": "x", "ended": "x", "topic": "t"}
+    seen = {}
+
+    def mine(completions, **kwargs):
+        seen.update(kwargs, completions=completions)
+        return [0.0] * 4
+
+    result_of(RewardModel([mine]), inputs_of(rows=[{"prompt": prompt, **columns} for prompt in PROMPTS]))
+    assert seen == {
+        "prompts": [PROMPTS[p] for p in INDEX],
+        "completions": ["a b", "c", "d e f g", ""],
+        "completion_ids": COMPLETIONS,
+        "ended": [True, False, False, True],
+        "topic": ["t"] * 4,
+    }
+
+
+def test_an_asynchronous_trl_function_in_a_notebook():
+    """Whose own event loop is running."""
+
+    async def mine(completions, **kwargs):
+        return [1.0 for _ in completions]
+
+    async def cell():
+        return result_of(RewardModel([mine])).rewards_BT
+
+    torch.testing.assert_close(asyncio.run(cell()), on_last([1.0] * 4))
+
+
 def test_an_asynchronous_trl_function():
     """TRL accepts them; "any function written for TRL works here"."""
 
@@ -290,7 +329,6 @@ def test_no_terms_and_wrong_numbers_of_weights():
         RewardModel([sequence_rewards.length], [1.0, 2.0])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a numbered name collides with a function of that name")
 def test_no_term_is_lost_to_another_of_its_name():
     def x(inputs):
         return torch.ones(4)
@@ -329,7 +367,6 @@ def test_a_function_in_a_file(tmp_path):
     torch.testing.assert_close(result_of(RewardModel([function])).rewards_BT, on_last([1.0] * 4))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the module is not in sys.modules")
 def test_a_file_with_a_dataclass(tmp_path):
     """dataclasses looks its class's module up by name."""
     file = write(
@@ -347,6 +384,14 @@ def test_a_file_with_a_dataclass(tmp_path):
         """,
     )
     assert load_reward(f"{file}:shout")(["a"]) == [2.0]
+
+
+def test_a_file_named_as_a_module_of_python_does_not_replace_it(tmp_path):
+    import json
+
+    text = "def one(completions, **kwargs):\n    return [1.0]\n"
+    function = load_reward(f"{write(tmp_path / 'json.py', text)}:one")
+    assert sys.modules["json"] is json and sys.modules[function.__module__].one is function
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ def test_missing_eos():
     assert call(sequence_rewards.missing_eos, completion_ids=lengths, ended=[True, False]) == [0.0, 1.0]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: TypeError: no ended")
 def test_missing_eos_in_trl():
-    """TRL passes no `ended`; the module says that each of its functions works there."""
-    assert len(call(sequence_rewards.missing_eos, completion_ids=[[5, 1], [5, 6]])) == 2
+    """TRL passes no `ended`, nor anything to tell it from."""
+    with pytest.raises(InputError, match="mask_truncated_completions"):
+        call(sequence_rewards.missing_eos, completion_ids=[[5, 1], [5, 6]])
 
 
 def test_repetition():

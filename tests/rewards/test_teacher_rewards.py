@@ -129,7 +129,6 @@ def test_equal_prompts_of_different_rows_are_not_confused(tokenizer):
     assert sums[0] != pytest.approx(sums[1], abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: rows are compared by their repr")
 def test_rows_with_long_arrays_are_not_confused(tokenizer):
     """numpy abbreviates a long array's text: the two rows differ only where it prints an ellipsis."""
     import numpy
@@ -154,7 +153,6 @@ def test_only_empty_completions(tokenizer):
     assert [len(r) for r in rewards] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: IndexError")
 def test_nothing_to_score(tokenizer):
     assert TeacherForcingReward(tiny_llama(), tokenizer).score_tokens([], []) == []
 
@@ -242,6 +240,13 @@ def test_one_weight_per_teacher(tokenizer, weights):
         TeacherPanel(teachers, teacher_weights=weights)
 
 
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.0, 0.0], [-1.0, -1.0], [1.0, float("nan")]])
+def test_weights_are_divided_by_their_sum(tokenizer, weights):
+    teachers = [Teacher(tiny_llama(), tokenizer)] * 2
+    with pytest.raises(InputError, match="positive sum"):
+        TeacherPanel(teachers, teacher_weights=weights)
+
+
 def test_no_teacher():
     with pytest.raises(InputError, match="0 teachers"):
         TeacherPanel([])
@@ -307,7 +312,6 @@ def test_a_conversation_is_read_through_the_chat_template():
     assert sums == pytest.approx([sum(expected)], abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: BOS twice")
 def test_a_chat_template_that_writes_bos_does_not_get_a_second_one():
     """As Llama's: both the chat template and the tokenizer add it. The student is asked with one."""
     tokenizer = word_tokenizer(append_eos=False)
