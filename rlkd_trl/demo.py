@@ -1,7 +1,7 @@
 """The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained here in two minutes.
 
 The teacher is T0-style: one model trained on several templates. The student sees the bare source, is smaller, and is
-warm-started on the teacher's greedy answers for a quarter of the inputs: too few to learn the task from.
+warm-started on the teacher's greedy answers to some of the inputs: too few, and too briefly, to learn the task from.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from rlkd_trl.trainers.config import SupervisedConfig
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 
 MAX_COMPLETION_LENGTH = 48
-PSEUDO_LABELLED_INPUTS = 100
+PSEUDO_LABELLED_INPUTS = 250
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
         for question in templates.render({"source": row["source"]})
         for reference in row["references"]
     ]
-    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=2500, learning_rate=5e-3, seed=seed)
+    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=2000, learning_rate=5e-3, seed=seed)
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
     questions = [templates.render({"source": text})[0] for text in sources]
     completions = answer_prompts(teacher, tokenizer, questions, max_completion_length=MAX_COMPLETION_LENGTH)
     answers = decode(joined(completions), tokenizer)
-    student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, dropout=0.0, seed=seed + 1)
+    student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
-    _fit(student, tokenizer, pairs, paths.student, max_steps=300, learning_rate=3e-3, seed=seed)
+    _fit(student, tokenizer, pairs, paths.student, max_steps=500, learning_rate=3e-3, seed=seed)
     return paths
 
 
