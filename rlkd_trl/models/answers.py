@@ -10,7 +10,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
 from rlkd_trl.models.prompts import tokenize_prompts
-from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.masking import completion_mask, pad_columns
 
 STRATEGIES = ("greedy", "sample", "beam")
@@ -41,6 +41,7 @@ def answer_prompts(
         raise InputError(f"Unknown strategy {strategy!r}; choose one of: {', '.join(STRATEGIES)}.")
     backbone = backbone_of(model)
     eos_ids = eos_token_ids(model, tokenizer)
+    pad_id = padding_id(tokenizer)
     forbidden_V = forbidden_ids(tokenizer, backbone.vocab_size, eos_ids).to(backbone.device)
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(prompts), batch_size):
@@ -53,7 +54,7 @@ def answer_prompts(
         )
         if strategy == "beam":
             completions = _beam_search(
-                model, ids_PS, mask_PS, eos_ids, tokenizer.pad_token_id, forbidden_V, max_completion_length, num_beams
+                model, ids_PS, mask_PS, eos_ids, pad_id, forbidden_V, max_completion_length, num_beams
             )
         else:
             uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(backbone.device)
@@ -64,13 +65,13 @@ def answer_prompts(
                 torch.arange(len(batch), device=backbone.device),
                 max_completion_length=max_completion_length,
                 eos_ids=eos_ids,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=pad_id,
                 forbidden_V=forbidden_V,
                 temperature=temperature,
                 uniforms_BT=uniforms_BT if strategy == "sample" else None,
             )
         yield Completions(
-            pad_columns([completions.ids_BT], max_completion_length, value=tokenizer.pad_token_id),
+            pad_columns([completions.ids_BT], max_completion_length, value=pad_id),
             pad_columns([completions.mask_BT], max_completion_length, value=False),
             completions.ended_B,
         )

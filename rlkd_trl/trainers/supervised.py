@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.trainers.config import SupervisedConfig
 
 _IGNORED = -100
@@ -73,7 +74,7 @@ class PairCollator:
             "input_ids"
         ]
         targets = [self._target_ids(row["target"]) for row in rows]
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer)
         if self.is_encoder_decoder:
             input_ids, attention_mask = _pad_right(prompts, pad)
             labels, _ = _pad_right(targets, _IGNORED)

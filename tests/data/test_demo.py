@@ -11,7 +11,7 @@ from rlkd_trl.data.demo import DOG_CLAUSES, WORDS
 from rlkd_trl.errors import InputError
 
 SPLITS = {"train": 400, "validation": 60, "test": 100}
-PINNED = {"train": "dbdfcbe60fe17ada", "validation": "dc3fb4c071ab445d", "test": "604c783a9bccf01c"}
+PINNED = {"train": "7279f621f2b0f222", "validation": "8fb636c820b11517", "test": "7394b0efb988762a"}
 
 
 def digest(split, seed=0):
@@ -48,19 +48,20 @@ def test_the_data_is_the_same_everywhere():
     assert {split: digest(split) for split in SPLITS} == PINNED
 
 
-def test_first_row_as_read_by_eye(splits):
-    assert splits["train"][0] == {
-        "source": "name[Maple Hollow], distance[3 km], highlight[bridge], dogs[on a lead], facilities[none], "
-        "start[Lime Street]",
-        "target": "Maple Hollow sets off from Lime Street and takes you past a stone bridge. This route has no "
-        "facilities and requires dogs to stay on a lead. This route stretches over 3 km.",
+def test_one_row_as_read_by_eye(splits):
+    assert splits["train"][1] == {
+        "source": "name[Eagle Creek], type[forest], difficulty[moderate], season[winter], start[North Gate]",
+        "target": "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time to "
+        "go. This route is medium.",
         "references": [
-            "Maple Hollow sets off from Lime Street and takes you past a stone bridge. This route has no "
-            "facilities and requires dogs to stay on a lead. This route stretches over 3 km.",
-            "Maple Hollow runs for 3 km and sets off from Lime Street. Along the way you pass a stone bridge, and "
-            "dogs must be kept on a lead. It has no facilities.",
-            "Maple Hollow accepts dogs on a lead and takes you past a stone bridge. This route covers 3 km and comes "
-            "with no facilities. You set off from Lime Street.",
+            "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time to "
+            "go. This route is medium.",
+            "Eagle Creek is a forest walk that sets off from North Gate. Most hikers find it moderate, and the ideal "
+            "season is winter.",
+            "Eagle Creek is a forest walk. It starts at North Gate and looks its best in winter. It is moderate to "
+            "walk.",
+            "Eagle Creek is a forest walk. Most hikers find it moderate, while winter is the best time to go. The "
+            "trail sets off from North Gate.",
         ],
     }
 
@@ -78,13 +79,14 @@ def test_splits_share_no_source_not_even_across_seeds(splits):
         assert not train & set(demo_dataset("validation", seed)["source"])
 
 
-def test_sources_have_three_to_six_attributes_in_a_fixed_order(splits):
+def test_sources_have_three_to_five_attributes_in_a_fixed_order(splits):
     order = ["name", *WORDS]
     for row in splits["train"]:
         attributes = list(attributes_of(row["source"]))
-        assert 3 <= len(attributes) <= 6
+        assert 3 <= len(attributes) <= 5
         assert attributes == [attribute for attribute in order if attribute in attributes]
         assert attributes[0] == "name"
+    assert {len(attributes_of(row["source"])) for row in splits["train"]} == {3, 4, 5}
 
 
 def test_each_reference_states_each_attribute_once_and_no_other(splits):

@@ -40,11 +40,11 @@ def surrogate_by_loop(pairs, epsilon, denominator):
         (ratio > 1 + epsilon and advantage > 0) or (ratio < 1 - epsilon and advantage < 0)
         for ratio, (_, advantage) in zip(ratios, pairs, strict=True)
     ]
-    return -math.fsum(objective) / (denominator or len(pairs)), {
-        "ratio": math.fsum(ratios) / len(pairs),
-        "clip_fraction": sum(was_clipped) / len(pairs),
-        "approx_kl": math.fsum(r - 1 - log_ratio for r, (log_ratio, _) in zip(ratios, pairs, strict=True))
-        / len(pairs),
+    n = denominator or len(pairs)
+    return -math.fsum(objective) / n, {
+        "ratio": math.fsum(ratios) / n,
+        "clip_fraction": sum(was_clipped) / n,
+        "approx_kl": math.fsum(r - 1 - log_ratio for r, (log_ratio, _) in zip(ratios, pairs, strict=True)) / n,
     }
 
 
@@ -219,8 +219,9 @@ def value_loss_by_loop(numbers, cliprange, denominator):
             clipped += clipped_error > error
             error = max(error, clipped_error)
         errors.append(error)
-    loss = 0.5 * math.fsum(errors) / (denominator or len(numbers))
-    return loss, {"value_loss": loss, "value_clip_fraction": clipped / len(numbers)}
+    n = denominator or len(numbers)
+    loss = 0.5 * math.fsum(errors) / n
+    return loss, {"value_loss": loss, "value_clip_fraction": clipped / n}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,8 +295,8 @@ def test_entropy_bonus_matches_the_loop(seed, denominator, dtype):
     numbers = [entropy_BT[i, t].item() for i, length, _ in batch.rows for t in range(length)]
     n = denominator or len(numbers)
     loss, metrics = entropy_bonus(entropy_BT, batch.mask_BT, denominator=denominator)
-    mean = math.fsum(numbers) / len(numbers)
-    assert_loss_matches((loss, metrics), (-math.fsum(numbers) / n, {"entropy": mean}), dtype)
+    entropy = math.fsum(numbers) / n
+    assert_loss_matches((loss, metrics), (-entropy, {"entropy": entropy}), dtype)
     loss.backward()
     # minimising it raises the entropy: −1/n at every real token
     assert_matches(entropy_BT.grad, [[-1 / n if t < length else 0.0 for t in range(6)] for _, length, _ in batch.rows])
@@ -341,18 +342,21 @@ LOSSES = [token_loss, sequence_loss, value_loss, unclipped_value_loss, entropy_l
 def test_micro_batches_with_the_global_denominator_are_the_whole_batch(loss_function, cuts, as_tensor):
     batch, *tensors = random_policies(seed=1)
     tensors[0].requires_grad_()
-    whole, _ = loss_function(*tensors, batch.mask_BT)
+    whole, whole_metrics = loss_function(*tensors, batch.mask_BT)
     whole_gradient = torch.autograd.grad(whole, tensors[0])[0]
     assert whole_gradient.abs().max() > 1e-2
 
     count = sum(length > 0 for length in batch.lengths) if loss_function is sequence_loss else sum(batch.lengths)
     denominator = torch.tensor(count) if as_tensor else count
-    total = 0.0
+    total, metric_totals = 0.0, dict.fromkeys(whole_metrics, 0.0)
     for start, end in zip([0, *cuts[:-1]], cuts, strict=True):
-        part, _ = loss_function(*(x[start:end] for x in (*tensors, batch.mask_BT)), denominator=denominator)
+        part, metrics = loss_function(*(x[start:end] for x in (*tensors, batch.mask_BT)), denominator=denominator)
         part.backward()
         total += part.item()
+        for name, share in metrics.items():
+            metric_totals[name] += share.item()
     assert total == pytest.approx(whole.item())
+    assert metric_totals == pytest.approx({name: value.item() for name, value in whole_metrics.items()})
     torch.testing.assert_close(tensors[0].grad, whole_gradient, rtol=1e-12, atol=1e-12)
 
 
