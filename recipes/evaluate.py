@@ -8,7 +8,7 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl import cli, recipe_steps
+from rlkd_trl import cli, recipe_results, recipe_steps
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     rows = recipe_steps.load_prompts(data, prompts, templates)
     recipe_steps.check_checkpoints(teacher, student)
 
-    results, outputs = recipe_steps.evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)
-    recipe_steps.report_evaluation(results, outputs, list(rows), evaluation.output_dir)
+    results, outputs = recipe_results.evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)
+    recipe_results.report_evaluation(results, outputs, list(rows), evaluation.output_dir)
 
 
 if __name__ == "__main__":

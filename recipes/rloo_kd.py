@@ -13,7 +13,7 @@ is clipped as in TRL; no KL penalty unless `--beta` is set; completions that hit
 
 from pathlib import Path
 
-from rlkd_trl import cli, recipe_steps
+from rlkd_trl import cli, recipe_results, recipe_steps
 from rlkd_trl.trainers.config import RLOOKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_rloo.yaml"
@@ -49,13 +49,13 @@ def main() -> None:
     trainer = RLOOKDTrainer(model, reward_model, args, train, eval_dataset=held_out, processing_class=tokenizer)
 
     # Train, with the teacher and the student measured before and after.
-    results = {"teacher": recipe_steps.evaluate_teacher_of(trainer), "before": recipe_steps.evaluate(trainer)}
+    results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
     trainer.train(resume_from_checkpoint=checkpoint)
-    results["after"] = recipe_steps.evaluate(trainer)
+    results["after"] = recipe_results.evaluate(trainer)
 
     # Save.
-    settings = recipe_steps.describe_settings(data, prompts, teacher, student, reward, args)
-    recipe_steps.finish_run(
+    settings = recipe_results.describe_settings(data, prompts, teacher, student, reward, args)
+    recipe_results.finish_run(
         trainer,
         results,
         method=f"RLOO, {args.level} level",

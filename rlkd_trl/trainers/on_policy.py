@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from trl.trainer.utils import RepeatSampler, print_prompt_completions_sample
+from trl.trainer.utils import print_prompt_completions_sample
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
@@ -29,12 +29,14 @@ from rlkd_trl.models.loading import load_model, load_tokenizer
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.vocabulary import check_same_tokenizer
 from rlkd_trl.ops.losses import entropy_bonus
-from rlkd_trl.ops.masking import masked_moments, masked_sum, masked_whiten, pad_columns
-from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, log_likelihood, sequence_sum
-from rlkd_trl.rewards import RewardInputs, RewardModel, RewardResult
+from rlkd_trl.ops.masking import masked_whiten, pad_columns
+from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty
+from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
 from rlkd_trl.trainers.config import OnPolicyConfig
+from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
+from rlkd_trl.trainers.rollout_metrics import rollout_metrics, sample_table
 
 _STATE_FILE = "on_policy_state.json"
 
@@ -163,19 +165,30 @@ class OnPolicyTrainer(Trainer):
         seconds["score"] = time.perf_counter() - started
 
         result = self.reward_model.rewards(inputs, scores)  # 3 reward
-        rewards_BT, kl_BT = result.rewards_BT, None
+        rewards_BT, kl_B = result.rewards_BT, None
         if reference_logps_BT is not None:
             kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
-            rewards_BT = rewards_BT - self.on_policy_state.beta * kl_BT
+            rewards_BT, kl_B = rewards_BT - self.on_policy_state.beta * kl_BT, kl_BT.sum(dim=1)
         if args.missing_eos_penalty is not None:
             rewards_BT = rewards_BT - args.missing_eos_penalty * rollout.truncated_last_token_BT()
         rollout = rollout.with_(rewards_BT=rewards_BT, potentials_BT1=result.potentials_BT1)
 
         rollout = self.advantages(rollout)  # 4 advantage
 
-        self._log_rollout(rollout, result, kl_BT, seconds)
-        self._keep_samples(inputs, result, rollout)
+        metrics = rollout_metrics(rollout, result, kl_B, seconds, self._sum_over_ranks)
+        self._record(metrics)
+        self.sample_table = sample_table(inputs, result, args.num_completions_to_print)
+        if kl_B is not None:
+            self._record({"beta": self.on_policy_state.beta})
+            self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)
         return rollout
+
+    def _adapt_beta(self, kl: float, *, num_samples: int) -> None:
+        args, state = self.args, self.on_policy_state
+        if args.kl_target is not None:
+            state.beta = adaptive_kl_coefficient(
+                state.beta, kl=kl, target=args.kl_target, horizon=args.kl_horizon, num_samples=num_samples
+            )
 
     def _sample(self, policy: Policy, rows: list[dict]) -> Rollout:
         args, device = self.args, self.accelerator.device
@@ -293,7 +306,7 @@ class OnPolicyTrainer(Trainer):
         """Each rollout's prompts, once per micro-batch made from it, whole groups on each device."""
         args = self.args
         prompts = args.prompts_per_rollout
-        sampler = _EpochSeededSampler(
+        sampler = EpochSeededSampler(
             self.train_dataset,
             mini_repeat_count=1,
             batch_size=prompts * self.accelerator.num_processes,
@@ -318,55 +331,6 @@ class OnPolicyTrainer(Trainer):
             )
 
     # Logging
-
-    def _log_rollout(self, rollout: Rollout, result: RewardResult, kl_BT: Tensor | None, seconds: dict) -> None:
-        mask_BT, total = rollout.completion_mask_BT, self._sum_over_ranks
-        sequences = total(torch.tensor(float(len(mask_BT)), device=mask_BT.device))
-        tokens = total(mask_BT.sum().float())
-        reward_B = sequence_sum(result.rewards_BT, mask_BT)
-        mean, variance = masked_moments(reward_B, torch.ones_like(reward_B, dtype=torch.bool), sum_over_ranks=total)
-        metrics = {
-            "reward": mean,
-            "reward_std": variance.sqrt(),
-            "completions/mean_length": tokens / sequences,
-            "completions/eos_rate": total(rollout.ended_B.sum().float()) / sequences,
-            "tokens_per_second": tokens / sum(seconds.values()),
-        }
-        for name, term_BT in result.terms.items():
-            metrics[f"rewards/{name}"] = total(masked_sum(term_BT, mask_BT)) / sequences
-        if result.scores is not None:
-            nll_BT = -sum(
-                weight * log_likelihood(score.chosen, score.logsumexp[:, :-1], mask_BT)
-                for weight, score in zip(result.scorer_weights, result.scores, strict=True)
-            )
-            metrics["teacher_nll"] = total(masked_sum(nll_BT, mask_BT)) / tokens
-        if kl_BT is not None:
-            kl = total(masked_sum(kl_BT, mask_BT)) / sequences
-            metrics |= {"kl": kl, "beta": self.on_policy_state.beta}
-            if self.args.kl_target is not None:
-                self.on_policy_state.beta = adaptive_kl_coefficient(
-                    self.on_policy_state.beta,
-                    kl=float(kl),
-                    target=self.args.kl_target,
-                    horizon=self.args.kl_horizon,
-                    num_samples=int(sequences),
-                )
-        self._record(metrics)
-        self._record({f"seconds/{name}": value for name, value in seconds.items()})
-
-    def _keep_samples(self, inputs: RewardInputs, result: RewardResult, rollout: Rollout) -> None:
-        """The first completions of the latest rollout, for the log and the report."""
-        count = min(self.args.num_completions_to_print, len(inputs.completions))
-        self.sample_table = [
-            {
-                "prompt": inputs.column("prompt")[i],
-                "completion": inputs.completions[i],
-                "reward": float(sequence_sum(result.rewards_BT, rollout.completion_mask_BT)[i]),
-                "tokens": int(rollout.completion_mask_BT[i].sum()),
-                "ended": bool(rollout.ended_B[i]),
-            }
-            for i in range(count)
-        ]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of everything recorded since the last log."""
@@ -445,13 +409,6 @@ class OnPolicyTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
-
-
-class _EpochSeededSampler(RepeatSampler):
-    """Another order each epoch, the same in a resumed run: TRL's sampler would start again with the first epoch's."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
 
 
 def _reward_model(reward_funcs, args: OnPolicyConfig) -> RewardModel:

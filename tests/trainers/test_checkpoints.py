@@ -66,7 +66,6 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path):
-    """Or refused; but not silently the last one instead."""
     trainer = build(
         "rloo-sequence",
         tmp_path,

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
-from rlkd_trl.rewards import RewardModel
+from rlkd_trl.rewards import LogLikelihoodReward, RewardModel
 from tests.conftest import EOS, MODELS, tiny_t5, word_tokenizer
 from tests.trainers.tiny_runs import METHODS, build, prompts, teacher_reward
 
@@ -59,6 +59,22 @@ def test_reward_weights_are_not_ignored_beside_a_reward_model(tmp_path):
     """The model has weights of its own: two sets of weights cannot both hold."""
     with pytest.raises(InputError, match="reward_weights"):
         build("ppo", tmp_path, reward=RewardModel([teacher_reward()], [2.0]), reward_weights=[0.5])
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_reward_and_returns_are_discounted_alike(method, tmp_path):
+    """r_t = q_t − γ V_{t+1} telescopes only if returns are discounted by the same γ."""
+    with pytest.raises(InputError, match=r"gamma 0\.9, the trainer 1\.0"):
+        build(method, tmp_path, reward=teacher_reward(gamma=0.9))
+    with pytest.raises(InputError, match=r"gamma 1\.0, the trainer 0\.5"):
+        build(method, tmp_path, reward=[LogLikelihoodReward(teacher_reward().panel), teacher_reward()], gamma=0.5)
+    with pytest.raises(InputError, match=r"gamma 0\.9, the trainer 1\.0"):
+        build(method, tmp_path, reward=RewardModel([teacher_reward(gamma=0.9)]))
+    build(method, tmp_path, reward=teacher_reward(gamma=0.9), gamma=0.9)
+
+
+def test_rewards_without_gamma_go_with_any(tmp_path):
+    build("ppo", tmp_path, reward=LogLikelihoodReward(teacher_reward().panel), gamma=0.5)
 
 
 def test_no_reward(tmp_path):

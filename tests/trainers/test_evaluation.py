@@ -50,6 +50,22 @@ def test_prefix_of_the_metrics(tmp_path):
     assert all(key.startswith("test_") for key in metrics.keys() - {"epoch"})
 
 
+def test_several_evaluation_sets(tmp_path):
+    """A dictionary of data sets, as in transformers: each under its own prefix, in one call and during training."""
+    sets = {"easy": prompts(3, seed=3), "hard": prompts(2, seed=4)}
+    trainer = build("ppo", tmp_path, max_steps=1, eval_data=sets, eval_strategy="steps", eval_steps=1)
+    together = trainer.evaluate()
+    for name, rows in sets.items():
+        alone = trainer.evaluate(rows, metric_key_prefix=f"eval_{name}")
+        assert "eval_easy_reward" in alone or "eval_hard_reward" in alone
+        assert {key: together[key] for key in alone if key != "epoch"} == {
+            key: value for key, value in alone.items() if key != "epoch"
+        }
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert {"eval_easy_reward", "eval_hard_reward"} <= logged
+
+
 def test_evaluation_leaves_training_alone(tmp_path):
     """The same random numbers and the same weights, evaluated in between or not."""
     finals = []

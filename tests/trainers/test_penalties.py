@@ -101,21 +101,34 @@ def test_early_stop_skips_the_rest_of_a_rollout_and_no_more(method, accumulation
 
 
 def test_early_stop_never_makes_half_an_update(tmp_path):
-    """Where KL is found too high in the middle of an optimizer step, that step is either made whole or not at all."""
+    """Where KL is found too high in the first micro-batch of an optimizer step, the step is still made whole."""
     settings = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "num_iterations": 2,
-        "max_steps": 2,
+        "num_iterations": 3,
+        "max_steps": 3,
         "optim": "sgd",
         "learning_rate": 0.05,
     }
     stopped = run("rloo-token", tmp_path / "stopped", early_stop_kl=1e-6, **settings)
     whole = run("rloo-token", tmp_path / "whole", **settings)
+    # Pass 1 is at KL 0, pass 2 is whole and finds KL > 0, pass 3 is skipped.
+    assert_same_weights(stopped.weights[1], whole.weights[1])
+    assert_same_weights(stopped.weights[2], stopped.weights[1])
     assert largest_difference(whole.weights[1], whole.weights[0]) > 1e-4
-    to_whole = largest_difference(stopped.weights[1], whole.weights[1])
-    to_none = largest_difference(stopped.weights[1], stopped.weights[0])
-    assert min(to_whole, to_none) == 0.0
+    assert largest_difference(whole.weights[2], whole.weights[1]) > 1e-4
+    assert stopped.logs[1]["approx_kl"] == whole.logs[1]["approx_kl"]
+
+
+def test_early_stop_reads_the_kl_of_the_whole_step(tmp_path):
+    """A threshold between a micro-batch's share of the step's KL and the whole: shares alone would not stop."""
+    settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "num_iterations": 3}
+    free = run("rloo-token", tmp_path / "free", max_steps=3, **settings)
+    kl = free.logs[1]["approx_kl"]
+    stopped = run("rloo-token", tmp_path / "stopped", max_steps=3, early_stop_kl=0.99 * kl, **settings)
+    assert_same_weights(stopped.weights[2], stopped.weights[1])
+    unstopped = run("rloo-token", tmp_path / "unstopped", max_steps=2, early_stop_kl=1.01 * kl, **settings)
+    assert not unstopped.trainer.on_policy_state.stopped
 
 
 def test_high_threshold_stops_nothing(tmp_path):

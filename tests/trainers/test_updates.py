@@ -59,7 +59,14 @@ CASES = {
     "rloo, tokens, every option": (
         "rloo-token",
         "t5-untied",
-        {"num_generations": 4, "normalize_advantages": True, "mask_truncated_completions": True, "epsilon": 0.1},
+        {
+            "num_generations": 4,
+            "normalize_advantages": True,
+            "mask_truncated_completions": True,
+            "epsilon": 0.1,
+            # The few tokens left in the loss move far: at ten times this rate, all of them are clipped.
+            "learning_rate": 1e-3,
+        },
     ),
     "rloo, tokens, no teacher baseline": ("rloo-token", "t5-tied", {"teacher_baseline": False}),
 }
@@ -80,9 +87,8 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
         gradient_accumulation_steps=accumulation,
         num_iterations=2,
         max_grad_norm=0.0,  # no clipping of the gradient
-        learning_rate=0.03,
         optim="sgd",
-        **settings,
+        **{"learning_rate": 0.03, **settings},
     )
     with_random_value_head(trainer)
     # As if earlier rollouts had been seen, except in one case: before the first, the critic's output counts for 0.
@@ -206,6 +212,9 @@ def test_logged_update_metrics_do_not_depend_on_how_the_batch_is_cut(method, mas
         "max_steps": 2,
         "num_iterations": 2,
         "learning_rate": 3e-2,
+        # AdamW would make a whole step out of the value bias's first gradient, which is rounding: the mean of
+        # normalised returns.
+        "optim": "sgd",
         "mask_truncated_completions": mask_truncated,
     }
     whole = run(method, tmp_path / "whole", per_device_train_batch_size=8, **settings)
@@ -214,7 +223,8 @@ def test_logged_update_metrics_do_not_depend_on_how_the_batch_is_cut(method, mas
     for step in range(2):
         theirs = {name: whole.logs[step][name] for name in names & whole.logs[step].keys()}
         ours = {name: parts.logs[step][name] for name in names & parts.logs[step].keys()}
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert whole.logs[1]["approx_kl"] > 1e-4, "the second pass must not be at ratio 1 for this test to mean much"
 
 
 def test_teacher_is_frozen_and_gets_no_gradient(tmp_path):

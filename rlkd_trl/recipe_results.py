@@ -1,0 +1,139 @@
+"""How recipes end: measure, print the table, and leave a finished output directory."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.cli import DataArguments, EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.recipe_steps import load_reward_model, load_student
+
+if TYPE_CHECKING:
+    from rlkd_trl.trainers.on_policy import OnPolicyTrainer
+
+
+def evaluate_teacher_of(trainer: "OnPolicyTrainer") -> dict[str, float]:
+    """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
+    from rlkd_trl.evaluation.evaluate import evaluate_teacher
+
+    if not trainer.reward_model.panels:
+        return {}
+    return evaluate_teacher(
+        trainer.processing_class,
+        list(trainer.eval_dataset),
+        trainer.reward_model,
+        max_completion_length=trainer.args.max_completion_length,
+        batch_size=trainer.args.per_device_eval_batch_size,
+    ).metrics
+
+
+def evaluate(trainer: "OnPolicyTrainer") -> dict[str, float]:
+    """The student's greedy outputs on the held-out rows."""
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+
+
+def finish_run(
+    trainer: "OnPolicyTrainer",
+    results: dict[str, dict[str, float]],
+    *,
+    method: str,
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    data: DataArguments,
+    settings: Mapping[str, object],
+) -> None:
+    """Prints the final table; writes the student, `metrics.json`, `report.html` and the model card."""
+    from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = Path(trainer.args.output_dir)
+    trainer.accelerator.unwrap_model(trainer.model).model.generation_config.save_pretrained(output_dir)
+    write_metrics(output_dir / "metrics.json", results)
+    write_report(
+        output_dir / "report.html",
+        title=f"{method}: {output_dir.name}",
+        results=results,
+        history=trainer.state.log_history,
+        samples=trainer.sample_table,
+        config=settings,
+    )
+    config = trainer.model.config
+    write_model_card(
+        output_dir / "README.md",
+        title=output_dir.name,
+        results=results,
+        method=method,
+        teacher=", ".join(teacher.teacher),
+        student=student.student,
+        dataset=data.dataset or "the embedded demo of rlkd_trl",
+        auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
+    )
+    print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n")
+    print(f"Student, metrics.json and report.html are in {output_dir}.")
+
+
+def describe_settings(*arguments) -> dict[str, object]:
+    """All flags of a run by group, for its report."""
+    return {
+        type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
+        for group in arguments
+    }
+
+
+def evaluate_checkpoints(
+    rows: list[dict],
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    reward: RewardArguments,
+    evaluation: EvaluationArguments,
+    templates: PromptTemplates | None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
+    from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
+    from rlkd_trl.students import Policy
+
+    model, tokenizer = load_student(student)
+    lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
+    found, reward_model, teacher_completions = {}, None, None
+    if teacher.teacher is not None:
+        reward_model = load_reward_model(
+            reward, teacher, templates, gamma=evaluation.gamma, weights=evaluation.reward_weights
+        )
+        if reward_model.panels:
+            found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, **lengths)
+            teacher_completions = found["teacher"].completions
+    found["student"] = evaluate_student(
+        Policy(model, tokenizer, temperature=evaluation.temperature),
+        tokenizer,
+        rows,
+        reward_model,
+        max_prompt_length=evaluation.max_prompt_length,
+        seed=evaluation.seed if evaluation.sample else None,
+        teacher_completions=teacher_completions,
+        with_ibleu=evaluation.ibleu,
+        **lengths,
+    )
+    return {n: e.metrics for n, e in found.items()}, {n: e.outputs for n, e in found.items()}
+
+
+def report_evaluation(
+    results: dict[str, dict[str, float]],
+    outputs: dict[str, list[str]],
+    rows: Sequence[Mapping],
+    output_dir: str | None,
+) -> None:
+    """Prints the table; with a directory, writes `metrics.json` and `outputs.jsonl`."""
+    from rlkd_trl.evaluation.report import comparison_table, write_metrics
+
+    print(comparison_table(results))
+    if output_dir is None:
+        return
+    write_metrics(Path(output_dir) / "metrics.json", results)
+    with (Path(output_dir) / "outputs.jsonl").open("w") as file:
+        for i, row in enumerate(rows):
+            line = {"prompt": row["prompt"], **{name: texts[i] for name, texts in outputs.items()}}
+            file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")
+    print(f"metrics.json and outputs.jsonl are in {output_dir}.")
