@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         processing_class: PreTrainedTokenizerBase,
         *,
         temperature: float = 1.0,
@@ -161,9 +162,12 @@ class Policy(nn.Module):
             save_file(critic, Path(output_dir) / _VALUE_HEAD_FILE)
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
-        """Weights of a checkpoint that `save_pretrained` wrote, into the model in memory."""
-        saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory."""
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
+        else:
+            saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
         critic_file = Path(checkpoint_dir) / _VALUE_HEAD_FILE
         if self.value_head is not None and critic_file.is_file():
             self.load_state_dict(load_file(critic_file), strict=False)

@@ -33,6 +33,7 @@ from rlkd_trl.ops.masking import masked_whiten, pad_columns
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
+from rlkd_trl.trainers.checks import check_prompts, checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
@@ -89,13 +90,13 @@ class OnPolicyTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ):
-        self._check_data(train_dataset, args)
+        check_prompts(train_dataset, args)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model)
         if processing_class is None:
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
-        self.reward_model = _reward_model(reward_funcs, args)
+        self.reward_model = checked_reward_model(reward_funcs, args)
         for panel in self.reward_model.panels:
             for scorer in panel.scorers:
                 check_same_tokenizer(processing_class, scorer.teacher.processing_class)
@@ -316,20 +317,6 @@ class OnPolicyTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
         return self.accelerator.prepare(loader)
 
-    @staticmethod
-    def _check_data(dataset: Dataset, args: OnPolicyConfig) -> None:
-        if "prompt" not in dataset.column_names:
-            raise InputError(
-                f"The training data has no column `prompt`; its columns are: {', '.join(dataset.column_names)}."
-            )
-        needed = args.prompts_per_rollout * args.world_size
-        if len(dataset) < needed:
-            raise InputError(
-                f"A rollout takes {needed} prompts (per_device_train_batch_size {args.per_device_train_batch_size} × "
-                f"steps_per_generation {args.steps_per_generation} × {args.world_size} processes / num_generations "
-                f"{args.num_generations}), but the data has {len(dataset)}."
-            )
-
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -409,17 +396,3 @@ class OnPolicyTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
-
-
-def _reward_model(reward_funcs, args: OnPolicyConfig) -> RewardModel:
-    if isinstance(reward_funcs, RewardModel):
-        if args.reward_weights is not None:
-            raise InputError("reward_weights are given twice: the RewardModel has its own.")
-        model = reward_funcs
-    else:
-        terms = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        model = RewardModel(terms, args.reward_weights)
-    for term in model.teacher_terms:
-        if getattr(term, "gamma", args.gamma) != args.gamma:
-            raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
-    return model
