@@ -23,6 +23,7 @@ def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     parser = cli.RecipeParser(
         cli.DataArguments,
+        cli.HeldOutArguments,
         cli.PromptArguments,
         cli.TeacherArguments,
         cli.StudentArguments,
@@ -31,10 +32,10 @@ def main() -> None:
         PPOKDConfig,
         description=__doc__,
     )
-    data, prompts, teacher, student, reward, run, args = parser.parse(demo_preset=DEMO_PRESET)
-    recipe_steps.check_rewards(reward, args.reward_weights)
+    data, held_out, prompts, teacher, student, reward, run, args = parser.parse(demo_preset=DEMO_PRESET)
+    recipe_steps.check_rewards(reward, args.reward_weights, args)
     templates = recipe_steps.load_templates(prompts)
-    train, held_out = recipe_steps.load_train_and_held_out(data, prompts, templates, seed=args.seed)
+    train, test = recipe_steps.load_train_and_held_out(data, held_out, prompts, templates, args)
     checkpoint = recipe_steps.last_checkpoint(run, args.output_dir)
     recipe_steps.name_or_make_models(teacher, student, data, templates, args)
     recipe_steps.check_checkpoints(teacher, student)
@@ -46,7 +47,7 @@ def main() -> None:
         reward, teacher, templates, gamma=args.gamma, weights=args.reward_weights
     )
     model, tokenizer = recipe_steps.load_student(student)
-    trainer = PPOKDTrainer(model, reward_model, args, train, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = PPOKDTrainer(model, reward_model, args, train, eval_dataset=test, processing_class=tokenizer)
 
     # Train, with the teacher and the student measured before and after.
     results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
@@ -54,7 +55,7 @@ def main() -> None:
     results["after"] = recipe_results.evaluate(trainer)
 
     # Save.
-    settings = recipe_results.describe_settings(data, prompts, teacher, student, reward, args)
+    settings = recipe_results.describe_settings(data, held_out, prompts, teacher, student, reward, args)
     recipe_results.finish_run(
         trainer, results, method="PPO", teacher=teacher, student=student, data=data, settings=settings
     )

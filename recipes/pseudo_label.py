@@ -17,6 +17,7 @@ def main() -> None:
     )
     data, prompts, teacher, labels = parser.parse()
     recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
+    recipe_steps.check_pseudo_labels(teacher, labels)
     templates = recipe_steps.load_templates(prompts)
     rows = recipe_steps.load_prompts(data, prompts, templates)
 

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlkd_trl.errors import InputError
@@ -46,14 +46,30 @@ class DataArguments:
         metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory. Default: the embedded demo."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train (or, in evaluate.py, test) on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out data, for the final table."})
-    eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
     source_column: str = field(default="source", metadata={"help": "Column with the student's input text."})
     target_column: str | None = field(
-        default=None, metadata={"help": "Column with the reference text or texts, used for metrics only."}
+        default=None,
+        metadata={"help": "Column with the reference text or texts: sft's targets; elsewhere for metrics only."},
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use only this many distinct inputs."})
+
+    def __post_init__(self):
+        _check_ranges(self, max_rows=self.max_rows is None or self.max_rows >= 1)
+
+
+@dataclass
+class HeldOutArguments:
+    """Held-out data"""
+
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "For the final table; default: a tenth of the inputs. --dataset_config and _revision apply."
+        },
+    )
+    eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
 
 
 @dataclass
@@ -90,6 +106,13 @@ class TeacherArguments:
     )
     teacher_batch_tokens: int = field(default=16384, metadata={"help": "Padded tokens per scoring batch."})
 
+    def __post_init__(self):
+        _check_ranges(
+            self,
+            teacher_max_prompt_length=self.teacher_max_prompt_length is None or self.teacher_max_prompt_length >= 1,
+            teacher_batch_tokens=self.teacher_batch_tokens >= 1,
+        )
+
 
 @dataclass
 class StudentArguments:
@@ -113,6 +136,9 @@ class RewardArguments:
     value: str = field(default="max", metadata={"help": "V of the teacher-forcing reward: max, expected or soft."})
     k: int = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})
     tau: float = field(default=1.0, metadata={"help": "Temperature of --value soft."})
+
+    def __post_init__(self):
+        _check_ranges(self, k=self.k >= 1, tau=self.tau > 0)
 
 
 @dataclass
@@ -139,6 +165,17 @@ class NewModelArguments:
     )
     vocab_size: int = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})
 
+    def __post_init__(self):
+        _check_ranges(
+            self,
+            d_model=self.d_model >= 1,
+            num_layers=self.num_layers >= 1,
+            num_heads=self.num_heads >= 1,
+            d_ff=self.d_ff is None or self.d_ff >= 1,
+            dropout=0 <= self.dropout < 1,
+            vocab_size=self.vocab_size >= 1,
+        )
+
 
 @dataclass
 class PseudoLabelArguments:
@@ -151,6 +188,15 @@ class PseudoLabelArguments:
     max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
     batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of --strategy sample."})
+
+    def __post_init__(self):
+        _check_ranges(
+            self,
+            num_beams=self.num_beams >= 1,
+            temperature=self.temperature > 0,
+            max_completion_length=self.max_completion_length >= 1,
+            batch_size=self.batch_size >= 1,
+        )
 
 
 @dataclass
@@ -168,16 +214,30 @@ class EvaluationArguments:
     gamma: float = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward."})
 
+    def __post_init__(self):
+        _check_ranges(
+            self,
+            max_prompt_length=self.max_prompt_length is None or self.max_prompt_length >= 1,
+            max_completion_length=self.max_completion_length >= 1,
+            batch_size=self.batch_size >= 1,
+            temperature=self.temperature > 0,
+            gamma=0 <= self.gamma <= 1,
+        )
+
 
 class RecipeParser(TrlParser):
-    """`TrlParser` with grouped help, type-checked YAML, `--config=X`, and errors of one line.
+    """`TrlParser` with grouped help, YAML checked like flags, `--config=X`, and errors of one line.
 
     The command line beats the YAML file, which beats the defaults. Unknown keys in either are errors.
     """
 
     def __init__(self, *dataclass_types, description: str):
         super().__init__(
-            dataclass_types, description=description, formatter_class=_HelpFormatter, usage="%(prog)s [flags]"
+            dataclass_types,
+            description=description,
+            formatter_class=_HelpFormatter,
+            usage="%(prog)s [flags]",
+            allow_abbrev=False,
         )
         self.add_argument("--config", metavar="FILE.yaml", help="Preset: any of the flags below, as YAML keys.")
         self.add_argument("--help_all", action="store_true", help="Also list every field of TrainingArguments.")
@@ -186,51 +246,64 @@ class RecipeParser(TrlParser):
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
         """One instance per dataclass.
 
-        `demo_preset` is a YAML file of defaults for a run that names neither `--teacher` nor a preset of its own.
+        `demo_preset` is a YAML file of defaults for a run where neither the command line nor a preset names a teacher.
 
         Raises:
-            InputError: Unknown flag or YAML key, a value of the wrong type, an unreadable preset.
+            InputError: Unknown flag or YAML key, a value of the wrong type or out of range, an unreadable preset.
         """
         argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
         if "--help_all" in argv:
             self._show_everything()
             self.print_help()
             sys.exit(0)
-        named = {arg.split("=")[0] for arg in argv}
-        if demo_preset is not None and not {"--teacher", "--config", "-h", "--help"} & named:
-            argv = ["--config", str(demo_preset), *argv]
+        preset_path, preset = None, {}
         if "--config" in argv:
             position = argv.index("--config")
             if position + 1 == len(argv):
                 raise InputError("--config needs the path of a YAML file.")
-            self._read_preset(Path(argv[position + 1]))
+            preset_path = Path(argv[position + 1])
+            preset = _read_preset(preset_path)
             del argv[position : position + 2]
+            if "--config" in argv:
+                raise InputError("--config is given twice; put both presets into one file.")
+        named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset}
+        if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
+            self._set_defaults(demo_preset, _read_preset(demo_preset))
+        self._set_defaults(preset_path, preset)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
         known, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):
+            raise InputError(f"unexpected argument {unknown[0]!r}; every setting is a --flag, see --help.")
         if unknown:
             raise InputError(self._unknown("flag", unknown[0].split("=")[0].lstrip("-"), prefix="--"))
         values = vars(known)
-        return tuple(
-            kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
-            for kind in self.dataclass_types
-        )
+        try:
+            return tuple(
+                kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
+                for kind in self.dataclass_types
+            )
+        except (ValueError, ImportError) as error:  # what transformers' own settings refuse
+            raise InputError(str(error)) from error
 
     def error(self, message: str):
         raise InputError(message)
 
-    def _read_preset(self, path: Path) -> None:
-        try:
-            preset = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
-        if not isinstance(preset, dict):
-            raise InputError(f"The preset {path} is not a YAML mapping of flags to values.")
-        actions = {action.dest: action for action in self._actions}
+    def _set_defaults(self, path: Path | None, preset: dict) -> None:
+        """A preset's values as defaults, each read by argparse as if it stood on the command line."""
+        actions = {
+            f"--{action.dest}": action for action in self._actions if f"--{action.dest}" in action.option_strings
+        }
         for key, value in preset.items():
-            if key not in actions or key in ("config", "help", "help_all"):
+            action = actions.get(f"--{key}")
+            if action is None or key in ("config", "help", "help_all"):
                 raise InputError(f"{path}: " + self._unknown("key", str(key)))
-            actions[key].default = _checked(actions[key], key, value, path)
-            actions[key].required = False
+            if value is None and action.default is None:
+                continue
+            try:
+                known, _ = self.parse_known_args(_as_flag(action, value))
+            except InputError as error:
+                raise InputError(f"{path}: {key} has the value {value!r}: {error}") from error
+            self.set_defaults(**{key: getattr(known, key)})
 
     def _unknown(self, kind: str, name: str, prefix: str = "") -> str:
         known = [action.dest for action in self._actions]
@@ -242,13 +315,14 @@ class RecipeParser(TrlParser):
         """Sorts the flags into one help group per dataclass, and those of TrainingArguments into two of their own."""
         common = self.add_argument_group("Training (the usual fields of transformers.TrainingArguments)")
         rest = self.add_argument_group("Training (all other fields of transformers.TrainingArguments)")
-        inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-        group_of = dict.fromkeys(inherited, rest) | dict.fromkeys(_COMMON_TRAINING_FIELDS, common)
-        own_groups = []
+        group_of, own_groups = {}, []
         for kind in dataclass_types:
             group = self.add_argument_group(kind.__doc__.splitlines()[0].rstrip("."))
-            group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
             own_groups.append(group)
+            inherited = _inherited_training_fields(kind)
+            group_of |= dict.fromkeys(inherited, rest)
+            group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common)
+            group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
         for action in list(self._optionals._group_actions):
             if action.dest in group_of:
                 self._optionals._group_actions.remove(action)
@@ -293,7 +367,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -301,13 +375,45 @@ def _split_config(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
 
 
-def _checked(action: argparse.Action, key: str, value, path: Path):
-    """A YAML value as the flag's type: argparse itself checks only strings."""
-    if value is None or isinstance(value, bool | dict) or action.type is None:
-        return value
-    several = isinstance(value, list)
+def _read_preset(path: Path) -> dict:
     try:
-        converted = [action.type(str(item)) for item in (value if several else [value])]
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{path}: {key} has the value {value!r}: {error}") from error
-    return converted if several or action.nargs in ("+", "*") else converted[0]
+        preset = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(preset, dict):
+        raise InputError(f"The preset {path} is not a YAML mapping of flags to values.")
+    return preset
+
+
+def _as_flag(action: argparse.Action, value) -> list[str]:
+    """A YAML value as the command line would have it. Raises `InputError` where it has no such form."""
+    flag = f"--{action.dest}"
+    # By name: the function is private to TRL.
+    is_switch = action.nargs == 0 or getattr(action.type, "__name__", "") == "string_to_bool"
+    if value is None:
+        raise InputError("it is empty; leave the key out.")
+    if isinstance(value, bool) != is_switch:
+        wanted = (
+            "true or false is wanted" if is_switch else 'true or false is not wanted; quote it if text is meant ("no")'
+        )
+        raise InputError(f"{wanted}.")
+    if action.nargs == 0:
+        return [flag] if value else []
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*"):
+            raise InputError("a single value is wanted, not a list.")
+        return [flag, *map(str, value)]
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _inherited_training_fields(kind: type) -> set[str]:
+    """Names of the fields that a config class has from `transformers.TrainingArguments`."""
+    bases = [base for base in kind.__mro__ if base.__name__ == "TrainingArguments"]
+    return {f.name for base in bases for f in dataclasses.fields(base)}
+
+
+def _check_ranges(arguments: object, **valid: bool) -> None:
+    """Raises `InputError` for the first argument that is not valid."""
+    for name, is_valid in valid.items():
+        if not is_valid:
+            raise InputError(f"--{name} {getattr(arguments, name)} is out of range.")

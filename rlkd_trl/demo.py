@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.data import demo_dataset, train_tokenizer
-from rlkd_trl.models.answers import answer_prompts, decode, joined
+from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.students.from_scratch import new_model
 from rlkd_trl.trainers.config import SupervisedConfig
@@ -50,7 +50,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
     questions = [templates.render({"source": text})[0] for text in sources]
     completions = answer_prompts(teacher, tokenizer, questions, max_completion_length=MAX_COMPLETION_LENGTH)
-    answers = decode(joined(completions), tokenizer)
+    answers = [text for batch in completions for text in decode(batch, tokenizer)]
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
     _fit(student, tokenizer, pairs, paths.student, max_steps=500, learning_rate=3e-3, seed=seed)
@@ -81,3 +81,4 @@ def _fit(
     trainer = SupervisedTrainer(model, arguments, Dataset.from_list(pairs), tokenizer)
     trainer.train()
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # the other processes read it next

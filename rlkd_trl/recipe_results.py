@@ -46,7 +46,7 @@ def finish_run(
     """Prints the final table; writes the student, `metrics.json`, `report.html` and the model card."""
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
 
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(trainer.args.output_dir)
@@ -71,6 +71,8 @@ def finish_run(
         dataset=data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
     )
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n")
     print(f"Student, metrics.json and report.html are in {output_dir}.")
 
@@ -93,9 +95,11 @@ def evaluate_checkpoints(
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
     """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
     from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
+    from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
     model, tokenizer = load_student(student)
+    model.to(default_device())
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
     found, reward_model, teacher_completions = {}, None, None
     if teacher.teacher is not None:
@@ -103,7 +107,7 @@ def evaluate_checkpoints(
             reward, teacher, templates, gamma=evaluation.gamma, weights=evaluation.reward_weights
         )
         if reward_model.panels:
-            found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, **lengths)
+            found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, with_ibleu=evaluation.ibleu, **lengths)
             teacher_completions = found["teacher"].completions
     found["student"] = evaluate_student(
         Policy(model, tokenizer, temperature=evaluation.temperature),
@@ -126,9 +130,9 @@ def report_evaluation(
     output_dir: str | None,
 ) -> None:
     """Prints the table; with a directory, writes `metrics.json` and `outputs.jsonl`."""
-    from rlkd_trl.evaluation.report import comparison_table, write_metrics
+    from rlkd_trl.evaluation.report import all_columns, comparison_table, write_metrics
 
-    print(comparison_table(results))
+    print(comparison_table(results, all_columns(results)))
     if output_dir is None:
         return
     write_metrics(Path(output_dir) / "metrics.json", results)

@@ -1,6 +1,5 @@
 """The steps that recipes share, from parsed flags to a finished output directory. Each recipe is a story of these."""
 
-import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +7,24 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.cli import (
     DataArguments,
+    HeldOutArguments,
     NewModelArguments,
     PromptArguments,
+    PseudoLabelArguments,
     RewardArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
 )
-from rlkd_trl.data import demo_dataset, group_by_source, load_rows, parse_renames, require_columns
+from rlkd_trl.data import (
+    as_references,
+    demo_dataset,
+    group_by_source,
+    load_rows,
+    parse_renames,
+    require_columns,
+    require_text,
+)
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
@@ -25,8 +34,7 @@ if TYPE_CHECKING:
 
     from rlkd_trl.rewards import RewardModel
     from rlkd_trl.teachers import TeacherPanel
-
-logger = logging.getLogger(__name__)
+    from rlkd_trl.trainers.config import OnPolicyConfig
 
 # Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -44,28 +52,35 @@ def load_templates(arguments: PromptArguments) -> PromptTemplates | None:
 
 
 def load_prompts(
-    data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None, *, held_out: bool = False
+    data: DataArguments,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    held_out: HeldOutArguments | None = None,
 ) -> "Dataset":
     """One row for each distinct input: `prompt` (what the student reads), `source`, `references`, other columns.
 
     The reference column itself is not among them, so that no template can show it to the teacher. Every row is
-    rendered through every template here, before a model is loaded. `held_out` takes `--eval_dataset`.
+    rendered through every template here, before a model is loaded. With `held_out`, the held-out data's rows.
 
     Raises:
         InputError: A file, column, split or template is wrong; the message names it.
     """
-    name, split = (data.eval_dataset, data.eval_split) if held_out else (data.dataset, data.dataset_split)
-    if name is None:
+    if data.dataset is None:
         rows = demo_dataset("test" if held_out else "train").remove_columns("target")
         source_column, target_column = "source", "references"
     else:
-        rows = load_rows(name, split, revision=None if held_out else data.dataset_revision)
+        rows = _load_rows(data, held_out)
         source_column, target_column = data.source_column, data.target_column
         require_columns(rows, source_column=source_column, target_column=target_column)
     grouped = group_by_source(rows, source_column, target_column)
     if data.max_rows is not None:
         grouped = grouped.select(range(min(data.max_rows, len(grouped))))
-    if "source" not in grouped.column_names:
+    if source_column != "source":
+        if "source" in grouped.column_names:
+            print(
+                f"The data's own column `source` is replaced by the source text, from `{source_column}`.", flush=True
+            )
+            grouped = grouped.remove_columns("source")
         grouped = grouped.add_column("source", grouped["prompt"][:])
     if prompts.student_template is not None:
         own = PromptTemplate("student_template", prompts.student_template)
@@ -73,6 +88,13 @@ def load_prompts(
         grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
     check_templates(templates, grouped)
     return grouped
+
+
+def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) -> "Dataset":
+    name, split = (
+        (data.dataset, data.dataset_split) if held_out is None else (held_out.eval_dataset, held_out.eval_split)
+    )
+    return load_rows(name, split, revision=data.dataset_revision, config=data.dataset_config)
 
 
 def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
@@ -83,18 +105,33 @@ def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
 
 
 def load_train_and_held_out(
-    data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None, *, seed: int
+    data: DataArguments,
+    held_out: HeldOutArguments,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    args: "OnPolicyConfig",
 ) -> tuple["Dataset", "Dataset"]:
-    """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data."""
+    """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
+
+    Raises:
+        InputError: As `load_prompts`; or too few inputs, to hold some out or for one rollout.
+    """
+    from rlkd_trl.trainers.checks import check_prompts
+
+    if held_out.eval_dataset is not None and data.dataset is None:
+        raise InputError("--eval_dataset needs --dataset; the demo has held-out data of its own.")
     train = load_prompts(data, prompts, templates)
-    if data.eval_dataset is not None or data.dataset is None:
-        return train, load_prompts(data, prompts, templates, held_out=True)
-    count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
-    if count == 0:
-        raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give --eval_dataset.")
-    order = random.Random(seed).sample(range(len(train)), len(train))
-    logger.warning("No --eval_dataset: %d of %d distinct inputs are held out for evaluation.", count, len(train))
-    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    if held_out.eval_dataset is not None or data.dataset is None:
+        test = load_prompts(data, prompts, templates, held_out)
+    else:
+        count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
+        if count == 0:
+            raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give --eval_dataset.")
+        order = random.Random(args.seed).sample(range(len(train)), len(train))
+        print(f"No --eval_dataset: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
+        train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    check_prompts(train, args)
+    return train, test
 
 
 def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None) -> "Dataset":
@@ -104,7 +141,7 @@ def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptT
     """
     from datasets import Dataset
 
-    rows = demo_dataset("train") if data.dataset is None else load_rows(data.dataset, data.dataset_split)
+    rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
     source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
     require(**{"--target_column": target})
     require_columns(rows, source_column=source, target_column=target)
@@ -112,14 +149,16 @@ def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptT
         rows = rows.select(range(min(data.max_rows, len(rows))))
     own = None if prompts.student_template is None else PromptTemplate("student_template", prompts.student_template)
     pairs = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        require_text(row[source], source, i)
         columns = {name: value for name, value in row.items() if name not in (target, "references")}
-        columns = {"source": row[source], "prompt": row[source], **columns}
+        columns = {**columns, "source": row[source], "prompt": row[source]}
         if templates is not None:
             questions = templates.render(question_columns(templates, columns))
         else:
-            questions = [own.render(columns) if own else str(row[source])]
-        answers = row[target] if isinstance(row[target], list) else [row[target]]
+            questions = [own.render(columns) if own else row[source]]
+        # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
+        answers = [""] if row[target] == "" else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
     return Dataset.from_list(pairs)
 
@@ -129,6 +168,7 @@ def load_or_make_model(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """`--student`'s checkpoint, or a new model over `--tokenizer` or one trained on the pairs. Raises `InputError`."""
     if student.student is not None:
+        check_student(student)
         return load_student(student)
     from rlkd_trl.data import train_tokenizer
     from rlkd_trl.models.loading import load_tokenizer
@@ -153,15 +193,43 @@ def require(**flags: object) -> None:
 
 def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
     """Teacher and student exist and share a tokenizer; before any weights are read. Raises `InputError`."""
-    from rlkd_trl.models.loading import load_tokenizer, require_checkpoint
+    from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.models.vocabulary import check_same_tokenizer
 
-    for name in teacher.teacher or []:
-        require_checkpoint("--teacher", name)
-    require_checkpoint("--student", student.student)
+    check_teacher(teacher)
+    check_student(student)
     student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
     for name in teacher.teacher or []:
         check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+
+
+def check_teacher(teacher: TeacherArguments) -> None:
+    """The teachers are checkpoints or may be Hub ids, and the dtype is known. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, require_checkpoint
+
+    check_dtype(teacher.teacher_dtype)
+    for name in teacher.teacher or []:
+        require_checkpoint("--teacher", name)
+
+
+def check_student(student: StudentArguments) -> None:
+    """The student is a checkpoint or may be a Hub id, and the dtype is known. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, require_checkpoint
+
+    check_dtype(student.student_dtype)
+    require_checkpoint("--student", student.student)
+
+
+def check_pseudo_labels(teacher: TeacherArguments, labels: PseudoLabelArguments) -> None:
+    """One teacher, a known strategy, and a file that can be written. Raises `InputError`."""
+    from rlkd_trl.models.answers import check_strategy
+
+    check_teacher(teacher)
+    if len(teacher.teacher) != 1:
+        raise InputError(f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers.")
+    check_strategy(labels.strategy)
+    if Path(labels.output).is_dir():
+        raise InputError(f"--output {labels.output} is a directory: name a file in it.")
 
 
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
@@ -206,13 +274,16 @@ def load_reward_model(
             terms.append(one(panel))
         else:
             terms.append(one)
-    return RewardModel(terms, weights)
+    return RewardModel(terms, weights, panel=panel)
 
 
-def check_rewards(reward: RewardArguments, weights: Sequence[float] | None) -> None:
-    """The rewards exist, and there are as many weights. Raises `InputError`."""
+def check_rewards(
+    reward: RewardArguments, weights: Sequence[float] | None, args: "OnPolicyConfig | None" = None
+) -> None:
+    """The rewards exist, with as many weights, a known V, and a k that the trainer can use. Raises `InputError`."""
     from rlkd_trl.rewards import load_reward
     from rlkd_trl.rewards.teacher_rewards import VALUES
+    from rlkd_trl.trainers.checks import check_k_step
 
     for name in reward.reward:
         load_reward(name)
@@ -220,6 +291,8 @@ def check_rewards(reward: RewardArguments, weights: Sequence[float] | None) -> N
         raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
     if weights is not None and len(weights) != len(reward.reward):
         raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
+    if args is not None:
+        check_k_step(reward.k, args)
 
 
 def name_or_make_models(
@@ -260,10 +333,12 @@ def last_checkpoint(run: RunArguments, output_dir: str) -> str | None:
     """The newest checkpoint in `output_dir` if `--resume` asks for it.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or `output_dir` is a file.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: name a directory.")
     if not run.resume:
         return None
     found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None

@@ -1,14 +1,23 @@
 """Datasets in and out: columns, local files, the Hub, the embedded demo task and its tokenizer."""
 
 from rlkd_trl.data.demo import demo_dataset
-from rlkd_trl.data.loading import group_by_source, load_rows, parse_renames, require_columns
+from rlkd_trl.data.loading import (
+    as_references,
+    group_by_source,
+    load_rows,
+    parse_renames,
+    require_columns,
+    require_text,
+)
 from rlkd_trl.data.tokenizer import train_tokenizer
 
 __all__ = [
+    "as_references",
     "demo_dataset",
     "group_by_source",
     "load_rows",
     "parse_renames",
     "require_columns",
+    "require_text",
     "train_tokenizer",
 ]

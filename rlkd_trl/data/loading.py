@@ -22,7 +22,11 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_rows(
-    dataset: str, split: str = "train", *, revision: str | None = None, config: str | None = None
+    dataset: str,
+    split: str = "train",
+    *,
+    revision: str | None = None,
+    config: str | None = None,
 ) -> Dataset:
     """The rows of one split of a dataset.
 
@@ -45,11 +49,11 @@ def load_rows(
     elif path.is_dir():
         rows = _load_directory(path, split)
     elif path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset:
-        raise InputError(f"`--dataset {dataset}` does not exist; check the path (looked for {path.absolute()}).")
+        raise InputError(f"Dataset {dataset} does not exist; check the path (looked for {path.absolute()}).")
     else:
         rows = _load_from_hub(dataset, split, revision, config)
     if len(rows) == 0:
-        raise InputError(f"`--dataset {dataset}` has no rows in split {split!r}; there is nothing to work on.")
+        raise InputError(f"Dataset {dataset} has no rows in split {split!r}; there is nothing to work on.")
     return rows
 
 
@@ -57,11 +61,11 @@ def _load_file(path: Path, split: str) -> Dataset:
     from datasets import load_dataset
 
     if path.suffix.lower() not in FILE_FORMATS:
-        raise InputError(f"`--dataset {path}` has an extension that is not known; use one of: {EXTENSIONS}.")
+        raise InputError(f"Dataset {path} has an extension that is not known; use one of: {EXTENSIONS}.")
     if split.split("[")[0] != "train":
         raise InputError(
-            f"`--dataset_split {split}` is not in {path}: a single file has the one split 'train'. Give the file of "
-            "that split as `--dataset`, or a directory with one file for each split."
+            f"Split {split!r} is not in {path}: a single file has the one split 'train'. Give the file of "
+            "that split, or a directory with one file for each split."
         )
     size = path.stat().st_size
     if size == 0:
@@ -138,16 +142,18 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
             raise _unknown_split(dataset, split, splits) from error
         if configs := re.search(r"available configs: \[(.*)\]", str(error)):
             names = configs.group(1).replace("'", "")
-            raise InputError(f"`--dataset {dataset}` has several configurations; choose one of: {names}.") from error
+            raise InputError(
+                f"Dataset {dataset} has several configurations; choose one with --dataset_config: {names}."
+            ) from error
         at_revision = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"`--dataset {dataset}` is not a local path and could not be fetched from the Hub{at_revision}: "
+            f"Dataset {dataset} is not a local path and could not be fetched from the Hub{at_revision}: "
             f"{_reason(error)}. Check the spelling and the network, or give a local file."
         ) from error
 
 
 def _unknown_split(dataset: str, split: str, available: str) -> InputError:
-    return InputError(f"`--dataset_split {split}` is not in {dataset}; its splits are: {available}.")
+    return InputError(f"Split {split!r} is not in {dataset}; its splits are: {available}.")
 
 
 def _splits_named_in(error: Exception) -> str:
@@ -224,9 +230,9 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     references: dict[str, list[str]] = {}
     targets = rows[target_column] if target_column else [[]] * len(rows)
     for i, (source, target) in enumerate(zip(rows[source_column], targets, strict=True)):
-        _require_text(source, source_column, i)
+        require_text(source, source_column, i)
         first_row.setdefault(source, i)
-        references.setdefault(source, []).extend(_as_references(target, target_column, i) if target_column else [])
+        references.setdefault(source, []).extend(as_references(target, target_column, i) if target_column else [])
 
     grouped = rows.select(list(first_row.values()))
     replaced = {"prompt", "references", target_column} - {source_column}
@@ -236,16 +242,18 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     return grouped.add_column("references", list(references.values()), feature=List(Value("string")))
 
 
-def _as_references(target, column: str, index: int) -> list[str]:
+def as_references(target, column: str, index: int) -> list[str]:
+    """A target, one text or several, as a list. Raises `InputError` if it is none of these, or blank."""
     references = list(target) if isinstance(target, (list, tuple)) else [target]
     if not references:
         raise InputError(f"Row {index + 1}: column `{column}` holds an empty list; drop the row or fill it in.")
     for reference in references:
-        _require_text(reference, column, index)
+        require_text(reference, column, index)
     return references
 
 
-def _require_text(value, column: str, index: int) -> None:
+def require_text(value, column: str, index: int) -> None:
+    """Raises `InputError` unless `value`, in row `index` (from 0) of `column`, is text and not blank."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise InputError(
             f"Row {index + 1}: column `{column}` is empty; drop the row or fill it in. "

@@ -12,7 +12,7 @@ from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.ops.masking import masked_sum
-from rlkd_trl.ops.rewards import log_likelihood, sequence_sum
+from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy
 
@@ -67,13 +67,15 @@ def evaluate_completions(
 ) -> Evaluation:
     """Text metrics against `references`, and the reward model's view of one completion per row.
 
-    Adds `reward` (mean sequence reward), `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, `tokens`
-    (mean, EOS included) and `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et
-    al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation".
+    `with_ibleu` compares with each row's `source` (`prompt` where there is none) too. Adds `reward` (mean sequence
+    reward), `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, `tokens` (mean, EOS included) and
+    `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et al. 2023, "f-Divergence
+    Minimization for Sequence-Level Knowledge Distillation".
     """
     outputs = decode(completions, tokenizer)
     references = [list(row.get("references") or []) for row in rows]
-    metrics = text_metrics(outputs, references, [str(row["prompt"]) for row in rows] if with_ibleu else None)
+    sources = [str(row.get("source", row["prompt"])) for row in rows] if with_ibleu else None
+    metrics = text_metrics(outputs, references, sources)
     mask_BT = completions.mask_BT
     metrics["tokens"] = float(mask_BT.sum(dim=1).float().mean())
     metrics["eos_rate"] = float(completions.ended_B.float().mean())
@@ -98,9 +100,9 @@ def _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batc
         result = reward_model.rewards(inputs, reward_model.score(inputs))
         reward += float(sequence_sum(result.rewards_BT, inputs.completion_mask_BT).sum())
         tokens += int(inputs.completion_mask_BT.sum())
-        for weight, scores in zip(result.scorer_weights, result.scores or [], strict=True):
-            logps_BT = log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)
-            nll -= weight * float(masked_sum(logps_BT, inputs.completion_mask_BT))
+        if result.scores is not None:
+            mask_BT = inputs.completion_mask_BT
+            nll += float(masked_sum(result.teacher_nll_BT(mask_BT), mask_BT))
     metrics = {"reward": reward / len(rows)}
     if reward_model.panels:
         metrics |= {"teacher_nll_per_token": nll / tokens, "teacher_nll_per_sequence": nll / len(rows)}
@@ -136,7 +138,8 @@ def evaluate_student(
             max_completion_length=max_completion_length,
             seed=seed or 0,
             **lengths,
-        )
+        ),
+        pad_id=policy.pad_id,
     )
     own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
     result = evaluate_completions(
@@ -162,18 +165,26 @@ def evaluate_teacher(
     *,
     max_completion_length: int,
     batch_size: int = 64,
+    with_ibleu: bool = False,
 ) -> Evaluation:
     """The first teacher's greedy answers, asked through its first template, under the same metrics."""
     scorer = reward_model.panels[0].scorers[0]
     questions = [reward_model.panels[0].questions(row)[0] for row in rows]
     lengths = {"max_prompt_length": scorer.teacher.max_prompt_length, "batch_size": batch_size}
+    policy = Policy(scorer.teacher.model, tokenizer)
     completions = joined(
         answer_prompts(
             scorer.teacher.model, tokenizer, questions, max_completion_length=max_completion_length, **lengths
-        )
+        ),
+        pad_id=policy.pad_id,
     )
-    policy = Policy(scorer.teacher.model, tokenizer)
     own_logps_BT = completion_log_probs(policy, tokenizer, questions, completions, **lengths)
     return evaluate_completions(
-        rows, completions, tokenizer, reward_model, own_logps_BT=own_logps_BT, batch_size=batch_size
+        rows,
+        completions,
+        tokenizer,
+        reward_model,
+        own_logps_BT=own_logps_BT,
+        batch_size=batch_size,
+        with_ibleu=with_ibleu,
     )

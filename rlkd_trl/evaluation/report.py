@@ -28,6 +28,13 @@ DEFAULT_COLUMNS: tuple[Column, ...] = (
     ("length_words", "length (words)", ".1f"),
     ("distinct2", "distinct-2", ".3f"),
 )
+# Shown where any model has them.
+EXTRA_COLUMNS: tuple[Column, ...] = (
+    ("ibleu", "iBLEU", ".2f"),
+    ("length_ratio", "length ratio", ".2f"),
+    ("teacher_nll_per_sequence", "teacher NLL/sequence", ".2f"),
+    ("student_nll_of_teacher_per_token", "NLL of teacher's/token", ".4f"),
+)
 MISSING = "–"
 NOT_CHARTED = ("step", "epoch")
 NOT_CHARTED_SUFFIXES = ("_runtime", "_per_second")  # speeds of the machine, which transformers logs
@@ -74,6 +81,11 @@ def comparison_table(results: Results, columns: Sequence[Column] = DEFAULT_COLUM
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def all_columns(results: Results) -> tuple[Column, ...]:
+    """`DEFAULT_COLUMNS`, and those of `EXTRA_COLUMNS` that any of the models has."""
+    return DEFAULT_COLUMNS + tuple(c for c in EXTRA_COLUMNS if any(c[0] in row for row in results.values()))
 
 
 def write_report(
@@ -139,10 +151,9 @@ def write_model_card(
     teacher: str,
     student: str,
     dataset: str,
-    command: str | None = None,
     auto_class: str = "AutoModelForSeq2SeqLM",
 ) -> None:
-    """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it, how it was trained.
+    """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it.
 
     method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". No license is stated: only the author can.
     `base_model` and `datasets` are stated for Hub ids ("owner/name"), never for local paths.
@@ -175,8 +186,6 @@ def write_model_card(
         f"## Results\n\n{table}",
         f"## How to load\n\n{_fenced(loading, 'python')}",
     ]
-    if command is not None:
-        sections.append(f"## How it was trained\n\n{_fenced(command, 'bash')}")
     _write_text(path, "\n\n".join(sections) + "\n")
 
 

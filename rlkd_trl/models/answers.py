@@ -1,6 +1,6 @@
 """One completion for each of many prompts: greedy, sampled, or by beam search."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def answer_prompts(
     num_beams: int = 4,
     seed: int = 0,
 ) -> Iterator[Completions]:
-    """Completions of `batch_size` prompts at a time, in the prompts' order, each `[b, max_completion_length]`.
+    """Completions of `batch_size` prompts at a time, in the prompts' order, each as wide as its longest.
 
     Only ids that a student may sample are generated. `temperature` and `seed` are for strategy "sample", `num_beams`
     for "beam", which is transformers' own beam search with its length normalisation.
@@ -37,8 +37,7 @@ def answer_prompts(
     Raises:
         InputError: Unknown strategy.
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"Unknown strategy {strategy!r}; choose one of: {', '.join(STRATEGIES)}.")
+    check_strategy(strategy)
     backbone = backbone_of(model)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = padding_id(tokenizer)
@@ -70,19 +69,22 @@ def answer_prompts(
                 temperature=temperature,
                 uniforms_BT=uniforms_BT if strategy == "sample" else None,
             )
-        yield Completions(
-            pad_columns([completions.ids_BT], max_completion_length, value=pad_id),
-            pad_columns([completions.mask_BT], max_completion_length, value=False),
-            completions.ended_B,
-        )
+        yield completions
 
 
-def joined(parts: Iterator[Completions]) -> Completions:
-    """Batches of completions as one."""
+def check_strategy(strategy: str) -> None:
+    """Raises `InputError` for a name that is not in `STRATEGIES`."""
+    if strategy not in STRATEGIES:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of: {', '.join(STRATEGIES)}.")
+
+
+def joined(parts: Iterable[Completions], *, pad_id: int) -> Completions:
+    """Batches of completions as one, as wide as the widest."""
     batches = list(parts)
+    width = max(part.ids_BT.shape[1] for part in batches)
     return Completions(
-        torch.cat([part.ids_BT for part in batches]),
-        torch.cat([part.mask_BT for part in batches]),
+        pad_columns([part.ids_BT for part in batches], width, value=pad_id),
+        pad_columns([part.mask_BT for part in batches], width, value=False),
         torch.cat([part.ended_B for part in batches]),
     )
 

@@ -49,7 +49,6 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "float32",
-    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """An encoder-decoder or decoder-only language model, whichever its config says.
 
@@ -59,10 +58,9 @@ def load_model(
         InputError: There is no such directory or Hub repository, an unknown dtype, or T5 in float16, whose
             feed-forward layers overflow.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"Unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
-    _refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
+    refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _from_pretrained(
         auto_class,
@@ -70,10 +68,20 @@ def load_model(
         "model",
         revision=revision,
         dtype=DTYPES[dtype],
-        attn_implementation=attn_implementation,
     )
-    _refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
+    refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     return model
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `InputError` for a name that is not in `DTYPES`."""
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
+
+
+def default_device() -> torch.device:
+    """This process's accelerator where there is one, or the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def require_checkpoint(flag: str, name_or_path: str) -> None:
@@ -103,7 +111,8 @@ def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revis
     )
 
 
-def _refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+    """Raises `InputError`: T5's feed-forward layers overflow."""
     if dtype == torch.float16 and "t5" in config.model_type:
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 

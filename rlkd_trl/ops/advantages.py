@@ -83,6 +83,19 @@ def explained_variance(
     return torch.where(total > 0, 1.0 - residual / total, torch.zeros_like(total))
 
 
+_SMALLEST_STD = 1e-4
+
+
+def normalize(values: Tensor, mean: float, variance: float) -> Tensor:
+    """(v − mean) / std, with std at least 1e-4. `denormalize` takes it back."""
+    return (values - mean) / max(variance**0.5, _SMALLEST_STD)
+
+
+def denormalize(values: Tensor, mean: float, variance: float) -> Tensor:
+    """mean + std · v, the inverse of `normalize`."""
+    return mean + max(variance**0.5, _SMALLEST_STD) * values
+
+
 def running_moments(
     mean: float, variance: float, batch_mean: float, batch_variance: float, *, decay: float
 ) -> tuple[float, float]:

@@ -30,7 +30,7 @@ def clipped_policy_loss(
     objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT.detach(), epsilon)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_BT, mask_BT) / denominator
-    return loss, _ratio_metrics(log_ratio_BT, ratio_BT, clipped_BT, mask_BT, denominator)
+    return loss, _ratio_metrics(ratio_BT, clipped_BT, mask_BT, denominator)
 
 
 def clipped_sequence_policy_loss(
@@ -53,7 +53,7 @@ def clipped_sequence_policy_loss(
     objective_B, clipped_B, ratio_B = _clipped_objective(log_ratio_B, advantages_B.detach(), epsilon)
     denominator = row_mask_B.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_B, row_mask_B) / denominator
-    return loss, _ratio_metrics(log_ratio_B, ratio_B, clipped_B, row_mask_B, denominator)
+    return loss, _ratio_metrics(ratio_B, clipped_B, row_mask_B, denominator)
 
 
 def _clipped_objective(log_ratio: Tensor, advantages: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,14 +63,24 @@ def _clipped_objective(log_ratio: Tensor, advantages: Tensor, epsilon: float) ->
     return torch.minimum(unclipped, clipped), clipped < unclipped, ratio
 
 
-def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor, denominator) -> dict[str, Tensor]:
-    log_ratio, ratio = log_ratio.detach(), ratio.detach()
+def _ratio_metrics(ratio: Tensor, clipped: Tensor, mask: Tensor, denominator) -> dict[str, Tensor]:
     return {
-        "ratio": masked_sum(ratio, mask) / denominator,
+        "ratio": masked_sum(ratio.detach(), mask) / denominator,
         "clip_fraction": masked_sum(clipped.to(ratio.dtype), mask) / denominator,
-        # E_old[(ρ − 1) − log ρ]: a non-negative one-sample estimate of KL(π_old ‖ π) (Schulman 2020, "k3").
-        "approx_kl": masked_sum(ratio - 1 - log_ratio, mask) / denominator,
     }
+
+
+@torch.no_grad()
+def approximate_kl(
+    logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, *, denominator: Tensor | float | None = None
+) -> Tensor:
+    """Σ_t ( (ρ_t − 1) − log ρ_t ) / denominator, an estimate of KL(π_old ‖ π) in nats per token, never negative.
+
+    ρ_t = π(y_t|s_t) / π_old(y_t|s_t) with y sampled from π_old: Schulman 2020, "Approximating KL divergence", k3.
+    """
+    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT, torch.zeros_like(logps_BT))
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
+    return masked_sum(log_ratio_BT.exp() - 1 - log_ratio_BT, mask_BT) / denominator
 
 
 def clipped_value_loss(
@@ -84,7 +94,7 @@ def clipped_value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """½ Σ_t max( (V_t − G_t)², (clip(V_t, V_old ± c) − G_t)² ) / denominator.
 
-    The value clipping of PPO's reference code; `cliprange_value` c is in reward units, None does not clip.
+    The value clipping of PPO's reference code; `cliprange_value` c is in the values' units, None does not clip.
     `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
     """
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator

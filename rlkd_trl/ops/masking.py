@@ -56,11 +56,6 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries where `mask` is True; 0 if there are none."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
-
-
 def masked_moments(
     x: Tensor, mask: Tensor, *, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,9 @@ def k_step_return(
 def rewards_from_returns(returns_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
     """r_t = G_t − γ G_{t+1}: the per-token rewards whose return-to-go is `returns_BT`.
 
-    `returns_BT` must be 0 behind the mask. This turns any return estimate, such as `k_step_return`, into rewards that
-    every trainer of the package can use.
+    `returns_BT` must be 0 behind the mask. This lets any return estimate, such as `k_step_return`, stand where rewards
+    are summed from t to the end. Only those sums mean something: a single difference of K-step returns looks ahead,
+    so what cuts or discounts the sum in another way (GAE with λ < 1) must not be given it.
     """
     next_returns_BT = torch.cat([returns_BT[:, 1:], torch.zeros_like(returns_BT[:, :1])], dim=1)
     return returns_BT - gamma * next_returns_BT
@@ -106,10 +107,24 @@ def potential_shaping(
     return torch.where(mask_BT, shaped_BT, torch.zeros_like(shaped_BT))
 
 
+def bootstrap_truncated(
+    rewards_BT: Tensor, potentials_BT1: Tensor, mask_BT: Tensor, ended_B: Tensor, *, gamma: float = 1.0
+) -> Tensor:
+    """r_n + γ Φ_{n+1} at the last token of a truncated completion, r_t elsewhere.
+
+    The value of the state in which a completion was cut off stands for the rewards that it would still have had
+    (Pardo et al. 2018, "Time Limits in Reinforcement Learning"). For sums of rewards without a critic; shaping by
+    `potential_shaping` does the same. Returns `[B, T]`, 0 behind the mask.
+    """
+    cut_off_BT = last_token(mask_BT) & ~ended_B[:, None]
+    future_BT = torch.where(cut_off_BT, gamma * potentials_BT1[:, 1:], torch.zeros_like(rewards_BT))
+    return torch.where(mask_BT, rewards_BT + future_BT, torch.zeros_like(rewards_BT))
+
+
 def adaptive_kl_coefficient(beta: float, *, kl: float, target: float, horizon: float, num_samples: int) -> float:
     """beta ← beta · (1 + clip(kl / target − 1, −0.2, 0.2) · num_samples / horizon), Ziegler et al. 2019, §2.2.
 
-    `kl` and `target` in nats per sequence, `horizon` in sequences.
+    `kl` and `target` in nats per sequence; `horizon` in sequences, at least `num_samples`, or beta may fall to 0.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * num_samples / horizon)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.ops.rewards import on_last_token
+from rlkd_trl.ops.rewards import log_likelihood, on_last_token
 from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.rewards.teacher_rewards import (
@@ -55,9 +55,18 @@ class RewardResult:
     scores: list[TeacherScores] | None = None
     scorer_weights: list[float] = field(default_factory=list)
 
+    def teacher_nll_BT(self, mask_BT: Tensor) -> Tensor:
+        """−log p_teacher(y_t | s_t) in nats, the weighted mean over scorers; 0 behind the mask. Needs `scores`."""
+        return -sum(
+            weight * log_likelihood(scores.chosen, scores.logsumexp[:, :-1], mask_BT)
+            for weight, scores in zip(self.scorer_weights, self.scores, strict=True)
+        )
+
 
 class RewardModel:
     """A weighted sum of reward terms; each teacher panel is asked once, whatever number of terms reads it.
+
+    `panel` is asked even if no term reads it, for the teacher's NLL in logs and evaluations.
 
     A term is a `TeacherReward`, or a function with TRL's protocol (of the keyword arguments `prompts`, `completions`,
     `completion_ids`, `ended` and the data's columns, those that it accepts; returns B floats, placed on the last
@@ -68,12 +77,15 @@ class RewardModel:
         InputError: No term, or as many weights as terms are not given.
     """
 
-    def __init__(self, terms: Sequence[Callable], weights: Sequence[float] | None = None):
+    def __init__(
+        self, terms: Sequence[Callable], weights: Sequence[float] | None = None, *, panel: TeacherPanel | None = None
+    ):
         weights = [1.0] * len(terms) if weights is None else list(weights)
         if not terms:
             raise InputError("No reward was given.")
         if len(weights) != len(terms):
             raise InputError(f"{len(weights)} reward weights for {len(terms)} rewards: give one each.")
+        self._panel = panel
         self.terms = dict(zip(_distinct_names(terms), zip(terms, weights, strict=True), strict=True))
 
     @property
@@ -82,8 +94,10 @@ class RewardModel:
 
     @property
     def panels(self) -> list[TeacherPanel]:
-        """The distinct teacher panels behind the terms, in order."""
-        return list({id(term.panel): term.panel for term in self.teacher_terms}.values())
+        """The distinct teacher panels, `panel` and those behind the terms, in order."""
+        panels = [] if self._panel is None else [self._panel]
+        panels += [term.panel for term in self.teacher_terms]
+        return list({id(panel): panel for panel in panels}.values())
 
     def score(self, inputs: RewardInputs) -> dict[int, list[TeacherScores]]:
         """Asks every panel once; the teacher's only appearance. Keys are the panels' ids."""
@@ -142,10 +156,11 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
     except Exception as error:
         del sys.modules[module_name]
         raise InputError(f"`--reward {spec}`: {path} failed: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
+    found = getattr(module, name, None)
+    if not callable(found) or isinstance(found, type):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(functions)}.")
-    return getattr(module, name)
+    return found
 
 
 def _distinct_names(terms: Sequence[Callable]) -> list[str]:

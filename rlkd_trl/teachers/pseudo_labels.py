@@ -19,8 +19,9 @@ def pseudo_labels(
     """
     teacher = panel.scorers[0].teacher
     names = panel.templates.names if panel.templates is not None else [None]
+    asked = [panel.questions(row) for row in rows]
     for number, name in enumerate(names):
-        questions = [panel.questions(row)[number] for row in rows]
+        questions = [of_row[number] for of_row in asked]
         batches = answer_prompts(
             teacher.model,
             teacher.processing_class,

@@ -22,10 +22,6 @@ class TeacherScores:
     expected: Tensor | None = None
     soft: Tensor | None = None
 
-    def rows(self, index_B: Tensor) -> "TeacherScores":
-        """The scores of some completions."""
-        return TeacherScores(**{name: None if value is None else value[index_B] for name, value in vars(self).items()})
-
 
 def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, device) -> TeacherScores:
     """Zeros of the right shapes, to be filled batch by batch."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import backbone_of
-from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
@@ -55,13 +55,19 @@ class Teacher:
         *,
         revision: str | None = None,
         dtype: str = "float32",
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **kwargs,
     ) -> "Teacher":
-        """Loads a teacher from a directory or the Hub; `kwargs` go to the constructor. Raises `InputError`."""
+        """Loads a teacher from a directory or the Hub, onto the accelerator where there is one.
+
+        `kwargs` go to the constructor.
+
+        Raises:
+            InputError: As `load_tokenizer` and `load_model`.
+        """
         tokenizer = load_tokenizer(name_or_path, revision=revision)
         model = load_model(name_or_path, revision=revision, dtype=dtype)
-        return cls(model.to(device), tokenizer, **kwargs)
+        return cls(model.to(default_device() if device is None else device), tokenizer, **kwargs)
 
     @torch.no_grad()
     def score(

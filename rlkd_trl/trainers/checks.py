@@ -24,18 +24,36 @@ def check_prompts(dataset: Dataset, args: OnPolicyConfig) -> None:
         )
 
 
+def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Raises `InputError` if evaluation data has no column `prompt`."""
+    for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if rows is not None and "prompt" not in rows.column_names:
+            raise InputError(
+                f"The evaluation data has no column `prompt`; its columns are: {', '.join(rows.column_names)}."
+            )
+
+
 def checked_reward_model(
     reward_funcs: RewardModel | Callable | Sequence[Callable], args: OnPolicyConfig
 ) -> RewardModel:
-    """The rewards as one `RewardModel`; raises `InputError` if weights or γ contradict the trainer's."""
+    """The rewards as one `RewardModel`; raises `InputError` if weights, γ or k contradict the trainer's."""
     if isinstance(reward_funcs, RewardModel):
-        if args.reward_weights is not None:
-            raise InputError("reward_weights are given twice: the RewardModel has its own.")
         model = reward_funcs
+        own_weights = [weight for _, weight in model.terms.values()]
+        if args.reward_weights not in (None, own_weights):
+            raise InputError(f"reward_weights {args.reward_weights} contradict the RewardModel's own, {own_weights}.")
     else:
         terms = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         model = RewardModel(terms, args.reward_weights)
     for term in model.teacher_terms:
         if getattr(term, "gamma", args.gamma) != args.gamma:
             raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
+        check_k_step(getattr(term, "k", 1), args)
     return model
+
+
+def check_k_step(k: int, args: OnPolicyConfig) -> None:
+    """Raises `InputError` for K-step returns under GAE, which takes them apart (see `ops.rewards_from_returns`)."""
+    lam = getattr(args, "lam", 1.0)
+    if k > 1 and lam != 1.0:
+        raise InputError(f"k = {k} gives K-step returns, which PPO can only use whole: set lam to 1 (it is {lam}).")

@@ -13,7 +13,7 @@ from rlkd_trl.errors import InputError
 
 @dataclass
 class OnPolicyConfig(TrainingArguments):
-    """What PPO, RLOO and REINFORCE share: sampling, reward shaping, the update's batches.
+    """What PPO and RLOO share: sampling, reward shaping, the update's batches.
 
     A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
     `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
@@ -87,10 +87,19 @@ class OnPolicyConfig(TrainingArguments):
     def __post_init__(self):
         # Without an accelerator, several processes only synchronise if this is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        ):
+            self.metric_for_best_model = "reward"  # Trainer's own default, the loss, is not evaluated here
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
+
+    def _check_ranges(self, valid: dict[str, bool]) -> None:
+        for name, is_valid in valid.items():
+            if not is_valid:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range.")
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -135,12 +144,16 @@ class OnPolicyConfig(TrainingArguments):
             "early_stop_kl": self.early_stop_kl is None or self.early_stop_kl > 0,
             "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
             "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,
+            "entropy_coef": self.entropy_coef >= 0,
         }
-        for name, valid in ranges.items():
-            if not valid:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range.")
+        self._check_ranges(ranges)
         if self.kl_target is not None and (self.beta == 0 or self.kl_target <= 0):
             raise InputError("kl_target must be > 0 and adapts beta, so beta must start above 0.")
+        if self.kl_target is not None and self.kl_horizon < completions * self.world_size:
+            raise InputError(
+                f"kl_horizon {self.kl_horizon} is shorter than one rollout of {completions * self.world_size} "
+                "completions, so beta could turn negative."
+            )
 
 
 @dataclass
@@ -167,8 +180,13 @@ class PPOKDConfig(OnPolicyConfig):
         super()._check()
         if self.critic not in ("shared", "separate"):
             raise InputError(f"critic = {self.critic!r}: choose 'shared' or 'separate'.")
-        if not 0 <= self.lam <= 1:
-            raise InputError(f"lam = {self.lam} is out of range: 0 to 1.")
+        ranges = {
+            "lam": 0 <= self.lam <= 1,
+            "vf_coef": self.vf_coef >= 0,
+            "critic_learning_rate": self.critic_learning_rate is None or self.critic_learning_rate >= 0,
+            "cliprange_value": self.cliprange_value is None or self.cliprange_value > 0,
+        }
+        self._check_ranges(ranges)
 
 
 @dataclass
@@ -217,3 +235,10 @@ class SupervisedConfig(TrainingArguments):
         # Without an accelerator, several processes only synchronise if this is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.eval_strategy != "no" or self.load_best_model_at_end:
+            raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns must stay False: the collator reads the texts.")
+        for name in ("max_prompt_length", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range.")

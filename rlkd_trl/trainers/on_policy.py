@@ -1,4 +1,4 @@
-"""The on-policy loop under PPO, RLOO and REINFORCE, on `transformers.Trainer`.
+"""The on-policy loop under PPO and RLOO, on `transformers.Trainer`.
 
     1 sample     K completions per prompt from the student
     2 score      the teacher reads each completion once, in teacher forcing
@@ -10,7 +10,6 @@ Steps 1 to 4 make a `Rollout`; step 5 reads it and nothing else.
 """
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,19 +24,20 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
-from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.answers import decode, joined
+from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.vocabulary import check_same_tokenizer
-from rlkd_trl.ops.losses import entropy_bonus
+from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
 from rlkd_trl.ops.masking import masked_whiten, pad_columns
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
-from rlkd_trl.trainers.checks import check_prompts, checked_reward_model
+from rlkd_trl.trainers.checks import check_held_out, check_prompts, checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
-from rlkd_trl.trainers.rollout_metrics import rollout_metrics, sample_table
+from rlkd_trl.trainers.rollout_metrics import PhaseTimer, rollout_metrics, sample_table
 
 _STATE_FILE = "on_policy_state.json"
 
@@ -62,7 +62,7 @@ class OnPolicyState:
 
 
 class OnPolicyTrainer(Trainer):
-    """Base of `PPOKDTrainer`, `RLOOKDTrainer` and `ReinforceKDTrainer`; see the module's five steps.
+    """Base of `PPOKDTrainer` and `RLOOKDTrainer`; see the module's five steps.
 
     Args:
         model: The student, loaded, or its directory or Hub id.
@@ -75,7 +75,8 @@ class OnPolicyTrainer(Trainer):
         processing_class: The student's tokenizer; loaded with the model when that is a name.
 
     Raises:
-        InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, or bad settings.
+        InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, T5 with fp16, settings
+            that contradict the reward's.
     """
 
     critic_kind = "none"
@@ -91,11 +92,14 @@ class OnPolicyTrainer(Trainer):
         **kwargs,
     ):
         check_prompts(train_dataset, args)
+        check_held_out(eval_dataset)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model)
         if processing_class is None:
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+        if args.fp16:
+            refuse_t5_in_float16(model.config, torch.float16)
         self.reward_model = checked_reward_model(reward_funcs, args)
         for panel in self.reward_model.panels:
             for scorer in panel.scorers:
@@ -104,6 +108,7 @@ class OnPolicyTrainer(Trainer):
         self.on_policy_state = OnPolicyState(beta=args.beta)
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._window_metrics: dict[str, float] = defaultdict(float)
+        self._timer = PhaseTimer()
         self.sample_table: list[dict[str, object]] = []
         super().__init__(
             model=policy,
@@ -144,28 +149,24 @@ class OnPolicyTrainer(Trainer):
     @torch.no_grad()
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Samples, scores, rewards and advantages for this device's prompts."""
-        args, seconds = self.args, {}
+        args, timer = self.args, self._timer
         policy = self.accelerator.unwrap_model(self.model_wrapped)
 
-        started = time.perf_counter()
-        rollout = self._sample(policy, rows)  # 1 sample
-        seconds["sample"] = time.perf_counter() - started
-
-        started = time.perf_counter()
-        rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
+        with timer.phase("sample"), self.compute_loss_context_manager():
+            rollout = self._sample(policy, rows)  # 1 sample
+            rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
         inputs = RewardInputs(
             rows=rows,
             prompt_index_B=rollout.prompt_index_B,
             completion_ids_BT=rollout.completion_ids_BT,
             completion_mask_BT=rollout.completion_mask_BT,
             ended_B=rollout.ended_B,
-            completions=self._decode(rollout),
+            completions=decode(rollout.completions, self.processing_class),
             student_logps_BT=rollout.old_logps_BT,
         )
-        scores = self.reward_model.score(inputs)  # 2 score
-        seconds["score"] = time.perf_counter() - started
-
-        result = self.reward_model.rewards(inputs, scores)  # 3 reward
+        with timer.phase("score"):
+            scores = self.reward_model.score(inputs)  # 2 score
+            result = self.reward_model.rewards(inputs, scores)  # 3 reward
         rewards_BT, kl_B = result.rewards_BT, None
         if reference_logps_BT is not None:
             kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
@@ -176,7 +177,7 @@ class OnPolicyTrainer(Trainer):
 
         rollout = self.advantages(rollout)  # 4 advantage
 
-        metrics = rollout_metrics(rollout, result, kl_B, seconds, self._sum_over_ranks)
+        metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
         self._record(metrics)
         self.sample_table = sample_table(inputs, result, args.num_completions_to_print)
         if kl_B is not None:
@@ -201,18 +202,24 @@ class OnPolicyTrainer(Trainer):
         )
         prompt_ids_PS, prompt_mask_PS = prompt_ids_PS.to(device), prompt_mask_PS.to(device)
         prompt_index_B = torch.arange(len(rows), device=device).repeat_interleave(args.num_generations)
-        completions = policy.sample(
-            prompt_ids_PS,
-            prompt_mask_PS,
-            prompt_index_B,
-            max_completion_length=args.max_completion_length,
-            uniforms_BT=self._uniforms(len(prompt_index_B)),
-        )
+        uniforms_BT = self._uniforms(len(prompt_index_B))
+        # Whole prompts at a time, about a micro-batch, so that memory does not grow with the rollout.
+        count = max(1, args.per_device_train_batch_size // args.num_generations)
+        parts = [
+            policy.sample(
+                prompt_ids_PS[first : first + count],
+                prompt_mask_PS[first : first + count],
+                prompt_index_B[: len(rows[first : first + count]) * args.num_generations],
+                max_completion_length=args.max_completion_length,
+                uniforms_BT=uniforms_BT[first * args.num_generations : (first + count) * args.num_generations],
+            )
+            for first in range(0, len(rows), count)
+        ]
         return Rollout.of(
             prompt_ids_PS,
             prompt_mask_PS,
             prompt_index_B,
-            completions,
+            joined(parts, pad_id=policy.pad_id),
             mask_truncated=args.mask_truncated_completions,
         )
 
@@ -233,11 +240,10 @@ class OnPolicyTrainer(Trainer):
         size, width = self.args.per_device_train_batch_size, rollout.completion_ids_BT.shape[1]
         old, reference_logps = [], []
         for i in range(self.args.steps_per_generation):
-            batch = rollout.micro_batch(i, size)
-            with self.compute_loss_context_manager():
-                old.append(policy(**batch.policy_inputs()))
-                if self.reference is not None:
-                    reference_logps.append(self.reference(**batch.policy_inputs()).logps_BT)
+            inputs = rollout.micro_batch(i, size).policy_inputs()
+            old.append(policy(**inputs))
+            if self.reference is not None:
+                reference_logps.append(self.reference(**inputs).logps_BT)
         rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
         if old[0].values_BT1 is not None:
             values_BT1 = pad_columns([output.values_BT1 for output in old], width + 1)
@@ -255,7 +261,9 @@ class OnPolicyTrainer(Trainer):
         tokens, sequences = state.window_tokens[window] / world, state.window_sequences[window] / world
         output = model(**inputs.policy_inputs())
         loss, metrics = self.policy_loss(inputs, output, tokens=tokens, sequences=sequences)
-        entropy_loss, entropy_metrics = entropy_bonus(output.entropy_BT, inputs.loss_mask_BT, denominator=tokens)
+        mask_BT = inputs.loss_mask_BT
+        metrics["approx_kl"] = approximate_kl(output.logps_BT, inputs.old_logps_BT, mask_BT, denominator=tokens)
+        entropy_loss, entropy_metrics = entropy_bonus(output.entropy_BT, mask_BT, denominator=tokens)
         if args.entropy_coef:
             loss = loss + args.entropy_coef * entropy_loss
         for name, share in self._mean_over_ranks({**metrics, **entropy_metrics}).items():
@@ -275,12 +283,13 @@ class OnPolicyTrainer(Trainer):
             batch = state.rollout.micro_batch(
                 state.micro_step % args.steps_per_generation, args.per_device_train_batch_size
             )
-            started = time.perf_counter()
-            loss = super().training_step(model, batch, num_items_in_batch)
-            self._metrics["seconds/update"].append(time.perf_counter() - started)
+            with self._timer.phase("update"):
+                loss = super().training_step(model, batch, num_items_in_batch)
         state.micro_step += 1
         if state.micro_step % args.gradient_accumulation_steps == 0 and self._window_metrics:
             self._close_window()
+        if state.micro_step % self._micro_steps_per_rollout == 0:
+            self._record(self._timer.reset(tokens=int(state.rollout.completion_mask_BT.sum())))
         return loss
 
     def _close_window(self) -> None:
@@ -349,36 +358,47 @@ class OnPolicyTrainer(Trainer):
         means = self.accelerator.reduce(torch.stack(list(metrics.values())), reduction="mean")
         return dict(zip(metrics, means.tolist(), strict=True))
 
-    def _decode(self, rollout: Rollout) -> list[str]:
-        rows = zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
-        return self.processing_class.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
-
     # Evaluation and checkpoints
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward."""
+        """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward.
+
+        Raises:
+            InputError: There is no evaluation data, or it has no column `prompt`.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("There is nothing to evaluate on: give `eval_dataset`.")
+        check_held_out(dataset)
         if isinstance(dataset, dict):
             metrics = {}
             for name, rows in dataset.items():
                 metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         policy = self.accelerator.unwrap_model(self.model_wrapped)
-        result = evaluate_student(
-            policy,
-            self.processing_class,
-            list(dataset),
-            self.reward_model,
-            max_prompt_length=self.args.max_prompt_length,
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
+        with self.compute_loss_context_manager():
+            result = evaluate_student(
+                policy,
+                self.processing_class,
+                list(dataset),
+                self.reward_model,
+                max_prompt_length=self.args.max_prompt_length,
+                max_completion_length=self.args.max_completion_length,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        self.log(metrics)
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Trainer's generic card before a push to the Hub, unless a recipe has left a better one."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         output_dir = Path(output_dir or self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.advantages import explained_variance, gae, running_moments
+from rlkd_trl.ops.advantages import denormalize, explained_variance, gae, normalize, running_moments
 from rlkd_trl.ops.losses import clipped_policy_loss, clipped_value_loss
 from rlkd_trl.ops.masking import masked_moments
 from rlkd_trl.ops.rewards import potential_shaping
@@ -14,7 +14,6 @@ from rlkd_trl.trainers.rollout import Rollout
 
 _CRITIC_RATE_FACTOR = 10
 _RETURN_MOMENTS_DECAY = 0.9
-_SMALLEST_RETURN_STD = 1e-4
 
 
 class PPOKDTrainer(OnPolicyTrainer):
@@ -53,24 +52,24 @@ class PPOKDTrainer(OnPolicyTrainer):
             rewards_BT = potential_shaping(
                 rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
             )
-        values_BT1 = self._in_reward_units(rollout.old_values_BT1)
+        values_BT1 = rollout.old_values_BT1
+        if self.on_policy_state.return_variance is not None:  # before the first rollout, the critic's 0 means 0
+            values_BT1 = denormalize(values_BT1, *self._return_moments)
         advantages_BT = gae(rewards_BT, values_BT1, mask_BT, rollout.ended_B, gamma=args.gamma, lam=args.lam)
         returns_BT = advantages_BT + values_BT1[:, :-1]
-        explained = explained_variance(values_BT1[:, :-1], returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        loss_mask_BT = rollout.loss_mask_BT
+        explained = explained_variance(
+            values_BT1[:, :-1], returns_BT, loss_mask_BT, sum_over_ranks=self._sum_over_ranks
+        )
         self._record({"explained_variance": explained})
-        self._track_returns(returns_BT, mask_BT)
+        self._track_returns(returns_BT, loss_mask_BT)
         if args.normalize_advantages:
-            advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
-        return rollout.with_(advantages_BT=advantages_BT, returns_BT=self._in_critic_units(returns_BT))
+            advantages_BT = self._whitened(advantages_BT, loss_mask_BT)
+        return rollout.with_(advantages_BT=advantages_BT, returns_BT=normalize(returns_BT, *self._return_moments))
 
-    def _in_reward_units(self, values: Tensor) -> Tensor:
-        state = self.on_policy_state
-        # Before the first rollout nothing is known of the returns, and the critic's zero means zero.
-        return state.return_mean + (state.return_variance or 0.0) ** 0.5 * values
-
-    def _in_critic_units(self, returns: Tensor) -> Tensor:
-        state = self.on_policy_state
-        return (returns - state.return_mean) / max(state.return_variance**0.5, _SMALLEST_RETURN_STD)
+    @property
+    def _return_moments(self) -> tuple[float, float]:
+        return self.on_policy_state.return_mean, self.on_policy_state.return_variance
 
     def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:
         """Moves the running moments towards this rollout's, over all processes; the first sets them."""

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
+from rlkd_trl.ops.advantages import leave_one_out, return_to_go, token_leave_one_out
 from rlkd_trl.ops.losses import clipped_policy_loss, clipped_sequence_policy_loss
-from rlkd_trl.ops.rewards import potential_shaping, sequence_sum
+from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
 from rlkd_trl.students import PolicyOutput
 from rlkd_trl.trainers.config import RLOOKDConfig
 from rlkd_trl.trainers.on_policy import OnPolicyTrainer
@@ -14,25 +14,28 @@ from rlkd_trl.trainers.rollout import Rollout
 class RLOOKDTrainer(OnPolicyTrainer):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, "Back to Basics").
 
-    level="sequence" is the paper's method and TRL's: the sum of a completion's rewards minus the mean of the other
-    completions of its prompt, one clipped ratio per completion. level="token" gives each token its return-to-go,
-    shaped by the teacher's V_t, minus the same of the other completions at that position.
+    level="sequence" is the paper's method and TRL's: the (discounted) sum of a completion's rewards minus the mean of
+    the other completions of its prompt, one clipped ratio per completion. level="token" gives each token its
+    return-to-go, shaped by the teacher's V_t, minus the same of the other completions at that position. A truncated
+    completion is worth its rewards and the teacher's V of the state in which it was cut off. Completions left out of
+    the loss (`mask_truncated_completions`) still count in the others' baselines.
     """
 
     args: RLOOKDConfig
 
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT
+        # At sequence level, shaping and bootstrapping differ by V_1, the same for all completions of a prompt.
+        shaped = args.level == "token" and args.teacher_baseline
+        rewards_BT = (potential_shaping if shaped else bootstrap_truncated)(
+            rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
+        )
         if args.level == "sequence":
-            advantages_B = leave_one_out(sequence_sum(rollout.rewards_BT, mask_BT), args.num_generations)
+            returns_BT = return_to_go(rewards_BT, mask_BT, gamma=args.gamma)
+            advantages_B = leave_one_out(returns_BT[:, 0], args.num_generations)
             if args.normalize_advantages:
                 advantages_B = self._whitened(advantages_B, rollout.loss_mask_BT.any(dim=1))
             return rollout.with_(advantages_BT=advantages_B[:, None] * mask_BT)
-        rewards_BT = rollout.rewards_BT
-        if args.teacher_baseline:
-            rewards_BT = potential_shaping(
-                rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
-            )
         advantages_BT = token_leave_one_out(
             rewards_BT, mask_BT, num_generations=args.num_generations, gamma=args.gamma
         )

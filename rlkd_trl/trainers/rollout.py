@@ -79,6 +79,10 @@ class Rollout:
         cut["prompt_index_B"] = prompt_index_b - first
         return Rollout(**cut)
 
+    @property
+    def completions(self) -> Completions:
+        return Completions(self.completion_ids_BT, self.completion_mask_BT, self.ended_B)
+
     def policy_inputs(self) -> dict[str, Tensor]:
         """What the policy's forward pass takes."""
         return {

@@ -51,8 +51,8 @@ def test_the_data_is_the_same_everywhere():
 def test_one_row_as_read_by_eye(splits):
     assert splits["train"][1] == {
         "source": "name[Eagle Creek], type[forest], difficulty[moderate], season[winter], start[North Gate]",
-        "target": "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time to "
-        "go. This route is medium.",
+        "target": "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time "
+        "to go. This route is medium.",
         "references": [
             "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time to "
             "go. This route is medium.",

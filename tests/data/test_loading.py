@@ -60,7 +60,7 @@ def test_directory_with_a_file_for_each_split(tmp_path):
     write(tmp_path / "test.jsonl", json.dumps(ROWS[1]))
     assert load_rows(str(tmp_path), "train").to_list() == ROWS[:1]
     assert load_rows(str(tmp_path), "test").to_list() == ROWS[1:]
-    fails(r"`--dataset_split dev` is not in .*; its splits are: train, test\.", tmp_path, "dev")
+    fails(r"Split 'dev' is not in .*; its splits are: train, test\.", tmp_path, "dev")
 
 
 def test_directories_that_save_to_disk_wrote(tmp_path):
@@ -68,8 +68,8 @@ def test_directories_that_save_to_disk_wrote(tmp_path):
     DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "dict")
     assert load_rows(str(tmp_path / "one")).to_list() == ROWS
     assert load_rows(str(tmp_path / "dict"), "test").to_list() == ROWS
-    fails(r"`--dataset_split test` is not in .*one; its splits are: train\.", tmp_path / "one", "test")
-    fails(r"`--dataset_split train` is not in .*dict; its splits are: test\.", tmp_path / "dict")
+    fails(r"Split 'test' is not in .*one; its splits are: train\.", tmp_path / "one", "test")
+    fails(r"Split 'train' is not in .*dict; its splits are: test\.", tmp_path / "dict")
 
 
 def test_changed_content_is_read_anew_even_at_the_same_size(tmp_path):
@@ -119,8 +119,8 @@ def test_the_e2e_files():
 
 def test_missing_file_fails_before_the_network_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked for it"))
-    fails(r"`--dataset .*none\.csv` does not exist; check the path", tmp_path / "none.csv")
-    fails(r"`--dataset none\.jsonl` does not exist", "none.jsonl")
+    fails(r"Dataset .*none\.csv does not exist; check the path", tmp_path / "none.csv")
+    fails(r"Dataset none\.jsonl does not exist", "none.jsonl")
     fails(r"does not exist; check the path", tmp_path / "no_such_directory")
 
 
@@ -156,7 +156,7 @@ def test_wrong_encoding(tmp_path):
 
 def test_other_split_of_a_single_file(tmp_path):
     file = write(tmp_path / "a.csv", "mr,ref\na,b\n")
-    fails(r"`--dataset_split test` is not in .*a\.csv: a single file has the one split 'train'", file, "test")
+    fails(r"Split 'test' is not in .*a\.csv: a single file has the one split 'train'", file, "test")
     fails(r"has no rows in split 'train\[:0\]'", file, "train[:0]")
 
 
@@ -171,7 +171,7 @@ def test_hub_errors_say_that_neither_a_path_nor_the_hub_worked(monkeypatch):
         raise ConnectionError("Couldn't reach 'owner/data' on the Hub (Timeout)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = r"`--dataset owner/data` is not a local path and could not be fetched from the Hub: Couldn't reach"
+    message = r"Dataset owner/data is not a local path and could not be fetched from the Hub: Couldn't reach"
     fails(message, "owner/data")
     fails(r"from the Hub at revision v9: Couldn't reach", "owner/data", revision="v9")
 
@@ -185,7 +185,7 @@ def test_hub_arguments_and_unknown_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load_rows("owner/data", "test", revision="main", config="3.0.0").to_list() == ROWS
-    message = r"`--dataset_split dev` is not in owner/data; its splits are: train, test\."
+    message = r"Split 'dev' is not in owner/data; its splits are: train, test\."
     fails(message, "owner/data", "dev", revision="main", config="3.0.0")
 
 
@@ -194,7 +194,10 @@ def test_hub_dataset_with_several_configurations_lists_them(monkeypatch):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['1.0.0', '2.0.0']\n")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    fails(r"`--dataset owner/data` has several configurations; choose one of: 1\.0\.0, 2\.0\.0\.", "owner/data")
+    fails(
+        r"Dataset owner/data has several configurations; choose one with --dataset_config: 1\.0\.0, 2\.0\.0\.",
+        "owner/data",
+    )
 
 
 def test_importing_the_package_loads_no_heavy_library():

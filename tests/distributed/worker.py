@@ -30,6 +30,7 @@ class Case:
     family: str = "t5-tied"
     gradient_accumulation: int = 1
     settings: tuple = ()
+    rows: int = 32
 
 
 CASES = {
@@ -43,6 +44,8 @@ CASES = {
     "rloo-token": Case("rloo-token"),
     "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-token-accumulated": Case("rloo-token", "llama", 2),
+    # Two rollouts an epoch, four prompts each: the ranks must agree on the second epoch's order too.
+    "rloo-token-two-epochs": Case("rloo-token", settings=(("max_steps", 4),), rows=8),
 }
 GLOBAL_BATCH = 8
 
@@ -52,7 +55,7 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         case.method,
         output_dir,
         family=case.family,
-        data=prompts(32, seed=1),
+        data=prompts(case.rows, seed=1),
         per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
         gradient_accumulation_steps=gradient_accumulation,
         **{**COMMON, **dict(case.settings)},

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from rlkd_trl.ops.advantages import explained_variance, gae, leave_one_out, return_to_go, token_leave_one_out
+from rlkd_trl.ops.advantages import (
+    denormalize,
+    explained_variance,
+    gae,
+    leave_one_out,
+    normalize,
+    return_to_go,
+    running_moments,
+    token_leave_one_out,
+)
 from rlkd_trl.ops.rewards import potential_shaping
 from tests.ops.ragged_batches import (
     DTYPES,
@@ -256,3 +265,37 @@ def test_padding_is_ignored_in_explained_variance(poison):
         (normal(8, 6, seed=1), mask_BT),
         poison=poison,
     )
+
+
+# ---- normalised returns
+
+
+def test_running_moments_by_hand():
+    # First moment 0.9·2 + 0.1·12 = 3; second 0.9·(4 + 2²) + 0.1·(9 + 12²) = 7.2 + 15.3 = 22.5; variance 22.5 − 3².
+    assert running_moments(2.0, 4.0, 12.0, 9.0, decay=0.9) == pytest.approx((3.0, 13.5))
+    assert running_moments(2.0, 4.0, 12.0, 9.0, decay=1.0) == pytest.approx((2.0, 4.0))
+    assert running_moments(2.0, 4.0, 12.0, 9.0, decay=0.0) == pytest.approx((12.0, 9.0))
+
+
+def test_running_moments_of_halves_are_those_of_the_whole():
+    """At decay ½, two batches of one size count the same: mean and variance of all their numbers."""
+    first, second = ([1.0, 4.0, -2.0], [10.0, 8.0, 3.0])
+    moments = [(math.fsum(x) / 3, math.fsum((v - math.fsum(x) / 3) ** 2 for v in x) / 3) for x in (first, second)]
+    # all six: sum 24, mean 4; deviations −3, 0, −6, 6, 4, −1 with squares 9 + 0 + 36 + 36 + 16 + 1 = 98
+    assert running_moments(*moments[0], *moments[1], decay=0.5) == pytest.approx((4.0, 98 / 6))
+
+
+def test_normalize_by_hand_and_back():
+    values = torch.tensor([7.0, 3.0, -1.0], dtype=torch.float64)
+    # (7 − 3)/2 = 2, (3 − 3)/2 = 0, (−1 − 3)/2 = −2
+    assert normalize(values, 3.0, 4.0).tolist() == [2.0, 0.0, -2.0]
+    assert denormalize(torch.tensor([2.0, 0.0, -2.0]), 3.0, 4.0).tolist() == [7.0, 3.0, -1.0]
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-12, 1e-8, 0.3, 1e4])
+def test_denormalize_takes_normalize_back_even_without_variance(variance):
+    values = normal(20, seed=0, dtype=torch.float64)
+    back = denormalize(normalize(values, -1.5, variance), -1.5, variance)
+    torch.testing.assert_close(back, values, rtol=1e-9, atol=1e-9)
+    # Equal returns, whose variance is 0 up to rounding, must not blow the rounding up: std is at least 1e-4.
+    assert normalize(torch.tensor([-1.5 + 1e-6]), -1.5, variance).abs() < 0.02

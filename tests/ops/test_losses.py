@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from rlkd_trl.ops.losses import clipped_policy_loss, clipped_sequence_policy_loss, clipped_value_loss, entropy_bonus
+from rlkd_trl.ops.losses import (
+    approximate_kl,
+    clipped_policy_loss,
+    clipped_sequence_policy_loss,
+    clipped_value_loss,
+    entropy_bonus,
+)
 from tests.ops.ragged_batches import (
     DTYPES,
     POISONS,
@@ -44,7 +50,6 @@ def surrogate_by_loop(pairs, epsilon, denominator):
     return -math.fsum(objective) / n, {
         "ratio": math.fsum(ratios) / n,
         "clip_fraction": sum(was_clipped) / n,
-        "approx_kl": math.fsum(r - 1 - log_ratio for r, (log_ratio, _) in zip(ratios, pairs, strict=True)) / n,
     }
 
 
@@ -147,7 +152,7 @@ def test_ratio_one_is_the_plain_policy_gradient(seed):
         [-advantages_BT[i, t].item() / n if t < length else 0.0 for t in range(6)] for i, length, _ in batch.rows
     ]
     assert_matches(logps_BT.grad, expected)
-    assert (metrics["ratio"], metrics["clip_fraction"], metrics["approx_kl"]) == (1, 0, 0)
+    assert (metrics["ratio"], metrics["clip_fraction"]) == (1, 0)
 
 
 def test_the_plain_policy_gradient_reaches_the_logits():
@@ -204,6 +209,53 @@ def test_sequence_ratio_one_is_the_plain_policy_gradient(seed):
         [-advantages_BT[i, 0].item() / 7 if t < length else 0.0 for t in range(6)] for i, length, _ in batch.rows
     ]
     assert_matches(logps_BT.grad, expected)
+
+
+# ---- KL estimate
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_approximate_kl_matches_the_loop(seed, denominator, dtype):
+    batch, logps_BT, old_logps_BT, _ = random_policies(seed, dtype)
+    log_ratios = [
+        logps_BT[i, t].item() - old_logps_BT[i, t].item() for i, length, _ in batch.rows for t in range(length)
+    ]
+    expected = math.fsum(math.exp(d) - 1 - d for d in log_ratios) / (denominator or len(log_ratios))
+    assert expected > 1e-3
+    actual = approximate_kl(logps_BT.requires_grad_(), old_logps_BT, batch.mask_BT, denominator=denominator)
+    assert not actual.requires_grad, "it is for the log and must not hold the graph"
+    assert_matches(actual, expected, dtype)
+
+
+def test_the_expected_approximate_kl_is_the_kl():
+    """E_old[ρ − 1 − log ρ] = KL(π_old ‖ π): every token of a vocabulary of four, in proportion to π_old."""
+    old_V = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    new_V = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    # ten draws from π_old: four of the first token, three of the second, two of the third, one of the fourth
+    draws_T = torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [3])
+    actual = approximate_kl(new_V.log()[draws_T][None], old_V.log()[draws_T][None], torch.ones(1, 10).bool())
+    expected = 0.4 * math.log(4) + 0.3 * math.log(1.5) + 0.2 * math.log(2 / 3) + 0.1 * math.log(1 / 4)
+    assert actual.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_approximate_kl_is_zero_for_one_policy_and_never_negative():
+    batch, logps_BT, old_logps_BT, _ = random_policies(seed=0)
+    assert approximate_kl(logps_BT, logps_BT, batch.mask_BT) == 0
+    for row in range(8):  # row by row, so that no other row hides it
+        assert approximate_kl(logps_BT[[row]], old_logps_BT[[row]], batch.mask_BT[[row]]) >= 0
+    assert approximate_kl(logps_BT, old_logps_BT, torch.zeros(8, 6, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_approximate_kl_ignores_padding(poison):
+    batch, logps_BT, old_logps_BT, _ = random_policies(0, torch.float32)
+    clean = approximate_kl(logps_BT, old_logps_BT, batch.mask_BT)
+    dirty = [torch.where(batch.mask_BT, x, torch.full_like(x, poison)) for x in (logps_BT, old_logps_BT)]
+    assert approximate_kl(dirty[0], old_logps_BT, batch.mask_BT) == clean
+    assert approximate_kl(logps_BT, dirty[1], batch.mask_BT) == clean
+    assert approximate_kl(*dirty, batch.mask_BT) == clean
 
 
 # ---- value loss

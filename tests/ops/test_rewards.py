@@ -7,6 +7,7 @@ from rlkd_trl.ops.advantages import return_to_go
 from rlkd_trl.ops.lm_head import logit_statistics
 from rlkd_trl.ops.rewards import (
     adaptive_kl_coefficient,
+    bootstrap_truncated,
     centre,
     k_step_return,
     kl_penalty,
@@ -315,6 +316,37 @@ def test_the_teacher_forcing_reward_shaped_by_its_values_is_q_minus_v(seed, gamm
     assert (shaped_BT < 5e-6).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bootstrap_truncated_matches_the_loop(seed, gamma, dtype):
+    batch, rewards_BT, potentials_BT1 = random_scores(seed, dtype)
+    rows = []
+    for i, length, ended in batch.rows:
+        row = rewards_BT[i, :length].tolist()
+        if length and not ended:
+            row[-1] += gamma * potentials_BT1[i, length].item()
+        rows.append(row)
+    bootstrapped_BT = bootstrap_truncated(rewards_BT, potentials_BT1, batch.mask_BT, batch.ended_B, gamma=gamma)
+    assert_matches(bootstrapped_BT, padded(rows, 6), dtype)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shaping_and_bootstrapping_differ_by_the_first_potential(seed, gamma):
+    """In the discounted sum of a completion: Σ γ^t shaped = Σ γ^t bootstrapped − Φ_1, ended or truncated."""
+    batch, rewards_BT, potentials_BT1 = random_scores(seed)
+    arguments = (rewards_BT, potentials_BT1, batch.mask_BT, batch.ended_B)
+    shaped_BT = potential_shaping(*arguments, gamma=gamma)
+    bootstrapped_BT = bootstrap_truncated(*arguments, gamma=gamma)
+    for i, length, _ in batch.rows:
+        if length:
+            sums = [
+                math.fsum(gamma**t * x_BT[i, t].item() for t in range(length)) for x_BT in (shaped_BT, bootstrapped_BT)
+            ]
+            assert sums[0] == pytest.approx(sums[1] - potentials_BT1[i, 0].item(), abs=1e-12)
+
+
 # ---- other per-token rewards
 
 
@@ -400,9 +432,20 @@ def test_adaptive_kl_coefficient_by_hand(kl, expected):
         lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=100),
         lambda q, v, mask, ended: k_step_return(q, v, mask, ended, k=2, gamma=0.0),
         lambda q, v, mask, ended: potential_shaping(q, v, mask, ended, gamma=0.9),
+        lambda q, v, mask, ended: bootstrap_truncated(q, v, mask, ended, gamma=0.9),
         lambda q, v, mask, ended: sequence_sum(q, mask),
     ],
-    ids=["zero-terminal", "teacher-forcing", "1-step", "2-step", "100-step", "2-step-myopic", "shaping", "sum"],
+    ids=[
+        "zero-terminal",
+        "teacher-forcing",
+        "1-step",
+        "2-step",
+        "100-step",
+        "2-step-myopic",
+        "shaping",
+        "bootstrap",
+        "sum",
+    ],
 )
 def test_padding_is_ignored(function, poison):
     """The value after EOS counts as padding: 0 by definition, whatever the model says there."""

@@ -158,13 +158,6 @@ def test_expected_and_soft_only_on_request(tokenizer):
     assert scores.expected is None and scores.soft is not None
 
 
-def test_rows_of_scores(tokenizer):
-    scores = score(Teacher(tiny_llama(), tokenizer), tau=None)
-    some = scores.rows(torch.tensor([4, 1]))
-    assert torch.equal(some.chosen, scores.chosen[[4, 1]]) and torch.equal(some.max, scores.max[[4, 1]])
-    assert some.soft is None
-
-
 @pytest.mark.parametrize("rows_per_slice", [1, 4])
 def test_the_head_sees_each_existing_state_once_in_slices(any_model, tokenizer, monkeypatch, rows_per_slice):
     """So no [B, T, V] tensor exists; and neither padding nor the state after EOS costs anything."""

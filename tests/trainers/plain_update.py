@@ -65,7 +65,8 @@ def targets_of(
 ) -> Targets:
     """Advantages and returns of a rollout that `student` (with `critic` and `head`) sampled.
 
-    `return_moments`: the running mean and variance of earlier rollouts' returns; without any, every value counts as 0.
+    `return_moments`: the running mean and variance of earlier rollouts' returns; without any, values
+    count as they are.
     """
     gamma = args.gamma
     rewards, old_logps, old_values = [], [], []
@@ -75,6 +76,8 @@ def targets_of(
             r[-1] -= args.missing_eos_penalty
         if args.teacher_baseline and method != "rloo-sequence":
             r = [r[t] + gamma * phi[t + 1] - phi[t] for t in range(len(r))]
+        elif method != "ppo" and not s.ended:  # the teacher's value stands for what was cut off
+            r[-1] += gamma * phi[-1]
         rewards.append(r)
         old_logps.append(chosen_log_probs(student, s.prompt, s.completion, args.temperature).tolist())
         if head is not None:
@@ -83,7 +86,7 @@ def targets_of(
     returns = None
     if method == "ppo":
         advantages, returns = [], []
-        mean, variance = return_moments or (0.0, 0.0)
+        mean, variance = return_moments or (0.0, 1.0)
         for s, r, normalised in zip(samples, rewards, old_values, strict=True):
             v = [mean + variance**0.5 * value for value in normalised]
             if s.ended:
@@ -95,7 +98,7 @@ def targets_of(
             advantages.append(a)
             returns.append([a[t] + v[t] for t in range(len(r))])
         # The first rollout's moments, or 9/10 of the old first and second moment and 1/10 of the new.
-        every = [g for row in returns for g in row]
+        every = [g for i in range(len(samples)) if _in_loss(args, samples[i]) for g in returns[i]]
         first, second = sum(every) / len(every), sum(g**2 for g in every) / len(every)
         if return_moments is not None:
             first, second = 0.9 * mean + 0.1 * first, 0.9 * (variance + mean**2) + 0.1 * second
@@ -103,10 +106,9 @@ def targets_of(
     else:
         to_go = []
         for r in rewards:
-            discount = 1.0 if method == "rloo-sequence" else gamma
             g, following = [0.0] * len(r), 0.0
             for t in reversed(range(len(r))):
-                following = r[t] + discount * following
+                following = r[t] + gamma * following
                 g[t] = following
             to_go.append(g)
         advantages = []

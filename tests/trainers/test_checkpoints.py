@@ -4,12 +4,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from tests.conftest import MODELS
 from tests.students.plain_forward import plain_forward
-from tests.trainers.tiny_runs import assert_same_weights, build, largest_difference, prompts, snapshot
+from tests.trainers.tiny_runs import assert_same_weights, build, largest_difference, prompts, run, snapshot
 
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [("ppo", "t5-tied"), ("rloo-token", "t5-untied"), ("rloo-sequence", "llama"), ("ppo", "llama")],
+    [
+        ("ppo", "t5-tied"),
+        ("rloo-token", "t5-untied"),
+        ("rloo-sequence", "llama"),
+        pytest.param("ppo", "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_plain_transformers_loads_a_trained_student(method, family, tmp_path):
     trainer = build(method, tmp_path, family=family)
@@ -28,18 +33,20 @@ def test_plain_transformers_loads_a_trained_student(method, family, tmp_path):
     assert (tmp_path / "student" / "generation_config.json").is_file()
 
 
-RESUMED = [
-    ("ppo", "t5-tied", {}),
-    ("ppo", "llama", {"critic": "separate"}),
-    ("rloo-token", "t5-tied", {"beta": 0.2, "kl_target": 1.0, "kl_horizon": 50.0}),
-    ("rloo-sequence", "llama", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
-    # Two rollouts an epoch: the checkpoint is at the end of the first epoch, or in the middle of the second.
-    ("rloo-token", "t5-tied", {"data": prompts(8)}),
-    ("rloo-token", "t5-tied", {"data": prompts(12), "save_steps": 4}),
-]
+RESUMED = {
+    "ppo": ("ppo", "t5-tied", {}),
+    "separate critic": ("ppo", "llama", {"critic": "separate"}),
+    "adaptive KL": ("rloo-token", "t5-tied", {"beta": 0.2, "kl_target": 1.0, "kl_horizon": 50.0}),
+    "accumulated": ("rloo-sequence", "llama", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    "at the end of an epoch": ("rloo-token", "t5-tied", {"data": prompts(8)}),
+    "within the second epoch": ("rloo-token", "t5-tied", {"data": prompts(12), "save_steps": 4}),
+}
+QUICK = ("within the second epoch",)
 
 
-@pytest.mark.parametrize("case", range(len(RESUMED)))
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in RESUMED]
+)
 def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
     method, family, settings = RESUMED[case]
     settings = {
@@ -65,9 +72,11 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
     assert_same_weights(snapshot(resumed.model), snapshot(whole.model), rtol=1e-4, atol=1e-5)
 
 
-def test_best_model_is_loaded_at_the_end(tmp_path):
-    trainer = build(
-        "rloo-sequence",
+@pytest.mark.parametrize("method", ["ppo", "rloo-sequence"])
+def test_best_model_is_loaded_at_the_end(method, tmp_path):
+    """The one of the shortest greedy outputs, and of several the first: here never the last of the four."""
+    recorder = run(
+        method,
         tmp_path,
         max_steps=4,
         learning_rate=0.1,
@@ -80,11 +89,18 @@ def test_best_model_is_loaded_at_the_end(tmp_path):
         metric_for_best_model="eval_tokens",
         greater_is_better=False,
     )
-    trainer.train()
-    best = AutoModelForSeq2SeqLM.from_pretrained(trainer.state.best_model_checkpoint)
-    assert_same_weights(snapshot(trainer.model.model), snapshot(best))
+    trainer = recorder.trainer
+    lengths = [entry["eval_tokens"] for entry in trainer.state.log_history if "eval_tokens" in entry]
+    best = lengths.index(min(lengths)) + 1
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert len(lengths) == len(recorder.weights) == 4 and best < 4
+    assert_same_weights(snapshot(trainer.model), recorder.weights[best - 1])
+    assert largest_difference(recorder.weights[3], recorder.weights[best - 1]) > 1e-2
+    saved = AutoModelForSeq2SeqLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same_weights(snapshot(trainer.model.model), snapshot(saved))
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_the_same_and_other_seeds_are_not(tmp_path):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

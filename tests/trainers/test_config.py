@@ -40,6 +40,8 @@ def config(config_class, tmp_path, **settings):
         ({"kl_target": 1.0}, "kl_target"),
         ({"beta": 0.1, "kl_target": 0.0}, "kl_target"),
         ({"beta": 0.1, "kl_target": -1.0}, "kl_target"),
+        ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 7.0}, "shorter than one rollout of 8 completions"),
+        ({"entropy_coef": -0.1}, "entropy_coef"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, message):
@@ -53,6 +55,9 @@ def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, me
         (PPOKDConfig, {"critic": "none"}, "critic"),
         (PPOKDConfig, {"lam": 1.5}, "lam"),
         (PPOKDConfig, {"lam": -0.5}, "lam"),
+        (PPOKDConfig, {"vf_coef": -0.1}, "vf_coef"),
+        (PPOKDConfig, {"critic_learning_rate": -1e-3}, "critic_learning_rate"),
+        (PPOKDConfig, {"cliprange_value": 0.0}, "cliprange_value"),
         (RLOOKDConfig, {"level": "word"}, "level"),
         (RLOOKDConfig, {"num_generations": 1}, "at least 2"),
     ],

@@ -73,6 +73,22 @@ def test_reward_and_returns_are_discounted_alike(method, tmp_path):
     build(method, tmp_path, reward=teacher_reward(gamma=0.9), gamma=0.9)
 
 
+def test_k_step_returns_are_refused_where_gae_would_take_them_apart(tmp_path):
+    with pytest.raises(InputError, match=r"k = 3 .* set lam to 1 \(it is 0\.95\)"):
+        build("ppo", tmp_path, reward=teacher_reward(k=3), lam=0.95)
+    build("ppo", tmp_path, reward=teacher_reward(k=3), lam=1.0)
+    build("rloo-token", tmp_path, reward=teacher_reward(k=3))
+
+
+def test_evaluation_data_without_prompts(tmp_path):
+    wrong = Dataset.from_dict({"mr": ["a"]})
+    for data in (wrong, {"easy": prompts(2), "hard": wrong}):
+        with pytest.raises(InputError, match=r"evaluation data has no column `prompt`; its columns are: mr"):
+            build("ppo", tmp_path, eval_data=data)
+    with pytest.raises(InputError, match="eval_dataset"):
+        build("ppo", tmp_path).evaluate()
+
+
 def test_rewards_without_gamma_go_with_any(tmp_path):
     build("ppo", tmp_path, reward=LogLikelihoodReward(teacher_reward().panel), gamma=0.5)
 

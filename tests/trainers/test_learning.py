@@ -16,6 +16,7 @@ def count_of_w7(prompts, completions, completion_ids, **columns):
     ("method", "family", "least_gain"),
     [("ppo", "t5-tied", 0.8), *((method, "llama", 3.0) for method in METHODS)],
 )
+@pytest.mark.slow
 def test_a_token_that_is_rewarded_is_learnt(method, family, least_gain, tmp_path):
     recorder = run(
         method,

@@ -27,7 +27,12 @@ def test_no_reference_without_beta(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [("ppo", "llama"), ("rloo-sequence", "t5-tied"), ("rloo-token", "llama")]
+    ("method", "family"),
+    [
+        ("ppo", "llama"),
+        pytest.param("rloo-sequence", "t5-tied", marks=pytest.mark.slow),
+        pytest.param("rloo-token", "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_kl_penalty_lowers_the_reward_by_beta_per_nat(method, family, tmp_path):
     initial = MODELS[family]()
@@ -131,6 +136,7 @@ def test_early_stop_reads_the_kl_of_the_whole_step(tmp_path):
     assert not unstopped.trainer.on_policy_state.stopped
 
 
+@pytest.mark.slow
 def test_high_threshold_stops_nothing(tmp_path):
     settings = {"num_iterations": 3, "max_steps": 3}
     limited = run("ppo", tmp_path / "limited", early_stop_kl=1e6, **settings)

@@ -1,0 +1,256 @@
+"""What a user gets wrong: one line that says so, exit code 2, before a model is loaded and anything is written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.conftest import word_tokenizer
+from tests.recipes.command_lines import COLUMNS, RECIPES, SAMPLING, TWO_STEPS, main_of, run, word_rows, write_csv
+from tests.recipes.command_lines import write_templates as templates
+
+# Commands with nothing wrong in them; a case below adds to one of them, and the last flag of a name counts.
+DATA = f"--dataset data.csv {COLUMNS}"
+GOOD = {
+    "sft": f"--student student {DATA} {TWO_STEPS} --output_dir out",
+    "sft (new model)": f"{DATA} {TWO_STEPS} --output_dir out",
+    "pseudo_label": f"--teacher teacher {DATA} --output out",
+    "ppo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
+    "rloo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
+    "evaluate": f"--teacher teacher --student student {DATA} --output_dir out",
+}
+ALL = tuple(GOOD)
+ON_POLICY = ("ppo_kd", "rloo_kd")
+ASKED = ("pseudo_label", "ppo_kd", "rloo_kd", "evaluate")  # the recipes that ask a teacher
+REWARDED = ("ppo_kd", "rloo_kd", "evaluate")
+TRAINED = ("sft", "ppo_kd", "rloo_kd")
+
+# (recipes, what is wrong, a part of the message)
+DATA_CASES = [
+    (ALL, "--source_column text", "`--source_column text` is not in the data; its columns are: mr, ref."),
+    (ALL, "--target_column text", "`--target_column text` is not in the data; its columns are: mr, ref."),
+    (ALL, "--dataset empty.csv", "empty.csv is empty"),
+    (ALL, "--dataset header.csv", "header.csv has no rows"),
+    (ALL, "--dataset nowhere.csv", "nowhere.csv does not exist"),
+    (ALL, "--dataset data.txt", "extension that is not known; use one of: .csv"),
+    (ALL, "--dataset ragged.csv", "more fields than its header"),
+    (ALL, "--dataset broken.jsonl", "broken.jsonl could not be read"),
+    (ALL, "--dataset_split test", "Split 'test' is not in data.csv"),
+    (ALL, "--dataset no_source.csv", "Row 3: column `mr` is empty"),
+    (ALL, "--dataset no_target.csv", "Row 3: column `ref` is empty"),
+    (ALL, "--dataset numbers.csv", "column `ref` holds 0 (int), not text"),
+    (ALL, "--max_rows 0", "max_rows"),
+    (ON_POLICY, "--eval_dataset nowhere.csv", "nowhere.csv does not exist"),
+    (ON_POLICY, "--max_rows 5", "5 distinct inputs are too few to hold some out: give --eval_dataset."),
+    (ON_POLICY, "--per_device_train_batch_size 80", "A rollout takes 40 prompts"),
+]
+PROMPT_CASES = [
+    (ALL, "--templates nowhere.yaml", "no prompt template file nowhere.yaml"),
+    (ALL, "--templates builtin:poetry", "no built-in templates for 'poetry'; tasks: data_to_text"),
+    (ALL, "--templates good.yaml --template_names best", "has no template 'best'; it has: one"),
+    (ALL, "--templates not_jinja.yaml", "is not valid jinja, line 1"),
+    (ALL, "--templates fails.yaml", "fails on a row: ZeroDivisionError"),
+    (ALL, "--templates two_columns.yaml", "asks for column 'kind'; the row has:"),
+    (ALL, "--templates shows_reference.yaml", "asks for column 'ref'"),
+    (ALL, "--templates blank.yaml", "renders an empty prompt"),
+    (ALL, "--templates evil.yaml", "does what the sandbox forbids"),
+    (ALL, "--templates good.yaml --rename_columns mr", "'mr' is not of the form old=new"),
+    (ALL, "--templates good.yaml --rename_columns kind=mr", "the row has no column 'kind'"),
+    (ALL, "--templates good.yaml --rename_columns mr=kind", "have no variable 'kind'; theirs are: mr"),
+    (ALL, "--template_names one", "need --templates"),
+    (ALL, "--student_template '{{ kind }}'", "asks for column 'kind'"),
+]
+MODEL_CASES = [
+    (ASKED, "--teacher ./nowhere", "nowhere` is not a directory"),
+    (ASKED, "--teacher files", "is a directory without config.json"),
+    (ASKED, "--teacher without_tokenizer", "holds no tokenizer"),
+    (REWARDED, "--teacher teacher ./nowhere", "nowhere` is not a directory"),
+    (REWARDED, "--student ./nowhere", "nowhere` is not a directory"),
+    (REWARDED, "--teacher other_tokenizer", "Teacher and student have different tokenizers (30 and 29 tokens"),
+    (REWARDED, "--teacher other_eos", "EOS is 5 for the teacher, 1 for the student"),
+    (ASKED, "--teacher_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
+    (("sft", *REWARDED), "--student_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
+    (("sft",), "--student ./nowhere", "nowhere` is not a directory"),
+    (("sft (new model)",), "--architecture gpt", "Unknown architecture 'gpt'; choose one of: t5, llama"),
+    (("sft (new model)",), "--d_model 30 --num_heads 4", "d_model 30 is not divisible by num_heads 4"),
+    (("sft (new model)",), "--vocab_size 50", "vocab_size 50"),
+    (("sft (new model)",), "--tokenizer ./nowhere", "nowhere` is not a directory"),
+    (TRAINED, "--resume", "no checkpoint in out; save some with --save_steps"),
+]
+REWARD_CASES = [
+    (REWARDED, "--reward kindness", "Unknown reward 'kindness'; choose one of: teacher_forcing"),
+    (REWARDED, "--reward nowhere.py:f", "there is no file nowhere.py"),
+    (REWARDED, "--reward rewards.py", "Unknown reward 'rewards.py'"),
+    (REWARDED, "--reward rewards.py:g", "rewards.py defines no function 'g'; it has: f"),
+    (REWARDED, "--reward fails.py:f", "fails.py failed: ValueError: first line"),
+    (REWARDED, "--reward_weights 1 2", "2 --reward_weights for 1 rewards: give one each"),
+    (REWARDED, "--reward length repetition --reward_weights 1", "1 --reward_weights for 2 rewards"),
+    (REWARDED, "--value mean", "--value mean: choose one of max, expected, soft"),
+    (REWARDED, "--k 0", "--k 0 is out of range"),
+    (REWARDED, "--value soft --tau 0", "--tau 0.0 is out of range"),
+    (REWARDED, "--gamma 1.5", "gamma"),
+]
+SETTING_CASES = [
+    (("rloo_kd",), "--num_generations 1", "num_generations = 1"),
+    (("rloo_kd",), "--level word", "level = 'word': choose 'sequence' or 'token'"),
+    (("ppo_kd",), "--critic none", "critic = 'none': choose 'shared' or 'separate'"),
+    (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
+    (ON_POLICY, "--num_generations 3", "8 completions per device"),
+    (ON_POLICY, "--top_k 5", "top_k=5"),
+    (ON_POLICY, "--top_p 0.9", "top_p=0.9"),
+    (ON_POLICY, "--kl_target 3", "kl_target"),
+    (ON_POLICY, "--temperature 0", "temperature = 0.0 is out of range"),
+    (ON_POLICY, "--remove_unused_columns True", "remove_unused_columns must stay False"),
+    (TRAINED, "--fp16 True --bf16 True", "bf16"),
+    (TRAINED, "--load_best_model_at_end True --eval_strategy steps --save_strategy no", "load_best_model_at_end"),
+    (("evaluate",), "--sample --temperature 0", "temperature"),
+    (("pseudo_label",), "--strategy best", "Unknown strategy 'best'; choose one of: greedy, sample, beam"),
+    (("pseudo_label", "evaluate"), "--batch_size 0", "batch_size"),
+    (("pseudo_label", "evaluate", "ppo_kd", "rloo_kd", "sft"), "--max_completion_length 0", "max_completion_length"),
+]
+PARSER_CASES = [
+    (ALL, "--sorce_column mr", "unknown flag --sorce_column; did you mean --source_column"),
+    (ALL, "--sorce_column=mr", "unknown flag --sorce_column; did you mean --source_column"),
+    (ALL, "--source_colum mr", "source_colum"),
+    (ALL, "--max_rows many", "invalid int value: 'many'"),
+    (ALL, "--config", "--config needs the path of a YAML file"),
+    (ALL, "--config nowhere.yaml", "Cannot read the preset nowhere.yaml"),
+    (ALL, "--config misspelt_key.yaml", "misspelt_key.yaml: unknown key sorce_column; did you mean source_column"),
+    (ALL, "--config=misspelt_key.yaml", "misspelt_key.yaml: unknown key sorce_column; did you mean source_column"),
+    (ALL, "--conf misspelt_key.yaml", "conf"),
+    (ALL, "--config not_yaml.yaml", "Cannot read the preset not_yaml.yaml"),
+    (ALL, "--config list.yaml", "list.yaml is not a YAML mapping"),
+    (ALL, "--config word_for_number.yaml", "max_rows has the value 'many'"),
+    (ALL, "--config list_for_number.yaml", "max_rows has the value [1, 2]"),
+    (ALL, "--config yes_for_number.yaml", "max_rows has the value True"),
+    (REWARDED, "--config null_for_list.yaml", "reward"),
+    (TRAINED, "--save_strategy sometimes", "invalid choice: 'sometimes'"),
+    (TRAINED, "--config unknown_choice.yaml", "sometimes"),
+]
+
+
+def cases(table: list[tuple]) -> list:
+    return [
+        pytest.param(recipe, flags, message, id=f"{recipe} {flags}")
+        for recipes, flags, message in table
+        for recipe in recipes
+    ]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, checkpoints) -> Path:
+    """The directory in which the commands run."""
+    here = tmp_path_factory.mktemp("bad input")
+    for role in ("teacher", "student"):
+        shutil.copytree(getattr(checkpoints["t5-tied"], role), here / role)
+
+    shutil.copytree(here / "teacher", here / "other_tokenizer")
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained(here / "other_tokenizer")
+    shutil.copytree(here / "teacher", here / "other_eos")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "w5"
+    tokenizer.save_pretrained(here / "other_eos")
+    shutil.copytree(here / "teacher", here / "without_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    (here / "files").mkdir()
+
+    rows = word_rows(30)
+    write_csv(here / "data.csv", rows)
+    write_csv(here / "no_source.csv", [*rows[:2], {"mr": "", "ref": "w3"}, *rows[2:]])
+    write_csv(here / "no_target.csv", [*rows[:2], {"mr": "w3", "ref": ""}, *rows[2:]])
+    write_csv(here / "numbers.csv", [{"mr": row["mr"], "ref": str(i)} for i, row in enumerate(rows)])
+    templates(here / "good.yaml", one="w9 {{ mr }}")
+    templates(here / "not_jinja.yaml", one="w9 {{ mr")
+    templates(here / "fails.yaml", one="{{ 1 / 0 }} {{ mr }}")
+    templates(here / "two_columns.yaml", one="{{ mr }} {{ kind }}")
+    templates(here / "shows_reference.yaml", one="{{ mr }} {{ ref }}")
+    templates(here / "blank.yaml", one="{% if mr == 'w3' %}{{ mr }}{% endif %}")
+    templates(here / "evil.yaml", one="{{ mr.__class__ }}")
+    texts = {
+        "empty.csv": "",
+        "header.csv": "mr,ref\n",
+        "data.txt": "w3\n",
+        "ragged.csv": "mr,ref\n" + "w3 w4,w5,w6\n" * 30,
+        "broken.jsonl": '{"mr": "w3", "ref"\n',
+        "rewards.py": "def f(completions):\n    return [0.0 for _ in completions]\n",
+        "fails.py": 'raise ValueError("first line\\nsecond line")\n',
+        "misspelt_key.yaml": "sorce_column: mr\n",
+        "not_yaml.yaml": "a: [\n",
+        "list.yaml": "- max_rows\n",
+        "word_for_number.yaml": "max_rows: many\n",
+        "list_for_number.yaml": "max_rows: [1, 2]\n",
+        "yes_for_number.yaml": "max_rows: yes\n",
+        "null_for_list.yaml": "reward: null\n",
+        "unknown_choice.yaml": "save_strategy: sometimes\n",
+    }
+    for name, text in texts.items():
+        (here / name).write_text(text)
+    return here
+
+
+class ModelMade(BaseException):
+    """No recipe catches it."""
+
+
+@pytest.fixture
+def workplace(files, monkeypatch) -> Path:
+    """The current directory, where making a model, by loading or from scratch, ends the test."""
+
+    def refuse(*args, **kwargs):
+        raise ModelMade
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+    monkeypatch.chdir(files)
+    return files
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_the_commands_are_good_without_what_is_wrong(recipe, workplace):
+    """They come as far as the first model, so that a case below fails for its own reason."""
+    with pytest.raises(ModelMade):
+        run(f"{recipe.split()[0]} {GOOD[recipe]}")
+
+
+def check_refusal(command: str, message: str, workplace: Path, capsys) -> None:
+    before = sorted(workplace.rglob("*"))
+    code = run(command)
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.endswith("\n") and err.count("\n") == 1, "one line"
+    assert message in err
+    assert sorted(workplace.rglob("*")) == before, "nothing is written"
+
+
+TABLE = DATA_CASES + PROMPT_CASES + MODEL_CASES + REWARD_CASES + SETTING_CASES + PARSER_CASES
+
+
+@pytest.mark.parametrize("recipe, flags, message", cases(TABLE))
+def test_one_line_and_exit_code_2(recipe, flags, message, workplace, capsys):
+    check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, workplace, capsys)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (f"sft --dataset data.csv --source_column mr {TWO_STEPS} --output_dir out", "--target_column is needed"),
+        (f"pseudo_label {DATA} --output out", "--teacher is needed"),
+        ("pseudo_label --teacher teacher --output out", "--dataset is needed"),
+        (f"pseudo_label --teacher teacher {DATA}", "--output is needed"),
+        (f"evaluate {DATA}", "--student is needed"),
+        ("evaluate --student student", "--dataset is needed"),
+        (f"ppo_kd {DATA} {TWO_STEPS} {SAMPLING}", "--teacher and --student missing"),
+        (f"ppo_kd {DATA} --student student {TWO_STEPS} {SAMPLING}", "--teacher missing"),
+        (f"rloo_kd {DATA} --teacher teacher {TWO_STEPS} {SAMPLING}", "--student missing"),
+        (f"rloo_kd --teacher teacher --student student {TWO_STEPS} {SAMPLING}", "--dataset missing"),
+    ],
+)
+def test_something_is_missing(command, message, workplace, capsys):
+    check_refusal(command, message, workplace, capsys)
+
+
+def test_every_recipe_is_in_the_table():
+    assert {name.split()[0] for name in ALL} == set(RECIPES)
+    assert all(callable(main_of(recipe)) for recipe in RECIPES)

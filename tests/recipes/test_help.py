@@ -1,0 +1,150 @@
+"""`--help`: grouped, complete, the same flags as the README's, and fast enough to be used."""
+
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.recipes.command_lines import RECIPES, ROOT, run
+
+DATA = "dataset dataset_split dataset_config source_column target_column max_rows"
+HELD_OUT = "eval_dataset eval_split"
+PROMPTS = "templates template_names rename_columns student_template"
+TEACHER = "teacher teacher_dtype teacher_max_prompt_length teacher_batch_tokens"
+STUDENT = "student student_dtype"
+REWARD = "reward value k tau"
+TRAINING = (
+    "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "
+    "per_device_train_batch_size gradient_accumulation_steps bf16 logging_steps save_steps save_strategy report_to"
+)
+ON_POLICY = (
+    "num_generations max_prompt_length max_completion_length temperature top_k reward_weights gamma beta kl_target "
+    "missing_eos_penalty mask_truncated_completions num_iterations epsilon entropy_coef early_stop_kl"
+)
+USUAL = "Training (the usual fields of transformers.TrainingArguments)"
+
+# Recipe -> part of a group's heading -> flags that belong there.
+GROUPS = {
+    "sft": {
+        "Data": DATA,
+        "Prompts": PROMPTS,
+        "Student": STUDENT,
+        "New model (without --student)": "architecture d_model num_layers num_heads d_ff dropout tokenizer vocab_size",
+        "Run": "resume",
+        "lengths at which texts are cut": "max_prompt_length max_completion_length",
+        USUAL: TRAINING,
+    },
+    "pseudo_label": {
+        "Data": DATA,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Pseudo-labels": "output strategy num_beams temperature max_completion_length batch_size seed",
+    },
+    "ppo_kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Reward": REWARD,
+        "Run": "resume",
+        "PPO with GAE": f"{ON_POLICY} lam vf_coef critic cliprange_value critic_learning_rate",
+        USUAL: TRAINING,
+    },
+    "rloo_kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Reward": REWARD,
+        "Run": "resume",
+        "REINFORCE leave-one-out": f"{ON_POLICY} level",
+        USUAL: TRAINING,
+    },
+    "evaluate": {
+        "Data": DATA,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Reward": REWARD,
+        "Evaluation": "output_dir max_completion_length batch_size sample temperature seed ibleu reward_weights",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("--help made a model")
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+
+
+def flags_by_group(text: str) -> dict[str, set[str]]:
+    groups: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        if line and not line.startswith(" ") and line.endswith(":"):
+            current = groups.setdefault(line[:-1], set())
+        elif (flag := re.match(r"  (?:-h, )?--(\w+)", line)) and groups:
+            current.add(flag.group(1))
+    return groups
+
+
+def help_of(recipe: str, capsys, flag: str = "--help") -> str:
+    assert run(f"{recipe} {flag}") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_stand_in_groups_by_concern(recipe, capsys):
+    found = flags_by_group(help_of(recipe, capsys))
+    assert {"help", "config", "help_all"} == found.pop("options")
+    for heading, flags in GROUPS[recipe].items():
+        (matching,) = [group for group in found if heading in group]
+        assert set(flags.split()) <= found.pop(matching)
+    assert not found, "groups that this test does not know"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_begins_with_what_the_recipe_does_and_a_command_to_run_it(recipe, capsys):
+    text = help_of(recipe, capsys)
+    assert text.startswith(f"usage: {recipe}.py [flags]\n")
+    assert f"recipes/{recipe}.py" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd"])
+def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
+    assert "--adam_beta1" not in help_of(recipe, capsys)
+    full = help_of(recipe, capsys, "--help_all")
+    assert "--adam_beta1" in full
+    assert "--num_generations" in full or recipe == "sft"
+
+
+def test_every_flag_of_the_readme_exists(capsys):
+    flags = {
+        flag for recipe in RECIPES for group in flags_by_group(help_of(recipe, capsys)).values() for flag in group
+    }
+    flags |= {"gradient_checkpointing", "help"}
+    of_other_programs = {"index"}  # pip's --index-url
+    mentioned = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text()))
+    assert len(mentioned) > 30
+    assert mentioned - of_other_programs <= flags
+
+
+@pytest.mark.slow
+def test_help_takes_seconds():
+    """About 7 s of CPU, nearly all of it the imports of torch, transformers and peft."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, ROOT / "recipes" / "ppo_kd.py", "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert finished.returncode == 0 and finished.stdout.startswith("usage: ppo_kd.py [flags]")
+    assert "Loading weights" not in finished.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30

@@ -1,0 +1,82 @@
+"""The YAML files that ship: presets of recipes, and ways to launch them."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplates
+from tests.recipes.command_lines import ROOT, parsed
+
+PRESETS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+
+
+def recipes_of(preset: Path) -> list[str]:
+    """The recipes whose docstring or constants name the preset, and those that its own comment names."""
+    named = re.findall(r"recipes/(\w+)\.py", "\n".join(re.findall("^#.*$", preset.read_text(), re.MULTILINE)))
+    for recipe in sorted((ROOT / "recipes").glob("*.py")):
+        if preset.name in recipe.read_text():
+            named.append(recipe.stem)
+    return sorted(set(named) - {"pseudo_label", "sft"})  # named as the makers of the student
+
+
+def test_there_are_presets_to_test():
+    assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3
+    assert recipes_of(ROOT / "recipes/configs/demo_ppo.yaml") == ["ppo_kd"]
+    assert recipes_of(ROOT / "recipes/configs/t0_3b_t5_base_dailydialog.yaml") == ["ppo_kd", "rloo_kd"]
+
+
+@by_name
+def test_every_value_of_a_preset_arrives(preset):
+    assert recipes_of(preset)
+    for recipe in recipes_of(preset):
+        settings = parsed(f"{recipe} --config {preset}")
+        for key, value in yaml.safe_load(preset.read_text()).items():
+            assert settings[key] == value, key
+
+
+@by_name
+def test_a_misspelt_key_of_a_preset_fails(preset, tmp_path):
+    for line in preset.read_text().splitlines():
+        if not re.match(r"\w+:", line):
+            continue
+        key = line.split(":")[0]
+        misspelt = tmp_path / "misspelt.yaml"
+        misspelt.write_text(preset.read_text().replace(line, line.replace(key, f"{key}x", 1)))
+        with pytest.raises(InputError, match=f"unknown key {key}x"):
+            parsed(f"{recipes_of(preset)[0]} --config {misspelt}")
+
+
+@by_name
+def test_the_built_in_templates_of_a_preset_exist(preset):
+    settings = yaml.safe_load(preset.read_text())
+    if settings["templates"].startswith("builtin:"):
+        names = settings.get("template_names", "all")
+        templates = PromptTemplates.load(settings["templates"], names)
+        assert templates.source_variable == "source"
+
+
+@pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_launch_configs(path):
+    config = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text())
+    assert {field.name for field in dataclasses.fields(config)} >= written.keys()
+    for key, value in written.items():
+        read = getattr(config, key)
+        assert getattr(read, "value", read) == value, key
+    assert config.num_machines == 1
+    assert (config.num_processes > 1) == (written["distributed_type"] == "MULTI_GPU")
+
+
+@pytest.mark.parametrize("path", [*PRESETS, *LAUNCH_CONFIGS], ids=lambda path: path.stem)
+def test_the_command_in_a_comment_names_files_that_exist(path):
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    named = re.findall(r"(?:recipes|accelerate_configs)/[\w/]+\.(?:py|yaml)", comment)
+    assert named or path.stem.startswith("demo_")
+    assert all((ROOT / name).is_file() for name in named)

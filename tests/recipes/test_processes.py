@@ -1,0 +1,72 @@
+"""Recipes in processes of their own, launched as the README says, and the demo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSeq2SeqLM
+
+import rlkd_trl.demo
+from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metrics_of, run
+from tests.trainers.tiny_runs import assert_same_weights, largest_difference
+
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launched(command: str, directory: Path) -> subprocess.CompletedProcess:
+    program, *flags = command.split()
+    words = [str(Path(sys.executable).with_name(program)), *flags]
+    environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(directory / "cache")}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=directory, env=environment)
+
+
+def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_path):
+    """The same global batch: 8 completions in one process, 4 in each of two."""
+    pair = checkpoints["t5-tied"]
+    flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} --eval_dataset {test_csv}"
+    # Not Adam, which makes whole steps of gradients that are rounding errors.
+    flags += f" {COLUMNS} {TWO_STEPS} {SAMPLING} --optim sgd --learning_rate 0.3"
+    assert run(f"ppo_kd {flags} --output_dir {tmp_path / 'one'}") == 0
+    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
+    flags += " --per_device_train_batch_size 4 --output_dir two"
+    finished = launched(f"{accelerate} {ROOT}/recipes/ppo_kd.py {flags}", tmp_path)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout.count("Student, metrics.json and report.html are in") == 1, "one process speaks"
+
+    found, expected = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    for row in expected:
+        assert found[row] == pytest.approx(expected[row], rel=1e-3), row
+    start, one, two = (
+        AutoModelForSeq2SeqLM.from_pretrained(directory).state_dict()
+        for directory in (pair.student, tmp_path / "one", tmp_path / "two")
+    )
+    assert_same_weights(two, one, rtol=1e-4, atol=1e-5)
+    assert largest_difference(one, start) > 0.01, "nothing was learnt"
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    finished = launched(f"python {ROOT}/recipes/rloo_kd.py --dataset nowhere.csv --teacher t --student s", tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: `--dataset nowhere.csv` does not exist")
+    assert finished.stderr.count("\n") == 1
+    assert finished.stdout == ""
+
+
+def test_the_demo_with_a_few_steps_of_everything(tmp_path, monkeypatch):
+    """The one command of the README, without the two minutes in which its models learn something."""
+    fit = rlkd_trl.demo._fit
+    monkeypatch.setattr(rlkd_trl.demo, "_fit", lambda *args, **settings: fit(*args, **{**settings, "max_steps": 5}))
+    monkeypatch.setattr(rlkd_trl.demo, "PSEUDO_LABELLED_INPUTS", 16)
+    assert run(f"ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20 --output_dir {tmp_path}") == 0
+    metrics = metrics_of(tmp_path)
+    assert list(metrics) == ["teacher", "before", "after"]
+    for name in ("demo_models/teacher", "demo_models/warm_start", "."):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
+    card = (tmp_path / "README.md").read_text()
+    assert "the embedded demo of rlkd_trl" in card and str(tmp_path / "demo_models" / "teacher") in card

@@ -1,0 +1,111 @@
+"""recipes/pseudo_label.py: the teacher's answers as JSON lines."""
+
+import pytest
+import torch
+
+from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.vocabulary import forbidden_ids
+from tests.conftest import EOS, PADDED_VOCAB
+from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, word_rows, write_csv, write_templates
+
+FAMILIES = ["t5-tied", "llama", "glm"]
+
+
+def labels(path) -> list[str]:
+    return [line["pseudo_label"] for line in read_jsonl(path)]
+
+
+@torch.no_grad()
+def generated(checkpoint, prompts: list[str], **generation) -> list[str]:
+    """transformers' own `generate`, one prompt at a time."""
+    model, tokenizer = load_model(str(checkpoint)).eval(), load_tokenizer(str(checkpoint))
+    forbidden = forbidden_ids(tokenizer, PADDED_VOCAB, [EOS]).nonzero()[:, 0].tolist()
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            suppress_tokens=forbidden,
+            **generation,
+        )[0]
+        new = output if model.config.is_encoder_decoder else output[ids.shape[1] :]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "strategy, generation", [("greedy", {}), ("beam --num_beams 3", {"num_beams": 3})], ids=["greedy", "beam"]
+)
+def test_answers_are_those_of_plain_generate(strategy, generation, family, checkpoints, test_csv, tmp_path):
+    teacher, output = checkpoints[family].teacher, tmp_path / "labels.jsonl"
+    flags = f"--strategy {strategy} --max_completion_length 6 --batch_size 3 --output {output}"
+    assert run(f"pseudo_label --teacher {teacher} --dataset {test_csv} {COLUMNS} {flags}") == 0
+    expected = generated(teacher, [row["mr"] for row in word_rows(8, seed=1)], **generation)
+    assert labels(output) == expected
+    assert len(set(expected)) > 1, "the test needs answers that tell prompts apart"
+
+
+def test_sampling_depends_on_its_seed_and_temperature(checkpoints, test_csv, tmp_path):
+    teacher = checkpoints["t5-tied"].teacher
+
+    def sampled(name: str, flags: str) -> list[str]:
+        flags += f" --strategy sample --max_completion_length 6 --output {tmp_path / name}"
+        assert run(f"pseudo_label --teacher {teacher} --dataset {test_csv} {COLUMNS} {flags}") == 0
+        return labels(tmp_path / name)
+
+    first = sampled("first", "--seed 1")
+    assert sampled("again", "--seed 1") == first
+    assert sampled("other", "--seed 2") != first
+    # As the temperature goes to 0, the most likely token is all that is left.
+    assert sampled("cold", "--temperature 1e-4") == generated(teacher, [row["mr"] for row in word_rows(8, seed=1)])
+
+
+def test_one_line_for_each_distinct_input_and_template(checkpoints, tmp_path):
+    rows = [
+        {"mr": "w3 w4", "id": "w21", "ref": "w5"},
+        {"mr": "w3 w4", "id": "w22", "ref": "w6"},
+        {"mr": "w7", "id": "w23", "ref": "w8"},
+    ]
+    data = write_csv(tmp_path / "data.csv", rows)
+    templates = write_templates(tmp_path / "t.yaml", first="w9 {{ mr }}", second="{{ mr }} w10 ||| {{ ref }}")
+    teacher, output = checkpoints["t5-tied"].teacher, tmp_path / "new" / "directory" / "labels.jsonl"
+    flags = f"--templates {templates} --max_completion_length 6 --output {output}"
+    assert run(f"pseudo_label --teacher {teacher} --dataset {data} {COLUMNS} {flags}") == 0
+
+    lines = read_jsonl(output)
+    assert [(line["template"], line["mr"], line["id"]) for line in lines] == [
+        ("first", "w3 w4", "w21"),
+        ("first", "w7", "w23"),
+        ("second", "w3 w4", "w21"),
+        ("second", "w7", "w23"),
+    ]
+    assert labels(output) == generated(teacher, ["w9 w3 w4", "w9 w7", "w3 w4 w10", "w7 w10"])
+    assert all("ref" not in line and "references" not in line for line in lines), "the human reference is not copied"
+    assert [path.name for path in output.parent.iterdir()] == ["labels.jsonl"], "the unfinished file is gone"
+
+
+def test_a_student_is_warm_started_on_them(checkpoints, test_csv, tmp_path, capsys):
+    pair, output = checkpoints["t5-tied"], tmp_path / "labels.jsonl"
+    flags = f"--max_completion_length 6 --output {output}"
+    assert run(f"pseudo_label --teacher {pair.teacher} --dataset {test_csv} --source_column mr {flags}") == 0
+    assert f"8 pseudo-labels are in {output}." in capsys.readouterr().out
+    columns = "--source_column mr --target_column pseudo_label"
+    flags = f"--tokenizer {pair.teacher} --d_model 16 --num_heads 2 --output_dir {tmp_path / 'warm'}"
+    assert run(f"sft --dataset {output} {columns} {flags} {TWO_STEPS}") == 0
+    first = {"prompt": word_rows(8, seed=1)[0]["mr"], "target": labels(output)[0]}
+    assert f"8 pairs of prompt and target, e.g. {first}" in capsys.readouterr().out
+
+
+def test_the_source_is_the_source_column_whatever_else_is_called_source(checkpoints, tmp_path):
+    """A template of one variable gets the source text, also where another column is called `source`."""
+    rows = [{"source": "w21", "text": row["mr"]} for row in word_rows(8, seed=1)]
+    data = write_csv(tmp_path / "data.csv", rows)
+    templates = write_templates(tmp_path / "t.yaml", one="w9 {{ document }}")
+    teacher, output = checkpoints["t5-tied"].teacher, tmp_path / "labels.jsonl"
+    flags = f"--templates {templates} --max_completion_length 6 --output {output}"
+    assert run(f"pseudo_label --teacher {teacher} --dataset {data} --source_column text {flags}") == 0
+    assert labels(output) == generated(teacher, [f"w9 {row['text']}" for row in rows])

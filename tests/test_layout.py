@@ -1,0 +1,164 @@
+"""The shape of the package: who imports whom, what is exported, and what the README says is where."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlkd_trl
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlkd_trl"
+README = (ROOT / "README.md").read_text()
+
+# Each may import from those above it, and from itself. Those in one line do not import each other.
+LAYERS = [
+    ["errors"],
+    ["ops", "prompts", "data", "metrics"],
+    ["models"],
+    ["teachers", "students"],
+    ["rewards"],
+    ["evaluation"],
+    ["trainers"],
+    ["cli", "demo"],
+    ["recipe_steps"],
+    ["recipe_results"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part_of(path: Path) -> str:
+    """rlkd_trl/ops/losses.py -> ops, rlkd_trl/cli.py -> cli"""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports anywhere, functions and TYPE_CHECKING included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            # `from rlkd_trl import cli` imports the module rlkd_trl.cli
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "rlkd_trl" else node.module for alias in node.names
+            }
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("rlkd_trl.")}
+
+
+def test_every_part_of_the_package_has_a_level():
+    assert {part_of(path) for path in MODULES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = part_of(path)
+    for imported in parts_imported(path) - {own}:
+        assert LEVEL[imported] < LEVEL[own], f"{own} imports {imported}"
+
+
+def test_the_reader_of_imports_sees_them():
+    """So that the test above cannot pass for want of imports."""
+    assert parts_imported(PACKAGE / "trainers" / "on_policy.py") >= {
+        "errors",
+        "evaluation",
+        "models",
+        "ops",
+        "students",
+    }
+    assert "trainers" in parts_imported(PACKAGE / "recipe_results.py"), "under TYPE_CHECKING"
+    assert "demo" in parts_imported(PACKAGE / "recipe_steps.py"), "in a function"
+    assert "cli" in parts_imported(ROOT / "recipes" / "sft.py"), "from the package"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.name)
+def test_equations_need_torch_only(path):
+    outside = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
+    assert outside <= {"torch", "rlkd_trl"}
+    assert parts_imported(path) <= {"ops"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_does_not_import_tests_or_recipes(path):
+    assert not {"tests", "recipes", "pytest"} & {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["rlkd_trl", "rlkd_trl.errors", "rlkd_trl.prompts", "rlkd_trl.data"],
+)
+def test_light_imports_stay_light(modules):
+    heavy = "{'torch', 'transformers', 'trl', 'datasets', 'accelerate'}"
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", rlkd_trl.__all__)
+def test_public_names(name):
+    thing = getattr(rlkd_trl, name)
+    assert thing.__name__ == name
+    assert thing.__doc__
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = rlkd_trl.Trainer
+
+
+def test_the_readme_imports_public_names():
+    names = [name.strip() for line in re.findall(r"from rlkd_trl import (.+)", README) for name in line.split(",")]
+    assert names and set(names) <= set(rlkd_trl.__all__)
+
+
+def equation_rows() -> list[tuple[str, str]]:
+    """Functions and tests of each line of the README's table of equations."""
+    table = README[README.index("| equation |") :].split("\n\n")[0]
+    rows = [tuple(line.split(" | ")[1:3]) for line in table.splitlines()[2:]]
+    assert len(rows) > 10
+    return rows
+
+
+@pytest.mark.parametrize("functions, tests", equation_rows())
+def test_the_table_of_equations(functions, tests):
+    files = [ROOT / name for name in re.findall(r"`([^`]+)`", tests)]
+    assert files and all(file.is_file() for file in files)
+    tested = "\n".join(file.read_text() for file in files)
+    module = None
+    for name in re.findall(r"`([^`]+)`", functions):
+        if "." in name:  # a name without its module is of the same module as the one before
+            module, _, name = name.rpartition(".")
+        function = getattr(importlib.import_module(f"rlkd_trl.{module}"), name)
+        assert function.__module__ == f"rlkd_trl.{module}", "defined there, not only imported"
+        assert re.search(rf"\b{name}\b", tested), f"no test of {name} in these files"
+
+
+def test_the_readme_names_files_that_exist():
+    named = re.findall(r"`((?:tests|recipes|accelerate_configs)/[\w./]*)`", README)
+    named += re.findall(r"(?<![\w/])recipes/\w+\.py", README)
+    assert len(named) > 15
+    assert all((ROOT / name).exists() for name in named)
+
+
+def shipped_files() -> list[Path]:
+    files = [ROOT / "README.md", ROOT / "pyproject.toml"]
+    for directory in ("rlkd_trl", "recipes", "accelerate_configs"):
+        files += [p for p in (ROOT / directory).rglob("*") if p.suffix in (".py", ".yaml", ".md")]
+    return files
+
+
+@pytest.mark.parametrize("path", shipped_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_path_of_one_machine(path):
+    text = path.read_text()
+    assert not re.search(r"\bshared/", text), "a data folder beside the repository"
+    assert not re.search(r"(?<!\w)/(?:home|work|tmp|root|Users)/", text)
