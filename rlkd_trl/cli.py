@@ -377,7 +377,7 @@ def _split_config(arg: str) -> list[str]:
 
 def _read_preset(path: Path) -> dict:
     try:
-        preset = yaml.safe_load(path.read_text())
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(preset, dict):

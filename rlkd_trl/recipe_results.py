@@ -136,7 +136,7 @@ def report_evaluation(
     if output_dir is None:
         return
     write_metrics(Path(output_dir) / "metrics.json", results)
-    with (Path(output_dir) / "outputs.jsonl").open("w") as file:
+    with (Path(output_dir) / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
             line = {"prompt": row["prompt"], **{name: texts[i] for name, texts in outputs.items()}}
             file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")

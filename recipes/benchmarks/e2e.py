@@ -41,7 +41,10 @@ METRICS |= {"distinct2": "distinct-2"}
 def delexicalise(source: Path, target: Path) -> None:
     """Copies an E2E file with the values of `name` and `near` replaced in input and reference."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open(newline="") as reading, target.open("w", newline="") as writing:
+    with (
+        source.open(newline="", encoding="utf-8") as reading,
+        target.open("w", newline="", encoding="utf-8") as writing,
+    ):
         writer = csv.DictWriter(writing, ["mr", "ref"])
         writer.writeheader()
         for row in csv.DictReader(reading):
@@ -104,7 +107,7 @@ def run_seed(seed: int, work_dir: Path, templates: list[str]) -> dict[str, dict[
         found = student / "test" / "metrics.json"
         pair = ["--student", student, "--teacher", teacher, "--dataset", test, *DATA_FLAGS, *templates]
         stage("evaluate", found, *pair, "--output_dir", found.parent)
-        metrics = json.loads(found.read_text())
+        metrics = json.loads(found.read_text(encoding="utf-8"))
         results["teacher"], results[name] = metrics["teacher"], metrics["student"]
     return results
 
@@ -136,11 +139,11 @@ def main() -> None:
     templates = ["--templates", str(args.templates), "--template_names", *TEMPLATE_NAMES]
     per_seed = {seed: run_seed(seed, args.work_dir, templates) for seed in args.seeds}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "e2e.json").write_text(json.dumps(per_seed, indent=2) + "\n")
+    (RESULTS / "e2e.json").write_text(json.dumps(per_seed, indent=2) + "\n", encoding="utf-8")
     seeds = ", ".join(map(str, args.seeds))
     text = f"E2E test set, delexicalised, greedy outputs; mean ± standard deviation over seeds {seeds}.\n\n"
     text += table(per_seed) + "\n"
-    (RESULTS / "e2e.md").write_text(text)
+    (RESULTS / "e2e.md").write_text(text, encoding="utf-8")
     print(text)
 
 

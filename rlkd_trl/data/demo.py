@@ -16,7 +16,7 @@ from rlkd_trl.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLIT_SIZES = {"train": 400, "validation": 60, "test": 100}
+SPLIT_SIZES = {"train": 2000, "validation": 60, "test": 100}
 MIN_REFERENCES, MAX_REFERENCES = 3, 4
 MIN_ATTRIBUTES, MAX_ATTRIBUTES = 3, 5  # the name included
 
@@ -87,7 +87,7 @@ CLAUSES = {
 
 
 def demo_dataset(split: str, seed: int = 0) -> Dataset:
-    """One split of the demo task: 400 rows of "train", 60 of "validation" or 100 of "test".
+    """One split of the demo task: 2000 rows of "train", 60 of "validation" or 100 of "test".
 
     Columns: `source` (str, "name[Fox Ridge], type[loop], ..."), `target` (str, the first reference) and
     `references` (3 or 4 distinct strings). No source occurs twice, or in two splits, whatever their seeds. The same

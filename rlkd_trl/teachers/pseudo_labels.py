@@ -47,7 +47,7 @@ def write_pseudo_labels(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     total = len(rows) * (1 if panel.templates is None else len(panel.templates))
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8") as file:
         for label in tqdm(pseudo_labels(panel, rows, **generation), total=total, desc="Pseudo-labels"):
             file.write(json.dumps(label, ensure_ascii=False) + "\n")
     part.replace(path)

@@ -239,6 +239,8 @@ class SupervisedConfig(TrainingArguments):
             raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: the collator reads the texts.")
+        if self.label_smoothing_factor:
+            raise InputError("label_smoothing_factor is not supported: the loss is plain cross-entropy.")
         for name in ("max_prompt_length", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} is out of range.")

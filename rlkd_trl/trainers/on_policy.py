@@ -406,13 +406,13 @@ class OnPolicyTrainer(Trainer):
         torch.save(self.args, output_dir / "training_args.bin")
         kept = ("micro_step", "beta", "return_mean", "return_variance")
         state = {name: getattr(self.on_policy_state, name) for name in kept}
-        (output_dir / _STATE_FILE).write_text(json.dumps(state))
+        (output_dir / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
         state_file = Path(resume_from_checkpoint) / _STATE_FILE
         if state_file.is_file():
-            self.on_policy_state = OnPolicyState(**json.loads(state_file.read_text()))
+            self.on_policy_state = OnPolicyState(**json.loads(state_file.read_text(encoding="utf-8")))
 
     def _load_best_model(self) -> None:
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)

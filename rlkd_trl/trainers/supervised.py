@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.prompts import prompt_token_ids
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.trainers.config import SupervisedConfig
 
@@ -70,9 +71,7 @@ class PairCollator:
     max_completion_length: int
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        prompts = self.tokenizer([row["prompt"] for row in rows], truncation=True, max_length=self.max_prompt_length)[
-            "input_ids"
-        ]
+        prompts = prompt_token_ids(self.tokenizer, [row["prompt"] for row in rows], max_length=self.max_prompt_length)
         targets = [self._target_ids(row["target"]) for row in rows]
         pad = padding_id(self.tokenizer)
         if self.is_encoder_decoder:

@@ -10,8 +10,8 @@ from rlkd_trl.data import demo_dataset
 from rlkd_trl.data.demo import DOG_CLAUSES, WORDS
 from rlkd_trl.errors import InputError
 
-SPLITS = {"train": 400, "validation": 60, "test": 100}
-PINNED = {"train": "7279f621f2b0f222", "validation": "8fb636c820b11517", "test": "7394b0efb988762a"}
+SPLITS = {"train": 2000, "validation": 60, "test": 100}
+PINNED = {"train": "d0ca79328d74589f", "validation": "8fb636c820b11517", "test": "7394b0efb988762a"}
 
 
 def digest(split, seed=0):

@@ -126,7 +126,7 @@ def test_missing_file_fails_before_the_network_is_asked(tmp_path, monkeypatch):
 
 def test_unknown_extension(tmp_path):
     file = write(tmp_path / "a.txt", "hello\n")
-    fails(r"a\.txt` has an extension that is not known; use one of: \.csv, \.json, \.jsonl, \.parquet\.", file)
+    fails(r"a\.txt has an extension that is not known; use one of: \.csv, \.json, \.jsonl, \.parquet\.", file)
 
 
 @pytest.mark.parametrize(
