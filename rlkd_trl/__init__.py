@@ -12,6 +12,8 @@ _HOMES = {
     "PromptTemplates": "rlkd_trl.prompts",
     "RLOOKDConfig": "rlkd_trl.trainers.config",
     "RLOOKDTrainer": "rlkd_trl.trainers.rloo",
+    "ReinforceKDConfig": "rlkd_trl.trainers.config",
+    "ReinforceKDTrainer": "rlkd_trl.trainers.reinforce",
     "TeacherForcingReward": "rlkd_trl.rewards",
 }
 __all__ = [
@@ -20,14 +22,17 @@ __all__ = [
     "PromptTemplates",
     "RLOOKDConfig",
     "RLOOKDTrainer",
+    "ReinforceKDConfig",
+    "ReinforceKDTrainer",
     "TeacherForcingReward",
 ]
 
 if TYPE_CHECKING:
     from rlkd_trl.prompts import PromptTemplates
     from rlkd_trl.rewards import TeacherForcingReward
-    from rlkd_trl.trainers.config import PPOKDConfig, RLOOKDConfig
+    from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
     from rlkd_trl.trainers.ppo import PPOKDTrainer
+    from rlkd_trl.trainers.reinforce import ReinforceKDTrainer
     from rlkd_trl.trainers.rloo import RLOOKDTrainer
 
 

@@ -280,13 +280,15 @@ def load_reward_model(
 def check_rewards(
     reward: RewardArguments, weights: Sequence[float] | None, args: "OnPolicyConfig | None" = None
 ) -> None:
-    """The rewards exist, with as many weights, a known V, and a k that the trainer can use. Raises `InputError`."""
+    """The rewards exist, with as many weights, a known V, and fit the trainer's settings. Raises `InputError`."""
     from rlkd_trl.rewards import load_reward
     from rlkd_trl.rewards.teacher_rewards import VALUES
-    from rlkd_trl.trainers.checks import check_k_step
+    from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
     for name in reward.reward:
-        load_reward(name)
+        found = load_reward(name)
+        if args is not None:
+            check_log_ratio(found, args)
     if reward.value not in VALUES:
         raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
     if weights is not None and len(weights) != len(reward.reward):

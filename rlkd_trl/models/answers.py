@@ -86,7 +86,14 @@ def joined(parts: Iterable[Completions], *, pad_id: int) -> Completions:
         pad_columns([part.ids_BT for part in batches], width, value=pad_id),
         pad_columns([part.mask_BT for part in batches], width, value=False),
         torch.cat([part.ended_B for part in batches]),
+        None if batches[0].support_BTk is None else _joined_supports(batches, width),
     )
+
+
+def _joined_supports(batches: list[Completions], width: int) -> Tensor:
+    """Each batch's supports `[b, t, k]`, padded with zeros to `width` positions."""
+    parts = [part.support_BTk for part in batches]
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
 
 
 def decode(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -14,11 +14,15 @@ _DROP_FINISHED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Completions:
-    """ids_BT: completion tokens, padded with the pad id. mask_BT: up to and with EOS. ended_B: has an EOS."""
+    """ids_BT: completion tokens, padded with the pad id. mask_BT: up to and with EOS. ended_B: has an EOS.
+
+    support_BTk: the k ids that each token was sampled from, in top-k sampling; anything behind the mask.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
     ended_B: Tensor
+    support_BTk: Tensor | None = None
 
 
 @torch.no_grad()
@@ -33,23 +37,29 @@ def sample_completions(
     pad_id: int,
     forbidden_V: Tensor,
     temperature: float = 1.0,
+    top_k: int = 0,
     uniforms_BT: Tensor | None = None,
 ) -> Completions:
     """Completion b of prompt `prompt_index_B[b]`, token by token, from softmax(z / temperature) over allowed ids.
 
     Each token is drawn by inverting the distribution function at `uniforms_BT[b, t]` in [0, 1): a row's sample
     depends on its own numbers alone, not on what else is in the batch, on which rank it is, or on who has finished.
-    Without `uniforms_BT`, decoding is greedy.
+    With `top_k`, from the k likeliest of these, renormalised. Without `uniforms_BT`, decoding is greedy.
     """
     prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
     batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
     eos_E = torch.tensor(eos_ids, device=device)
     ids_BT = torch.full((batch_size, max_completion_length), pad_id, device=device)
+    support_BTk = torch.zeros(batch_size, max_completion_length, top_k, dtype=torch.long, device=device)
     row_b = torch.arange(batch_size, device=device)  # the rows still being decoded
     alive_b = torch.ones(batch_size, dtype=torch.bool, device=device)
     for t in range(max_completion_length):
         logits_bV = backbone.head(prefix.hidden_B1D[:, 0]).float()
         logits_bV = logits_bV.masked_fill(forbidden_V, -torch.inf)
+        if top_k:
+            kept = logits_bV.topk(top_k, dim=-1)
+            support_BTk[row_b, t] = kept.indices
+            logits_bV = torch.full_like(logits_bV, -torch.inf).scatter(-1, kept.indices, kept.values)
         if uniforms_BT is None:
             token_b = logits_bV.argmax(dim=-1)
         else:
@@ -66,7 +76,8 @@ def sample_completions(
         backbone.extend(prefix, token_b[:, None])
     ids_BT = ids_BT[:, : t + 1]
     mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
-    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B)
+    support_BTk = support_BTk[:, : t + 1] if top_k else None
+    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B, support_BTk)
 
 
 def _invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import masked_moments
+from rlkd_trl.ops.masking import masked_moments, masked_sum
 from rlkd_trl.ops.rewards import zero_terminal_value
 
 
@@ -65,6 +65,49 @@ def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations:
     """
     advantages_BT = leave_one_out(return_to_go(rewards_BT, mask_BT, gamma=gamma), num_generations)
     return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+
+
+def mean_baseline(
+    returns_BT: Tensor, mask_BT: Tensor, *, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """b = mean of G_t over the real tokens of the rollout, a scalar (Williams 1992, "reinforcement baseline").
+
+    Each token's own return is in the mean, which shrinks its gradient by a factor of about 1 − 1/N, N tokens.
+    """
+    return masked_moments(returns_BT, mask_BT, sum_over_ranks=sum_over_ranks)[0]
+
+
+def min_variance_baseline(
+    returns_BT: Tensor,
+    logps_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    ratios_BT: Tensor | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """b = E[ρ_t² ‖∇ log π(y_t|s_t)‖² G_t] / E[ρ_t² ‖∇ log π(y_t|s_t)‖²], a scalar: the optimal constant baseline.
+
+    Greensmith, Bartlett & Baxter 2004, §4; Peters & Schaal 2008, "Reinforcement Learning of Motor Skills with Policy
+    Gradients", §3.1.1, there for each component of the gradient. A token's term of the gradient is
+    ρ ∇log π (G − b); its expectation does not depend on b, so its variance is least where E[ρ² ‖∇log π‖² (G − b)²]
+    is: at this b. Terms of different tokens are taken as uncorrelated. `ratios_BT` are ρ = π / behaviour, 1 by
+    default.
+
+    The norm is that of the gradient in the logits z, since the one in the parameters would take a backward pass per
+    token: ‖∂ log π(y) / ∂z‖² = (1 − π(y))² + Σ_{v≠y} π(v)². The sum lies between 0 and (1 − π(y))², so (1 − π(y))²,
+    which is used here, is the norm up to a factor between 1 and 2 (exactly 2 with two actions, where it cancels).
+    A token that the policy was certain of has no gradient, and no weight. Expectations are over the real tokens of
+    the rollout; 0 if none has any weight.
+    """
+    zeros_BT = torch.zeros_like(returns_BT)
+    logps_BT = torch.where(mask_BT, logps_BT, zeros_BT)
+    weights_BT = torch.expm1(logps_BT) ** 2
+    if ratios_BT is not None:
+        weights_BT = weights_BT * torch.where(mask_BT, ratios_BT, zeros_BT) ** 2
+    total = sum_over_ranks or (lambda tensor: tensor)
+    weight = total(masked_sum(weights_BT, mask_BT))
+    weighted = total(masked_sum(weights_BT * torch.where(mask_BT, returns_BT, zeros_BT), mask_BT))
+    return torch.where(weight > 0, weighted / weight, torch.zeros_like(weight))
 
 
 def explained_variance(

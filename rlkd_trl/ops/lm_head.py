@@ -78,6 +78,35 @@ def token_log_probs(
     return TokenLogProbs(logps_N, -(probabilities_NV * logps_NV).sum(dim=-1))
 
 
+def support_log_probs(
+    logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor, *, temperature: float = 1.0
+) -> TokenLogProbs:
+    """log π_S(y) and entropy of π_S = softmax(z / temperature) restricted to the k ids S of each position.
+
+    For completions that a behaviour policy b sampled from its top k, S = top-k of b in each state. What was sampled
+    from is b_S(y) = b(y) / b(S), and the ratio to weight it with is π_S(y) / b_S(y), both over the same S:
+
+        E_{y~b_S}[ π_S(y) / b_S(y) · g(y) ] = Σ_{y∈S} π_S(y) g(y) = E_{y~π_S}[ g(y) ]        for every g,
+
+    which is exact importance sampling, since b_S > 0 wherever π_S > 0, and 1 as long as π = b. With
+    g = ∇log π_S(y) · A it is the gradient of the policy π_S, and since Σ_{y∈S} ∇π_S(y) = 0 a baseline in A leaves
+    the expectation as it is. Other choices do not have these properties:
+
+    - π(y) / b_S(y) with π over the whole vocabulary (the papers' code) estimates Σ_{y∈S} A ∇π(y), as if all other
+      tokens were worth 0. It is π(S) < 1 at π = b, and any constant c added to A adds c ∇π(S): where returns are
+      negative, as teacher-forcing rewards are, it moves probability out of S to tokens that nobody looked at.
+    - S as the top k of the current π is another set than the one sampled from: tokens of b's S that have left it
+      would get probability 0, and tokens that entered it are never sampled (no ratio can make up for that).
+
+    π(S), the probability of S as a whole, gets no gradient from π_S, in either direction, from its entropy neither.
+    """
+    z_Nk = logits_NV.float().gather(-1, support_Nk) / temperature
+    logps_Nk = z_Nk.log_softmax(dim=-1)
+    # Exactly one id of S is the chosen one.
+    logps_N = torch.where(support_Nk == chosen_N[:, None], logps_Nk, torch.zeros_like(logps_Nk)).sum(dim=-1)
+    return TokenLogProbs(logps_N, -(logps_Nk.exp() * logps_Nk).sum(dim=-1))
+
+
 def map_head_slices(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,
@@ -88,7 +117,7 @@ def map_head_slices(
 ) -> list[Tensor | None]:
     """Applies `per_slice(head(hidden_nD), *per_position_n)` to slices of positions and concatenates each output.
 
-    `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N]` and sliced alongside. At
+    `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N, ...]`, sliced alongside. At
     most about `max_elements` logits exist at a time, in the backward pass too: with several slices each is
     recomputed there instead of stored.
 

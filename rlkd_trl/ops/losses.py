@@ -6,6 +6,8 @@ the metrics additive; by default it is the count in the tensors given. Only log-
 get gradients; everything else is a constant.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,38 @@ def _ratio_metrics(ratio: Tensor, clipped: Tensor, mask: Tensor, denominator) ->
         "ratio": masked_sum(ratio.detach(), mask) / denominator,
         "clip_fraction": masked_sum(clipped.to(ratio.dtype), mask) / denominator,
     }
+
+
+def policy_gradient_loss(
+    logps_BT: Tensor,
+    behaviour_logps_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    ratio_cap: float | None = None,
+    weight_clip: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE on samples of a behaviour policy b (Williams 1992; off-policy: Degris, White & Sutton 2012, eq. 5):
+
+    −Σ_t w_t log π(y_t|s_t) / denominator,  w_t = clip( min(ρ_t, ratio_cap) A_t, ±weight_clip ),  ρ_t = π / b.
+
+    w_t is a constant, the ratio in it too, as in the code of Hao, Liu & Mou 2022 and Li, Hao & Mou 2024 ("LLMR").
+    Since ρ ∇log π = ∇ρ, nothing is lost by that: the gradient is the one of −Σ ρ_t A_t. It makes a difference where
+    w_t is cut: a constant w_t goes on pushing with the cut weight, where PPO's clipped ratio stops. The ratio is per
+    token; that states are visited as often as b, not π, visits them is not corrected for (there neither).
+
+    The logged loss is the expression itself; it is no measure of progress. clip_fraction: tokens whose w_t was cut.
+    """
+    log_ratio_BT = torch.where(mask_BT, (logps_BT - behaviour_logps_BT).detach(), torch.zeros_like(logps_BT))
+    ratio_BT = log_ratio_BT.exp()
+    uncut_BT = ratio_BT * advantages_BT.detach()
+    weights_BT = ratio_BT.clamp(max=ratio_cap or math.inf) * advantages_BT.detach()
+    if weight_clip is not None:
+        weights_BT = weights_BT.clamp(-weight_clip, weight_clip)
+    denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
+    loss = -masked_sum(torch.where(mask_BT, weights_BT, torch.zeros_like(weights_BT)) * logps_BT, mask_BT)
+    return loss / denominator, _ratio_metrics(ratio_BT, weights_BT != uncut_BT, mask_BT, denominator)
 
 
 @torch.no_grad()

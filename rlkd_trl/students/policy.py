@@ -14,7 +14,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
-from rlkd_trl.ops.lm_head import map_head_slices, token_log_probs
+from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, support_log_probs, token_log_probs
 
 CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
@@ -32,7 +32,8 @@ class Policy(nn.Module):
     """π(y_t | s_t) = softmax(z_t / temperature) over the ids that may be sampled.
 
     One distribution everywhere: `sample` draws from it and `forward` returns its log-probabilities. Dropout is off in
-    both, or the ratio of new to old policy would be noise. `forward` is what distributed wrappers wrap.
+    both, or the ratio of new to old policy would be noise. `forward` is what distributed wrappers wrap. Sampled with
+    `top_k`, completions come with the k ids that each token was drawn from; with them, `forward` is over those ids.
 
     Args:
         model: The student, encoder-decoder or decoder-only.
@@ -98,20 +99,23 @@ class Policy(nn.Module):
         prompt_index_B: Tensor,
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
+        support_BTk: Tensor | None = None,
     ) -> PolicyOutput:
-        """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included."""
+        """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
+
+        With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
+        """
         prompt = (prompt_ids_PS, prompt_mask_PS)
         need_final_state = self.value_head is not None and self.critic_model is None
         states_BTD = self.backbone.completion_states(
             *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
         )
+        per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = map_head_slices(
             self.backbone.head,
             states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT],
-            lambda logits, chosen: token_log_probs(
-                logits, chosen, temperature=self.temperature, forbidden_V=self.forbidden_V
-            ),
-            completion_ids_BT[completion_mask_BT],
+            self._token_statistics,
+            *(tensor[completion_mask_BT] for tensor in per_token),
             vocab_size=self.backbone.vocab_size,
         )
         logps_BT, entropy_BT = (
@@ -126,6 +130,13 @@ class Policy(nn.Module):
                 values_BT1 = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
         return PolicyOutput(logps_BT, entropy_BT, values_BT1)
 
+    def _token_statistics(
+        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None
+    ) -> TokenLogProbs:
+        if support_Nk is not None:
+            return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
+        return token_log_probs(logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V)
+
     def sample(
         self,
         prompt_ids_PS: Tensor,
@@ -134,6 +145,7 @@ class Policy(nn.Module):
         *,
         max_completion_length: int,
         uniforms_BT: Tensor | None,
+        top_k: int = 0,
     ) -> Completions:
         """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`)."""
         return sample_completions(
@@ -146,6 +158,7 @@ class Policy(nn.Module):
             pad_id=self.pad_id,
             forbidden_V=self.forbidden_V,
             temperature=self.temperature,
+            top_k=top_k,
             uniforms_BT=uniforms_BT,
         )
 

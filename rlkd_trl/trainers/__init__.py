@@ -1,1 +1,1 @@
-"""The on-policy loop with its PPO and RLOO forms, and supervised training. Import from `rlkd_trl` or the modules."""
+"""The on-policy loop with its PPO, RLOO and REINFORCE forms, and supervised training. Import from the modules."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.rewards import RewardModel
+from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.trainers.config import OnPolicyConfig
 
 
@@ -49,7 +49,18 @@ def checked_reward_model(
         if getattr(term, "gamma", args.gamma) != args.gamma:
             raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
         check_k_step(getattr(term, "k", 1), args)
+        check_log_ratio(term, args)
     return model
+
+
+def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:
+    """Raises `InputError` for log_ratio (the class or an instance) where what samples is not the student."""
+    is_log_ratio = reward is LogRatioReward or isinstance(reward, LogRatioReward)
+    if is_log_ratio and (args.top_k or getattr(args, "samples_from_a_copy", False)):
+        raise InputError(
+            "log_ratio goes with neither top_k nor behaviour_sync_steps: it compares the teacher with the policy that "
+            "sampled, and that is then not the student."
+        )
 
 
 def check_k_step(k: int, args: OnPolicyConfig) -> None:

@@ -13,7 +13,7 @@ from rlkd_trl.errors import InputError
 
 @dataclass
 class OnPolicyConfig(TrainingArguments):
-    """What PPO and RLOO share: sampling, reward shaping, the update's batches.
+    """What PPO, RLOO and REINFORCE share: sampling, reward shaping, the update's batches.
 
     A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
     `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
@@ -72,7 +72,6 @@ class OnPolicyConfig(TrainingArguments):
         default=None, metadata={"help": "Micro-batches per rollout; gradient_accumulation_steps by default."}
     )
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (PPO epochs)."})
-    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     normalize_advantages: bool = field(
         default=False, metadata={"help": "Whiten advantages over the rollout, all devices."}
@@ -106,6 +105,14 @@ class OnPolicyConfig(TrainingArguments):
         """P, on each device."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
 
+    def _check_truncated_sampling(self) -> None:
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise InputError(
+                f"top_k={self.top_k}, top_p={self.top_p}: truncated sampling changes the support of the policy as it "
+                "learns, and the ratio of new to old probabilities is then undefined for tokens that leave it. Use "
+                "temperature instead."
+            )
+
     def _check(self) -> None:
         completions = self.per_device_train_batch_size * self.steps_per_generation
         if self.num_generations < 1 or completions < 1 or completions % self.num_generations:
@@ -119,12 +126,7 @@ class OnPolicyConfig(TrainingArguments):
                 f"steps_per_generation {self.steps_per_generation} is not a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}."
             )
-        if self.top_k != 0 or self.top_p != 1.0:
-            raise InputError(
-                f"top_k={self.top_k}, top_p={self.top_p}: truncated sampling changes the support of the policy as it "
-                "learns, and the ratio of new to old probabilities is then undefined for tokens that leave it. Use "
-                "temperature instead."
-            )
+        self._check_truncated_sampling()
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: templates and rewards read the data's columns.")
         if self.gradient_checkpointing:
@@ -137,7 +139,6 @@ class OnPolicyConfig(TrainingArguments):
             "max_completion_length": self.max_completion_length >= 1,
             "num_iterations": self.num_iterations >= 1,
             "temperature": self.temperature > 0,
-            "epsilon": self.epsilon > 0,
             "gamma": 0 <= self.gamma <= 1,
             "beta": self.beta >= 0,
             "kl_horizon": self.kl_horizon > 0,
@@ -157,7 +158,18 @@ class OnPolicyConfig(TrainingArguments):
 
 
 @dataclass
-class PPOKDConfig(OnPolicyConfig):
+class ClippedPolicyConfig(OnPolicyConfig):
+    """What the methods with a clipped ratio, PPO and RLOO, share."""
+
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_ranges({"epsilon": self.epsilon > 0})
+
+
+@dataclass
+class PPOKDConfig(ClippedPolicyConfig):
     """PPO with GAE and a value head (Schulman et al. 2017), on the teacher's token rewards."""
 
     normalize_advantages: bool = field(
@@ -190,7 +202,7 @@ class PPOKDConfig(OnPolicyConfig):
 
 
 @dataclass
-class RLOOKDConfig(OnPolicyConfig):
+class RLOOKDConfig(ClippedPolicyConfig):
     """REINFORCE leave-one-out (Ahmadian et al. 2024), for whole sequences or token by token."""
 
     level: str = field(
@@ -210,6 +222,86 @@ class RLOOKDConfig(OnPolicyConfig):
                 f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
                 "each other and needs at least 2."
             )
+
+
+@dataclass
+class ReinforceKDConfig(OnPolicyConfig):
+    """REINFORCE as in LLMR and KETCHUP: a lagging behaviour policy, top-k sampling, simple baselines."""
+
+    top_k: int = field(
+        default=0,
+        metadata={
+            "help": "Sample from the k likeliest tokens; ratio, entropy and update are over these k. 0: from all. "
+            "Hao 2022: 2."
+        },
+    )
+    return_denom: float = field(
+        default=1.0, metadata={"help": "Returns are divided by this, before baseline and clip. Hao 2022: 100."}
+    )
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Clip of ratio × advantage, to ± this; None does not clip. Hao 2022: 1."}
+    )
+    ratio_cap: float | None = field(
+        default=None, metadata={"help": "Largest importance ratio, at least 1; None (the papers) does not cap."}
+    )
+    baseline: str = field(
+        default="mean",
+        metadata={
+            "help": "Subtracted from every return: 'none' (LLMR), 'mean' of the rollout's returns, or 'min_variance', "
+            "the constant for which the gradient varies least."
+        },
+    )
+    behaviour_sync_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps after which the policy that samples is set to the student; 0 or 1: it is the "
+            "student. Hao 2022, LLMR: 5000."
+        },
+    )
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+    @property
+    def samples_from_a_copy(self) -> bool:
+        """The behaviour policy outlives a rollout; where it does not, the student itself samples."""
+        return self.behaviour_sync_steps > self.optimizer_steps_per_rollout
+
+    def _check_truncated_sampling(self) -> None:
+        if self.top_p != 1.0:
+            raise InputError(f"top_p={self.top_p} is not supported: use top_k, whose support has one size everywhere.")
+        if self.top_k < 0 or self.top_k == 1:
+            raise InputError(
+                f"top_k = {self.top_k}: 0 samples from all tokens, 2 or more from that many; with one token to choose "
+                "from, nothing is sampled and nothing learnt."
+            )
+
+    def _check(self) -> None:
+        super()._check()
+        if self.baseline not in ("none", "mean", "min_variance"):
+            raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
+        self._check_ranges(
+            {
+                "return_denom": self.return_denom > 0,
+                "reward_clip": self.reward_clip is None or self.reward_clip > 0,
+                "ratio_cap": self.ratio_cap is None or self.ratio_cap >= 1,
+                "behaviour_sync_steps": self.behaviour_sync_steps >= 0,
+            }
+        )
+        steps = self.optimizer_steps_per_rollout
+        if self.behaviour_sync_steps > 1 and self.behaviour_sync_steps % steps:
+            raise InputError(
+                f"behaviour_sync_steps {self.behaviour_sync_steps} is not a multiple of the {steps} optimizer steps "
+                "that each rollout feeds: the policy can only be exchanged between rollouts."
+            )
+        if self.beta > 0 and (self.top_k or self.samples_from_a_copy):
+            raise InputError(
+                f"beta = {self.beta} goes with neither top_k nor behaviour_sync_steps: the KL penalty is taken on the "
+                "policy that sampled, and that is then not the student."
+            )
+        if self.normalize_advantages and self.return_denom != 1.0:
+            raise InputError("normalize_advantages undoes return_denom: set one of them.")
 
 
 @dataclass

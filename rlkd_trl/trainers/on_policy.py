@@ -1,4 +1,4 @@
-"""The on-policy loop under PPO and RLOO, on `transformers.Trainer`.
+"""The on-policy loop under PPO, RLOO and REINFORCE, on `transformers.Trainer`.
 
     1 sample     K completions per prompt from the student
     2 score      the teacher reads each completion once, in teacher forcing
@@ -62,7 +62,7 @@ class OnPolicyState:
 
 
 class OnPolicyTrainer(Trainer):
-    """Base of `PPOKDTrainer` and `RLOOKDTrainer`; see the module's five steps.
+    """Base of `PPOKDTrainer`, `RLOOKDTrainer` and `ReinforceKDTrainer`; see the module's five steps.
 
     Args:
         model: The student, loaded, or its directory or Hub id.
@@ -134,6 +134,10 @@ class OnPolicyTrainer(Trainer):
 
     # What each method defines
 
+    def sampling_policy(self) -> Policy:
+        """Step 1's policy, of which the rollout keeps the log-probabilities: the student as it is now."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
     def advantages(self, rollout: Rollout) -> Rollout:
         """Step 4: the rollout with `advantages_BT` (and `returns_BT`, with a critic)."""
         raise NotImplementedError
@@ -150,7 +154,7 @@ class OnPolicyTrainer(Trainer):
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Samples, scores, rewards and advantages for this device's prompts."""
         args, timer = self.args, self._timer
-        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        policy = self.sampling_policy()
 
         with timer.phase("sample"), self.compute_loss_context_manager():
             rollout = self._sample(policy, rows)  # 1 sample
@@ -212,6 +216,7 @@ class OnPolicyTrainer(Trainer):
                 prompt_index_B[: len(rows[first : first + count]) * args.num_generations],
                 max_completion_length=args.max_completion_length,
                 uniforms_BT=uniforms_BT[first * args.num_generations : (first + count) * args.num_generations],
+                top_k=args.top_k,
             )
             for first in range(0, len(rows), count)
         ]

@@ -13,8 +13,9 @@ class Rollout:
     """B = P · K completions of this device's P prompts; the K of a prompt are next to each other.
 
     loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
-    old_logps_BT, old_values_BT1: of the policy and critic that sampled. The advantage step fills advantages_BT and,
-    with a critic, returns_BT, in the critic's own normalised units like old_values_BT1.
+    support_BTk: the ids that each token was sampled from, with top_k. old_logps_BT, old_values_BT1: of the policy and
+    critic that sampled. The advantage step fills advantages_BT and, with a critic, returns_BT, in the critic's own
+    normalised units like old_values_BT1.
     """
 
     prompt_ids_PS: Tensor
@@ -24,6 +25,7 @@ class Rollout:
     completion_mask_BT: Tensor
     loss_mask_BT: Tensor
     ended_B: Tensor
+    support_BTk: Tensor | None = None
     old_logps_BT: Tensor | None = None
     old_values_BT1: Tensor | None = None
     rewards_BT: Tensor | None = None
@@ -51,6 +53,7 @@ class Rollout:
             mask_BT,
             loss_mask_BT,
             completions.ended_B,
+            completions.support_BTk,
         )
 
     def with_(self, **tensors: Tensor | None) -> "Rollout":
@@ -72,7 +75,7 @@ class Rollout:
                 cut[item.name] = value[first : last + 1]
             elif item.name.endswith("_BT1"):
                 cut[item.name] = value[rows, : longest + 1]
-            elif item.name.endswith("_BT"):
+            elif item.name.endswith(("_BT", "_BTk")):
                 cut[item.name] = value[rows, :longest]
             else:
                 cut[item.name] = value[rows]
@@ -85,13 +88,14 @@ class Rollout:
 
     def policy_inputs(self) -> dict[str, Tensor]:
         """What the policy's forward pass takes."""
-        return {
+        inputs = {
             "prompt_ids_PS": self.prompt_ids_PS,
             "prompt_mask_PS": self.prompt_mask_PS,
             "prompt_index_B": self.prompt_index_B,
             "completion_ids_BT": self.completion_ids_BT,
             "completion_mask_BT": self.completion_mask_BT,
         }
+        return inputs if self.support_BTk is None else {**inputs, "support_BTk": self.support_BTk}
 
     def truncated_last_token_BT(self) -> Tensor:
         """True at the last token of each truncated completion."""

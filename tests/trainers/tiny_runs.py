@@ -8,16 +8,25 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from rlkd_trl import PPOKDConfig, PPOKDTrainer, RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
+from rlkd_trl import (
+    PPOKDConfig,
+    PPOKDTrainer,
+    ReinforceKDConfig,
+    ReinforceKDTrainer,
+    RLOOKDConfig,
+    RLOOKDTrainer,
+    TeacherForcingReward,
+)
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.trainers.rollout import Rollout
 from tests.conftest import EOS, MODELS, PAD, word_tokenizer
 
-# The three ways to train, as (trainer, config, arguments of the config).
+# The ways to train, as (trainer, config, arguments of the config).
 METHODS = {
     "ppo": (PPOKDTrainer, PPOKDConfig, {}),
     "rloo-sequence": (RLOOKDTrainer, RLOOKDConfig, {"level": "sequence"}),
     "rloo-token": (RLOOKDTrainer, RLOOKDConfig, {"level": "token"}),
+    "reinforce": (ReinforceKDTrainer, ReinforceKDConfig, {"baseline": "none"}),
 }
 
 

@@ -1,0 +1,130 @@
+"""REINFORCE on the teacher's rewards, as LLMR and KETCHUP do it."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline, return_to_go
+from rlkd_trl.ops.losses import policy_gradient_loss
+from rlkd_trl.ops.masking import pad_columns
+from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
+from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
+from rlkd_trl.trainers.config import ReinforceKDConfig
+from rlkd_trl.trainers.on_policy import OnPolicyTrainer
+from rlkd_trl.trainers.rollout import Rollout
+
+_BEHAVIOUR_DIRECTORY = "behaviour"
+
+
+class ReinforceKDTrainer(OnPolicyTrainer):
+    """REINFORCE (Williams 1992) with a lagging behaviour policy, as in Hao, Liu & Mou 2022 and Li, Hao & Mou 2024
+    ("LLMR"), on K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP") where the reward has k > 1.
+
+    A token's weight is clip( ρ_t (G_t / return_denom − b), ±reward_clip ): G_t the return-to-go (shaped by the
+    teacher's V_t with `teacher_baseline`), b a constant baseline, ρ_t = π / behaviour the importance ratio, a
+    constant. With `behaviour_sync_steps` N a frozen copy of the student samples, set to the student after every N
+    optimizer steps; a checkpoint holds it in `behaviour/`, and one without it (of a run without a copy) sets it to
+    the student.
+
+    Where this differs from the papers' code: with `top_k` the ratio is over the k tokens sampled from on both sides
+    (see `ops.lm_head.support_log_probs`), at one temperature; the entropy bonus is the entropy, not the mean of −log π
+    over the vocabulary; dropout is off; completions that hit the length cap are bootstrapped unless
+    `mask_truncated_completions` drops them.
+    """
+
+    args: ReinforceKDConfig
+
+    def __init__(self, model, reward_funcs, args: ReinforceKDConfig, *positional, **kwargs):
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        samplable = int((~self.model.forbidden_V).sum())
+        if args.top_k > samplable:
+            raise InputError(
+                f"top_k = {args.top_k}, but the student has {samplable} tokens that may be sampled: set top_k to 0."
+            )
+        self.behaviour: Policy | None = None
+        if args.samples_from_a_copy:
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                raise InputError(
+                    "behaviour_sync_steps copies the whole student, which FSDP and DeepSpeed's stage 3 have in "
+                    "pieces: use stage 2 or less, or behaviour_sync_steps 0."
+                )
+            self.behaviour = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
+
+    def sampling_policy(self) -> Policy:
+        """The student, or the copy of it; every N optimizer steps, the copy is the student again."""
+        student = super().sampling_policy()
+        if self.behaviour is None:
+            return student
+        steps = self.on_policy_state.micro_step // self.args.gradient_accumulation_steps
+        lag = steps % self.args.behaviour_sync_steps
+        if lag == 0:
+            self.behaviour.model.load_state_dict(student.model.state_dict())
+        self._record({"behaviour_lag": lag})
+        return self.behaviour
+
+    def advantages(self, rollout: Rollout) -> Rollout:
+        args, mask_BT = self.args, rollout.completion_mask_BT
+        rewards_BT = (potential_shaping if args.teacher_baseline else bootstrap_truncated)(
+            rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
+        )
+        returns_BT = return_to_go(rewards_BT, mask_BT, gamma=args.gamma) / args.return_denom
+        advantages_BT = returns_BT - self._baseline(rollout, returns_BT)
+        if args.normalize_advantages:
+            advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
+        return rollout.with_(advantages_BT=torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT)))
+
+    def _baseline(self, rollout: Rollout, returns_BT: Tensor) -> Tensor | float:
+        mask_BT = rollout.loss_mask_BT
+        if self.args.baseline == "none":
+            return 0.0
+        if self.args.baseline == "mean":
+            return mean_baseline(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        logps_BT, ratios_BT = rollout.old_logps_BT, None
+        if self.behaviour is not None:
+            logps_BT = self._student_log_probs_now(rollout)
+            ratios_BT = (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
+        return min_variance_baseline(
+            returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT, sum_over_ranks=self._sum_over_ranks
+        )
+
+    def _student_log_probs_now(self, rollout: Rollout) -> Tensor:
+        """The student's own, where another policy has sampled."""
+        args, width = self.args, rollout.completion_ids_BT.shape[1]
+        student = super().sampling_policy()
+        with self.compute_loss_context_manager():
+            parts = [
+                student(**rollout.micro_batch(i, args.per_device_train_batch_size).policy_inputs()).logps_BT
+                for i in range(args.steps_per_generation)
+            ]
+        return pad_columns(parts, width)
+
+    def policy_loss(
+        self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_gradient_loss(
+            output.logps_BT,
+            batch.old_logps_BT,
+            batch.advantages_BT,
+            batch.loss_mask_BT,
+            ratio_cap=self.args.ratio_cap,
+            weight_clip=self.args.reward_clip,
+            denominator=tokens,
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.behaviour is not None and self.args.should_save:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self.behaviour.save_pretrained(checkpoint / _BEHAVIOUR_DIRECTORY)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.behaviour is not None:
+            saved = Path(resume_from_checkpoint) / _BEHAVIOUR_DIRECTORY
+            self.behaviour.load_pretrained(saved if saved.is_dir() else resume_from_checkpoint)
