@@ -14,7 +14,7 @@ import pytest
 from rlkd_trl import cli
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "evaluate")
+RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
 
 COLUMNS = "--source_column mr --target_column ref"
 TWO_STEPS = (
@@ -28,6 +28,7 @@ METHODS = {
     "ppo": "ppo_kd",
     "rloo-sequence": "rloo_kd --level sequence",
     "rloo-token": "rloo_kd --level token",
+    "reinforce": "reinforce_kd",
 }
 
 

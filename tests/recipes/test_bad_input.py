@@ -18,13 +18,14 @@ GOOD = {
     "pseudo_label": f"--teacher teacher {DATA} --output out",
     "ppo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "rloo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
+    "reinforce_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "evaluate": f"--teacher teacher --student student {DATA} --output_dir out",
 }
 ALL = tuple(GOOD)
-ON_POLICY = ("ppo_kd", "rloo_kd")
-ASKED = ("pseudo_label", "ppo_kd", "rloo_kd", "evaluate")  # the recipes that ask a teacher
-REWARDED = ("ppo_kd", "rloo_kd", "evaluate")
-TRAINED = ("sft", "ppo_kd", "rloo_kd")
+ON_POLICY = ("ppo_kd", "rloo_kd", "reinforce_kd")
+ASKED = ("pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")  # the recipes that ask a teacher
+REWARDED = ("ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
+TRAINED = ("sft", "ppo_kd", "rloo_kd", "reinforce_kd")
 
 # (recipes, what is wrong, a part of the message)
 DATA_CASES = [
@@ -97,7 +98,21 @@ SETTING_CASES = [
     (("ppo_kd",), "--critic none", "critic = 'none': choose 'shared' or 'separate'"),
     (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
     (ON_POLICY, "--num_generations 3", "8 completions per device"),
-    (ON_POLICY, "--top_k 5", "top_k=5"),
+    (("ppo_kd", "rloo_kd"), "--top_k 5", "top_k=5"),
+    (("reinforce_kd",), "--top_k 1", "top_k = 1: 0 samples from all tokens"),
+    (("reinforce_kd",), "--top_k -3", "top_k = -3"),
+    (("reinforce_kd",), "--top_k 5 --beta 0.1", "beta = 0.1 goes with neither top_k nor behaviour_sync_steps"),
+    (("reinforce_kd",), "--behaviour_sync_steps 5 --beta 0.1", "beta = 0.1 goes with neither"),
+    (("reinforce_kd",), "--top_k 5 --reward log_ratio", "log_ratio goes with neither top_k nor"),
+    (("reinforce_kd",), "--behaviour_sync_steps 5 --reward length log_ratio", "log_ratio goes with neither"),
+    (("reinforce_kd",), "--behaviour_sync_steps 5 --num_iterations 2", "not a multiple of the 2 optimizer steps"),
+    (("reinforce_kd",), "--behaviour_sync_steps -1", "behaviour_sync_steps = -1 is out of range"),
+    (("reinforce_kd",), "--baseline median", "baseline = 'median': choose 'none', 'mean' or 'min_variance'"),
+    (("reinforce_kd",), "--return_denom 0", "return_denom = 0.0 is out of range"),
+    (("reinforce_kd",), "--reward_clip 0", "reward_clip = 0.0 is out of range"),
+    (("reinforce_kd",), "--ratio_cap 0.5", "ratio_cap = 0.5 is out of range"),
+    (("reinforce_kd",), "--normalize_advantages True --return_denom 9", "normalize_advantages undoes return_denom"),
+    (("reinforce_kd",), "--epsilon 0.1", "unknown flag --epsilon"),
     (ON_POLICY, "--top_p 0.9", "top_p=0.9"),
     (ON_POLICY, "--kl_target 3", "kl_target"),
     (ON_POLICY, "--temperature 0", "temperature = 0.0 is out of range"),
@@ -107,7 +122,7 @@ SETTING_CASES = [
     (("evaluate",), "--sample --temperature 0", "temperature"),
     (("pseudo_label",), "--strategy best", "Unknown strategy 'best'; choose one of: greedy, sample, beam"),
     (("pseudo_label", "evaluate"), "--batch_size 0", "batch_size"),
-    (("pseudo_label", "evaluate", "ppo_kd", "rloo_kd", "sft"), "--max_completion_length 0", "max_completion_length"),
+    (("pseudo_label", "evaluate", "sft", *ON_POLICY), "--max_completion_length 0", "max_completion_length"),
 ]
 PARSER_CASES = [
     (ALL, "--sorce_column mr", "unknown flag --sorce_column; did you mean --source_column"),

@@ -1,4 +1,4 @@
-"""recipes/ppo_kd.py and rloo_kd.py: what a run leaves behind, for every family of models."""
+"""recipes/ppo_kd.py, rloo_kd.py and reinforce_kd.py: what a run leaves behind, for every family of models."""
 
 import json
 import math
@@ -26,6 +26,14 @@ RUNS = [
     for method in METHODS
     for family in MODELS
 ]
+
+
+TITLES = {
+    "ppo": "PPO",
+    "rloo-sequence": "RLOO, sequence level",
+    "rloo-token": "RLOO, token level",
+    "reinforce": "REINFORCE",
+}
 
 
 class Run(NamedTuple):
@@ -103,7 +111,7 @@ def test_model_card(finished):
     front_matter = yaml.safe_load(card.split("---")[1])
     assert front_matter["library_name"] == "transformers"
     assert str(finished.pair.teacher) in card and str(finished.pair.student) in card
-    assert f"Method: {'PPO' if finished.method == 'ppo' else 'RLOO'}" in card
+    assert f"Method: {TITLES[finished.method].split(',')[0]}" in card
 
     # The code in it runs.
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
@@ -115,8 +123,7 @@ def test_model_card(finished):
 
 def test_report(finished):
     report = (finished.output_dir / "report.html").read_text()
-    title = {"ppo": "PPO", "rloo-sequence": "RLOO, sequence level", "rloo-token": "RLOO, token level"}
-    assert f"<h1>{title[finished.method]}: tiny-run</h1>" in report
+    assert f"<h1>{TITLES[finished.method]}: tiny-run</h1>" in report
     after = metrics_of(finished.output_dir)["after"]
     assert f"{after['teacher_nll_per_token']:.4f}" in report
     for setting in (str(finished.pair.teacher), '"max_completion_length": 6', '"num_generations": 2'):

@@ -22,7 +22,7 @@ TRAINING = (
 )
 ON_POLICY = (
     "num_generations max_prompt_length max_completion_length temperature top_k reward_weights gamma beta kl_target "
-    "missing_eos_penalty mask_truncated_completions num_iterations epsilon entropy_coef early_stop_kl"
+    "missing_eos_penalty mask_truncated_completions num_iterations entropy_coef early_stop_kl"
 )
 USUAL = "Training (the usual fields of transformers.TrainingArguments)"
 
@@ -51,7 +51,7 @@ GROUPS = {
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
-        "PPO with GAE": f"{ON_POLICY} lam vf_coef critic cliprange_value critic_learning_rate",
+        "PPO with GAE": f"{ON_POLICY} epsilon lam vf_coef critic cliprange_value critic_learning_rate",
         USUAL: TRAINING,
     },
     "rloo_kd": {
@@ -62,7 +62,18 @@ GROUPS = {
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
-        "REINFORCE leave-one-out": f"{ON_POLICY} level",
+        "REINFORCE leave-one-out": f"{ON_POLICY} epsilon level",
+        USUAL: TRAINING,
+    },
+    "reinforce_kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Reward": REWARD,
+        "Run": "resume",
+        "REINFORCE as in LLMR": f"{ON_POLICY} baseline behaviour_sync_steps ratio_cap return_denom reward_clip",
         USUAL: TRAINING,
     },
     "evaluate": {
@@ -119,7 +130,7 @@ def test_it_begins_with_what_the_recipe_does_and_a_command_to_run_it(recipe, cap
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd"])
+@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd", "reinforce_kd"])
 def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
     assert "--adam_beta1" not in help_of(recipe, capsys)
     full = help_of(recipe, capsys, "--help_all")

@@ -29,7 +29,7 @@ DISTIL = f"{COLUMNS} {TWO_STEPS} {SAMPLING}"
 # Presets
 
 
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd"])
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd"])
 @pytest.mark.parametrize(
     "order", ["--config {preset} --gamma 0.5 --k 2", "--gamma 0.5 --k 2 --config={preset}"], ids=["first", "last"]
 )
@@ -65,7 +65,7 @@ def test_a_preset_may_hold_the_whole_run(checkpoints, train_csv, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-5").exists()
 
 
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd"])
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd"])
 def test_without_a_teacher_the_demos_preset_gives_the_defaults(recipe, tmp_path):
     demo = parsed(f"{recipe} --max_steps 3")
     assert (demo["templates"], demo["max_steps"]) == ("builtin:data_to_text", 3)

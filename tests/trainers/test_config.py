@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from rlkd_trl import PPOKDConfig, RLOOKDConfig
+from rlkd_trl import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
 from rlkd_trl.errors import InputError
 
-BOTH = [PPOKDConfig, RLOOKDConfig]
+ALL = [PPOKDConfig, RLOOKDConfig, ReinforceKDConfig]
+CLIPPED = [PPOKDConfig, RLOOKDConfig]
 
 
 def config(config_class, tmp_path, **settings):
@@ -12,7 +13,7 @@ def config(config_class, tmp_path, **settings):
     return config_class(output_dir=str(tmp_path), **settings)
 
 
-@pytest.mark.parametrize("config_class", BOTH)
+@pytest.mark.parametrize("config_class", ALL)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -23,7 +24,6 @@ def config(config_class, tmp_path, **settings):
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "not a multiple"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "not a multiple"),
         ({"steps_per_generation": 0}, "steps_per_generation"),
-        ({"top_k": 50}, "top_k"),
         ({"top_p": 0.9}, "top_p"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         # transformers' newer name for the same.
@@ -32,7 +32,6 @@ def config(config_class, tmp_path, **settings):
         ({"num_iterations": 0}, "num_iterations"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
-        ({"epsilon": 0.0}, "epsilon"),
         ({"gamma": 1.01}, "gamma"),
         ({"gamma": -0.1}, "gamma"),
         ({"beta": -0.1}, "beta"),
@@ -59,6 +58,17 @@ def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, me
         (PPOKDConfig, {"critic_learning_rate": -1e-3}, "critic_learning_rate"),
         (PPOKDConfig, {"cliprange_value": 0.0}, "cliprange_value"),
         (RLOOKDConfig, {"level": "word"}, "level"),
+        (ReinforceKDConfig, {"top_k": 1}, "top_k = 1"),
+        (ReinforceKDConfig, {"top_k": -2}, "top_k = -2"),
+        (ReinforceKDConfig, {"top_k": 5, "beta": 0.1}, "beta"),
+        (ReinforceKDConfig, {"behaviour_sync_steps": 2, "beta": 0.1}, "beta"),
+        (ReinforceKDConfig, {"behaviour_sync_steps": -1}, "behaviour_sync_steps"),
+        (ReinforceKDConfig, {"behaviour_sync_steps": 5, "num_iterations": 2}, "not a multiple of the 2 optimizer"),
+        (ReinforceKDConfig, {"baseline": "median"}, "baseline"),
+        (ReinforceKDConfig, {"return_denom": 0.0}, "return_denom"),
+        (ReinforceKDConfig, {"reward_clip": 0.0}, "reward_clip"),
+        (ReinforceKDConfig, {"ratio_cap": 0.9}, "ratio_cap"),
+        (ReinforceKDConfig, {"normalize_advantages": True, "return_denom": 2.0}, "return_denom"),
         (RLOOKDConfig, {"num_generations": 1}, "at least 2"),
     ],
 )
@@ -67,13 +77,25 @@ def test_wrong_settings_of_one_method(tmp_path, config_class, settings, message)
         config(config_class, tmp_path, **settings)
 
 
+@pytest.mark.parametrize("config_class", CLIPPED)
+@pytest.mark.parametrize("settings", [{"top_k": 50}, {"epsilon": 0.0}])
+def test_wrong_settings_of_the_methods_that_clip(config_class, tmp_path, settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        config(config_class, tmp_path, **settings)
+
+
+def test_reinforce_has_no_clip_range_to_ignore(tmp_path):
+    with pytest.raises(TypeError, match="epsilon"):
+        config(ReinforceKDConfig, tmp_path, epsilon=0.1)
+
+
 def test_settings_that_are_ignored_are_refused(tmp_path):
     """`remove_unused_columns=True` would drop the columns that templates and rewards read."""
     with pytest.raises(InputError, match="remove_unused_columns"):
         config(PPOKDConfig, tmp_path, remove_unused_columns=True)
 
 
-@pytest.mark.parametrize("config_class", BOTH)
+@pytest.mark.parametrize("config_class", ALL)
 def test_one_rollout_is_one_optimizer_step_by_default(config_class, tmp_path):
     args = config(config_class, tmp_path, gradient_accumulation_steps=3)
     assert args.steps_per_generation == 3
@@ -81,7 +103,7 @@ def test_one_rollout_is_one_optimizer_step_by_default(config_class, tmp_path):
     assert args.prompts_per_rollout == 6
 
 
-@pytest.mark.parametrize("config_class", BOTH)
+@pytest.mark.parametrize("config_class", ALL)
 def test_a_rollout_may_feed_several_optimizer_steps(config_class, tmp_path):
     args = config(config_class, tmp_path, gradient_accumulation_steps=2, steps_per_generation=4)
     assert (args.steps_per_generation, args.prompts_per_rollout) == (4, 8)
@@ -102,7 +124,7 @@ def test_the_rest_of_the_range_is_allowed(tmp_path):
     assert config(PPOKDConfig, tmp_path, gamma=1.0, lam=1.0, beta=0.1, kl_target=6.0).kl_target == 6.0
 
 
-@pytest.mark.parametrize("config_class", BOTH)
+@pytest.mark.parametrize("config_class", ALL)
 def test_cpu_is_chosen_where_there_is_nothing_else(config_class, tmp_path):
     """Otherwise two CPU processes would train unsynchronised."""
     assert config(config_class, tmp_path).use_cpu is (not torch.accelerator.is_available())
