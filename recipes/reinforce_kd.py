@@ -7,9 +7,10 @@ r"""REINFORCE distillation as in LLMR and KETCHUP: a teacher scores every token 
 
 Plain policy gradient on the reward that a teacher-forced language model implies (Hao, Liu & Mou 2022; Li, Hao & Mou
 2024, "LLMR"), with their lagging behaviour policy (`--behaviour_sync_steps`), top-k sampling, divided and clipped
-returns; on K-step returns with `--k` (Fan, Luo, Bowling & Mou 2026, "KETCHUP"). Where this differs from the papers: the
-defaults are ours (the student samples, from all tokens, with the mean as baseline and the teacher's V_t as potential;
-completions that hit the length cap are bootstrapped), and the presets name the papers' values; with `--top_k` the importance ratio is over the sampled-from tokens for both policies; the entropy bonus is the entropy.
+returns; on K-step returns with `--k` (Fan, Luo, Bowling & Mou 2026, "KETCHUP"). Where this differs from the papers,
+the presets naming their values: by default the student itself samples, from all tokens, with the mean as baseline and
+the teacher's V_t as potential, and completions that hit the length cap are bootstrapped; with `--top_k` the importance
+ratio is over the sampled-from tokens for both policies; the entropy bonus is the entropy.
 """
 
 from pathlib import Path

@@ -44,6 +44,18 @@ CASES = {
     "rloo-token": Case("rloo-token"),
     "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-token-accumulated": Case("rloo-token", "llama", 2),
+    "reinforce": Case("reinforce", settings=(("baseline", "mean"), ("mask_truncated_completions", True))),
+    "reinforce-lagging-top-k": Case(
+        "reinforce",
+        "llama",
+        2,
+        settings=(
+            ("baseline", "min_variance"),
+            ("behaviour_sync_steps", 2),
+            ("top_k", 5),
+            ("normalize_advantages", False),
+        ),
+    ),
     # Two rollouts an epoch, four prompts each: the ranks must agree on the second epoch's order too.
     "rloo-token-two-epochs": Case("rloo-token", settings=(("max_steps", 4),), rows=8),
 }

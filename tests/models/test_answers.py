@@ -172,6 +172,20 @@ def test_batches_of_different_widths_are_joined():
     assert whole.ids_BT.tolist() == [[5, 1, 9], [6, 7, 8]]
     assert whole.mask_BT.tolist() == [[True, True, False], [True, True, True]]
     assert whole.ended_B.tolist() == [True, False]
+    assert whole.support_BTk is None
+
+
+def test_the_supports_of_batches_of_different_widths_are_joined_too():
+    parts = [
+        Completions(
+            torch.ones(1, width, dtype=torch.long),
+            torch.ones(1, width, dtype=torch.bool),
+            torch.tensor([True]),
+            torch.arange(2 * width).view(1, width, 2) + 10 * width,
+        )
+        for width in (1, 2)
+    ]
+    assert joined(parts, pad_id=9).support_BTk.tolist() == [[[10, 11], [0, 0]], [[20, 21], [22, 23]]]
 
 
 def test_nothing_is_computed_before_it_is_asked_for():

@@ -8,6 +8,8 @@ from rlkd_trl.ops.advantages import (
     explained_variance,
     gae,
     leave_one_out,
+    mean_baseline,
+    min_variance_baseline,
     normalize,
     return_to_go,
     running_moments,
@@ -198,6 +200,98 @@ def test_token_leave_one_out_matches_the_loop(seed, K, gamma, dtype):
     assert_matches(advantages_BT, padded(expected, 6), dtype)
 
 
+# ---- constant baselines
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mean_baseline_matches_the_loop(seed, dtype):
+    batch, returns_BT, _ = random_episodes(seed, dtype)
+    real = [returns_BT[i, t].item() for i, length, _ in batch.rows for t in range(length)]
+    assert_matches(mean_baseline(returns_BT, batch.mask_BT), math.fsum(real) / len(real), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_min_variance_baseline_matches_the_loop(seed, off_policy, dtype):
+    batch, returns_BT, _ = random_episodes(seed, dtype)
+    logps_BT = -normal(8, 6, seed=seed + 1, dtype=dtype).abs()
+    ratios_BT = normal(8, 6, seed=seed + 2, dtype=dtype, scale=0.5).exp() if off_policy else None
+    above, below = [], []
+    for i, length, _ in batch.rows:
+        for t in range(length):
+            ratio = ratios_BT[i, t].item() if off_policy else 1.0
+            weight = ratio**2 * (1 - math.exp(logps_BT[i, t].item())) ** 2
+            above.append(weight * returns_BT[i, t].item())
+            below.append(weight)
+    actual = min_variance_baseline(returns_BT, logps_BT, batch.mask_BT, ratios_BT=ratios_BT)
+    assert_matches(actual, math.fsum(above) / math.fsum(below), dtype)
+
+
+def test_min_variance_baseline_by_hand():
+    # π(y) = ½, ¾, 1: weights ¼, 1/16, 0, i.e. 4 : 1 : 0 on returns 10, −5, 99: (40 − 5) / 5 = 7
+    logps_BT = torch.tensor([[0.5, 0.75, 1.0, 0.1]], dtype=torch.float64).log()
+    returns_BT = torch.tensor([[10.0, -5.0, 99.0, 99.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, True, False]])
+    assert min_variance_baseline(returns_BT, logps_BT, mask_BT).item() == pytest.approx(7.0)
+    # ratios 1, 2: weights 4 : 4, (10 − 5) / 2
+    ratios_BT = torch.tensor([[1.0, 2.0, 5.0, 9.0]], dtype=torch.float64)
+    assert min_variance_baseline(returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT).item() == pytest.approx(2.5)
+    # All certain: no token has a gradient, and no baseline makes a difference.
+    assert min_variance_baseline(returns_BT, torch.zeros_like(logps_BT), mask_BT).item() == 0.0
+
+
+@pytest.mark.parametrize("behaviour", [None, [0.3, 0.7]])
+def test_min_variance_baseline_is_the_best_constant_for_two_actions(behaviour):
+    """Exact expectations over both actions: the variance of ρ ∇_z log π(y) (G − b) is least at this b.
+
+    With two actions ‖∇_z log π(y)‖² = 2 (1 − π(y))², so that the approximation of the norm is exact.
+    """
+    policy, returns = [0.8, 0.2], [1.0, -3.0]
+    sampled = behaviour or policy
+
+    def variance(b):
+        gradients = []
+        for y in range(2):
+            ratio = policy[y] / sampled[y]
+            gradients.append([ratio * ((v == y) - policy[v]) * (returns[y] - b) for v in range(2)])
+        mean = [math.fsum(sampled[y] * gradients[y][v] for y in range(2)) for v in range(2)]
+        return math.fsum(sampled[y] * (gradients[y][v] - mean[v]) ** 2 for y in range(2) for v in range(2))
+
+    # 1000 tokens in the proportions in which they are sampled.
+    counts = [round(1000 * p) for p in sampled]
+    actions = [0] * counts[0] + [1] * counts[1]
+    tensors = [
+        torch.tensor([[values[y] for y in actions]], dtype=torch.float64)
+        for values in (returns, [math.log(p) for p in policy], [policy[y] / sampled[y] for y in range(2)])
+    ]
+    mask_BT = torch.ones(1, 1000, dtype=torch.bool)
+    best = min_variance_baseline(*tensors[:2], mask_BT, ratios_BT=tensors[2]).item()
+    assert variance(best) < min(variance(best - 0.01), variance(best + 0.01))
+    assert variance(best) < 0.9 * min(variance(0.0), variance(mean_baseline(tensors[0], mask_BT).item()))
+
+
+def test_constant_baselines_are_over_all_ranks():
+    """Two ranks with different numbers of tokens: the baseline of one big batch, which is not the mean of the two."""
+    batch, returns_BT, _ = random_episodes(0)
+    logps_BT, mask_BT = -normal(8, 6, seed=1, dtype=torch.float64).abs(), batch.mask_BT
+    for function in (
+        lambda rows, total: mean_baseline(returns_BT[rows], mask_BT[rows], sum_over_ranks=total),
+        lambda rows, total: min_variance_baseline(
+            returns_BT[rows], logps_BT[rows], mask_BT[rows], sum_over_ranks=total
+        ),
+    ):
+        sums_of_ranks = []
+        for rows in (slice(0, 3), slice(3, 8)):
+            sums = []
+            function(rows, lambda tensor, sums=sums: sums.append(tensor) or tensor)
+            sums_of_ranks.append(sums)
+        totals = iter([sum(parts) for parts in zip(*sums_of_ranks, strict=True)])
+        actual = function(slice(3, 8), lambda tensor, totals=totals: next(totals))
+        torch.testing.assert_close(actual, function(slice(None), None), rtol=1e-12, atol=1e-12)
+
+
 # ---- explained variance
 
 
@@ -252,6 +346,22 @@ def test_padding_is_ignored(function, poison):
         lambda rewards_BT, values_BT1: function(rewards_BT, values_BT1, batch.mask_BT, batch.ended_B),
         (rewards_BT, batch.mask_BT),
         (values_BT1, batch.has_value_BT1),
+        poison=poison,
+    )
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_padding_is_ignored_in_the_baselines(poison):
+    mask_BT = ragged_batch(0).mask_BT
+    returns_BT, logps_BT, ratios_BT = (normal(8, 6, seed=seed) for seed in range(3))
+    assert_padding_is_ignored(
+        lambda returns_BT, logps_BT, ratios_BT: (
+            mean_baseline(returns_BT, mask_BT),
+            min_variance_baseline(returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT),
+        ),
+        (returns_BT, mask_BT),
+        (-logps_BT.abs(), mask_BT),
+        (ratios_BT, mask_BT),
         poison=poison,
     )
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, token_log_probs
+from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, support_log_probs, token_log_probs
+from rlkd_trl.ops.losses import policy_gradient_loss
 from tests.ops.ragged_batches import SEEDS, assert_matches, normal
 
 N, V, D = 9, 13, 5
@@ -235,6 +236,92 @@ def test_half_precision_logits_are_upcast_before_any_statistic(dtype):
     policies = [softmax_by_loop([z_v / temperature for z_v in z]) for z in rows]
     assert_upcast(result.logps, [math.log(p[i]) for i, p in enumerate(policies)])
     assert_upcast(result.entropy, [entropy_by_loop(p) for p in policies])
+
+
+# ---- log-probs over the ids that were sampled from
+
+
+def top_ids(logits_NV, k):
+    return logits_NV.topk(k, dim=-1).indices
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_support_log_probs_match_the_softmax_over_the_support(seed, k, temperature):
+    """The support is the top k of other logits, as that of a behaviour policy is."""
+    logits_NV, _ = random_logits(seed)
+    support_Nk = top_ids(random_logits(seed + 7)[0], k)
+    chosen_N = support_Nk[torch.arange(N), torch.arange(N) % k]
+    result = support_log_probs(logits_NV, chosen_N, support_Nk, temperature=temperature)
+    logps, entropies = [], []
+    for z, y, support in zip(logits_NV.tolist(), chosen_N.tolist(), support_Nk.tolist(), strict=True):
+        policy = dict(zip(support, softmax_by_loop([z[v] / temperature for v in support]), strict=True))
+        logps.append(math.log(policy[y]))
+        entropies.append(entropy_by_loop(policy.values()))
+    assert_matches(result.logps, logps, torch.float32)
+    assert_matches(result.entropy, entropies, torch.float32)
+
+
+def test_support_log_probs_by_hand():
+    # z = (ln 3, 5, 0), S = {2, 0}: probabilities ¼ and ¾, the second id's 5 does not count
+    logits_NV = torch.tensor([[math.log(3), 5.0, 0.0]])
+    result = support_log_probs(logits_NV, torch.tensor([0]), torch.tensor([[2, 0]]))
+    assert_matches(result.logps, [math.log(0.75)], torch.float32)
+    assert_matches(result.entropy, [-0.25 * math.log(0.25) - 0.75 * math.log(0.75)], torch.float32)
+
+
+def test_with_every_id_in_the_support_it_is_the_whole_distribution():
+    logits_NV, chosen_N = random_logits(0)
+    whole = token_log_probs(logits_NV, chosen_N)
+    over_all = support_log_probs(logits_NV, chosen_N, top_ids(logits_NV, V))
+    torch.testing.assert_close(over_all.logps, whole.logps)
+    torch.testing.assert_close(over_all.entropy, whole.entropy)
+
+
+def test_only_the_support_gets_a_gradient_and_its_total_none():
+    logits_NV, _ = random_logits(1)
+    support_Nk = top_ids(logits_NV, 3)
+    logits_NV.requires_grad_()
+    result = support_log_probs(logits_NV, support_Nk[:, 1], support_Nk)
+    (gradient_NV,) = torch.autograd.grad((result.logps + 0.3 * result.entropy).sum(), logits_NV)
+    inside_NV = torch.zeros(N, V, dtype=torch.bool).scatter(1, support_Nk, True)
+    assert (gradient_NV[~inside_NV] == 0).all() and (gradient_NV[inside_NV] != 0).all()
+    torch.testing.assert_close(gradient_NV.sum(dim=1), torch.zeros(N), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 10.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_ratio_over_the_support_makes_the_expected_gradient_that_of_the_restricted_policy(seed, constant):
+    """Five tokens, all outcomes of sampling from the behaviour policy's top 3, weighted by their probabilities.
+
+    Their policy gradients add up to ∇ Σ_{y∈S} π_S(y) A(y), whatever constant is added to A; with π over the whole
+    vocabulary in the ratio's numerator, the constant changes the sum.
+    """
+    behaviour_V, policy_V, advantages_V = (normal(5, seed=10 * seed + i, scale=2.0) for i in range(3))
+    support_k = top_ids(behaviour_V[None], 3)[0]
+    sampled_k = behaviour_V[support_k].softmax(-1)  # what is sampled from
+
+    policy_V.requires_grad_()
+    objective = (policy_V[support_k].softmax(-1) * advantages_V[support_k]).sum()
+    (expected,) = torch.autograd.grad(-objective, policy_V)
+
+    def gradient(numerator_logps_k):
+        loss, _ = policy_gradient_loss(
+            numerator_logps_k[:, None],
+            sampled_k.log()[:, None],
+            # the share of samples that have this outcome is in the weight
+            (sampled_k * (advantages_V[support_k] + constant))[:, None],
+            torch.ones(3, 1, dtype=torch.bool),
+            denominator=1.0,
+        )
+        return torch.autograd.grad(loss, policy_V)[0]
+
+    logits_kV = policy_V.expand(3, -1)
+    over_support = support_log_probs(logits_kV, support_k, support_k.expand(3, -1)).logps
+    torch.testing.assert_close(gradient(over_support), expected, rtol=1e-4, atol=1e-5)
+    over_all = token_log_probs(policy_V.expand(3, -1), support_k).logps
+    assert (gradient(over_all) - expected).abs().max() > 1e-3
 
 
 # ---- slices

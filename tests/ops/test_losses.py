@@ -9,6 +9,7 @@ from rlkd_trl.ops.losses import (
     clipped_sequence_policy_loss,
     clipped_value_loss,
     entropy_bonus,
+    policy_gradient_loss,
 )
 from tests.ops.ragged_batches import (
     DTYPES,
@@ -164,6 +165,84 @@ def test_the_plain_policy_gradient_reaches_the_logits():
     exponentials = [math.exp(z) for z in (0.3, -1.0, 2.0)]
     expected = [1.5 * ((v == 1) - e / sum(exponentials)) for v, e in enumerate(exponentials)]
     assert_matches(logits_V.grad, expected)
+
+
+# ---- policy gradient with a constant importance ratio
+
+
+def weights_by_loop(batch, logps_BT, behaviour_logps_BT, advantages_BT, ratio_cap, weight_clip):
+    """w_t, 0 behind the mask; the ratios; how many weights were cut."""
+    weights, ratios, cut = [[0.0] * 6 for _ in batch.rows], [], 0
+    for i, length, _ in batch.rows:
+        for t in range(length):
+            ratio = math.exp(logps_BT[i, t].item() - behaviour_logps_BT[i, t].item())
+            weight = min(ratio, ratio_cap or math.inf) * advantages_BT[i, t].item()
+            weight = clip(weight, -(weight_clip or math.inf), weight_clip or math.inf)
+            cut += weight != ratio * advantages_BT[i, t].item()
+            weights[i][t] = weight
+            ratios.append(ratio)
+    return weights, ratios, cut
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ratio_cap", "weight_clip"), [(None, None), (1.1, None), (None, 0.5), (1.1, 0.5)], ids=str)
+@pytest.mark.parametrize("denominator", [None, 50.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_policy_gradient_matches_the_loop_in_value_and_gradient(seed, denominator, ratio_cap, weight_clip, dtype):
+    batch, logps_BT, behaviour_logps_BT, advantages_BT = random_policies(seed, dtype)
+    weights, ratios, cut = weights_by_loop(batch, logps_BT, behaviour_logps_BT, advantages_BT, ratio_cap, weight_clip)
+    assert (0 < cut < len(ratios)) == bool(ratio_cap or weight_clip)
+    n = denominator or len(ratios)
+    expected = -math.fsum(weights[i][t] * logps_BT[i, t].item() for i, length, _ in batch.rows for t in range(length))
+    actual = policy_gradient_loss(
+        logps_BT.requires_grad_(),
+        behaviour_logps_BT,
+        advantages_BT,
+        batch.mask_BT,
+        ratio_cap=ratio_cap,
+        weight_clip=weight_clip,
+        denominator=denominator,
+    )
+    metrics = {"ratio": math.fsum(ratios) / n, "clip_fraction": cut / n}
+    assert_loss_matches(actual, (expected / n, metrics), dtype)
+    actual[0].backward()
+    assert_matches(logps_BT.grad, [[-w / n for w in row] for row in weights], dtype)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_constant_ratio_has_the_gradient_of_the_ratio(seed):
+    """∇(−Σ ρ_t A_t / N), with the ratio differentiated: ρ ∇log π = ∇ρ."""
+    batch, logps_BT, behaviour_logps_BT, advantages_BT = random_policies(seed)
+    logps_BT.requires_grad_()
+    ratio_BT = (logps_BT - behaviour_logps_BT).exp()
+    surrogate = -(ratio_BT * advantages_BT)[batch.mask_BT].mean()
+    (expected,) = torch.autograd.grad(surrogate, logps_BT)
+    loss, _ = policy_gradient_loss(logps_BT, behaviour_logps_BT, advantages_BT, batch.mask_BT)
+    torch.testing.assert_close(torch.autograd.grad(loss, logps_BT)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_policy_gradient_by_hand():
+    # ρ = 4 and A = 2, cap 3: w = 6; clip 5: w = 5. log π = −1: loss 5, gradient −5.
+    logps_BT = torch.tensor([[-1.0, -7.0]], dtype=torch.float64).requires_grad_()
+    behaviour_BT = torch.tensor([[-1.0 - math.log(4.0), -3.0]], dtype=torch.float64)
+    advantages_BT, mask_BT = torch.tensor([[2.0, 8.0]], dtype=torch.float64), torch.tensor([[True, False]])
+    for settings, weight in (({}, 8.0), ({"ratio_cap": 3.0}, 6.0), ({"ratio_cap": 3.0, "weight_clip": 5.0}, 5.0)):
+        loss, metrics = policy_gradient_loss(logps_BT, behaviour_BT, advantages_BT, mask_BT, **settings)
+        (gradient,) = torch.autograd.grad(loss, logps_BT)
+        assert loss.item() == pytest.approx(weight)
+        assert gradient.tolist() == [[pytest.approx(-weight), 0.0]]
+        assert metrics["clip_fraction"] == float(weight != 8.0)
+        assert metrics["ratio"].item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_padding_is_ignored_in_the_policy_gradient(poison):
+    batch, logps_BT, behaviour_logps_BT, advantages_BT = random_policies(0, torch.float32)
+    assert_padding_is_ignored(
+        lambda *tensors: policy_gradient_loss(*tensors, batch.mask_BT, ratio_cap=1.1, weight_clip=0.5),
+        *((tensor, batch.mask_BT) for tensor in (logps_BT, behaviour_logps_BT, advantages_BT)),
+        poison=poison,
+    )
 
 
 # ---- clipped loss per sequence

@@ -132,6 +132,37 @@ def test_samples_come_from_the_distribution_that_forward_returns(any_model, toke
         assert bool(samples.ended_B[b]) == (completion[-1] == EOS)
 
 
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_top_k_samples_come_from_the_support_that_comes_with_them(any_model, tokenizer, top_k):
+    """The k likeliest of the ids that may be sampled, renormalised; forward's log-probabilities are over them."""
+    policy = Policy(any_model, tokenizer, temperature=0.7)
+    prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
+    index_B = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    uniforms_BT = torch.rand(9, 6, generator=torch.Generator().manual_seed(3))
+    prompts = (prompt_ids, prompt_mask, index_B)
+    samples = policy.sample(*prompts, max_completion_length=6, uniforms_BT=uniforms_BT, top_k=top_k)
+    output = policy(*prompts, samples.ids_BT, samples.mask_BT, samples.support_BTk)
+    assert samples.support_BTk.shape == (*samples.ids_BT.shape, top_k)
+
+    for b, p in enumerate(index_B.tolist()):
+        completion = samples.ids_BT[b][samples.mask_BT[b]].tolist()
+        logits_TV = plain_forward(any_model, RAGGED.prompts[p], completion)[0].detach()
+        for t, y in enumerate(completion):
+            allowed = {v: float(logits_TV[t, v]) / 0.7 for v in ALLOWED}
+            support = sorted(allowed, key=allowed.get, reverse=True)[:top_k]
+            assert samples.support_BTk[b, t].tolist() == support
+            total = math.fsum(math.exp(allowed[v]) for v in support)
+            probabilities = [math.exp(allowed[v]) / total for v in support]
+            # The inversion runs through the vocabulary in the order of the ids.
+            cumulative = math.fsum(q for v, q in zip(support, probabilities, strict=True) if v < y)
+            assert cumulative - 1e-5 < float(uniforms_BT[b, t]) < cumulative + probabilities[support.index(y)] + 1e-5
+            logp = math.log(probabilities[support.index(y)])
+            assert float(output.logps_BT[b, t]) == pytest.approx(logp, abs=1e-4)
+            entropy = -math.fsum(q * math.log(q) for q in probabilities)
+            assert float(output.entropy_BT[b, t]) == pytest.approx(entropy, abs=1e-4)
+    assert samples.mask_BT.sum() > 12
+
+
 def test_sampled_frequencies_match_the_probabilities(any_model, tokenizer):
     policy = Policy(any_model, tokenizer, temperature=1.3)
     prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
