@@ -53,7 +53,6 @@ CASES = {
             ("baseline", "min_variance"),
             ("behaviour_sync_steps", 2),
             ("top_k", 5),
-            ("normalize_advantages", False),
         ),
     ),
     # Two rollouts an epoch, four prompts each: the ranks must agree on the second epoch's order too.

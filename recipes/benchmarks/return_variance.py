@@ -1,0 +1,209 @@
+r"""How the variance of the K-step return falls with K (Fan, Luo, Bowling & Mou 2026, "KETCHUP"), on real rollouts.
+
+    python recipes/benchmarks/return_variance.py                           # the embedded demo's teacher and warm start
+    python recipes/benchmarks/return_variance.py --teacher runs/teacher --student runs/warm --dataset train.csv \
+        --source_column mr --templates templates.yaml
+
+The student samples several completions for each prompt, the teacher reads them once, and from the same scores comes
+the return of every token for every K. Three variances, each as a mean over prompts (or positions):
+
+- of the first token's return among the completions of a prompt: what a baseline that knows the prompt leaves over;
+- of every token's return among the completions of a prompt that have that position;
+- of a token's part of the policy gradient, (1 − π(y)) (G_t − b), with b the min-variance baseline of the rollout: the
+  gradient in the chosen token's logit, over all tokens.
+
+Larger K also changes the mean: K-step returns with V = max are never smaller, since the maxima they leave out are not
+subtracted. So each is also given as a share of the squared mean return. Completions that hit the length cap are
+bootstrapped. Writes `return_variance.json` and `return_variance.md` to `--results_dir`, results/ beside this file.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlkd_trl import cli, recipe_steps
+from rlkd_trl.errors import InputError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
+COLUMNS = {
+    "mean_return": "mean return",
+    "first_token_variance": "variance, first token",
+    "token_variance": "variance, all tokens",
+    "relative_token_variance": "the same / mean²",
+    "gradient_variance": "variance, gradient",
+}
+
+
+@dataclass
+class VarianceArguments:
+    """Measurement"""
+
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K to compare."})
+    num_prompts: int = field(default=64, metadata={"help": "Prompts, the first of the data."})
+    num_generations: int = field(default=16, metadata={"help": "Completions sampled per prompt."})
+    max_prompt_length: int = field(default=512, metadata={"help": "Student prompts are cut at this many tokens."})
+    max_completion_length: int = field(default=48, metadata={"help": "Cap on sampled tokens, EOS included."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
+    output_dir: str = field(default="runs/return_variance", metadata={"help": "Where the demo's models go."})
+    results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
+
+    def __post_init__(self):
+        for name in ("num_prompts", "max_prompt_length", "max_completion_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} is out of range.")
+        if self.num_generations < 2 or min(self.steps) < 1:
+            raise InputError("A variance needs --num_generations of 2 or more, and --steps of 1 or more.")
+
+
+def measure(policy, tokenizer, panel, rows: list[dict], reward: cli.RewardArguments, args: VarianceArguments):
+    """For each K, the columns of the table."""
+    import torch
+
+    from rlkd_trl.models.answers import joined
+    from rlkd_trl.models.prompts import tokenize_prompts
+    from rlkd_trl.ops.masking import pad_columns
+    from rlkd_trl.rewards import RewardInputs, TeacherForcingReward
+
+    # 1 sample
+    generator = torch.Generator().manual_seed(args.seed)
+    parts, logps = [], []
+    for start in range(0, len(rows), args.batch_size):
+        batch = rows[start : start + args.batch_size]
+        prompt_ids_PS, prompt_mask_PS = (
+            tensor.to(policy.backbone.device)
+            for tensor in tokenize_prompts(
+                tokenizer,
+                [row["prompt"] for row in batch],
+                padding_side=policy.backbone.padding_side,
+                max_length=args.max_prompt_length,
+            )
+        )
+        index_B = torch.arange(len(batch), device=prompt_ids_PS.device).repeat_interleave(args.num_generations)
+        uniforms_BT = torch.rand(len(index_B), args.max_completion_length, generator=generator).to(index_B.device)
+        prompts = (prompt_ids_PS, prompt_mask_PS, index_B)
+        parts.append(
+            policy.sample(*prompts, max_completion_length=args.max_completion_length, uniforms_BT=uniforms_BT)
+        )
+        with torch.no_grad():
+            logps.append(policy(*prompts, parts[-1].ids_BT, parts[-1].mask_BT).logps_BT)
+    completions = joined(parts, pad_id=policy.pad_id)
+    logps_BT = pad_columns(logps, completions.ids_BT.shape[1])
+
+    # 2 score: once, for every K
+    inputs = RewardInputs(
+        rows=rows,
+        prompt_index_B=torch.arange(len(rows), device=logps_BT.device).repeat_interleave(args.num_generations),
+        completion_ids_BT=completions.ids_BT,
+        completion_mask_BT=completions.mask_BT,
+        ended_B=completions.ended_B,
+    )
+    terms = {k: TeacherForcingReward(panel, value=reward.value, k=k, tau=reward.tau) for k in args.steps}
+    first = next(iter(terms.values()))
+    scores = panel.score(
+        rows,
+        inputs.prompt_index_B,
+        completions.ids_BT,
+        completions.mask_BT,
+        completions.ended_B,
+        **first.wanted_statistics(),
+    )
+    return {k: columns_of(term, scores, inputs, logps_BT, args.num_generations) for k, term in terms.items()}
+
+
+def columns_of(term, scores, inputs, logps_BT, num_generations: int) -> dict[str, float]:
+    """The table's row for one K, from the shared scores."""
+    import torch
+
+    from rlkd_trl.ops.advantages import min_variance_baseline, return_to_go
+    from rlkd_trl.ops.masking import masked_moments
+    from rlkd_trl.ops.rewards import bootstrap_truncated
+
+    mask_BT, ended_B = inputs.completion_mask_BT, inputs.ended_B
+    rewards_BT = bootstrap_truncated(
+        term.mean_over_scorers(scores, inputs), term.mean_potentials(scores), mask_BT, ended_B
+    )
+    returns_BT = return_to_go(rewards_BT, mask_BT)
+    returns_PKT = returns_BT.unflatten(0, (-1, num_generations)).double()
+    mask_PKT = mask_BT.unflatten(0, (-1, num_generations))
+    count_PT = mask_PKT.sum(dim=1)
+    mean_PT = (returns_PKT * mask_PKT).sum(dim=1) / count_PT.clamp(min=1)
+    squares_PT = ((returns_PKT - mean_PT[:, None]) ** 2 * mask_PKT).sum(dim=1)
+    variance_PT = squares_PT / (count_PT - 1).clamp(min=1)
+    # Positions count as often as completions reach them.
+    weights_PT = torch.where(count_PT > 1, count_PT, 0).double()
+    token_variance = (variance_PT * weights_PT).sum() / weights_PT.sum()
+    mean_square = (mean_PT**2 * weights_PT).sum() / weights_PT.sum()
+    advantages_BT = returns_BT - min_variance_baseline(returns_BT, logps_BT, mask_BT)
+    _, gradient_variance = masked_moments(-torch.expm1(logps_BT) * advantages_BT, mask_BT)
+    return {
+        "mean_return": float(returns_PKT[:, :, 0].mean()),
+        "first_token_variance": float(variance_PT[:, 0].mean()),
+        "token_variance": float(token_variance),
+        "relative_token_variance": float(token_variance / mean_square),
+        "gradient_variance": float(gradient_variance),
+    }
+
+
+def table(per_k: dict[int, dict[str, float]]) -> str:
+    """One row per K, in Markdown; variances with their share of the first row's."""
+    lines = ["| K | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    start = next(iter(per_k.values()))
+    for k, columns in per_k.items():
+        cells = [
+            f"{columns[name]:.4g}" + (f" ({columns[name] / start[name]:.0%})" if "variance" in name else "")
+            for name in COLUMNS
+        ]
+        lines.append(f"| {k} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    # Parse.
+    parser = cli.RecipeParser(
+        cli.DataArguments,
+        cli.PromptArguments,
+        cli.TeacherArguments,
+        cli.StudentArguments,
+        cli.RewardArguments,
+        VarianceArguments,
+        description=__doc__,
+    )
+    data, prompts, teacher, student, reward, args = parser.parse()
+    recipe_steps.check_rewards(reward, None)
+    if reward.reward != ["teacher_forcing"] or reward.k != 1:
+        raise InputError(
+            "This measures the teacher-forcing reward at several K: leave out --reward, and give --steps."
+        )
+    if teacher.teacher is None and prompts.templates is None:
+        prompts.templates, prompts.template_names = DEMO_TEMPLATES
+    templates = recipe_steps.load_templates(prompts)
+    rows = list(recipe_steps.load_prompts(data, prompts, templates))[: args.num_prompts]
+    recipe_steps.name_or_make_models(teacher, student, data, templates, args)
+    recipe_steps.check_checkpoints(teacher, student)
+
+    # Load.
+    from rlkd_trl.models.loading import default_device
+    from rlkd_trl.students import Policy
+
+    panel = recipe_steps.load_panel(teacher, templates)
+    model, tokenizer = recipe_steps.load_student(student)
+    policy = Policy(model.to(default_device()), tokenizer)
+
+    # Measure.
+    per_k = measure(policy, tokenizer, panel, rows, reward, args)
+
+    # Save.
+    results = Path(args.results_dir)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "return_variance.json").write_text(json.dumps(per_k, indent=2) + "\n", encoding="utf-8")
+    asked = f"{len(rows)} prompts × {args.num_generations} completions, V = {reward.value}"
+    text = f"Returns of {asked}; {data.dataset or 'the embedded demo'}. In brackets: of the first row.\n\n"
+    text += table(per_k) + "\n"
+    (results / "return_variance.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
