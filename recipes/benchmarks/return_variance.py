@@ -173,9 +173,7 @@ def main() -> None:
     data, prompts, teacher, student, reward, args = parser.parse()
     recipe_steps.check_rewards(reward, None)
     if reward.reward != ["teacher_forcing"] or reward.k != 1:
-        raise InputError(
-            "This measures the teacher-forcing reward at several K: leave out --reward, and give --steps."
-        )
+        raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
     templates = recipe_steps.load_templates(prompts)

@@ -156,6 +156,25 @@ def test_resuming_equals_not_stopping(method, checkpoints, train_csv, tmp_path):
     assert largest_difference(load_file(halves / "model.safetensors"), half) > 0.01
 
 
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5-untied", marks=pytest.mark.slow)])
+def test_reinforce_with_the_papers_settings_runs_and_resumes(family, checkpoints, train_csv, tmp_path):
+    """Stopped between two exchanges of the policy that samples, and continued from another student."""
+    pair = checkpoints[family]
+    papers = "--top_k 3 --k 2 --value expected --return_denom 100 --reward_clip 1 --baseline min_variance"
+    papers += " --behaviour_sync_steps 3 --entropy_coef 0.1 --mask_truncated_completions True --teacher_baseline False"
+    common = f"reinforce_kd --teacher {pair.teacher} --dataset {train_csv} {DISTIL} {papers} --save_steps 2"
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(f"{common} --student {pair.student} --max_steps 4 --output_dir {whole}") == 0
+    assert run(f"{common} --student {pair.student} --output_dir {halves}") == 0
+    assert (halves / "checkpoint-2" / "behaviour" / "model.safetensors").is_file()
+    assert not (whole / "behaviour").exists()
+    assert run(f"{common} --student {pair.other} --max_steps 4 --output_dir {halves} --resume") == 0
+    assert_same_weights(load_file(halves / "model.safetensors"), load_file(whole / "model.safetensors"))
+    assert "<h1>REINFORCE on 2-step returns: whole</h1>" in (whole / "report.html").read_text()
+    state = json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["behaviour_lag"] for entry in state["log_history"] if "behaviour_lag" in entry] == [0, 1, 2, 0]
+
+
 def test_a_separate_critic_stays_out_of_the_student_too(checkpoints, train_csv, tmp_path):
     pair = checkpoints["llama"]
     models = f"--teacher {pair.teacher} --student {pair.student} --critic separate"
