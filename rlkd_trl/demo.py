@@ -18,7 +18,7 @@ from rlkd_trl.trainers.config import SupervisedConfig
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 
 MAX_COMPLETION_LENGTH = 48
-PSEUDO_LABELLED_INPUTS = 400
+PSEUDO_LABELLED_INPUTS = 800
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
     answers = [text for batch in completions for text in decode(batch, tokenizer)]
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
-    _fit(student, tokenizer, pairs, paths.student, max_steps=600, learning_rate=3e-3, seed=seed)
+    _fit(student, tokenizer, pairs, paths.student, max_steps=800, learning_rate=3e-3, seed=seed)
     return paths
 
 
