@@ -45,7 +45,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
         for question in templates.render({"source": row["source"]})
         for reference in row["references"]
     ]
-    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=1000, learning_rate=5e-3, seed=seed)
+    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=850, learning_rate=5e-3, seed=seed)
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
@@ -54,7 +54,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
     answers = [text for batch in completions for text in decode(batch, tokenizer)]
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
-    _fit(student, tokenizer, pairs, paths.student, max_steps=700, learning_rate=3e-3, seed=seed)
+    _fit(student, tokenizer, pairs, paths.student, max_steps=600, learning_rate=3e-3, seed=seed)
     return paths
 
 
