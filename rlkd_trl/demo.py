@@ -1,7 +1,7 @@
 """The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained here in two minutes.
 
 The teacher is T0-style: one model trained on several templates. The student sees the bare source, is smaller, and is
-warm-started on the teacher's greedy answers to fewer than half of the inputs, too briefly to learn the task from.
+warm-started on the teacher's greedy answers to under a third of the inputs, too briefly to learn the task from.
 (From a much worse start, reinforcement learning drops the facts that the student cannot copy, and texts get short.)
 """
 
@@ -19,7 +19,7 @@ from rlkd_trl.trainers.config import SupervisedConfig
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 
 MAX_COMPLETION_LENGTH = 48
-PSEUDO_LABELLED_INPUTS = 800
+PSEUDO_LABELLED_INPUTS = 600
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
         for question in templates.render({"source": row["source"]})
         for reference in row["references"]
     ]
-    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=850, learning_rate=5e-3, seed=seed)
+    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=1000, learning_rate=5e-3, seed=seed)
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
