@@ -27,6 +27,7 @@ _COMMON_TRAINING_FIELDS = [
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "bf16",
+    "fp16",
     "logging_steps",
     "save_steps",
     "save_strategy",

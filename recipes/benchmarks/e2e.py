@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -61,9 +62,17 @@ def stage(recipe: str, done: Path, *flags: str) -> None:
         return
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
     print(f"{time.strftime('%H:%M:%S')} {recipe} for {done}", flush=True)
+    started, cpu_before = time.perf_counter(), _cpu_seconds_of_children()
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
+    wall, cpu = time.perf_counter() - started, _cpu_seconds_of_children() - cpu_before
+    print(f"         {wall:.0f} s, {cpu:.0f} s of CPU time", flush=True)
+
+
+def _cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run_seed(seed: int, work_dir: Path, templates: list[str]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,9 @@
 """The embedded demo task: describe a hiking trail from its attributes. English, small, and written for this package.
 
 A source lists a trail's name and 2 to 4 other attributes; a reference is one or more sentences that state each of
-them exactly once. References differ in the wording of every attribute, in sentence order and in what is joined into
-one sentence, so a model has to learn content and form separately: a weak one omits, repeats or invents attributes.
+them exactly once, in the source's order. References differ in the wording of every attribute and in what is joined
+into one sentence, so a model has to learn content and form separately: a weak one omits, repeats or invents
+attributes.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _draw_references(rng: random.Random, trail: dict[str, str]) -> list[str]:
 
 def _describe(rng: random.Random, trail: dict[str, str]) -> str:
     """One reference: an opening sentence about the name, then the other attributes, one or two to a sentence."""
-    rest = _shuffled(rng, [attribute for attribute in trail if attribute != "name"])
+    rest = [attribute for attribute in trail if attribute != "name"]
     opening, told = _opening(rng, trail, rest)
     rest = [attribute for attribute in rest if attribute not in told]
     sentences = [opening]
@@ -150,7 +151,7 @@ def _describe(rng: random.Random, trail: dict[str, str]) -> str:
 
 
 def _opening(rng: random.Random, trail: dict[str, str], rest: list[str]) -> tuple[str, set[str]]:
-    """The first sentence and the attributes it states; `rest` is shuffled, its first ones are told first."""
+    """The first sentence and the attributes it states: type and difficulty, often the one that comes next."""
     name = trail["name"]
     if "type" not in trail and "difficulty" not in trail:
         told = rest[:2]  # "Fox Ridge covers 5 km and passes a stone bridge"
@@ -164,14 +165,7 @@ def _opening(rng: random.Random, trail: dict[str, str], rest: list[str]) -> tupl
     noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
     others = [attribute for attribute in rest if attribute not in told]
-    draw = rng.random()
-    if "start" in others and draw < 0.5:
-        start = _choice(rng, ("Starting at {}", "From {}")).format(trail["start"])
-        return f"{start}, {name} is {noun}", told | {"start"}
-    if "season" in others and draw < 0.5:
-        season = _choice(rng, ("In {}", "For a day out in {}")).format(trail["season"])
-        return f"{season}, try {name}, {noun}", told | {"season"}
-    if others and draw < 0.75:
+    if others and rng.random() < 0.5:
         return f"{name} is {noun} that {_predicate(rng, others[0], trail[others[0]])}", told | {others[0]}
     return _choice(rng, ("{} is {}", "{} is known as {}")).format(name, noun), told
 

@@ -11,7 +11,7 @@ from rlkd_trl.data.demo import DOG_CLAUSES, WORDS
 from rlkd_trl.errors import InputError
 
 SPLITS = {"train": 2000, "validation": 60, "test": 100}
-PINNED = {"train": "d0ca79328d74589f", "validation": "8fb636c820b11517", "test": "7394b0efb988762a"}
+PINNED = {"train": "52b40a5755ba42db", "validation": "1fa0d0406751d562", "test": "5474190ee01cefec"}
 
 
 def digest(split, seed=0):
@@ -50,18 +50,15 @@ def test_the_data_is_the_same_everywhere():
 
 def test_one_row_as_read_by_eye(splits):
     assert splits["train"][1] == {
-        "source": "name[Eagle Creek], type[forest], difficulty[moderate], season[winter], start[North Gate]",
-        "target": "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time "
-        "to go. This route is medium.",
+        "source": "name[Amber Meadow], type[forest], difficulty[moderate], season[autumn], start[Harbour Inn]",
+        "target": "Amber Meadow is a forest walk. The climb is medium, while the ideal season is autumn. This route "
+        "begins near Harbour Inn.",
         "references": [
-            "Eagle Creek is known as a forest walk. You set off from North Gate, while winter is the best time to "
-            "go. This route is medium.",
-            "Eagle Creek is a forest walk that sets off from North Gate. Most hikers find it moderate, and the ideal "
-            "season is winter.",
-            "Eagle Creek is a forest walk. It starts at North Gate and looks its best in winter. It is moderate to "
-            "walk.",
-            "Eagle Creek is a forest walk. Most hikers find it moderate, while winter is the best time to go. The "
-            "trail sets off from North Gate.",
+            "Amber Meadow is a forest walk. The climb is medium, while the ideal season is autumn. This route begins "
+            "near Harbour Inn.",
+            "Amber Meadow is known as a forest walk. The trail is medium to walk and should be walked in autumn. The "
+            "trail can be reached from Harbour Inn.",
+            "Amber Meadow is a moderate forest walk. It should be walked in autumn. You set off from Harbour Inn.",
         ],
     }
 
