@@ -1,0 +1,203 @@
+r"""Memory and time of the sliced distillation loss against the same loss on whole logits, one thread, CPU, float32.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/fused_divergence.py
+
+64 × 64 positions, V = 32,128, D = 512, one teacher of the same size; one loss and its backward pass down to the
+hidden states and the head's weight. "Plain" is `distillation_loss` on whole logits through autograd, "sliced" is
+`sliced_divergence`; they share every equation.
+
+Extra memory is how far the peak resident set of a fresh process rises above what it held when its inputs and the
+libraries were loaded; the gradients (71 MiB) are part of it. Time is the process's CPU time, plain and sliced in turn
+in one process, the median over the repetitions; on a busy machine the ratio says more than the seconds. Linux only.
+
+Writes `results/fused_divergence.json` and `results/fused_divergence.md` beside this file.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rlkd_trl.ops.divergences import DIVERGENCES, TeacherStates, distillation_loss, sliced_divergence
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+N, V, D = 64 * 64, 32_128, 512
+ALLOWED_MEMORY, ALLOWED_TIME = 0.25, 1.3
+SLICE_SIZES = [2**20, 2**21, 2**22, 2**23, 2**24, 2**25]
+
+
+class Problem:
+    """Student and teacher states and heads, with logits of standard deviation about 1."""
+
+    def __init__(self, positions: int = N):
+        torch.manual_seed(0)
+        self.hidden_ND = torch.randn(positions, D, requires_grad=True)
+        self.weight_VD = torch.empty(V, D).normal_(std=D**-0.5).requires_grad_()
+        self.teacher_hidden_ND = torch.randn(positions, D)
+        self.teacher_weight_VD = torch.empty(V, D).normal_(std=D**-0.5)
+        self.weights_N = torch.full((positions,), 1 / positions)
+
+    def head(self, hidden_nD):
+        return hidden_nD @ self.weight_VD.T
+
+    def teacher_head(self, hidden_nD):
+        return hidden_nD @ self.teacher_weight_VD.T
+
+    def plain(self, divergence: str) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits_NV = self.teacher_head(self.teacher_hidden_ND)
+        student_logits_NV = self.head(self.hidden_ND)
+        loss, _ = distillation_loss(
+            student_logits_NV, [teacher_logits_NV], self.weights_N, divergence=DIVERGENCES[divergence]
+        )
+        return loss
+
+    def sliced(self, divergence: str, max_elements: int) -> torch.Tensor:
+        loss, _ = sliced_divergence(
+            self.hidden_ND,
+            self.head,
+            [self.weight_VD],
+            [TeacherStates(self.teacher_hidden_ND, self.teacher_head)],
+            self.weights_N,
+            divergence=DIVERGENCES[divergence],
+            vocab_size=V,
+            max_elements=max_elements,
+        )
+        return loss
+
+    def gradients(self, divergence: str, max_elements: int) -> float:
+        """One loss and its backward pass; `max_elements` 0 is plain. Returns the loss."""
+        self.hidden_ND.grad = self.weight_VD.grad = None
+        loss = self.sliced(divergence, max_elements) if max_elements else self.plain(divergence)
+        loss.backward()
+        return loss.item()
+
+
+def peak_resident_mib() -> float:
+    """Of this process since it began: `ru_maxrss` would also count the parent that it was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure_memory(divergence: str, max_elements: int) -> float:
+    """Extra MiB of one variant, in this process, which must not have done anything else."""
+    Problem(positions=1).gradients(divergence, max_elements)  # what the libraries allocate once
+    problem = Problem()
+    before = peak_resident_mib()
+    problem.gradients(divergence, max_elements)
+    return peak_resident_mib() - before
+
+
+def memory_in_child(divergence: str, max_elements: int) -> float:
+    command = [sys.executable, __file__, "--measure", divergence, str(max_elements)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def cpu_seconds(problem: Problem, divergence: str, variants: list[int], repetitions: int) -> dict[int, list[float]]:
+    """CPU seconds of each variant, in turn, and a check that all give the same loss."""
+    seconds: dict[int, list[float]] = {variant: [] for variant in variants}
+    losses = []
+    for _ in range(repetitions):
+        for variant in variants:
+            start = time.process_time()
+            losses.append(problem.gradients(divergence, variant))
+            seconds[variant].append(time.process_time() - start)
+    assert max(losses) - min(losses) < 1e-5 * max(losses), f"the variants differ: {losses}"
+    return seconds
+
+
+def compare(label: str, memory: dict[int, float], seconds: dict[int, list[float]], variant: int) -> dict:
+    """One row: plain against the variant of that slice size."""
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    row = {
+        "case": label,
+        "max_elements": variant,
+        "plain_mib": round(memory[0]),
+        "sliced_mib": round(memory[variant]),
+        "memory_ratio": round(memory[variant] / memory[0], 3),
+        "plain_cpu_s": round(medians[0], 2),
+        "sliced_cpu_s": round(medians[variant], 2),
+        "time_ratio": round(medians[variant] / medians[0], 3),
+        "time_ratio_per_repetition": [
+            round(sliced / plain, 3) for plain, sliced in zip(seconds[0], seconds[variant], strict=True)
+        ],
+    }
+    row["met"] = row["memory_ratio"] <= ALLOWED_MEMORY and row["time_ratio"] <= ALLOWED_TIME
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| | slice, logits | plain, MiB | sliced, MiB | memory ratio | plain, CPU s | sliced, CPU s | time ratio | "
+        "range | met |",
+        "| --- |" + " --- |" * 9,
+    ]
+    for row in rows:
+        ratios = row["time_ratio_per_repetition"]
+        lines.append(
+            f"| {row['case']} | 2^{row['max_elements'].bit_length() - 1} | {row['plain_mib']} | {row['sliced_mib']} | "
+            f"{row['memory_ratio']:.2f} | {row['plain_cpu_s']} | {row['sliced_cpu_s']} | {row['time_ratio']:.2f} | "
+            f"{min(ratios):.2f} – {max(ratios):.2f} | {'yes' if row['met'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def write_results(by_divergence: list[dict], by_slice_size: list[dict], repetitions: int) -> str:
+    """Both files, from the rows that there are so far; returns the Markdown."""
+    results = {
+        "positions": N,
+        "vocabulary": V,
+        "width": D,
+        "torch": torch.__version__,
+        "repetitions": repetitions,
+        "divergences": by_divergence,
+        "slice_sizes": by_slice_size,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "fused_divergence.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    text = (
+        f"Distillation loss and backward pass, {N} positions, V = {V}, D = {D}, float32, one CPU thread, torch "
+        f"{torch.__version__}; medians over {repetitions} repetitions. Wanted: at most {ALLOWED_MEMORY} of the "
+        f"plain version's extra memory and {ALLOWED_TIME} of its CPU time.\n\nAt the default slice size:\n\n"
+        f"{table(by_divergence)}\n"
+    )
+    if by_slice_size:
+        text += f"\nForward KL by slice size:\n\n{table(by_slice_size)}\n"
+    (RESULTS / "fused_divergence.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--measure", nargs=2, metavar=("DIVERGENCE", "MAX_ELEMENTS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.measure:
+        print(measure_memory(args.measure[0], int(args.measure[1])))
+        return
+
+    problem = Problem()
+    by_divergence, by_slice_size = [], []
+    for divergence in args.divergences:
+        variants = [0, *SLICE_SIZES] if divergence == "forward_kl" else [0, MAX_SLICE_ELEMENTS]
+        memory = {variant: memory_in_child(divergence, variant) for variant in variants}
+        seconds = cpu_seconds(problem, divergence, variants, args.repetitions)
+        by_divergence.append(compare(divergence, memory, seconds, MAX_SLICE_ELEMENTS))
+        if divergence == "forward_kl":
+            by_slice_size = [compare(divergence, memory, seconds, size) for size in SLICE_SIZES]
+        text = write_results(by_divergence, by_slice_size, args.repetitions)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
