@@ -184,7 +184,7 @@ def write_model_card(
         f"{_code(student)}, distilled from the teacher {_code(teacher)} on {_code(dataset)}.\n\n"
         f"Method: {_one_line(method)}. Trained with `rlkd_trl`.",
         f"## Results\n\n{table}",
-        f"## How to load\n\n{_fenced(loading, 'python')}",
+        f"## How to load\n\n```python\n{loading}\n```",
     ]
     _write_text(path, "\n\n".join(sections) + "\n")
 
@@ -341,21 +341,12 @@ def _markdown_cell(text: str) -> str:
     return _one_line(text).replace("|", "\\|")
 
 
-def _backticks_around(text: str, least: int) -> str:
-    """A run of backticks longer than any in the text, so that the text cannot end its own code span or block."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
 def _code(text: str) -> str:
+    """A code span in more backticks than the text has in a row, so that the text cannot end it."""
     text = " ".join(text.split())
-    ticks = _backticks_around(text, 1)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if "`" in text else ""
     return f"{ticks}{padding}{text}{padding}{ticks}"
-
-
-def _fenced(text: str, language: str) -> str:
-    ticks = _backticks_around(text, 3)
-    return f"{ticks}{language}\n{text.strip()}\n{ticks}"
 
 
 def _is_hub_id(name: str) -> bool:

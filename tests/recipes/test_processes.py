@@ -53,7 +53,7 @@ def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_pa
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     finished = launched(f"python {ROOT}/recipes/rloo_kd.py --dataset nowhere.csv --teacher t --student s", tmp_path)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: `--dataset nowhere.csv` does not exist")
+    assert finished.stderr.startswith("error: Dataset nowhere.csv does not exist")
     assert finished.stderr.count("\n") == 1
     assert finished.stdout == ""
 
