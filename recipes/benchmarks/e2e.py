@@ -7,7 +7,7 @@ The two CSV files have the columns `mr` and `ref` (devset.csv and testset_w_refs
 names). Restaurant names are delexicalised, as is usual for small models on E2E (Dušek & Jurčíček 2016): the values of
 `name` and `near` become NAME and NEAR in input and references. Every stage is one call of a recipe, and a finished
 stage is not run again. For each seed: a T5 teacher from scratch, asked through two templates; its greedy answers; a
-smaller T5 warm-started on them; PPO and RLOO from that warm start. No setting of PPO or RLOO was tuned on the test inputs.
+smaller T5 warm-started on them; PPO and RLOO from that warm start. No setting of PPO or RLOO was tuned on test inputs.
 
 Writes `results/e2e.json` and `results/e2e.md` beside this file.
 """
