@@ -8,24 +8,24 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl import arguments, cli, recipe_data, recipe_results, recipe_steps
 
 
 def main() -> None:
     parser = cli.RecipeParser(
-        cli.DataArguments,
-        cli.PromptArguments,
-        cli.TeacherArguments,
-        cli.StudentArguments,
-        cli.RewardArguments,
-        cli.EvaluationArguments,
+        arguments.DataArguments,
+        arguments.PromptArguments,
+        arguments.TeacherArguments,
+        arguments.StudentArguments,
+        arguments.RewardArguments,
+        arguments.EvaluationArguments,
         description=__doc__,
     )
     data, prompts, teacher, student, reward, evaluation = parser.parse()
     recipe_steps.require(**{"--dataset": data.dataset, "--student": student.student})
     recipe_steps.check_rewards(reward, evaluation.reward_weights)
-    templates = recipe_steps.load_templates(prompts)
-    rows = recipe_steps.load_prompts(data, prompts, templates)
+    templates = recipe_data.load_templates(prompts)
+    rows = recipe_data.load_prompts(data, prompts, templates)
     recipe_steps.check_checkpoints(teacher, student)
 
     results, outputs = recipe_results.evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)

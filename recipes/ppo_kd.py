@@ -21,44 +21,29 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    parser = cli.RecipeParser(
-        cli.DataArguments,
-        cli.HeldOutArguments,
-        cli.PromptArguments,
-        cli.TeacherArguments,
-        cli.StudentArguments,
-        cli.RewardArguments,
-        cli.RunArguments,
-        PPOKDConfig,
-        description=__doc__,
-    )
-    data, held_out, prompts, teacher, student, reward, run, args = parser.parse(demo_preset=DEMO_PRESET)
-    recipe_steps.check_rewards(reward, args.reward_weights, args)
-    templates = recipe_steps.load_templates(prompts)
-    train, test = recipe_steps.load_train_and_held_out(data, held_out, prompts, templates, args)
-    checkpoint = recipe_steps.last_checkpoint(run, args.output_dir)
-    recipe_steps.name_or_make_models(teacher, student, data, templates, args)
-    recipe_steps.check_checkpoints(teacher, student)
+    settings = recipe_steps.parse_distillation(PPOKDConfig, description=__doc__, demo_preset=DEMO_PRESET)
+    inputs = recipe_steps.check_inputs(settings)
 
     # Build.
     from rlkd_trl import PPOKDTrainer
 
+    args, reward = settings.args, settings.reward
     reward_model = recipe_steps.load_reward_model(
-        reward, teacher, templates, gamma=args.gamma, weights=args.reward_weights
+        reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
     )
-    model, tokenizer = recipe_steps.load_student(student)
-    trainer = PPOKDTrainer(model, reward_model, args, train, eval_dataset=test, processing_class=tokenizer)
+    model, tokenizer = recipe_steps.load_student(settings.student)
+    trainer = PPOKDTrainer(
+        model, reward_model, args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
+    )
 
     # Train, with the teacher and the student measured before and after.
     results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=inputs.checkpoint)
     results["after"] = recipe_results.evaluate(trainer)
 
     # Save.
-    settings = recipe_results.describe_settings(data, held_out, prompts, teacher, student, reward, args)
-    recipe_results.finish_run(
-        trainer, results, method="PPO", teacher=teacher, student=student, data=data, settings=settings
-    )
+    method = "PPO"
+    recipe_results.finish_run(trainer, results, settings, method=method)
 
 
 if __name__ == "__main__":

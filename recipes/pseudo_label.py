@@ -8,18 +8,22 @@ written as they are made. `--strategy greedy`, `beam` or `sample` chooses how th
 beam search for sequence-level distillation).
 """
 
-from rlkd_trl import cli, recipe_steps
+from rlkd_trl import arguments, cli, recipe_data, recipe_steps
 
 
 def main() -> None:
     parser = cli.RecipeParser(
-        cli.DataArguments, cli.PromptArguments, cli.TeacherArguments, cli.PseudoLabelArguments, description=__doc__
+        arguments.DataArguments,
+        arguments.PromptArguments,
+        arguments.TeacherArguments,
+        arguments.PseudoLabelArguments,
+        description=__doc__,
     )
     data, prompts, teacher, labels = parser.parse()
     recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
     recipe_steps.check_pseudo_labels(teacher, labels)
-    templates = recipe_steps.load_templates(prompts)
-    rows = recipe_steps.load_prompts(data, prompts, templates)
+    templates = recipe_data.load_templates(prompts)
+    rows = recipe_data.load_prompts(data, prompts, templates)
 
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 

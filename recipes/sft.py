@@ -14,24 +14,24 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl import cli, recipe_steps
-from rlkd_trl.trainers.config import SupervisedConfig
+from rlkd_trl import arguments, cli, recipe_data, recipe_steps
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     parser = cli.RecipeParser(
-        cli.DataArguments,
-        cli.PromptArguments,
-        cli.StudentArguments,
-        cli.NewModelArguments,
-        cli.RunArguments,
+        arguments.DataArguments,
+        arguments.PromptArguments,
+        arguments.StudentArguments,
+        arguments.NewModelArguments,
+        arguments.RunArguments,
         SupervisedConfig,
         description=__doc__,
     )
     data, prompts, student, new, run, args = parser.parse()
-    templates = recipe_steps.load_templates(prompts)
-    pairs = recipe_steps.load_pairs(data, prompts, templates)
+    templates = recipe_data.load_templates(prompts)
+    pairs = recipe_data.load_pairs(data, prompts, templates)
     checkpoint = recipe_steps.last_checkpoint(run, args.output_dir)
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 

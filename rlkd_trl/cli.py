@@ -1,4 +1,4 @@
-"""The command line that the recipes share: flags by concern, YAML presets, short errors, exit code 2 on bad input."""
+"""The command line that the recipes share: grouped flags, YAML presets, short errors, exit code 2 on bad input."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,6 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -36,194 +35,6 @@ _COMMON_TRAINING_FIELDS = [
     "report_to",
     "push_to_hub",
 ]
-
-
-@dataclass
-class DataArguments:
-    """Data"""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory. Default: the embedded demo."},
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train (or, in evaluate.py, test) on."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    source_column: str = field(default="source", metadata={"help": "Column with the student's input text."})
-    target_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the reference text or texts: sft's targets; elsewhere for metrics only."},
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "Use only this many distinct inputs."})
-
-    def __post_init__(self):
-        _check_ranges(self, max_rows=self.max_rows is None or self.max_rows >= 1)
-
-
-@dataclass
-class HeldOutArguments:
-    """Held-out data"""
-
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "For the final table; default: a tenth of the inputs. --dataset_config and _revision apply."
-        },
-    )
-    eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
-
-
-@dataclass
-class PromptArguments:
-    """Prompts"""
-
-    templates: str | None = field(
-        default=None,
-        metadata={"help": "How the teacher is asked: a promptsource templates.yaml, its directory, or builtin:TASK."},
-    )
-    template_names: list[str] | None = field(
-        default=None, metadata={"help": "Which of them; default: all that are for the original task."}
-    )
-    rename_columns: list[str] | None = field(
-        default=None, metadata={"help": "Data columns under other names for the templates, as column=variable."}
-    )
-    student_template: str | None = field(
-        default=None,
-        metadata={"help": "The student's own prompt, as Jinja over the data's columns. Default: the bare source."},
-    )
-
-
-@dataclass
-class TeacherArguments:
-    """Teacher"""
-
-    teacher: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id; several are averaged. Default: the demo."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub teacher."})
-    teacher_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
-    teacher_max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
-    )
-    teacher_batch_tokens: int = field(default=16384, metadata={"help": "Padded tokens per scoring batch."})
-
-    def __post_init__(self):
-        _check_ranges(
-            self,
-            teacher_max_prompt_length=self.teacher_max_prompt_length is None or self.teacher_max_prompt_length >= 1,
-            teacher_batch_tokens=self.teacher_batch_tokens >= 1,
-        )
-
-
-@dataclass
-class StudentArguments:
-    """Student"""
-
-    student: str | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id to start from. Default: the demo."}
-    )
-    student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
-    student_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
-
-
-@dataclass
-class RewardArguments:
-    """Reward"""
-
-    reward: list[str] = field(
-        default_factory=lambda: ["teacher_forcing"],
-        metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:function."},
-    )
-    value: str = field(default="max", metadata={"help": "V of the teacher-forcing reward: max, expected or soft."})
-    k: int = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})
-    tau: float = field(default=1.0, metadata={"help": "Temperature of --value soft."})
-
-    def __post_init__(self):
-        _check_ranges(self, k=self.k >= 1, tau=self.tau > 0)
-
-
-@dataclass
-class RunArguments:
-    """Run"""
-
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last checkpoint in --output_dir (see --save_steps)."}
-    )
-
-
-@dataclass
-class NewModelArguments:
-    """New model (without --student)"""
-
-    architecture: str = field(default="t5", metadata={"help": "t5 (encoder-decoder) or llama (decoder-only)."})
-    d_model: int = field(default=128, metadata={"help": "Width D."})
-    num_layers: int = field(default=2, metadata={"help": "Layers, in encoder and decoder each."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    d_ff: int | None = field(default=None, metadata={"help": "Feed-forward width; 2 × d_model by default."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout while training."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Checkpoint whose tokenizer to use; default: train one on the data."}
-    )
-    vocab_size: int = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})
-
-    def __post_init__(self):
-        _check_ranges(
-            self,
-            d_model=self.d_model >= 1,
-            num_layers=self.num_layers >= 1,
-            num_heads=self.num_heads >= 1,
-            d_ff=self.d_ff is None or self.d_ff >= 1,
-            dropout=0 <= self.dropout < 1,
-            vocab_size=self.vocab_size >= 1,
-        )
-
-
-@dataclass
-class PseudoLabelArguments:
-    """Pseudo-labels"""
-
-    output: str | None = field(default=None, metadata={"help": "JSON-lines file to write."})
-    strategy: str = field(default="greedy", metadata={"help": "greedy, beam or sample."})
-    num_beams: int = field(default=4, metadata={"help": "Beams of --strategy beam."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of --strategy sample."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of --strategy sample."})
-
-    def __post_init__(self):
-        _check_ranges(
-            self,
-            num_beams=self.num_beams >= 1,
-            temperature=self.temperature > 0,
-            max_completion_length=self.max_completion_length >= 1,
-            batch_size=self.batch_size >= 1,
-        )
-
-
-@dataclass
-class EvaluationArguments:
-    """Evaluation"""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
-    max_prompt_length: int | None = field(default=512, metadata={"help": "Student prompts are cut at this."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
-    sample: bool = field(default=False, metadata={"help": "Sample the student's outputs instead of greedy."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of --sample."})
-    seed: int = field(default=0, metadata={"help": "Seed of --sample."})
-    ibleu: bool = field(default=False, metadata={"help": "Also iBLEU against the source, for paraphrase."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward."})
-
-    def __post_init__(self):
-        _check_ranges(
-            self,
-            max_prompt_length=self.max_prompt_length is None or self.max_prompt_length >= 1,
-            max_completion_length=self.max_completion_length >= 1,
-            batch_size=self.batch_size >= 1,
-            temperature=self.temperature > 0,
-            gamma=0 <= self.gamma <= 1,
-        )
 
 
 class RecipeParser(TrlParser):
@@ -411,10 +222,3 @@ def _inherited_training_fields(kind: type) -> set[str]:
     """Names of the fields that a config class has from `transformers.TrainingArguments`."""
     bases = [base for base in kind.__mro__ if base.__name__ == "TrainingArguments"]
     return {f.name for base in bases for f in dataclasses.fields(base)}
-
-
-def _check_ranges(arguments: object, **valid: bool) -> None:
-    """Raises `InputError` for the first argument that is not valid."""
-    for name, is_valid in valid.items():
-        if not is_valid:
-            raise InputError(f"--{name} {getattr(arguments, name)} is out of range.")

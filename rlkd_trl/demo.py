@@ -15,8 +15,8 @@ from rlkd_trl.data import demo_dataset, train_tokenizer
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.students.from_scratch import new_model
-from rlkd_trl.trainers.config import SupervisedConfig
 from rlkd_trl.trainers.supervised import SupervisedTrainer
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 MAX_COMPLETION_LENGTH = 48
 PSEUDO_LABELLED_INPUTS = 600

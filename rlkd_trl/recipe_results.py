@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.cli import DataArguments, EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.arguments import EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.prompts import PromptTemplates
-from rlkd_trl.recipe_steps import load_reward_model, load_student
+from rlkd_trl.recipe_steps import DistillationSettings, load_reward_model, load_student
 
 if TYPE_CHECKING:
-    from rlkd_trl.trainers.on_policy import OnPolicyTrainer
+    from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
-def evaluate_teacher_of(trainer: "OnPolicyTrainer") -> dict[str, float]:
+def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
     """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
@@ -28,29 +28,23 @@ def evaluate_teacher_of(trainer: "OnPolicyTrainer") -> dict[str, float]:
     ).metrics
 
 
-def evaluate(trainer: "OnPolicyTrainer") -> dict[str, float]:
+def evaluate(trainer: "RolloutTrainer") -> dict[str, float]:
     """The student's greedy outputs on the held-out rows."""
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
 def finish_run(
-    trainer: "OnPolicyTrainer",
-    results: dict[str, dict[str, float]],
-    *,
-    method: str,
-    teacher: TeacherArguments,
-    student: StudentArguments,
-    data: DataArguments,
-    settings: Mapping[str, object],
+    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
-    """Prints the final table; writes the student, `metrics.json`, `report.html` and the model card."""
+    """Prints the final table; writes the student, `metrics.json`, `cost.json`, `report.html` and the model card."""
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
 
     trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
+    output_dir = Path(trainer.args.output_dir)
+    trainer.save_cost(output_dir / "cost.json")
     if not trainer.is_world_process_zero():
         return
-    output_dir = Path(trainer.args.output_dir)
-    trainer.accelerator.unwrap_model(trainer.model).model.generation_config.save_pretrained(output_dir)
+    trainer.policy.model.generation_config.save_pretrained(output_dir)
     write_metrics(output_dir / "metrics.json", results)
     write_report(
         output_dir / "report.html",
@@ -58,7 +52,7 @@ def finish_run(
         results=results,
         history=trainer.state.log_history,
         samples=trainer.sample_table,
-        config=settings,
+        config=_described(settings),
     )
     config = trainer.model.config
     write_model_card(
@@ -66,9 +60,9 @@ def finish_run(
         title=output_dir.name,
         results=results,
         method=method,
-        teacher=", ".join(teacher.teacher),
-        student=student.student,
-        dataset=data.dataset or "the embedded demo of rlkd_trl",
+        teacher=", ".join(settings.teacher.teacher),
+        student=settings.student.student,
+        dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
     )
     if trainer.args.push_to_hub:
@@ -77,11 +71,12 @@ def finish_run(
     print(f"Student, metrics.json and report.html are in {output_dir}.")
 
 
-def describe_settings(*arguments) -> dict[str, object]:
+def _described(settings: DistillationSettings) -> dict[str, object]:
     """All flags of a run by group, for its report."""
+    groups = [group for group in vars(settings).values() if group is not None]
     return {
         type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
-        for group in arguments
+        for group in groups
     }
 
 

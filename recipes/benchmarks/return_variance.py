@@ -21,7 +21,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl import cli, recipe_steps
+from rlkd_trl import arguments, cli, recipe_data, recipe_steps
 from rlkd_trl.errors import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -57,7 +57,7 @@ class VarianceArguments:
             raise InputError("A variance needs --num_generations of 2 or more, and --steps of 1 or more.")
 
 
-def measure(policy, tokenizer, panel, rows: list[dict], reward: cli.RewardArguments, args: VarianceArguments):
+def measure(policy, tokenizer, panel, rows: list[dict], reward: arguments.RewardArguments, args: VarianceArguments):
     """For each K, the columns of the table."""
     import torch
 
@@ -162,11 +162,11 @@ def table(per_k: dict[int, dict[str, float]]) -> str:
 def main() -> None:
     # Parse.
     parser = cli.RecipeParser(
-        cli.DataArguments,
-        cli.PromptArguments,
-        cli.TeacherArguments,
-        cli.StudentArguments,
-        cli.RewardArguments,
+        arguments.DataArguments,
+        arguments.PromptArguments,
+        arguments.TeacherArguments,
+        arguments.StudentArguments,
+        arguments.RewardArguments,
         VarianceArguments,
         description=__doc__,
     )
@@ -176,8 +176,8 @@ def main() -> None:
         raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
-    templates = recipe_steps.load_templates(prompts)
-    rows = list(recipe_steps.load_prompts(data, prompts, templates))[: args.num_prompts]
+    templates = recipe_data.load_templates(prompts)
+    rows = list(recipe_data.load_prompts(data, prompts, templates))[: args.num_prompts]
     recipe_steps.name_or_make_models(teacher, student, data, templates, args)
     recipe_steps.check_checkpoints(teacher, student)
 

@@ -58,6 +58,10 @@ class Backbone:
         """D, the width of the states that the LM head reads."""
         return self.model.get_output_embeddings().weight.shape[-1]
 
+    def head_parameters(self) -> list[torch.nn.Parameter]:
+        """The LM head's parameters; tied embeddings are among them."""
+        return list(self.model.get_output_embeddings().parameters())
+
     @property
     def vocab_size(self) -> int:
         """V, the number of LM-head rows, padding rows included."""

@@ -39,6 +39,12 @@ def prompt_token_ids(
     return prompt_ids
 
 
+def target_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> list[int]:
+    """A completion's ids with exactly one EOS, cut to `max_length` (EOS is then lost, as when sampling)."""
+    ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id][:max_length]
+
+
 def pad_prompts(prompt_ids: Sequence[Sequence[int]], *, padding_side: str, pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask `[P, S]`, padded on the "right" (encoder-decoder) or "left" (decoder-only).
 

@@ -1,6 +1,7 @@
 """The student as a policy: what it samples, the log-probabilities of that, and a value head for PPO."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,13 @@ from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, support_log_probs, token_log_probs
+from rlkd_trl.ops.sliced_loss import LossAndMetrics
 
 CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
+
+# (hidden_ND, head, head_parameters) -> loss and metrics, as `ops.divergences.sliced_divergence` takes them.
+LossOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], LossAndMetrics]
 
 
 class PolicyOutput(NamedTuple):
@@ -100,20 +105,26 @@ class Policy(nn.Module):
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
         support_BTk: Tensor | None = None,
-    ) -> PolicyOutput:
+        loss_of_states: LossOfStates | None = None,
+    ) -> PolicyOutput | LossAndMetrics:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
+        With `loss_of_states`, instead what it returns for the N states of real tokens, the LM head and the head's
+        parameters: a loss over the whole vocabulary has to be taken here, inside of a distributed wrapper.
         """
         prompt = (prompt_ids_PS, prompt_mask_PS)
         need_final_state = self.value_head is not None and self.critic_model is None
         states_BTD = self.backbone.completion_states(
             *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
         )
+        states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
+        if loss_of_states is not None:
+            return loss_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = map_head_slices(
             self.backbone.head,
-            states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT],
+            states_ND,
             self._token_statistics,
             *(tensor[completion_mask_BT] for tensor in per_token),
             vocab_size=self.backbone.vocab_size,

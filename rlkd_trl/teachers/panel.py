@@ -1,6 +1,6 @@
 """Several teachers and several templates as one weighted list of scorers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,21 +86,31 @@ class TeacherPanel:
 
         Rows that come to the same question are read once.
         """
+        return [
+            scorer.teacher.score(*asked, completion_ids_BT, completion_mask_BT, ended_B, expected=expected, tau=tau)
+            for scorer, asked in self._asked(rows, prompt_index_B)
+        ]
+
+    def states(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+    ) -> list[Tensor]:
+        """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as `score`."""
+        return [
+            scorer.teacher.states(*asked, completion_ids_BT, completion_mask_BT)
+            for scorer, asked in self._asked(rows, prompt_index_B)
+        ]
+
+    def _asked(
+        self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor
+    ) -> Iterator[tuple[Scorer, tuple[list[str], Tensor]]]:
+        """Each scorer with its distinct questions and, for every completion, which of them it answers."""
         questions = [self.questions(row) for row in rows]
-        scores = []
         for scorer in self.scorers:
             asked = [of_row[scorer.question] for of_row in questions]
             place = {question: i for i, question in enumerate(dict.fromkeys(asked))}
             place_P = torch.tensor([place[question] for question in asked], device=prompt_index_B.device)
-            scores.append(
-                scorer.teacher.score(
-                    list(place),
-                    place_P[prompt_index_B],
-                    completion_ids_BT,
-                    completion_mask_BT,
-                    ended_B,
-                    expected=expected,
-                    tau=tau,
-                )
-            )
-        return scores
+            yield scorer, (list(place), place_P[prompt_index_B])

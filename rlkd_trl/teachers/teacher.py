@@ -88,10 +88,60 @@ class Teacher:
         Raises:
             InputError: A prompt has no tokens; it is named.
         """
-        prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
         scores = empty_scores(
             *completion_ids_BT.shape, expected=expected, soft=tau is not None, device=completion_ids_BT.device
         )
+        for rows_b, states_bT1D in self._completion_states(
+            prompts, prompt_index_B, completion_ids_BT, completion_mask_BT
+        ):
+            T = states_bT1D.shape[1] - 1
+            self._score_batch(
+                states_bT1D,
+                completion_ids_BT[rows_b, :T],
+                completion_mask_BT[rows_b, :T],
+                ended_B[rows_b],
+                into=scores,
+                rows_b=rows_b,
+                tau=tau,
+            )
+        return scores
+
+    @torch.no_grad()
+    def states(
+        self,
+        prompts: Sequence[str],
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+    ) -> Tensor:
+        """The hidden states that predict each completion's tokens, `[B, T, D]`, on the model's device and in its dtype.
+
+        `backbone.head` makes the logits of them; a loss over the whole vocabulary does so in slices. 0 behind the mask
+        of a batch's longest completion.
+
+        Raises:
+            InputError: A prompt has no tokens; it is named.
+        """
+        B, T = completion_ids_BT.shape
+        states_BTD = torch.zeros(B, T, self.backbone.hidden_size, dtype=self.model.dtype, device=self.backbone.device)
+        for rows_b, states_btD in self._completion_states(
+            prompts, prompt_index_B, completion_ids_BT, completion_mask_BT, with_final_state=False
+        ):
+            states_BTD[rows_b.to(states_BTD.device), : states_btD.shape[1]] = states_btD.to(states_BTD.dtype)
+        return states_BTD
+
+    def _completion_states(
+        self,
+        prompts: Sequence[str],
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+        *,
+        with_final_state: bool = True,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch, the rows in it and their states, as far as its longest completion."""
+        device = self.backbone.device
+        prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
         lengths_B = completion_mask_BT.sum(dim=1)
         members = [torch.nonzero(prompt_index_B == p)[:, 0] for p in range(len(prompts))]
         for batch in self._batches(prompt_ids, members, lengths_B):
@@ -100,17 +150,21 @@ class Teacher:
                 torch.arange(len(batch), device=rows_b.device),
                 torch.tensor([len(members[p]) for p in batch], device=rows_b.device),
             )
-            self._score_batch(
+            prompt_PS = pad_prompts(
                 [prompt_ids[p] for p in batch],
-                index_b,
-                completion_ids_BT[rows_b],
-                completion_mask_BT[rows_b],
-                ended_B[rows_b],
-                into=scores,
-                rows_b=rows_b,
-                tau=tau,
+                padding_side=self.backbone.padding_side,
+                pad_id=padding_id(self.processing_class),
             )
-        return scores
+            longest = max(1, int(lengths_B[rows_b].max()))
+            yield (
+                rows_b,
+                self.backbone.completion_states(
+                    *(tensor.to(device) for tensor in prompt_PS),
+                    completion_ids_BT[rows_b, :longest].to(device),
+                    index_b.to(device),
+                    with_final_state=with_final_state,
+                ),
+            )
 
     def _batches(self, prompt_ids: list[list[int]], members: list[Tensor], lengths_B: Tensor) -> Iterator[list[int]]:
         """Prompt indices, sorted by length, cut so that a batch's padded tokens stay within the budget."""
@@ -129,19 +183,8 @@ class Teacher:
         if batch:
             yield batch
 
-    def _score_batch(self, prompt_ids, index_b, ids_bT, mask_bT, ended_b, *, into, rows_b, tau) -> None:
-        device = self.backbone.device
-        prompt_ids_PS, prompt_mask_PS = pad_prompts(
-            prompt_ids, padding_side=self.backbone.padding_side, pad_id=padding_id(self.processing_class)
-        )
-        longest = max(1, int(mask_bT.sum(dim=1).max()))
-        ids_bT, mask_bT = ids_bT[:, :longest], mask_bT[:, :longest]
-        states_bT1D = self.backbone.completion_states(
-            prompt_ids_PS.to(device),
-            prompt_mask_PS.to(device),
-            ids_bT.to(device),
-            index_b.to(device),
-        )
+    def _score_batch(self, states_bT1D, ids_bT, mask_bT, ended_b, *, into, rows_b, tau) -> None:
+        device, longest = self.backbone.device, ids_bT.shape[1]
         exists_bT1 = state_mask(mask_bT, ended_b)
         # The state after a truncated completion has no chosen token; any id will do there.
         chosen_bT1 = torch.cat([ids_bT, torch.zeros_like(ids_bT[:, :1])], dim=1)

@@ -12,8 +12,8 @@ from rlkd_trl.errors import InputError
 
 
 @dataclass
-class OnPolicyConfig(TrainingArguments):
-    """What PPO, RLOO and REINFORCE share: sampling, reward shaping, the update's batches.
+class RolloutConfig(TrainingArguments):
+    """What all trainers on rollouts share: sampling, the update's batches, the run's budget.
 
     A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
     `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
@@ -43,42 +43,21 @@ class OnPolicyConfig(TrainingArguments):
     )
     top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
     top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
-
-    # Reward
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward; 1.0 each by default."}
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of returns and of the teacher-forcing reward."})
-    beta: float = field(
-        default=0.0, metadata={"help": "KL coefficient to the initial policy, per token; 0 loads no reference."}
-    )
-    kl_target: float | None = field(
-        default=None, metadata={"help": "Adapt beta towards this KL, nats per sequence (Ziegler et al. 2019)."}
-    )
-    kl_horizon: float = field(default=10000, metadata={"help": "Adaptive KL: sequences over which beta reacts."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the last token's reward of a truncated completion."}
-    )
     mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Leave truncated completions out of the loss instead of bootstrapping."}
-    )
-    teacher_baseline: bool = field(
-        default=True,
-        metadata={"help": "Shape token-level rewards by the teacher's V (same optimum, smaller returns)."},
+        default=False, metadata={"help": "Leave truncated completions out of the loss."}
     )
 
-    # Update
+    # Update and budget
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches per rollout; gradient_accumulation_steps by default."}
     )
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (PPO epochs)."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
-    normalize_advantages: bool = field(
-        default=False, metadata={"help": "Whiten advantages over the rollout, all devices."}
-    )
-    early_stop_kl: float | None = field(
+    max_generated_tokens: int | None = field(
         default=None,
-        metadata={"help": "Skip the rest of a rollout's updates once KL(old‖new) per token exceeds this, in nats."},
+        metadata={"help": "Stop after this many completion tokens (of all devices), if before max_steps."},
+    )
+    max_cpu_seconds: float | None = field(
+        default=None, metadata={"help": "Stop after this much CPU time (of all processes), if before max_steps."}
     )
     log_completions: bool = field(default=False, metadata={"help": "Print some completions at every log."})
     num_completions_to_print: int = field(default=4, metadata={"help": "How many, with log_completions."})
@@ -139,15 +118,60 @@ class OnPolicyConfig(TrainingArguments):
             "max_completion_length": self.max_completion_length >= 1,
             "num_iterations": self.num_iterations >= 1,
             "temperature": self.temperature > 0,
-            "gamma": 0 <= self.gamma <= 1,
-            "beta": self.beta >= 0,
-            "kl_horizon": self.kl_horizon > 0,
-            "early_stop_kl": self.early_stop_kl is None or self.early_stop_kl > 0,
-            "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
             "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,
-            "entropy_coef": self.entropy_coef >= 0,
+            "max_generated_tokens": self.max_generated_tokens is None or self.max_generated_tokens >= 1,
+            "max_cpu_seconds": self.max_cpu_seconds is None or self.max_cpu_seconds > 0,
         }
         self._check_ranges(ranges)
+
+
+@dataclass
+class OnPolicyConfig(RolloutConfig):
+    """What PPO, RLOO and REINFORCE share: rewards, and how far an update may go."""
+
+    # Reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward; 1.0 each by default."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ of returns and of the teacher-forcing reward."})
+    beta: float = field(
+        default=0.0, metadata={"help": "KL coefficient to the initial policy, per token; 0 loads no reference."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Adapt beta towards this KL, nats per sequence (Ziegler et al. 2019)."}
+    )
+    kl_horizon: float = field(default=10000, metadata={"help": "Adaptive KL: sequences over which beta reacts."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the last token's reward of a truncated completion."}
+    )
+    teacher_baseline: bool = field(
+        default=True,
+        metadata={"help": "Shape token-level rewards by the teacher's V (same optimum, smaller returns)."},
+    )
+
+    # Update
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Whiten advantages over the rollout, all devices."}
+    )
+    early_stop_kl: float | None = field(
+        default=None,
+        metadata={"help": "Skip the rest of a rollout's updates once KL(old‖new) per token exceeds this, in nats."},
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_ranges(
+            {
+                "gamma": 0 <= self.gamma <= 1,
+                "beta": self.beta >= 0,
+                "kl_horizon": self.kl_horizon > 0,
+                "early_stop_kl": self.early_stop_kl is None or self.early_stop_kl > 0,
+                "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
+                "entropy_coef": self.entropy_coef >= 0,
+            }
+        )
+        completions = self.per_device_train_batch_size * self.steps_per_generation
         if self.kl_target is not None and (self.beta == 0 or self.kl_target <= 0):
             raise InputError("kl_target must be > 0 and adapts beta, so beta must start above 0.")
         if self.kl_target is not None and self.kl_horizon < completions * self.world_size:
@@ -302,37 +326,3 @@ class ReinforceKDConfig(OnPolicyConfig):
             )
         if self.normalize_advantages and self.return_denom != 1.0:
             raise InputError("normalize_advantages undoes return_denom: set one of them.")
-
-
-@dataclass
-class SupervisedConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay False: the collator reads the texts."}
-    )
-    # None first: HfArgumentParser cannot read the other order.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Where to log: none, wandb, ..."}
-    )
-    max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
-    max_completion_length: int = field(
-        default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}
-    )
-
-    def __post_init__(self):
-        # Without an accelerator, several processes only synchronise if this is set.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-        if self.eval_strategy != "no" or self.load_best_model_at_end:
-            raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")
-        if self.remove_unused_columns:
-            raise InputError("remove_unused_columns must stay False: the collator reads the texts.")
-        if self.label_smoothing_factor:
-            raise InputError("label_smoothing_factor is not supported: the loss is plain cross-entropy.")
-        for name in ("max_prompt_length", "max_completion_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range.")

@@ -53,7 +53,7 @@ class PPOKDTrainer(OnPolicyTrainer):
                 rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
             )
         values_BT1 = rollout.old_values_BT1
-        if self.on_policy_state.return_variance is not None:  # before the first rollout, the critic's 0 means 0
+        if self.rollout_state.return_variance is not None:  # before the first rollout, the critic's 0 means 0
             values_BT1 = denormalize(values_BT1, *self._return_moments)
         advantages_BT = gae(rewards_BT, values_BT1, mask_BT, rollout.ended_B, gamma=args.gamma, lam=args.lam)
         returns_BT = advantages_BT + values_BT1[:, :-1]
@@ -69,11 +69,11 @@ class PPOKDTrainer(OnPolicyTrainer):
 
     @property
     def _return_moments(self) -> tuple[float, float]:
-        return self.on_policy_state.return_mean, self.on_policy_state.return_variance
+        return self.rollout_state.return_mean, self.rollout_state.return_variance
 
     def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:
         """Moves the running moments towards this rollout's, over all processes; the first sets them."""
-        state = self.on_policy_state
+        state = self.rollout_state
         moments = masked_moments(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
         mean, variance = (float(moment) for moment in moments)
         if state.return_variance is None:

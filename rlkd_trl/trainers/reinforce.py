@@ -10,7 +10,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline, return_to_go
 from rlkd_trl.ops.losses import policy_gradient_loss
-from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
 from rlkd_trl.trainers.config import ReinforceKDConfig
@@ -56,10 +55,10 @@ class ReinforceKDTrainer(OnPolicyTrainer):
 
     def sampling_policy(self) -> Policy:
         """The student, or the copy of it; every N optimizer steps, the copy is the student again."""
-        student = super().sampling_policy()
+        student = self.policy
         if self.behaviour is None:
             return student
-        steps = self.on_policy_state.micro_step // self.args.gradient_accumulation_steps
+        steps = self.rollout_state.micro_step // self.args.gradient_accumulation_steps
         lag = steps % self.args.behaviour_sync_steps
         if lag == 0:
             self.behaviour.model.load_state_dict(student.model.state_dict())
@@ -85,22 +84,12 @@ class ReinforceKDTrainer(OnPolicyTrainer):
             return mean_baseline(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
         logps_BT, ratios_BT = rollout.old_logps_BT, None
         if self.behaviour is not None:
-            logps_BT = self._student_log_probs_now(rollout)
+            with self.compute_loss_context_manager():
+                logps_BT = self._log_probs(self.policy, rollout)  # the student's own, where another has sampled
             ratios_BT = (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
         return min_variance_baseline(
             returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT, sum_over_ranks=self._sum_over_ranks
         )
-
-    def _student_log_probs_now(self, rollout: Rollout) -> Tensor:
-        """The student's own, where another policy has sampled."""
-        args, width = self.args, rollout.completion_ids_BT.shape[1]
-        student = super().sampling_policy()
-        with self.compute_loss_context_manager():
-            parts = [
-                student(**rollout.micro_batch(i, args.per_device_train_batch_size).policy_inputs()).logps_BT
-                for i in range(args.steps_per_generation)
-            ]
-        return pad_columns(parts, width)
 
     def policy_loss(
         self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor

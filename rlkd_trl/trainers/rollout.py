@@ -13,7 +13,8 @@ class Rollout:
     """B = P · K completions of this device's P prompts; the K of a prompt are next to each other.
 
     loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
-    support_BTk: the ids that each token was sampled from, with top_k. old_logps_BT, old_values_BT1: of the policy and
+    support_BTk: the ids that each token was sampled from, with top_k. teacher_states: each scorer's hidden states at
+    the positions of the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and
     critic that sampled. The advantage step fills advantages_BT and, with a critic, returns_BT, in the critic's own
     normalised units like old_values_BT1.
     """
@@ -26,6 +27,7 @@ class Rollout:
     loss_mask_BT: Tensor
     ended_B: Tensor
     support_BTk: Tensor | None = None
+    teacher_states: list[Tensor] | None = None
     old_logps_BT: Tensor | None = None
     old_values_BT1: Tensor | None = None
     rewards_BT: Tensor | None = None
@@ -56,7 +58,7 @@ class Rollout:
             completions.support_BTk,
         )
 
-    def with_(self, **tensors: Tensor | None) -> "Rollout":
+    def with_(self, **tensors: Tensor | list[Tensor] | None) -> "Rollout":
         """A copy with some fields set."""
         return replace(self, **tensors)
 
@@ -71,7 +73,9 @@ class Rollout:
             value = getattr(self, item.name)
             if value is None:
                 continue
-            if item.name.startswith("prompt_"):
+            if item.name == "teacher_states":
+                cut[item.name] = [states_BTD[rows, :longest] for states_BTD in value]
+            elif item.name.startswith("prompt_"):
                 cut[item.name] = value[first : last + 1]
             elif item.name.endswith("_BT1"):
                 cut[item.name] = value[rows, : longest + 1]

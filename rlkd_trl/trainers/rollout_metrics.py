@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkd_trl.ops.masking import masked_moments, masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
-from rlkd_trl.rewards import RewardInputs, RewardResult
+from rlkd_trl.rewards import RewardResult
 from rlkd_trl.trainers.rollout import Rollout
 
 
@@ -26,16 +26,10 @@ def rollout_metrics(
     weighted over scorers. kl: nats per sequence.
     """
     mask_BT, total = rollout.completion_mask_BT, sum_over_ranks
-    sequences = total(torch.tensor(float(len(mask_BT)), device=mask_BT.device))
-    tokens = total(mask_BT.sum().float())
+    sequences, tokens = (total(count) for count in _counts(rollout))
     reward_B = sequence_sum(result.rewards_BT, mask_BT)
     mean, variance = masked_moments(reward_B, torch.ones_like(reward_B, dtype=torch.bool), sum_over_ranks=total)
-    metrics = {
-        "reward": mean,
-        "reward_std": variance.sqrt(),
-        "completions/mean_length": tokens / sequences,
-        "completions/eos_rate": total(rollout.ended_B.sum().float()) / sequences,
-    }
+    metrics = {"reward": mean, "reward_std": variance.sqrt(), **completion_metrics(rollout, total)}
     for name, term_BT in result.terms.items():
         metrics[f"rewards/{name}"] = total(masked_sum(term_BT, mask_BT)) / sequences
     if result.scores is not None:
@@ -43,6 +37,19 @@ def rollout_metrics(
     if kl_B is not None:
         metrics["kl"] = total(kl_B.sum()) / sequences
     return {name: float(value) for name, value in metrics.items()}
+
+
+def completion_metrics(rollout: Rollout, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Tokens per completion and the share of completions that end, over all processes."""
+    sequences, tokens = (sum_over_ranks(count) for count in _counts(rollout))
+    ended = sum_over_ranks(rollout.ended_B.sum().float())
+    return {"completions/mean_length": float(tokens / sequences), "completions/eos_rate": float(ended / sequences)}
+
+
+def _counts(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """This device's completions and tokens."""
+    mask_BT = rollout.completion_mask_BT
+    return torch.tensor(float(len(mask_BT)), device=mask_BT.device), mask_BT.sum().float()
 
 
 class PhaseTimer:
@@ -68,17 +75,18 @@ class PhaseTimer:
         return metrics
 
 
-def sample_table(inputs: RewardInputs, result: RewardResult, count: int) -> list[dict[str, object]]:
-    """The first completions of a rollout, for the log and the report."""
-    prompts = inputs.column("prompt")
-    reward_B = sequence_sum(result.rewards_BT, inputs.completion_mask_BT)
+def sample_table(
+    rows: list[dict], completions: list[str], rollout: Rollout, count: int, *, reward_B: Tensor | None = None
+) -> list[dict[str, object]]:
+    """The first completions of a rollout, for the log and the report, with their rewards where there are any."""
+    tokens_B = rollout.completion_mask_BT.sum(dim=1)
     return [
         {
-            "prompt": prompts[i],
-            "completion": inputs.completions[i],
-            "reward": float(reward_B[i]),
-            "tokens": int(inputs.completion_mask_BT[i].sum()),
-            "ended": bool(inputs.ended_B[i]),
+            "prompt": rows[int(rollout.prompt_index_B[i])]["prompt"],
+            "completion": completions[i],
+            **({} if reward_B is None else {"reward": float(reward_B[i])}),
+            "tokens": int(tokens_B[i]),
+            "ended": bool(rollout.ended_B[i]),
         }
-        for i in range(min(count, len(inputs.completions)))
+        for i in range(min(count, len(completions)))
     ]

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.prompts import prompt_token_ids
+from rlkd_trl.models.prompts import prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id
-from rlkd_trl.trainers.config import SupervisedConfig
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 _IGNORED = -100
 
@@ -72,7 +72,9 @@ class PairCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         prompts = prompt_token_ids(self.tokenizer, [row["prompt"] for row in rows], max_length=self.max_prompt_length)
-        targets = [self._target_ids(row["target"]) for row in rows]
+        targets = [
+            target_token_ids(self.tokenizer, row["target"], max_length=self.max_completion_length) for row in rows
+        ]
         pad = padding_id(self.tokenizer)
         if self.is_encoder_decoder:
             input_ids, attention_mask = _pad_right(prompts, pad)
@@ -88,11 +90,6 @@ class PairCollator:
         input_ids, attention_mask = _pad_right([prompt + target for prompt, target in pairs], pad)
         labels, _ = _pad_right([[_IGNORED] * len(prompt) + target for prompt, target in pairs], _IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-    def _target_ids(self, text: str) -> list[int]:
-        """The target's tokens with exactly one EOS, cut to the length cap (EOS is then lost, as when sampling)."""
-        ids = self.tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id][: self.max_completion_length]
 
 
 def _pad_right(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:

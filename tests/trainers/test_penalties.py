@@ -133,7 +133,7 @@ def test_early_stop_reads_the_kl_of_the_whole_step(tmp_path):
     stopped = run("rloo-token", tmp_path / "stopped", max_steps=3, early_stop_kl=0.99 * kl, **settings)
     assert_same_weights(stopped.weights[2], stopped.weights[1])
     unstopped = run("rloo-token", tmp_path / "unstopped", max_steps=2, early_stop_kl=1.01 * kl, **settings)
-    assert not unstopped.trainer.on_policy_state.stopped
+    assert not unstopped.trainer.rollout_state.stopped
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_masked_truncated_completions_are_not_in_the_denominator(tmp_path):
     trainer = one_prompt(tmp_path, "rloo-token", *arguments, reward=reward, mask_truncated_completions=True)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(1.5, abs=1e-5)
-    assert trainer.on_policy_state.rollout.advantages_BT[2, :2].tolist() == pytest.approx([0.0, 0.0])
+    assert trainer.rollout_state.rollout.advantages_BT[2, :2].tolist() == pytest.approx([0.0, 0.0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -254,7 +254,7 @@ def test_truncated_completions_are_bootstrapped_from_the_value_after_their_last_
 
     trainer = one_prompt(tmp_path, "ppo", ENDED, TRUNCATED, reward=nothing, lam=1.0, normalize_advantages=False)
     torch.nn.init.normal_(trainer.model.value_head.weight)
-    trainer.on_policy_state.return_mean, trainer.on_policy_state.return_variance = -1.5, 4.0
+    trainer.rollout_state.return_mean, trainer.rollout_state.return_variance = -1.5, 4.0
     rollout = trainer.make_rollout(list(prompts(1)))
     values = -1.5 + 2.0 * rollout.old_values_BT1  # the critic's output is in standard deviations
     torch.testing.assert_close(rollout.advantages_BT[0, :3], -values[0, :3])

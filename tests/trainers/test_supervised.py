@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.trainers.config import SupervisedConfig
 from rlkd_trl.trainers.supervised import PairCollator, SupervisedTrainer
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
 from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB, word_tokenizer
 from tests.models.reference import FAMILIES, own_logits
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, snapshot

@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
     # As if earlier rollouts had been seen, except in one case: before the first, the critic's output counts as it is.
     moments = (-1.5, 4.0) if method == "ppo" and case != "ppo" else None
     if moments is not None:
-        trainer.on_policy_state.return_mean, trainer.on_policy_state.return_variance = moments
+        trainer.rollout_state.return_mean, trainer.rollout_state.return_variance = moments
     policies = [copy.deepcopy(trainer.model)]
     recorder = Recorder(trainer)
     trainer.add_callback(recorder)

@@ -55,7 +55,7 @@ class Recorder(TrainerCallback):
         self.gradients.append(
             {n: None if p.grad is None else p.grad.clone() for n, p in self.trainer.model.named_parameters()}
         )
-        self.rollouts.append(self.trainer.on_policy_state.rollout)
+        self.rollouts.append(self.trainer.rollout_state.rollout)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.weights.append(snapshot(self.trainer.model))

@@ -1,0 +1,153 @@
+"""The data of a recipe: rows, prompts and pairs from parsed flags, checked before any model is loaded."""
+
+import random
+from typing import TYPE_CHECKING
+
+from rlkd_trl.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.data import (
+    as_references,
+    demo_dataset,
+    group_by_source,
+    load_rows,
+    parse_renames,
+    require_columns,
+    require_text,
+)
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rlkd_trl.trainers.config import RolloutConfig
+
+# Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
+
+
+def load_templates(arguments: PromptArguments) -> PromptTemplates | None:
+    """The teacher's templates, or None without `--templates`. Raises `InputError`."""
+    if arguments.templates is None:
+        if arguments.rename_columns or arguments.template_names:
+            raise InputError("--rename_columns and --template_names need --templates.")
+        return None
+    return PromptTemplates.load(
+        arguments.templates, arguments.template_names or "all", parse_renames(arguments.rename_columns or [])
+    )
+
+
+def load_prompts(
+    data: DataArguments,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    held_out: HeldOutArguments | None = None,
+) -> "Dataset":
+    """One row for each distinct input: `prompt` (what the student reads), `source`, `references`, other columns.
+
+    The reference column itself is not among them, so that no template can show it to the teacher. Every row is
+    rendered through every template here, before a model is loaded. With `held_out`, the held-out data's rows.
+
+    Raises:
+        InputError: A file, column, split or template is wrong; the message names it.
+    """
+    if data.dataset is None:
+        rows = demo_dataset("test" if held_out else "train").remove_columns("target")
+        source_column, target_column = "source", "references"
+    else:
+        rows = _load_rows(data, held_out)
+        source_column, target_column = data.source_column, data.target_column
+        if held_out is not None and held_out.eval_target_column is not None:
+            target_column = held_out.eval_target_column
+        require_columns(rows, source_column=source_column, target_column=target_column)
+    grouped = group_by_source(rows, source_column, target_column)
+    if data.max_rows is not None:
+        grouped = grouped.select(range(min(data.max_rows, len(grouped))))
+    if source_column != "source":
+        if "source" in grouped.column_names:
+            print(
+                f"The data's own column `source` is replaced by the source text, from `{source_column}`.", flush=True
+            )
+            grouped = grouped.remove_columns("source")
+        grouped = grouped.add_column("source", grouped["prompt"][:])
+    if prompts.student_template is not None:
+        own = PromptTemplate("student_template", prompts.student_template)
+        texts = [own.render({k: v for k, v in row.items() if k != "references"}) for row in grouped]
+        grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
+    check_templates(templates, grouped)
+    return grouped
+
+
+def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) -> "Dataset":
+    name, split = (
+        (data.dataset, data.dataset_split) if held_out is None else (held_out.eval_dataset, held_out.eval_split)
+    )
+    return load_rows(name, split, revision=data.dataset_revision, config=data.dataset_config)
+
+
+def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
+    """Renders every row through every template. Raises `InputError`, naming the first that fails."""
+    if templates is None:
+        return
+    templates.validate(question_columns(templates, row) for row in rows)
+
+
+def load_train_and_held_out(
+    data: DataArguments,
+    held_out: HeldOutArguments,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    args: "RolloutConfig",
+) -> tuple["Dataset", "Dataset"]:
+    """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
+
+    Raises:
+        InputError: As `load_prompts`; or too few inputs, to hold some out or for one rollout.
+    """
+    from rlkd_trl.trainers.checks import check_prompts
+
+    if held_out.eval_dataset is not None and data.dataset is None:
+        raise InputError("--eval_dataset needs --dataset; the demo has held-out data of its own.")
+    if held_out.eval_target_column is not None and held_out.eval_dataset is None:
+        raise InputError("--eval_target_column names a column of --eval_dataset: give that too.")
+    train = load_prompts(data, prompts, templates)
+    if held_out.eval_dataset is not None or data.dataset is None:
+        test = load_prompts(data, prompts, templates, held_out)
+    else:
+        count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
+        if count == 0:
+            raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give --eval_dataset.")
+        order = random.Random(args.seed).sample(range(len(train)), len(train))
+        print(f"No --eval_dataset: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
+        train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    check_prompts(train, args)
+    return train, test
+
+
+def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None) -> "Dataset":
+    """Supervised pairs, `prompt` and `target`: every row's reference after every template, or after the bare source.
+
+    Without `--dataset`, the demo's. Raises `InputError`.
+    """
+    from datasets import Dataset
+
+    rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
+    source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
+    if target is None:
+        raise InputError("--target_column is needed here.")
+    require_columns(rows, source_column=source, target_column=target)
+    if data.max_rows is not None:
+        rows = rows.select(range(min(data.max_rows, len(rows))))
+    own = None if prompts.student_template is None else PromptTemplate("student_template", prompts.student_template)
+    pairs = []
+    for i, row in enumerate(rows):
+        require_text(row[source], source, i)
+        columns = {name: value for name, value in row.items() if name not in (target, "references")}
+        columns = {**columns, "source": row[source], "prompt": row[source]}
+        if templates is not None:
+            questions = templates.render(question_columns(templates, columns))
+        else:
+            questions = [own.render(columns) if own else row[source]]
+        # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
+        answers = [""] if row[target] == "" else as_references(row[target], target, i)
+        pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
+    return Dataset.from_list(pairs)

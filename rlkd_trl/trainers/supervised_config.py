@@ -1,0 +1,42 @@
+"""Settings of supervised training."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from rlkd_trl.errors import InputError
+
+
+@dataclass
+class SupervisedConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the texts."}
+    )
+    # None first: HfArgumentParser cannot read the other order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, wandb, ..."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Prompts are cut at this many tokens."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Targets are cut at this many tokens, EOS included."}
+    )
+
+    def __post_init__(self):
+        # Without an accelerator, several processes only synchronise if this is set.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        if self.eval_strategy != "no" or self.load_best_model_at_end:
+            raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns must stay False: the collator reads the texts.")
+        if self.label_smoothing_factor:
+            raise InputError("label_smoothing_factor is not supported: the loss is plain cross-entropy.")
+        for name in ("max_prompt_length", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range.")
