@@ -7,6 +7,10 @@ __version__ = "0.1.0"
 
 # Imported on first use: torch and transformers take seconds, and `--help` should not.
 _HOMES = {
+    "AllActionsKDConfig": "rlkd_trl.trainers.full_vocabulary_config",
+    "AllActionsKDTrainer": "rlkd_trl.trainers.all_actions",
+    "KDConfig": "rlkd_trl.trainers.full_vocabulary_config",
+    "KDTrainer": "rlkd_trl.trainers.kd",
     "PPOKDConfig": "rlkd_trl.trainers.config",
     "PPOKDTrainer": "rlkd_trl.trainers.ppo",
     "PromptTemplates": "rlkd_trl.prompts",
@@ -17,6 +21,10 @@ _HOMES = {
     "TeacherForcingReward": "rlkd_trl.rewards",
 }
 __all__ = [
+    "AllActionsKDConfig",
+    "AllActionsKDTrainer",
+    "KDConfig",
+    "KDTrainer",
     "PPOKDConfig",
     "PPOKDTrainer",
     "PromptTemplates",
@@ -30,7 +38,10 @@ __all__ = [
 if TYPE_CHECKING:
     from rlkd_trl.prompts import PromptTemplates
     from rlkd_trl.rewards import TeacherForcingReward
+    from rlkd_trl.trainers.all_actions import AllActionsKDTrainer
     from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
+    from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig, KDConfig
+    from rlkd_trl.trainers.kd import KDTrainer
     from rlkd_trl.trainers.ppo import PPOKDTrainer
     from rlkd_trl.trainers.reinforce import ReinforceKDTrainer
     from rlkd_trl.trainers.rloo import RLOOKDTrainer

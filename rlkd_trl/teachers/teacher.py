@@ -114,7 +114,7 @@ class Teacher:
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
     ) -> Tensor:
-        """The hidden states that predict each completion's tokens, `[B, T, D]`, on the model's device and in its dtype.
+        """The hidden states that predict each completion's tokens, `[B, T, D]`, on the model's device in its dtype.
 
         `backbone.head` makes the logits of them; a loss over the whole vocabulary does so in slices. 0 behind the mask
         of a batch's longest completion.

@@ -1,0 +1,221 @@
+"""The policy gradient with the expectation over actions taken exactly, given a teacher that scores every action.
+
+The student π earns, in state s_t = (x, y_<t), the signal g(s_t, y_t) for the token y_t, and its objective is
+J = E_{y~π} Σ_t g(s_t, y_t). With F_t = Σ_{i>t} g(s_i, y_i), the policy gradient theorem (Sutton et al. 2000) reads
+
+    ∇J = E Σ_t Σ_a ∇π(a|s_t) ( g(s_t, a) + E[F_t | s_t, a] ).
+
+A teacher's one forward pass gives g(s_t, a) for all a, so the first part needs no sampled action at all ("all-action"
+policy gradient; Sutton, Singh & McAllester 2001, "Comparing Policy-Gradient Algorithms"; Ciosek & Whiteson 2018,
+"Expected Policy Gradients"). Only the second is estimated from the sample, by the score function, from which a
+baseline that does not depend on y_t may be subtracted:
+
+    ∇J = E Σ_t [ ∇ Σ_a π(a|s_t) g(s_t, a)  +  (F_t − b_t) ∇ log π(y_t|s_t) ],
+
+b_t the mean F_t of the other samples of the prompt. Where g holds −log π(a|s), its own gradient adds
+−Σ_a π ∇log π = 0 to the first part and nothing to the second (F_t is a constant there, for the same reason).
+
+For g = log p − log π the first part is the on-policy reverse KL, token by token, which is what GKD minimises with
+JSD's β = 1 on student samples, and all of it is the reverse KL of whole sequences. MiniLLM (Gu et al. 2024,
+single-step decomposition) splits the gradient of the latter in the same way; there F_t is divided by the number of
+tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends stands
+a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ inside
+of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.ops.advantages import leave_one_out, return_to_go
+from rlkd_trl.ops.divergences import TeacherStates, log_probs, mean_of_probabilities
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, map_head_slices
+from rlkd_trl.ops.sliced_loss import LossAndMetrics, sliced_loss
+
+VALUES = ("max", "expected", "soft")
+
+
+def future_returns(
+    signals_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, length_normalization: bool = False
+) -> Tensor:
+    """F_t = Σ_{i>t} γ^{i−t} g_i, `[B, T]`, 0 at and behind the last token.
+
+    With `length_normalization` divided by the number of tokens after t (Gu et al. 2024, "MiniLLM", R^Norm_{t+1}), so
+    that short completions are not preferred for having less to lose.
+    """
+    returns_BT = return_to_go(signals_BT, mask_BT, gamma=gamma)
+    future_BT = gamma * torch.nn.functional.pad(returns_BT[:, 1:], (0, 1))
+    if length_normalization:
+        tokens_after_BT = return_to_go(torch.ones_like(signals_BT), mask_BT) - 1
+        future_BT = future_BT / tokens_after_BT.clamp(min=1)
+    return torch.where(mask_BT, future_BT, torch.zeros_like(future_BT))
+
+
+def future_advantages(futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int) -> Tensor:
+    """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`."""
+    advantages_BT = leave_one_out(futures_BT, num_generations)
+    return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+
+
+def log_ratio_signal(
+    teacher_logits_KNV: Sequence[Tensor],
+    weights_K: Sequence[float],
+    *,
+    ensemble: Callable[..., Tensor] = mean_of_probabilities,
+    forbidden_V: Tensor | None = None,
+) -> Tensor:
+    """The teacher's part of g = log p − log π, `[N, V]`: log p over the ids that the student may sample.
+
+    V is the smallest vocabulary among the teachers' and `forbidden_V`; what lies beyond is a padded row of some.
+    """
+    sizes = [logits_NV.shape[-1] for logits_NV in teacher_logits_KNV]
+    V = min(sizes if forbidden_V is None else [*sizes, len(forbidden_V)])
+    logits_KNV = [logits_NV[:, :V] for logits_NV in teacher_logits_KNV]
+    return ensemble(logits_KNV, weights_K, forbidden_V=None if forbidden_V is None else forbidden_V[:V])
+
+
+def teacher_forcing_signal(
+    teacher_logits_KNV: Sequence[Tensor], weights_K: Sequence[float], *, value: str = "max"
+) -> Tensor:
+    """The teacher-forcing advantage g = f − V, `[N, V]`, its mean over K teachers (Hao, Liu & Mou 2022; LLMR).
+
+    f are the centred logits, V their "max", their "expected" value under softmax(f), or "soft" = logsumexp f, for
+    which g = log p. Its sum over a completion is that of r_t = q_t − V_{t+1} minus V_1, a constant of the prompt.
+
+    Raises:
+        ValueError: Unknown `value`.
+    """
+    if value not in VALUES:
+        raise ValueError(f"value must be one of {VALUES}; got {value!r}")
+    V = min(logits_NV.shape[-1] for logits_NV in teacher_logits_KNV)
+    total, signal_NV = sum(weights_K), 0.0
+    for logits_NV, weight in zip(teacher_logits_KNV, weights_K, strict=True):
+        z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        if value == "max":
+            value_N1 = z_NV.amax(dim=-1, keepdim=True)
+        elif value == "expected":
+            value_N1 = (z_NV.softmax(dim=-1) * z_NV).sum(dim=-1, keepdim=True)
+        else:
+            value_N1 = z_NV.logsumexp(dim=-1, keepdim=True)
+        signal_NV = signal_NV + weight / total * (z_NV - value_N1)[:, :V]  # centring cancels
+    return signal_NV
+
+
+def all_actions_loss(
+    student_logits_NV: Tensor,
+    teacher_signal_NV: Tensor,
+    weights_N: Tensor,
+    chosen_N: Tensor,
+    futures_N: Tensor,
+    old_logps_N: Tensor,
+    *,
+    subtract_log_pi: bool,
+    epsilon: float | None = None,
+    forbidden_V: Tensor | None = None,
+) -> LossAndMetrics:
+    """Σ_n w_n [ −Σ_a π(a|s) g(s, a) − A_n log π(y|s) ], the gradient of whose parts the module derives.
+
+    Args:
+        teacher_signal_NV: g, or, with `subtract_log_pi`, the part of it to which −log π is added.
+        weights_N: Of each position, e.g. mask / number of tokens, times an importance weight.
+        futures_N: A = w (F_t − b_t), a constant.
+        old_logps_N: log π(y|s) of the policy that the rollout was made with. A log π is taken as the ratio
+            ρ = π / π_old times A, whose gradient is the same at π = π_old; with `epsilon` PPO's clipped surrogate
+            min(ρ A, clip(ρ, 1−ε, 1+ε) A) (Schulman et al. 2017, eq. 7), for further passes over one rollout.
+
+    Returns:
+        The loss; Σ w_n of −Σ_a π g as `immediate`, of the entropy as `entropy`, and of (ρ − 1) − log ρ as `approx_kl`.
+    """
+    V = min(student_logits_NV.shape[-1], teacher_signal_NV.shape[-1])
+    signal_NV, forbidden_V = teacher_signal_NV[:, :V], None if forbidden_V is None else forbidden_V[:V]
+    logps_NV = log_probs(student_logits_NV[:, :V], forbidden_V=forbidden_V)
+    probabilities_NV = logps_NV.exp()
+    if forbidden_V is not None:  # 0 · log 0 = 0, and nothing that could overflow
+        logps_NV, signal_NV = (tensor.masked_fill(forbidden_V, 0.0) for tensor in (logps_NV, signal_NV))
+    entropy_N = -(probabilities_NV * logps_NV).sum(dim=-1)
+    immediate_N = -(probabilities_NV * signal_NV).sum(dim=-1)
+    if subtract_log_pi:
+        immediate_N = immediate_N - entropy_N
+    log_ratio_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - old_logps_N
+    ratio_N = log_ratio_N.exp()
+    future_N = ratio_N * futures_N
+    if epsilon is not None:
+        future_N = torch.minimum(future_N, ratio_N.clamp(1 - epsilon, 1 + epsilon) * futures_N)
+    metrics = {"immediate": immediate_N, "entropy": entropy_N, "approx_kl": ratio_N - 1 - log_ratio_N}
+    loss = (weights_N * (immediate_N - future_N)).sum()
+    return loss, {name: (weights_N * value_N).sum().detach() for name, value_N in metrics.items()}
+
+
+def sliced_all_actions_loss(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    head_parameters: Iterable[Tensor],
+    teachers: Sequence[TeacherStates],
+    weights_N: Tensor,
+    chosen_N: Tensor,
+    futures_N: Tensor,
+    old_logps_N: Tensor,
+    *,
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    vocab_size: int,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+    **settings,
+) -> LossAndMetrics:
+    """`all_actions_loss` of student and teacher states, slice by slice: `[N, V]` is never held, of any model.
+
+    `teacher_signal` makes the signal of the teachers' logits and weights; `settings` go to `all_actions_loss`. For the
+    rest see `ops.divergences.sliced_divergence`.
+    """
+    weights_K = [teacher.weight for teacher in teachers]
+    # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow.
+    mean_weight = weights_N.abs().mean().clamp(min=torch.finfo(weights_N.dtype).tiny)
+
+    def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
+        with torch.no_grad():
+            logits_KnV = [
+                teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, teacher_hidden_KnD, strict=True)
+            ]
+            signal_nV = teacher_signal(logits_KnV, weights_K)
+        return all_actions_loss(student_logits_nV, signal_nV, weights_n, chosen_n, futures_n, old_logps_n, **settings)
+
+    per_position = [weights_N / mean_weight, chosen_N, futures_N, old_logps_N]
+    loss, metrics = sliced_loss(
+        head,
+        head_parameters,
+        hidden_ND,
+        per_slice,
+        *per_position,
+        *(teacher.hidden_ND for teacher in teachers),
+        vocab_size=vocab_size,
+        max_elements=max_elements,
+    )
+    return mean_weight * loss, {name: mean_weight * value for name, value in metrics.items()}
+
+
+def chosen_signals(
+    teachers: Sequence[TeacherStates],
+    chosen_N: Tensor,
+    *,
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    vocab_size: int,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+) -> Tensor:
+    """The teacher's part of g at the sampled tokens, `[N]` float32, in slices of positions."""
+    weights_K = [teacher.weight for teacher in teachers]
+
+    def per_slice(logits_nV: Tensor, chosen_n: Tensor, *other_hidden_nD: Tensor) -> tuple[Tensor]:
+        others = [teacher.head(hidden) for teacher, hidden in zip(teachers[1:], other_hidden_nD, strict=True)]
+        signal_nV = teacher_signal([logits_nV, *others], weights_K)
+        return (signal_nV.gather(-1, chosen_n[:, None]).squeeze(-1),)
+
+    (signals_N,) = map_head_slices(
+        teachers[0].head,
+        teachers[0].hidden_ND,
+        per_slice,
+        chosen_N,
+        *(teacher.hidden_ND for teacher in teachers[1:]),
+        vocab_size=vocab_size,
+        max_elements=max_elements,
+    )
+    return signals_N

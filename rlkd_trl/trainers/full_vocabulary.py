@@ -1,0 +1,62 @@
+"""What the trainers share whose loss reads the teacher's whole distribution at every state.
+
+A rollout keeps the teachers' hidden states, `[B, T, D']`; logits of either side exist for one slice of positions at a
+time, in the update (see `ops.sliced_loss`).
+"""
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.ops.divergences import TeacherStates
+from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.rewards import RewardModel, TeacherForcingReward
+from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.trainers.full_vocabulary_config import FullVocabularyConfig
+from rlkd_trl.trainers.rollout import Rollout
+from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+
+
+class FullVocabularyTrainer(RolloutTrainer):
+    """Base of `KDTrainer` and `AllActionsKDTrainer`.
+
+    Args:
+        model: The student, loaded, or its directory or Hub id.
+        teacher: A `TeacherPanel`; or one teacher or a list of them, each a `Teacher`, a directory or a Hub id.
+        args: The method's config.
+        train_dataset: Rows with a column `prompt`: what the student reads. Other columns reach the templates.
+        eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
+        processing_class: The student's tokenizer; loaded with the model when that is a name.
+        templates: How the teachers are asked; a `TeacherPanel` has its own.
+
+    `evaluate` also gives the mean teacher-forcing reward (value="max"), which is not what is trained on.
+
+    Raises:
+        InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, T5 with fp16.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher: TeacherPanel | Teacher | str | list[Teacher | str],
+        args: FullVocabularyConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        templates: PromptTemplates | None = None,
+        **kwargs,
+    ):
+        reward = TeacherForcingReward(teacher, templates=templates)
+        self.panel = reward.panel
+        super().__init__(model, RewardModel([reward]), args, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    def _with_teacher_states(self, rollout: Rollout, rows: list[dict]) -> Rollout:
+        completions = (rollout.prompt_index_B, rollout.completion_ids_BT, rollout.completion_mask_BT)
+        return rollout.with_(teacher_states=self.panel.states(rows, *completions))
+
+    def _teachers_at(self, rollout: Rollout) -> list[TeacherStates]:
+        """The teachers' states at the N real tokens, in the order in which a policy's loss has the student's."""
+        return [
+            TeacherStates(states_BTD[rollout.completion_mask_BT], scorer.teacher.backbone.head, scorer.weight)
+            for scorer, states_BTD in zip(self.panel.scorers, rollout.teacher_states, strict=True)
+        ]

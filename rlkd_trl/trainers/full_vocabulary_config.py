@@ -1,0 +1,151 @@
+"""Settings of the methods whose loss reads the teacher's whole distribution at every state."""
+
+from dataclasses import dataclass, field
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.ops.all_actions import VALUES
+from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES
+from rlkd_trl.trainers.config import RolloutConfig
+
+SEQUENCES = ("data", "teacher")
+
+
+@dataclass
+class FullVocabularyConfig(RolloutConfig):
+    """What `KDConfig` and `AllActionsKDConfig` share."""
+
+    ensemble: str = field(
+        default="probabilities",
+        metadata={
+            "help": "Several teachers or templates as one: mean of their 'probabilities' or of their 'logits' "
+            "(Hinton 2015)."
+        },
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_choice("ensemble", ENSEMBLES)
+
+    def _check_choice(self, name: str, known) -> None:
+        if getattr(self, name) not in known:
+            raise InputError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+
+
+@dataclass
+class KDConfig(FullVocabularyConfig):
+    """Distillation by a divergence between teacher and student at every token, and by hard labels.
+
+    Sequences come from `sequences`, or, with probability `lmbda` for each rollout, from the student.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "K, completions per input, drawn or sampled."})
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": f"Between teacher and student: {', '.join(DIVERGENCES)}."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Of divergence jsd: 0 is forward KL, 1 reverse KL (GKD); 0.5 by default."},
+    )
+    skew: float | None = field(
+        default=None,
+        metadata={"help": "Of the skewed KLs: share of the first distribution in the mixture (DistiLLM); 0.1."},
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "T of both distributions in the divergence, which is times T² (Hinton 2015)."}
+    )
+    alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the divergence; 1 − alpha is that of the cross-entropy with the sequence's tokens."
+        },
+    )
+    sequences: str = field(
+        default="data",
+        metadata={"help": "Off-policy sequences: 'data', each input's --target_column; or 'teacher', fresh samples."},
+    )
+    lmbda: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a rollout is the student's own samples instead (GKD); 1: on-policy."},
+    )
+
+    @property
+    def divergence_settings(self) -> dict[str, float]:
+        """beta or skew, where the divergence has it."""
+        if self.divergence == "jsd":
+            return {"beta": 0.5 if self.beta is None else self.beta}
+        if self.divergence.startswith("skew"):
+            return {"skew": 0.1 if self.skew is None else self.skew}
+        return {}
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_choice("divergence", DIVERGENCES)
+        self._check_choice("sequences", SEQUENCES)
+        self._check_ranges(
+            {
+                "beta": self.beta is None or 0 <= self.beta <= 1,
+                "skew": self.skew is None or 0 <= self.skew < 1,
+                "distillation_temperature": self.distillation_temperature > 0,
+                "alpha": 0 <= self.alpha <= 1,
+                "lmbda": 0 <= self.lmbda <= 1,
+            }
+        )
+        if self.beta is not None and self.divergence != "jsd":
+            raise InputError(f"beta = {self.beta} is a setting of divergence 'jsd', not of {self.divergence!r}.")
+        if self.skew is not None and not self.divergence.startswith("skew"):
+            raise InputError(f"skew = {self.skew} is a setting of the skewed KLs, not of {self.divergence!r}.")
+        if self.alpha < 1 and self.lmbda > 0:
+            raise InputError(
+                f"lmbda = {self.lmbda} with alpha = {self.alpha}: the student's own samples would be its hard labels. "
+                "Set lmbda to 0 (sequence-level distillation learns from data or the teacher), or alpha to 1."
+            )
+
+
+@dataclass
+class AllActionsKDConfig(FullVocabularyConfig):
+    """The policy gradient with its immediate term over all actions; see `ops.all_actions`."""
+
+    signal: str = field(
+        default="log_ratio",
+        metadata={
+            "help": "g that the student earns per token: 'log_ratio', log p − log π, or 'teacher_forcing', f − V."
+        },
+    )
+    value: str = field(default="max", metadata={"help": "V of signal teacher_forcing: max, expected or soft."})
+    future_weight: float = field(
+        default=0.1,
+        metadata={"help": "w of the sampled future; 0: each token for itself (on-policy divergence), 1: unbiased."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ of the future, the other way to weigh it."})
+    length_normalization: bool = field(
+        default=False, metadata={"help": "Divide the future by the number of its tokens (MiniLLM)."}
+    )
+    baseline: str = field(
+        default="leave_one_out",
+        metadata={"help": "Subtracted from the future: 'leave_one_out', the prompt's other samples' mean, or 'none'."},
+    )
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the policy ratio in the future's term, for num_iterations > 1 (MiniLLM: 0.2)."
+        },
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_choice("signal", ("log_ratio", "teacher_forcing"))
+        self._check_choice("value", VALUES)
+        self._check_choice("baseline", ("leave_one_out", "none"))
+        self._check_ranges(
+            {
+                "future_weight": self.future_weight >= 0,
+                "gamma": 0 <= self.gamma <= 1,
+                "epsilon": self.epsilon is None or self.epsilon > 0,
+            }
+        )
+        if self.baseline == "leave_one_out" and self.num_generations < 2:
+            raise InputError(
+                f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
+                "each other and needs at least 2; or set baseline to 'none'."
+            )

@@ -1,0 +1,127 @@
+"""Distillation without reinforcement learning: a divergence at every token of data, teacher or student sequences."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.answers import decode
+from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.prompts import target_token_ids
+from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES, sliced_divergence
+from rlkd_trl.ops.masking import completion_mask
+from rlkd_trl.students import Policy
+from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
+from rlkd_trl.trainers.full_vocabulary_config import KDConfig
+from rlkd_trl.trainers.rollout import Rollout
+from rlkd_trl.trainers.rollout_metrics import completion_metrics, sample_table
+
+_SOURCE_STREAM = 1  # of the rollout's random numbers
+
+
+class KDTrainer(FullVocabularyTrainer):
+    """Word-level and sequence-level distillation (Kim & Rush 2016), GKD (Agarwal et al. 2024), f-distill (Wen et al.
+    2023), DistiLLM's skewed divergences (Ko et al. 2024) and Hinton et al. 2015, by settings.
+
+    A rollout's sequences are the student's own samples with probability `lmbda`, else those of `args.sequences`:
+    targets of the data (the column `references`, a list of texts per row, of which one is drawn each time), or fresh
+    samples of a teacher, the scorers taking turns. The student's log-probabilities get all the gradient: where
+    sequences come from is not differentiated through, as in all of these papers.
+
+    Where this differs from the papers: GKD draws student or data per batch, here per rollout, the same on all devices;
+    f-distill pairs its divergences with sequences (KL: teacher, reverse KL: student, JS and TVD: both), which presets
+    do here; the adaptive part of DistiLLM's sampling (a replay buffer and a threshold) is left out.
+
+    Raises:
+        InputError: As `FullVocabularyTrainer`; data sequences are asked for and `references` is missing or empty.
+    """
+
+    args: KDConfig
+
+    def __init__(self, model, teacher, args: KDConfig, train_dataset, *positional, **kwargs):
+        if args.sequences == "data" and args.lmbda < 1:
+            check_targets(train_dataset)
+        super().__init__(model, teacher, args, train_dataset, *positional, **kwargs)
+        self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
+
+    @torch.no_grad()
+    def make_rollout(self, rows: list[dict]) -> Rollout:
+        """Sequences for this device's prompts, and the teachers' states along them."""
+        args, timer = self.args, self._timer
+        draw = torch.rand((), generator=self._rollout_generator(_SOURCE_STREAM))
+        source = "student" if draw < args.lmbda else args.sequences
+        prompt_PS = self._tokenized(self.policy, [row["prompt"] for row in rows], args.max_prompt_length)
+        with timer.phase("sample"), self.compute_loss_context_manager():
+            if source == "data":
+                completions = self._targets(rows)
+            elif source == "teacher":
+                completions = self._teacher_samples(rows)
+            else:
+                completions = self._sample(self.policy, *prompt_PS)
+        rollout = self._rollout_of(prompt_PS, completions)
+        if source == "data":  # a token that the student may never produce, e.g. <unk>, is nothing to learn
+            may_be_sampled_BT = ~self.policy.forbidden_V[rollout.completion_ids_BT]
+            rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & may_be_sampled_BT)
+        with timer.phase("score"):
+            if args.alpha > 0:
+                rollout = self._with_teacher_states(rollout, rows)
+        self._record({**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"})
+        self.sample_table = sample_table(
+            rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print
+        )
+        return rollout
+
+    def _targets(self, rows: list[dict]) -> Completions:
+        """`num_generations` of each row's targets, drawn with replacement."""
+        K, device = self.args.num_generations, self.accelerator.device
+        draws_B = self._uniforms(len(rows) * K)[:, 0].tolist()
+        texts = [row["references"] for row in rows for _ in range(K)]
+        drawn = [targets[int(draw * len(targets))] for targets, draw in zip(texts, draws_B, strict=True)]
+        ids = [
+            target_token_ids(self.processing_class, text, max_length=self.args.max_completion_length) for text in drawn
+        ]
+        ids_BT = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in ids], batch_first=True, padding_value=-1
+        ).to(device)
+        mask_BT, ended_B = completion_mask(ids_BT, self.policy.eos_ids)
+        mask_BT = mask_BT & (ids_BT >= 0)
+        return Completions(torch.where(mask_BT, ids_BT, self.policy.pad_id), mask_BT, ended_B)
+
+    def _teacher_samples(self, rows: list[dict]) -> Completions:
+        number = self._rollout_number % len(self.panel.scorers)
+        scorer = self.panel.scorers[number]
+        sampler = Policy(scorer.teacher.model, self.processing_class, temperature=self.args.temperature)
+        questions = [self.panel.questions(row)[scorer.question] for row in rows]
+        return self._sample(sampler, *self._tokenized(sampler, questions, scorer.teacher.max_prompt_length))
+
+    def micro_batch_loss(
+        self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        args, mask_BT = self.args, batch.completion_mask_BT
+        teachers = self._teachers_at(batch) if args.alpha > 0 else []
+        loss_of_states = partial(
+            sliced_divergence,
+            teachers=teachers,
+            weights_N=batch.loss_mask_BT[mask_BT].float() / tokens,
+            labels_N=batch.completion_ids_BT[mask_BT],
+            divergence=self._divergence,
+            vocab_size=self.policy.backbone.vocab_size,
+            temperature=args.distillation_temperature,
+            alpha=args.alpha,
+            ensemble=ENSEMBLES[args.ensemble],
+            forbidden_V=self.policy.forbidden_V,
+        )
+        return model(**batch.policy_inputs(), loss_of_states=loss_of_states)
+
+
+def check_targets(dataset) -> None:
+    """Raises `InputError` unless every row has `references` to learn from."""
+    if "references" not in dataset.column_names:
+        raise InputError(
+            "Distillation on data needs targets: name their column with --target_column (a column `references` of "
+            "lists of texts), or take sequences from the 'teacher', or lmbda 1."
+        )
+    for i, references in enumerate(dataset["references"]):
+        if not references:
+            raise InputError(f"Row {i} has no target: distillation on data needs one for every input.")
