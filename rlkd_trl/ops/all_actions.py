@@ -18,9 +18,9 @@ b_t the mean F_t of the other samples of the prompt. Where g holds −log π(a|s
 For g = log p − log π the first part is the on-policy reverse KL, token by token, which is what GKD minimises with
 JSD's β = 1 on student samples, and all of it is the reverse KL of whole sequences. MiniLLM (Gu et al. 2024,
 single-step decomposition) splits the gradient of the latter in the same way; there F_t is divided by the number of
-tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends stands
-a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ inside
-of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
+tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends
+stands a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ
+inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
 """
 
 from collections.abc import Callable, Iterable, Sequence
