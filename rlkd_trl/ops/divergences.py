@@ -41,7 +41,7 @@ def log_probs(logits_NV: Tensor, *, temperature: float = 1.0, forbidden_V: Tenso
 def forward_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_v p (log p − log q).
 
-    Word-level knowledge distillation (Kim & Rush 2016, §3.1), whose cross-entropy −Σ_v p log q differs from it by
+    Word-level knowledge distillation (Kim & Rush 2016, L_WORD-KD), whose cross-entropy −Σ_v p log q differs from it by
     the teacher's entropy, a constant.
     """
     return (teacher_logps_NV.exp() * (teacher_logps_NV - student_logps_NV)).sum(dim=-1)
@@ -56,7 +56,7 @@ def reverse_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor) -> Tensor:
 
 
 def jsd(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen–Shannon divergence (Agarwal et al. 2024, "GKD", eq. 1):
+    """Generalised Jensen–Shannon divergence (Agarwal et al. 2024, "GKD", D_JSD(β)):
 
     JSD_β = β KL(p ‖ m) + (1−β) KL(q ‖ m),  m = β p + (1−β) q.
 
@@ -84,7 +84,7 @@ def tvd(teacher_logps_NV: Tensor, student_logps_NV: Tensor) -> Tensor:
 
 
 def skew_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, skew: float = 0.1) -> Tensor:
-    """KL(p ‖ α p + (1−α) q) with α = `skew` (Ko et al. 2024, "DistiLLM", §3.1; α = 0.1 there).
+    """KL(p ‖ α p + (1−α) q) with α = `skew` (Ko et al. 2024, "DistiLLM", SKL; α = 0.1 there).
 
     At most −log α, however little mass q puts where p has some. α = 0 is forward KL.
     """
@@ -95,7 +95,7 @@ def skew_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, skew: float =
 
 
 def skew_reverse_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, skew: float = 0.1) -> Tensor:
-    """KL(q ‖ (1−α) p + α q) with α = `skew` (Ko et al. 2024, "DistiLLM", §3.1; α = 0.1 there).
+    """KL(q ‖ (1−α) p + α q) with α = `skew` (Ko et al. 2024, "DistiLLM", SRKL; α = 0.1 there).
 
     α = 0 is reverse KL.
     """
@@ -136,7 +136,7 @@ def mean_of_probabilities(
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> Tensor:
-    """log Σ_k w_k softmax(z_k / T): the arithmetic mean of K teachers (Hinton et al. 2015, §1), `[N, V]`.
+    """log Σ_k w_k softmax(z_k / T): the arithmetic mean of K teachers (Hinton et al. 2015), `[N, V]`.
 
     `weights_K` are divided by their sum.
     """
@@ -157,7 +157,7 @@ def mean_of_logits(
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> Tensor:
-    """log softmax(Σ_k w_k z_k / T): the geometric mean of K teachers, renormalised (Hinton et al. 2015, §1), `[N, V]`.
+    """log softmax(Σ_k w_k z_k / T): the geometric mean of K teachers, renormalised (Hinton et al. 2015), `[N, V]`.
 
     `weights_K` are divided by their sum.
     """
@@ -199,7 +199,7 @@ def distillation_loss(
     ensemble: Callable[..., Tensor] = mean_of_probabilities,
     forbidden_V: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Soft and hard targets, mixed (Hinton et al. 2015, §2):
+    """Soft and hard targets, mixed (Hinton et al. 2015, "soft targets"):
 
     Σ_n w_n ( α T² D(p_T, q_T) + (1−α) (−log q_1(y_n)) ).
 

@@ -1,7 +1,7 @@
 """A loss over the whole vocabulary without ever holding `[N, V]`, in the forward or the backward pass.
 
 The loss is a sum over positions, so it is taken slice by slice, and the gradient of a slice together with its value,
-while the slice's logits exist (Hsu et al. 2024, "Liger Kernel", §3.2, the fused linear cross-entropy). What is kept
+while the slice's logits exist (Hsu et al. 2024, "Liger Kernel", its fused linear cross-entropy). What is kept
 for the backward pass is the gradient of the hidden states and of the head's parameters. Unlike recomputing each
 slice in the backward pass, this applies the heads once.
 """
