@@ -1,0 +1,83 @@
+r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm start: the README's comparison, by one command.
+
+    python recipes/benchmarks/e2e_comparison.py --train e2e/train.csv --test e2e/test.csv \
+        --templates promptsource/e2e_nlg_cleaned/templates.yaml --work_dir runs/e2e_comparison --jobs 2
+
+Data, teacher and warm start are those of `e2e.py` with seed 0, except that 100 of the training inputs are set aside
+before anything is trained, for the choice of learning rates. Methods that learn from data get the teacher's greedy answers
+to the training inputs; no method sees a human reference. `recipes/compare.py` does the rest; a run that breaks off is
+taken up again where it was. Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_NAMES, delexicalise, stage
+
+VALIDATION_INPUTS = 100
+METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup_k2 ketchup ketchup_k8".split()
+METHODS += "rloo_sequence rloo_token ppo minillm all_actions all_actions_w1 all_actions_discount".split()
+COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
+
+
+def split_inputs(source: Path, train: Path, validation: Path) -> None:
+    """All rows of `VALIDATION_INPUTS` distinct inputs, drawn with seed 0, to `validation`, the others to `train`."""
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    inputs = sorted({row["mr"] for row in rows})
+    held_out = set(random.Random(0).sample(inputs, VALIDATION_INPUTS))
+    for target, wanted in ((train, False), (validation, True)):
+        with target.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["mr", "ref"])
+            writer.writeheader()
+            writer.writerows(row for row in rows if (row["mr"] in held_out) == wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--templates", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--max_steps", nargs="+", default=["60", "200"])
+    parser.add_argument("--learning_rates", nargs="+", default=["3e-4", "1e-3", "3e-3"])
+    parser.add_argument("--jobs", default="1")
+    args = parser.parse_args()
+
+    here = args.work_dir
+    everything, train, validation, test = (here / f"{name}.csv" for name in ("all", "train", "validation", "test"))
+    if not test.exists():
+        delexicalise(args.train, everything)
+        split_inputs(everything, train, validation)
+        delexicalise(args.test, test)
+    teacher, pseudo, warm, results = (here / name for name in ("teacher", "pseudo.jsonl", "warm", "results"))
+    templates = ["--templates", args.templates, "--template_names", *TEMPLATE_NAMES]
+    common = ["--seed", "0", *QUIET]
+    of_train = ["--dataset", train, *DATA_FLAGS, *templates]
+    stage("sft", teacher / "config.json", *of_train, "--output_dir", teacher, *TEACHER, *common)
+    of_train = ["--dataset", train, "--source_column", "mr", *templates]
+    stage("pseudo_label", pseudo, "--teacher", teacher, *of_train, "--output", pseudo)
+    labels = ["--dataset", pseudo, "--source_column", "mr", "--target_column", "pseudo_label"]
+    stage("sft", warm / "config.json", *labels, "--tokenizer", teacher, "--output_dir", warm, *STUDENT, *common)
+
+    command = [sys.executable, RECIPES / "compare.py", "--teacher", teacher, "--student", warm, *labels, *templates]
+    command += ["--validation_dataset", validation, "--test_dataset", test, "--eval_target_column", "ref"]
+    command += ["--methods", *args.methods, "--baseline", "seq_kd", "--seeds", *args.seeds]
+    command += ["--max_steps", *args.max_steps, "--learning_rates", *args.learning_rates, "--common", *COMMON]
+    command += ["--jobs", args.jobs, "--output_dir", results]
+    finished = subprocess.run([str(word) for word in command])
+    RESULTS.mkdir(exist_ok=True)
+    for path in results.glob("*.*"):
+        shutil.copy(path, RESULTS / path.name)
+    sys.exit(finished.returncode)
+
+
+if __name__ == "__main__":
+    main()
