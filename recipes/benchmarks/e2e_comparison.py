@@ -1,12 +1,12 @@
-r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm start: the README's comparison, by one command.
+r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm start: the README's comparison.
 
     python recipes/benchmarks/e2e_comparison.py --train e2e/train.csv --test e2e/test.csv \
         --templates promptsource/e2e_nlg_cleaned/templates.yaml --work_dir runs/e2e_comparison --jobs 2
 
 Data, teacher and warm start are those of `e2e.py` with seed 0, except that 100 of the training inputs are set aside
-before anything is trained, for the choice of learning rates. Methods that learn from data get the teacher's greedy answers
-to the training inputs; no method sees a human reference. `recipes/compare.py` does the rest; a run that breaks off is
-taken up again where it was. Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
+before anything is trained, for the choice of learning rates. Methods that learn from data get the teacher's greedy
+answers to the training inputs; no method sees a human reference. `recipes/compare.py` does the rest; a run that breaks
+off is taken up again where it was. Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
 """
 
 import argparse

@@ -1,0 +1,161 @@
+r"""How noisy is each method's gradient? The same prompts sampled again and again, at the warm start.
+
+    python recipes/benchmarks/gradient_variance.py                         # the embedded demo's teacher and warm start
+    python recipes/benchmarks/gradient_variance.py --teacher runs/teacher --student runs/warm --dataset train.csv \
+        --source_column mr --templates templates.yaml
+
+Nothing is trained. Each method's own trainer makes `--num_rollouts` rollouts of the same prompts and takes the
+gradient of its loss. With g_r the gradient of rollout r, flattened, and ḡ their mean over R rollouts:
+
+- variance: Σ_r ‖g_r − ḡ‖² / (R − 1), the trace of the covariance;
+- signal: ‖ḡ‖² − variance / R, an unbiased estimate of ‖E g‖²;
+- noise to signal: variance / signal. Two methods with different losses can be compared in this only.
+
+`rloo_sequence, log ratio` and `all actions, w = 1` have the same expectation, the gradient of the sequences' reverse
+KL, so their variances compare directly once both are per token: RLOO divides by the number of sequences, and its
+gradient is multiplied here by sequences / tokens. Writes `gradient_variance.json` and `.md` to `--results_dir`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlkd_trl import arguments, cli, recipe_data, recipe_steps
+from rlkd_trl.errors import InputError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
+# Name -> trainer, its settings, and the reward with its settings (None: the method has none).
+METHODS = {
+    "RLOO, sequence": ("RLOOKD", {"level": "sequence"}, ("TeacherForcingReward", {})),
+    "RLOO, token": ("RLOOKD", {"level": "token"}, ("TeacherForcingReward", {})),
+    "REINFORCE, K = 1": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 1})),
+    "KETCHUP, K = 4": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 4})),
+    "KETCHUP, K = 8": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 8})),
+    "RLOO, sequence, log ratio": ("RLOOKD", {"level": "sequence"}, ("LogRatioReward", {})),
+    "RLOO, token, log ratio": ("RLOOKD", {"level": "token"}, ("LogRatioReward", {})),
+    "all actions, w = 1": ("AllActionsKD", {"future_weight": 1.0}, None),
+    "all actions, w = 0.1": ("AllActionsKD", {"future_weight": 0.1}, None),
+    "all actions, w = 0 (on-policy reverse KL)": ("AllActionsKD", {"future_weight": 0.0}, None),
+    "all actions, discount 0.5": ("AllActionsKD", {"future_weight": 1.0, "gamma": 0.5}, None),
+    "all actions, length-normalised": (
+        "AllActionsKD",
+        {"future_weight": 1.0, "length_normalization": True, "baseline": "none"},
+        None,
+    ),
+}
+
+
+@dataclass
+class VarianceArguments:
+    """Measurement"""
+
+    num_rollouts: int = field(default=40, metadata={"help": "R, gradients per method."})
+    num_prompts: int = field(default=16, metadata={"help": "Prompts of a rollout, the first of the data."})
+    num_generations: int = field(default=4, metadata={"help": "Completions per prompt."})
+    max_completion_length: int = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
+    output_dir: str = field(default="runs/gradient_variance", metadata={"help": "Where the demo's models go."})
+    results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
+
+    def __post_init__(self):
+        least = {"num_rollouts": 2, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"--{name} {getattr(self, name)} is out of range: {value} or more.")
+
+
+def gradients(trainer, rows: list[dict], num_rollouts: int):
+    """The flattened gradient of each rollout's loss, `[R, parameters]`, per token of the rollout."""
+    import torch
+
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    found = []
+    for number in range(num_rollouts):
+        trainer.rollout_state.micro_step = number  # another rollout, with random numbers of its own
+        rollout = trainer.make_rollout(rows)
+        tokens, sequences = rollout.loss_mask_BT.sum(), len(rollout.loss_mask_BT)
+        loss, _ = trainer.micro_batch_loss(trainer.model, rollout, tokens=tokens, sequences=sequences)
+        if getattr(trainer.args, "level", None) == "sequence":
+            loss = loss * sequences / tokens
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(found)
+
+
+def columns_of(gradients_RN) -> dict[str, float]:
+    """The table's row for one method."""
+    gradients_RN = gradients_RN.double()
+    R, mean_N = len(gradients_RN), gradients_RN.mean(dim=0)
+    variance = float(((gradients_RN - mean_N) ** 2).sum() / (R - 1))
+    signal = float((mean_N**2).sum()) - variance / R
+    return {"variance": variance, "signal": signal, "noise_to_signal": variance / signal}
+
+
+def table(per_method: dict[str, dict[str, float]]) -> str:
+    """One row per method, in Markdown. Where noise hides the signal (an estimate ≤ 0), there is no ratio."""
+    lines = ["| method | variance | signal ‖E g‖² | noise / signal |", "| --- | --- | --- | --- |"]
+    for name, columns in per_method.items():
+        ratio = f"{columns['noise_to_signal']:.3g}" if columns["signal"] > 0 else "–"
+        lines.append(f"| {name} | {columns['variance']:.3g} | {columns['signal']:.3g} | {ratio} |")
+    return "\n".join(lines)
+
+
+def measure(panel, student: arguments.StudentArguments, rows: list[dict], args: VarianceArguments) -> dict:
+    """The columns of every method, each from a trainer on a fresh copy of the student."""
+    from datasets import Dataset
+
+    import rlkd_trl
+    from rlkd_trl import rewards
+
+    batch = args.num_prompts * args.num_generations
+    common = {"per_device_train_batch_size": batch, "num_generations": args.num_generations, "seed": args.seed}
+    common |= {"max_completion_length": args.max_completion_length, "output_dir": args.output_dir}
+    per_method = {}
+    for name, (kind, settings, reward) in METHODS.items():
+        model, tokenizer = recipe_steps.load_student(student)
+        config = getattr(rlkd_trl, f"{kind}Config")(**common, **settings)
+        signal = panel if reward is None else getattr(rewards, reward[0])(panel, **reward[1])
+        trainer = getattr(rlkd_trl, f"{kind}Trainer")(
+            model, signal, config, Dataset.from_list(rows), processing_class=tokenizer
+        )
+        per_method[name] = columns_of(gradients(trainer, rows, args.num_rollouts))
+        print(f"{name}: {per_method[name]}", flush=True)
+    return per_method
+
+
+def main() -> None:
+    # Parse.
+    parser = cli.RecipeParser(
+        arguments.DataArguments,
+        arguments.PromptArguments,
+        arguments.TeacherArguments,
+        arguments.StudentArguments,
+        VarianceArguments,
+        description=__doc__,
+    )
+    data, prompts, teacher, student, args = parser.parse()
+    if teacher.teacher is None and prompts.templates is None:
+        prompts.templates, prompts.template_names = DEMO_TEMPLATES
+    templates = recipe_data.load_templates(prompts)
+    rows = list(recipe_data.load_prompts(data, prompts, templates))[: args.num_prompts]
+    if len(rows) < args.num_prompts:
+        raise InputError(f"--num_prompts {args.num_prompts}, but the data has {len(rows)} distinct inputs.")
+    recipe_steps.name_or_make_models(teacher, student, data, templates, args)
+    recipe_steps.check_checkpoints(teacher, student)
+
+    # Measure.
+    per_method = measure(recipe_steps.load_panel(teacher, templates), student, rows, args)
+
+    # Save.
+    results = Path(args.results_dir)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "gradient_variance.json").write_text(json.dumps(per_method, indent=2) + "\n", encoding="utf-8")
+    asked = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
+    text = f"Gradients per token at the warm start, {asked}; {data.dataset or 'the embedded demo'}.\n\n"
+    text += table(per_method) + "\n"
+    (results / "gradient_variance.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
