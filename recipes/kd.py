@@ -15,6 +15,7 @@ Where this differs from the papers stands on `KDTrainer`.
 from pathlib import Path
 
 from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
@@ -26,6 +27,7 @@ def main() -> None:
         KDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False
     )
     inputs = recipe_steps.check_inputs(settings)
+    check_targets(inputs.train, settings.args)
 
     # Build.
     from rlkd_trl import KDTrainer

@@ -20,8 +20,8 @@ from pathlib import Path
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_NAMES, delexicalise, stage
 
 VALIDATION_INPUTS = 100
-METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup_k2 ketchup ketchup_k8".split()
-METHODS += "rloo_sequence rloo_token ppo minillm all_actions all_actions_w1 all_actions_discount".split()
+METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup ketchup_k8".split()
+METHODS += "rloo_sequence rloo_token ppo all_actions all_actions_w1 all_actions_discount".split()
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 
 
