@@ -5,6 +5,7 @@ warm-started on the teacher's greedy answers to under a third of the inputs, too
 (From a much worse start, reinforcement learning drops the facts that the student cannot copy, and texts get short.)
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.data import demo_dataset, train_tokenizer
+from rlkd_trl.data.demo import SPLIT_SIZES
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.students.from_scratch import new_model
@@ -30,7 +32,14 @@ class DemoModels:
     student: str
 
 
-def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed: int) -> DemoModels:
+def make_demo_models(
+    output_dir: str | Path,
+    templates: PromptTemplates,
+    *,
+    seed: int,
+    teacher_steps: int = 1000,
+    student_steps: int = 600,
+) -> DemoModels:
     """Trains teacher and warm start and saves them in `output_dir/teacher` and `output_dir/warm_start`."""
     paths = DemoModels(str(Path(output_dir) / "teacher"), str(Path(output_dir) / "warm_start"))
     rows = list(demo_dataset("train"))
@@ -45,7 +54,7 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
         for question in templates.render({"source": row["source"]})
         for reference in row["references"]
     ]
-    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=1000, learning_rate=5e-3, seed=seed)
+    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=teacher_steps, learning_rate=5e-3, seed=seed)
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
     sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
@@ -54,7 +63,19 @@ def make_demo_models(output_dir: str | Path, templates: PromptTemplates, *, seed
     answers = [text for batch in completions for text in decode(batch, tokenizer)]
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
-    _fit(student, tokenizer, pairs, paths.student, max_steps=600, learning_rate=3e-3, seed=seed)
+    _fit(student, tokenizer, pairs, paths.student, max_steps=student_steps, learning_rate=3e-3, seed=seed)
+    return paths
+
+
+def write_demo_files(output_dir: str | Path) -> dict[str, str]:
+    """The demo task's splits as files for `--dataset` and the like: JSON lines of `source` and `references`."""
+    paths = {}
+    for split in SPLIT_SIZES:
+        path = Path(output_dir) / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = demo_dataset(split).remove_columns("target")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths[split] = str(path)
     return paths
 
 

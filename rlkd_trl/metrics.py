@@ -69,6 +69,31 @@ def distinct_n(outputs: Sequence[str], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
+def self_bleu(samples: Sequence[Sequence[str]]) -> float:
+    """How alike the samples of one input are, 0 to 100: lower is more diverse (Zhu et al. 2018, "Texygen").
+
+    `samples[i]` are two or more texts for input i. Each is scored against the others of its input as references, and
+    the scores are averaged over samples, then over inputs. (The paper, which generates without inputs, takes all
+    generated texts as each other's references.) The score is sacrebleu's sentence BLEU with effective order: as
+    `bleu`, but 4-grams do not count where a text is too short to have any. It rises with the number of samples:
+    compare equal numbers.
+
+    Raises InputError: no inputs, an input with fewer than two samples, or a sample that is no string.
+    """
+    if len(samples) == 0:
+        raise InputError("samples is empty; there is nothing to measure.")
+    metric = BLEU(effective_order=True)
+    scores = []
+    for row, texts in enumerate(samples):
+        _check_texts(f"samples of row {row}", texts)
+        if len(texts) < 2:
+            raise InputError(f"samples, row {row} (counting from 0) has one sample; self_bleu compares two or more.")
+        others = [[*texts[:k], *texts[k + 1 :]] for k in range(len(texts))]
+        of_row = [metric.sentence_score(text, rest).score for text, rest in zip(texts, others, strict=True)]
+        scores.append(math.fsum(of_row) / len(of_row))
+    return math.fsum(scores) / len(scores)
+
+
 def ibleu(
     outputs: Sequence[str], sources: Sequence[str], references: Sequence[Sequence[str]], alpha: float = 0.8
 ) -> float:

@@ -27,7 +27,7 @@ LAYERS = [
     ["arguments", "cli", "demo"],
     ["recipe_data"],
     ["recipe_steps"],
-    ["recipe_results"],
+    ["recipe_results", "comparison_steps"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

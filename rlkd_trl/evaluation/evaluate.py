@@ -1,7 +1,7 @@
 """How good are a model's outputs: text metrics, what the teacher thinks of them, and the other way round."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from rlkd_trl.students import Policy
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: name to value. outputs: one text per row. completions: the same as tokens, in row order."""
+    """metrics: name to value. outputs: one text per row. completions: the same as tokens, in row order.
+
+    per_input: what the metrics are means of, one value per row: `tokens`, `ended` (0 or 1), and with a reward model
+    `reward` and `teacher_nll` (of the whole sequence, in nats).
+    """
 
     metrics: dict[str, float]
     outputs: list[str]
     completions: Completions
+    per_input: dict[str, list[float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -76,16 +81,26 @@ def evaluate_completions(
     references = [list(row.get("references") or []) for row in rows]
     sources = [str(row.get("source", row["prompt"])) for row in rows] if with_ibleu else None
     metrics = text_metrics(outputs, references, sources)
-    mask_BT = completions.mask_BT
-    metrics["tokens"] = float(mask_BT.sum(dim=1).float().mean())
-    metrics["eos_rate"] = float(completions.ended_B.float().mean())
+    per_input = {
+        "tokens": completions.mask_BT.sum(dim=1).double().tolist(),
+        "ended": completions.ended_B.double().tolist(),
+    }
+    metrics["tokens"] = sum(per_input["tokens"]) / len(rows)
+    metrics["eos_rate"] = sum(per_input["ended"]) / len(rows)
     if reward_model is not None:
-        metrics |= _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batch_size)
-    return Evaluation(metrics, outputs, completions)
+        scored = _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, batch_size)
+        per_input |= scored
+        metrics["reward"] = sum(scored["reward"]) / len(rows)
+        if reward_model.panels:
+            nll = sum(scored["teacher_nll"])
+            metrics["teacher_nll_per_token"] = nll / sum(per_input["tokens"])
+            metrics["teacher_nll_per_sequence"] = nll / len(rows)
+    return Evaluation(metrics, outputs, completions, per_input)
 
 
-def _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batch_size) -> dict[str, float]:
-    reward, nll, tokens = 0.0, 0.0, 0
+def _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, batch_size) -> dict[str, list[float]]:
+    """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion."""
+    reward, nll = [], []
     for start in range(0, len(rows), batch_size):
         cut = slice(start, start + batch_size)
         inputs = RewardInputs(
@@ -98,15 +113,11 @@ def _reward_metrics(rows, completions, outputs, reward_model, own_logps_BT, batc
             student_logps_BT=None if own_logps_BT is None else own_logps_BT[cut],
         )
         result = reward_model.rewards(inputs, reward_model.score(inputs))
-        reward += float(sequence_sum(result.rewards_BT, inputs.completion_mask_BT).sum())
-        tokens += int(inputs.completion_mask_BT.sum())
+        mask_BT = inputs.completion_mask_BT
+        reward += sequence_sum(result.rewards_BT, mask_BT).tolist()
         if result.scores is not None:
-            mask_BT = inputs.completion_mask_BT
-            nll += float(masked_sum(result.teacher_nll_BT(mask_BT), mask_BT))
-    metrics = {"reward": reward / len(rows)}
-    if reward_model.panels:
-        metrics |= {"teacher_nll_per_token": nll / tokens, "teacher_nll_per_sequence": nll / len(rows)}
-    return metrics
+            nll += sequence_sum(result.teacher_nll_BT(mask_BT), mask_BT).tolist()
+    return {"reward": reward, "teacher_nll": nll} if reward_model.panels else {"reward": reward}
 
 
 def evaluate_student(
@@ -165,16 +176,23 @@ def evaluate_teacher(
     *,
     max_completion_length: int,
     batch_size: int = 64,
+    seed: int | None = None,
     with_ibleu: bool = False,
 ) -> Evaluation:
-    """The first teacher's greedy answers, asked through its first template, under the same metrics."""
+    """The first teacher's greedy (or, with `seed`, sampled) answers, asked through its first template."""
     scorer = reward_model.panels[0].scorers[0]
     questions = [reward_model.panels[0].questions(row)[0] for row in rows]
     lengths = {"max_prompt_length": scorer.teacher.max_prompt_length, "batch_size": batch_size}
     policy = Policy(scorer.teacher.model, tokenizer)
     completions = joined(
         answer_prompts(
-            scorer.teacher.model, tokenizer, questions, max_completion_length=max_completion_length, **lengths
+            scorer.teacher.model,
+            tokenizer,
+            questions,
+            strategy="greedy" if seed is None else "sample",
+            max_completion_length=max_completion_length,
+            seed=seed or 0,
+            **lengths,
         ),
         pad_id=policy.pad_id,
     )

@@ -1,0 +1,161 @@
+"""The training runs of a comparison: which methods there are, one directory for each run, run once, in parallel."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from rlkd_trl.errors import InputError
+
+_STDERR_LINES = 15  # of a failed run, shown
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset of a recipe: `recipe` is the script, `preset` the YAML file."""
+
+    name: str
+    recipe: Path
+    preset: Path
+
+    def settings(self) -> dict:
+        """What the preset holds. Raises `InputError`: it cannot be read, or is no mapping."""
+        try:
+            settings = yaml.safe_load(self.preset.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"Cannot read the preset {self.preset}: {str(error).splitlines()[0]}") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"The preset {self.preset} is not a YAML mapping of flags to values.")
+        return settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: a method with these flags, in its own directory. A finished one is not run again."""
+
+    method: Method
+    directory: Path
+    flags: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return all((self.directory / name).is_file() for name in ("metrics.json", "cost.json"))
+
+    def read(self, name: str) -> dict:
+        """One of the JSON files that the run left."""
+        return json.loads((self.directory / name).read_text(encoding="utf-8"))
+
+    def record(self) -> dict:
+        """What makes the run what it is; all but its place."""
+        return {"recipe": self.method.recipe.name, "preset": self.method.settings(), "flags": list(self.flags)}
+
+    def check(self) -> None:
+        """Raises `InputError` if the directory holds the results of another command."""
+        if not self.is_done:
+            return
+        found = self.read("command.json") if (self.directory / "command.json").is_file() else {}
+        wanted = json.loads(json.dumps(self.record()))
+        if found != wanted:
+            raise InputError(
+                f"{self.directory} holds the results of another command: {_first_difference(found, wanted)}. "
+                "Give another --output_dir, go back to that command, or delete the directory."
+            )
+
+    def run(self, environment: dict[str, str]) -> str | None:
+        """Runs the recipe in a process of its own; None, or the end of its stderr if it failed."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # A run that breaks off must not look finished by what an earlier one left.
+        for name in ("metrics.json", "cost.json", "test.json"):
+            (self.directory / name).unlink(missing_ok=True)
+        (self.directory / "command.json").write_text(json.dumps(self.record(), indent=2) + "\n", encoding="utf-8")
+        words = [sys.executable, str(self.method.recipe), "--config", str(self.method.preset), *self.flags]
+        stderr = self.directory / "stderr.txt"
+        with (self.directory / "stdout.txt").open("w") as out, stderr.open("w") as err:
+            code = subprocess.run(
+                [*words, "--output_dir", str(self.directory)], stdout=out, stderr=err, env=environment
+            ).returncode
+        if code == 0 and self.is_done:
+            return None
+        tail = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-_STDERR_LINES:])
+        missing = "" if code else " without leaving metrics.json and cost.json"
+        return f"{self.method.recipe.name} ended with exit code {code}{missing}:\n{tail}"
+
+
+def run_cells(cells: Sequence[Cell], jobs: int) -> dict[Path, str]:
+    """Runs those that are not done, `jobs` at a time; why each failed one did, by directory.
+
+    Several at a time get one thread each (OMP_NUM_THREADS=1): with more they would wait for each other.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if jobs > 1 else dict(os.environ)
+    failures = {}
+    executor = ThreadPoolExecutor(jobs)
+    waiting = {executor.submit(cell.run, environment): cell for cell in cells if not cell.is_done}
+    try:
+        for number, future in enumerate(as_completed(waiting), start=1):
+            cell, failure = waiting[future], future.result()
+            state = "done" if failure is None else f"FAILED: {failure}"
+            print(f"[{number}/{len(waiting)}] {cell.directory}: {state}", flush=True)
+            if failure is not None:
+                failures[cell.directory] = failure
+    finally:
+        executor.shutdown(cancel_futures=True)  # after an interruption, none is begun
+    return failures
+
+
+def find_method(name: str, recipes: Path) -> Method:
+    """A method by its name among `recipes/configs/methods/<recipe>/`, or by a path to a YAML file in such a directory.
+
+    Raises:
+        InputError: There is no such preset, or several, or its directory is not named for a recipe.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        preset = Path(name)
+        if not preset.is_file():
+            raise InputError(f"--methods {name}: there is no such file.")
+    else:
+        known = shipped_presets(recipes)
+        found = [preset for preset in known if preset.stem == name]
+        if not found:
+            names = ", ".join(preset.stem for preset in known)
+            raise InputError(f"--methods {name}: no such method; give one of {names}, or the path of a YAML file.")
+        if len(found) > 1:
+            raise InputError(f"--methods {name}: there are several; give a path: {', '.join(map(str, found))}.")
+        (preset,) = found
+    recipe = recipes / f"{preset.resolve().parent.name}.py"
+    if not recipe.is_file():
+        raise InputError(f"{preset}: its directory is to be named for a recipe, and there is no {recipe}.")
+    return Method(preset.stem, recipe, preset)
+
+
+def shipped_presets(recipes: Path) -> list[Path]:
+    """All method presets beside the recipes."""
+    return sorted((recipes / "configs" / "methods").glob("*/*.yaml"))
+
+
+def _first_difference(found: dict, wanted: dict) -> str:
+    """In words: "it had `--seed 1`, now `--seed 2`"."""
+    for key in ("recipe", "preset"):
+        if found.get(key) != wanted[key]:
+            return f"its {key} was {found.get(key)}, now {wanted[key]}"
+    old, new = _by_flag(found["flags"]), _by_flag(wanted["flags"])
+    flag = next(flag for flag in {**old, **new} if old.get(flag) != new.get(flag))
+    return f"it had {old.get(flag) or f'no {flag}'}, now {new.get(flag) or f'no {flag}'}"
+
+
+def _by_flag(flags: Sequence[str]) -> dict[str, str]:
+    """["--seed", "1", "--teacher", "a", "b"] -> {"--seed": "--seed 1", "--teacher": "--teacher a b"}"""
+    groups: dict[str, str] = {}
+    name = ""
+    for word in flags:
+        if word.startswith("--"):
+            name = word.split("=")[0]
+            groups[name] = word
+        else:
+            groups[name] += f" {word}"
+    return groups

@@ -1,0 +1,153 @@
+"""A comparison for people and spreadsheets: Markdown and CSV from the rows of `comparison.summarise`."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+from rlkd_trl.evaluation.report import MISSING
+
+# Metric -> heading and the format of its numbers.
+GREEDY = {
+    "bleu": ("BLEU", ".1f"),
+    "rougeL": ("ROUGE-L", ".1f"),
+    "teacher_nll_per_sequence": ("teacher NLL / sequence", ".2f"),
+    "teacher_nll_per_token": ("teacher NLL / token", ".3f"),
+    "reward": ("reward", ".2f"),
+    "length_words": ("words", ".1f"),
+    "distinct2": ("distinct-2", ".3f"),
+    "eos_rate": ("EOS rate", ".3f"),
+}
+SAMPLED = {
+    "bleu": ("BLEU", ".1f"),
+    "distinct2": ("distinct-2", ".3f"),
+    "self_bleu": ("self-BLEU", ".1f"),
+    "teacher_nll_per_sequence": ("teacher NLL / sequence", ".2f"),
+    "teacher_nll_per_token": ("teacher NLL / token", ".3f"),
+}
+RETENTION = {"bleu": ("BLEU, % of the teacher's", ".1f"), "rougeL": ("ROUGE-L, % of the teacher's", ".1f")}
+COST = {
+    "optimizer_steps": ("optimizer steps", ",.0f"),
+    "generated_tokens": ("generated tokens", ",.0f"),
+    "cpu_seconds": ("CPU seconds", ",.0f"),
+    "wall_seconds": ("wall seconds", ",.0f"),
+}
+Headings = Mapping[str, tuple[str, str]]
+
+
+def budget_section(budget: str, rows: Sequence[dict], *, baseline: str, num_samples: int) -> str:
+    """All tables of one budget, in Markdown."""
+    methods = [row for row in rows if row["cost"] or row["failed_seeds"]]
+    parts = [
+        f"## {budget}",
+        "### Greedy outputs",
+        _interval_table(rows, [("greedy", GREEDY), ("retention", RETENTION)], with_learning_rate=True),
+        f"### Difference from {baseline}",
+        "In brackets the 95 % interval of a paired bootstrap over test inputs; bold where it leaves out 0. Not "
+        "corrected for the number of comparisons.",
+        _difference_table([row for row in rows if row["model"] != baseline]),
+        f"### Sampled outputs, {num_samples} of each input at temperature 1",
+        _interval_table(rows, [("sampled", SAMPLED)]),
+        "### Cost of training, per seed",
+        _interval_table(methods, [("cost", COST)]),
+    ]
+    return "\n\n".join(parts)
+
+
+def learning_rate_section(search: Mapping) -> str:
+    """The grid's scores, one method per line, the chosen rate in bold, in Markdown."""
+    rates = sorted({rate for scores in search["scores"].values() for rate in scores})
+    lines = []
+    for method, scores in search["scores"].items():
+        chosen = search["chosen"][method]
+        cells = [_number(scores.get(rate), ".4g") for rate in rates]
+        lines.append([method, *(f"**{c}**" if rate == chosen else c for rate, c in zip(rates, cells, strict=True))])
+    better = "lower" if search["lower_is_better"] else "higher"
+    introduction = (
+        f"{search['select_on']} on the validation inputs ({better} is better), seed {search['seed']}, "
+        f"{search['budget']}. The chosen rate, in bold, serves every budget and seed."
+    )
+    return f"## Learning rates\n\n{introduction}\n\n{_table(['method', *(f'{rate:g}' for rate in rates)], lines)}"
+
+
+def failure_section(failures: Mapping[str, str]) -> str:
+    """Why each failed run did, by directory, in Markdown."""
+    # In a fence longer than any run of backticks that a program prints.
+    parts = [f"{directory}:\n\n``````text\n{reason}\n``````" for directory, reason in failures.items()]
+    return "\n\n".join(["## Failed runs", *parts])
+
+
+def csv_text(budgets: Mapping[str, Sequence[dict]]) -> str:
+    """One line for each budget, model, kind of number and metric; of `difference`, mean is the difference itself."""
+    names = ["budget", "model", "learning_rate", "kind", "metric", "mean", "low", "high", "values"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for budget, rows in budgets.items():
+        for row in rows:
+            same = {"budget": budget, "model": row["model"], "learning_rate": row["learning_rate"]}
+            for kind in ("greedy", "sampled", "retention", "cost"):
+                for metric, found in row[kind].items():
+                    mean, half = found["mean"], found["half_width"]
+                    ends = {} if half is None else {"low": mean - half, "high": mean + half}
+                    values = " ".join(map(str, found["values"]))
+                    writer.writerow({**same, "kind": kind, "metric": metric, "mean": mean, **ends, "values": values})
+            for metric, found in row["difference"].items():
+                ends = {"mean": found["difference"], "low": found["low"], "high": found["high"]}
+                writer.writerow({**same, "kind": "difference", "metric": metric, **ends})
+    return text.getvalue()
+
+
+def _interval_table(
+    rows: Sequence[dict], parts: Sequence[tuple[str, Headings]], *, with_learning_rate: bool = False
+) -> str:
+    """Mean ± half-width; metrics that no row has are left out."""
+    shown = [
+        (kind, metric, heading, number_format)
+        for kind, headings in parts
+        for metric, (heading, number_format) in headings.items()
+        if any(metric in row[kind] for row in rows)
+    ]
+    header = ["model", *(["learning rate"] if with_learning_rate else []), *(heading for _, _, heading, _ in shown)]
+    lines = []
+    for row in rows:
+        line = [_label(row), *([_number(row["learning_rate"], "g")] if with_learning_rate else [])]
+        for kind, metric, _, number_format in shown:
+            found = row[kind].get(metric, {})
+            cell = _number(found.get("mean"), number_format)
+            if found.get("half_width") is not None:
+                cell += f" ± {found['half_width']:{number_format}}"
+            line.append(cell)
+        lines.append(line)
+    return _table(header, lines)
+
+
+def _difference_table(rows: Sequence[dict]) -> str:
+    shown = {metric: GREEDY[metric] for metric in GREEDY if any(metric in row["difference"] for row in rows)}
+    lines = []
+    for row in rows:
+        line = [_label(row)]
+        for metric, (_, number_format) in shown.items():
+            found = row["difference"].get(metric)
+            if found is None:
+                line.append(MISSING)
+                continue
+            sign = f"+{number_format}"
+            cell = f"{found['difference']:{sign}} [{found['low']:{sign}}, {found['high']:{sign}}]"
+            line.append(f"**{cell}**" if found["low"] > 0 or found["high"] < 0 else cell)
+        lines.append(line)
+    return _table(["model", *(heading for heading, _ in shown.values())], lines)
+
+
+def _label(row: Mapping) -> str:
+    failed = row["failed_seeds"]
+    return f"{row['model']} (FAILED: seed {', '.join(map(str, failed))})" if failed else row["model"]
+
+
+def _number(value: float | None, number_format: str) -> str:
+    return MISSING if value is None or math.isnan(value) else format(value, number_format)
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = [":--"] + ["--:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])

@@ -1,0 +1,73 @@
+"""What a model does on the test inputs, greedy and sampled, measured once and kept beside its checkpoint."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlkd_trl.evaluation.evaluate import Evaluation
+from rlkd_trl.evaluation.report import write_metrics
+from rlkd_trl.metrics import self_bleu
+
+_METRICS_FILE, _INPUTS_FILE = "test.json", "test.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """greedy, sampled: metric to value. inputs: one dict per test input, in the data's order.
+
+    An input has `prompt`, `references`, `greedy` (a text), `samples` (several), and of the greedy text `tokens`,
+    `ended`, `reward` and `teacher_nll` (of the sequence). `sampled` has the mean of each metric over as many corpora
+    as there are samples per input, each of one sample of every input, so that metrics that depend on a corpus's size
+    compare with `greedy`; and `self_bleu`.
+    """
+
+    greedy: dict[str, float]
+    sampled: dict[str, float]
+    inputs: list[dict]
+
+
+def measure(answer: Callable[[int | None], Evaluation], rows: Sequence[Mapping], num_samples: int) -> Outcome:
+    """`answer(None)` evaluates greedy outputs on the rows, `answer(seed)` sampled ones; two samples or more."""
+    greedy = answer(None)
+    draws = [answer(seed) for seed in range(num_samples)]
+    samples = list(zip(*(draw.outputs for draw in draws), strict=True))
+    sampled = {name: statistics.fmean(draw.metrics[name] for draw in draws) for name in draws[0].metrics}
+    inputs = [
+        {
+            "prompt": row["prompt"],
+            "references": list(row["references"]),
+            "greedy": greedy.outputs[i],
+            "samples": list(samples[i]),
+            **{name: values[i] for name, values in greedy.per_input.items()},
+        }
+        for i, row in enumerate(rows)
+    ]
+    return Outcome(greedy.metrics, sampled | {"self_bleu": self_bleu(samples)}, inputs)
+
+
+def kept_outcome(directory: Path, settings: Mapping[str, object], make: Callable[[], Outcome]) -> Outcome:
+    """The outcome that `directory` holds, if it was measured with these settings (JSON values); else a new one, kept.
+
+    `test.json` has the metrics, `test.jsonl` the inputs. The former is written last, so that it vouches for both.
+    """
+    metrics_file, inputs_file = directory / _METRICS_FILE, directory / _INPUTS_FILE
+    if metrics_file.is_file():
+        kept = json.loads(metrics_file.read_text(encoding="utf-8"))
+        if kept["settings"] == settings:
+            inputs = [json.loads(line) for line in inputs_file.read_text(encoding="utf-8").split("\n")[:-1]]
+            return Outcome(_with_nan(kept["greedy"]), _with_nan(kept["sampled"]), inputs)
+        metrics_file.unlink()
+    outcome = make()
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(line) + "\n" for line in outcome.inputs]
+    inputs_file.write_text("".join(lines), encoding="utf-8")
+    write_metrics(metrics_file, {"settings": settings, "greedy": outcome.greedy, "sampled": outcome.sampled})
+    return outcome
+
+
+def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """JSON's null, which stands for NaN."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
