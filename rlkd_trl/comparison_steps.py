@@ -60,8 +60,6 @@ class ComparisonArguments:
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
 
     def __post_init__(self):
-        if sum(getattr(self, name) is not None for name in BUDGETS) != 1:
-            raise InputError(f"Give one kind of budget: {', '.join(f'--{name}' for name in BUDGETS)}.")
         for name in ("seeds", "learning_rates", *BUDGETS):
             values = getattr(self, name) or []
             if not all(value >= 0 if name == "seeds" else value > 0 for value in values):
@@ -142,13 +140,17 @@ def check_named(
     """What must be named, and what cannot go together. Raises `InputError`."""
     named = {"--dataset": data.dataset, "--test_dataset": test.test_dataset}
     named |= {"--teacher": teacher.teacher, "--student": student.student}
+    budgets = [f"--{name}" for name in BUDGETS if getattr(compare, name) is not None]
     if compare.smoke:
         if given := [flag for flag, value in named.items() if value is not None]:
             raise InputError(f"--smoke brings its own data and models: leave out {' and '.join(given)}.")
-        return
-    if missing := [flag for flag, value in named.items() if value is None]:
+    elif missing := [flag for flag, value in named.items() if value is None]:
         raise InputError(f"{' and '.join(missing)} missing. To try this on the embedded demo: --smoke.")
-    if len(compare.learning_rates) > 1 and test.validation_dataset is None:
+    if len(budgets) != 1:
+        kinds = ", ".join(f"--{name}" for name in BUDGETS)
+        found = f"there are {' and '.join(budgets)}" if budgets else "there is none"
+        raise InputError(f"One kind of budget is needed, and {found}: give one of {kinds}.")
+    if len(compare.learning_rates) > 1 and test.validation_dataset is None and not compare.smoke:
         raise InputError("Several --learning_rates need a --validation_dataset to choose on.")
     if compare.select_on in ("bleu", "rougeL") and not (test.eval_target_column or data.target_column):
         raise InputError(f"--select_on {compare.select_on} needs references: give --eval_target_column.")

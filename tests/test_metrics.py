@@ -11,6 +11,7 @@ from rlkd_trl.metrics import (
     length_ratio,
     mean_length,
     rouge,
+    self_bleu,
     text_metrics,
 )
 
@@ -213,3 +214,25 @@ def test_wrong_input_of_the_other_metrics_is_named():
         text_metrics(["a"], None, ["a", "b"])
     with pytest.raises(InputError, match="1 outputs but 2 references"):
         text_metrics(["a"], [["a"], ["b"]])
+
+
+def test_self_bleu_by_hand():
+    # "a b" against "a c": 1-grams 1 of 2; 2-grams 0 of 1, which exponential smoothing makes 1/2 of 1; no 3-grams,
+    # which effective order leaves out: √(1/2 · 1/2) = 1/2, and the same the other way round.
+    assert self_bleu([["a b", "a c"]]) == pytest.approx(50)
+    # The mean over samples, each against both others: "a b c d" equals one of them (100), as does its twin; "w x y z"
+    # has no word in common with either (0).
+    assert self_bleu([["a b c d", "w x y z", "a b c d"]]) == pytest.approx(200 / 3)
+    # The mean over inputs. Samples of other inputs are no references, though these would match.
+    assert self_bleu([["a b", "a c"], ["a b c d", "w x y z", "a b c d"]]) == pytest.approx((50 + 200 / 3) / 2)
+    assert self_bleu([["a b c d", "w x y z"], ["w x y z", "a b c d"]]) == 0
+
+
+def test_wrong_input_of_self_bleu_is_named():
+    for samples, message in (
+        ([], "empty"),
+        ([["a"]], "row 0 .*one sample"),
+        ([["a", "b"], ["a", None]], "row 1.*None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            self_bleu(samples)

@@ -52,15 +52,16 @@ class Cell:
         return json.loads((self.directory / name).read_text(encoding="utf-8"))
 
     def record(self) -> dict:
-        """What makes the run what it is; all but its place."""
-        return {"recipe": self.method.recipe.name, "preset": self.method.settings(), "flags": list(self.flags)}
+        """What makes the run what it is, all but its place, in JSON's types."""
+        record = {"recipe": self.method.recipe.name, "preset": self.method.settings(), "flags": _by_name(self.flags)}
+        return json.loads(json.dumps(record, default=str))
 
     def check(self) -> None:
         """Raises `InputError` if the directory holds the results of another command."""
         if not self.is_done:
             return
         found = self.read("command.json") if (self.directory / "command.json").is_file() else {}
-        wanted = json.loads(json.dumps(self.record()))
+        wanted = self.record()
         if found != wanted:
             raise InputError(
                 f"{self.directory} holds the results of another command: {_first_difference(found, wanted)}. "
@@ -139,23 +140,23 @@ def shipped_presets(recipes: Path) -> list[Path]:
 
 
 def _first_difference(found: dict, wanted: dict) -> str:
-    """In words: "it had `--seed 1`, now `--seed 2`"."""
+    """In words: "it had --seed 1, now --seed 2"."""
     for key in ("recipe", "preset"):
         if found.get(key) != wanted[key]:
             return f"its {key} was {found.get(key)}, now {wanted[key]}"
-    old, new = _by_flag(found["flags"]), _by_flag(wanted["flags"])
-    flag = next(flag for flag in {**old, **new} if old.get(flag) != new.get(flag))
-    return f"it had {old.get(flag) or f'no {flag}'}, now {new.get(flag) or f'no {flag}'}"
+    old, new = found["flags"], wanted["flags"]
+    name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+    was, now = (f"{name} {flags[name]}" if name in flags else f"no {name}" for flags in (old, new))
+    return f"it had {was}, now {now}"
 
 
-def _by_flag(flags: Sequence[str]) -> dict[str, str]:
-    """["--seed", "1", "--teacher", "a", "b"] -> {"--seed": "--seed 1", "--teacher": "--teacher a b"}"""
-    groups: dict[str, str] = {}
-    name = ""
+def _by_name(flags: Sequence[str]) -> dict[str, str]:
+    """["--seed=1", "--teacher", "a", "b"] -> {"--seed": "1", "--teacher": "a b"}; the last of a name counts."""
+    values: dict[str, list[str]] = {}
     for word in flags:
         if word.startswith("--"):
-            name = word.split("=")[0]
-            groups[name] = word
+            name, _, value = word.partition("=")
+            values[name] = [value] if value else []
         else:
-            groups[name] += f" {word}"
-    return groups
+            values[name].append(word)
+    return {name: " ".join(words) for name, words in values.items()}

@@ -191,7 +191,7 @@ def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_
                 "cost": _over_seeds([{name: cost[name] for name in COSTS} for cost in entry.costs]),
                 "difference": {
                     metric: paired_difference(own[metric], of_baseline[metric])._asdict()
-                    for metric in own.keys() & of_baseline.keys()
+                    for metric in sorted(own.keys() & of_baseline.keys())
                 },
             }
         )

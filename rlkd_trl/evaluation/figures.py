@@ -1,5 +1,6 @@
 """Figures of a comparison, from the rows of `comparison.summarise`. They need matplotlib, the extra `figures`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def draw_metrics(path: Path, budgets: Budgets) -> Path:
             ax.errorbar(
                 [interval["mean"] for _, interval in found],
                 [i + shift for i, _ in found],
-                xerr=[interval["half_width"] or 0 for _, interval in found],
+                xerr=[interval["half_width"] or math.nan for _, interval in found],
                 fmt="o",
                 capsize=2,
                 label=budget,
@@ -88,5 +89,5 @@ def _point(ax: "Axes", metrics: Mapping[str, dict], x: str, y: str, **style: str
     """One model's mean with its intervals both ways, where it has both metrics."""
     if x not in metrics or y not in metrics:
         return
-    errors = {"xerr": metrics[x]["half_width"] or 0, "yerr": metrics[y]["half_width"] or 0}
+    errors = {"xerr": metrics[x]["half_width"], "yerr": metrics[y]["half_width"]}
     ax.errorbar(metrics[x]["mean"], metrics[y]["mean"], **errors, fmt="o", capsize=2, **style)

@@ -84,7 +84,22 @@ GROUPS = {
         "Reward": REWARD,
         "Evaluation": "output_dir max_completion_length batch_size sample temperature seed ibleu reward_weights",
     },
+    "compare": {
+        "Data": DATA,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Comparison": (
+            "smoke methods baseline seeds max_steps max_generated_tokens max_cpu_seconds learning_rates select_on "
+            "common jobs output_dir"
+        ),
+        "Validation and test": (
+            "validation_dataset validation_split test_dataset test_split eval_target_column num_samples num_resamples "
+            "max_prompt_length max_completion_length batch_size"
+        ),
+    },
 }
+WITH_HELP = (*RECIPES, "compare")
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +127,7 @@ def help_of(recipe: str, capsys, flag: str = "--help") -> str:
     return captured.out
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_HELP)
 def test_flags_stand_in_groups_by_concern(recipe, capsys):
     found = flags_by_group(help_of(recipe, capsys))
     assert {"help", "config", "help_all"} == found.pop("options")
@@ -122,7 +137,7 @@ def test_flags_stand_in_groups_by_concern(recipe, capsys):
     assert not found, "groups that this test does not know"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WITH_HELP)
 def test_it_begins_with_what_the_recipe_does_and_a_command_to_run_it(recipe, capsys):
     text = help_of(recipe, capsys)
     assert text.startswith(f"usage: {recipe}.py [flags]\n")
@@ -140,7 +155,7 @@ def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
 
 def test_every_flag_of_the_readme_exists(capsys):
     flags = {
-        flag for recipe in RECIPES for group in flags_by_group(help_of(recipe, capsys)).values() for flag in group
+        flag for recipe in WITH_HELP for group in flags_by_group(help_of(recipe, capsys)).values() for flag in group
     }
     flags |= {"gradient_checkpointing", "help"}
     of_other_programs = {"index"}  # pip's --index-url

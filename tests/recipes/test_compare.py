@@ -1,0 +1,443 @@
+"""recipes/compare.py: which runs it makes, what it makes of them, and that it makes them once.
+
+The recipes that it calls are stand-ins, scripts that copy a checkpoint; the comparison itself and its tests are real.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlkd_trl import cli, comparison_steps
+from rlkd_trl.trainers.config import RLOOKDConfig
+from tests.conftest import word_tokenizer
+from tests.recipes.command_lines import (
+    COLUMNS,
+    ROOT,
+    main_of,
+    metrics_of,
+    parsed,
+    read_jsonl,
+    run,
+    word_rows,
+    write_csv,
+    write_templates,
+)
+
+# Stands for a training recipe: notes its call, then fails as FAIL asks ("ppo/seed1"), or leaves a copy of a checkpoint
+# and validation scores that are best at a learning rate of 5e-4 for PPO, 1e-3 for RLOO.
+STAND_IN = """
+import json, os, shutil, sys
+from pathlib import Path
+
+values = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+words = [word for word in sys.argv[1:] if "=" not in word]
+values |= {name: value for name, value in zip(words, words[1:]) if name.startswith("--")}
+here, recipe = Path(values["--output_dir"]), Path(sys.argv[0]).stem
+call = {"recipe": recipe, "place": str(here), "values": values, "threads": os.environ.get("OMP_NUM_THREADS")}
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(call) + "\\n")
+if os.environ.get("FAIL", "nothing") in str(here):
+    print("first line\\nout of paper", file=sys.stderr)
+    sys.exit(3)
+shutil.copytree(os.environ["TRAINED"], here, dirs_exist_ok=True)
+score = abs(float(values["--learning_rate"]) - {"ppo_kd": 5e-4, "rloo_kd": 1e-3}[recipe])
+after = {"teacher_nll_per_sequence": score, "bleu": 1000 * score}
+(here / "metrics.json").write_text(json.dumps({"after": after}))
+cost = {"optimizer_steps": 4, "generated_tokens": 100, "cpu_seconds": 2.5, "wall_seconds": 3.5}
+(here / "cost.json").write_text(json.dumps(cost))
+"""
+MODELS = "--teacher teacher --student student"
+DATA = f"--dataset data.csv {COLUMNS} --validation_dataset data.csv --test_dataset test.csv"
+SIZES = "--max_completion_length 6 --num_samples 2 --num_resamples 100 --templates good.yaml"
+TWO = "--methods ppo rloo_sequence --seeds 0 1"
+GOOD = f"{MODELS} {DATA} {SIZES} {TWO} --max_steps 3 --output_dir out"
+
+
+@pytest.fixture
+def workplace(tmp_path, checkpoints, monkeypatch) -> Path:
+    """The current directory, with stand-ins for two recipes, data and models."""
+    pair = checkpoints["t5-tied"]
+    shutil.copytree(pair.teacher, tmp_path / "teacher")
+    shutil.copytree(pair.student, tmp_path / "student")
+    shutil.copytree(pair.teacher, tmp_path / "other_tokenizer")
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained(tmp_path / "other_tokenizer")
+    write_csv(tmp_path / "data.csv", word_rows(30))
+    write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    write_csv(tmp_path / "answers.csv", [{"mr": row["mr"], "answer": row["ref"]} for row in word_rows(30)])
+    write_templates(tmp_path / "good.yaml", one="w9 {{ mr }}", two="{{ mr }} w4")
+    presets = tmp_path / "recipes" / "configs" / "methods"
+    for name, text in {
+        "ppo_kd/ppo": "num_generations: 4",
+        "rloo_kd/rloo_sequence": "level: sequence",
+        "rloo_kd/misspelt": "levl: sequence",
+        "rloo_kd/out_of_range": "num_generations: 1",
+        "rloo_kd/with_rate": "learning_rate: 1.0e-3",
+        "rloo_kd/a_list": "- level",
+        "rloo_kd/twice": "level: token",
+        "ppo_kd/twice": "num_generations: 2",
+        "poetry/ode": "num_generations: 2",
+        "pseudo_label/greedy": "strategy: greedy",
+    }.items():
+        (presets / name).parent.mkdir(parents=True, exist_ok=True)
+        (presets / f"{name}.yaml").write_text(text + "\n")
+    for recipe in ("ppo_kd", "rloo_kd", "pseudo_label"):
+        (tmp_path / "recipes" / f"{recipe}.py").write_text(STAND_IN)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls.jsonl"))
+    monkeypatch.setenv("TRAINED", str(pair.other))
+    monkeypatch.delenv("FAIL", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compare(flags: str, workplace: Path, *, figures: bool = False) -> int:
+    """The exit code of the real recipe among the stand-ins. Drawing takes seconds."""
+    main = main_of("compare")
+    main.__globals__["RECIPES"] = workplace / "recipes"
+    if not figures:
+        main.__globals__["write_figures"] = lambda *args: []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", *flags.split()])
+        try:
+            cli.run(main)
+        except SystemExit as exit:
+            return exit.code
+    return 0
+
+
+def calls(workplace: Path) -> list[dict]:
+    log = workplace / "calls.jsonl"
+    return read_jsonl(log) if log.exists() else []
+
+
+def places(workplace: Path) -> list[str]:
+    return [str(Path(call["place"]).relative_to("out")) for call in calls(workplace)]
+
+
+def results_of(workplace: Path) -> dict:
+    return json.loads((workplace / "out" / "comparison.json").read_text())
+
+
+def test_search_runs_and_tables(workplace):
+    rates = "--learning_rates 2e-4 5e-4 1e-3 --common logging_steps=7 temperature=0.9"
+    assert compare(f"{GOOD} --max_steps 9 3 {rates} --baseline rloo_sequence", workplace, figures=True) == 0
+    # The search: the smallest budget, the first seed, all rates. Then each method's best rate, once for each cell.
+    search = [f"max_steps_3/{m}/seed0-lr{r}" for m in ("ppo", "rloo_sequence") for r in ("0.0002", "0.0005", "0.001")]
+    best = {"ppo": "0.0005", "rloo_sequence": "0.001"}
+    runs = [f"max_steps_{b}/{m}/seed{s}-lr{r}" for b in (3, 9) for s in (0, 1) for m, r in best.items()]
+    assert places(workplace)[:6] == search
+    assert sorted(places(workplace)) == sorted({*search, *runs}), "each once"
+
+    results = results_of(workplace)
+    assert results["search"]["chosen"] == {"ppo": 5e-4, "rloo_sequence": 1e-3}
+    assert results["search"]["scores"]["ppo"] == pytest.approx({"0.0002": 3e-4, "0.0005": 0, "0.001": 5e-4})
+    assert results["search"]["cost"]["ppo"]["0.0002"]["cpu_seconds"] == 2.5
+    assert list(results["budgets"]) == ["max_steps_3", "max_steps_9"]
+    for rows in results["budgets"].values():
+        assert [row["model"] for row in rows] == ["teacher", "warm_start", "ppo", "rloo_sequence"]
+        assert [row["seeds"] for row in rows] == [[], [], [0, 1], [0, 1]]
+        assert rows[2]["cost"]["cpu_seconds"]["mean"] == 2.5 and rows[0]["cost"] == {}
+        # Both methods' runs end in the same weights here.
+        assert rows[2]["greedy"] == rows[3]["greedy"] != rows[1]["greedy"]
+        assert rows[2]["difference"]["bleu"] == {"difference": 0, "low": 0, "high": 0}
+        assert rows[3]["difference"] == {}
+    text = (workplace / "out" / "comparison.md").read_text()
+    assert text.count("\n## max_steps_") == 2 and "Difference from rloo_sequence" in text
+    assert "| ppo | 0.0003 | **0** | 0.0005 |" in text
+    written = {path.name for path in (workplace / "out").iterdir() if path.is_file()}
+    assert written == {f"comparison.{kind}" for kind in ("md", "csv", "json")} | {
+        "metrics.png",
+        "quality_diversity.png",
+    }
+
+    values = {Path(call["place"]).relative_to("out").as_posix(): call["values"] for call in calls(workplace)}
+    of_run = values["max_steps_9/ppo/seed1-lr0.0005"]
+    expected = {"--teacher": "teacher", "--student": "student", "--dataset": "data.csv", "--seed": "1"}
+    expected |= {"--eval_dataset": "data.csv", "--max_steps": "9", "--max_completion_length": "6"}
+    expected |= {"--source_column": "mr", "--target_column": "ref", "--templates": "good.yaml"}
+    expected |= {"--learning_rate": "0.0005", "--logging_steps": "7", "--temperature": "0.9"}
+    assert expected.items() <= of_run.items()
+    assert of_run["--config"].endswith("methods/ppo_kd/ppo.yaml") and "--eval_target_column" not in of_run
+
+
+def test_one_learning_rate_is_not_searched_for(workplace):
+    without_validation = GOOD.replace("--validation_dataset data.csv", "")
+    assert compare(f"{without_validation} --learning_rates 1e-3", workplace) == 0
+    assert sorted(places(workplace)) == [f"max_steps_3/{m}/seed{s}" for m in ("ppo", "rloo_sequence") for s in (0, 1)]
+    assert all(call["values"]["--learning_rate"] == "0.001" for call in calls(workplace))
+    assert not any("--eval_dataset" in call["values"] for call in calls(workplace)), "the recipes hold some out"
+    assert "Learning rates" not in (workplace / "out" / "comparison.md").read_text()
+
+
+def test_the_metric_to_select_on_says_what_is_better(workplace):
+    one = GOOD.replace("ppo rloo_sequence", "ppo").replace("--seeds 0 1", "--seeds 5")
+    assert compare(f"{one} --learning_rates 5e-4 2e-3 --select_on bleu", workplace) == 0
+    assert results_of(workplace)["search"]["chosen"] == {"ppo": 2e-3}, "the stand-in's BLEU rises away from 5e-4"
+    assert calls(workplace)[0]["values"]["--seed"] == "5"
+
+
+def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
+    """Teacher, warm start and a run's student, greedy and sampled, measured by recipes/evaluate.py."""
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    rows = {row["model"]: row for row in results_of(workplace)["budgets"]["max_steps_3"]}
+    flags = f"--teacher teacher --dataset test.csv {COLUMNS} --templates good.yaml --max_completion_length 6"
+    for name, student in {"warm_start": "student", "ppo": os.environ["TRAINED"]}.items():
+        assert run(f"evaluate --student {student} {flags} --output_dir greedy") == 0
+        found = metrics_of(workplace / "greedy")
+        for model, metrics in ((name, found["student"]), ("teacher", found["teacher"])):
+            shown = {metric: interval["mean"] for metric, interval in rows[model]["greedy"].items()}
+            assert shown == pytest.approx({key: metrics[key] for key in shown}, rel=1e-5), model
+            assert {"bleu", "rougeL", "teacher_nll_per_sequence", "reward", "eos_rate"} <= shown.keys()
+        draws = []
+        for seed in (0, 1):
+            assert run(f"evaluate --student {student} {flags} --sample --seed {seed} --output_dir sampled") == 0
+            draws.append(metrics_of(workplace / "sampled")["student"])
+        for metric in ("bleu", "distinct2", "teacher_nll_per_sequence"):
+            expected = (draws[0][metric] + draws[1][metric]) / 2
+            assert rows[name]["sampled"][metric]["mean"] == pytest.approx(expected, rel=1e-5)
+    assert rows["teacher"]["sampled"]["bleu"] != rows["teacher"]["greedy"]["bleu"]
+
+
+def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    first, made = results_of(workplace), len(calls(workplace))
+    capsys.readouterr()
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    assert len(calls(workplace)) == made == 2
+    assert "Testing" not in capsys.readouterr().out
+    assert results_of(workplace)["budgets"] == first["budgets"]
+    # One seed more: its runs only, and only they are tested.
+    assert compare(f"{GOOD} --seeds 0 1", workplace) == 0
+    assert sorted(places(workplace)[made:]) == ["max_steps_3/ppo/seed1", "max_steps_3/rloo_sequence/seed1"]
+    assert capsys.readouterr().out.count("Testing") == 2
+    # The same flags in another order are the same command.
+    assert compare(f"--seeds 0 1 {GOOD} --common save_strategy=no", workplace) == 0
+    assert len(calls(workplace)) == 4
+    # Another test set-up: nothing is trained, everything is tested again.
+    assert compare(f"{GOOD} --seeds 0 1 --num_samples 3", workplace) == 0
+    assert len(calls(workplace)) == 4
+    assert capsys.readouterr().out.count("Testing") == 6
+    (row,) = read_jsonl(workplace / "out/max_steps_3/ppo/seed0/test.jsonl")[:1]
+    assert len(row["samples"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--common temperature=0.5", "it had no --temperature, now --temperature 0.5"),
+        ("--teacher student teacher", "it had --teacher teacher, now --teacher student teacher"),
+        ("--learning_rates 1e-2", "it had --learning_rate 0.0005, now --learning_rate 0.01"),
+    ],
+)
+def test_results_of_another_command_are_not_mixed_in(change, message, workplace, capsys):
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    before = (workplace / "out" / "comparison.json").read_text()
+    assert compare(f"{GOOD} --seeds 0 {change}", workplace) == 2
+    err = capsys.readouterr().err
+    assert message in err and "out/max_steps_3/ppo/seed0 holds the results of another command" in err
+    assert "delete the directory" in err
+    assert len(calls(workplace)) == 2 and (workplace / "out" / "comparison.json").read_text() == before
+
+
+def test_an_edited_preset_is_another_command(workplace, capsys):
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").write_text("num_generations: 8\n")
+    assert compare(f"{GOOD} --seeds 0", workplace) == 2
+    assert "its preset was {'num_generations': 4}, now {'num_generations': 8}" in capsys.readouterr().err
+
+
+def test_a_run_that_fails(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("FAIL", "ppo/seed1")
+    assert compare(GOOD, workplace) == 1
+    assert len(calls(workplace)) == 4, "the others went on"
+    out = capsys.readouterr().out
+    assert "ppo/seed1: FAILED: ppo_kd.py ended with exit code 3:" in out and "out of paper" in out
+    text = (workplace / "out" / "comparison.md").read_text()
+    assert "| ppo (FAILED: seed 1) |" in text and "out of paper" in text.split("## Failed runs")[1]
+    rows = {row["model"]: row for row in results_of(workplace)["budgets"]["max_steps_3"]}
+    assert rows["ppo"]["seeds"] == [0] and rows["ppo"]["greedy"]["bleu"]["half_width"] is None
+    assert rows["rloo_sequence"]["seeds"] == [0, 1]
+    # Once the cause is gone, that run is made up for.
+    monkeypatch.delenv("FAIL")
+    assert compare(GOOD, workplace) == 0
+    assert places(workplace)[4:] == ["max_steps_3/ppo/seed1"]
+    assert "FAILED" not in (workplace / "out" / "comparison.md").read_text()
+
+
+def test_a_method_that_always_fails(workplace, monkeypatch):
+    """In the search too: it has no learning rate, no further runs, and a line that says so."""
+    monkeypatch.setenv("FAIL", "/ppo/")
+    assert compare(f"{GOOD} --learning_rates 5e-4 1e-3 --baseline warm_start", workplace) == 1
+    results = results_of(workplace)
+    assert results["search"]["chosen"] == {"ppo": None, "rloo_sequence": 1e-3}
+    assert len([place for place in places(workplace) if "/ppo/" in place]) == 2
+    rows = {row["model"]: row for row in results["budgets"]["max_steps_3"]}
+    assert rows["ppo"]["failed_seeds"] == [0, 1] and rows["ppo"]["greedy"] == {}
+    assert rows["rloo_sequence"]["difference"].keys() >= {"bleu", "teacher_nll_per_sequence"}
+
+
+def test_a_broken_off_run_does_not_look_finished(workplace, monkeypatch):
+    """Files of an earlier run with a file missing are not taken for those of the next."""
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    (workplace / "out/max_steps_3/ppo/seed0/metrics.json").unlink()
+    monkeypatch.setenv("FAIL", "ppo/seed0")
+    assert compare(f"{GOOD} --seeds 0", workplace) == 1
+    assert not (workplace / "out/max_steps_3/ppo/seed0/cost.json").exists()
+
+
+def test_several_at_a_time_get_one_thread_each(workplace):
+    assert compare(f"{GOOD} --jobs 2", workplace) == 0
+    assert [call["threads"] for call in calls(workplace)] == ["1"] * 4
+    assert compare(f"{GOOD} --output_dir out2 --seeds 0", workplace) == 0
+    assert [call["threads"] for call in calls(workplace)[4:]] == [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "flag", "places_of"),
+    [
+        ("--max_generated_tokens 1000000 20000", "--max_generated_tokens", {"20000", "1000000"}),
+        ("--max_cpu_seconds 60 1.5", "--max_cpu_seconds", {"1.5", "60"}),
+    ],
+)
+def test_other_budgets(budget, flag, places_of, workplace):
+    one = GOOD.replace("--max_steps 3", "").replace("ppo rloo_sequence", "ppo")
+    assert compare(f"{one} --seeds 0 {budget}", workplace) == 0
+    assert {call["values"][flag] for call in calls(workplace)} == places_of
+    assert not any("--max_steps" in call["values"] for call in calls(workplace))
+    assert list(results_of(workplace)["budgets"]) == [
+        f"{flag.removeprefix('--')}_{value}" for value in sorted(places_of, key=float)
+    ]
+
+
+def test_pseudo_labels_for_training_and_references_for_evaluation(workplace):
+    pseudo = GOOD.replace("--dataset data.csv", "--dataset answers.csv", 1).replace("_column ref", "_column answer")
+    assert compare(f"{pseudo} --eval_target_column ref --seeds 0", workplace) == 0
+    call = calls(workplace)[0]["values"]
+    assert (call["--target_column"], call["--eval_target_column"]) == ("answer", "ref")
+    (row,) = read_jsonl(workplace / "out/warm_start/test.jsonl")[:1]
+    assert row["references"] == [word_rows(8, seed=1)[0]["ref"]]
+
+
+# (what is wrong, a part of the message)
+BAD = [
+    ("--max_generated_tokens 5", "there are --max_steps and --max_generated_tokens: give one of --max_steps, --max_g"),
+    ("--seeds -1", "--seeds -1 is out of range"),
+    ("--seeds 0 0", "--seeds 0 0: one is given twice"),
+    ("--max_steps 0", "--max_steps 0 is out of range"),
+    ("--max_steps 5 5", "--max_steps 5 5: one is given twice"),
+    ("--learning_rates 0", "--learning_rates 0.0 is out of range"),
+    ("--jobs 0", "--jobs 0 is out of range"),
+    ("--num_samples 1", "--num_samples 1 is out of range: 2 or more"),
+    ("--num_resamples 5", "--num_resamples 5 is out of range: 100 or more"),
+    ("--batch_size 0", "--batch_size 0 is out of range"),
+    ("--select_on beauty", "--select_on beauty: choose one of teacher_nll_per_sequence"),
+    ("--baseline kd", "--baseline kd: choose warm_start or one of --methods: ppo, rloo_sequence"),
+    ("--smoke", "--smoke brings its own data and models: leave out --dataset and --test_dataset and --teacher"),
+    ("--methods poem", "--methods poem: no such method; give one of ode, ppo, twice, "),
+    ("--methods nowhere.yaml", "--methods nowhere.yaml: there is no such file"),
+    ("--methods twice", "there are several; give a path: "),
+    ("--methods ppo ppo", "--methods: ppo is there twice"),
+    ("--methods ode", "its directory is to be named for a recipe, and there is no "),
+    ("--methods greedy", "pseudo_label is none of the recipes to compare: ppo_kd, rloo_kd"),
+    ("--methods misspelt", "unknown key levl; did you mean level"),
+    ("--methods out_of_range", "num_generations = 1"),
+    ("--methods with_rate", "with_rate.yaml sets learning_rate, which compare.py sets for all methods alike"),
+    ("--methods a_list", "is not a YAML mapping"),
+    ("--common seed=3", "--common sets seed, which compare.py sets"),
+    ("--common dataset=data.csv", "--common sets dataset, which compare.py sets"),
+    ("--common loging_steps=3", "unknown flag --loging_steps; did you mean --logging_steps"),
+    ("--common logging_steps", "--common logging_steps is not of the form name=value"),
+    ("--test_dataset nowhere.csv", "nowhere.csv does not exist"),
+    ("--validation_dataset nowhere.csv", "nowhere.csv does not exist"),
+    ("--dataset nowhere.csv", "nowhere.csv does not exist"),
+    ("--source_column text", "`--source_column text` is not in the data"),
+    ("--eval_target_column text", "`--target_column text` is not in the data"),
+    ("--templates nowhere.yaml", "no prompt template file nowhere.yaml"),
+    ("--teacher other_tokenizer", "Teacher and student have different tokenizers"),
+    ("--student ./nowhere", "nowhere` is not a directory"),
+    ("--max_stps 3", "unknown flag --max_stps; did you mean --max_steps"),
+]
+
+
+def check_refusal(command: str, message: str, workplace: Path, capsys) -> None:
+    before = sorted(workplace.rglob("*"))
+    assert compare(command, workplace) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, "one line"
+    assert message in err
+    assert sorted(workplace.rglob("*")) == before, "nothing is run or written"
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags for flags, _ in BAD])
+def test_bad_input(flags, message, workplace, capsys):
+    check_refusal(f"{GOOD} {flags}", message, workplace, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "",
+            "--dataset and --test_dataset and --teacher and --student missing. To try this on the embedded demo",
+        ),
+        (GOOD.replace("--test_dataset test.csv", ""), "error: --test_dataset missing."),
+        (
+            GOOD.replace("--max_steps 3", ""),
+            "One kind of budget is needed, and there is none: give one of --max_steps",
+        ),
+        (
+            GOOD.replace("--validation_dataset data.csv", "") + " --learning_rates 1e-4 1e-3",
+            "Several --learning_rates need a --validation_dataset",
+        ),
+        (GOOD.replace("--target_column ref", "") + " --select_on bleu", "--select_on bleu needs references"),
+    ],
+)
+def test_something_is_missing(command, message, workplace, capsys):
+    check_refusal(command, message, workplace, capsys)
+
+
+def shipped() -> list[Path]:
+    return sorted((ROOT / "recipes" / "configs" / "methods").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("preset", shipped(), ids=lambda path: path.stem)
+def test_shipped_methods(preset):
+    settings = parsed(f"{preset.parent.name} --config {preset}")
+    for key, value in yaml.safe_load(preset.read_text()).items():
+        assert settings[key] == value, key
+    assert preset.read_text().startswith("# "), "names the paper"
+    configs = main_of("compare").__globals__["CONFIGS"]
+    method = comparison_steps.find_method(str(preset), ROOT / "recipes")
+    comparison_steps.check_flags([method], ["--logging_steps=5"], configs)
+
+
+def test_shipped_methods_are_found_by_name():
+    found = comparison_steps.find_method("rloo_sequence", ROOT / "recipes")
+    assert found.recipe == ROOT / "recipes" / "rloo_kd.py"
+    assert main_of("compare").__globals__["CONFIGS"]["rloo_kd"] is RLOOKDConfig
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path):
+    """The command as it stands, with the real recipes; about 110 s of CPU."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--smoke"]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())
+    (rows,) = results["budgets"].values()
+    assert [row["model"] for row in rows] == ["teacher", "warm_start", "rloo_sequence", "ppo"]
+    assert all(row["greedy"]["bleu"]["mean"] > 0 and row["sampled"]["self_bleu"]["mean"] > 0 for row in rows)
+    assert all(row["cost"]["optimizer_steps"]["values"] == [4, 4] for row in rows[2:])
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
