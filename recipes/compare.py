@@ -10,7 +10,8 @@ r"""Which method should I use, and is reinforcement learning worth it here? Meth
 A method is a preset in recipes/configs/methods/ or your own YAML file in a directory named for its recipe. Every
 method starts from the same student with the same seeds and gets the same budget: optimizer steps, generated tokens or
 CPU seconds. The learning rate is chosen for each method from the same grid, on the validation inputs, at the first
-seed and the smallest budget. The test inputs serve the tables only.
+seed and the smallest budget. The test inputs serve the tables only. With a budget of tokens or time, where the number
+of steps is not known beforehand, the learning rate is constant (after --common warmup_steps=N) instead of decaying.
 
 Each training run has a directory of its own, OUTPUT_DIR/BUDGET/METHOD/seedN; a finished one is not run again. In
 OUTPUT_DIR: comparison.md, comparison.csv, comparison.json, metrics.png and quality_diversity.png.
@@ -19,7 +20,8 @@ OUTPUT_DIR: comparison.md, comparison.csv, comparison.json, metrics.png and qual
 import sys
 from pathlib import Path
 
-from rlkd_trl import cli, comparison_steps, recipe_steps
+from rlkd_trl import cli, comparison_steps, recipe_data, recipe_steps
+from rlkd_trl.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.comparison_steps import ComparisonArguments, Examiner, MeasurementArguments
 from rlkd_trl.evaluation.cells import Method
 from rlkd_trl.evaluation.comparison import Entry, summarise
@@ -28,11 +30,18 @@ from rlkd_trl.evaluation.figures import write_figures
 from rlkd_trl.evaluation.grid import Grid
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
+from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig, KDConfig
 
 RECIPES = Path(__file__).resolve().parent
 DEMO_PRESET = RECIPES / "configs" / "demo_compare.yaml"
 # The recipes that can be compared, with their settings.
-CONFIGS = {"ppo_kd": PPOKDConfig, "rloo_kd": RLOOKDConfig, "reinforce_kd": ReinforceKDConfig}
+CONFIGS = {
+    "ppo_kd": PPOKDConfig,
+    "rloo_kd": RLOOKDConfig,
+    "reinforce_kd": ReinforceKDConfig,
+    "kd": KDConfig,
+    "all_actions_kd": AllActionsKDConfig,
+}
 INTRODUCTION = """{rows} test inputs; teacher {teacher}, warm start {student}. Mean over seeds ± half-width of its 95 %
 interval (Student's t). The reward is the teacher-forcing reward (V = max, γ = 1) in every line, whatever a method was
 trained on. The teacher is asked through its first template."""
@@ -74,10 +83,10 @@ def write_results(output_dir: Path, introduction: str, results: dict, num_sample
 def main() -> None:
     # Parse, and find out what is wrong with the input before anything runs.
     parser = cli.RecipeParser(
-        cli.DataArguments,
-        cli.PromptArguments,
-        cli.TeacherArguments,
-        cli.StudentArguments,
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        StudentArguments,
         ComparisonArguments,
         MeasurementArguments,
         description=__doc__,
@@ -86,8 +95,8 @@ def main() -> None:
     data, prompts, teacher, student, compare, measurement = parser.parse(demo_preset=smoke_preset)
     comparison_steps.check_named(data, teacher, student, compare, measurement)
     methods = comparison_steps.find_methods(compare, RECIPES)
-    comparison_steps.check_flags(methods, compare.common_flags(), CONFIGS)
-    templates = recipe_steps.load_templates(prompts)
+    comparison_steps.check_flags(methods, compare.common or [], CONFIGS)
+    templates = recipe_data.load_templates(prompts)
     output_dir = Path(compare.output_dir)
     if compare.smoke:
         comparison_steps.use_demo(data, teacher, student, measurement, templates, output_dir / "demo")

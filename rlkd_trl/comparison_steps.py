@@ -7,28 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl import recipe_steps
-from rlkd_trl.cli import (
+from rlkd_trl.arguments import (
     DataArguments,
     HeldOutArguments,
     PromptArguments,
-    RecipeParser,
     RewardArguments,
     RunArguments,
     StudentArguments,
     TeacherArguments,
 )
+from rlkd_trl.cli import RecipeParser
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.cells import Method, find_method, shipped_presets
 from rlkd_trl.evaluation.comparison import SELECTION
 from rlkd_trl.evaluation.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.recipe_data import load_prompts
+from rlkd_trl.recipe_steps import load_reward_model, load_student
+from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 
 BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
 # For every run, unless `--common` says otherwise.
 QUIET = ("--save_strategy=no", "--disable_tqdm=True")
 # Flags of a run, beside those on data, prompts and models, that are not a method's own.
 SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
+# With a budget of tokens or time: the trainer stops when it is spent, and cannot know beforehand at which step.
+UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup")
 SMOKE_STEPS = {"teacher_steps": 160, "student_steps": 100}
 
 
@@ -80,7 +84,8 @@ class ComparisonArguments:
 
     def common_flags(self) -> list[str]:
         """The same for every run."""
-        return [*QUIET, *(f"--{flag}" for flag in self.common or [])]
+        until_spent = UNTIL_SPENT if self.max_steps is None else ()
+        return [*QUIET, *until_spent, *(f"--{flag}" for flag in self.common or [])]
 
 
 @dataclass
@@ -114,8 +119,8 @@ class MeasurementArguments:
         flags.append(f"--max_completion_length={self.max_completion_length}")
         if self.validation_dataset is not None:
             flags += [f"--eval_dataset={self.validation_dataset}", f"--eval_split={self.validation_split}"]
-        if self.eval_target_column is not None:
-            flags.append(f"--eval_target_column={self.eval_target_column}")
+            if self.eval_target_column is not None:
+                flags.append(f"--eval_target_column={self.eval_target_column}")
         return flags
 
 
@@ -173,26 +178,29 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
     return methods
 
 
-def check_flags(methods: Sequence[Method], common: Sequence[str], configs: Mapping[str, type]) -> None:
+def check_flags(methods: Sequence[Method], common: Sequence[str], configs: Mapping[str, type[RolloutConfig]]) -> None:
     """Presets and `--common` are flags that the recipes know, and none that is set here.
 
-    configs: recipe to the class of its settings.
+    common: as name=value. configs: recipe to the class of its settings.
 
     Raises:
         InputError: As above, a value is refused, or a recipe is not in `configs`.
     """
-    groups = (DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments)
+    groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments]
     set_here = {option.name for group in groups for option in dataclasses.fields(group)}.union(SET_HERE)
-    of_common = [flag.split("=")[0].removeprefix("--") for flag in common]
     for method in methods:
         recipe = method.recipe.stem
         if recipe not in configs:
             raise InputError(f"{method.preset}: {recipe} is none of the recipes to compare: {', '.join(configs)}.")
-        for where, names in ((f"The preset {method.preset}", method.settings()), ("--common", of_common)):
+        for where, names in (
+            (f"The preset {method.preset}", method.settings()),
+            ("--common", [flag.partition("=")[0] for flag in common]),
+        ):
             if clash := sorted(set_here.intersection(names)):
                 raise InputError(f"{where} sets {clash[0]}, which compare.py sets for all methods alike.")
-        parser = RecipeParser(*groups, RewardArguments, RunArguments, configs[recipe], description="")
-        parser.parse(["--config", str(method.preset), *common])
+        with_reward = [RewardArguments] if issubclass(configs[recipe], OnPolicyConfig) else []
+        parser = RecipeParser(*groups, *with_reward, RunArguments, configs[recipe], description="")
+        parser.parse(["--config", str(method.preset), *(f"--{flag}" for flag in common)])
 
 
 def load_test_rows(
@@ -202,14 +210,12 @@ def load_test_rows(
     test: MeasurementArguments,
 ) -> list[dict]:
     """The test rows, once all data sets are found to be good. Raises `InputError`."""
-    recipe_steps.load_prompts(data, prompts, templates)
-    of_evaluation = dataclasses.replace(data, target_column=test.eval_target_column or data.target_column)
+    load_prompts(data, prompts, templates)
     if test.validation_dataset is not None:
-        held_out = HeldOutArguments(test.validation_dataset, test.validation_split)
-        recipe_steps.load_prompts(of_evaluation, prompts, templates, held_out)
-    held_out = HeldOutArguments(test.test_dataset, test.test_split)
-    whole = dataclasses.replace(of_evaluation, max_rows=None)
-    return list(recipe_steps.load_prompts(whole, prompts, templates, held_out))
+        held_out = HeldOutArguments(test.validation_dataset, test.validation_split, test.eval_target_column)
+        load_prompts(data, prompts, templates, held_out)
+    held_out = HeldOutArguments(test.test_dataset, test.test_split, test.eval_target_column)
+    return list(load_prompts(dataclasses.replace(data, max_rows=None), prompts, templates, held_out))
 
 
 def use_demo(
@@ -249,9 +255,7 @@ class Examiner:
         self.num_samples = test.num_samples
         self.lengths = {"max_completion_length": test.max_completion_length, "batch_size": test.batch_size}
         self.max_prompt_length = test.max_prompt_length
-        self.reward_model = recipe_steps.load_reward_model(
-            RewardArguments(), teacher, templates, gamma=1.0, weights=None
-        )
+        self.reward_model = load_reward_model(RewardArguments(), teacher, templates, gamma=1.0, weights=None)
         self.settings = {
             "rows": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
             "asked": as_flags(prompts, teacher, student),
@@ -279,7 +283,7 @@ class Examiner:
         from rlkd_trl.students import Policy
 
         print(f"Testing {student.student}", flush=True)
-        model, tokenizer = recipe_steps.load_student(student)
+        model, tokenizer = load_student(student)
         policy = Policy(model.to(default_device()), tokenizer)
         lengths = {**self.lengths, "max_prompt_length": self.max_prompt_length}
         return measure(

@@ -166,6 +166,7 @@ def test_search_runs_and_tables(workplace):
     expected |= {"--source_column": "mr", "--target_column": "ref", "--templates": "good.yaml"}
     expected |= {"--learning_rate": "0.0005", "--logging_steps": "7", "--temperature": "0.9"}
     assert expected.items() <= of_run.items()
+    assert "--lr_scheduler_type" not in of_run
     assert of_run["--config"].endswith("methods/ppo_kd/ppo.yaml") and "--eval_target_column" not in of_run
 
 
@@ -312,7 +313,9 @@ def test_other_budgets(budget, flag, places_of, workplace):
     one = GOOD.replace("--max_steps 3", "").replace("ppo rloo_sequence", "ppo")
     assert compare(f"{one} --seeds 0 {budget}", workplace) == 0
     assert {call["values"][flag] for call in calls(workplace)} == places_of
-    assert not any("--max_steps" in call["values"] for call in calls(workplace))
+    for call in calls(workplace):  # no other end, and no schedule that looks ahead to it
+        assert call["values"]["--max_steps"] == "1000000"
+        assert call["values"]["--lr_scheduler_type"] == "constant_with_warmup"
     assert list(results_of(workplace)["budgets"]) == [
         f"{flag.removeprefix('--')}_{value}" for value in sorted(places_of, key=float)
     ]
@@ -417,7 +420,7 @@ def test_shipped_methods(preset):
     assert preset.read_text().startswith("# "), "names the paper"
     configs = main_of("compare").__globals__["CONFIGS"]
     method = comparison_steps.find_method(str(preset), ROOT / "recipes")
-    comparison_steps.check_flags([method], ["--logging_steps=5"], configs)
+    comparison_steps.check_flags([method], ["logging_steps=5"], configs)
 
 
 def test_shipped_methods_are_found_by_name():
@@ -437,7 +440,7 @@ def test_smoke(tmp_path):
     assert finished.returncode == 0, finished.stderr[-4000:]
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())
     (rows,) = results["budgets"].values()
-    assert [row["model"] for row in rows] == ["teacher", "warm_start", "rloo_sequence", "ppo"]
+    assert [row["model"] for row in rows] == ["teacher", "warm_start", "gkd_on_policy", "ppo"]
     assert all(row["greedy"]["bleu"]["mean"] > 0 and row["sampled"]["self_bleu"]["mean"] > 0 for row in rows)
     assert all(row["cost"]["optimizer_steps"]["values"] == [4, 4] for row in rows[2:])
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
