@@ -33,7 +33,7 @@ QUIET = ("--save_strategy=no", "--disable_tqdm=True")
 SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
 # With a budget of tokens or time: the trainer stops when it is spent, and cannot know beforehand at which step.
 UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup")
-SMOKE_STEPS = {"teacher_steps": 160, "student_steps": 100}
+SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
 
 
 @dataclass
