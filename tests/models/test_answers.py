@@ -7,11 +7,11 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from tests.conftest import EOS, MODELS, PAD, tiny_llama, word_tokenizer
+from tests.models.plain_generate import NEVER_SAMPLED, plain_answers, plain_texts
 
 # Of 1 to 6 words, longest in the middle, and one of them twice.
 PROMPTS = ["w3 w4", "w9", "w10 w11 w12 w13 w14 w15", "w16 w17 w18", "w9", "w23 w8 w20 w5", "w26 w3"]
 LENGTH = 8
-NEVER_SAMPLED = [0, 27, 28, 29, 30, 31]  # pad, two sentinels, and the LM head's three rows without a token
 FAMILIES = ["t5-tied", "t5-untied", "llama"]
 STRATEGIES = ["greedy", "sample", "beam"]
 
@@ -26,21 +26,8 @@ def answers(model, prompts=PROMPTS, **settings) -> list[list[int]]:
     ]
 
 
-def by_generate(model, prompt: str, **settings) -> list[int]:
-    """The answer to one prompt, alone and unpadded, up to and with its EOS."""
-    prompt_ids = [*(int(word[1:]) for word in prompt.split()), EOS]
-    output = model.generate(
-        input_ids=torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        max_new_tokens=LENGTH,
-        do_sample=False,
-        suppress_tokens=NEVER_SAMPLED,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **settings,
-    )[0].tolist()
-    ids = output[1 if model.config.is_encoder_decoder else len(prompt_ids) :]
-    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+def by_generate(model, prompt: str, **generation) -> list[int]:
+    return plain_answers(model, prompt, max_new_tokens=LENGTH, **generation)[0]
 
 
 SEEDS = {"t5-tied": 5, "t5-untied": 14, "llama": 22}
@@ -212,10 +199,9 @@ def test_long_prompts_are_cut(name):
 def test_texts_have_neither_special_tokens_nor_padding():
     model = model_of("llama")
     batches = list(answer_prompts(model, word_tokenizer(), PROMPTS, max_completion_length=LENGTH, batch_size=3))
-    expected = [by_generate(model, prompt, num_beams=1) for prompt in PROMPTS]
-    words = [" ".join(f"w{token}" for token in ids if token > 2) for ids in expected]
-    assert [text for batch in batches for text in decode(batch, word_tokenizer())] == words
-    assert any(words)
+    expected = [plain_texts(model, prompt, max_new_tokens=LENGTH)[0] for prompt in PROMPTS]
+    assert [text for batch in batches for text in decode(batch, word_tokenizer())] == expected
+    assert any(expected)
 
 
 def test_unknown_strategy():

@@ -1,11 +1,9 @@
 """recipes/pseudo_label.py: the teacher's answers as JSON lines."""
 
 import pytest
-import torch
 
-from rlkd_trl.models.loading import load_model, load_tokenizer
-from rlkd_trl.models.vocabulary import forbidden_ids
-from tests.conftest import EOS, PADDED_VOCAB
+from rlkd_trl.models.loading import load_model
+from tests.models.plain_generate import plain_texts
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, word_rows, write_csv, write_templates
 
 FAMILIES = ["t5-tied", "llama", "glm"]
@@ -15,25 +13,10 @@ def labels(path) -> list[str]:
     return [line["pseudo_label"] for line in read_jsonl(path)]
 
 
-@torch.no_grad()
 def generated(checkpoint, prompts: list[str], **generation) -> list[str]:
     """transformers' own `generate`, one prompt at a time."""
-    model, tokenizer = load_model(str(checkpoint)).eval(), load_tokenizer(str(checkpoint))
-    forbidden = forbidden_ids(tokenizer, PADDED_VOCAB, [EOS]).nonzero()[:, 0].tolist()
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=6,
-            do_sample=False,
-            suppress_tokens=forbidden,
-            **generation,
-        )[0]
-        new = output if model.config.is_encoder_decoder else output[ids.shape[1] :]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    return texts
+    model = load_model(str(checkpoint)).eval()
+    return [plain_texts(model, prompt, max_new_tokens=6, **generation)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

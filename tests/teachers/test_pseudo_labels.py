@@ -3,16 +3,15 @@
 import json
 
 import pytest
-import torch
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.pseudo_labels import pseudo_labels, write_pseudo_labels
-from tests.conftest import EOS, MODELS, PAD, word_tokenizer
+from tests.conftest import MODELS, word_tokenizer
+from tests.models.plain_generate import plain_texts
 
 LENGTH = 6
-NEVER_SAMPLED = [0, 27, 28, 29, 30, 31]  # pad, two sentinels, and the LM head's three rows without a token
 ROWS = [
     {"prompt": "w3 w4", "source": "w3 w4", "references": ["w26 w26"], "id": 0},
     {"prompt": "w9", "source": "w9", "references": ["w25", "w24"], "id": 1},
@@ -30,19 +29,8 @@ def teacher_of(family="t5-untied", seed=14, **kwargs) -> Teacher:
 
 
 def answer(model, question: str) -> str:
-    """What transformers' own greedy search answers to one question, alone and unpadded."""
-    prompt_ids = [*(int(word[1:]) for word in question.split()), EOS]
-    output = model.generate(
-        input_ids=torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        max_new_tokens=LENGTH,
-        do_sample=False,
-        suppress_tokens=NEVER_SAMPLED,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )[0].tolist()
-    new = output[1 if model.config.is_encoder_decoder else len(prompt_ids) :]
-    return " ".join(f"w{token}" for token in new if token > 2)
+    """What transformers' own greedy search answers."""
+    return plain_texts(model, question, max_new_tokens=LENGTH)[0]
 
 
 def without_references(row: dict) -> dict:
