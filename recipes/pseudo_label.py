@@ -6,6 +6,10 @@ r"""Pseudo-labels: the teacher's own answers, which stand in for references in t
 One line of JSON for each distinct input and template: the input's columns, `template`, and `pseudo_label`. Lines are
 written as they are made. `--strategy greedy`, `beam` or `sample` chooses how the teacher answers (Kim & Rush 2016 use
 beam search for sequence-level distillation).
+
+With `--strategy beam --num_beams K --interpolate --target_column ref`, the label is the one of the K beams that is
+nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0 for the best beam: the same paper's
+sequence-level interpolation, where K = 35 and the student was trained before. This uses human labels.
 """
 
 from rlkd_trl import cli, recipe_steps
@@ -17,7 +21,7 @@ def main() -> None:
     )
     data, prompts, teacher, labels = parser.parse()
     recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
-    recipe_steps.check_pseudo_labels(teacher, labels)
+    recipe_steps.check_pseudo_labels(data, teacher, labels)
     templates = recipe_steps.load_templates(prompts)
     rows = recipe_steps.load_prompts(data, prompts, templates)
 

@@ -67,6 +67,26 @@ def test_four_beams_are_the_default():
     assert answers(model, strategy="beam") == [by_generate(model, prompt, num_beams=4) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_beams_of_a_prompt_follow_one_another_as_generate_ranks_them(name, num_beams):
+    model = model_of(name)
+    candidates = [
+        plain_answers(model, prompt, max_new_tokens=LENGTH, num_beams=num_beams, num_return_sequences=num_beams)
+        for prompt in PROMPTS
+    ]
+    assert all(len(set(map(tuple, of_prompt))) == num_beams for of_prompt in candidates)
+    found = answers(model, strategy="beam", num_beams=num_beams, all_beams=True, batch_size=3)
+    assert found == [ids for of_prompt in candidates for ids in of_prompt]
+    assert found[::num_beams] == answers(model, strategy="beam", num_beams=num_beams)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sample"])
+def test_only_beam_search_has_beams_to_give(strategy):
+    with pytest.raises(InputError, match=f"'{strategy}' has no beams to give: all_beams needs strategy 'beam'"):
+        answers(tiny_llama(), strategy=strategy, all_beams=True)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_how_prompts_are_batched_does_not_matter(name, strategy):

@@ -29,7 +29,28 @@ def test_answers_are_those_of_plain_generate(strategy, generation, family, check
     assert run(f"pseudo_label --teacher {teacher} --dataset {test_csv} {COLUMNS} {flags}") == 0
     expected = generated(teacher, [row["mr"] for row in word_rows(8, seed=1)], **generation)
     assert labels(output) == expected
+    assert all("candidate" not in line for line in read_jsonl(output))
     assert len(set(expected)) > 1, "the test needs answers that tell prompts apart"
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "llama"])
+def test_interpolation_labels_an_input_with_the_beam_that_its_references_name(family, checkpoints, tmp_path):
+    """One of an input's two references is a beam of the teacher's, word for word, the other is like none."""
+    teacher, output = checkpoints[family].teacher, tmp_path / "labels.jsonl"
+    inputs = [row["mr"] for row in word_rows(8, seed=1)]
+    model, beams = load_model(str(teacher)).eval(), {"num_beams": 3, "num_return_sequences": 3}
+    candidates = [plain_texts(model, text, max_new_tokens=6, **beams) for text in inputs]
+    named = [texts[i % 3] for i, texts in enumerate(candidates)]
+    rows = [{"mr": mr, "ref": "nothing like it"} for mr in inputs]
+    rows += [{"mr": mr, "ref": ref} for mr, ref in zip(inputs, named, strict=True)]
+    data = write_csv(tmp_path / "data.csv", rows)
+    flags = f"--strategy beam --num_beams 3 --interpolate --max_completion_length 6 --output {output}"
+    assert run(f"pseudo_label --teacher {teacher} --dataset {data} {COLUMNS} {flags}") == 0
+    assert labels(output) == named
+    ranks = [line["candidate"] for line in read_jsonl(output)]
+    assert ranks == [texts.index(text) for texts, text in zip(candidates, named, strict=True)]
+    assert set(ranks) == {0, 1, 2}
+    assert all("ref" not in line and "references" not in line for line in read_jsonl(output))
 
 
 def test_sampling_depends_on_its_seed_and_temperature(checkpoints, test_csv, tmp_path):
