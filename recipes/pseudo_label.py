@@ -6,6 +6,10 @@ r"""Pseudo-labels: the teacher's own answers, which stand in for references in t
 One line of JSON for each distinct input and template: the input's columns, `template`, and `pseudo_label`. Lines are
 written as they are made. `--strategy greedy`, `beam` or `sample` chooses how the teacher answers (Kim & Rush 2016 use
 beam search for sequence-level distillation).
+
+With `--strategy beam --num_beams K --interpolate --target_column ref`, the label is the one of the K beams that is
+nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0 for the best beam: the same paper's
+sequence-level interpolation, where K = 35 and the student was trained before. This uses human labels.
 """
 
 from rlkd_trl import arguments, cli, recipe_data, recipe_steps
@@ -21,7 +25,7 @@ def main() -> None:
     )
     data, prompts, teacher, labels = parser.parse()
     recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
-    recipe_steps.check_pseudo_labels(teacher, labels)
+    recipe_steps.check_pseudo_labels(data, teacher, labels)
     templates = recipe_data.load_templates(prompts)
     rows = recipe_data.load_prompts(data, prompts, templates)
 
@@ -29,7 +33,9 @@ def main() -> None:
 
     panel = recipe_steps.load_panel(teacher, templates)
     generation = {key: value for key, value in vars(labels).items() if key != "output"}
-    count = write_pseudo_labels(panel, list(rows), labels.output, **generation)
+    # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
+    leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
+    count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
     print(f"{count} pseudo-labels are in {labels.output}.")
 
 

@@ -26,7 +26,9 @@ class DataArguments:
     source_column: str = field(default="source", metadata={"help": "Column with the student's input text."})
     target_column: str | None = field(
         default=None,
-        metadata={"help": "Column with the reference text or texts: sft's targets; elsewhere for metrics only."},
+        metadata={
+            "help": "Column with the reference text or texts: targets of sft, of kd and --interpolate; metrics."
+        },
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use only this many distinct inputs."})
 
@@ -162,6 +164,10 @@ class PseudoLabelArguments:
     output: str | None = field(default=None, metadata={"help": "JSON-lines file to write."})
     strategy: str = field(default="greedy", metadata={"help": "greedy, beam or sample."})
     num_beams: int = field(default=4, metadata={"help": "Beams of --strategy beam."})
+    interpolate: bool = field(
+        default=False,
+        metadata={"help": "Of all beams, write the one nearest to --target_column's references, by sentence BLEU."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of --strategy sample."})
     max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
     batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})

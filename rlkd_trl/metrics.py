@@ -31,6 +31,19 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return BLEU().corpus_score(list(outputs), streams).score
 
 
+def sentence_bleu(output: str, references: Sequence[str]) -> float:
+    """BLEU of one output against all of its references at once, 0 to 100, smoothed as in sacrebleu's `sentence_bleu`.
+
+    The first n-gram order without a match counts half a match, the next a quarter, and so on (Chen & Cherry 2014,
+    method 3). Orders longer than the output are left out: unlike `bleu`, a text of fewer than four tokens that equals
+    its reference scores 100. Without a word in common it is 0.
+
+    Raises InputError: as `bleu`.
+    """
+    _check_references([output], [references])
+    return BLEU(effective_order=True).sentence_score(output, list(references)).score
+
+
 def rouge(
     outputs: Sequence[str], references: Sequence[Sequence[str]], *, use_stemmer: bool = True
 ) -> dict[str, float]:

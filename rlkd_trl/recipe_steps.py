@@ -159,14 +159,19 @@ def check_student(student: StudentArguments) -> None:
     require_checkpoint("--student", student.student)
 
 
-def check_pseudo_labels(teacher: TeacherArguments, labels: PseudoLabelArguments) -> None:
-    """One teacher, a known strategy, and a file that can be written. Raises `InputError`."""
+def check_pseudo_labels(data: DataArguments, teacher: TeacherArguments, labels: PseudoLabelArguments) -> None:
+    """One teacher, a known strategy, beams and references to interpolate, and a writable file. Raises `InputError`."""
     from rlkd_trl.models.answers import check_strategy
 
     check_teacher(teacher)
     if len(teacher.teacher) != 1:
         raise InputError(f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers.")
     check_strategy(labels.strategy)
+    if labels.interpolate and (labels.strategy != "beam" or data.target_column is None):
+        raise InputError(
+            "--interpolate takes the teacher's beam that is nearest to the references: it needs --strategy beam and "
+            "--target_column with the references."
+        )
     if Path(labels.output).is_dir():
         raise InputError(f"--output {labels.output} is a directory: name a file in it.")
 

@@ -12,6 +12,7 @@ from rlkd_trl.metrics import (
     mean_length,
     rouge,
     self_bleu,
+    sentence_bleu,
     text_metrics,
 )
 
@@ -63,6 +64,28 @@ def test_bleu_of_identical_texts_is_100_and_of_foreign_ones_0():
 
 def test_bleu_without_any_four_tokens_is_0():
     assert bleu(["A B C"], [["A B C"]]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("output", "references", "score"),
+    [
+        # 1-grams 3/5, 2-grams AB BC 2/4, 3-grams ABC 1/3, 4-grams 0 of 2: half a match, 1/4
+        ("A B C X Y", ["A B C D E"], (3 / 5 * 2 / 4 * 1 / 3 * 1 / 4) ** (1 / 4)),
+        # 1-grams A B 2/4, 2-grams 0 of 3: ½ / 3, 3-grams 0 of 2: ¼ / 2, 4-grams 0 of 1: ⅛
+        ("A X B Y", ["A P B Q"], (2 / 4 * 1 / 6 * 1 / 8 * 1 / 8) ** (1 / 4)),
+        # every 1- and 2-gram occurs, of 3 there are none; 2 words against 3
+        ("A B", ["A B C"], math.exp(1 - 3 / 2)),
+        ("A B C", ["A B C"], 1),
+        # against both at once every n-gram occurs, and 5 words are as near as can be
+        ("A B C D E", ["A B C D F", "X B C D E Y"], 1),
+        ("A B C D E", ["A B C D F"], (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)),
+        ("W", ["A B C"], 0),
+        ("", ["A B C"], 0),
+    ],
+)
+def test_sentence_bleu_by_hand(output, references, score, caplog):
+    assert sentence_bleu(output, references) == pytest.approx(100 * score)
+    assert not caplog.records, "sacrebleu warns of settings that are not meant for sentences"
 
 
 def test_rouge_by_hand():
@@ -201,6 +224,11 @@ def test_wrong_input_is_named(metric, outputs, references, message):
 
 
 def test_wrong_input_of_the_other_metrics_is_named():
+    for references, message in (("b c", "one string"), ([], "is empty"), ([None], "None is not a string")):
+        with pytest.raises(InputError, match=message):
+            sentence_bleu("a", references)
+    with pytest.raises(InputError, match="None is not a string"):
+        sentence_bleu(None, ["a"])
     with pytest.raises(InputError, match="n >= 1, not 0"):
         distinct_n(["a"], 0)
     for metric in (lambda outputs: distinct_n(outputs, 1), mean_length, lambda outputs: text_metrics(outputs, None)):

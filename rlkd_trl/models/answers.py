@@ -27,17 +27,21 @@ def answer_prompts(
     batch_size: int = 64,
     temperature: float = 1.0,
     num_beams: int = 4,
+    all_beams: bool = False,
     seed: int = 0,
 ) -> Iterator[Completions]:
     """Completions of `batch_size` prompts at a time, in the prompts' order, each as wide as its longest.
 
     Only ids that a student may sample are generated. `temperature` and `seed` are for strategy "sample", `num_beams`
-    for "beam", which is transformers' own beam search with its length normalisation.
+    for "beam", which is transformers' own beam search with its length normalisation. With `all_beams` it gives the
+    `num_beams` candidates of each prompt, best first, before those of the next prompt.
 
     Raises:
-        InputError: Unknown strategy.
+        InputError: Unknown strategy, or `all_beams` of another than "beam".
     """
     check_strategy(strategy)
+    if all_beams and strategy != "beam":
+        raise InputError(f"Strategy {strategy!r} has no beams to give: all_beams needs strategy 'beam'.")
     backbone = backbone_of(model)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = padding_id(tokenizer)
@@ -53,7 +57,7 @@ def answer_prompts(
         )
         if strategy == "beam":
             completions = _beam_search(
-                model, ids_PS, mask_PS, eos_ids, pad_id, forbidden_V, max_completion_length, num_beams
+                model, ids_PS, mask_PS, eos_ids, pad_id, forbidden_V, max_completion_length, num_beams, all_beams
             )
         else:
             uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(backbone.device)
@@ -104,13 +108,14 @@ def decode(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list
 
 @torch.no_grad()
 def _beam_search(
-    model, ids_PS: Tensor, mask_PS: Tensor, eos_ids, pad_id, forbidden_V: Tensor, max_length: int, num_beams: int
+    model, ids_PS: Tensor, mask_PS: Tensor, eos_ids, pad_id, forbidden_V: Tensor, max_length, num_beams, all_beams
 ) -> Completions:
     output_ids = model.generate(
         input_ids=ids_PS,
         attention_mask=mask_PS,
         max_new_tokens=max_length,
         num_beams=num_beams,
+        num_return_sequences=num_beams if all_beams else 1,
         do_sample=False,
         suppress_tokens=forbidden_V.nonzero()[:, 0].tolist(),
         eos_token_id=eos_ids,

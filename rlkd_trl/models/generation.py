@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import Backbone
+from rlkd_trl.ops.lm_head import mixture_log_probs
 from rlkd_trl.ops.masking import completion_mask
 
 # Finished rows are dropped from the decode batch once they are this share of it; dropping copies the cache.
@@ -25,6 +27,45 @@ class Completions:
     support_BTk: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class MixedWith:
+    """A teacher to draw tokens from besides the student: it reads its own prompts and the same completion tokens.
+
+    Completion b continues the teacher's prompt `prompt_index_B[b]`, padded on its backbone's side. `weight` is the
+    teacher's share of the mixture, 0 to 1. Model and tensors are on the student's device.
+
+    Raises:
+        InputError: `weight` is out of range.
+    """
+
+    backbone: Backbone
+    prompt_ids_PS: Tensor
+    prompt_mask_PS: Tensor
+    prompt_index_B: Tensor
+    weight: float
+
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"The teacher's weight in a mixture is from 0 to 1; got {self.weight}.")
+
+
+class _Reader:
+    """A model and what it has read, one row for each completion that is still being decoded."""
+
+    def __init__(self, backbone: Backbone, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, prompt_index_B: Tensor):
+        self.backbone = backbone
+        self.prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+
+    def next_logits(self) -> Tensor:
+        return self.backbone.head(self.prefix.hidden_B1D[:, 0]).float()
+
+    def keep(self, rows_b: Tensor) -> None:
+        self.prefix = self.prefix.select(rows_b)
+
+    def read(self, token_b: Tensor) -> None:
+        self.backbone.extend(self.prefix, token_b[:, None])
+
+
 @torch.no_grad()
 def sample_completions(
     backbone: Backbone,
@@ -39,14 +80,27 @@ def sample_completions(
     temperature: float = 1.0,
     top_k: int = 0,
     uniforms_BT: Tensor | None = None,
+    mixed_with: MixedWith | None = None,
 ) -> Completions:
     """Completion b of prompt `prompt_index_B[b]`, token by token, from softmax(z / temperature) over allowed ids.
 
     Each token is drawn by inverting the distribution function at `uniforms_BT[b, t]` in [0, 1): a row's sample
     depends on its own numbers alone, not on what else is in the batch, on which rank it is, or on who has finished.
-    With `top_k`, from the k likeliest of these, renormalised. Without `uniforms_BT`, decoding is greedy.
+    With `top_k`, from the k likeliest of these, renormalised. With `mixed_with`, from the mixture of both models at
+    this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is greedy.
+
+    Raises:
+        InputError: `top_k` with `mixed_with`.
     """
-    prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+    if top_k and mixed_with is not None:
+        raise InputError(
+            f"top_k = {top_k} does not go with a mixture: top-k samples are weighted over the student's k likeliest "
+            "tokens, and the teacher's need not be among them. Set top_k = 0."
+        )
+    readers = [_Reader(backbone, prompt_ids_PS, prompt_mask_PS, prompt_index_B)]
+    if mixed_with is not None:
+        asked = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
+        readers.append(_Reader(mixed_with.backbone, *asked))
     batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
     eos_E = torch.tensor(eos_ids, device=device)
     ids_BT = torch.full((batch_size, max_completion_length), pad_id, device=device)
@@ -54,8 +108,7 @@ def sample_completions(
     row_b = torch.arange(batch_size, device=device)  # the rows still being decoded
     alive_b = torch.ones(batch_size, dtype=torch.bool, device=device)
     for t in range(max_completion_length):
-        logits_bV = backbone.head(prefix.hidden_B1D[:, 0]).float()
-        logits_bV = logits_bV.masked_fill(forbidden_V, -torch.inf)
+        logits_bV = _next_logits(readers, mixed_with, forbidden_V, temperature)
         if top_k:
             kept = logits_bV.topk(top_k, dim=-1)
             support_BTk[row_b, t] = kept.indices
@@ -72,12 +125,27 @@ def sample_completions(
             break
         if finished > _DROP_FINISHED_SHARE * len(row_b):
             keep = alive_b.nonzero()[:, 0]
-            prefix, row_b, token_b, alive_b = prefix.select(keep), row_b[keep], token_b[keep], alive_b[keep]
-        backbone.extend(prefix, token_b[:, None])
+            row_b, token_b, alive_b = row_b[keep], token_b[keep], alive_b[keep]
+            for reader in readers:
+                reader.keep(keep)
+        for reader in readers:
+            reader.read(token_b)
     ids_BT = ids_BT[:, : t + 1]
     mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
     support_BTk = support_BTk[:, : t + 1] if top_k else None
     return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B, support_BTk)
+
+
+def _next_logits(
+    readers: list[_Reader], mixed_with: MixedWith | None, forbidden_V: Tensor, temperature: float
+) -> Tensor:
+    """z `[b, V]`, −inf on forbidden ids, such that softmax(z / temperature) is the distribution to draw from."""
+    logits_bV, *teacher = [reader.next_logits() for reader in readers]
+    if mixed_with is None:
+        return logits_bV.masked_fill(forbidden_V, -torch.inf)
+    return temperature * mixture_log_probs(
+        logits_bV, *teacher, weight=mixed_with.weight, forbidden_V=forbidden_V, temperature=temperature
+    )
 
 
 def _invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -107,6 +107,23 @@ def support_log_probs(
     return TokenLogProbs(logps_N, -(logps_Nk.exp() * logps_Nk).sum(dim=-1))
 
 
+def mixture_log_probs(
+    student_NV: Tensor, teacher_NU: Tensor, *, weight: float, forbidden_V: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """log p̃ over the ids v that both heads have, `[N, min(V, U)]` float32; −inf on forbidden ones.
+
+    p̃(v) = weight · p(v) + (1 − weight) · q(v), with p = softmax(teacher's z / temperature) and q that of the student,
+    each renormalised over those of these ids that are not forbidden: the teacher-mixed sampling of MiniLLM (Gu et al.
+    2024, §2.2; weight is the paper's α, 0.2). A T5's head has rows beyond its tokenizer, not the same number in all.
+    """
+    common = min(student_NV.shape[-1], teacher_NU.shape[-1])
+    q_NC, p_NC = (
+        (logits[:, :common].float() / temperature).masked_fill(forbidden_V[:common], -torch.inf).softmax(dim=-1)
+        for logits in (student_NV, teacher_NU)
+    )
+    return (weight * p_NC + (1 - weight) * q_NC).log()
+
+
 def map_head_slices(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
-from rlkd_trl.models.generation import Completions, sample_completions
+from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, support_log_probs, token_log_probs
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
@@ -157,8 +157,12 @@ class Policy(nn.Module):
         max_completion_length: int,
         uniforms_BT: Tensor | None,
         top_k: int = 0,
+        mixed_with: MixedWith | None = None,
     ) -> Completions:
-        """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`)."""
+        """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`).
+
+        With `mixed_with` they come not from π but from its mixture with a teacher's distribution.
+        """
         return sample_completions(
             self.backbone,
             prompt_ids_PS,
@@ -171,6 +175,7 @@ class Policy(nn.Module):
             temperature=self.temperature,
             top_k=top_k,
             uniforms_BT=uniforms_BT,
+            mixed_with=mixed_with,
         )
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -1,22 +1,41 @@
 """A teacher's own answers, written down as training targets."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from rlkd_trl.errors import InputError
+from rlkd_trl.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.teachers.panel import TeacherPanel
 
 
 def pseudo_labels(
-    panel: TeacherPanel, rows: Sequence[Mapping[str, object]], **generation
+    panel: TeacherPanel,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    interpolate: bool = False,
+    num_beams: int = 4,
+    leave_out: Collection[str] = ("references",),
+    **generation,
 ) -> Iterator[dict[str, object]]:
-    """Each row with `pseudo_label` and `template`, once for every template of the panel's first teacher.
+    """Each row without the columns `leave_out`, with `pseudo_label` and `template`, once for every template of the
+    panel's first teacher.
 
-    `generation` goes to `answer_prompts`. The batches of one template come before those of the next.
+    `num_beams` and `generation` go to `answer_prompts`. The batches of one template come before those of the next.
+    With `interpolate`, for strategy "beam", the label is the one of the `num_beams` candidates that is the
+    `nearest_candidate` to the row's references, and `candidate` its rank, 0 for the best beam. Candidates that the
+    length cap has cut are compared as they are.
+
+    Raises:
+        InputError: As `answer_prompts`; or `interpolate` and a row without references.
     """
+    for i, row in enumerate(rows if interpolate else []):
+        if not row.get("references"):
+            raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")
+    candidates_per_row = num_beams if interpolate else 1
     teacher = panel.scorers[0].teacher
     names = panel.templates.names if panel.templates is not None else [None]
     asked = [panel.questions(row) for row in rows]
@@ -27,13 +46,31 @@ def pseudo_labels(
             teacher.processing_class,
             questions,
             max_prompt_length=teacher.max_prompt_length,
+            num_beams=num_beams,
+            all_beams=interpolate,
             **generation,
         )
         remaining = iter(rows)
         for completions in batches:
-            for text in decode(completions, teacher.processing_class):
-                row = {key: value for key, value in next(remaining).items() if key != "references"}
-                yield {**row, "template": name, "pseudo_label": text}
+            texts = decode(completions, teacher.processing_class)
+            for first in range(0, len(texts), candidates_per_row):
+                row = next(remaining)
+                label = {key: value for key, value in row.items() if key not in leave_out} | {"template": name}
+                if interpolate:
+                    candidates = texts[first : first + num_beams]
+                    rank = nearest_candidate(candidates, row["references"])
+                    yield {**label, "pseudo_label": candidates[rank], "candidate": rank}
+                else:
+                    yield {**label, "pseudo_label": texts[first]}
+
+
+def nearest_candidate(candidates: Sequence[str], references: Sequence[str]) -> int:
+    """Index of the candidate with the highest sentence BLEU against the references; of equals, the first.
+
+    Sequence-level interpolation (Kim & Rush 2016, §3.3): argmax_{t ∈ T_K} sim(t, y), with T_K the teacher's K best.
+    """
+    scores = [sentence_bleu(candidate, references) for candidate in candidates]
+    return scores.index(max(scores))
 
 
 def write_pseudo_labels(

@@ -7,11 +7,11 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from tests.conftest import EOS, MODELS, PAD, tiny_llama, word_tokenizer
+from tests.models.plain_generate import NEVER_SAMPLED, plain_answers, plain_texts
 
 # Of 1 to 6 words, longest in the middle, and one of them twice.
 PROMPTS = ["w3 w4", "w9", "w10 w11 w12 w13 w14 w15", "w16 w17 w18", "w9", "w23 w8 w20 w5", "w26 w3"]
 LENGTH = 8
-NEVER_SAMPLED = [0, 27, 28, 29, 30, 31]  # pad, two sentinels, and the LM head's three rows without a token
 FAMILIES = ["t5-tied", "t5-untied", "llama"]
 STRATEGIES = ["greedy", "sample", "beam"]
 
@@ -26,21 +26,8 @@ def answers(model, prompts=PROMPTS, **settings) -> list[list[int]]:
     ]
 
 
-def by_generate(model, prompt: str, **settings) -> list[int]:
-    """The answer to one prompt, alone and unpadded, up to and with its EOS."""
-    prompt_ids = [*(int(word[1:]) for word in prompt.split()), EOS]
-    output = model.generate(
-        input_ids=torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        max_new_tokens=LENGTH,
-        do_sample=False,
-        suppress_tokens=NEVER_SAMPLED,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **settings,
-    )[0].tolist()
-    ids = output[1 if model.config.is_encoder_decoder else len(prompt_ids) :]
-    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+def by_generate(model, prompt: str, **generation) -> list[int]:
+    return plain_answers(model, prompt, max_new_tokens=LENGTH, **generation)[0]
 
 
 SEEDS = {"t5-tied": 5, "t5-untied": 14, "llama": 22}
@@ -78,6 +65,26 @@ def test_beam_answers_are_those_of_generate(name, num_beams):
 def test_four_beams_are_the_default():
     model = model_of("t5-tied")
     assert answers(model, strategy="beam") == [by_generate(model, prompt, num_beams=4) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_beams_of_a_prompt_follow_one_another_as_generate_ranks_them(name, num_beams):
+    model = model_of(name)
+    candidates = [
+        plain_answers(model, prompt, max_new_tokens=LENGTH, num_beams=num_beams, num_return_sequences=num_beams)
+        for prompt in PROMPTS
+    ]
+    assert all(len(set(map(tuple, of_prompt))) == num_beams for of_prompt in candidates)
+    found = answers(model, strategy="beam", num_beams=num_beams, all_beams=True, batch_size=3)
+    assert found == [ids for of_prompt in candidates for ids in of_prompt]
+    assert found[::num_beams] == answers(model, strategy="beam", num_beams=num_beams)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sample"])
+def test_only_beam_search_has_beams_to_give(strategy):
+    with pytest.raises(InputError, match=f"'{strategy}' has no beams to give: all_beams needs strategy 'beam'"):
+        answers(tiny_llama(), strategy=strategy, all_beams=True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -212,10 +219,9 @@ def test_long_prompts_are_cut(name):
 def test_texts_have_neither_special_tokens_nor_padding():
     model = model_of("llama")
     batches = list(answer_prompts(model, word_tokenizer(), PROMPTS, max_completion_length=LENGTH, batch_size=3))
-    expected = [by_generate(model, prompt, num_beams=1) for prompt in PROMPTS]
-    words = [" ".join(f"w{token}" for token in ids if token > 2) for ids in expected]
-    assert [text for batch in batches for text in decode(batch, word_tokenizer())] == words
-    assert any(words)
+    expected = [plain_texts(model, prompt, max_new_tokens=LENGTH)[0] for prompt in PROMPTS]
+    assert [text for batch in batches for text in decode(batch, word_tokenizer())] == expected
+    assert any(expected)
 
 
 def test_unknown_strategy():

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, support_log_probs, token_log_probs
+from rlkd_trl.ops.lm_head import (
+    logit_statistics,
+    map_head_slices,
+    mixture_log_probs,
+    support_log_probs,
+    token_log_probs,
+)
 from rlkd_trl.ops.losses import policy_gradient_loss
 from tests.ops.ragged_batches import SEEDS, assert_matches, normal
 
@@ -322,6 +328,48 @@ def test_the_ratio_over_the_support_makes_the_expected_gradient_that_of_the_rest
     torch.testing.assert_close(gradient(over_support), expected, rtol=1e-4, atol=1e-5)
     over_all = token_log_probs(policy_V.expand(3, -1), support_k).logps
     assert (gradient(over_all) - expected).abs().max() > 1e-3
+
+
+# ---- the mixture of teacher and student
+
+
+@pytest.mark.parametrize("teacher_rows", [V - 4, V, V + 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("weight", [0.0, 0.2, 1.0])
+def test_mixture_log_probs_match_the_loop(weight, temperature, teacher_rows):
+    student_NV, teacher_NU = random_logits(0)[0], normal(N, teacher_rows, seed=5, scale=3.0)
+    common = min(V, teacher_rows)
+    allowed = [v for v in range(common) if v not in FORBIDDEN_IDS]
+    expected = torch.full((N, common), -math.inf, dtype=torch.float64)
+    for n, (z_student, z_teacher) in enumerate(zip(student_NV.tolist(), teacher_NU.tolist(), strict=True)):
+        q = softmax_by_loop([z_student[v] / temperature for v in allowed])
+        p = softmax_by_loop([z_teacher[v] / temperature for v in allowed])
+        for v, q_v, p_v in zip(allowed, q, p, strict=True):
+            expected[n, v] = math.log(weight * p_v + (1 - weight) * q_v)
+    settings = {"weight": weight, "temperature": temperature, "forbidden_V": forbidden_mask()}
+    assert_matches(mixture_log_probs(student_NV, teacher_NU, **settings), expected.tolist(), torch.float32)
+
+
+def test_mixture_log_probs_by_hand():
+    # The third id is forbidden and the teacher's fourth is beyond the student's head.
+    # Temperature 1: q = (3, 1)/4, p = (1, 3)/4, 0.2 · 1/4 + 0.8 · 3/4 = 0.65.
+    # Temperature ½: 3² = 9, q = (9, 1)/10, p = (1, 9)/10, 0.2 · 1/10 + 0.8 · 9/10 = 0.74.
+    ln3, forbidden_V = math.log(3), torch.tensor([False, False, True])
+    student_1V, teacher_1U = torch.tensor([[ln3, 0.0, 5.0]]), torch.tensor([[0.0, ln3, 7.0, 9.0]])
+    for temperature, first in ((1.0, 0.65), (0.5, 0.74)):
+        result = mixture_log_probs(
+            student_1V, teacher_1U, weight=0.2, temperature=temperature, forbidden_V=forbidden_V
+        )
+        assert_matches(result, [[math.log(first), math.log(1 - first), -math.inf]], torch.float32)
+
+
+def test_a_mixture_of_half_precision_logits_is_taken_in_float32():
+    """At 16 bits, softmax would round the probabilities to multiples of 2⁻⁹ and coarser; these logits are exact."""
+    student_NV, teacher_NV = (normal(N, V, seed=seed).to(torch.bfloat16) for seed in (1, 2))
+    forbidden_V = forbidden_mask()
+    found = mixture_log_probs(student_NV, teacher_NV, weight=0.5, forbidden_V=forbidden_V)
+    expected = mixture_log_probs(student_NV.float(), teacher_NV.float(), weight=0.5, forbidden_V=forbidden_V)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ---- slices

@@ -121,6 +121,8 @@ SETTING_CASES = [
     (TRAINED, "--load_best_model_at_end True --eval_strategy steps --save_strategy no", "load_best_model_at_end"),
     (("evaluate",), "--sample --temperature 0", "temperature"),
     (("pseudo_label",), "--strategy best", "Unknown strategy 'best'; choose one of: greedy, sample, beam"),
+    (("pseudo_label",), "--interpolate", "it needs --strategy beam and --target_column with the references"),
+    (("pseudo_label",), "--interpolate --strategy sample", "it needs --strategy beam and --target_column"),
     (("pseudo_label", "evaluate"), "--batch_size 0", "batch_size"),
     (("pseudo_label", "evaluate", "sft", *ON_POLICY), "--max_completion_length 0", "max_completion_length"),
 ]
@@ -254,6 +256,11 @@ def test_one_line_and_exit_code_2(recipe, flags, message, workplace, capsys):
         (f"pseudo_label {DATA} --output out", "--teacher is needed"),
         ("pseudo_label --teacher teacher --output out", "--dataset is needed"),
         (f"pseudo_label --teacher teacher {DATA}", "--output is needed"),
+        (
+            "pseudo_label --teacher teacher --dataset data.csv --source_column mr --output out "
+            "--strategy beam --interpolate",
+            "--interpolate takes the teacher's beam that is nearest to the references: it needs --strategy beam and",
+        ),
         (f"evaluate {DATA}", "--student is needed"),
         ("evaluate --student student", "--dataset is needed"),
         (f"ppo_kd {DATA} {TWO_STEPS} {SAMPLING}", "--teacher and --student missing"),

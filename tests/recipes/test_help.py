@@ -41,7 +41,7 @@ GROUPS = {
         "Data": DATA,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
-        "Pseudo-labels": "output strategy num_beams temperature max_completion_length batch_size seed",
+        "Pseudo-labels": "output strategy num_beams interpolate temperature max_completion_length batch_size seed",
     },
     "ppo_kd": {
         "Data": DATA,

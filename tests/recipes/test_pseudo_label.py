@@ -1,11 +1,9 @@
 """recipes/pseudo_label.py: the teacher's answers as JSON lines."""
 
 import pytest
-import torch
 
-from rlkd_trl.models.loading import load_model, load_tokenizer
-from rlkd_trl.models.vocabulary import forbidden_ids
-from tests.conftest import EOS, PADDED_VOCAB
+from rlkd_trl.models.loading import load_model
+from tests.models.plain_generate import plain_texts
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, word_rows, write_csv, write_templates
 
 FAMILIES = ["t5-tied", "llama", "glm"]
@@ -15,25 +13,10 @@ def labels(path) -> list[str]:
     return [line["pseudo_label"] for line in read_jsonl(path)]
 
 
-@torch.no_grad()
 def generated(checkpoint, prompts: list[str], **generation) -> list[str]:
     """transformers' own `generate`, one prompt at a time."""
-    model, tokenizer = load_model(str(checkpoint)).eval(), load_tokenizer(str(checkpoint))
-    forbidden = forbidden_ids(tokenizer, PADDED_VOCAB, [EOS]).nonzero()[:, 0].tolist()
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=6,
-            do_sample=False,
-            suppress_tokens=forbidden,
-            **generation,
-        )[0]
-        new = output if model.config.is_encoder_decoder else output[ids.shape[1] :]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    return texts
+    model = load_model(str(checkpoint)).eval()
+    return [plain_texts(model, prompt, max_new_tokens=6, **generation)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +29,28 @@ def test_answers_are_those_of_plain_generate(strategy, generation, family, check
     assert run(f"pseudo_label --teacher {teacher} --dataset {test_csv} {COLUMNS} {flags}") == 0
     expected = generated(teacher, [row["mr"] for row in word_rows(8, seed=1)], **generation)
     assert labels(output) == expected
+    assert all("candidate" not in line for line in read_jsonl(output))
     assert len(set(expected)) > 1, "the test needs answers that tell prompts apart"
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "llama"])
+def test_interpolation_labels_an_input_with_the_beam_that_its_references_name(family, checkpoints, tmp_path):
+    """One of an input's two references is a beam of the teacher's, word for word, the other is like none."""
+    teacher, output = checkpoints[family].teacher, tmp_path / "labels.jsonl"
+    inputs = [row["mr"] for row in word_rows(8, seed=1)]
+    model, beams = load_model(str(teacher)).eval(), {"num_beams": 3, "num_return_sequences": 3}
+    candidates = [plain_texts(model, text, max_new_tokens=6, **beams) for text in inputs]
+    named = [texts[i % 3] for i, texts in enumerate(candidates)]
+    rows = [{"mr": mr, "ref": "nothing like it"} for mr in inputs]
+    rows += [{"mr": mr, "ref": ref} for mr, ref in zip(inputs, named, strict=True)]
+    data = write_csv(tmp_path / "data.csv", rows)
+    flags = f"--strategy beam --num_beams 3 --interpolate --max_completion_length 6 --output {output}"
+    assert run(f"pseudo_label --teacher {teacher} --dataset {data} {COLUMNS} {flags}") == 0
+    assert labels(output) == named
+    ranks = [line["candidate"] for line in read_jsonl(output)]
+    assert ranks == [texts.index(text) for texts, text in zip(candidates, named, strict=True)]
+    assert set(ranks) == {0, 1, 2}
+    assert all("ref" not in line and "references" not in line for line in read_jsonl(output))
 
 
 def test_sampling_depends_on_its_seed_and_temperature(checkpoints, test_csv, tmp_path):

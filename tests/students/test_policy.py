@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.generation import MixedWith
 from rlkd_trl.students import Policy, frozen_copy
 from tests.conftest import EOS, MODELS, VOCAB, tiny_t5, word_tokenizer
 from tests.students.plain_forward import (
@@ -161,6 +162,22 @@ def test_top_k_samples_come_from_the_support_that_comes_with_them(any_model, tok
             entropy = -math.fsum(q * math.log(q) for q in probabilities)
             assert float(output.entropy_BT[b, t]) == pytest.approx(entropy, abs=1e-4)
     assert samples.mask_BT.sum() > 12
+
+
+def test_a_mixture_of_nothing_but_the_teacher_samples_what_the_teacher_samples(any_model, tokenizer):
+    """At the policy's temperature, each asked in its own way: the teacher gets the prompts in another order."""
+    policy = Policy(any_model, tokenizer, temperature=0.7)
+    teacher = Policy(tiny_t5(tied=False, seed=3), tokenizer, temperature=0.7)
+    prompts, teachers_prompts = ragged_inputs(policy)[:2], ragged_inputs(teacher)[:2]
+    index_B, teachers_index_B = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1])
+    settings = {
+        "max_completion_length": 6,
+        "uniforms_BT": torch.rand(3, 6, generator=torch.Generator().manual_seed(3)),
+    }
+    mixed_with = MixedWith(teacher.backbone, *teachers_prompts, teachers_index_B, weight=1.0)
+    mixed = policy.sample(*prompts, index_B, mixed_with=mixed_with, **settings)
+    assert torch.equal(mixed.ids_BT, teacher.sample(*teachers_prompts, teachers_index_B, **settings).ids_BT)
+    assert not torch.equal(mixed.ids_BT, policy.sample(*prompts, index_B, **settings).ids_BT)
 
 
 def test_sampled_frequencies_match_the_probabilities(any_model, tokenizer):

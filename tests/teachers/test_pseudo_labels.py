@@ -3,16 +3,16 @@
 import json
 
 import pytest
-import torch
+import sacrebleu
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from rlkd_trl.teachers.pseudo_labels import pseudo_labels, write_pseudo_labels
-from tests.conftest import EOS, MODELS, PAD, word_tokenizer
+from rlkd_trl.teachers.pseudo_labels import nearest_candidate, pseudo_labels, write_pseudo_labels
+from tests.conftest import MODELS, word_tokenizer
+from tests.models.plain_generate import plain_texts
 
 LENGTH = 6
-NEVER_SAMPLED = [0, 27, 28, 29, 30, 31]  # pad, two sentinels, and the LM head's three rows without a token
 ROWS = [
     {"prompt": "w3 w4", "source": "w3 w4", "references": ["w26 w26"], "id": 0},
     {"prompt": "w9", "source": "w9", "references": ["w25", "w24"], "id": 1},
@@ -30,19 +30,8 @@ def teacher_of(family="t5-untied", seed=14, **kwargs) -> Teacher:
 
 
 def answer(model, question: str) -> str:
-    """What transformers' own greedy search answers to one question, alone and unpadded."""
-    prompt_ids = [*(int(word[1:]) for word in question.split()), EOS]
-    output = model.generate(
-        input_ids=torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        max_new_tokens=LENGTH,
-        do_sample=False,
-        suppress_tokens=NEVER_SAMPLED,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )[0].tolist()
-    new = output[1 if model.config.is_encoder_decoder else len(prompt_ids) :]
-    return " ".join(f"w{token}" for token in new if token > 2)
+    """What transformers' own greedy search answers."""
+    return plain_texts(model, question, max_new_tokens=LENGTH)[0]
 
 
 def without_references(row: dict) -> dict:
@@ -116,6 +105,76 @@ def test_the_reference_never_reaches_the_teacher():
     leak = PromptTemplate("leak", "{{ references[0] }} {{ source }} ||| {{ target }}")
     with pytest.raises(InputError, match="references"):
         list(pseudo_labels(TeacherPanel([teacher_of()], PromptTemplates([leak])), ROWS, max_completion_length=2))
+
+
+# ---- sequence interpolation
+
+# The reference is A B C D E. By hand, 1- to 4-grams (an order without a match counts half a match):
+#   A B C X Y    3/5 · 2/4 · 1/3 · ½/2 = 1/40    A B C D X    4/5 · 3/4 · 2/3 · 1/2 = 1/5
+#   A B C D E F  5/6 · 4/5 · 3/4 · 2/3 = 1/3     A B C        1, in 3 words of 5: exp(1 − 5/3) = 0.51 = 0.069^¼
+#   W            no word in common: 0
+CANDIDATES_BY_HAND = [
+    (["A B C X Y", "A B C D X", "A B C D E F"], 2),
+    (["A B C D E F", "A B C D X", "A B C X Y"], 0),
+    (["A B C X Y", "A B C D X", "A B C"], 1),
+    (["A B C X Y", "A B C"], 1),
+    (["W", "A B C X Y", "A B C D X", "A B C D X"], 2),  # of the equals, the earlier
+    (["W", "", "W W"], 0),
+    (["", "W", "A"], 2),
+    (["W"], 0),
+]
+
+
+@pytest.mark.parametrize(("candidates", "nearest"), CANDIDATES_BY_HAND)
+def test_the_nearest_candidate_by_hand(candidates, nearest):
+    assert nearest_candidate(candidates, ["A B C D E"]) == nearest
+
+
+def test_the_nearest_candidate_is_near_any_of_the_references():
+    assert nearest_candidate(["A B C D X", "P Q R S T"], ["A B C D E", "P Q R S T"]) == 1
+    assert nearest_candidate(["A B C D X", "P Q R S T"], ["A B C D E"]) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize(("family", "seed"), [("t5-untied", 14), ("llama", 22)])
+def test_interpolation_takes_the_beam_nearest_to_the_references(family, seed, batch_size):
+    """Among the beams of transformers' own search, by sacrebleu's own score. Some rows have two references."""
+    teacher = teacher_of(family, seed)
+    panel = TeacherPanel([teacher], PromptTemplates([BEFORE, AFTER]))
+    beams = {"num_beams": 4, "num_return_sequences": 4}
+    candidates = {
+        (name, row["id"]): plain_texts(teacher.model, question(row["source"]), max_new_tokens=LENGTH, **beams)
+        for name, question in QUESTIONS.items()
+        for row in ROWS
+    }
+    references = [[candidates["before", i][-1 - i % 3], "w23 w24"][: 1 + i % 2] for i in range(len(ROWS))]
+    rows = [{**row, "references": texts} for row, texts in zip(ROWS, references, strict=True)]
+    expected = []
+    for name in QUESTIONS:
+        for row in rows:
+            texts = candidates[name, row["id"]]
+            scores = [sacrebleu.sentence_bleu(text, row["references"]).score for text in texts]
+            rank = max(range(4), key=lambda k, scores=scores: (scores[k], -k))
+            label = {"template": name, "pseudo_label": texts[rank], "candidate": rank}
+            expected.append({**without_references(row), **label})
+    assert len({label["candidate"] for label in expected}) >= 3, "one must tell the beams apart"
+    generation = {"strategy": "beam", "num_beams": 4, "max_completion_length": LENGTH, "batch_size": batch_size}
+    labels = list(pseudo_labels(panel, rows, interpolate=True, **generation))
+    assert labels == expected
+    assert list(labels[0]) == ["prompt", "source", "id", "template", "pseudo_label", "candidate"]
+
+
+def test_interpolation_needs_references_and_beams():
+    """And says so before the teacher is asked."""
+    teacher = teacher_of()
+    teacher.model.get_encoder().register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
+    panel, generation = TeacherPanel([teacher]), {"interpolate": True, "max_completion_length": LENGTH}
+    with pytest.raises(InputError, match="Row 3 has no references"):
+        list(pseudo_labels(panel, ROWS, strategy="beam", **generation))
+    with pytest.raises(InputError, match="Row 1 has no references"):
+        list(pseudo_labels(panel, [{"prompt": "w3"}], strategy="beam", **generation))
+    with pytest.raises(InputError, match="'greedy' has no beams to give"):
+        list(pseudo_labels(panel, ROWS[:2], **generation))
 
 
 # ---- the file
