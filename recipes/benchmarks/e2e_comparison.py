@@ -3,8 +3,10 @@ r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm sta
     python recipes/benchmarks/e2e_comparison.py --train e2e/train.csv --test e2e/test.csv \
         --templates promptsource/e2e_nlg_cleaned/templates.yaml --work_dir runs/e2e_comparison --jobs 2
 
-Data, teacher and warm start are those of `e2e.py` with seed 0, except that 100 of the training inputs are set aside
-before anything is trained, for the choice of learning rates. Methods that learn from data get the teacher's greedy
+Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
+before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
+methods ask the teacher through one of its two templates. The step counts, the two learning rates and these cuts are
+what an hour on two cores allows. Methods that learn from data get the teacher's greedy
 answers to the training inputs; no method sees a human reference. `recipes/compare.py` does the rest; a run that breaks
 off is taken up again where it was. Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
 """
@@ -19,23 +21,25 @@ from pathlib import Path
 
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_NAMES, delexicalise, stage
 
-VALIDATION_INPUTS = 100
+VALIDATION_INPUTS, TEST_INPUTS = 100, 200
 METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup ketchup_k8".split()
 METHODS += "rloo_sequence rloo_token ppo all_actions all_actions_w1 all_actions_discount".split()
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 
 
-def split_inputs(source: Path, train: Path, validation: Path) -> None:
-    """All rows of `VALIDATION_INPUTS` distinct inputs, drawn with seed 0, to `validation`, the others to `train`."""
+def split_inputs(source: Path, count: int, drawn: Path, rest: Path | None = None) -> None:
+    """All rows of `count` distinct inputs, drawn with seed 0, to `drawn`, those of the others to `rest`."""
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     inputs = sorted({row["mr"] for row in rows})
-    held_out = set(random.Random(0).sample(inputs, VALIDATION_INPUTS))
-    for target, wanted in ((train, False), (validation, True)):
+    chosen = set(random.Random(0).sample(inputs, count))
+    for target, wanted in ((drawn, True), (rest, False)):
+        if target is None:
+            continue
         with target.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["mr", "ref"])
             writer.writeheader()
-            writer.writerows(row for row in rows if (row["mr"] in held_out) == wanted)
+            writer.writerows(row for row in rows if (row["mr"] in chosen) == wanted)
 
 
 def main() -> None:
@@ -46,17 +50,18 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--max_steps", nargs="+", default=["60", "200"])
-    parser.add_argument("--learning_rates", nargs="+", default=["3e-4", "1e-3", "3e-3"])
+    parser.add_argument("--max_steps", nargs="+", default=["50", "150"])
+    parser.add_argument("--learning_rates", nargs="+", default=["5e-4", "2e-3"])
     parser.add_argument("--jobs", default="1")
     args = parser.parse_args()
 
     here = args.work_dir
-    everything, train, validation, test = (here / f"{name}.csv" for name in ("all", "train", "validation", "test"))
+    train, validation, test = (here / f"{name}.csv" for name in ("train", "validation", "test"))
     if not test.exists():
-        delexicalise(args.train, everything)
-        split_inputs(everything, train, validation)
-        delexicalise(args.test, test)
+        delexicalise(args.train, here / "all_train.csv")
+        split_inputs(here / "all_train.csv", VALIDATION_INPUTS, validation, train)
+        delexicalise(args.test, here / "all_test.csv")
+        split_inputs(here / "all_test.csv", TEST_INPUTS, test)
     teacher, pseudo, warm, results = (here / name for name in ("teacher", "pseudo.jsonl", "warm", "results"))
     templates = ["--templates", args.templates, "--template_names", *TEMPLATE_NAMES]
     common = ["--seed", "0", *QUIET]
@@ -67,7 +72,8 @@ def main() -> None:
     labels = ["--dataset", pseudo, "--source_column", "mr", "--target_column", "pseudo_label"]
     stage("sft", warm / "config.json", *labels, "--tokenizer", teacher, "--output_dir", warm, *STUDENT, *common)
 
-    command = [sys.executable, RECIPES / "compare.py", "--teacher", teacher, "--student", warm, *labels, *templates]
+    command = [sys.executable, RECIPES / "compare.py", "--teacher", teacher, "--student", warm, *labels]
+    command += ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0], "--num_samples", "2"]
     command += ["--validation_dataset", validation, "--test_dataset", test, "--eval_target_column", "ref"]
     command += ["--methods", *args.methods, "--baseline", "seq_kd", "--seeds", *args.seeds]
     command += ["--max_steps", *args.max_steps, "--learning_rates", *args.learning_rates, "--common", *COMMON]

@@ -23,6 +23,7 @@ stands a weight w on the second part, w = 0 being the per-token divergence and w
 inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -57,6 +58,21 @@ def future_advantages(futures_BT: Tensor, mask_BT: Tensor, *, num_generations: i
     zeros_BT = torch.zeros_like(futures_BT)
     advantages_BT = leave_one_out(torch.where(mask_BT, futures_BT, zeros_BT), num_generations)
     return torch.where(mask_BT, advantages_BT, zeros_BT)
+
+
+def mixture_importance(
+    student_logps_BT: Tensor, teacher_logps_BT: Tensor, mask_BT: Tensor, *, weight: float
+) -> Tensor:
+    """w_t = π(y_t|s_t) / p̃(y_t|s_t), p̃ = α p + (1−α) π with α = `weight`, `[B, T]`, 0 behind the mask.
+
+    For completions sampled from p̃ (Gu et al. 2024, "MiniLLM", teacher-mixed sampling). As there, the ratio is per
+    token: that earlier tokens came from p̃ too is not corrected for. At most 1 / (1−α).
+    """
+    student_logps_BT, teacher_logps_BT = (
+        torch.where(mask_BT, logps_BT, torch.zeros_like(logps_BT)) for logps_BT in (student_logps_BT, teacher_logps_BT)
+    )
+    mixed_logps_BT = torch.logaddexp(teacher_logps_BT + math.log(weight), student_logps_BT + math.log1p(-weight))
+    return torch.where(mask_BT, (student_logps_BT - mixed_logps_BT).exp(), torch.zeros_like(mixed_logps_BT))
 
 
 def log_ratio_signal(

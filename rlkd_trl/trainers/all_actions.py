@@ -1,16 +1,19 @@
 """The all-actions policy gradient: exact over the next token, sampled over the rest."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from rlkd_trl.models.answers import decode
+from rlkd_trl.models.generation import MixedWith
 from rlkd_trl.ops.all_actions import (
     chosen_signals,
     future_advantages,
     future_returns,
     log_ratio_signal,
+    mixture_importance,
     sliced_all_actions_loss,
     teacher_forcing_signal,
 )
@@ -28,7 +31,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     Per state, the expected signal of the next token is taken over the whole vocabulary, which the teacher scores
     anyway; the effect of that token on later ones comes from the sample, minus the mean of the prompt's other samples,
     with the weight `future_weight`. The derivation, and what it has to do with GKD and MiniLLM, is in
-    `ops.all_actions`. A truncated completion's future ends at the cap.
+    `ops.all_actions`. With `teacher_mix`, tokens are sampled from a mixture of student and teacher, and weighted by
+    their importance (MiniLLM). A truncated completion's future ends at the cap.
 
     Raises:
         InputError: As `FullVocabularyTrainer`.
@@ -40,14 +44,16 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Samples of the student, the teachers' states along them, and the future's advantages."""
         args, timer = self.args, self._timer
-        prompt_PS = self._tokenized(self.policy, [row["prompt"] for row in rows], args.max_prompt_length)
+        prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
         with timer.phase("sample"), self.compute_loss_context_manager():
-            completions = self._sample(self.policy, *prompt_PS)
+            completions = self._sample(self.policy, *prompt_PS, self._mixture(rows) if args.teacher_mix else None)
             rollout = self._rollout_of(prompt_PS, completions)
             rollout = rollout.with_(old_logps_BT=self._log_probs(self.policy, rollout))
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
             rollout = rollout.with_(rewards_BT=self._signals(rollout))
+            if args.teacher_mix:
+                rollout = rollout.with_(importance_BT=self._importance(rollout))
         rollout = rollout.with_(advantages_BT=self._future_advantages(rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
@@ -56,6 +62,44 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print, reward_B=reward_B
         )
         return rollout
+
+    @property
+    def _turn(self) -> int:
+        """The scorer that is mixed into this rollout's samples: they take turns."""
+        return self._rollout_number % len(self.panel.scorers)
+
+    def _mixture(self, rows: list[dict]) -> Callable[[slice], MixedWith]:
+        """The teacher, asked its own questions, for a slice of this device's prompts."""
+        scorer = self.panel.scorers[self._turn]
+        backbone = scorer.teacher.backbone
+        questions = [self.panel.questions(row)[scorer.question] for row in rows]
+        ids_PS, mask_PS = self._tokenized(backbone, questions, scorer.teacher.max_prompt_length)
+
+        def of_prompts(part: slice) -> MixedWith:
+            index_B = self._prompt_index(len(ids_PS[part]))
+            return MixedWith(backbone, ids_PS[part], mask_PS[part], index_B, self.args.teacher_mix)
+
+        return of_prompts
+
+    def _importance(self, rollout: Rollout) -> Tensor:
+        """Student's over mixture's probability of the sampled tokens, `[B, T]`."""
+        teacher_logps_BT = self._at_tokens(
+            rollout,
+            chosen_signals(
+                [self._teachers_at(rollout)[self._turn]],
+                rollout.completion_ids_BT[rollout.completion_mask_BT],
+                teacher_signal=partial(log_ratio_signal, forbidden_V=self.policy.forbidden_V),
+                vocab_size=self.panel.scorers[self._turn].teacher.backbone.vocab_size,
+            ),
+        )
+        return mixture_importance(
+            rollout.old_logps_BT, teacher_logps_BT, rollout.completion_mask_BT, weight=self.args.teacher_mix
+        )
+
+    def _at_tokens(self, rollout: Rollout, values_N: Tensor) -> Tensor:
+        """Values of the N real tokens in their places, `[B, T]`."""
+        mask_BT = rollout.completion_mask_BT
+        return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, values_N.to(mask_BT.device))
 
     @property
     def _teacher_signal(self):
@@ -72,7 +116,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             teacher_signal=self._teacher_signal,
             vocab_size=self.panel.scorers[0].teacher.backbone.vocab_size,
         )
-        signals_BT = torch.zeros_like(rollout.old_logps_BT).masked_scatter(mask_BT, signals_N)
+        signals_BT = self._at_tokens(rollout, signals_N)
         return signals_BT - rollout.old_logps_BT if self.args.signal == "log_ratio" else signals_BT
 
     def _future_advantages(self, rollout: Rollout) -> Tensor:
@@ -87,11 +131,13 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        mask_BT = batch.completion_mask_BT
+        mask_BT, weights_BT = batch.completion_mask_BT, batch.loss_mask_BT / tokens
+        if batch.importance_BT is not None:
+            weights_BT = weights_BT * batch.importance_BT
         loss_of_states = partial(
             sliced_all_actions_loss,
             teachers=self._teachers_at(batch),
-            weights_N=batch.loss_mask_BT[mask_BT].float() / tokens,
+            weights_N=weights_BT[mask_BT],
             chosen_N=batch.completion_ids_BT[mask_BT],
             futures_N=batch.advantages_BT[mask_BT],
             old_logps_N=batch.old_logps_BT[mask_BT],

@@ -125,6 +125,10 @@ class AllActionsKDConfig(FullVocabularyConfig):
         default="leave_one_out",
         metadata={"help": "Subtracted from the future: 'leave_one_out', the prompt's other samples' mean, or 'none'."},
     )
+    teacher_mix: float = field(
+        default=0.0,
+        metadata={"help": "Share of the teacher in the distribution that tokens are sampled from (MiniLLM: 0.2)."},
+    )
     epsilon: float | None = field(
         default=None,
         metadata={
@@ -141,9 +145,15 @@ class AllActionsKDConfig(FullVocabularyConfig):
             {
                 "future_weight": self.future_weight >= 0,
                 "gamma": 0 <= self.gamma <= 1,
+                "teacher_mix": 0 <= self.teacher_mix < 1,
                 "epsilon": self.epsilon is None or self.epsilon > 0,
             }
         )
+        if self.teacher_mix > 0 and self.temperature != 1:
+            raise InputError(
+                f"teacher_mix = {self.teacher_mix} needs temperature 1 (it is {self.temperature}): the importance "
+                "weights are taken there."
+            )
         if self.baseline == "leave_one_out" and self.num_generations < 2:
             raise InputError(
                 f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "

@@ -50,7 +50,7 @@ class KDTrainer(FullVocabularyTrainer):
         args, timer = self.args, self._timer
         draw = torch.rand((), generator=self._rollout_generator(_SOURCE_STREAM))
         source = "student" if draw < args.lmbda else args.sequences
-        prompt_PS = self._tokenized(self.policy, [row["prompt"] for row in rows], args.max_prompt_length)
+        prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
         with timer.phase("sample"), self.compute_loss_context_manager():
             if source == "data":
                 completions = self._targets(rows)
@@ -99,7 +99,7 @@ class KDTrainer(FullVocabularyTrainer):
         scorer = self.panel.scorers[number]
         sampler = Policy(scorer.teacher.model, self.processing_class, temperature=self.args.temperature)
         questions = [self.panel.questions(row)[scorer.question] for row in rows]
-        return self._sample(sampler, *self._tokenized(sampler, questions, scorer.teacher.max_prompt_length))
+        return self._sample(sampler, *self._tokenized(sampler.backbone, questions, scorer.teacher.max_prompt_length))
 
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor

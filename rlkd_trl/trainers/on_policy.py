@@ -89,7 +89,7 @@ class OnPolicyTrainer(RolloutTrainer):
         policy = self.sampling_policy()
 
         with timer.phase("sample"), self.compute_loss_context_manager():
-            prompt_PS = self._tokenized(policy, [row["prompt"] for row in rows], args.max_prompt_length)
+            prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
             completions = self._sample(policy, *prompt_PS)  # 1 sample
             rollout = self._rollout_of(prompt_PS, completions)
             rollout, reference_logps_BT = self._student_log_probs(policy, rollout)

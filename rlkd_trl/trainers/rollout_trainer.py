@@ -3,6 +3,7 @@
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rlkd_trl.models.answers import joined
-from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.backbone import Backbone
+from rlkd_trl.models.generation import Completions, MixedWith
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.rewards import RewardModel
@@ -109,14 +111,23 @@ class RolloutTrainer(PolicyTrainer):
 
     # Sampling
 
-    def _tokenized(self, policy: Policy, texts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
+    def _tokenized(self, backbone: Backbone, texts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
         ids_PS, mask_PS = tokenize_prompts(
-            self.processing_class, texts, padding_side=policy.backbone.padding_side, max_length=max_length
+            self.processing_class, texts, padding_side=backbone.padding_side, max_length=max_length
         )
         return ids_PS.to(self.accelerator.device), mask_PS.to(self.accelerator.device)
 
-    def _sample(self, policy: Policy, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Completions:
-        """`num_generations` completions of each prompt, those of a prompt next to each other."""
+    def _sample(
+        self,
+        policy: Policy,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        mixed_with: Callable[[slice], MixedWith] | None = None,
+    ) -> Completions:
+        """`num_generations` completions of each prompt, those of a prompt next to each other.
+
+        `mixed_with` gives the teacher to mix with for a slice of the prompts.
+        """
         args, P = self.args, len(prompt_ids_PS)
         prompt_index_B = self._prompt_index(P)
         uniforms_BT = self._uniforms(len(prompt_index_B))
@@ -130,6 +141,7 @@ class RolloutTrainer(PolicyTrainer):
                 max_completion_length=args.max_completion_length,
                 uniforms_BT=uniforms_BT[first * args.num_generations : (first + count) * args.num_generations],
                 top_k=args.top_k,
+                mixed_with=None if mixed_with is None else mixed_with(slice(first, first + count)),
             )
             for first in range(0, P, count)
         ]
