@@ -54,8 +54,9 @@ def future_returns(
 
 def future_advantages(futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int) -> Tensor:
     """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`."""
-    advantages_BT = leave_one_out(futures_BT, num_generations)
-    return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+    zeros_BT = torch.zeros_like(futures_BT)
+    advantages_BT = leave_one_out(torch.where(mask_BT, futures_BT, zeros_BT), num_generations)
+    return torch.where(mask_BT, advantages_BT, zeros_BT)
 
 
 def log_ratio_signal(
@@ -112,9 +113,12 @@ def all_actions_loss(
     *,
     subtract_log_pi: bool,
     epsilon: float | None = None,
+    temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> LossAndMetrics:
     """Σ_n w_n [ −Σ_a π(a|s) g(s, a) − A_n log π(y|s) ], the gradient of whose parts the module derives.
+
+    π = softmax(z / temperature) over the ids that are not forbidden, as it is sampled from.
 
     Args:
         teacher_signal_NV: g, or, with `subtract_log_pi`, the part of it to which −log π is added.
@@ -129,7 +133,7 @@ def all_actions_loss(
     """
     V = min(student_logits_NV.shape[-1], teacher_signal_NV.shape[-1])
     signal_NV, forbidden_V = teacher_signal_NV[:, :V], None if forbidden_V is None else forbidden_V[:V]
-    logps_NV = log_probs(student_logits_NV[:, :V], forbidden_V=forbidden_V)
+    logps_NV = log_probs(student_logits_NV[:, :V], temperature=temperature, forbidden_V=forbidden_V)
     probabilities_NV = logps_NV.exp()
     if forbidden_V is not None:  # 0 · log 0 = 0, and nothing that could overflow
         logps_NV, signal_NV = (tensor.masked_fill(forbidden_V, 0.0) for tensor in (logps_NV, signal_NV))
@@ -169,7 +173,8 @@ def sliced_all_actions_loss(
     """
     weights_K = [teacher.weight for teacher in teachers]
     # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow.
-    mean_weight = weights_N.abs().mean().clamp(min=torch.finfo(weights_N.dtype).tiny)
+    mean_weight = weights_N.detach().abs().sum() / max(1, len(weights_N))
+    mean_weight = mean_weight.clamp(min=torch.finfo(weights_N.dtype).tiny)
 
     def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
         with torch.no_grad():

@@ -99,6 +99,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             vocab_size=self.policy.backbone.vocab_size,
             subtract_log_pi=self.args.signal == "log_ratio",
             epsilon=self.args.epsilon,
+            temperature=self.args.temperature,
             forbidden_V=self.policy.forbidden_V,
         )
         return model(**batch.policy_inputs(), loss_of_states=loss_of_states)
