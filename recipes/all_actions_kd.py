@@ -6,7 +6,8 @@ r"""All-actions distillation: the policy gradient exact over the next token, sam
 
 The teacher scores every token of the vocabulary anyway, so the immediate term of the policy gradient needs no sampled
 action; the future does, with the weight `--future_weight`, a discount `--gamma`, or `--length_normalization`. MiniLLM
-(Gu et al. 2024) is recipes/configs/methods/all_actions_kd/minillm.yaml. The derivation stands in rlkd_trl/ops/all_actions.py.
+(Gu et al. 2024) is recipes/configs/methods/all_actions_kd/minillm.yaml. The derivation stands in
+rlkd_trl/ops/all_actions.py.
 """
 
 from pathlib import Path

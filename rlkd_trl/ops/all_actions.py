@@ -18,9 +18,9 @@ b_t the mean F_t of the other samples of the prompt. Where g holds −log π(a|s
 For g = log p − log π the first part is the on-policy reverse KL, token by token, which is what GKD minimises with
 JSD's β = 1 on student samples, and all of it is the reverse KL of whole sequences. MiniLLM (Gu et al. 2024,
 single-step decomposition) splits the gradient of the latter in the same way; there F_t is divided by the number of
-tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends stands
-a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ inside
-of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
+tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends
+stands a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ
+inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -169,7 +169,7 @@ def sliced_all_actions_loss(
     """`all_actions_loss` of student and teacher states, slice by slice: `[N, V]` is never held, of any model.
 
     `teacher_signal` makes the signal of the teachers' logits and weights; `settings` go to `all_actions_loss`. For the
-    rest see `ops.divergences.sliced_divergence`.
+    rest see `ops.divergences.sliced_divergence`, but for positions with weight 0, which must be finite here.
     """
     weights_K = [teacher.weight for teacher in teachers]
     # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow.
