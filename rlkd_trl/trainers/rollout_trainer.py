@@ -152,7 +152,9 @@ class RolloutTrainer(PolicyTrainer):
 
     def _rollout_generator(self, stream: int = 0) -> torch.Generator:
         """Another `stream` for another use of random numbers."""
-        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self._rollout_number + (stream << 40))
+        # Torch's CPU generator reads the lowest 32 bits of a seed only; the factor spreads streams over them.
+        seed = self.args.seed * 1_000_003 + self._rollout_number + stream * 2_654_435_761
+        return torch.Generator().manual_seed(seed)
 
     def _rollout_of(self, prompt_PS: tuple[Tensor, Tensor], completions: Completions) -> Rollout:
         prompt_index_B = self._prompt_index(len(prompt_PS[0]))
