@@ -6,15 +6,16 @@ r"""Distillation without reinforcement learning: word level, sequence level, GKD
         --source_column mr --target_column pseudo_label --templates templates.yaml --output_dir runs/kd
 
 A divergence (`--divergence`) between the teacher's and the student's next-token distributions, over the whole
-vocabulary, at every token of sequences that are the data's targets, fresh samples of the teacher (`--sequences`) or, with
-probability `--lmbda`, samples of the student; mixed with the cross-entropy of the targets by `--alpha`. The methods of
-the literature are settings of these: see recipes/configs/methods/kd/, one file per method with its paper. Where this
-differs from the papers stands on `KDTrainer`.
+vocabulary, at every token of sequences that are the data's targets, fresh samples of the teacher (`--sequences`) or,
+with probability `--lmbda`, samples of the student; mixed with the cross-entropy of the targets by `--alpha`. The
+methods of the literature are settings of these: see recipes/configs/methods/kd/, one file per method with its paper.
+Where this differs from the papers stands on `KDTrainer`.
 """
 
 from pathlib import Path
 
 from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
@@ -26,6 +27,7 @@ def main() -> None:
         KDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False
     )
     inputs = recipe_steps.check_inputs(settings)
+    check_targets(inputs.train, settings.args)
 
     # Build.
     from rlkd_trl import KDTrainer

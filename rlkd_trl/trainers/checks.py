@@ -7,6 +7,7 @@ from datasets import Dataset
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.trainers.config import OnPolicyConfig
+from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
 def check_prompts(dataset: Dataset, args: OnPolicyConfig) -> None:
@@ -22,6 +23,21 @@ def check_prompts(dataset: Dataset, args: OnPolicyConfig) -> None:
             f"steps_per_generation {args.steps_per_generation} × {args.world_size} processes / num_generations "
             f"{args.num_generations}), but the data has {len(dataset)}."
         )
+
+
+def check_targets(dataset: Dataset, args: KDConfig) -> None:
+    """Raises `InputError` if sequences come from the data and a row has no `references` to learn from."""
+    if args.sequences != "data" or args.lmbda == 1:
+        return
+    rows = dataset["references"] if "references" in dataset.column_names else [[]]
+    for i, references in enumerate(rows):
+        if isinstance(references, str):
+            raise InputError(f"Row {i + 1}: `references` is a text, not a list of texts: put it into a list.")
+        if not references:
+            raise InputError(
+                f"Distillation on data needs targets, but row {i + 1} has none: name their column with "
+                "--target_column (a column `references` of lists of texts), set sequences to 'teacher', or lmbda to 1."
+            )
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:

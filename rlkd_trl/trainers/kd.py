@@ -5,13 +5,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlkd_trl.errors import InputError
 from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
 from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES, sliced_divergence
 from rlkd_trl.ops.masking import completion_mask
 from rlkd_trl.students import Policy
+from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 from rlkd_trl.trainers.rollout import Rollout
@@ -40,8 +40,7 @@ class KDTrainer(FullVocabularyTrainer):
     args: KDConfig
 
     def __init__(self, model, teacher, args: KDConfig, train_dataset, *positional, **kwargs):
-        if args.sequences == "data" and args.lmbda < 1:
-            check_targets(train_dataset)
+        check_targets(train_dataset, args)
         super().__init__(model, teacher, args, train_dataset, *positional, **kwargs)
         self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
 
@@ -60,9 +59,8 @@ class KDTrainer(FullVocabularyTrainer):
             else:
                 completions = self._sample(self.policy, *prompt_PS)
         rollout = self._rollout_of(prompt_PS, completions)
-        if source == "data":  # a token that the student may never produce, e.g. <unk>, is nothing to learn
-            may_be_sampled_BT = ~self.policy.forbidden_V[rollout.completion_ids_BT]
-            rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & may_be_sampled_BT)
+        if source == "data":
+            rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))
         with timer.phase("score"):
             if args.alpha > 0:
                 rollout = self._with_teacher_states(rollout, rows)
@@ -87,6 +85,14 @@ class KDTrainer(FullVocabularyTrainer):
         mask_BT, ended_B = completion_mask(ids_BT, self.policy.eos_ids)
         mask_BT = mask_BT & (ids_BT >= 0)
         return Completions(torch.where(mask_BT, ids_BT, self.policy.pad_id), mask_BT, ended_B)
+
+    def _to_learn(self, ids_BT: Tensor) -> Tensor:
+        """False on what a target has and the student should not say: ids that are never sampled, and <unk>."""
+        unknown = self.processing_class.unk_token_id
+        to_learn_BT = ~self.policy.forbidden_V[ids_BT]
+        if unknown is None or unknown in self.policy.eos_ids:  # GPT-2 has one token for both
+            return to_learn_BT
+        return to_learn_BT & (ids_BT != unknown)
 
     def _teacher_samples(self, rows: list[dict]) -> Completions:
         number = self._rollout_number % len(self.panel.scorers)
@@ -113,15 +119,3 @@ class KDTrainer(FullVocabularyTrainer):
             forbidden_V=self.policy.forbidden_V,
         )
         return model(**batch.policy_inputs(), loss_of_states=loss_of_states)
-
-
-def check_targets(dataset) -> None:
-    """Raises `InputError` unless every row has `references` to learn from."""
-    if "references" not in dataset.column_names:
-        raise InputError(
-            "Distillation on data needs targets: name their column with --target_column (a column `references` of "
-            "lists of texts), or take sequences from the 'teacher', or lmbda 1."
-        )
-    for i, references in enumerate(dataset["references"]):
-        if not references:
-            raise InputError(f"Row {i} has no target: distillation on data needs one for every input.")
