@@ -14,7 +14,7 @@ import pytest
 from rlkd_trl import cli
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
+RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
 
 COLUMNS = "--source_column mr --target_column ref"
 TWO_STEPS = (
@@ -29,7 +29,10 @@ METHODS = {
     "rloo-sequence": "rloo_kd --level sequence",
     "rloo-token": "rloo_kd --level token",
     "reinforce": "reinforce_kd",
+    "kd": "kd --divergence jsd --lmbda 0.5",
+    "all-actions": "all_actions_kd",
 }
+REWARDED_METHODS = [name for name in METHODS if name not in ("kd", "all-actions")]
 
 
 def main_of(recipe: str) -> Callable[[], None]:

@@ -7,9 +7,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.conftest import word_tokenizer
-from tests.recipes.command_lines import COLUMNS, RECIPES, SAMPLING, TWO_STEPS, main_of, run, word_rows, write_csv
+from tests.recipes.command_lines import COLUMNS, RECIPES, ROOT, SAMPLING, TWO_STEPS, main_of, run, word_rows, write_csv
 from tests.recipes.command_lines import write_templates as templates
 
+PRESETS = ROOT / "recipes" / "configs" / "methods"
 # Commands with nothing wrong in them; a case below adds to one of them, and the last flag of a name counts.
 DATA = f"--dataset data.csv {COLUMNS}"
 GOOD = {
@@ -19,13 +20,18 @@ GOOD = {
     "ppo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "rloo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "reinforce_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
+    "kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
+    "all_actions_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "evaluate": f"--teacher teacher --student student {DATA} --output_dir out",
 }
 ALL = tuple(GOOD)
 ON_POLICY = ("ppo_kd", "rloo_kd", "reinforce_kd")
-ASKED = ("pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")  # the recipes that ask a teacher
-REWARDED = ("ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
-TRAINED = ("sft", "ppo_kd", "rloo_kd", "reinforce_kd")
+REWARDED = (*ON_POLICY, "evaluate")
+DISTILLED = (*ON_POLICY, "kd", "all_actions_kd")
+COMPARED = (*DISTILLED, "evaluate")  # the recipes with a teacher and a student
+ASKED = ("pseudo_label", *COMPARED)
+TRAINED = ("sft", *DISTILLED)
+UNLABELLED = f"--teacher teacher --student student --dataset data.csv --source_column mr {TWO_STEPS} --output_dir out"
 
 # (recipes, what is wrong, a part of the message)
 DATA_CASES = [
@@ -42,9 +48,10 @@ DATA_CASES = [
     (ALL, "--dataset no_target.csv", "Row 3: column `ref` is empty"),
     (ALL, "--dataset numbers.csv", "column `ref` holds 0 (int), not text"),
     (ALL, "--max_rows 0", "max_rows"),
-    (ON_POLICY, "--eval_dataset nowhere.csv", "nowhere.csv does not exist"),
-    (ON_POLICY, "--max_rows 5", "5 distinct inputs are too few to hold some out: give --eval_dataset."),
-    (ON_POLICY, "--per_device_train_batch_size 80", "A rollout takes 40 prompts"),
+    (DISTILLED, "--eval_dataset nowhere.csv", "nowhere.csv does not exist"),
+    (DISTILLED, "--max_rows 5", "5 distinct inputs are too few to hold some out: give --eval_dataset."),
+    (DISTILLED, "--per_device_train_batch_size 80", "A rollout takes 40 prompts"),
+    (DISTILLED, "--eval_target_column ref", "--eval_target_column names a column of --eval_dataset: give that too"),
 ]
 PROMPT_CASES = [
     (ALL, "--templates nowhere.yaml", "no prompt template file nowhere.yaml"),
@@ -66,12 +73,12 @@ MODEL_CASES = [
     (ASKED, "--teacher ./nowhere", "nowhere` is not a directory"),
     (ASKED, "--teacher files", "is a directory without config.json"),
     (ASKED, "--teacher without_tokenizer", "holds no tokenizer"),
-    (REWARDED, "--teacher teacher ./nowhere", "nowhere` is not a directory"),
-    (REWARDED, "--student ./nowhere", "nowhere` is not a directory"),
-    (REWARDED, "--teacher other_tokenizer", "Teacher and student have different tokenizers (30 and 29 tokens"),
-    (REWARDED, "--teacher other_eos", "EOS is 5 for the teacher, 1 for the student"),
+    (COMPARED, "--teacher teacher ./nowhere", "nowhere` is not a directory"),
+    (COMPARED, "--student ./nowhere", "nowhere` is not a directory"),
+    (COMPARED, "--teacher other_tokenizer", "Teacher and student have different tokenizers (30 and 29 tokens"),
+    (COMPARED, "--teacher other_eos", "EOS is 5 for the teacher, 1 for the student"),
     (ASKED, "--teacher_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
-    (("sft", *REWARDED), "--student_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
+    (("sft", *COMPARED), "--student_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
     (("sft",), "--student ./nowhere", "nowhere` is not a directory"),
     (("sft (new model)",), "--architecture gpt", "Unknown architecture 'gpt'; choose one of: t5, llama"),
     (("sft (new model)",), "--d_model 30 --num_heads 4", "d_model 30 is not divisible by num_heads 4"),
@@ -97,8 +104,8 @@ SETTING_CASES = [
     (("rloo_kd",), "--level word", "level = 'word': choose 'sequence' or 'token'"),
     (("ppo_kd",), "--critic none", "critic = 'none': choose 'shared' or 'separate'"),
     (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
-    (ON_POLICY, "--num_generations 3", "8 completions per device"),
-    (("ppo_kd", "rloo_kd"), "--top_k 5", "top_k=5"),
+    (DISTILLED, "--num_generations 3", "8 completions per device"),
+    (("ppo_kd", "rloo_kd", "kd", "all_actions_kd"), "--top_k 5", "top_k=5"),
     (("reinforce_kd",), "--top_k 1", "top_k = 1: 0 samples from all tokens"),
     (("reinforce_kd",), "--top_k -3", "top_k = -3"),
     (("reinforce_kd",), "--top_k 5 --beta 0.1", "beta = 0.1 goes with neither top_k nor behaviour_sync_steps"),
@@ -113,10 +120,27 @@ SETTING_CASES = [
     (("reinforce_kd",), "--ratio_cap 0.5", "ratio_cap = 0.5 is out of range"),
     (("reinforce_kd",), "--normalize_advantages True --return_denom 9", "normalize_advantages undoes return_denom"),
     (("reinforce_kd",), "--epsilon 0.1", "unknown flag --epsilon"),
-    (ON_POLICY, "--top_p 0.9", "top_p=0.9"),
+    (("kd",), "--divergence hellinger", "divergence = 'hellinger': choose one of forward_kl, reverse_kl"),
+    (("kd",), "--divergence jsd --beta 1.5", "beta = 1.5 is out of range"),
+    (
+        ("kd",),
+        "--divergence reverse_kl --beta 0.5",
+        "beta = 0.5 is a setting of divergence 'jsd', not of 'reverse_kl'",
+    ),
+    (("kd",), "--divergence jsd --skew 0.1", "skew = 0.1 is a setting of the skewed KLs, not of 'jsd'"),
+    (("kd",), "--alpha 0.5 --lmbda 0.5", "lmbda = 0.5 with alpha = 0.5: the student's own samples"),
+    (("kd",), f"--config {PRESETS}/kd/seq_kd.yaml --lmbda 0.5", "lmbda = 0.5 with alpha = 0.0"),
+    (("kd",), "--sequences student", "sequences = 'student': choose one of data, teacher"),
+    (("kd", "all_actions_kd"), "--ensemble median", "ensemble = 'median': choose one of probabilities, logits"),
+    (("kd", "all_actions_kd"), "--reward length", "unknown flag --reward"),
+    (("all_actions_kd",), "--signal kindness", "signal = 'kindness': choose one of log_ratio, teacher_forcing"),
+    (("all_actions_kd",), "--value mean", "value = 'mean': choose one of max, expected, soft"),
+    (("all_actions_kd",), "--num_generations 1", "num_generations = 1: leave-one-out compares"),
+    (("all_actions_kd",), "--future_weight -1", "future_weight = -1.0 is out of range"),
+    (DISTILLED, "--top_p 0.9", "top_p=0.9"),
     (ON_POLICY, "--kl_target 3", "kl_target"),
-    (ON_POLICY, "--temperature 0", "temperature = 0.0 is out of range"),
-    (ON_POLICY, "--remove_unused_columns True", "remove_unused_columns must stay False"),
+    (DISTILLED, "--temperature 0", "temperature = 0.0 is out of range"),
+    (DISTILLED, "--remove_unused_columns True", "remove_unused_columns must stay False"),
     (TRAINED, "--fp16 True --bf16 True", "bf16"),
     (TRAINED, "--load_best_model_at_end True --eval_strategy steps --save_strategy no", "load_best_model_at_end"),
     (("evaluate",), "--sample --temperature 0", "temperature"),
@@ -124,7 +148,7 @@ SETTING_CASES = [
     (("pseudo_label",), "--interpolate", "it needs --strategy beam and --target_column with the references"),
     (("pseudo_label",), "--interpolate --strategy sample", "it needs --strategy beam and --target_column"),
     (("pseudo_label", "evaluate"), "--batch_size 0", "batch_size"),
-    (("pseudo_label", "evaluate", "sft", *ON_POLICY), "--max_completion_length 0", "max_completion_length"),
+    (("pseudo_label", "evaluate", *TRAINED), "--max_completion_length 0", "max_completion_length"),
 ]
 PARSER_CASES = [
     (ALL, "--sorce_column mr", "unknown flag --sorce_column; did you mean --source_column"),
@@ -267,10 +291,19 @@ def test_one_line_and_exit_code_2(recipe, flags, message, workplace, capsys):
         (f"ppo_kd {DATA} --student student {TWO_STEPS} {SAMPLING}", "--teacher missing"),
         (f"rloo_kd {DATA} --teacher teacher {TWO_STEPS} {SAMPLING}", "--student missing"),
         (f"rloo_kd --teacher teacher --student student {TWO_STEPS} {SAMPLING}", "--dataset missing"),
+        (f"all_actions_kd {DATA} --student student {TWO_STEPS} {SAMPLING}", "--teacher missing"),
+        (f"kd {UNLABELLED}", "Distillation on data needs targets, but row 1 has none: name their column"),
+        (f"kd {UNLABELLED} --config {PRESETS}/kd/gkd.yaml", "but row 1 has none: name their column"),
     ],
 )
 def test_something_is_missing(command, message, workplace, capsys):
     check_refusal(command, message, workplace, capsys)
+
+
+@pytest.mark.parametrize("settings", ["--lmbda 1", "--sequences teacher"])
+def test_without_data_sequences_no_targets_are_needed(settings, workplace):
+    with pytest.raises(ModelMade):
+        run(f"kd {UNLABELLED} {settings}")
 
 
 def test_every_recipe_is_in_the_table():

@@ -1,4 +1,4 @@
-"""recipes/ppo_kd.py, rloo_kd.py and reinforce_kd.py: what a run leaves behind, for every family of models."""
+"""The distillation recipes: what a run leaves behind, for every family of models."""
 
 import json
 import math
@@ -33,6 +33,8 @@ TITLES = {
     "rloo-sequence": "RLOO, sequence level",
     "rloo-token": "RLOO, token level",
     "reinforce": "REINFORCE",
+    "kd": "distillation on divergences",
+    "all-actions": "all-actions policy gradient",
 }
 
 
@@ -128,7 +130,8 @@ def test_report(finished):
     assert f"{after['teacher_nll_per_token']:.4f}" in report
     for setting in (str(finished.pair.teacher), '"max_completion_length": 6', '"num_generations": 2'):
         assert setting.replace('"', "&quot;") in report
-    assert "teacher_nll</" in report, "the curves"
+    curve = {"kd": "divergence", "all-actions": "immediate"}.get(finished.method, "teacher_nll")
+    assert f"{curve}</" in report, "the curves"
 
 
 def test_two_steps_were_made_and_the_last_was_saved(finished):
@@ -137,6 +140,17 @@ def test_two_steps_were_made_and_the_last_was_saved(finished):
     last = finished.auto_class.from_pretrained(finished.output_dir / "checkpoint-2")
     final = finished.auto_class.from_pretrained(finished.output_dir)
     assert_same_weights(last.state_dict(), final.state_dict())
+
+
+def test_cost(finished):
+    """Tokens as they were logged: eight completions a step."""
+    cost = json.loads((finished.output_dir / "cost.json").read_text())
+    assert list(cost) == ["optimizer_steps", "generated_tokens", "cpu_seconds", "wall_seconds"]
+    state = json.loads((finished.output_dir / "checkpoint-2" / "trainer_state.json").read_text())
+    lengths = [e["completions/mean_length"] for e in state["log_history"] if "completions/mean_length" in e]
+    assert cost["optimizer_steps"] == len(lengths) == 2
+    assert cost["generated_tokens"] == round(8 * sum(lengths))
+    assert 0 < cost["cpu_seconds"] < 60 and 0 < cost["wall_seconds"] < 600
 
 
 @pytest.mark.parametrize(
@@ -185,7 +199,7 @@ def test_a_separate_critic_stays_out_of_the_student_too(checkpoints, train_csv, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd"])
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "kd", "all_actions_kd"])
 def test_two_equal_teachers_are_one(recipe, checkpoints, train_csv, test_csv, tmp_path):
     pair = checkpoints["t5-untied"]
     for name, teachers in (("one", f"{pair.teacher}"), ("two", f"{pair.teacher} {pair.teacher}")):

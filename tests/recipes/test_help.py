@@ -20,10 +20,11 @@ TRAINING = (
     "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "
     "per_device_train_batch_size gradient_accumulation_steps bf16 logging_steps save_steps save_strategy report_to"
 )
-ON_POLICY = (
-    "num_generations max_prompt_length max_completion_length temperature top_k reward_weights gamma beta kl_target "
-    "missing_eos_penalty mask_truncated_completions num_iterations entropy_coef early_stop_kl"
+ROLLOUTS = (
+    "num_generations max_prompt_length max_completion_length temperature mask_truncated_completions num_iterations "
+    "max_generated_tokens max_cpu_seconds"
 )
+ON_POLICY = f"{ROLLOUTS} top_k reward_weights gamma beta kl_target missing_eos_penalty entropy_coef early_stop_kl"
 USUAL = "Training (the usual fields of transformers.TrainingArguments)"
 
 # Recipe -> part of a group's heading -> flags that belong there.
@@ -74,6 +75,26 @@ GROUPS = {
         "Reward": REWARD,
         "Run": "resume",
         "REINFORCE as in LLMR": f"{ON_POLICY} baseline behaviour_sync_steps ratio_cap return_denom reward_clip",
+        USUAL: TRAINING,
+    },
+    "kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Run": "resume",
+        "Distillation by a divergence": f"{ROLLOUTS} ensemble divergence beta skew alpha sequences lmbda",
+        USUAL: TRAINING,
+    },
+    "all_actions_kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Run": "resume",
+        "policy gradient": f"{ROLLOUTS} ensemble signal value future_weight length_normalization baseline epsilon",
         USUAL: TRAINING,
     },
     "evaluate": {
@@ -145,7 +166,7 @@ def test_it_begins_with_what_the_recipe_does_and_a_command_to_run_it(recipe, cap
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd", "reinforce_kd"])
+@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"])
 def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
     assert "--adam_beta1" not in help_of(recipe, capsys)
     full = help_of(recipe, capsys, "--help_all")

@@ -7,18 +7,24 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
-from tests.recipes.command_lines import ROOT, parsed
+from tests.recipes.command_lines import COLUMNS, ROOT, TWO_STEPS, parsed, run
+from tests.trainers.tiny_runs import largest_difference
 
 PRESETS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+METHOD_PRESETS = sorted((ROOT / "recipes" / "configs" / "methods").glob("*/*.yaml"))
 LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+of_all = pytest.mark.parametrize("preset", [*PRESETS, *METHOD_PRESETS], ids=lambda path: path.stem)
 
 
 def recipes_of(preset: Path) -> list[str]:
-    """The recipes whose docstring or constants name the preset, and those that its own comment names."""
+    """Those whose docstring or constants name the preset or that its own comment names; a method's is its folder."""
+    if preset in METHOD_PRESETS:
+        return [preset.parent.name]
     named = re.findall(r"recipes/(\w+)\.py", "\n".join(re.findall("^#.*$", preset.read_text(), re.MULTILINE)))
     for recipe in sorted((ROOT / "recipes").glob("*.py")):
         if preset.name in recipe.read_text():
@@ -27,12 +33,12 @@ def recipes_of(preset: Path) -> list[str]:
 
 
 def test_there_are_presets_to_test():
-    assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3
+    assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3 and len(METHOD_PRESETS) >= 18
     assert recipes_of(ROOT / "recipes/configs/demo_ppo.yaml") == ["ppo_kd"]
     assert recipes_of(ROOT / "recipes/configs/t0_3b_t5_base_dailydialog.yaml") == ["ppo_kd", "rloo_kd"]
 
 
-@by_name
+@of_all
 def test_every_value_of_a_preset_arrives(preset):
     assert recipes_of(preset)
     for recipe in recipes_of(preset):
@@ -41,7 +47,35 @@ def test_every_value_of_a_preset_arrives(preset):
             assert settings[key] == value, key
 
 
-@by_name
+# What a demo's preset sets beside the method: sizes, and REINFORCE's cap, which no preset could take back.
+OF_THE_DEMO = {"output_dir", "templates", "template_names", "max_steps", "learning_rate", "warmup_steps", "seed"}
+OF_THE_DEMO |= {"per_device_train_batch_size", "per_device_eval_batch_size", "num_generations", "ratio_cap"}
+OF_THE_DEMO |= {"max_completion_length", "logging_steps", "save_strategy"}
+
+
+@pytest.mark.parametrize("preset", METHOD_PRESETS, ids=lambda path: path.stem)
+def test_a_method_is_the_same_on_the_demo(preset):
+    """Without a teacher, the demo's preset stands under the method's: what they both decide, the method must say."""
+    demo = ROOT / "recipes" / "configs" / f"demo_{preset.parent.name.removesuffix('_kd')}.yaml"
+    method = yaml.safe_load(preset.read_text())
+    unsaid = yaml.safe_load(demo.read_text()).keys() - OF_THE_DEMO - method.keys()
+    assert unsaid <= ({"divergence"} if method.get("alpha") == 0 else set())  # of no share there
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(p, id=p.stem, marks=() if p.stem == "hinton" else pytest.mark.slow) for p in METHOD_PRESETS],
+)
+def test_every_method_runs_two_steps(preset, checkpoints, train_csv, tmp_path):
+    pair = checkpoints["t5-tied"]
+    models = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS}"
+    command = f"{preset.parent.name} --config {preset} {models} {TWO_STEPS}"
+    assert run(f"{command} --max_completion_length 6 --output_dir {tmp_path}") == 0
+    start, after = (load_file(directory / "model.safetensors") for directory in (pair.student, tmp_path))
+    assert largest_difference(after, start) > 1e-3, "nothing was learnt"
+
+
+@of_all
 def test_a_misspelt_key_of_a_preset_fails(preset, tmp_path):
     for line in preset.read_text().splitlines():
         if not re.match(r"\w+:", line):

@@ -12,6 +12,7 @@ from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.recipes.command_lines import (
     COLUMNS,
     METHODS,
+    REWARDED_METHODS,
     SAMPLING,
     TWO_STEPS,
     metrics_of,
@@ -65,7 +66,7 @@ def test_a_preset_may_hold_the_whole_run(checkpoints, train_csv, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-5").exists()
 
 
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd"])
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"])
 def test_without_a_teacher_the_demos_preset_gives_the_defaults(recipe, tmp_path):
     demo = parsed(f"{recipe} --max_steps 3")
     assert (demo["templates"], demo["max_steps"]) == ("builtin:data_to_text", 3)
@@ -204,7 +205,7 @@ def own_rewards(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REWARDED_METHODS)
 def test_own_rewards_of_both_protocols(method, own_rewards, checkpoints, train_csv, test_csv, tmp_path):
     pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"
     rewards = f"--reward {own_rewards}:words teacher_forcing {own_rewards}:every_token --reward_weights 1 0 0.5"
@@ -221,7 +222,7 @@ def test_own_rewards_of_both_protocols(method, own_rewards, checkpoints, train_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REWARDED_METHODS)
 def test_what_the_reward_is_decides_what_is_learnt(method, own_rewards, checkpoints, train_csv, tmp_path):
     pair, weights = checkpoints["t5-tied"], set()
     for name, reward in (

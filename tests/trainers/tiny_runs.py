@@ -9,6 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from rlkd_trl import (
+    AllActionsKDConfig,
+    AllActionsKDTrainer,
+    KDConfig,
+    KDTrainer,
     PPOKDConfig,
     PPOKDTrainer,
     ReinforceKDConfig,
@@ -21,12 +25,17 @@ from rlkd_trl.models.generation import Completions
 from rlkd_trl.trainers.rollout import Rollout
 from tests.conftest import EOS, MODELS, PAD, word_tokenizer
 
-# The ways to train, as (trainer, config, arguments of the config).
+# The ways to train on rewards, as (trainer, config, arguments of the config).
 METHODS = {
     "ppo": (PPOKDTrainer, PPOKDConfig, {}),
     "rloo-sequence": (RLOOKDTrainer, RLOOKDConfig, {"level": "sequence"}),
     "rloo-token": (RLOOKDTrainer, RLOOKDConfig, {"level": "token"}),
     "reinforce": (ReinforceKDTrainer, ReinforceKDConfig, {"baseline": "none"}),
+}
+# Those that read the teacher's whole distribution, on samples of the student unless a test says otherwise.
+FULL_VOCABULARY_METHODS = {
+    "kd": (KDTrainer, KDConfig, {"divergence": "jsd", "lmbda": 1.0}),
+    "all-actions": (AllActionsKDTrainer, AllActionsKDConfig, {}),
 }
 
 
@@ -35,6 +44,20 @@ def prompts(count: int, seed: int = 0) -> Dataset:
     generator = random.Random(seed)
     texts = [" ".join(f"w{generator.randint(3, 26)}" for _ in range(generator.randint(1, 6))) for _ in range(count)]
     return Dataset.from_list([{"prompt": text} for text in texts])
+
+
+def pairs(count: int, seed: int = 0) -> Dataset:
+    """`prompts` with one to three references each, of one to eight words, every tenth of them unknown."""
+    generator = random.Random(seed + 1)
+
+    def word() -> str:
+        return "unheard" if generator.random() < 0.1 else f"w{generator.randint(3, 26)}"
+
+    def text() -> str:
+        return " ".join(word() for _ in range(generator.randint(1, 8)))
+
+    references = [[text() for _ in range(generator.randint(1, 3))] for _ in range(count)]
+    return prompts(count, seed).add_column("references", references)
 
 
 def teacher_reward(family: str = "t5-tied", **kwargs) -> TeacherForcingReward:
@@ -81,8 +104,12 @@ def build(
     eval_data: Dataset | None = None,
     **settings,
 ):
-    """A trainer on tiny models, eight completions of four prompts a step unless `settings` say otherwise."""
-    trainer_class, config_class, arguments = METHODS[method]
+    """A trainer on tiny models, eight completions of four prompts a step unless `settings` say otherwise.
+
+    The methods without a reward take the teachers of `reward`.
+    """
+    trainer_class, config_class, arguments = {**METHODS, **FULL_VOCABULARY_METHODS}[method]
+    reward = teacher_reward(family) if reward is None else reward
     settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
@@ -99,7 +126,7 @@ def build(
     }
     trainer = trainer_class(
         MODELS[family]() if model is None else model,
-        teacher_reward(family) if reward is None else reward,
+        reward.panel if method in FULL_VOCABULARY_METHODS else reward,
         config_class(**settings),
         prompts(32) if data is None else data,
         eval_dataset=eval_data,
