@@ -30,7 +30,9 @@ class DataArguments:
             "help": "Column with the reference text or texts: targets of sft, of kd and --interpolate; metrics."
         },
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Use only this many distinct inputs."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Use only so many distinct inputs (sft.py: so many rows)."}
+    )
 
     def __post_init__(self):
         _check_ranges(self, max_rows=self.max_rows is None or self.max_rows >= 1)

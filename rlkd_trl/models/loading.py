@@ -124,4 +124,5 @@ def _from_pretrained(auto_class, name_or_path: str, what: str, **kwargs):
     except _LOADING_ERRORS as error:
         # In one line: what to do (a token, access, a connection) often stands in the second.
         reason = textwrap.shorten(str(error), 500) or type(error).__name__
-        raise InputError(f"Could not load the {what} of {name_or_path!r}: {reason}") from error
+        where = "" if Path(name_or_path).is_dir() else " (no directory here, so taken for a Hub id)"
+        raise InputError(f"Could not load the {what} of {name_or_path!r}{where}: {reason}") from error
