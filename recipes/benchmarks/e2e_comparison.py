@@ -5,7 +5,7 @@ r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm sta
 
 Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
 before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
-methods ask the teacher through one of its two templates. The step counts, the two learning rates and these cuts are
+methods ask the teacher through one of its two templates. The step counts, the learning rates and these cuts are
 what an hour on two cores allows. Methods that learn from data get the teacher's greedy
 answers to the training inputs; no method sees a human reference. `recipes/compare.py` does the rest; a run that breaks
 off is taken up again where it was. Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
@@ -23,7 +23,7 @@ from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_
 
 VALIDATION_INPUTS, TEST_INPUTS = 100, 200
 METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup ketchup_k8".split()
-METHODS += "rloo_sequence rloo_token ppo all_actions all_actions_w1 all_actions_discount".split()
+METHODS += "rloo_sequence rloo_token ppo minillm all_actions all_actions_w1 all_actions_discount".split()
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--max_steps", nargs="+", default=["50", "150"])
-    parser.add_argument("--learning_rates", nargs="+", default=["5e-4", "2e-3"])
+    parser.add_argument("--learning_rates", nargs="+", default=["1e-4", "5e-4", "2e-3", "5e-3"])
     parser.add_argument("--jobs", default="1")
     args = parser.parse_args()
 
