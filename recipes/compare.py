@@ -44,7 +44,8 @@ CONFIGS = {
 }
 INTRODUCTION = """{rows} test inputs; teacher {teacher}, warm start {student}. Mean over seeds ± half-width of its 95 %
 interval (Student's t). The reward is the teacher-forcing reward (V = max, γ = 1) in every line, whatever a method was
-trained on. The teacher is asked through its first template."""
+trained on. The teacher is asked through its first template. Tokens that a method reads from data count as generated;
+making pseudo-labels is charged to no method."""
 
 
 def tested(grid: Grid, budget: str, method: Method, rate: float | None, examiner: Examiner) -> Entry:

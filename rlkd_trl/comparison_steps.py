@@ -209,13 +209,24 @@ def load_test_rows(
     templates: PromptTemplates | None,
     test: MeasurementArguments,
 ) -> list[dict]:
-    """The test rows, once all data sets are found to be good. Raises `InputError`."""
-    load_prompts(data, prompts, templates)
+    """The test rows, once all data sets are found to be good.
+
+    Raises:
+        InputError: One of them is not, or test inputs are among those of training or validation.
+    """
+    seen = {"--dataset": load_prompts(data, prompts, templates)}
     if test.validation_dataset is not None:
         held_out = HeldOutArguments(test.validation_dataset, test.validation_split, test.eval_target_column)
-        load_prompts(data, prompts, templates, held_out)
+        seen["--validation_dataset"] = load_prompts(data, prompts, templates, held_out)
     held_out = HeldOutArguments(test.test_dataset, test.test_split, test.eval_target_column)
-    return list(load_prompts(dataclasses.replace(data, max_rows=None), prompts, templates, held_out))
+    rows = load_prompts(data, prompts, templates, held_out)
+    for flag, others in seen.items():
+        if common := set(rows["source"]).intersection(others["source"]):
+            raise InputError(
+                f"{len(common)} test inputs are in {flag} too, e.g. {min(common)!r}: test on inputs that nothing was "
+                "trained or chosen on."
+            )
+    return list(rows)
 
 
 def use_demo(

@@ -60,7 +60,7 @@ def load_prompts(
             target_column = held_out.eval_target_column
         require_columns(rows, source_column=source_column, target_column=target_column)
     grouped = group_by_source(rows, source_column, target_column)
-    if data.max_rows is not None:
+    if data.max_rows is not None and held_out is None:
         grouped = grouped.select(range(min(data.max_rows, len(grouped))))
     if source_column != "source":
         if "source" in grouped.column_names:

@@ -11,9 +11,11 @@ gradient of its loss. With g_r the gradient of rollout r, flattened, and ḡ the
 - signal: ‖ḡ‖² − variance / R, an unbiased estimate of ‖E g‖²;
 - noise to signal: variance / signal. Two methods with different losses can be compared in this only.
 
-`rloo_sequence, log ratio` and `all actions, w = 1` have the same expectation, the gradient of the sequences' reverse
-KL, so their variances compare directly once both are per token: RLOO divides by the number of sequences, and its
-gradient is multiplied here by sequences / tokens. Writes `gradient_variance.json` and `.md` to `--results_dir`.
+`RLOO, sequence, log ratio` and `all actions, w = 1` estimate the gradient of the sequences' reverse KL, so their
+variances compare directly. For this every loss is taken as a sum over tokens divided by the number of sequences,
+where trainers of token-level methods divide by the sampled number of tokens. One difference is left: RLOO's log p is
+over all ids, that of all actions over those that the student may sample. Writes `gradient_variance.json` and `.md` to
+`--results_dir`.
 """
 
 import json
@@ -66,7 +68,7 @@ class VarianceArguments:
 
 
 def gradients(trainer, rows: list[dict], num_rollouts: int):
-    """The flattened gradient of each rollout's loss, `[R, parameters]`, per token of the rollout."""
+    """The flattened gradient of each rollout's loss, `[R, parameters]`, per sequence of the rollout."""
     import torch
 
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
@@ -74,10 +76,8 @@ def gradients(trainer, rows: list[dict], num_rollouts: int):
     for number in range(num_rollouts):
         trainer.rollout_state.micro_step = number  # another rollout, with random numbers of its own
         rollout = trainer.make_rollout(rows)
-        tokens, sequences = rollout.loss_mask_BT.sum(), len(rollout.loss_mask_BT)
-        loss, _ = trainer.micro_batch_loss(trainer.model, rollout, tokens=tokens, sequences=sequences)
-        if getattr(trainer.args, "level", None) == "sequence":
-            loss = loss * sequences / tokens
+        sequences = torch.tensor(float(len(rollout.loss_mask_BT)))
+        loss, _ = trainer.micro_batch_loss(trainer.model, rollout, tokens=sequences, sequences=sequences)
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return torch.stack(found)
 
@@ -151,7 +151,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "gradient_variance.json").write_text(json.dumps(per_method, indent=2) + "\n", encoding="utf-8")
     asked = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
-    text = f"Gradients per token at the warm start, {asked}; {data.dataset or 'the embedded demo'}.\n\n"
+    text = f"Gradients per sequence at the warm start, {asked}; {data.dataset or 'the embedded demo'}.\n\n"
     text += table(per_method) + "\n"
     (results / "gradient_variance.md").write_text(text, encoding="utf-8")
     print(text)

@@ -43,8 +43,8 @@ def budget_section(budget: str, rows: Sequence[dict], *, baseline: str, num_samp
         "### Greedy outputs",
         _interval_table(rows, [("greedy", GREEDY), ("retention", RETENTION)], with_learning_rate=True),
         f"### Difference from {baseline}",
-        "In brackets the 95 % interval of a paired bootstrap over test inputs; bold where it leaves out 0. Not "
-        "corrected for the number of comparisons.",
+        "In brackets the 95 % interval of a paired bootstrap over test inputs, given these runs: seeds are not "
+        "resampled. Bold where it leaves out 0. Not corrected for the number of comparisons.",
         _difference_table([row for row in rows if row["model"] != baseline]),
         f"### Sampled outputs, {num_samples} of each input at temperature 1",
         _interval_table(rows, [("sampled", SAMPLED)]),
@@ -65,9 +65,20 @@ def learning_rate_section(search: Mapping) -> str:
     better = "lower" if search["lower_is_better"] else "higher"
     introduction = (
         f"{search['select_on']} on the validation inputs ({better} is better), seed {search['seed']}, "
-        f"{search['budget']}. The chosen rate, in bold, serves every budget and seed."
+        f"{search['budget']}. The chosen rate, in bold, serves every budget and seed, this one included. "
+        f"{_at_the_edge(search['chosen'], rates)}"
     )
     return f"## Learning rates\n\n{introduction}\n\n{_table(['method', *(f'{rate:g}' for rate in rates)], lines)}"
+
+
+def _at_the_edge(chosen: Mapping[str, float | None], rates: Sequence[float]) -> str:
+    """Which choices the grid does not bracket, in a sentence."""
+    found = []
+    for edge, rate in (("lowest", rates[0]), ("highest", rates[-1])):
+        names = [method for method, choice in chosen.items() if choice == rate]
+        if names:
+            found.append(f"{', '.join(names)} at the {edge}")
+    return f"Not bracketed by the grid: {'; '.join(found)} rate." if found else "The grid brackets every choice."
 
 
 def failure_section(failures: Mapping[str, str]) -> str:

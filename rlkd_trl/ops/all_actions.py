@@ -20,7 +20,8 @@ JSD's β = 1 on student samples, and all of it is the reverse KL of whole sequen
 single-step decomposition) splits the gradient of the latter in the same way; there F_t is divided by the number of
 tokens that it sums over, has no baseline, and samples come from a mixture with the teacher. Between the two ends
 stands a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ
-inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J.
+inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J,
+as a sum over sequences; dividing it by the sampled number of tokens, as the trainer does, gives the bias of a ratio.
 """
 
 import math
@@ -109,13 +110,14 @@ def teacher_forcing_signal(
     total, signal_NV = sum(weights_K), 0.0
     for logits_NV, weight in zip(teacher_logits_KNV, weights_K, strict=True):
         z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        z_NV = z_NV - z_NV.amax(dim=-1, keepdim=True)  # a common offset cancels, but for rounding
         if value == "max":
-            value_N1 = z_NV.amax(dim=-1, keepdim=True)
+            value_N1 = torch.zeros_like(z_NV[:, :1])
         elif value == "expected":
             value_N1 = (z_NV.softmax(dim=-1) * z_NV).sum(dim=-1, keepdim=True)
         else:
             value_N1 = z_NV.logsumexp(dim=-1, keepdim=True)
-        signal_NV = signal_NV + weight / total * (z_NV - value_N1)[:, :V]  # centring cancels
+        signal_NV = signal_NV + weight / total * (z_NV - value_N1)[:, :V]
     return signal_NV
 
 
@@ -193,7 +195,8 @@ def sliced_all_actions_loss(
     mean_weight = mean_weight.clamp(min=torch.finfo(weights_N.dtype).tiny)
 
     def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
-        with torch.no_grad():
+        # The teacher in its own precision, whatever the student's autocast.
+        with torch.no_grad(), torch.autocast(student_logits_nV.device.type, enabled=False):
             logits_KnV = [
                 teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, teacher_hidden_KnD, strict=True)
             ]

@@ -297,7 +297,8 @@ def sliced_divergence(
     per_position += [] if labels_N is None else [labels_N[kept_N]]
 
     def per_slice(student_logits_nV, weights_n, *others_n):
-        with torch.no_grad():
+        # The teacher in its own precision, whatever the student's autocast.
+        with torch.no_grad(), torch.autocast(student_logits_nV.device.type, enabled=False):
             teacher_logits_KnV = [
                 teacher.head(teacher_hidden_nD)
                 for teacher, teacher_hidden_nD in zip(teachers, others_n[: len(teachers)], strict=True)

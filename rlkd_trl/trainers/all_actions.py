@@ -73,7 +73,9 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         scorer = self.panel.scorers[self._turn]
         backbone = scorer.teacher.backbone
         questions = [self.panel.questions(row)[scorer.question] for row in rows]
-        ids_PS, mask_PS = self._tokenized(backbone, questions, scorer.teacher.max_prompt_length)
+        ids_PS, mask_PS = self._tokenized(
+            backbone, questions, scorer.teacher.max_prompt_length, scorer.teacher.processing_class
+        )
 
         def of_prompts(part: slice) -> MixedWith:
             index_B = self._prompt_index(len(ids_PS[part]))

@@ -6,11 +6,11 @@ from datasets import Dataset
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogRatioReward, RewardModel
-from rlkd_trl.trainers.config import OnPolicyConfig
+from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
-def check_prompts(dataset: Dataset, args: OnPolicyConfig) -> None:
+def check_prompts(dataset: Dataset, args: RolloutConfig) -> None:
     """Raises `InputError` if there is no column `prompt`, or fewer rows than one rollout takes."""
     if "prompt" not in dataset.column_names:
         raise InputError(

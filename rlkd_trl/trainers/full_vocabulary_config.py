@@ -115,7 +115,7 @@ class AllActionsKDConfig(FullVocabularyConfig):
     value: str = field(default="max", metadata={"help": "V of signal teacher_forcing: max, expected or soft."})
     future_weight: float = field(
         default=0.1,
-        metadata={"help": "w of the sampled future; 0: each token for itself (on-policy divergence), 1: unbiased."},
+        metadata={"help": "w of the sampled future; 0: each token for itself (on-policy divergence), 1: in full."},
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount γ of the future, the other way to weigh it."})
     length_normalization: bool = field(

@@ -111,9 +111,16 @@ class RolloutTrainer(PolicyTrainer):
 
     # Sampling
 
-    def _tokenized(self, backbone: Backbone, texts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
+    def _tokenized(
+        self,
+        backbone: Backbone,
+        texts: list[str],
+        max_length: int | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[P, S]`, by the student's tokenizer unless another is given."""
         ids_PS, mask_PS = tokenize_prompts(
-            self.processing_class, texts, padding_side=backbone.padding_side, max_length=max_length
+            tokenizer or self.processing_class, texts, padding_side=backbone.padding_side, max_length=max_length
         )
         return ids_PS.to(self.accelerator.device), mask_PS.to(self.accelerator.device)
 

@@ -284,6 +284,14 @@ def test_learning_rates_in_markdown():
     assert "bleu on the validation inputs (higher is better), seed 3, max_steps_150." in text
     assert "| method | 0.0005 | 0.001 |" in text
     assert "| ppo | **12** | 2 |" in text and "| kd | – | – |" in text
+    assert "Not bracketed by the grid: ppo at the lowest rate." in text
+
+
+def test_a_grid_that_brackets_its_choice_says_so():
+    scores = {1e-4: 1.0, 5e-4: 3.0, 1e-3: 2.0}
+    search = {"budget": "b", "seed": 0, "select_on": "bleu", "lower_is_better": False}
+    text = learning_rate_section({**search, "scores": {"ppo": scores}, "chosen": {"ppo": 5e-4}})
+    assert "The grid brackets every choice." in text and "Not bracketed" not in text
 
 
 def test_failures_in_markdown():

@@ -360,6 +360,8 @@ BAD = [
     ("--common loging_steps=3", "unknown flag --loging_steps; did you mean --logging_steps"),
     ("--common logging_steps", "--common logging_steps is not of the form name=value"),
     ("--test_dataset nowhere.csv", "nowhere.csv does not exist"),
+    ("--test_dataset data.csv", "30 test inputs are in --dataset too, e.g. 'w"),
+    ("--validation_dataset test.csv", "8 test inputs are in --validation_dataset too"),
     ("--validation_dataset nowhere.csv", "nowhere.csv does not exist"),
     ("--dataset nowhere.csv", "nowhere.csv does not exist"),
     ("--source_column text", "`--source_column text` is not in the data"),

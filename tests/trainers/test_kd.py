@@ -203,6 +203,13 @@ def test_long_targets_are_cut_without_an_eos(tmp_path):
     assert rollout.ended_B.tolist() == [False, False, True, True]
 
 
+def test_an_eos_that_the_student_never_samples_is_refused(tmp_path):
+    model = MODELS["t5-tied"]()
+    model.generation_config.eos_token_id = 5
+    with pytest.raises(InputError, match=r"ends texts with '</s>', with which the student does not end its own"):
+        build("kd", tmp_path, model=model, **ON_DATA)
+
+
 def test_what_the_student_should_not_say_is_read_but_not_learnt(tmp_path):
     """A word that the tokenizer does not know, and a sentinel, which is never sampled."""
     data = Dataset.from_list([{"prompt": "w7", "references": ["w3 unheard w4 <extra_id_0> w5"]}])
