@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from tests.trainers.tiny_runs import prompts, run
+from tests.trainers.tiny_runs import METHODS, pairs, run
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
 # would show rounding: plain SGD with momentum.
 COMMON = {
     "max_completion_length": 8,
     "max_steps": 3,
-    "normalize_advantages": True,
     "max_grad_norm": 0.5,
-    "entropy_coef": 0.05,
     "optim": "sgd",
     "learning_rate": 0.1,
 }
+REWARDED = {"normalize_advantages": True, "entropy_coef": 0.05}
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,15 @@ CASES = {
     ),
     # Two rollouts an epoch, four prompts each: the ranks must agree on the second epoch's order too.
     "rloo-token-two-epochs": Case("rloo-token", settings=(("max_steps", 4),), rows=8),
+    # Of four rollouts some are of data, where the ranks draw their own prompts' targets, and some of the student.
+    "kd-mixture": Case("kd", settings=(("sequences", "data"), ("lmbda", 0.5), ("max_steps", 4))),
+    "kd-teacher-accumulated": Case(
+        "kd", "llama", 2, settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))
+    ),
+    "all-actions": Case("all-actions", settings=(("future_weight", 1.0),)),
+    "all-actions-accumulated": Case(
+        "all-actions", "llama", 2, settings=(("signal", "teacher_forcing"), ("mask_truncated_completions", True))
+    ),
 }
 GLOBAL_BATCH = 8
 
@@ -66,13 +74,14 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         case.method,
         output_dir,
         family=case.family,
-        data=prompts(case.rows, seed=1),
+        data=pairs(case.rows, seed=1),
         per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
         gradient_accumulation_steps=gradient_accumulation,
-        **{**COMMON, **dict(case.settings)},
+        **{**COMMON, **(REWARDED if case.method in METHODS else {}), **dict(case.settings)},
     )
     assert recorder.trainer.accelerator.num_processes == processes
     names = ("loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "completions/eos_rate")
+    names += ("divergence", "cross_entropy", "student_samples", "immediate", "entropy")
     return {
         "tokens": [int(rollout.loss_mask_BT.sum()) for rollout in recorder.rollouts],
         "logs": [{name: entry[name] for name in names if name in entry} for entry in recorder.logs],

@@ -9,7 +9,7 @@ from tests.conftest import MODELS
 from tests.students.plain_forward import plain_forward
 from tests.trainers.tiny_runs import assert_same_weights, build, snapshot
 
-TARGETS = {"t5-tied": ["q", "v"], "llama": ["q_proj", "v_proj"]}
+TARGETS = {"t5-tied": ["q", "v"], "llama": ["q_proj", "v_proj"], "glm": ["q_proj", "lm_head"]}
 
 
 def lora_student(family: str) -> peft.PeftModel:
@@ -23,7 +23,17 @@ def adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights.items() if "lora_" in name}
 
 
-@pytest.mark.parametrize(("method", "family"), [("ppo", "t5-tied"), ("rloo-token", "llama"), ("reinforce", "llama")])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("ppo", "t5-tied"),
+        ("rloo-token", "llama"),
+        ("reinforce", "llama"),
+        ("kd", "glm"),
+        pytest.param("all-actions", "t5-tied", marks=pytest.mark.slow),
+        pytest.param("all-actions", "glm", marks=pytest.mark.slow),
+    ],
+)
 def test_only_the_adapters_learn_and_a_resumed_run_ends_where_a_whole_one_does(method, family, tmp_path):
     settings = {"family": family, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     if method == "reinforce":  # with a lagging copy of the adapters
@@ -34,7 +44,9 @@ def test_only_the_adapters_learn_and_a_resumed_run_ends_where_a_whole_one_does(m
     after = snapshot(whole.model.model)
     frozen = before.keys() - adapters(before).keys()
     assert_same_weights({name: after[name] for name in frozen}, {name: before[name] for name in frozen})
-    assert any((after[name] - before[name]).abs().max() > 1e-3 for name in adapters(before))
+    for part in {name.split(".lora_")[0].split(".")[-1] for name in adapters(before)}:
+        moved = [(after[n] - before[n]).abs().max() for n in adapters(before) if f".{part}.lora_" in n]
+        assert max(moved) > 1e-3, f"the adapters of {part} do not learn"
 
     resumed = build(method, tmp_path / "resumed", model=lora_student(family), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
