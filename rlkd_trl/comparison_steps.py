@@ -55,7 +55,8 @@ class ComparisonArguments:
         default_factory=lambda: [5e-4], metadata={"help": "Several: each method's is chosen on --validation_dataset."}
     )
     select_on: str = field(
-        default="teacher_nll_per_sequence", metadata={"help": f"What it is chosen by: {', '.join(SELECTION)}."}
+        default="teacher_nll_per_sequence",
+        metadata={"help": f"What it is chosen by (NLL favours short texts): {', '.join(SELECTION)}."},
     )
     common: list[str] | None = field(
         default=None, metadata={"help": "More flags for every run, as per_device_train_batch_size=64."}
