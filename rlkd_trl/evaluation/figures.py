@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Budgets = Mapping[str, Sequence[dict]]
+_MARKERS = "osD^v"
 
 
 def write_figures(output_dir: Path, budgets: Budgets) -> list[Path]:
@@ -71,10 +72,10 @@ def draw_quality_diversity(path: Path, budgets: Budgets) -> Path:
     axes = figure.subplots(len(budgets), 2, squeeze=False)
     for (distinct, self_bleu), (budget, rows) in zip(axes, budgets.items(), strict=True):
         for number, row in enumerate(rows):
-            colour = f"C{number}"
-            _point(distinct, row["greedy"], "distinct2", quality, color=colour, label=row["model"])
-            _point(distinct, row["sampled"], "distinct2", quality, color=colour, markerfacecolor="none")
-            _point(self_bleu, row["sampled"], "self_bleu", quality, color=colour, markerfacecolor="none")
+            colour, marker = f"C{number}", _MARKERS[number // 10 % len(_MARKERS)]  # there are ten colours
+            _point(distinct, row["greedy"], "distinct2", quality, fmt=marker, color=colour, label=row["model"])
+            _point(distinct, row["sampled"], "distinct2", quality, fmt=marker, color=colour, markerfacecolor="none")
+            _point(self_bleu, row["sampled"], "self_bleu", quality, fmt=marker, color=colour, markerfacecolor="none")
         for ax, diversity in ((distinct, "distinct2"), (self_bleu, "self_bleu")):
             ax.set_title(budget, fontsize=10)
             ax.set_xlabel(SAMPLED[diversity][0])
@@ -90,4 +91,4 @@ def _point(ax: "Axes", metrics: Mapping[str, dict], x: str, y: str, **style: str
     if x not in metrics or y not in metrics:
         return
     errors = {"xerr": metrics[x]["half_width"], "yerr": metrics[y]["half_width"]}
-    ax.errorbar(metrics[x]["mean"], metrics[y]["mean"], **errors, fmt="o", capsize=2, **style)
+    ax.errorbar(metrics[x]["mean"], metrics[y]["mean"], **errors, capsize=2, **style)
