@@ -57,7 +57,11 @@ CASES = {
     # Two rollouts an epoch, four prompts each: the ranks must agree on the second epoch's order too.
     "rloo-token-two-epochs": Case("rloo-token", settings=(("max_steps", 4),), rows=8),
     # Of four rollouts some are of data, where the ranks draw their own prompts' targets, and some of the student.
-    "kd-mixture": Case("kd", settings=(("sequences", "data"), ("lmbda", 0.5), ("max_steps", 4))),
+    "kd-mixture": Case(
+        "kd",
+        "t5-untied",
+        settings=(("divergence", "reverse_kl"), ("sequences", "data"), ("lmbda", 0.5), ("max_steps", 4)),
+    ),
     "kd-teacher-accumulated": Case(
         "kd", "llama", 2, settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))
     ),

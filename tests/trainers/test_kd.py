@@ -1,6 +1,7 @@
 """Distillation on divergences: its update, where sequences come from, its budget, its settings."""
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
@@ -144,10 +145,10 @@ def test_hard_labels_alone_need_no_teacher(alpha, tmp_path):
 TWO_TARGETS = Dataset.from_list([{"prompt": "w7 w8", "references": ["w3 w4", "w5 w6"]}])
 
 
-def texts_of_rollouts(trainer, data: Dataset, count: int) -> list[str]:
-    """The first completion of each of a run's first rollouts, without updates in between."""
+def texts_of_rollouts(trainer, data: Dataset, numbers: Iterable[int]) -> list[str]:
+    """The first completion of each of these rollouts of a run, without updates in between."""
     texts = []
-    for number in range(count):
+    for number in numbers:
         trainer.rollout_state.micro_step = number
         trainer.make_rollout(list(data))
         texts.append(trainer.sample_table[0]["completion"])
@@ -163,17 +164,19 @@ def test_lmbda_decides_between_data_and_student(tmp_path):
     """By chance for each rollout, whatever else is drawn in it: both targets come up among the data's."""
     references = TWO_TARGETS[0]["references"]
 
-    def texts(count: int, **settings) -> list[str]:
-        return texts_of_rollouts(of_one_prompt(tmp_path, **settings), TWO_TARGETS, count)
+    def texts(numbers: Iterable[int], **settings) -> list[str]:
+        return texts_of_rollouts(of_one_prompt(tmp_path, **settings), TWO_TARGETS, numbers)
 
-    assert all(text in references for text in texts(4, lmbda=0.0))
-    assert not any(text in references for text in texts(4, lmbda=1.0))
-    found = texts(40, lmbda=0.5)
+    assert all(text in references for text in texts(range(4), lmbda=0.0))
+    assert not any(text in references for text in texts(range(4), lmbda=1.0))
+    found = texts(range(40), lmbda=0.5)
     from_data = [text for text in found if text in references]
     assert 0.25 < len(from_data) / 40 < 0.75  # usually 0.5 ± 0.08
     assert 0.2 < from_data.count(references[0]) / len(from_data) < 0.8
-    assert texts(8, lmbda=0.5) == found[:8]
-    other_seed = texts(8, lmbda=0.5, seed=1)
+    assert texts(reversed(range(8)), lmbda=0.5) == found[7::-1], (
+        "a rollout's number decides, not what was drawn before"
+    )
+    other_seed = texts(range(8), lmbda=0.5, seed=1)
     assert [text in references for text in other_seed] != [text in references for text in found[:8]]
 
 
