@@ -79,7 +79,7 @@ class Batch:
 
     def plain(self, **settings):
         kept_N = self.weights_N > 0
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the student's autocast is not the teacher's
             teacher_logits = [
                 head(hidden[kept_N]) for head, hidden in zip(self.teacher_heads, self.teacher_hidden, strict=True)
             ]
@@ -226,7 +226,8 @@ def test_hard_labels_alone_need_no_teacher():
 
 
 def test_under_autocast_the_statistics_stay_float32():
-    """The head runs in bfloat16, its gradient comes back in float32, and slices still give what the whole gives."""
+    """The student's head runs in bfloat16, the teachers' do not; gradients come back in float32, and slices still give
+    what the whole gives."""
     batch = Batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, _ = batch.sliced(divergence=jsd, max_elements=2 * PADDED_V)
