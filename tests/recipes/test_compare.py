@@ -170,6 +170,7 @@ def test_search_runs_and_tables(workplace):
     assert of_run["--config"].endswith("methods/ppo_kd/ppo.yaml") and "--eval_target_column" not in of_run
 
 
+@pytest.mark.slow
 def test_one_learning_rate_is_not_searched_for(workplace):
     without_validation = GOOD.replace("--validation_dataset data.csv", "")
     assert compare(f"{without_validation} --learning_rates 1e-3", workplace) == 0
@@ -179,6 +180,7 @@ def test_one_learning_rate_is_not_searched_for(workplace):
     assert "Learning rates" not in (workplace / "out" / "comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_metric_to_select_on_says_what_is_better(workplace):
     one = GOOD.replace("ppo rloo_sequence", "ppo").replace("--seeds 0 1", "--seeds 5")
     assert compare(f"{one} --learning_rates 5e-4 2e-3 --select_on bleu", workplace) == 0
@@ -186,6 +188,7 @@ def test_the_metric_to_select_on_says_what_is_better(workplace):
     assert calls(workplace)[0]["values"]["--seed"] == "5"
 
 
+@pytest.mark.slow
 def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
     """Teacher, warm start and a run's student, greedy and sampled, measured by recipes/evaluate.py."""
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
@@ -208,6 +211,7 @@ def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
     assert rows["teacher"]["sampled"]["bleu"] != rows["teacher"]["greedy"]["bleu"]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
     first, made = results_of(workplace), len(calls(workplace))
@@ -249,6 +253,7 @@ def test_results_of_another_command_are_not_mixed_in(change, message, workplace,
     assert len(calls(workplace)) == 2 and (workplace / "out" / "comparison.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_an_edited_preset_is_another_command(workplace, capsys):
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
     (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").write_text("num_generations: 8\n")
@@ -274,6 +279,7 @@ def test_a_run_that_fails(workplace, monkeypatch, capsys):
     assert "FAILED" not in (workplace / "out" / "comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_method_that_always_fails(workplace, monkeypatch):
     """In the search too: it has no learning rate, no further runs, and a line that says so."""
     monkeypatch.setenv("FAIL", "/ppo/")
@@ -286,6 +292,7 @@ def test_a_method_that_always_fails(workplace, monkeypatch):
     assert rows["rloo_sequence"]["difference"].keys() >= {"bleu", "teacher_nll_per_sequence"}
 
 
+@pytest.mark.slow
 def test_a_broken_off_run_does_not_look_finished(workplace, monkeypatch):
     """Files of an earlier run with a file missing are not taken for those of the next."""
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
@@ -295,6 +302,7 @@ def test_a_broken_off_run_does_not_look_finished(workplace, monkeypatch):
     assert not (workplace / "out/max_steps_3/ppo/seed0/cost.json").exists()
 
 
+@pytest.mark.slow
 def test_several_at_a_time_get_one_thread_each(workplace):
     assert compare(f"{GOOD} --jobs 2", workplace) == 0
     assert [call["threads"] for call in calls(workplace)] == ["1"] * 4
@@ -321,6 +329,7 @@ def test_other_budgets(budget, flag, places_of, workplace):
     ]
 
 
+@pytest.mark.slow
 def test_pseudo_labels_for_training_and_references_for_evaluation(workplace):
     pseudo = GOOD.replace("--dataset data.csv", "--dataset answers.csv", 1).replace("_column ref", "_column answer")
     assert compare(f"{pseudo} --eval_target_column ref --seeds 0", workplace) == 0
