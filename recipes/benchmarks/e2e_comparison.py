@@ -6,7 +6,7 @@ r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm sta
 Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
 before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
 methods ask the teacher through one of its two templates, which judges them too, while pseudo-labels come from both.
-The step counts, the learning rates and these cuts are what an hour on two cores allows. Methods that learn from data
+The step counts, the learning rates and these cuts are what three hours on two cores allow. Methods that learn from data
 get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning rates
 are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was. Writes
 `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--max_steps", nargs="+", default=["50", "150"])
-    parser.add_argument("--learning_rates", nargs="+", default=["1e-4", "5e-4", "2e-3", "5e-3"])
+    parser.add_argument("--max_steps", nargs="+", default=["50", "400"])
+    parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "5e-4", "2e-3", "5e-3", "1e-2"])
     parser.add_argument("--jobs", default="1")
     args = parser.parse_args()
 
