@@ -1,5 +1,7 @@
 """Tiny models and a word-level tokenizer, so that no test needs a network or a minute."""
 
+import gc
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -116,6 +118,14 @@ MODELS = {
     "llama": lambda seed=0: tiny_llama(seed=seed),
     "glm": lambda seed=0: tiny_glm(seed=seed),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_modules_are_no_garbage():
+    """`Trainer.train` collects garbage, which takes longer over the imported libraries than the few steps do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.conftest import EOS, MODELS, word_tokenizer
-from tests.recipes.command_lines import COLUMNS, METHODS, SAMPLING, TWO_STEPS, metrics_of, read_jsonl, run
+from tests.recipes.command_lines import (
+    COLUMNS,
+    METHODS,
+    REWARDED_METHODS,
+    SAMPLING,
+    TWO_STEPS,
+    metrics_of,
+    read_jsonl,
+    run,
+)
 from tests.recipes.conftest import Pair
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
@@ -25,6 +34,7 @@ RUNS = [
     pytest.param((method, family), id=f"{method}-{family}", marks=[pytest.mark.slow] if family in LESS_OFTEN else [])
     for method in METHODS
     for family in MODELS
+    if method in REWARDED_METHODS or family not in LESS_OFTEN  # for these, see tests/trainers
 ]
 
 
@@ -154,7 +164,8 @@ def test_cost(finished):
 
 
 @pytest.mark.parametrize(
-    "method", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "ppo")]
+    "method",
+    ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in [*REWARDED_METHODS, "kd"] if name != "ppo")],
 )
 def test_resuming_equals_not_stopping(method, checkpoints, train_csv, tmp_path):
     """The second half starts from another student: only the checkpoint can lead it to the same weights."""
@@ -199,7 +210,7 @@ def test_a_separate_critic_stays_out_of_the_student_too(checkpoints, train_csv, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "kd", "all_actions_kd"])
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "kd"])
 def test_two_equal_teachers_are_one(recipe, checkpoints, train_csv, test_csv, tmp_path):
     pair = checkpoints["t5-untied"]
     for name, teachers in (("one", f"{pair.teacher}"), ("two", f"{pair.teacher} {pair.teacher}")):

@@ -157,7 +157,7 @@ def two_column_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*REWARDED_METHODS, "all-actions"])
 def test_renamed_columns_reach_the_templates(method, checkpoints, tmp_path):
     pair = checkpoints["t5-tied"]
     train = write_csv(tmp_path / "train.csv", two_column_rows(30))

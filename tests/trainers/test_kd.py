@@ -31,7 +31,6 @@ from tests.trainers.tiny_runs import (
 ON_DATA = {"divergence": "forward_kl", "sequences": "data", "lmbda": 0.0, "data": pairs(32)}
 FROM_TEACHER = {"sequences": "teacher", "lmbda": 0.0}
 
-
 # ---- the update in loops
 
 CASES = {
