@@ -6,10 +6,10 @@ r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm sta
 Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
 before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
 methods ask the teacher through one of its two templates, which judges them too, while pseudo-labels come from both.
-The step counts, the learning rates and these cuts are what three hours on two cores allow. Methods that learn from data
-get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning rates
-are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was. Writes
-`results/comparison.md`, `.csv`, `.json` and the figures beside this file.
+The step counts, the learning rates and these cuts are what three hours on two cores allow. Methods that learn from
+data get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning
+rates are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was.
+Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
 """
 
 import argparse

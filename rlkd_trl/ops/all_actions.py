@@ -22,6 +22,14 @@ tokens that it sums over, has no baseline, and samples come from a mixture with 
 stands a weight w on the second part, w = 0 being the per-token divergence and w = 1 the gradient of J; or a discount γ
 inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J,
 as a sum over sequences; dividing it by the sampled number of tokens, as the trainer does, gives the bias of a ratio.
+
+The future can use the whole vocabulary too. With ḡ(s) = Σ_a π(a|s) g(s, a), at the states that the sample visits,
+
+    E[ Σ_{i>t} g(s_i, y_i) | s_t, y_t ] = E[ Σ_{i>t} ḡ(s_i) | s_t, y_t ],
+
+since y_i is drawn from π(·|s_i) once s_i is given. So F̄_t = Σ_{i>t} ḡ(s_i) may stand for F_t, in every weighting
+above: the same expected gradient without the noise of what y_i earned (as expected SARSA has it for values; van Seijen
+et al. 2009, "A Theoretical and Empirical Analysis of Expected Sarsa").
 """
 
 import math
@@ -149,16 +157,14 @@ def all_actions_loss(
     Returns:
         The loss; Σ w_n of −Σ_a π g as `immediate`, of the entropy as `entropy`, and of (ρ − 1) − log ρ as `approx_kl`.
     """
-    V = min(student_logits_NV.shape[-1], teacher_signal_NV.shape[-1])
-    signal_NV, forbidden_V = teacher_signal_NV[:, :V], None if forbidden_V is None else forbidden_V[:V]
-    logps_NV = log_probs(student_logits_NV[:, :V], temperature=temperature, forbidden_V=forbidden_V)
-    probabilities_NV = logps_NV.exp()
-    if forbidden_V is not None:  # 0 · log 0 = 0, and nothing that could overflow
-        logps_NV, signal_NV = (tensor.masked_fill(forbidden_V, 0.0) for tensor in (logps_NV, signal_NV))
-    entropy_N = -(probabilities_NV * logps_NV).sum(dim=-1)
-    immediate_N = -(probabilities_NV * signal_NV).sum(dim=-1)
-    if subtract_log_pi:
-        immediate_N = immediate_N - entropy_N
+    expected_N, entropy_N, logps_NV = _expected_signal(
+        student_logits_NV,
+        teacher_signal_NV,
+        subtract_log_pi=subtract_log_pi,
+        temperature=temperature,
+        forbidden_V=forbidden_V,
+    )
+    immediate_N = -expected_N
     log_ratio_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - old_logps_N
     ratio_N = log_ratio_N.exp()
     future_N = ratio_N * futures_N
@@ -167,6 +173,26 @@ def all_actions_loss(
     metrics = {"immediate": immediate_N, "entropy": entropy_N, "approx_kl": ratio_N - 1 - log_ratio_N}
     loss = (weights_N * (immediate_N - future_N)).sum()
     return loss, {name: (weights_N * value_N).sum().detach() for name, value_N in metrics.items()}
+
+
+def _expected_signal(
+    student_logits_NV: Tensor,
+    teacher_signal_NV: Tensor,
+    *,
+    subtract_log_pi: bool,
+    temperature: float,
+    forbidden_V: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ḡ(s) = Σ_a π(a|s) g(s, a) and π's entropy, `[N]`, and log π, `[N, V]`, 0 on forbidden ids."""
+    V = min(student_logits_NV.shape[-1], teacher_signal_NV.shape[-1])
+    signal_NV, forbidden_V = teacher_signal_NV[:, :V], None if forbidden_V is None else forbidden_V[:V]
+    logps_NV = log_probs(student_logits_NV[:, :V], temperature=temperature, forbidden_V=forbidden_V)
+    probabilities_NV = logps_NV.exp()
+    if forbidden_V is not None:  # 0 · log 0 = 0, and nothing that could overflow
+        logps_NV, signal_NV = (tensor.masked_fill(forbidden_V, 0.0) for tensor in (logps_NV, signal_NV))
+    entropy_N = -(probabilities_NV * logps_NV).sum(dim=-1)
+    expected_N = (probabilities_NV * signal_NV).sum(dim=-1)
+    return expected_N + entropy_N if subtract_log_pi else expected_N, entropy_N, logps_NV
 
 
 def sliced_all_actions_loss(
@@ -189,18 +215,12 @@ def sliced_all_actions_loss(
     `teacher_signal` makes the signal of the teachers' logits and weights; `settings` go to `all_actions_loss`. For the
     rest see `ops.divergences.sliced_divergence`.
     """
-    weights_K = [teacher.weight for teacher in teachers]
     # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow.
     mean_weight = weights_N.detach().abs().sum() / max(1, len(weights_N))
     mean_weight = mean_weight.clamp(min=torch.finfo(weights_N.dtype).tiny)
 
     def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
-        # The teacher in its own precision, whatever the student's autocast.
-        with torch.no_grad(), torch.autocast(student_logits_nV.device.type, enabled=False):
-            logits_KnV = [
-                teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, teacher_hidden_KnD, strict=True)
-            ]
-            signal_nV = teacher_signal(logits_KnV, weights_K)
+        signal_nV = _signal_of_states(teachers, teacher_hidden_KnD, teacher_signal)
         return all_actions_loss(student_logits_nV, signal_nV, weights_n, chosen_n, futures_n, old_logps_n, **settings)
 
     per_position = [weights_N / mean_weight, chosen_N, futures_N, old_logps_N]
@@ -215,6 +235,53 @@ def sliced_all_actions_loss(
         max_elements=max_elements,
     )
     return mean_weight * loss, {name: mean_weight * value for name, value in metrics.items()}
+
+
+def _signal_of_states(
+    teachers: Sequence[TeacherStates],
+    hidden_KnD: Sequence[Tensor],
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+) -> Tensor:
+    """The teachers' signal in a slice of positions, in their own precision, whatever the student's autocast."""
+    with torch.no_grad(), torch.autocast(hidden_KnD[0].device.type, enabled=False):
+        logits_KnV = [teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, hidden_KnD, strict=True)]
+        return teacher_signal(logits_KnV, [teacher.weight for teacher in teachers])
+
+
+@torch.no_grad()
+def expected_signals(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    teachers: Sequence[TeacherStates],
+    *,
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    vocab_size: int,
+    subtract_log_pi: bool,
+    temperature: float = 1.0,
+    forbidden_V: Tensor | None = None,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+) -> Tensor:
+    """ḡ(s) = Σ_a π(a|s) g(s, a) in N states, `[N]` float32, in slices of positions; arguments as the sliced loss."""
+
+    def per_slice(student_logits_nV: Tensor, *teacher_hidden_KnD: Tensor) -> tuple[Tensor]:
+        expected_n, _, _ = _expected_signal(
+            student_logits_nV,
+            _signal_of_states(teachers, teacher_hidden_KnD, teacher_signal),
+            subtract_log_pi=subtract_log_pi,
+            temperature=temperature,
+            forbidden_V=forbidden_V,
+        )
+        return (expected_n,)
+
+    (expected_N,) = map_head_slices(
+        head,
+        hidden_ND,
+        per_slice,
+        *(teacher.hidden_ND for teacher in teachers),
+        vocab_size=vocab_size,
+        max_elements=max_elements,
+    )
+    return expected_N
 
 
 def chosen_signals(

@@ -21,8 +21,8 @@ from rlkd_trl.ops.sliced_loss import LossAndMetrics
 CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
 
-# (hidden_ND, head, head_parameters) -> loss and metrics, as `ops.divergences.sliced_divergence` takes them.
-LossOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], LossAndMetrics]
+# Of (hidden_ND, head, head_parameters), which `ops.divergences.sliced_divergence` begins with.
+FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], LossAndMetrics | Tensor]
 
 
 class PolicyOutput(NamedTuple):
@@ -105,12 +105,12 @@ class Policy(nn.Module):
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
         support_BTk: Tensor | None = None,
-        loss_of_states: LossOfStates | None = None,
-    ) -> PolicyOutput | LossAndMetrics:
+        function_of_states: FunctionOfStates | None = None,
+    ) -> PolicyOutput | LossAndMetrics | Tensor:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
-        With `loss_of_states`, instead what it returns for the N states of real tokens, the LM head and the head's
+        With `function_of_states`, instead what it returns for the N states of real tokens, the LM head and the head's
         parameters: a loss over the whole vocabulary has to be taken here, inside of a distributed wrapper.
         """
         prompt = (prompt_ids_PS, prompt_mask_PS)
@@ -119,8 +119,8 @@ class Policy(nn.Module):
             *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
         )
         states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
-        if loss_of_states is not None:
-            return loss_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
+        if function_of_states is not None:
+            return function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = map_head_slices(
             self.backbone.head,

@@ -1,5 +1,6 @@
 """Several teachers and several templates as one weighted list of scorers."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class TeacherPanel:
     LLMR averages its reward over templates; Hinton's ensemble averages over teachers.
 
     Raises:
-        InputError: No teacher, another number of weights than of teachers, or weights whose sum is not positive.
+        InputError: No teacher, another number of weights than of teachers, or a weight that is not positive.
     """
 
     def __init__(
@@ -40,10 +41,8 @@ class TeacherPanel:
         teacher_weights = [1.0] * len(teachers) if teacher_weights is None else list(teacher_weights)
         if not teachers or len(teacher_weights) != len(teachers):
             raise InputError(f"{len(teachers)} teachers and {len(teacher_weights)} weights: give one weight each.")
-        if not sum(teacher_weights) > 0:
-            raise InputError(
-                f"The teachers' weights must have a positive sum, by which they are divided; got {teacher_weights}."
-            )
+        if not all(0 < weight < math.inf for weight in teacher_weights):
+            raise InputError(f"The teachers' weights must be positive, for an average; got {teacher_weights}.")
         self.templates = templates
         questions = 1 if templates is None else len(templates)
         self.scorers = [

@@ -10,6 +10,7 @@ from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import MixedWith
 from rlkd_trl.ops.all_actions import (
     chosen_signals,
+    expected_signals,
     future_advantages,
     future_returns,
     log_ratio_signal,
@@ -32,7 +33,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     anyway; the effect of that token on later ones comes from the sample, minus the mean of the prompt's other samples,
     with the weight `future_weight`. The derivation, and what it has to do with GKD and MiniLLM, is in
     `ops.all_actions`. With `teacher_mix`, tokens are sampled from a mixture of student and teacher, and weighted by
-    their importance (MiniLLM). A truncated completion's future ends at the cap.
+    their importance (MiniLLM). A truncated completion's future ends at the cap. With `future="expected"`, that too is
+    summed over the vocabulary in each state of the sample: the same expected gradient with less noise.
 
     Raises:
         InputError: As `FullVocabularyTrainer`.
@@ -54,7 +56,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             rollout = rollout.with_(rewards_BT=self._signals(rollout))
             if args.teacher_mix:
                 rollout = rollout.with_(importance_BT=self._importance(rollout))
-        rollout = rollout.with_(advantages_BT=self._future_advantages(rollout))
+            futures_BT = self._expected_signals(rollout) if args.future == "expected" else rollout.rewards_BT
+        rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout.completion_mask_BT))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
         self._record({"reward": mean, **completion_metrics(rollout, self._sum_over_ranks)})
@@ -121,10 +124,35 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         signals_BT = self._at_tokens(rollout, signals_N)
         return signals_BT - rollout.old_logps_BT if self.args.signal == "log_ratio" else signals_BT
 
-    def _future_advantages(self, rollout: Rollout) -> Tensor:
-        args, mask_BT = self.args, rollout.completion_mask_BT
+    def _expected_signals(self, rollout: Rollout) -> Tensor:
+        """Σ_a π(a|s_t) g(s_t, a) in the states of the sampled tokens, `[B, T]`."""
+        size, count = self.args.per_device_train_batch_size, self.args.steps_per_generation
+        parts = [self._expected_of_batch(rollout.micro_batch(number, size)) for number in range(count)]
+        return self._at_tokens(rollout, torch.cat(parts))
+
+    def _expected_of_batch(self, batch: Rollout) -> Tensor:
+        teachers = self._teachers_at(batch)
+
+        def of_states(states_ND: Tensor, head, _parameters) -> Tensor:
+            return expected_signals(states_ND, head, teachers, **self._signal_settings)
+
+        return self.policy(**batch.policy_inputs(), function_of_states=of_states)
+
+    @property
+    def _signal_settings(self) -> dict:
+        """What makes g of the teachers' and the student's logits, for the ops that go over all actions."""
+        return {
+            "teacher_signal": self._teacher_signal,
+            "subtract_log_pi": self.args.signal == "log_ratio",
+            "vocab_size": self.policy.backbone.vocab_size,
+            "temperature": self.args.temperature,
+            "forbidden_V": self.policy.forbidden_V,
+        }
+
+    def _future_advantages(self, signals_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        args = self.args
         futures_BT = future_returns(
-            rollout.rewards_BT, mask_BT, gamma=args.gamma, length_normalization=args.length_normalization
+            signals_BT, mask_BT, gamma=args.gamma, length_normalization=args.length_normalization
         )
         if args.baseline == "leave_one_out":
             futures_BT = future_advantages(futures_BT, mask_BT, num_generations=args.num_generations)
@@ -143,11 +171,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             chosen_N=batch.completion_ids_BT[mask_BT],
             futures_N=batch.advantages_BT[mask_BT],
             old_logps_N=batch.old_logps_BT[mask_BT],
-            teacher_signal=self._teacher_signal,
-            vocab_size=self.policy.backbone.vocab_size,
-            subtract_log_pi=self.args.signal == "log_ratio",
             epsilon=self.args.epsilon,
-            temperature=self.args.temperature,
-            forbidden_V=self.policy.forbidden_V,
+            **self._signal_settings,
         )
-        return model(**batch.policy_inputs(), loss_of_states=loss_of_states)
+        return model(**batch.policy_inputs(), function_of_states=loss_of_states)

@@ -1,5 +1,6 @@
 """Settings of the methods whose loss reads the teacher's whole distribution at every state."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from rlkd_trl.errors import InputError
@@ -29,6 +30,13 @@ class FullVocabularyConfig(RolloutConfig):
     def _check_choice(self, name: str, known) -> None:
         if getattr(self, name) not in known:
             raise InputError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+
+    def _refuse_unused(self, because: str, *names: str) -> None:
+        """Raises `InputError` for a setting that is not the default's and would change nothing."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise InputError(f"{name} = {getattr(self, name)!r} has no effect with {because}: leave it out.")
 
 
 @dataclass
@@ -95,6 +103,10 @@ class KDConfig(FullVocabularyConfig):
             raise InputError(f"beta = {self.beta} is a setting of divergence 'jsd', not of {self.divergence!r}.")
         if self.skew is not None and not self.divergence.startswith("skew"):
             raise InputError(f"skew = {self.skew} is a setting of the skewed KLs, not of {self.divergence!r}.")
+        if self.alpha == 0:
+            self._refuse_unused("alpha = 0", "divergence", "distillation_temperature", "ensemble")
+        if self.lmbda == 1:
+            self._refuse_unused("lmbda = 1", "sequences")
         if self.alpha < 1 and self.lmbda > 0:
             raise InputError(
                 f"lmbda = {self.lmbda} with alpha = {self.alpha}: the student's own samples would be its hard labels. "
@@ -116,6 +128,12 @@ class AllActionsKDConfig(FullVocabularyConfig):
     future_weight: float = field(
         default=0.1,
         metadata={"help": "w of the sampled future; 0: each token for itself (on-policy divergence), 1: in full."},
+    )
+    future: str = field(
+        default="sampled",
+        metadata={
+            "help": "What it sums: g of the 'sampled' tokens, or its 'expected' value over all tokens in their states."
+        },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount γ of the future, the other way to weigh it."})
     length_normalization: bool = field(
@@ -140,6 +158,7 @@ class AllActionsKDConfig(FullVocabularyConfig):
         super()._check()
         self._check_choice("signal", ("log_ratio", "teacher_forcing"))
         self._check_choice("value", VALUES)
+        self._check_choice("future", ("sampled", "expected"))
         self._check_choice("baseline", ("leave_one_out", "none"))
         self._check_ranges(
             {
@@ -149,6 +168,12 @@ class AllActionsKDConfig(FullVocabularyConfig):
                 "epsilon": self.epsilon is None or self.epsilon > 0,
             }
         )
+        if self.signal == "log_ratio":
+            self._refuse_unused("signal 'log_ratio'", "value")
+        else:
+            self._refuse_unused("signal 'teacher_forcing', of which the mean is taken", "ensemble")
+        if self.future_weight == 0:
+            self._refuse_unused("future_weight = 0", "future", "gamma", "length_normalization", "epsilon")
         if self.teacher_mix > 0 and self.temperature != 1:
             raise InputError(
                 f"teacher_mix = {self.teacher_mix} needs temperature 1 (it is {self.temperature}): the importance "

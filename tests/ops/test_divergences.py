@@ -117,6 +117,17 @@ def test_divergences_by_hand():
     assert_matches(skew_reverse_kl(p, q, skew=0.5), [q_to_m])
 
 
+def test_total_variation_takes_rounding_for_agreement():
+    p, q = [torch.tensor([[a, 1 - a]]).log() for a in (0.5, 0.50001)]  # log q − log p = 2e-5
+    for q_N2, expected in ((q, 0.0), (q + torch.tensor([[0.01, -0.01]]), 0.01 * 0.5)):
+        student_N2 = q_N2.clone().requires_grad_()
+        loss = tvd(p, student_N2).sum()
+        loss.backward()
+        # ½ |q_1 − p_1| + ½ |q_2 − p_2|, each 0.5 × 0.01 to first order; its derivative by log q is ± ½ q
+        assert loss.item() == pytest.approx(expected, abs=1e-4)
+        assert student_N2.grad.abs().sum().item() == pytest.approx(0.5 if expected else 0.0, abs=1e-2)
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_match_finite_differences(case, temperature):

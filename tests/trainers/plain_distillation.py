@@ -132,7 +132,10 @@ def futures(args, samples: list[Sample], signals_of: list[Tensor], old_logps: li
     for sample, g, logps in zip(samples, signals_of, old_logps, strict=True):
         if args.signal == "log_ratio":
             g = g - logps
-        earned = [float(g[t, ALLOWED.index(y)]) for t, y in enumerate(sample.completion)]
+        if args.future == "expected":
+            earned = (logps.exp() * g).sum(dim=-1).tolist()
+        else:
+            earned = [float(g[t, ALLOWED.index(y)]) for t, y in enumerate(sample.completion)]
         n, row = len(earned), []
         for t in range(n):
             later = sum(args.gamma ** (i - t) * earned[i] for i in range(t + 1, n))

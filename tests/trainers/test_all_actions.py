@@ -31,13 +31,18 @@ CASES = {
     "teacher forcing, max": ("t5-untied", {"signal": "teacher_forcing", "gamma": 0.9}),
     "teacher forcing, expected": ("llama", {"signal": "teacher_forcing", "value": "expected", "baseline": "none"}),
     "teacher forcing, soft": ("t5-tied", {"signal": "teacher_forcing", "value": "soft", "future_weight": 0.5}),
+    "expected future": ("t5-untied", {"future_weight": 1.0, "future": "expected", "temperature": 0.8}),
+    "expected future, teacher forcing": (
+        "llama",
+        {"signal": "teacher_forcing", "future": "expected", "value": "soft", "gamma": 0.8},
+    ),
     "at a temperature": ("t5-untied", {"temperature": 0.7, "future_weight": 1.0, "epsilon": 0.1}),
     "truncated completions masked": ("t5-tied", {"mask_truncated_completions": True, "future_weight": 1.0}),
     "ensemble": ("t5-tied", {"future_weight": 1.0}),
     "ensemble of logits": ("llama", {"ensemble": "logits", "temperature": 1.3}),
     "ensemble, teacher forcing": ("llama", {"signal": "teacher_forcing", "value": "expected"}),
 }
-QUICK = ("log ratio", "MiniLLM", "teacher forcing, max", "at a temperature", "ensemble")
+QUICK = ("log ratio", "MiniLLM", "expected future", "teacher forcing, max", "at a temperature", "ensemble")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,11 @@ def test_bf16_is_close_and_on_policy(family, tmp_path):
         ({"value": "mean"}, "value = 'mean': choose one of max, expected, soft"),
         ({"baseline": "mean"}, "baseline = 'mean': choose one of leave_one_out, none"),
         ({"ensemble": "median"}, "ensemble = 'median': choose one of probabilities, logits"),
+        ({"future": "certain"}, "future = 'certain': choose one of sampled, expected"),
+        ({"value": "soft"}, "value = 'soft' has no effect with signal 'log_ratio': leave it out"),
+        ({"signal": "teacher_forcing", "ensemble": "logits"}, "ensemble = 'logits' has no effect with signal"),
+        ({"future_weight": 0.0, "gamma": 0.5}, "gamma = 0.5 has no effect with future_weight = 0"),
+        ({"future_weight": 0.0, "epsilon": 0.2}, "epsilon = 0.2 has no effect with future_weight = 0"),
         ({"future_weight": -0.1}, "future_weight = -0.1 is out of range"),
         ({"gamma": 1.1}, "gamma = 1.1 is out of range"),
         ({"gamma": -0.1}, "gamma = -0.1 is out of range"),
@@ -224,5 +234,5 @@ def test_wrong_settings_are_refused_by_name(settings, message, tmp_path):
 
 
 def test_the_ends_of_the_ranges_are_allowed(tmp_path):
-    for settings in ({"num_generations": 1, "baseline": "none"}, {"gamma": 0.0, "future_weight": 0.0}, {"gamma": 1.0}):
+    for settings in ({"num_generations": 1, "baseline": "none"}, {"gamma": 0.0}, {"future_weight": 0.0}):
         AllActionsKDConfig(output_dir=str(tmp_path), **settings)
