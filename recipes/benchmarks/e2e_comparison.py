@@ -6,10 +6,13 @@ r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm sta
 Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
 before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
 methods ask the teacher through one of its two templates, which judges them too, while pseudo-labels come from both.
-The step counts, the learning rates and these cuts are what three hours on two cores allow. Methods that learn from
+The step counts, the learning rates and these cuts are what two hours on two cores allow. Methods that learn from
 data get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning
 rates are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was.
-Writes `results/comparison.md`, `.csv`, `.json` and the figures beside this file.
+Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A longer budget for some of the methods:
+
+    ... --methods f_distill_rkl all_actions all_actions_discount all_actions_expected rloo_sequence \
+        --baseline f_distill_rkl --max_steps 50 400 --results_dir recipes/benchmarks/results/long
 """
 
 import argparse
@@ -24,7 +27,8 @@ from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_
 
 VALIDATION_INPUTS, TEST_INPUTS = 100, 200
 METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup".split()
-METHODS += "rloo_sequence rloo_token ppo minillm all_actions all_actions_w1 all_actions_discount".split()
+METHODS += "rloo_sequence rloo_token ppo minillm".split()
+METHODS += "all_actions all_actions_w1 all_actions_discount all_actions_expected".split()
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 
 
@@ -50,10 +54,12 @@ def main() -> None:
     parser.add_argument("--templates", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--max_steps", nargs="+", default=["50", "400"])
+    parser.add_argument("--max_steps", nargs="+", default=["50", "150"])
     parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "5e-4", "2e-3", "5e-3", "1e-2"])
     parser.add_argument("--jobs", default="1")
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     here = args.work_dir
@@ -75,14 +81,14 @@ def main() -> None:
     command = [sys.executable, RECIPES / "compare.py", "--teacher", teacher, "--student", warm, *labels]
     command += ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0], "--num_samples", "2"]
     command += ["--validation_dataset", validation, "--test_dataset", test, "--eval_target_column", "ref"]
-    command += ["--methods", *args.methods, "--baseline", "seq_kd", "--seeds", *args.seeds]
+    command += ["--methods", *args.methods, "--baseline", args.baseline, "--seeds", *args.seeds]
     command += ["--max_steps", *args.max_steps, "--learning_rates", *args.learning_rates, "--select_on", "bleu"]
     command += ["--common", *COMMON]
     command += ["--jobs", args.jobs, "--output_dir", results]
     finished = subprocess.run([str(word) for word in command])
-    RESULTS.mkdir(exist_ok=True)
+    args.results_dir.mkdir(exist_ok=True)
     for path in results.glob("*.*"):
-        shutil.copy(path, RESULTS / path.name)
+        shutil.copy(path, args.results_dir / path.name)
     sys.exit(finished.returncode)
 
 

@@ -37,9 +37,15 @@ METHODS = {
     "RLOO, sequence, log ratio": ("RLOOKD", {"level": "sequence"}, ("LogRatioReward", {})),
     "RLOO, token, log ratio": ("RLOOKD", {"level": "token"}, ("LogRatioReward", {})),
     "all actions, w = 1": ("AllActionsKD", {"future_weight": 1.0}, None),
+    "all actions, w = 1, expected future": ("AllActionsKD", {"future_weight": 1.0, "future": "expected"}, None),
     "all actions, w = 0.1": ("AllActionsKD", {"future_weight": 0.1}, None),
     "all actions, w = 0 (on-policy reverse KL)": ("AllActionsKD", {"future_weight": 0.0}, None),
     "all actions, discount 0.5": ("AllActionsKD", {"future_weight": 1.0, "gamma": 0.5}, None),
+    "all actions, discount 0.5, expected future": (
+        "AllActionsKD",
+        {"future_weight": 1.0, "gamma": 0.5, "future": "expected"},
+        None,
+    ),
     "all actions, length-normalised": (
         "AllActionsKD",
         {"future_weight": 1.0, "length_normalization": True, "baseline": "none"},
