@@ -83,6 +83,9 @@ class TeacherArguments:
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub teacher."})
     teacher_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
+    teacher_quantization: str = field(
+        default="none", metadata={"help": "none, int8 or nf4 (bitsandbytes): what is printed at start, with bytes."}
+    )
     teacher_max_prompt_length: int | None = field(
         default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
     )

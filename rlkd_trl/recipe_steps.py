@@ -1,5 +1,6 @@
 """The steps that recipes share, from parsed flags to a trainer. Each recipe is a story of these."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,10 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
 
 def check_teacher(teacher: TeacherArguments) -> None:
     """The teachers are checkpoints or may be Hub ids, and the dtype is known. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, require_checkpoint
+    from rlkd_trl.models.loading import check_dtype, check_quantization, require_checkpoint
 
     check_dtype(teacher.teacher_dtype)
+    check_quantization(teacher.teacher_quantization)
     for name in teacher.teacher or []:
         require_checkpoint("--teacher", name)
 
@@ -177,7 +179,7 @@ def check_pseudo_labels(data: DataArguments, teacher: TeacherArguments, labels: 
 
 
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
-    """The named teachers, asked through the templates. Raises `InputError`."""
+    """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
     from rlkd_trl.teachers import Teacher, TeacherPanel
 
     teachers = [
@@ -185,11 +187,15 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
             name,
             revision=teacher.teacher_revision,
             dtype=teacher.teacher_dtype,
+            quantization=teacher.teacher_quantization,
             max_prompt_length=teacher.teacher_max_prompt_length,
             max_batch_tokens=teacher.teacher_batch_tokens,
         )
         for name in teacher.teacher
     ]
+    if int(os.environ.get("RANK", "0")) == 0:  # of the launched processes, the first one speaks
+        for name, loaded in zip(teacher.teacher, teachers, strict=True):
+            print(f"Teacher {name}: {loaded.describe()}.", flush=True)
     return TeacherPanel(teachers, templates)
 
 

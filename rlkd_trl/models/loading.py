@@ -1,5 +1,7 @@
 """Loading models and tokenizers from a local directory or the Hub."""
 
+import importlib.util
+import logging
 import pickle
 import textwrap
 from pathlib import Path
@@ -11,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +28,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+# int8: LLM.int8 (Dettmers et al. 2022). nf4: 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA").
+QUANTIZATIONS = ("none", "int8", "nf4")
 
 # Missing or unreachable, malformed, lacking a library, of another shape, and cut short in either format of weights.
 _LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError)
@@ -49,16 +55,20 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "float32",
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """An encoder-decoder or decoder-only language model, whichever its config says.
 
-    `dtype` is one of `DTYPES`; "auto" takes the checkpoint's own.
+    `dtype` is one of `DTYPES`; "auto" takes the checkpoint's own. `quantization` is one of `QUANTIZATIONS`: the
+    weights of linear layers inside of blocks are quantised while loading; the LM head, embeddings, norms and, in T5,
+    the feed-forward layers' output stay in `dtype`.
 
     Raises:
-        InputError: There is no such directory or Hub repository, an unknown dtype, or T5 in float16, whose
-            feed-forward layers overflow.
+        InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
+            or T5 in float16, whose feed-forward layers overflow.
     """
     check_dtype(dtype)
+    check_quantization(quantization)
     config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -68,6 +78,7 @@ def load_model(
         "model",
         revision=revision,
         dtype=DTYPES[dtype],
+        **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
     )
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     return model
@@ -77,6 +88,30 @@ def check_dtype(dtype: str) -> None:
     """Raises `InputError` for a name that is not in `DTYPES`."""
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
+
+
+def check_quantization(quantization: str) -> None:
+    """Raises `InputError` for a name that is not in `QUANTIZATIONS`, or without the library for it."""
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"Unknown quantisation {quantization!r}; choose one of: {', '.join(QUANTIZATIONS)}.")
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"Quantisation {quantization!r} needs bitsandbytes: pip install bitsandbytes.")
+
+
+def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict[str, BitsAndBytesConfig]:
+    """Arguments of `from_pretrained`; `dtype` is what products are computed in."""
+    if quantization == "none":
+        return {}
+    # On a CPU, int8 logs that it casts its input, at every product of matrices.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    compute_dtype = torch.float32 if dtype is None else dtype
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+        )
+    }
 
 
 def default_device() -> torch.device:

@@ -12,6 +12,7 @@ from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
+from rlkd_trl.teachers.placement import describe_weights
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
 
 
@@ -55,19 +56,24 @@ class Teacher:
         *,
         revision: str | None = None,
         dtype: str = "float32",
+        quantization: str = "none",
         device: torch.device | str | None = None,
         **kwargs,
     ) -> "Teacher":
         """Loads a teacher from a directory or the Hub, onto the accelerator where there is one.
 
-        `kwargs` go to the constructor.
+        `quantization` is "none", "int8" or "nf4" (see `load_model`). `kwargs` go to the constructor.
 
         Raises:
             InputError: As `load_tokenizer` and `load_model`.
         """
         tokenizer = load_tokenizer(name_or_path, revision=revision)
-        model = load_model(name_or_path, revision=revision, dtype=dtype)
+        model = load_model(name_or_path, revision=revision, dtype=dtype, quantization=quantization)
         return cls(model.to(default_device() if device is None else device), tokenizer, **kwargs)
+
+    def describe(self) -> str:
+        """How the weights are kept, and the bytes of them that this process holds."""
+        return describe_weights(self.model)
 
     @torch.no_grad()
     def score(
