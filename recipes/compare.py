@@ -7,7 +7,8 @@ r"""Which method should I use, and is reinforcement learning worth it here? Meth
         --methods seq_kd ppo rloo_sequence --baseline seq_kd --seeds 0 1 2 --max_steps 150 400 \
         --learning_rates 2e-4 5e-4 1e-3 --common per_device_train_batch_size=64 logging_steps=50
 
-A method is a preset in recipes/configs/methods/ or your own YAML file in a directory named for its recipe. Every
+A method is a preset in recipes/configs/methods/ or your own YAML file in a directory named for its recipe; its teacher
+may be of another teacher_dtype or teacher_quantization than the one that judges. Every
 method starts from the same student with the same seeds and gets the same budget: optimizer steps, generated tokens or
 CPU seconds. The learning rate is chosen for each method from the same grid, on the validation inputs, at the first
 seed and the smallest budget. The test inputs serve the tables only. With a budget of tokens or time, where the number
@@ -96,7 +97,7 @@ def main() -> None:
     data, prompts, teacher, student, compare, measurement = parser.parse(demo_preset=smoke_preset)
     comparison_steps.check_named(data, teacher, student, compare, measurement)
     methods = comparison_steps.find_methods(compare, RECIPES)
-    comparison_steps.check_flags(methods, compare.common or [], CONFIGS)
+    comparison_steps.check_flags(methods, compare.common or [], CONFIGS, teacher)
     templates = recipe_data.load_templates(prompts)
     output_dir = Path(compare.output_dir)
     if compare.smoke:

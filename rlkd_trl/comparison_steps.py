@@ -31,6 +31,8 @@ BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
 QUIET = ("--save_strategy=no", "--disable_tqdm=True")
 # Flags of a run, beside those on data, prompts and models, that are not a method's own.
 SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
+# These a preset may set nevertheless: teachers kept in different ways are methods to compare.
+OF_THE_TEACHERS_WEIGHTS = {"teacher_dtype", "teacher_quantization"}
 # With a budget of tokens or time: the trainer stops when it is spent, and cannot know beforehand at which step.
 UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup")
 SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
@@ -179,16 +181,24 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
     return methods
 
 
-def check_flags(methods: Sequence[Method], common: Sequence[str], configs: Mapping[str, type[RolloutConfig]]) -> None:
+def check_flags(
+    methods: Sequence[Method],
+    common: Sequence[str],
+    configs: Mapping[str, type[RolloutConfig]],
+    teacher: TeacherArguments,
+) -> None:
     """Presets and `--common` are flags that the recipes know, and none that is set here.
 
-    common: as name=value. configs: recipe to the class of its settings.
+    common: as name=value. configs: recipe to the class of its settings. teacher: as given to compare.py, whose tests
+    ask it; a preset may only choose the weights' dtype or quantisation where that does not.
 
     Raises:
         InputError: As above, a value is refused, or a recipe is not in `configs`.
     """
     groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments]
     set_here = {option.name for group in groups for option in dataclasses.fields(group)}.union(SET_HERE)
+    given = {flag.removeprefix("--") for flag in as_flags(teacher)}
+    set_here -= OF_THE_TEACHERS_WEIGHTS - given
     for method in methods:
         recipe = method.recipe.stem
         if recipe not in configs:

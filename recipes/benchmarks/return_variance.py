@@ -59,60 +59,36 @@ class VarianceArguments:
 
 def measure(policy, tokenizer, panel, rows: list[dict], reward: arguments.RewardArguments, args: VarianceArguments):
     """For each K, the columns of the table."""
-    import torch
-
-    from rlkd_trl.models.answers import joined
-    from rlkd_trl.models.prompts import tokenize_prompts
-    from rlkd_trl.ops.masking import pad_columns
-    from rlkd_trl.rewards import RewardInputs, TeacherForcingReward
+    from rlkd_trl.evaluation.samples import sampled_inputs
+    from rlkd_trl.rewards import TeacherForcingReward
 
     # 1 sample
-    generator = torch.Generator().manual_seed(args.seed)
-    parts, logps = [], []
-    for start in range(0, len(rows), args.batch_size):
-        batch = rows[start : start + args.batch_size]
-        prompt_ids_PS, prompt_mask_PS = (
-            tensor.to(policy.backbone.device)
-            for tensor in tokenize_prompts(
-                tokenizer,
-                [row["prompt"] for row in batch],
-                padding_side=policy.backbone.padding_side,
-                max_length=args.max_prompt_length,
-            )
-        )
-        index_B = torch.arange(len(batch), device=prompt_ids_PS.device).repeat_interleave(args.num_generations)
-        uniforms_BT = torch.rand(len(index_B), args.max_completion_length, generator=generator).to(index_B.device)
-        prompts = (prompt_ids_PS, prompt_mask_PS, index_B)
-        parts.append(
-            policy.sample(*prompts, max_completion_length=args.max_completion_length, uniforms_BT=uniforms_BT)
-        )
-        with torch.no_grad():
-            logps.append(policy(*prompts, parts[-1].ids_BT, parts[-1].mask_BT).logps_BT)
-    completions = joined(parts, pad_id=policy.pad_id)
-    logps_BT = pad_columns(logps, completions.ids_BT.shape[1])
+    inputs = sampled_inputs(
+        policy,
+        tokenizer,
+        rows,
+        num_generations=args.num_generations,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
 
     # 2 score: once, for every K
-    inputs = RewardInputs(
-        rows=rows,
-        prompt_index_B=torch.arange(len(rows), device=logps_BT.device).repeat_interleave(args.num_generations),
-        completion_ids_BT=completions.ids_BT,
-        completion_mask_BT=completions.mask_BT,
-        ended_B=completions.ended_B,
-    )
     terms = {k: TeacherForcingReward(panel, value=reward.value, k=k, tau=reward.tau) for k in args.steps}
     first = next(iter(terms.values()))
     scores = panel.score(
         rows,
         inputs.prompt_index_B,
-        completions.ids_BT,
-        completions.mask_BT,
-        completions.ended_B,
+        inputs.completion_ids_BT,
+        inputs.completion_mask_BT,
+        inputs.ended_B,
         **first.wanted_statistics(),
     )
-    return {k: columns_of(term, scores, inputs, logps_BT, args.num_generations) for k, term in terms.items()}
+    return {k: columns_of(term, scores, inputs, args.num_generations) for k, term in terms.items()}
 
 
-def columns_of(term, scores, inputs, logps_BT, num_generations: int) -> dict[str, float]:
+def columns_of(term, scores, inputs, num_generations: int) -> dict[str, float]:
     """The table's row for one K, from the shared scores."""
     import torch
 
@@ -120,7 +96,7 @@ def columns_of(term, scores, inputs, logps_BT, num_generations: int) -> dict[str
     from rlkd_trl.ops.masking import masked_moments
     from rlkd_trl.ops.rewards import bootstrap_truncated
 
-    mask_BT, ended_B = inputs.completion_mask_BT, inputs.ended_B
+    mask_BT, ended_B, logps_BT = inputs.completion_mask_BT, inputs.ended_B, inputs.student_logps_BT
     rewards_BT = bootstrap_truncated(
         term.mean_over_scorers(scores, inputs), term.mean_potentials(scores), mask_BT, ended_B
     )

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rlkd_trl import cli, comparison_steps
+from rlkd_trl.arguments import TeacherArguments
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
@@ -81,6 +82,7 @@ def workplace(tmp_path, checkpoints, monkeypatch) -> Path:
         "rloo_kd/misspelt": "levl: sequence",
         "rloo_kd/out_of_range": "num_generations: 1",
         "rloo_kd/with_rate": "learning_rate: 1.0e-3",
+        "rloo_kd/in_int8": "teacher_quantization: int8",
         "rloo_kd/a_list": "- level",
         "rloo_kd/twice": "level: token",
         "ppo_kd/twice": "num_generations: 2",
@@ -363,6 +365,7 @@ BAD = [
     ("--methods misspelt", "unknown key levl; did you mean level"),
     ("--methods out_of_range", "num_generations = 1"),
     ("--methods with_rate", "with_rate.yaml sets learning_rate, which compare.py sets for all methods alike"),
+    ("--methods in_int8 --teacher_quantization nf4", "in_int8.yaml sets teacher_quantization, which compare.py sets"),
     ("--methods a_list", "is not a YAML mapping"),
     ("--common seed=3", "--common sets seed, which compare.py sets"),
     ("--common dataset=data.csv", "--common sets dataset, which compare.py sets"),
@@ -431,7 +434,13 @@ def test_shipped_methods(preset):
     assert preset.read_text().startswith("# "), "names the paper"
     configs = main_of("compare").__globals__["CONFIGS"]
     method = comparison_steps.find_method(str(preset), ROOT / "recipes")
-    comparison_steps.check_flags([method], ["logging_steps=5"], configs)
+    comparison_steps.check_flags([method], ["logging_steps=5"], configs, TeacherArguments(teacher=["t"]))
+
+
+def test_a_method_may_keep_its_teacher_in_another_way(workplace):
+    assert compare(f"{GOOD} --methods in_int8 --baseline in_int8 --seeds 0", workplace) == 0
+    (call,) = [call for call in calls(workplace) if "in_int8" in str(call)]
+    assert "--teacher_quantization" not in str(call), "the preset says it"
 
 
 def test_shipped_methods_are_found_by_name():

@@ -34,9 +34,16 @@ def test_the_columns_match_the_loop():
     rewards_BT = torch.where(mask_BT, torch.randn(6, T, generator=generator) + 1, 0.0)
     potentials_BT1 = torch.randn(6, T + 1, generator=generator)
     logps_BT = -torch.rand(6, T, generator=generator)
-    inputs = RewardInputs([{}, {}], torch.arange(2).repeat_interleave(K), mask_BT.long(), mask_BT, torch.tensor(ended))
+    inputs = RewardInputs(
+        [{}, {}],
+        torch.arange(2).repeat_interleave(K),
+        mask_BT.long(),
+        mask_BT,
+        torch.tensor(ended),
+        student_logps_BT=logps_BT,
+    )
     columns_of = main_of(BENCHMARK).__globals__["columns_of"]
-    found = columns_of(Term(rewards_BT, potentials_BT1), [], inputs, logps_BT, K)
+    found = columns_of(Term(rewards_BT, potentials_BT1), [], inputs, K)
 
     returns = []
     for i, n in enumerate(lengths):
