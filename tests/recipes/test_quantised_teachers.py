@@ -82,7 +82,8 @@ def test_rewards_of_a_tiny_run(family, checkpoints, train_csv, tmp_path):
     exact = rewards["float32"]
     assert exact["token_error"] == exact["sequence_error"] == 0
     assert exact["token_rank_correlation"] == pytest.approx(1)
-    assert rewards["bfloat16"]["bytes"] == exact["bytes"] / 2
+    # but for the frequencies of rotary positions, which stay in float32
+    assert rewards["bfloat16"]["bytes"] == pytest.approx(exact["bytes"] / 2, rel=0.01)
     for name in ("bfloat16", "int8", "nf4"):
         assert rewards[name]["bytes"] < exact["bytes"]
         assert 0 < rewards[name]["token_error"] < 1
