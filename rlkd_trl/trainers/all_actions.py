@@ -51,9 +51,10 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             rollout = rollout.with_(old_logps_BT=self._log_probs(self.policy, rollout))
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
-            rollout = rollout.with_(rewards_BT=self._signals(rollout))
+            rollout = rollout.with_(rewards_BT=self._with_teachers_heads(partial(self._signals, rollout)))
             if args.teacher_mix:
-                rollout = rollout.with_(importance_BT=self._importance(rollout))
+                importance_BT = self._with_teachers_heads(partial(self._importance, rollout))
+                rollout = rollout.with_(importance_BT=importance_BT)
         rollout = rollout.with_(advantages_BT=self._future_advantages(rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
@@ -150,4 +151,4 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             temperature=self.args.temperature,
             forbidden_V=self.policy.forbidden_V,
         )
-        return model(**batch.policy_inputs(), loss_of_states=loss_of_states)
+        return self._with_teachers_heads(lambda: model(**batch.policy_inputs(), loss_of_states=loss_of_states))
