@@ -86,6 +86,13 @@ class TeacherArguments:
     teacher_quantization: str = field(
         default="none", metadata={"help": "none, int8 or nf4 (bitsandbytes): what is printed at start, with bytes."}
     )
+    teacher_placement: str = field(
+        default="replicated",
+        metadata={"help": "replicated; zero3: sharded over the processes; offload: shards off the accelerator."},
+    )
+    teacher_offload_path: str | None = field(
+        default=None, metadata={"help": "NVMe directory for --teacher_placement offload; default: CPU memory."}
+    )
     teacher_max_prompt_length: int | None = field(
         default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
     )

@@ -1,6 +1,5 @@
 """The steps that recipes share, from parsed flags to a trainer. Each recipe is a story of these."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +143,13 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
 
 
 def check_teacher(teacher: TeacherArguments) -> None:
-    """The teachers are checkpoints or may be Hub ids, and the dtype is known. Raises `InputError`."""
+    """The teachers are checkpoints or may be Hub ids, and can be kept as asked for. Raises `InputError`."""
     from rlkd_trl.models.loading import check_dtype, check_quantization, require_checkpoint
+    from rlkd_trl.teachers.placement import Placement
 
     check_dtype(teacher.teacher_dtype)
     check_quantization(teacher.teacher_quantization)
+    Placement(**_placement(teacher), dtype=teacher.teacher_dtype)
     for name in teacher.teacher or []:
         require_checkpoint("--teacher", name)
 
@@ -180,6 +181,7 @@ def check_pseudo_labels(data: DataArguments, teacher: TeacherArguments, labels: 
 
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
     """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
+    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.teachers import Teacher, TeacherPanel
 
     teachers = [
@@ -187,16 +189,24 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
             name,
             revision=teacher.teacher_revision,
             dtype=teacher.teacher_dtype,
-            quantization=teacher.teacher_quantization,
             max_prompt_length=teacher.teacher_max_prompt_length,
             max_batch_tokens=teacher.teacher_batch_tokens,
+            **_placement(teacher),
         )
         for name in teacher.teacher
     ]
-    if int(os.environ.get("RANK", "0")) == 0:  # of the launched processes, the first one speaks
+    if is_first_process():
         for name, loaded in zip(teacher.teacher, teachers, strict=True):
             print(f"Teacher {name}: {loaded.describe()}.", flush=True)
     return TeacherPanel(teachers, templates)
+
+
+def _placement(teacher: TeacherArguments) -> dict[str, str | None]:
+    return {
+        "placement": teacher.teacher_placement,
+        "quantization": teacher.teacher_quantization,
+        "offload_path": teacher.teacher_offload_path,
+    }
 
 
 def load_reward_model(

@@ -10,6 +10,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
 from rlkd_trl.models.prompts import tokenize_prompts
+from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.masking import completion_mask, pad_columns
 
@@ -120,6 +121,7 @@ def _beam_search(
         suppress_tokens=forbidden_V.nonzero()[:, 0].tolist(),
         eos_token_id=eos_ids,
         pad_token_id=pad_id,
+        synced_gpus=is_sharded(model),
     )
     prompt_length = 1 if model.config.is_encoder_decoder else ids_PS.shape[1]
     ids_BT = output_ids[:, prompt_length:]

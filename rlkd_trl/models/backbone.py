@@ -7,7 +7,9 @@ completion its prompt's rows and `extend` reads completion tokens on top. Sampli
 forward pass are all made of these calls, with gradients where autograd is on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -15,6 +17,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.sharding import is_sharded
+
+Result = TypeVar("Result")
 
 # T5's descendants that may multiply the decoder's output by d_model**-0.5 before the LM head. In transformers 5, t5
 # and longt5 do as `scale_decoder_outputs` says, umt5 and switch_transformers as `tie_word_embeddings`, mt5 never.
@@ -45,18 +50,25 @@ class Prefix:
 class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
-    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others.
+    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others. With
+    a sharded model every method is a collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self._apply_head: Callable[[Tensor], Tensor] | None = None  # inside `with_whole_head`
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.model)
 
     @property
     def hidden_size(self) -> int:
         """D, the width of the states that the LM head reads."""
-        return self.model.get_output_embeddings().weight.shape[-1]
+        weight = self.model.get_output_embeddings().weight
+        return getattr(weight, "ds_shape", weight.shape)[-1]  # ds_shape: of a weight whose data is elsewhere
 
     def head_parameters(self) -> list[torch.nn.Parameter]:
         """The LM head's parameters; tied embeddings are among them."""
@@ -73,9 +85,27 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in the model's dtype, through the model's own head path."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = (self._apply_head or self.model.get_output_embeddings())(hidden)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def with_whole_head(self, work: Callable[[], Result]) -> Result:
+        """`work()`, in which a sharded model's head can be applied any number of times, another on every process.
+
+        To ZeRO-3 it is one call of the head's module, which gathers the weight before and drops it after. Not for
+        work that wants gradients of the head.
+        """
+        if not self.is_sharded:
+            return work()
+        results: list[Result] = []
+        module = self.model.get_output_embeddings()
+        self._apply_head, module.forward = module.forward, lambda: results.append(work())
+        try:
+            module()
+        finally:
+            del module.forward  # the instance's, which hides the class's
+            self._apply_head = None
+        return results[0]
 
     def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         """Reads the prompts, once each.
@@ -118,7 +148,10 @@ class Backbone:
         first_B1D = prefix.hidden_B1D
         read_BT = completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]
         if read_BT.shape[1] == 0:
-            return first_B1D
+            if not self.is_sharded:
+                return first_B1D
+            # Other processes may have longer completions, and each must call the decoder twice, forward and backward.
+            return first_B1D + 0 * self.extend(prefix, completion_ids_BT)
         return torch.cat([first_B1D, self.extend(prefix, read_BT)], dim=1)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import Backbone
+from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.ops.lm_head import mixture_log_probs
 from rlkd_trl.ops.masking import completion_mask
 
@@ -87,7 +88,8 @@ def sample_completions(
     Each token is drawn by inverting the distribution function at `uniforms_BT[b, t]` in [0, 1): a row's sample
     depends on its own numbers alone, not on what else is in the batch, on which rank it is, or on who has finished.
     With `top_k`, from the k likeliest of these, renormalised. With `mixed_with`, from the mixture of both models at
-    this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is greedy.
+    this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is greedy. With a sharded model, all
+    processes call this together, and decode until the last of them has finished.
 
     Raises:
         InputError: `top_k` with `mixed_with`.
@@ -101,6 +103,7 @@ def sample_completions(
     if mixed_with is not None:
         asked = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
         readers.append(_Reader(mixed_with.backbone, *asked))
+    sharded = any(reader.backbone.is_sharded for reader in readers)
     batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
     eos_E = torch.tensor(eos_ids, device=device)
     ids_BT = torch.full((batch_size, max_completion_length), pad_id, device=device)
@@ -121,18 +124,23 @@ def sample_completions(
         ids_BT[row_b, t] = token_b
         alive_b = alive_b & ~torch.isin(token_b, eos_E)
         finished = int((~alive_b).sum())
-        if finished == len(row_b) or t == max_completion_length - 1:
+        all_finished = finished == len(row_b)
+        if sharded:
+            all_finished = largest_of_all(int(not all_finished), device) == 0
+        if all_finished or t == max_completion_length - 1:
             break
-        if finished > _DROP_FINISHED_SHARE * len(row_b):
+        # A batch that has finished decodes on while those of other processes have not.
+        if _DROP_FINISHED_SHARE * len(row_b) < finished < len(row_b):
             keep = alive_b.nonzero()[:, 0]
             row_b, token_b, alive_b = row_b[keep], token_b[keep], alive_b[keep]
             for reader in readers:
                 reader.keep(keep)
         for reader in readers:
             reader.read(token_b)
-    ids_BT = ids_BT[:, : t + 1]
-    mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
-    support_BTk = support_BTk[:, : t + 1] if top_k else None
+    mask_BT, ended_B = completion_mask(ids_BT[:, : t + 1], eos_ids)
+    longest = int(mask_BT.sum(dim=1).max())
+    ids_BT, mask_BT = ids_BT[:, :longest], mask_BT[:, :longest]
+    support_BTk = support_BTk[:, :longest] if top_k else None
     return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B, support_BTk)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.sharding import loading_shards
 
 DTYPES = {
     "auto": "auto",
@@ -56,12 +57,14 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     quantization: str = "none",
+    zero3: dict | None = None,
 ) -> PreTrainedModel:
     """An encoder-decoder or decoder-only language model, whichever its config says.
 
     `dtype` is one of `DTYPES`; "auto" takes the checkpoint's own. `quantization` is one of `QUANTIZATIONS`: the
     weights of linear layers inside of blocks are quantised while loading; the LM head, embeddings, norms and, in T5,
-    the feed-forward layers' output stay in `dtype`.
+    the feed-forward layers' output stay in `dtype`. `zero3` is a DeepSpeed config of stage 3: each process then keeps
+    its shard of every weight, from the moment it is read.
 
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
@@ -72,14 +75,15 @@ def load_model(
     config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _from_pretrained(
-        auto_class,
-        name_or_path,
-        "model",
-        revision=revision,
-        dtype=DTYPES[dtype],
-        **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
-    )
+    with loading_shards(zero3):
+        model = _from_pretrained(
+            auto_class,
+            name_or_path,
+            "model",
+            revision=revision,
+            dtype=DTYPES[dtype],
+            **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
+        )
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     return model
 

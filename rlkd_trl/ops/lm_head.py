@@ -5,6 +5,7 @@ The methods need a few scalars per token, never the logits. The head is applied 
 statistic, whatever the model's dtype.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -124,6 +125,11 @@ def mixture_log_probs(
     return (weight * p_NC + (1 - weight) * q_NC).log()
 
 
+def slices_needed(positions: int, vocab_size: int, max_elements: int = MAX_SLICE_ELEMENTS) -> int:
+    """In how many slices `map_head_slices` takes N positions; at least one."""
+    return max(1, math.ceil(positions / max(1, max_elements // vocab_size)))
+
+
 def map_head_slices(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,
@@ -131,12 +137,14 @@ def map_head_slices(
     *per_position: Tensor,
     vocab_size: int,
     max_elements: int = MAX_SLICE_ELEMENTS,
+    num_slices: int | None = None,
 ) -> list[Tensor | None]:
     """Applies `per_slice(head(hidden_nD), *per_position_n)` to slices of positions and concatenates each output.
 
     `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N, ...]`, sliced alongside. At
     most about `max_elements` logits exist at a time, in the backward pass too: with several slices each is
-    recomputed there instead of stored.
+    recomputed there instead of stored. `num_slices` applies the head exactly so often, to nothing at last if need be:
+    for processes that have to apply it equally often. It is at least `slices_needed`.
 
     Returns one `[N]` tensor (or None) per output of `per_slice`.
     """
@@ -145,7 +153,7 @@ def map_head_slices(
     def one_slice(hidden_nD, *extra):
         return tuple(per_slice(head(hidden_nD), *extra))
 
-    starts = range(0, max(1, hidden_ND.shape[0]), rows)
+    starts = range(0, rows * (num_slices or slices_needed(hidden_ND.shape[0], vocab_size, max_elements)), rows)
     recompute = torch.is_grad_enabled() and len(starts) > 1
     outputs = []
     for start in starts:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
+from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
-from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, support_log_probs, token_log_probs
+from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
 
 CRITICS = ("none", "shared", "separate")
@@ -122,13 +123,7 @@ class Policy(nn.Module):
         if function_of_states is not None:
             return function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
-        statistics = map_head_slices(
-            self.backbone.head,
-            states_ND,
-            self._token_statistics,
-            *(tensor[completion_mask_BT] for tensor in per_token),
-            vocab_size=self.backbone.vocab_size,
-        )
+        statistics = self._head_statistics(states_ND, *(tensor[completion_mask_BT] for tensor in per_token))
         logps_BT, entropy_BT = (
             torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(completion_mask_BT, values_N)
             for values_N in statistics
@@ -140,6 +135,27 @@ class Policy(nn.Module):
             with torch.autocast(states_BTD.device.type, enabled=False):
                 values_BT1 = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
         return PolicyOutput(logps_BT, entropy_BT, values_BT1)
+
+    def _head_statistics(self, states_ND: Tensor, *per_token: Tensor) -> list[Tensor]:
+        """`_token_statistics` of the N states, in slices of positions."""
+        backbone, num_slices = self.backbone, None
+        with_gradient = torch.is_grad_enabled()
+        if with_gradient and backbone.is_sharded:
+            # ZeRO-3 gathers the head for every slice, and again in the backward pass: as many on all processes.
+            needed = slices_needed(states_ND.shape[0], backbone.vocab_size)
+            num_slices = largest_of_all(needed, states_ND.device)
+
+        def statistics() -> list[Tensor]:
+            return map_head_slices(
+                backbone.head,
+                states_ND,
+                self._token_statistics,
+                *per_token,
+                vocab_size=backbone.vocab_size,
+                num_slices=num_slices,
+            )
+
+        return statistics() if with_gradient else backbone.with_whole_head(statistics)
 
     def _token_statistics(
         self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None

@@ -1,14 +1,136 @@
-"""Where a teacher's weights are kept, and as what."""
+"""Where a teacher's weights are kept: whole on every process, or in shards, there or parked off the accelerator.
 
+A sharded teacher has a ZeRO-3 engine of its own (Rajbhandari et al. 2020), whatever the student's parallelism is: each
+process holds its share of every weight, and gathers the weights of a layer while it computes the layer.
+"""
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.models.memory import held_bytes
 
+PLACEMENTS = ("replicated", "zero3", "offload")
 
-def describe_weights(model: PreTrainedModel) -> str:
-    """One line: where the weights are, their dtype and quantisation, and the bytes of them on this process."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"replicated, {dtype}, {_quantization_of(model)}, {held_bytes(model):,} bytes of weights on this process"
+
+@dataclass(frozen=True)
+class Placement:
+    """How a teacher is kept.
+
+    placement: "replicated", a whole model on every process; "zero3", a shard on each; "offload", the shards parked in
+    CPU memory, or in files in `offload_path` (a directory on an NVMe drive). quantization and dtype: as `load_model`
+    takes them; shards are not quantised.
+
+    Raises:
+        InputError: Unknown name, a quantised sharded teacher, dtype "auto" for one, a missing library, or an
+            `offload_path` that is no directory or has nothing to do.
+    """
+
+    placement: str = "replicated"
+    quantization: str = "none"
+    offload_path: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.placement not in PLACEMENTS:
+            raise InputError(f"Unknown teacher placement {self.placement!r}; choose one of: {', '.join(PLACEMENTS)}.")
+        if self.offload_path is not None and self.placement != "offload":
+            raise InputError(f"An offload path needs the placement 'offload'; it is {self.placement!r}.")
+        if not self.is_sharded:
+            return
+        if self.quantization != "none":
+            raise InputError(
+                f"A teacher quantised to {self.quantization} cannot be sharded ({self.placement}): choose the "
+                "placement 'replicated', or no quantisation."
+            )
+        if self.dtype == "auto":
+            raise InputError("A sharded teacher's dtype has to be named: bfloat16, or float32.")
+        if importlib.util.find_spec("deepspeed") is None:
+            raise InputError(f"The placement {self.placement!r} needs DeepSpeed: pip install deepspeed.")
+        if self.offload_path is not None and not Path(self.offload_path).is_dir():
+            raise InputError(f"The offload path {self.offload_path} is not a directory: make one on a fast drive.")
+        if self.offload_path is not None and not _can_offload_to_files():
+            raise InputError("DeepSpeed cannot write shards to files here: install libaio, or offload to CPU memory.")
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.placement != "replicated"
+
+    @property
+    def deepspeed_config(self) -> dict:
+        """The engine's settings: stage 3, where to park, and the dtype. Nothing is small enough to stay gathered."""
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        if self.placement == "offload" and self.offload_path is None:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
+        elif self.placement == "offload":
+            zero["offload_param"] = {"device": "nvme", "nvme_path": self.offload_path}
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
+            "zero_optimization": zero,
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "fp16": {"enabled": self.dtype == "float16"},
+        }
+
+    def describe(self, model: PreTrainedModel) -> str:
+        """One line: where the weights are, their dtype and quantisation, and the bytes of them on this process."""
+        dtype = str(model.dtype).removeprefix("torch.")
+        where = {
+            "replicated": "replicated",
+            "zero3": "sharded (zero3)",
+            "offload": f"sharded, parked in {self.offload_path or 'CPU memory'}",
+        }[self.placement]
+        return f"{where}, {dtype}, {_quantization_of(model)}, {held_bytes(model):,} bytes of weights on this process"
+
+
+class ShardedModel(nn.Module):
+    """A frozen model's ZeRO-3 engine, for a model whose parts are called one by one."""
+
+    def __init__(self, model: PreTrainedModel, placement: Placement):
+        import deepspeed
+
+        super().__init__()
+        self.model = model
+        engine, *_ = deepspeed.initialize(model=self, config=placement.deepspeed_config)
+        self._offload = [engine.optimizer]  # in a list, or it would be a submodule of its own submodule
+
+    def forward(self) -> None:
+        """The outermost module's call, by which DeepSpeed knows that a pass begins."""
+
+    def begin_pass(self) -> None:
+        """From here to the next one, DeepSpeed learns in what order parts are called, to gather the next in time."""
+        self()
+
+    def drop_gathered(self) -> None:
+        """Leaves no more than its shards on this process, also of weights that were gathered ahead of their use."""
+        self._offload[0].empty_partition_cache()
+
+
+def _can_offload_to_files() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible()
+
+
+def start_process_group() -> None:
+    """Makes sure that there are processes to shard over: those that were launched, or this one alone."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.accelerator.is_available():
+        # A minute of compiling, where there is a compiler, for a reduction that sharding does not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized() or torch.distributed.is_torchelastic_launched():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed takes the device's number from it
 
 
 def _quantization_of(model: PreTrainedModel) -> str:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from rlkd_trl.errors import InputError
 from rlkd_trl.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
+from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.teachers.panel import TeacherPanel
 
 
@@ -78,14 +79,23 @@ def write_pseudo_labels(
 ) -> int:
     """`pseudo_labels` as JSON lines, each written as it is made; returns how many there are.
 
-    The file appears under its name when it is complete; until then it is `path` + ".part".
+    The file appears under its name when it is complete; until then it is `path` + ".part". Of several processes the
+    first one writes it; a sharded teacher needs the others to answer along.
     """
+    if not is_first_process():
+        for _ in pseudo_labels(panel, rows, **generation) if panel.scorers[0].teacher.backbone.is_sharded else ():
+            pass
+        return _label_count(panel, rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    total = len(rows) * (1 if panel.templates is None else len(panel.templates))
+    total = _label_count(panel, rows)
     with part.open("w", encoding="utf-8") as file:
         for label in tqdm(pseudo_labels(panel, rows, **generation), total=total, desc="Pseudo-labels"):
             file.write(json.dumps(label, ensure_ascii=False) + "\n")
     part.replace(path)
     return total
+
+
+def _label_count(panel: TeacherPanel, rows: Sequence) -> int:
+    return len(rows) * (1 if panel.templates is None else len(panel.templates))

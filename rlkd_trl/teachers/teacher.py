@@ -1,6 +1,7 @@
 """A frozen teacher: reads prompts and completions in teacher forcing, returns `TeacherScores`."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
+from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
-from rlkd_trl.teachers.placement import describe_weights
+from rlkd_trl.teachers.placement import Placement, ShardedModel, start_process_group
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
 
 
@@ -23,12 +25,16 @@ class Teacher:
     attention keys and values included. Prompts are sorted by length and cut into batches of at most
     `max_batch_tokens` padded tokens. The LM head is applied to real positions only, in slices.
 
+    With a sharded model (see `from_pretrained`), `score` and `states` are collective operations: all processes call
+    them together, each with completions of its own, of any number and length.
+
     Args:
         model: An encoder-decoder or decoder-only model. It is put in eval mode and its parameters are frozen.
         processing_class: Its tokenizer. It may lack a pad token: what stands in the padding is masked.
         max_prompt_length: Longer prompts are cut at this many tokens; None leaves them whole.
         max_batch_tokens: Budget of one scoring batch, in cached tokens with their padding: every completion holds a
             copy of its prompt's keys and values besides its own. A single prompt's completions are never split.
+        placement: Where `model` was loaded to; `from_pretrained` does both.
 
     Raises:
         InputError: The architecture is not supported (see `Backbone.verify`).
@@ -41,8 +47,11 @@ class Teacher:
         *,
         max_prompt_length: int | None = None,
         max_batch_tokens: int = 16384,
+        placement: Placement | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
+        self.placement = placement or Placement()
+        self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None
         self.processing_class = processing_class
         self.max_prompt_length = max_prompt_length
         self.max_batch_tokens = max_batch_tokens
@@ -57,23 +66,37 @@ class Teacher:
         revision: str | None = None,
         dtype: str = "float32",
         quantization: str = "none",
+        placement: str = "replicated",
+        offload_path: str | None = None,
         device: torch.device | str | None = None,
         **kwargs,
     ) -> "Teacher":
         """Loads a teacher from a directory or the Hub, onto the accelerator where there is one.
 
-        `quantization` is "none", "int8" or "nf4" (see `load_model`). `kwargs` go to the constructor.
+        `quantization` is "none", "int8" or "nf4" (see `load_model`), `placement` "replicated", "zero3" or "offload"
+        (see `Placement`, also for `offload_path`). `kwargs` go to the constructor.
 
         Raises:
-            InputError: As `load_tokenizer` and `load_model`.
+            InputError: As `Placement`, `load_tokenizer` and `load_model`.
         """
+        place = Placement(placement, quantization, offload_path, dtype=dtype)
         tokenizer = load_tokenizer(name_or_path, revision=revision)
-        model = load_model(name_or_path, revision=revision, dtype=dtype, quantization=quantization)
-        return cls(model.to(default_device() if device is None else device), tokenizer, **kwargs)
+        if place.is_sharded:
+            start_process_group()
+            model = load_model(name_or_path, revision=revision, dtype=dtype, zero3=place.deepspeed_config)
+        else:
+            model = load_model(name_or_path, revision=revision, dtype=dtype, quantization=quantization)
+            model.to(default_device() if device is None else device)
+        return cls(model, tokenizer, placement=place, **kwargs)
+
+    def to(self, device: torch.device) -> None:
+        """Moves whole weights; shards stay on the process's device, or where they are parked."""
+        if self._shards is None:
+            self.model.to(device)
 
     def describe(self) -> str:
         """How the weights are kept, and the bytes of them that this process holds."""
-        return describe_weights(self.model)
+        return self.placement.describe(self.model)
 
     @torch.no_grad()
     def score(
@@ -97,9 +120,8 @@ class Teacher:
         scores = empty_scores(
             *completion_ids_BT.shape, expected=expected, soft=tau is not None, device=completion_ids_BT.device
         )
-        for rows_b, states_bT1D in self._completion_states(
-            prompts, prompt_index_B, completion_ids_BT, completion_mask_BT
-        ):
+
+        def write(rows_b: Tensor, states_bT1D: Tensor) -> None:
             T = states_bT1D.shape[1] - 1
             self._score_batch(
                 states_bT1D,
@@ -110,6 +132,8 @@ class Teacher:
                 rows_b=rows_b,
                 tau=tau,
             )
+
+        self._read(prompts, prompt_index_B, completion_ids_BT, completion_mask_BT, write, with_head=True)
         return scores
 
     @torch.no_grad()
@@ -130,22 +154,66 @@ class Teacher:
         """
         B, T = completion_ids_BT.shape
         states_BTD = torch.zeros(B, T, self.backbone.hidden_size, dtype=self.model.dtype, device=self.backbone.device)
-        for rows_b, states_btD in self._completion_states(
-            prompts, prompt_index_B, completion_ids_BT, completion_mask_BT, with_final_state=False
-        ):
+
+        def write(rows_b: Tensor, states_btD: Tensor) -> None:
             states_BTD[rows_b.to(states_BTD.device), : states_btD.shape[1]] = states_btD.to(states_BTD.dtype)
+
+        self._read(prompts, prompt_index_B, completion_ids_BT, completion_mask_BT, write, with_head=False)
         return states_BTD
 
-    def _completion_states(
+    def _read(
         self,
         prompts: Sequence[str],
         prompt_index_B: Tensor,
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
+        write: Callable[[Tensor, Tensor], None],
         *,
-        with_final_state: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch by batch, the rows in it and their states, as far as its longest completion."""
+        with_head: bool,
+    ) -> None:
+        """Calls `write(rows, their states)` batch by batch, the states as far as the batch's longest completion.
+
+        `with_head`: `write` applies the LM head, and wants the state after the last token too.
+        """
+        batches = [
+            (rows_b, (prompt_PS, completion_ids_BT[rows_b, :longest], index_b))
+            for rows_b, prompt_PS, longest, index_b in self._inputs(prompts, prompt_index_B, completion_mask_BT)
+        ]
+
+        def read_one(rows_b: Tensor | None, inputs: tuple) -> None:
+            prompt_PS, ids_bt, index_b = inputs
+            states = self.backbone.completion_states(
+                *prompt_PS, ids_bt.to(prompt_PS[0].device), index_b, with_final_state=with_head
+            )
+
+            def use() -> None:
+                if rows_b is not None:
+                    write(rows_b, states)
+
+            if with_head:
+                self.backbone.with_whole_head(use)
+            else:
+                use()
+
+        device = self.backbone.device
+        rounds = len(batches) if self._shards is None else largest_of_all(len(batches), device)
+        # What a process reads while others have more batches than it: one token of prompt and completion.
+        token_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
+        idle = None, ((token_11, torch.ones_like(token_11)), token_11, token_11[0])
+        for batch in itertools.islice(itertools.chain(batches, itertools.repeat(idle)), rounds):
+            self._begin_pass()
+            read_one(*batch)
+        if self._shards is not None:
+            self._shards.drop_gathered()
+
+    def _begin_pass(self) -> None:
+        if self._shards is not None:
+            self._shards.begin_pass()
+
+    def _inputs(
+        self, prompts: Sequence[str], prompt_index_B: Tensor, completion_mask_BT: Tensor
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], int, Tensor]]:
+        """Each batch's completions by row, prompts' ids and mask, longest completion, and prompt of each row."""
         device = self.backbone.device
         prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
         lengths_B = completion_mask_BT.sum(dim=1)
@@ -156,21 +224,13 @@ class Teacher:
                 torch.arange(len(batch), device=rows_b.device),
                 torch.tensor([len(members[p]) for p in batch], device=rows_b.device),
             )
-            prompt_PS = pad_prompts(
+            prompt_ids_PS, prompt_mask_PS = pad_prompts(
                 [prompt_ids[p] for p in batch],
                 padding_side=self.backbone.padding_side,
                 pad_id=padding_id(self.processing_class),
             )
             longest = max(1, int(lengths_B[rows_b].max()))
-            yield (
-                rows_b,
-                self.backbone.completion_states(
-                    *(tensor.to(device) for tensor in prompt_PS),
-                    completion_ids_BT[rows_b, :longest].to(device),
-                    index_b.to(device),
-                    with_final_state=with_final_state,
-                ),
-            )
+            yield rows_b, (prompt_ids_PS.to(device), prompt_mask_PS.to(device)), longest, index_b.to(device)
 
     def _batches(self, prompt_ids: list[list[int]], members: list[Tensor], lengths_B: Tensor) -> Iterator[list[int]]:
         """Prompt indices, sorted by length, cut so that a batch's padded tokens stay within the budget."""

@@ -53,10 +53,14 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             rollout = rollout.with_(old_logps_BT=self._log_probs(self.policy, rollout))
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
-            rollout = rollout.with_(rewards_BT=self._signals(rollout))
+            rollout = rollout.with_(rewards_BT=self._with_teachers_heads(partial(self._signals, rollout)))
             if args.teacher_mix:
-                rollout = rollout.with_(importance_BT=self._importance(rollout))
-            futures_BT = self._expected_signals(rollout) if args.future == "expected" else rollout.rewards_BT
+                importance_BT = self._with_teachers_heads(partial(self._importance, rollout))
+                rollout = rollout.with_(importance_BT=importance_BT)
+            futures_BT = rollout.rewards_BT
+            if args.future == "expected":
+                with self.compute_loss_context_manager():
+                    futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
         rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout.completion_mask_BT))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
@@ -174,4 +178,4 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             epsilon=self.args.epsilon,
             **self._signal_settings,
         )
-        return model(**batch.policy_inputs(), function_of_states=loss_of_states)
+        return self._with_teachers_heads(lambda: model(**batch.policy_inputs(), function_of_states=loss_of_states))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from datasets import Dataset
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogRatioReward, RewardModel
@@ -38,6 +39,19 @@ def check_targets(dataset: Dataset, args: KDConfig) -> None:
                 f"Distillation on data needs targets, but row {i + 1} has none: name their column with "
                 "--target_column (a column `references` of lists of texts), set sequences to 'teacher', or lmbda to 1."
             )
+
+
+def check_zero3(args: RolloutConfig) -> None:
+    """Raises `InputError` for settings that a student sharded by ZeRO-3 does not go with."""
+    if not is_deepspeed_zero3_enabled():
+        return
+    if not deepspeed_config()["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise InputError(
+            "ZeRO-3 would save the student in pieces that only DeepSpeed reads: set `zero3_save_16bit_model: true` in "
+            "Accelerate's YAML (stage3_gather_16bit_weights_on_model_save in DeepSpeed's own config)."
+        )
+    if args.load_best_model_at_end:
+        raise InputError("load_best_model_at_end needs a student that is not sharded: use ZeRO stage 2, or leave it.")
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:

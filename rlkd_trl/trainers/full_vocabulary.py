@@ -4,9 +4,15 @@ A rollout keeps the teachers' hidden states, `[B, T, D']`; logits of either side
 time, in the update (see `ops.sliced_loss`).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.backbone import Result
 from rlkd_trl.ops.divergences import TeacherStates
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.rewards import RewardModel, TeacherForcingReward
@@ -46,6 +52,11 @@ class FullVocabularyTrainer(RolloutTrainer):
         templates: PromptTemplates | None = None,
         **kwargs,
     ):
+        if is_deepspeed_zero3_enabled():
+            raise InputError(
+                "Losses over the whole vocabulary (kd, all_actions) need the student's LM head whole: use ZeRO stage "
+                "2 or less. The teacher may be sharded."
+            )
         reward = TeacherForcingReward(teacher, templates=templates)
         self.panel = reward.panel
         super().__init__(model, RewardModel([reward]), args, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -60,3 +71,9 @@ class FullVocabularyTrainer(RolloutTrainer):
             TeacherStates(states_BTD[rollout.completion_mask_BT], scorer.teacher.backbone.head, scorer.weight)
             for scorer, states_BTD in zip(self.panel.scorers, rollout.teacher_states, strict=True)
         ]
+
+    def _with_teachers_heads(self, work: Callable[[], Result]) -> Result:
+        """`work()`, in which the teachers' heads can be applied, sharded ones too; all processes call it together."""
+        for backbone in dict.fromkeys(scorer.teacher.backbone for scorer in self.panel.scorers):
+            work = partial(backbone.with_whole_head, work)
+        return work()

@@ -130,4 +130,4 @@ class KDTrainer(FullVocabularyTrainer):
             ensemble=ENSEMBLES[args.ensemble],
             forbidden_V=self.policy.forbidden_V,
         )
-        return model(**batch.policy_inputs(), function_of_states=loss_of_states)
+        return self._with_teachers_heads(lambda: model(**batch.policy_inputs(), function_of_states=loss_of_states))

@@ -88,7 +88,7 @@ class OnPolicyTrainer(RolloutTrainer):
         args, timer = self.args, self._timer
         policy = self.sampling_policy()
 
-        with timer.phase("sample"), self.compute_loss_context_manager():
+        with timer.phase("sample"), self.compute_loss_context_manager(), self.whole_student():
             prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
             completions = self._sample(policy, *prompt_PS)  # 1 sample
             rollout = self._rollout_of(prompt_PS, completions)

@@ -1,6 +1,8 @@
 """What all distillation trainers have in common: a `Policy` on `transformers.Trainer`, measured and saved."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,10 +14,11 @@ from trl.trainer.utils import print_prompt_completions_sample
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
+from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
-from rlkd_trl.trainers.checks import check_held_out
+from rlkd_trl.trainers.checks import check_held_out, check_zero3
 from rlkd_trl.trainers.config import RolloutConfig
 
 
@@ -40,6 +43,7 @@ class PolicyTrainer(Trainer):
         **kwargs,
     ):
         check_held_out(eval_dataset)
+        check_zero3(args)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model)
@@ -64,13 +68,24 @@ class PolicyTrainer(Trainer):
         )
         # The losses here are already divided by the global count; Trainer must not divide by its own.
         self.model_accepts_loss_kwargs = False
+        if self.is_deepspeed_enabled:  # which moves the model only when training begins
+            self.model.to(self.accelerator.device)
         for teacher in teachers:
-            teacher.model.to(self.accelerator.device)
+            teacher.to(self.accelerator.device)
 
     @property
     def policy(self) -> Policy:
         """The student as it is now, out of its distributed wrapper."""
         return self.accelerator.unwrap_model(self.model_wrapped)
+
+    @contextmanager
+    def whole_student(self) -> Iterator[None]:
+        """For sampling and evaluation: where ZeRO-3 has sharded the student, every process holds all of it within.
+
+        Otherwise each sampled token would gather every weight anew.
+        """
+        with whole(self.model_wrapped) if is_sharded(self.model) else nullcontext():
+            yield
 
     # Logging
 
@@ -119,7 +134,7 @@ class PolicyTrainer(Trainer):
             for name, rows in dataset.items():
                 metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.whole_student():
             result = evaluate_student(
                 self.policy,
                 self.processing_class,

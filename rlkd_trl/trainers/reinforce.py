@@ -112,8 +112,8 @@ class ReinforceKDTrainer(OnPolicyTrainer):
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.behaviour.save_pretrained(checkpoint / _BEHAVIOUR_DIRECTORY)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.behaviour is not None:
-            saved = Path(resume_from_checkpoint) / _BEHAVIOUR_DIRECTORY
-            self.behaviour.load_pretrained(saved if saved.is_dir() else resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.behaviour is not None and checkpoint is not None:
+            saved = Path(checkpoint) / _BEHAVIOUR_DIRECTORY
+            self.behaviour.load_pretrained(saved if saved.is_dir() else checkpoint)

@@ -289,10 +289,11 @@ class RolloutTrainer(PolicyTrainer):
             file = Path(output_dir or self.args.output_dir) / _STATE_FILE
             file.write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state_file = Path(resume_from_checkpoint) / _STATE_FILE
-        if state_file.is_file():
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state_file = None if checkpoint is None else Path(checkpoint) / _STATE_FILE
+        if state_file is not None and state_file.is_file():
             self.rollout_state = RolloutState(**json.loads(state_file.read_text(encoding="utf-8")))
 
     def save_cost(self, path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Models whose weights DeepSpeed's ZeRO-3 has cut into one shard per process (Rajbhandari et al. 2020).
+
+A weight is gathered from all processes when the module that owns it is called, and dropped after the call. Every
+process must therefore make the same calls in the same order: where the amount of work differs, the processes agree on
+the largest, and those with less of it make up the number.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as integration
+
+# Marks parameters that `gathered` holds.
+_HELD = "is_held_whole"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether calls of this model gather weights: ZeRO-3 has its parameters, and `gathered` does not hold them all."""
+    return any(hasattr(p, "ds_id") and not getattr(p, _HELD, False) for p in model.parameters())
+
+
+def is_first_process() -> bool:
+    """Of the launched processes, the one that speaks and writes; known before they have found each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def largest_of_all(count: int, device: torch.device) -> int:
+    """The largest `count` of all processes; each must call this."""
+    largest = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Within it every process holds these parameters whole, to be read only; all processes enter and leave together.
+
+    It does not keep ZeRO-3's own hooks from dropping them after a module's call.
+    """
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shards:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(shards):
+        for parameter in shards:
+            setattr(parameter, _HELD, True)
+        try:
+            yield
+        finally:
+            for parameter in shards:
+                delattr(parameter, _HELD)
+
+
+@contextmanager
+def whole(engine: nn.Module) -> Iterator[None]:
+    """Within it every process holds a ZeRO-3 engine's whole model, for work without gradients; nothing is gathered."""
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with gathered(engine.parameters()):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
+
+
+@contextmanager
+def loading_shards(config: dict | None) -> Iterator[None]:
+    """Within it `from_pretrained` gives each process its shard of every weight, as the DeepSpeed `config` says.
+
+    With None it loads whole models, also in a run whose own settings name ZeRO-3: those are then sharded by the
+    trainer, or not at all.
+    """
+    # transformers looks the settings up in a weak reference of its own.
+    before = integration._hf_deepspeed_config_weak_ref
+    tie_weights = PreTrainedModel.tie_weights
+    integration.unset_hf_deepspeed_config()
+    alive = None if config is None else integration.HfDeepSpeedConfig(config)
+    if alive is not None:
+        PreTrainedModel.tie_weights = _tie_gathered_weights(tie_weights)
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = tie_weights
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def _tie_gathered_weights(tie_weights: Callable) -> Callable:
+    """`PreTrainedModel.tie_weights` with the weights in question at hand.
+
+    transformers 5 ties every T5's head to its embeddings unless the checkpoint has different values for them (as T0's
+    and Flan-T5's have), and takes ZeRO-3's empty placeholders for equal.
+    """
+
+    def tie(model: PreTrainedModel, *args, **kwargs) -> None:
+        names = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+        with gathered([model.get_parameter(name) for name in names]):
+            tie_weights(model, *args, **kwargs)
+
+    return tie
