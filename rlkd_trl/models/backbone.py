@@ -3,11 +3,13 @@
 K completions of a prompt have the prompt in common. Both families compute that common part once, in `prefill`, and
 keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
 read the decoder-start token), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each
-completion its prompt's rows and `extend` reads completion tokens on top. Sampling, teacher scoring and the training
+completion its prompt (a copy of its cache's rows, or only their number where the cache is never written to: see
+`shared_attention`) and `extend` reads completion tokens on top. Sampling, teacher scoring and the training
 forward pass are all made of these calls, with gradients where autograd is on.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 from rlkd_trl.models.sharding import is_sharded
 
 Result = TypeVar("Result")
@@ -32,19 +35,30 @@ class Prefix:
 
     cache: keys and values. mask: attention mask over the source tokens (encoder-decoder, `[B, S]`) or over every
     cached position (decoder-only, `[B, S+t]`). hidden_B1D: the last position's state, from which the next token is
-    predicted. encoder_hidden_BSD: only for encoder-decoder models.
+    predicted. encoder_hidden_BSD: only for encoder-decoder models. prompt_rows: where it is set, mask, encoder states
+    and the cross-attention cache have one row per prompt, and this says whose they are.
     """
 
     cache: Cache
     mask: Tensor
     hidden_B1D: Tensor
     encoder_hidden_BSD: Tensor | None = None
+    prompt_rows: PromptRows | None = None
 
     def select(self, index_B: Tensor) -> "Prefix":
         """Rows `index_B`, repeats allowed: one prompt's row for each of its completions. Invalidates this prefix."""
-        self.cache.batch_select_indices(index_B)
-        encoder_hidden = None if self.encoder_hidden_BSD is None else self.encoder_hidden_BSD[index_B]
-        return Prefix(self.cache, self.mask[index_B], self.hidden_B1D[index_B], encoder_hidden)
+        hidden_B1D = self.hidden_B1D[index_B]
+        if self.prompt_rows is None:
+            self.cache.batch_select_indices(index_B)
+            encoder_hidden = None if self.encoder_hidden_BSD is None else self.encoder_hidden_BSD[index_B]
+            return Prefix(self.cache, self.mask[index_B], hidden_B1D, encoder_hidden)
+        self.cache.self_attention_cache.batch_select_indices(index_B)
+        kept_P, prompt_index_B = self.prompt_rows.prompt_index_B[index_B].unique(return_inverse=True)
+        mask, encoder_hidden = self.mask, self.encoder_hidden_BSD
+        if len(kept_P) < self.prompt_rows.num_prompts:
+            self.cache.cross_attention_cache.batch_select_indices(kept_P)
+            mask, encoder_hidden = mask[kept_P], encoder_hidden[kept_P]
+        return Prefix(self.cache, mask, hidden_B1D, encoder_hidden, PromptRows.of(prompt_index_B, len(kept_P)))
 
 
 class Backbone:
@@ -217,25 +231,33 @@ class EncoderDecoderBackbone(Backbone):
         encoder_hidden_PSD = self.model.get_encoder()(
             input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS
         ).last_hidden_state
+        P, shares = len(prompt_ids_PS), can_share(self.model.get_decoder())
         prefix = Prefix(
             # Not sized by the config, whose `num_layers` is the encoder's depth.
             cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             mask=prompt_mask_PS,
             hidden_B1D=encoder_hidden_PSD[:, :0],
             encoder_hidden_BSD=encoder_hidden_PSD,
+            prompt_rows=PromptRows.of(torch.arange(P, device=prompt_ids_PS.device), P) if shares else None,
         )
         # Reading the start token projects the cross-attention keys and values, once per prompt.
         self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], self._start_id))
         return prefix
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
-        hidden_BtD = self.model.get_decoder()(
-            input_ids=token_ids_Bt,
-            encoder_hidden_states=prefix.encoder_hidden_BSD,
-            encoder_attention_mask=prefix.mask,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        ).last_hidden_state
+        decoder, mask, more, context = self.model.get_decoder(), prefix.mask, {}, nullcontext()
+        if prefix.prompt_rows is not None:
+            mask = mask[:, None, None].bool()  # for any number of queries; `[P, S]` would be expanded to T of them
+            more, context = {"prompt_rows": prefix.prompt_rows}, shared_cross_attention(decoder)
+        with context:
+            hidden_BtD = decoder(
+                input_ids=token_ids_Bt,
+                encoder_hidden_states=prefix.encoder_hidden_BSD,
+                encoder_attention_mask=mask,
+                past_key_values=prefix.cache,
+                use_cache=True,
+                **more,
+            ).last_hidden_state
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
 

@@ -43,6 +43,9 @@ class RolloutConfig(TrainingArguments):
     )
     top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
     top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
+    sampling_batch_size: int = field(
+        default=256, metadata={"help": "Completions decoded at a time on each device; more is faster, in more memory."}
+    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave truncated completions out of the loss."}
     )
@@ -116,6 +119,7 @@ class RolloutConfig(TrainingArguments):
             )
         ranges = {
             "max_completion_length": self.max_completion_length >= 1,
+            "sampling_batch_size": self.sampling_batch_size >= 1,
             "num_iterations": self.num_iterations >= 1,
             "temperature": self.temperature > 0,
             "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,

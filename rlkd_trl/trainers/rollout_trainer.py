@@ -138,8 +138,8 @@ class RolloutTrainer(PolicyTrainer):
         args, P = self.args, len(prompt_ids_PS)
         prompt_index_B = self._prompt_index(P)
         uniforms_BT = self._uniforms(len(prompt_index_B))
-        # Whole prompts at a time, about a micro-batch, so that memory does not grow with the rollout.
-        count = max(1, args.per_device_train_batch_size // args.num_generations)
+        # Whole prompts at a time, so that memory does not grow with the rollout.
+        count = max(1, args.sampling_batch_size // args.num_generations)
         parts = [
             policy.sample(
                 prompt_ids_PS[first : first + count],

@@ -1,0 +1,211 @@
+r"""CPU seconds, arithmetic and memory of one whole PPO step, and the same step in TRL 0.11.4, on random T5 models.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step.py
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step.py --prompt_tokens 256 --prompts 8 --samples 8 \
+        --versus trl_0_11/bin/python
+
+A step samples `--samples` completions of `--prompts` prompts, has the teacher score them, and passes over them once, one
+optimizer step for every `--update_batch_size` completions, with a penalty on the KL to the initial student. That is
+what TRL 0.11.4's PPOTrainer does by default, so both do the same work. `PPOKDTrainer` runs as a user would run it; the
+benchmark only reads its phases: generate, score, and update, which is everything else.
+
+FLOPs are those of the matrix multiplications that the phase needs when each prompt is read once, also in the update
+(see `workload.py`); `floor_ratio` is CPU seconds over these FLOPs ÷ the rate of large matrix multiplications in the same
+run. Memory is the process's peak resident set, libraries included; `extra_mib` is above what was resident when the
+models were loaded. One thread; process CPU time, which other load on the machine hardly moves; medians over steps. The
+first step is not counted. Linux only. The last line is one JSON object.
+
+`--versus PYTHON` is an interpreter of an environment with TRL 0.11.4, which runs `trl_0_11_step.py`:
+
+    python3.11 -m venv trl_0_11
+    trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 "numpy<3" rich
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import TrainerCallback
+from workload import (
+    EOS,
+    STUDENT,
+    TEACHER,
+    UNK,
+    MatmulRate,
+    Shape,
+    forward_flops,
+    peak_resident_mib,
+    prompt_texts,
+    random_t5,
+    reset_peak,
+    resident_mib,
+    word_tokenizer,
+)
+
+RIVAL = Path(__file__).resolve().parent / "trl_0_11_step.py"
+PHASES = {"sample": "generate", "score": "score"}  # the trainer's names of the phases that are not the update
+
+
+def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str):
+    """A `PPOKDTrainer` for `steps` rollouts whose timer is a `PhaseMeter`; completions never end early."""
+    from datasets import Dataset
+
+    from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
+
+    tokenizer = word_tokenizer(shape.vocabulary)
+    updates = shape.completions // update_batch_size
+    args = PPOKDConfig(
+        output_dir=output_dir,
+        num_generations=shape.samples,
+        max_completion_length=shape.completion_tokens,
+        per_device_train_batch_size=update_batch_size,
+        steps_per_generation=updates,
+        beta=beta,
+        learning_rate=1e-5,
+        max_steps=steps * updates,
+        save_strategy="no",
+        logging_steps=steps * updates,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = PPOKDTrainer(
+        random_t5(STUDENT, shape.vocabulary, seed=1),
+        TeacherForcingReward(random_t5(TEACHER, shape.vocabulary, seed=2), tokenizer),
+        args,
+        Dataset.from_list([{"prompt": text} for step in range(steps) for text in prompt_texts(shape, step)]),
+        processing_class=tokenizer,
+    )
+    for policy in (trainer.policy, trainer.reference):
+        if policy is not None:
+            policy.forbidden_V[[EOS, UNK]] = True
+    trainer._timer = meter = _phase_meter()
+    trainer.add_callback(_StepEnd(meter, updates))
+    return trainer, meter
+
+
+def _phase_meter():
+    from rlkd_trl.trainers.rollout_metrics import PhaseTimer
+
+    class PhaseMeter(PhaseTimer):
+        """CPU seconds and peak memory of each phase; between the named ones, all is the update's."""
+
+        def __init__(self):
+            super().__init__()
+            self.rate = MatmulRate()
+            self.steps: list[dict[str, float]] = []
+            self.peak_mib: dict[str, float] = defaultdict(float)
+            self._cpu_seconds: dict[str, float] = defaultdict(float)
+            self._current = "update"
+
+        def begin(self) -> None:
+            """Counts from here, the matrix rate's own measurement left out."""
+            self.rate.measure()
+            reset_peak()
+            self._since = time.process_time()
+
+        @contextmanager
+        def phase(self, name: str) -> Iterator[None]:
+            with super().phase(name):
+                self._switch(PHASES.get(name, "update"))
+                yield
+                self._switch("update")
+
+        def finish_step(self) -> None:
+            self._switch("update")
+            self.steps.append({**self._cpu_seconds, "total": sum(self._cpu_seconds.values())})
+            self._cpu_seconds.clear()
+            self.begin()
+
+        def _switch(self, phase: str) -> None:
+            self._cpu_seconds[self._current] += time.process_time() - self._since
+            self.peak_mib[self._current] = max(self.peak_mib[self._current], peak_resident_mib())
+            reset_peak()
+            self._current, self._since = phase, time.process_time()
+
+    return PhaseMeter()
+
+
+class _StepEnd(TrainerCallback):
+    def __init__(self, meter, updates: int):
+        self._meter, self._updates = meter, updates
+
+    def on_train_begin(self, *args, **kwargs):
+        self._meter.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self._updates == 0:
+            self._meter.finish_step()
+
+
+def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+    """What each phase needs; backward passes twice a forward pass, old and reference log-probabilities one each."""
+    student = forward_flops(STUDENT, shape)
+    return {
+        "generate": forward_flops(STUDENT, shape, cached=True),
+        "score": forward_flops(TEACHER, shape),
+        "update": (3 + several_updates + reference) * student,
+    }
+
+
+def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
+    """Our step, in this process."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
+        loaded_mib = resident_mib()
+        trainer.train()
+    counted = meter.steps[1:]
+    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    seconds = {name: median(step[name] for step in counted) for name in (*flops, "total")}
+    return {
+        "library": f"rlkd_trl {version('rlkd_trl')}" if _is_installed() else "rlkd_trl",
+        "total_cpu_seconds": seconds["total"],
+        "cpu_seconds_of_steps": [step["total"] for step in counted],
+        "peak_mib": max(meter.peak_mib.values()),
+        "extra_mib": max(meter.peak_mib.values()) - loaded_mib,
+        "phases": {
+            name: {
+                "cpu_seconds": seconds[name],
+                "gflop": flops[name] / 1e9,
+                "floor_ratio": seconds[name] * meter.rate.per_second / flops[name],
+                "peak_mib": meter.peak_mib[name],
+            }
+            for name in flops
+        },
+        "matmul_gflop_per_cpu_second": meter.rate.per_second / 1e9,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
+
+
+def _is_installed() -> bool:
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--completion_tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--update_batch_size", type=int, default=16)
+    parser.add_argument("--beta", type=float, default=0.05)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
+    print(json.dumps(measure(shape, args.steps, args.update_batch_size, args.beta), indent=1))
+
+
+if __name__ == "__main__":
+    main()

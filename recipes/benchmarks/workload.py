@@ -1,0 +1,172 @@
+"""The work that the speed benchmarks share: random models, prompts, and how much arithmetic a phase needs.
+
+It imports nothing of this package, so that an interpreter with another library's versions can run the same work.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+PAD, EOS, UNK = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A T5 v1.1: gated GELU, untied head, `layers` in the encoder and as many in the decoder."""
+
+    d_model: int
+    d_ff: int
+    heads: int
+    layers: int
+    d_kv: int = 64
+
+    @property
+    def inner(self) -> int:
+        """Width of queries, keys and values, all heads together."""
+        return self.heads * self.d_kv
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One step: `prompts` of `prompt_tokens`, `samples` completions of each, all of `completion_tokens`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prompts: int
+    samples: int
+    vocabulary: int = 8192
+
+    @property
+    def completions(self) -> int:
+        return self.prompts * self.samples
+
+
+STUDENT = Dimensions(d_model=256, d_ff=512, heads=4, layers=4)
+TEACHER = Dimensions(d_model=512, d_ff=1024, heads=8, layers=8)
+
+
+def random_t5(dimensions: Dimensions, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
+    """Float32, without dropout."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=dimensions.d_model,
+        d_kv=dimensions.d_kv,
+        d_ff=dimensions.d_ff,
+        num_layers=dimensions.layers,
+        num_decoder_layers=dimensions.layers,
+        num_heads=dimensions.heads,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+    )
+    model = T5ForConditionalGeneration(config).float()
+    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties a new T5 whatever its config says
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """`<pad>` 0, `</s>` 1, `<unk>` 2, then w3, w4, …; a text's tokens are followed by `</s>`, as T5's are."""
+    words = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK, **{f"w{i}": i for i in range(3, vocabulary)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def prompt_ids(shape: Shape, step: int) -> torch.Tensor:
+    """`[P, S]`: random words and `</s>`, the same in every library."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids_PS = torch.randint(3, shape.vocabulary, (shape.prompts, shape.prompt_tokens), generator=generator)
+    ids_PS[:, -1] = EOS
+    return ids_PS
+
+
+def prompt_texts(shape: Shape, step: int) -> list[str]:
+    """The same prompts as texts; the tokenizer adds the `</s>`."""
+    return [" ".join(f"w{i}" for i in ids[:-1]) for ids in prompt_ids(shape, step).tolist()]
+
+
+# Arithmetic: matrix multiplications only, a multiplication and an addition being two operations.
+
+
+def prompt_flops(dimensions: Dimensions, shape: Shape) -> int:
+    """The encoder and the cross-attention keys and values of all layers, of one prompt."""
+    D, I, S = dimensions.d_model, dimensions.inner, shape.prompt_tokens
+    encoder_per_token = 4 * (2 * D * I) + 3 * (2 * D * dimensions.d_ff) + 2 * (2 * S * I)
+    cross_keys_values_per_token = 2 * (2 * D * I)
+    return dimensions.layers * S * (encoder_per_token + cross_keys_values_per_token)
+
+
+def completion_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False) -> int:
+    """Decoder and LM head, of one completion; `cached` is token by token, which skips the causal mask's zeros."""
+    D, I, S, T = dimensions.d_model, dimensions.inner, shape.prompt_tokens, shape.completion_tokens
+    # Self-attention's four projections, cross-attention's query and output, the gated feed-forward layer's three.
+    projections_per_token = 6 * (2 * D * I) + 3 * (2 * D * dimensions.d_ff)
+    cross_attention = 2 * (2 * S * I) * T
+    self_attention = 2 * (2 * I) * (T * (T + 1) // 2 if cached else T * T)
+    per_layer = projections_per_token * T + cross_attention + self_attention
+    return dimensions.layers * per_layer + 2 * D * shape.vocabulary * T
+
+
+def forward_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False, shared: bool = True) -> int:
+    """All completions of a step; each prompt is read once where `shared`, else once for each of its completions."""
+    readings = shape.prompts if shared else shape.completions
+    return readings * prompt_flops(dimensions, shape) + shape.completions * completion_flops(
+        dimensions, shape, cached=cached
+    )
+
+
+# Measuring
+
+
+class MatmulRate:
+    """Floating-point operations per CPU second of this process, measured again and again through a run."""
+
+    def __init__(self, size: int = 1024):
+        self._left, self._right = torch.randn(size, size), torch.randn(size, size)
+        self._seconds: list[float] = []
+        self._operations = 2 * size**3
+
+    def measure(self, repetitions: int = 5) -> None:
+        self._left @ self._right  # the first after other work finds cold caches
+        for _ in range(repetitions):
+            start = time.process_time()
+            self._left @ self._right
+            self._seconds.append(time.process_time() - start)
+
+    @property
+    def per_second(self) -> float:
+        """The median over all repetitions so far."""
+        return self._operations / statistics.median(self._seconds)
+
+
+def resident_mib() -> float:
+    return _status_mib("VmRSS")
+
+
+def peak_resident_mib() -> float:
+    """Since the process began or since `reset_peak`: `ru_maxrss` would also count the parent it was forked from."""
+    return _status_mib("VmHWM")
+
+
+def reset_peak() -> None:
+    """Lets `peak_resident_mib` begin anew. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status_mib(name: str) -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) / 1024
