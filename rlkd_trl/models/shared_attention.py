@@ -40,7 +40,7 @@ class PromptRows:
         number_B = torch.empty_like(order_B)
         number_B[order_B] = torch.arange(B, device=order_B.device) - first_P[prompt_index_B[order_B]]
         place_B = prompt_index_B * per_prompt + number_B
-        in_place = B == num_prompts * per_prompt and bool((order_B == torch.arange(B, device=order_B.device)).all())
+        in_place = num_prompts * per_prompt == B and bool((order_B == torch.arange(B, device=order_B.device)).all())
         return cls(prompt_index_B, num_prompts, per_prompt, None if in_place else place_B)
 
     def gather(self, query_BHTd: Tensor) -> Tensor:
@@ -70,9 +70,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA; where keys and values are of prompts, with the completions' queries gathered by prompt."""
     if prompt_rows is None or module.is_causal:  # in a decoder, what is not causal is cross-attention
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
     # T5 gives its cross-attention a position bias of zeros, so it may be left out.
     output_PQHd, _ = sdpa_attention_forward(
         module, prompt_rows.gather(query), key, value, attention_mask, **{**kwargs, "is_causal": False}
