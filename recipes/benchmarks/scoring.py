@@ -52,7 +52,7 @@ GROWTH = {
     "completion_tokens": [16, 32, 64, 128],
     "samples": [2, 4, 8, 16],
     "vocabulary": [8192, 32768, 131072],
-    "teacher layers": [2, 4, 8, 16],
+    "teacher_layers": [2, 4, 8, 16],
 }
 
 
@@ -183,7 +183,7 @@ def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], rep
     for name, values in sizes.items():
         rows = []
         for value in values:
-            if name == "teacher layers":
+            if name == "teacher_layers":
                 size, shape = Dimensions(**{**asdict(dimensions), "layers": value}), base
             else:
                 size, shape = dimensions, Shape(**{**asdict(base), name: value})
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--growth", nargs="*", choices=GROWTH, metavar="SIZE", help=f"all, or of: {', '.join(GROWTH)}")
     parser.add_argument("--measure_memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -214,8 +214,9 @@ def main() -> None:
         asked = json.loads(args.measure_memory)
         print(extra_mib(asked["way"], Dimensions(**asked["dimensions"]), Shape(**asked["shape"])))
         return
-    if args.growth:
-        print(json.dumps(growth(TEACHER, BASE, GROWTH, args.repetitions)))
+    if args.growth is not None:
+        sizes = {name: values for name, values in GROWTH.items() if name in args.growth or not args.growth}
+        print(json.dumps(growth(TEACHER, BASE, sizes, args.repetitions)))
         return
     shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
     print(json.dumps(compare(TEACHER, shape, args.repetitions)))
