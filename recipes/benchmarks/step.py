@@ -4,21 +4,21 @@ r"""CPU seconds, arithmetic and memory of one whole PPO step, and the same step 
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step.py --prompt_tokens 256 --prompts 8 --samples 8 \
         --versus trl_0_11/bin/python
 
-A step samples `--samples` completions of `--prompts` prompts, has the teacher score them, and passes over them once, one
-optimizer step for every `--update_batch_size` completions, with a penalty on the KL to the initial student. That is
-what TRL 0.11.4's PPOTrainer does by default, so both do the same work. `PPOKDTrainer` runs as a user would run it; the
+A step samples `--samples` completions of `--prompts` prompts, has the teacher score them, and passes over them once,
+one optimizer step for every `--update_batch_size` completions, with a penalty on the KL to the initial student. TRL
+0.11.4's PPOTrainer always has that penalty, so both do the same work. `PPOKDTrainer` runs as a user would run it; the
 benchmark only reads its phases: generate, score, and update, which is everything else.
 
 FLOPs are those of the matrix multiplications that the phase needs when each prompt is read once, also in the update
-(see `workload.py`); `floor_ratio` is CPU seconds over these FLOPs ÷ the rate of large matrix multiplications in the same
-run. Memory is the process's peak resident set, libraries included; `extra_mib` is above what was resident when the
-models were loaded. One thread; process CPU time, which other load on the machine hardly moves; medians over steps. The
-first step is not counted. Linux only. The last line is one JSON object.
+(see `workload.py`); `floor_ratio` is CPU seconds over these FLOPs ÷ the rate of large matrix multiplications in the
+same run. Memory is the process's peak resident set, libraries included; `extra_mib` is above what was resident when
+the models were loaded. One thread; process CPU time, which other load on the machine moves less than wall time;
+medians over steps, the first not counted. Linux only. The last line is one JSON object.
 
 `--versus PYTHON` is an interpreter of an environment with TRL 0.11.4, which runs `trl_0_11_step.py`:
 
     python3.11 -m venv trl_0_11
-    trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 "numpy<3" rich
+    trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 numpy==2.4.6 rich
 """
 
 import argparse
@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 from workload import (
     EOS,
@@ -53,16 +54,15 @@ from workload import (
     word_tokenizer,
 )
 
+from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
+from rlkd_trl.trainers.rollout_metrics import PhaseTimer
+
 RIVAL = Path(__file__).resolve().parent / "trl_0_11_step.py"
 PHASES = {"sample": "generate", "score": "score"}  # the trainer's names of the phases that are not the update
 
 
 def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str):
     """A `PPOKDTrainer` for `steps` rollouts whose timer is a `PhaseMeter`; completions never end early."""
-    from datasets import Dataset
-
-    from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
-
     tokenizer = word_tokenizer(shape.vocabulary)
     updates = shape.completions // update_batch_size
     args = PPOKDConfig(
@@ -89,55 +89,50 @@ def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: flo
     for policy in (trainer.policy, trainer.reference):
         if policy is not None:
             policy.forbidden_V[[EOS, UNK]] = True
-    trainer._timer = meter = _phase_meter()
+    trainer._timer = meter = PhaseMeter()
     trainer.add_callback(_StepEnd(meter, updates))
     return trainer, meter
 
 
-def _phase_meter():
-    from rlkd_trl.trainers.rollout_metrics import PhaseTimer
+class PhaseMeter(PhaseTimer):
+    """CPU seconds and peak memory of the trainer's phases; what is between the named ones is the update's."""
 
-    class PhaseMeter(PhaseTimer):
-        """CPU seconds and peak memory of each phase; between the named ones, all is the update's."""
+    def __init__(self):
+        super().__init__()
+        self.rate = MatmulRate()
+        self.steps: list[dict[str, float]] = []
+        self.peak_mib: dict[str, float] = defaultdict(float)
+        self._cpu_seconds: dict[str, float] = defaultdict(float)
+        self._current = "update"
 
-        def __init__(self):
-            super().__init__()
-            self.rate = MatmulRate()
-            self.steps: list[dict[str, float]] = []
-            self.peak_mib: dict[str, float] = defaultdict(float)
-            self._cpu_seconds: dict[str, float] = defaultdict(float)
-            self._current = "update"
+    def begin(self) -> None:
+        """Counts from here, the matrix rate's own measurement left out."""
+        self.rate.measure()
+        reset_peak()
+        self._since = time.process_time()
 
-        def begin(self) -> None:
-            """Counts from here, the matrix rate's own measurement left out."""
-            self.rate.measure()
-            reset_peak()
-            self._since = time.process_time()
-
-        @contextmanager
-        def phase(self, name: str) -> Iterator[None]:
-            with super().phase(name):
-                self._switch(PHASES.get(name, "update"))
-                yield
-                self._switch("update")
-
-        def finish_step(self) -> None:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name):
+            self._switch(PHASES.get(name, "update"))
+            yield
             self._switch("update")
-            self.steps.append({**self._cpu_seconds, "total": sum(self._cpu_seconds.values())})
-            self._cpu_seconds.clear()
-            self.begin()
 
-        def _switch(self, phase: str) -> None:
-            self._cpu_seconds[self._current] += time.process_time() - self._since
-            self.peak_mib[self._current] = max(self.peak_mib[self._current], peak_resident_mib())
-            reset_peak()
-            self._current, self._since = phase, time.process_time()
+    def finish_step(self) -> None:
+        self._switch("update")
+        self.steps.append({**self._cpu_seconds, "total": sum(self._cpu_seconds.values())})
+        self._cpu_seconds.clear()
+        self.begin()
 
-    return PhaseMeter()
+    def _switch(self, phase: str) -> None:
+        self._cpu_seconds[self._current] += time.process_time() - self._since
+        self.peak_mib[self._current] = max(self.peak_mib[self._current], peak_resident_mib())
+        reset_peak()
+        self._current, self._since = phase, time.process_time()
 
 
 class _StepEnd(TrainerCallback):
-    def __init__(self, meter, updates: int):
+    def __init__(self, meter: PhaseMeter, updates: int):
         self._meter, self._updates = meter, updates
 
     def on_train_begin(self, *args, **kwargs):
@@ -168,7 +163,6 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
     flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
     seconds = {name: median(step[name] for step in counted) for name in (*flops, "total")}
     return {
-        "library": f"rlkd_trl {version('rlkd_trl')}" if _is_installed() else "rlkd_trl",
         "total_cpu_seconds": seconds["total"],
         "cpu_seconds_of_steps": [step["total"] for step in counted],
         "peak_mib": max(meter.peak_mib.values()),
@@ -187,8 +181,41 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
     }
 
 
-def _is_installed() -> bool:
-    return True
+def _in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict]]:
+    """What each command's last line says, the commands in turn."""
+    said: dict[str, list[dict]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            finished = subprocess.run(command, capture_output=True, text=True)
+            if finished.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
+            said[name].append(json.loads(finished.stdout.splitlines()[-1]))
+    return said
+
+
+def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int, beta: float, rounds: int) -> dict:
+    """Both libraries in fresh processes; ratios are theirs over ours, of medians over all rounds' steps."""
+    flags = [word for name, value in asdict(shape).items() for word in (f"--{name}", str(value))]
+    flags += ["--steps", str(steps), "--update_batch_size", str(update_batch_size)]
+    commands = {
+        "ours": [sys.executable, __file__, *flags, "--beta", str(beta)],
+        "trl": [rival_python, str(RIVAL), *flags],
+    }
+    said = _in_turn(commands, rounds)
+    totals = {name: [s for run in runs for s in run["cpu_seconds_of_steps"]] for name, runs in said.items()}
+    ours, trl = ({**runs[0], "total_cpu_seconds": median(totals[name])} for name, runs in said.items())
+    for name, result in (("ours", ours), ("trl", trl)):
+        result["cpu_seconds_of_steps"] = totals[name]
+    return {
+        **ours,
+        "trl_0_11_4": trl,
+        "times_faster": trl["total_cpu_seconds"] / ours["total_cpu_seconds"],
+        "times_faster_by_phase": {
+            name: trl["phases"][name]["cpu_seconds"] / ours["phases"][name]["cpu_seconds"] for name in ours["phases"]
+        },
+        "peak_memory_ratio": ours["peak_mib"] / trl["peak_mib"],
+        "extra_memory_ratio": ours["extra_mib"] / trl["extra_mib"],
+    }
 
 
 def main() -> None:
@@ -200,11 +227,16 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--update_batch_size", type=int, default=16)
-    parser.add_argument("--beta", type=float, default=0.05)
+    parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
+    parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 0.11.4")
+    parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
-    print(json.dumps(measure(shape, args.steps, args.update_batch_size, args.beta), indent=1))
+    if shape.completions % args.update_batch_size:
+        parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
+    torch.set_num_threads(1)
+    settings = (shape, args.steps, args.update_batch_size, args.beta)
+    print(json.dumps(compare(args.versus, *settings, args.rounds) if args.versus else measure(*settings)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """One PPO step in TRL 0.11.4, the last release whose PPOTrainer takes T5; `step.py --versus` runs it.
 
 It needs an environment of its own (see `step.py`) and nothing of this package. The student is wrapped in TRL's own
-`AutoModelForSeq2SeqLMWithValueHead`. The reward is what a user of that release would write: the teacher's logits of all
-completions at once, its encoder run for each of them, and Σ_t f[y_t] − max_v f_{t+1}[v] as one number per sequence,
-since this release takes no more. Its other settings are TRL's defaults, except that `generate` decodes all completions
-in one batch, not 4 at a time. The last line is one JSON object.
+`AutoModelForSeq2SeqLMWithValueHead`. The reward is what a user of that release would write: the teacher's logits of
+all completions at once, its encoder run for each of them, and Σ_t f[y_t] − max_v f_{t+1}[v] as one number per
+sequence, since this release takes no more. Its other settings are TRL's defaults, except that `generate` decodes all
+completions in one batch, not 4 at a time. The last line is one JSON object.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import time
 import warnings
 from importlib.metadata import version
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -86,7 +87,7 @@ def main() -> None:
         trainer.step(queries, responses, rewards)
         times.append(time.process_time())
         assert all(len(response) == shape.completion_tokens + 1 for response in responses)
-        steps.append([end - start for start, end in zip(times, times[1:], strict=False)])
+        steps.append([end - start for start, end in pairwise(times)])
     counted = steps[1:]
     totals = [sum(phases) for phases in counted]
     result = {

@@ -104,19 +104,19 @@ def prompt_texts(shape: Shape, step: int) -> list[str]:
 
 def prompt_flops(dimensions: Dimensions, shape: Shape) -> int:
     """The encoder and the cross-attention keys and values of all layers, of one prompt."""
-    D, I, S = dimensions.d_model, dimensions.inner, shape.prompt_tokens
-    encoder_per_token = 4 * (2 * D * I) + 3 * (2 * D * dimensions.d_ff) + 2 * (2 * S * I)
-    cross_keys_values_per_token = 2 * (2 * D * I)
+    D, inner, S = dimensions.d_model, dimensions.inner, shape.prompt_tokens
+    encoder_per_token = 4 * (2 * D * inner) + 3 * (2 * D * dimensions.d_ff) + 2 * (2 * S * inner)
+    cross_keys_values_per_token = 2 * (2 * D * inner)
     return dimensions.layers * S * (encoder_per_token + cross_keys_values_per_token)
 
 
 def completion_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False) -> int:
     """Decoder and LM head, of one completion; `cached` is token by token, which skips the causal mask's zeros."""
-    D, I, S, T = dimensions.d_model, dimensions.inner, shape.prompt_tokens, shape.completion_tokens
+    D, inner, S, T = dimensions.d_model, dimensions.inner, shape.prompt_tokens, shape.completion_tokens
     # Self-attention's four projections, cross-attention's query and output, the gated feed-forward layer's three.
-    projections_per_token = 6 * (2 * D * I) + 3 * (2 * D * dimensions.d_ff)
-    cross_attention = 2 * (2 * S * I) * T
-    self_attention = 2 * (2 * I) * (T * (T + 1) // 2 if cached else T * T)
+    projections_per_token = 6 * (2 * D * inner) + 3 * (2 * D * dimensions.d_ff)
+    cross_attention = 2 * (2 * S * inner) * T
+    self_attention = 2 * (2 * inner) * (T * (T + 1) // 2 if cached else T * T)
     per_layer = projections_per_token * T + cross_attention + self_attention
     return dimensions.layers * per_layer + 2 * D * shape.vocabulary * T
 

@@ -40,7 +40,7 @@ class PromptRows:
         number_B = torch.empty_like(order_B)
         number_B[order_B] = torch.arange(B, device=order_B.device) - first_P[prompt_index_B[order_B]]
         place_B = prompt_index_B * per_prompt + number_B
-        in_place = B == num_prompts * per_prompt and bool((order_B == torch.arange(B, device=order_B.device)).all())
+        in_place = num_prompts * per_prompt == B and bool((order_B == torch.arange(B, device=order_B.device)).all())
         return cls(prompt_index_B, num_prompts, per_prompt, None if in_place else place_B)
 
     def gather(self, query_BHTd: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # 2**24 float32 logits: 64 MiB. At V = 32,128 that is 522 positions a slice.
 MAX_SLICE_ELEMENTS = 2**24
+# On a CPU a slice of 8 MiB stays in the cache between the head and the statistics. Not where slices are recomputed.
+_MAX_SLICE_ELEMENTS_CPU = 2**21
 
 
 class LogitStatistics(NamedTuple):
@@ -49,11 +52,14 @@ def logit_statistics(
     if expected:
         # Around the mean: softmax sums to 1 only up to rounding, which a large common offset would magnify.
         expected_N = (z_NV.softmax(dim=-1) * (z_NV - mean_N[:, None])).sum(dim=-1) + mean_N
+    z_max_N = z_NV.amax(dim=-1)
+    # log Σ exp z = max z − log softmax(z)[argmax]: that softmax is one pass where `logsumexp` takes four.
+    log_softmax_max_N = z_NV.log_softmax(dim=-1).amax(dim=-1)
     return LogitStatistics(
         chosen=z_NV.gather(-1, chosen_N[:, None]).squeeze(-1),
         mean=mean_N,
-        max=z_NV.amax(dim=-1),
-        logsumexp=z_NV.logsumexp(dim=-1),
+        max=z_max_N,
+        logsumexp=z_max_N - log_softmax_max_N,
         expected=expected_N,
         soft=None if tau is None else tau * (z_NV / tau).logsumexp(dim=-1),
     )
@@ -67,16 +73,48 @@ def token_log_probs(
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
     forbidden `chosen` id gets a log-probability of about −3e38, not an error.
     """
-    z_NV = logits_NV.float() / temperature
-    if forbidden_V is not None:
-        z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
-    logps_NV = z_NV.log_softmax(dim=-1)
-    logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
-    probabilities_NV = logps_NV.exp()
-    if forbidden_V is not None:
-        # 0 · log 0 = 0, in the gradient too, where 0 · (a huge number) could overflow to NaN.
-        logps_NV = logps_NV.masked_fill(forbidden_V, 0.0)
-    return TokenLogProbs(logps_N, -(probabilities_NV * logps_NV).sum(dim=-1))
+    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V))
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """`token_log_probs`; keeps log π alone for the backward pass, where autograd would keep each step's `[N, V]`.
+
+    ∂ log π(y) / ∂z_v = (1[v = y] − π_v) / temperature,   ∂H / ∂z_v = −π_v (log π_v + H) / temperature
+    """
+
+    @staticmethod
+    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V):
+        z_NV = logits_NV.float()
+        if temperature != 1.0:
+            z_NV = z_NV / temperature
+        if forbidden_V is not None:
+            z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
+        logps_NV = z_NV.log_softmax(dim=-1)
+        logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
+        # A forbidden id's log π is finite, so that 0 · log 0 is 0 here.
+        entropy_N = -logps_NV.exp().mul_(logps_NV).sum(dim=-1)
+        ctx.save_for_backward(logps_NV, chosen_N, entropy_N)
+        ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
+        ctx.set_materialize_grads(False)
+        return logps_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, logps_grad_N, entropy_grad_N):
+        logps_NV, chosen_N, entropy_N = ctx.saved_tensors
+        probabilities_NV = logps_NV.exp()
+        if entropy_grad_N is None:
+            grad_NV = probabilities_NV.mul_(-logps_grad_N[:, None])
+        else:
+            # By π first: where it is 0, log π is huge, and a large gradient times that could overflow.
+            grad_NV = (logps_NV + entropy_N[:, None]).mul_(probabilities_NV).mul_(-entropy_grad_N[:, None])
+            if logps_grad_N is not None:
+                grad_NV.addcmul_(probabilities_NV, logps_grad_N[:, None], value=-1)
+        if logps_grad_N is not None:
+            grad_NV.scatter_add_(-1, chosen_N[:, None], logps_grad_N[:, None])
+        if ctx.temperature != 1.0:
+            grad_NV /= ctx.temperature
+        return grad_NV.to(ctx.dtype), None, None, None
 
 
 def support_log_probs(
@@ -136,18 +174,22 @@ def map_head_slices(
     per_slice: Callable[..., Sequence[Tensor | None]],
     *per_position: Tensor,
     vocab_size: int,
-    max_elements: int = MAX_SLICE_ELEMENTS,
+    max_elements: int | None = None,
     num_slices: int | None = None,
 ) -> list[Tensor | None]:
     """Applies `per_slice(head(hidden_nD), *per_position_n)` to slices of positions and concatenates each output.
 
     `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N, ...]`, sliced alongside. At
-    most about `max_elements` logits exist at a time, in the backward pass too: with several slices each is
-    recomputed there instead of stored. `num_slices` applies the head exactly so often, to nothing at last if need be:
-    for processes that have to apply it equally often. It is at least `slices_needed`.
+    most about `max_elements` logits exist at a time (by default `MAX_SLICE_ELEMENTS`, or fewer where that is faster),
+    in the backward pass too: with several slices each is recomputed there instead of stored. `num_slices` applies the
+    head exactly so often, to nothing at last if need be: for processes that have to apply it equally often, with
+    gradients. It is at least `slices_needed`.
 
     Returns one `[N]` tensor (or None) per output of `per_slice`.
     """
+    if max_elements is None:
+        in_cache = hidden_ND.device.type == "cpu" and not torch.is_grad_enabled()
+        max_elements = _MAX_SLICE_ELEMENTS_CPU if in_cache else MAX_SLICE_ELEMENTS
     rows = max(1, max_elements // vocab_size)
 
     def one_slice(hidden_nD, *extra):

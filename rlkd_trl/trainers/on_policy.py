@@ -92,6 +92,7 @@ class OnPolicyTrainer(RolloutTrainer):
             prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
             completions = self._sample(policy, *prompt_PS)  # 1 sample
             rollout = self._rollout_of(prompt_PS, completions)
+        with timer.phase("log_probs"), self.compute_loss_context_manager():
             rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
         inputs = RewardInputs(
             rows=rows,

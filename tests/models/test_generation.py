@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlkd_trl.models.backbone import backbone_of
-from rlkd_trl.models.generation import _invert_distribution, sample_completions
+from rlkd_trl.models.generation import _BLOCK, _invert_distribution, sample_completions
 from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB
 from tests.models.reference import FAMILIES, pad_prompts
 from tests.models.sampling import (
@@ -273,10 +273,32 @@ def test_a_nearly_certain_token_leaves_the_impossible_ones_alone():
     assert _invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]
 
 
+def test_inverting_over_many_blocks():
+    """Against a running sum in float64, over a number of ids that no power of two divides; a third of them impossible,
+    among these a whole block and the last ids."""
+    V, B = 3 * _BLOCK + 61, 4000
+    generator = torch.Generator().manual_seed(0)
+    logits_V = torch.randn(V, generator=generator)
+    logits_V[torch.rand(V, generator=generator) < 0.2] = -torch.inf
+    logits_V[_BLOCK : 2 * _BLOCK] = logits_V[-5:] = -torch.inf
+    sums_V = logits_V.double().softmax(dim=-1).cumsum(dim=-1)
+    uniforms_B = torch.rand(B, generator=generator)
+    clear_B = (uniforms_B[:, None] - sums_V).abs().amin(dim=-1) > 1e-6  # of the borders, by float32's rounding
+    expected_B = torch.searchsorted(sums_V, uniforms_B.double(), right=True)
+    assert clear_B.sum() > 0.95 * B and len(expected_B.unique()) > 100
+    assert torch.equal(_invert_distribution(logits_V.expand(B, -1), uniforms_B)[clear_B], expected_B[clear_B])
+
+
 def test_a_sum_that_is_not_monotonic(monkeypatch):
     """As a GPU's parallel sum, which may fall by rounding, and rise over ids of probability 0."""
     rounded = torch.tensor([1e-8, 0.5, 0.5 + 1e-7, 0.75, 1.0, 1.0 + 1e-7])
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: rounded.expand_as(self))
+    block = torch.nn.functional.pad(rounded, (0, _BLOCK - 6), value=1.0 + 1e-7)
+    exact = torch.Tensor.cumsum  # for the running sum over blocks, of which there is one
+
+    def running_sum(weights, dim):
+        return block.expand_as(weights) if weights.shape[-1] == _BLOCK else exact(weights, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", running_sum)
     uniforms_B = torch.tensor([0.0, 0.25, 0.50000006, 0.6, 0.9, BELOW_ONE])
     assert _invert_distribution(HAND_LOGITS.expand(6, -1), uniforms_B).tolist() == [1, 1, 3, 3, 4, 4]
 

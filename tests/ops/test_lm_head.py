@@ -508,3 +508,49 @@ def test_a_half_precision_head_gives_float32_statistics_and_half_precision_gradi
     assert_matches(outputs[0], expected, torch.float32)
     outputs[0].sum().backward()
     assert hidden_ND.grad.dtype == head.weight_VD.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("with_gradient, mebibytes", [(False, 8), (True, 64)])
+def test_the_default_slice(with_gradient, mebibytes):
+    """On a CPU 8 MiB of float32 logits, which a cache holds; 64 where each slice is computed twice."""
+    vocab_size = 2**18
+    rows = []
+
+    def head(hidden_ND):
+        rows.append(len(hidden_ND))
+        return hidden_ND.expand(-1, 7)
+
+    hidden_ND = torch.randn(100, 1, requires_grad=with_gradient)
+    with torch.set_grad_enabled(with_gradient):
+        map_head_slices(head, hidden_ND, lambda logits: (logits.sum(dim=-1),), vocab_size=vocab_size)
+    assert max(rows) * vocab_size * 4 == mebibytes * 2**20 and sum(rows) == 100
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_log_probs_is_autograds(temperature, dtype):
+    """Of both outputs together and of each alone, against plain float64 operations."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = (4 * torch.randn(5, 11, generator=generator)).to(dtype)
+    chosen_N = torch.tensor([1, 2, 9, 4, 1])
+    forbidden_V = torch.zeros(11, dtype=torch.bool)
+    forbidden_V[[0, 10]] = True
+    weights_2N = torch.randn(2, 5, generator=generator)
+
+    def gradient(parts, logits_NV, weights):
+        logits_NV = logits_NV.detach().requires_grad_()
+        loss = sum((w * part).sum() for w, part in zip(weights, parts(logits_NV), strict=True) if w is not None)
+        return torch.autograd.grad(loss, logits_NV)[0]
+
+    def plain(logits_NV):
+        logps_NV = (logits_NV / temperature)[:, ~forbidden_V].log_softmax(dim=-1)  # ids 1 .. 9
+        return logps_NV.gather(-1, chosen_N[:, None] - 1)[:, 0], -(logps_NV.exp() * logps_NV).sum(dim=-1)
+
+    def ours(logits_NV):
+        return token_log_probs(logits_NV, chosen_N, temperature=temperature, forbidden_V=forbidden_V)
+
+    for weights in ((weights_2N[0], weights_2N[1]), (weights_2N[0], None), (None, weights_2N[1])):
+        found = gradient(ours, logits_NV, weights)
+        assert found.dtype == dtype
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(found.double(), gradient(plain, logits_NV.double(), weights), **tolerance)

@@ -21,6 +21,7 @@ EVERY_METHOD = {
     "completions/eos_rate",
     "grad_norm",
     "seconds/sample",
+    "seconds/log_probs",
     "seconds/score",
     "seconds/update",
     "tokens_per_second",
@@ -87,7 +88,7 @@ def test_numbers_of_a_rollout_worked_out_by_hand(accumulation, tmp_path):
     assert entry["entropy"] == pytest.approx(float(per_token.detach().mean()), rel=1e-4)
     gradient = torch.cat([g.flatten() for g in recorder.gradients[0].values() if g is not None])
     assert entry["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
-    seconds = entry["seconds/sample"] + entry["seconds/score"] + entry["seconds/update"]
+    seconds = sum(entry[f"seconds/{phase}"] for phase in ("sample", "log_probs", "score", "update"))
     assert entry["tokens_per_second"] == pytest.approx(7 / seconds, rel=1e-3)
     assert 0 < entry["seconds/update"] < 60
     assert "teacher_nll" not in entry

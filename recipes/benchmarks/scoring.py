@@ -1,0 +1,226 @@
+r"""Rewards per second and peak memory of our teacher's scoring against naive scoring, in one run.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py --prompt_tokens 256 --prompts 8 --samples 8
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py --growth
+
+Both compute r_t = q_t − max_v f_{t+1}[v] of the same completions with the same random T5. "Naive" is what one writes
+first: the model's forward pass on every (prompt, completion) pair, encoder included, float32 logits of all positions
+at once. "Ours" is `Teacher.score` and the reward of its scalars; that both give the same rewards is checked.
+
+Time is process CPU seconds, one thread, naive and ours in turn, medians over `--repetitions`. Extra memory is how far
+the peak resident set of a fresh process rises above what it held with the model loaded, in a call after a tiny one:
+libraries allocate once on their first. Linux only. The last line is one JSON object.
+
+`--growth` instead measures ours alone over prompt tokens S, completion tokens T, samples K, vocabulary V and teacher
+layers, one at a time, each with its fitted exponent: the slope of log seconds (or log MiB) over log size.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from workload import (
+    TEACHER,
+    Dimensions,
+    MatmulRate,
+    Shape,
+    forward_flops,
+    peak_resident_mib,
+    prompt_ids,
+    prompt_texts,
+    random_t5,
+    reset_peak,
+    resident_mib,
+    word_tokenizer,
+)
+
+from rlkd_trl.ops.rewards import centre, teacher_forcing_reward
+from rlkd_trl.teachers import Teacher
+
+BASE = Shape(prompt_tokens=64, completion_tokens=32, prompts=8, samples=4)
+TINY = Shape(prompt_tokens=4, completion_tokens=3, prompts=2, samples=2)
+# Vocabulary only changes the head: its memory is measured with sizes up to mT5's.
+GROWTH = {
+    "prompt_tokens": [64, 128, 256, 512],
+    "completion_tokens": [16, 32, 64, 128],
+    "samples": [2, 4, 8, 16],
+    "vocabulary": [8192, 32768, 131072],
+    "teacher_layers": [2, 4, 8, 16],
+}
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Random completions without EOS, so that each has a state after its last token."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    ended_B: torch.Tensor
+    prompt_index_B: torch.Tensor
+
+    @classmethod
+    def random(cls, shape: Shape) -> "Completions":
+        generator = torch.Generator().manual_seed(0)
+        size = (shape.completions, shape.completion_tokens)
+        return cls(
+            torch.randint(3, shape.vocabulary, size, generator=generator),
+            torch.ones(size, dtype=torch.bool),
+            torch.zeros(shape.completions, dtype=torch.bool),
+            torch.arange(shape.prompts).repeat_interleave(shape.samples),
+        )
+
+
+def naive_rewards(model, prompt_ids_PS: torch.Tensor, completions: Completions) -> torch.Tensor:
+    """`[B, T]`, through the model's own forward pass."""
+    prompts_BS = prompt_ids_PS[completions.prompt_index_B]
+    start_B1 = torch.full_like(completions.ids_BT[:, :1], model.config.decoder_start_token_id)
+    with torch.no_grad():
+        logits_BT1V = model(
+            input_ids=prompts_BS,
+            attention_mask=torch.ones_like(prompts_BS),
+            decoder_input_ids=torch.cat([start_B1, completions.ids_BT], dim=1),
+        ).logits.float()
+    centred_BT1V = logits_BT1V - logits_BT1V.mean(dim=-1, keepdim=True)
+    chosen_BT = centred_BT1V[:, :-1].gather(-1, completions.ids_BT[..., None])[..., 0]
+    return chosen_BT - centred_BT1V[:, 1:].max(dim=-1).values
+
+
+def our_rewards(teacher: Teacher, prompts: list[str], completions: Completions) -> torch.Tensor:
+    scores = teacher.score(
+        prompts, completions.prompt_index_B, completions.ids_BT, completions.mask_BT, completions.ended_B
+    )
+    return teacher_forcing_reward(
+        centre(scores.chosen, scores.mean[:, :-1]),
+        centre(scores.max, scores.mean),
+        completions.mask_BT,
+        completions.ended_B,
+        gamma=1.0,
+    )
+
+
+class Scorers:
+    """Both ways over one model."""
+
+    def __init__(self, dimensions: Dimensions, vocabulary: int):
+        self.model = random_t5(dimensions, vocabulary, seed=2).eval()
+        self.teacher = Teacher(self.model, word_tokenizer(vocabulary))
+
+    def rewards(self, way: str, shape: Shape) -> torch.Tensor:
+        completions = Completions.random(shape)
+        if way == "naive":
+            return naive_rewards(self.model, prompt_ids(shape, 0), completions)
+        return our_rewards(self.teacher, prompt_texts(shape, 0), completions)
+
+
+def extra_mib(way: str, dimensions: Dimensions, shape: Shape) -> float:
+    """In this process, which must not have scored anything else."""
+    scorers = Scorers(dimensions, shape.vocabulary)
+    scorers.rewards(way, Shape(**{**asdict(TINY), "vocabulary": shape.vocabulary}))
+    reset_peak()
+    before = resident_mib()
+    scorers.rewards(way, shape)
+    return peak_resident_mib() - before
+
+
+def extra_mib_in_child(way: str, dimensions: Dimensions, shape: Shape) -> float:
+    argument = json.dumps({"way": way, "dimensions": asdict(dimensions), "shape": asdict(shape)})
+    finished = subprocess.run(
+        [sys.executable, __file__, "--measure_memory", argument], capture_output=True, text=True, check=True
+    )
+    return float(finished.stdout.splitlines()[-1])
+
+
+def cpu_seconds(
+    scorers: Scorers, ways: list[str], shape: Shape, repetitions: int, rate: MatmulRate
+) -> dict[str, float]:
+    """Medians, the ways in turn; the first round is not counted."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repetitions + 1):
+        rate.measure()
+        for way in ways:
+            start = time.process_time()
+            scorers.rewards(way, shape)
+            seconds[way].append(time.process_time() - start)
+    return {way: statistics.median(values[1:]) for way, values in seconds.items()}
+
+
+def compare(dimensions: Dimensions, shape: Shape, repetitions: int) -> dict[str, object]:
+    scorers, rate = Scorers(dimensions, shape.vocabulary), MatmulRate()
+    torch.testing.assert_close(scorers.rewards("ours", shape), scorers.rewards("naive", shape), rtol=1e-3, atol=1e-3)
+    seconds = cpu_seconds(scorers, ["naive", "ours"], shape, repetitions, rate)
+    rewards = shape.completions * shape.completion_tokens
+    results: dict[str, object] = {"shape": asdict(shape), "matmul_gflop_per_cpu_second": rate.per_second / 1e9}
+    for way in ("naive", "ours"):
+        flops = forward_flops(dimensions, shape)
+        results[way] = {
+            "cpu_seconds": seconds[way],
+            "rewards_per_cpu_second": rewards / seconds[way],
+            "floor_ratio": seconds[way] * rate.per_second / flops,
+            "extra_mib": extra_mib_in_child(way, dimensions, shape),
+        }
+    results["times_faster"] = seconds["naive"] / seconds["ours"]
+    results["memory_ratio"] = results["ours"]["extra_mib"] / results["naive"]["extra_mib"]
+    return results
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """Least-squares slope of log value over log size."""
+    x, y = ([math.log(max(v, 1e-9)) for v in series] for series in (sizes, values))
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], repetitions: int) -> dict[str, object]:
+    """Ours at each size, the others as in `base`."""
+    table: dict[str, object] = {"base": asdict(base), "dimensions": asdict(dimensions)}
+    for name, values in sizes.items():
+        rows = []
+        for value in values:
+            if name == "teacher_layers":
+                size, shape = Dimensions(**{**asdict(dimensions), "layers": value}), base
+            else:
+                size, shape = dimensions, Shape(**{**asdict(base), name: value})
+            seconds = cpu_seconds(Scorers(size, shape.vocabulary), ["ours"], shape, repetitions, MatmulRate())["ours"]
+            rows.append({"size": value, "cpu_seconds": seconds, "extra_mib": extra_mib_in_child("ours", size, shape)})
+            print(json.dumps({name: value, **rows[-1]}), flush=True)
+        table[name] = {
+            "rows": rows,
+            "exponent_of_seconds": exponent(values, [row["cpu_seconds"] for row in rows]),
+            "exponent_of_mib": exponent(values, [row["extra_mib"] for row in rows]),
+        }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--completion_tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--growth", nargs="*", choices=GROWTH, metavar="SIZE", help=f"all, or of: {', '.join(GROWTH)}")
+    parser.add_argument("--measure_memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.measure_memory:
+        asked = json.loads(args.measure_memory)
+        print(extra_mib(asked["way"], Dimensions(**asked["dimensions"]), Shape(**asked["shape"])))
+        return
+    if args.growth is not None:
+        sizes = {name: values for name, values in GROWTH.items() if name in args.growth or not args.growth}
+        print(json.dumps(growth(TEACHER, BASE, sizes, args.repetitions)))
+        return
+    shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
+    print(json.dumps(compare(TEACHER, shape, args.repetitions)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""recipes/benchmarks/{step,scoring,gpu}.py: their arithmetic against counts and worked numbers, and tiny runs."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.recipes.command_lines import ROOT, main_of, run
+
+TINY = "--prompt_tokens 5 --completion_tokens 3 --prompts 2 --samples 2 --vocabulary 40"
+
+
+@pytest.fixture(autouse=True)
+def beside_workload(monkeypatch):
+    """The scripts import the file `workload` beside them, as scripts may."""
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+
+
+def names_of(benchmark: str) -> SimpleNamespace:
+    return SimpleNamespace(**main_of(f"benchmarks/{benchmark}").__globals__)
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# Arithmetic
+
+
+@torch.no_grad()
+def counted(model, prompts: int, completions: int, S: int, T: int) -> int:
+    """torch's own count of a forward pass of `completions` pairs whose encoder reads `prompts` of them."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        encoded = model.get_encoder()(input_ids=torch.ones(prompts, S, dtype=torch.long))
+        encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(completions // prompts, dim=0)
+        decoder_ids = torch.ones(completions, T, dtype=torch.long)
+        model(encoder_outputs=encoded, decoder_input_ids=decoder_ids, use_cache=False)
+    return counter.get_total_flops()
+
+
+def test_the_operations_are_those_that_torch_counts():
+    import workload
+
+    size = workload.Dimensions(d_model=24, d_ff=20, heads=3, layers=2, d_kv=5)
+    shape = workload.Shape(prompt_tokens=7, completion_tokens=4, prompts=2, samples=3, vocabulary=50)
+    model = workload.random_t5(size, 50, seed=0)
+    assert workload.forward_flops(size, shape, shared=False) == counted(model, 6, 6, S=7, T=4)
+    # With each prompt read once: four encoders less, and as many cross-attention keys and values in each layer.
+    saved_keys_values = (6 - 2) * size.layers * 7 * 2 * (2 * 24 * 15)
+    assert workload.forward_flops(size, shape) == counted(model, 2, 6, S=7, T=4) - saved_keys_values
+    # Token by token, position t looks at t keys: 1 + 2 + 3 + 4 = 10 instead of 16.
+    skipped = 6 * size.layers * (16 - 10) * 2 * (2 * 15)
+    assert workload.forward_flops(size, shape, cached=True) == workload.forward_flops(size, shape) - skipped
+
+
+def test_prompts_are_the_same_as_ids_and_as_texts():
+    import workload
+
+    shape = workload.Shape(prompt_tokens=6, completion_tokens=3, prompts=4, samples=1, vocabulary=30)
+    ids = workload.word_tokenizer(30)(workload.prompt_texts(shape, 2))["input_ids"]
+    assert ids == workload.prompt_ids(shape, 2).tolist() and all(row[-1] == 1 for row in ids)
+    assert not torch.equal(workload.prompt_ids(shape, 2), workload.prompt_ids(shape, 3))
+
+
+def test_the_head_is_untied():
+    """As in T0, and in the other library's version of transformers."""
+    import workload
+
+    model = workload.random_t5(workload.Dimensions(d_model=8, d_ff=8, heads=1, layers=1), 30, seed=0)
+    assert model.lm_head.weight is not model.shared.weight
+
+
+def test_the_exponent_of_a_power_law():
+    exponent = names_of("scoring").exponent
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert exponent([1, 2, 4, 8], [5, 5, 5, 5]) == pytest.approx(0)
+
+
+def test_the_floor_of_a_phase():
+    """Old and reference log-probabilities are a forward pass each, where they are taken."""
+    names = names_of("step")
+    student = names.forward_flops(names.STUDENT, names.Shape(64, 32, 16, 4))
+    flops = [
+        names.phase_flops(names.Shape(64, 32, 16, 4), several_updates=several, reference=reference)["update"] / student
+        for several, reference in ((False, False), (True, False), (True, True))
+    ]
+    assert flops == [3, 4, 5]
+
+
+# Runs
+
+
+def test_a_step(capsys):
+    """Four updates a step: completions / update batch."""
+    pytest.importorskip("resource")
+    assert run(f"benchmarks/step {TINY} --steps 2 --update_batch_size 2") == 0
+    found = last_line(capsys)
+    phases = found["phases"]
+    assert list(phases) == ["generate", "score", "update"]
+    assert all(phase["cpu_seconds"] > 0 and phase["gflop"] > 0 for phase in phases.values())
+    assert len(found["cpu_seconds_of_steps"]) == 2
+    # Medians of two are means, and phases add up to the step.
+    assert sum(phase["cpu_seconds"] for phase in phases.values()) == pytest.approx(found["total_cpu_seconds"])
+    rate = found["matmul_gflop_per_cpu_second"]
+    for phase in phases.values():
+        assert phase["floor_ratio"] == pytest.approx(phase["cpu_seconds"] * rate / phase["gflop"])
+    assert found["peak_mib"] == max(phase["peak_mib"] for phase in phases.values()) > found["extra_mib"]
+
+
+def test_a_step_refuses_a_batch_that_does_not_divide(capsys):
+    assert run(f"benchmarks/step {TINY} --update_batch_size 3") == 2
+    assert "4 completions are not a multiple of --update_batch_size" in capsys.readouterr().err
+
+
+def test_ratios_are_theirs_over_ours(monkeypatch):
+    def result(totals, generate, peak, extra):
+        phases = {"generate": {"cpu_seconds": generate}, "score": {"cpu_seconds": 1.0}, "update": {"cpu_seconds": 2.0}}
+        return {"cpu_seconds_of_steps": totals, "phases": phases, "peak_mib": peak, "extra_mib": extra}
+
+    said = {
+        "ours": [result([2.0, 3.0], 0.5, 600, 100), result([4.0], 9.0, 1, 1)],
+        "trl": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 9.0, 1, 1)],
+    }
+    compare = main_of("benchmarks/step").__globals__["compare"]
+    monkeypatch.setitem(compare.__globals__, "_in_turn", lambda commands, rounds: said)
+    found = compare("python", compare.__globals__["Shape"](5, 3, 2, 2), 2, 2, 0.05, 2)
+    assert found["times_faster"] == 12 / 3  # medians of 10, 12, 14 and of 2, 3, 4
+    assert found["times_faster_by_phase"] == {"generate": 4, "score": 1, "update": 1}
+    assert (found["peak_memory_ratio"], found["extra_memory_ratio"]) == (0.5, 0.25)
+
+
+def test_commands_take_turns(tmp_path):
+    log = tmp_path / "log"
+    code = f"import sys; open({str(log)!r}, 'a').write(sys.argv[1]); print('chatter'); print('{{\"a\": 1}}')"
+    commands = {name: [sys.executable, "-c", code, name] for name in "xy"}
+    assert names_of("step")._in_turn(commands, 2) == {"x": [{"a": 1}] * 2, "y": [{"a": 1}] * 2}
+    assert log.read_text() == "xyxy"
+
+
+def test_a_command_that_fails_is_named():
+    with pytest.raises(SystemExit, match="no TRL here"):
+        names_of("step")._in_turn({"x": [sys.executable, "-c", "raise ValueError('no TRL here')"]}, 1)
+
+
+def test_scoring(monkeypatch, capsys):
+    """Memory comes from fresh processes, which are left out here; the run itself checks that both ways agree."""
+    main = main_of("benchmarks/scoring")
+    mib = {"naive": 80.0, "ours": 20.0}
+    monkeypatch.setitem(main.__globals__, "extra_mib_in_child", lambda way, *args: mib[way])
+    small = main.__globals__["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
+    monkeypatch.setitem(main.__globals__, "TEACHER", small)
+    monkeypatch.setattr(sys, "argv", ["scoring.py", *TINY.split(), "--repetitions", "1"])
+    main()
+    found = last_line(capsys)
+    assert found["memory_ratio"] == 0.25
+    assert found["times_faster"] == found["naive"]["cpu_seconds"] / found["ours"]["cpu_seconds"]
+    # 2 × 2 completions of 3 tokens
+    assert found["ours"]["rewards_per_cpu_second"] == pytest.approx(12 / found["ours"]["cpu_seconds"])
+
+
+def test_a_teacher_that_scores_otherwise_is_noticed(monkeypatch):
+    names = main_of("benchmarks/scoring").__globals__
+    small = names["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
+    naive = names["naive_rewards"]
+    monkeypatch.setitem(names, "naive_rewards", lambda *args: 1.1 * naive(*args))
+    with pytest.raises(AssertionError, match="not close"):
+        names["compare"](small, names["Shape"](5, 3, 2, 2, 40), 1)
+
+
+def test_growth(monkeypatch):
+    names = main_of("benchmarks/scoring").__globals__
+    monkeypatch.setitem(names, "extra_mib_in_child", lambda way, size, shape: 2.0 * shape.samples)
+    small = names["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
+    sizes = {"samples": [1, 2, 4], "teacher_layers": [1, 2]}
+    found = names["growth"](small, names["Shape"](5, 3, 2, 2, 40), sizes, 1)
+    assert [row["size"] for row in found["samples"]["rows"]] == [1, 2, 4]
+    assert found["samples"]["exponent_of_mib"] == pytest.approx(1)
+    assert found["teacher_layers"]["exponent_of_mib"] == pytest.approx(0)
+
+
+@pytest.mark.slow
+def test_memory_of_a_fresh_process():
+    """Naive scoring holds all logits: 4 × 41 × 20,000 float32 are 12.5 MiB, and more than once."""
+    names = names_of("scoring")
+    small, shape = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1), names.Shape(5, 40, 2, 2, 20_000)
+    naive, ours = (names.extra_mib_in_child(way, small, shape) for way in ("naive", "ours"))
+    assert naive > 2 * 12.5 > ours
+
+
+@pytest.mark.slow
+def test_a_dry_run_for_the_gpu(tmp_path, capsys):
+    assert run(f"benchmarks/gpu --dry_run --steps 1 --results_dir {tmp_path}") == 0
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"measured": False}
+    assert "Not measured" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin to measure")
+def test_without_a_gpu_there_is_only_the_dry_run(capsys):
+    assert run("benchmarks/gpu") == 2
+    assert "--dry_run" in capsys.readouterr().err
