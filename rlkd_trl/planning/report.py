@@ -1,5 +1,10 @@
 """All of the planner's output: what was asked, three tables, the advice."""
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlkd_trl.errors import InputError
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.advice import advice
 from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
@@ -7,12 +12,27 @@ from rlkd_trl.planning.skeletons import Checkpoint
 from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_table
 
 
+@contextmanager
+def _explained(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as cause:  # whatever an architecture does that fake tensors, or this package, cannot
+        raise InputError(
+            f"`{flag}` cannot be planned: its forward pass fails without real tensors, with {type(cause).__name__}: "
+            f"{textwrap.shorten(str(cause), 300)}"
+        ) from cause
+
+
 def report(teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training) -> str:
     """Raises `InputError` as `Checkpoint.of`, for both before anything is computed."""
     teacher_checkpoint = Checkpoint.of("--teacher", teacher)
     student_checkpoint = Checkpoint.of("--student", student)
-    teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
-    students = student_estimates(student_checkpoint, workload, cluster, training)
+    with _explained(f"--teacher {teacher}"):
+        teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
+    with _explained(f"--student {student}"):
+        students = student_estimates(student_checkpoint, workload, cluster, training)
     precision = training.student_dtype + (", mixed precision" if training.bf16 else "")
     sections = [
         f"Teacher: {teacher}, {teacher_checkpoint.num_parameters / 1e6:,.1f} M parameters\n"

@@ -59,9 +59,9 @@ class Checkpoint:
         Raises:
             InputError: It cannot be read, or is not of a language model that completes prompts.
         """
-        config = _read_config(flag, name_or_path)
+        config, as_written = _read_config(flag, name_or_path)
         _check_is_language_model(config, flag, name_or_path)
-        return cls(config, _head_is_tied(config, Path(name_or_path)))
+        return cls(config, _head_is_tied(config, as_written, Path(name_or_path)))
 
     @cached_property
     def num_parameters(self) -> int:
@@ -81,10 +81,11 @@ class Checkpoint:
         return Skeleton(model, mode)
 
 
-def _read_config(flag: str, name_or_path: str) -> PreTrainedConfig:
+def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
+    """The config, and what stands in its file."""
     require_checkpoint(flag, name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
     except (OSError, ValueError) as error:  # missing, unreachable or private; malformed or of an unknown model type
         hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
@@ -103,16 +104,17 @@ def _check_is_language_model(config: PreTrainedConfig, flag: str, name: str) -> 
         raise InputError(f"{what} is neither an encoder-decoder nor a decoder-only language model.")
 
 
-def _head_is_tied(config: PreTrainedConfig, directory: Path) -> bool:
+def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -> bool:
     """Whether LM head and embeddings are one matrix, which for T5 only a checkpoint's weights tell.
 
-    transformers 5 says `tie_word_embeddings` for every T5, and unties those whose files hold two matrices. Published
-    ones with two (v1.1, T0, Flan) do not scale the decoder's outputs; without files, that is what decides.
+    Whatever its file says, transformers 5 makes `tie_word_embeddings` true for T5 and mT5, and unties those whose
+    weights hold two matrices. Without weights the file decides, or, where transformers 5 has written it, that models
+    with two (v1.1, T0, Flan) do not scale the decoder's outputs.
     """
     names = _weight_names(directory)
     if names and config.is_encoder_decoder:
         return "lm_head.weight" not in names or "shared.weight" not in names
-    if getattr(config, "scale_decoder_outputs", None) is False:
+    if as_written.get("tie_word_embeddings") is False or as_written.get("scale_decoder_outputs") is False:
         return False
     return config.get_text_config(decoder=True).tie_word_embeddings
 

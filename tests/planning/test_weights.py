@@ -137,6 +137,13 @@ def test_shares_that_deepspeed_holds(stage, bf16, held_after_a_step):
     assert held_after_a_step[stage, bf16] == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5", "bart"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_published_config_says_whether_it_is_tied(model_type, tied, tmp_path):
+    config = {**T5_BASE, "model_type": model_type, "vocab_size": 100, "tie_word_embeddings": tied}
+    assert Checkpoint.of("--teacher", str(write_config(tmp_path, config))).head_is_tied == tied
+
+
 GIGA = 10**9
 BUCKET = GIGA // 2  # elements
 
