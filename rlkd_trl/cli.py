@@ -5,13 +5,14 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from trl import TrlParser
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, run
+
+__all__ = ["RecipeParser", "run"]
 
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [
@@ -172,15 +173,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_args(self, action, default_metavar):
         return {"+": "X …", "*": "X …", "?": "[X]"}.get(action.nargs, action.metavar or "X")
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a recipe; input that the user can correct ends in one line on stderr and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def _split_config(arg: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""The one exception for input that the user can correct."""
+"""The one exception for input that the user can correct, and how a command ends on it."""
+
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -7,3 +10,12 @@ class InputError(ValueError):
     The message says what was wrong, with the value, and what to do. Recipes print it as one line and exit with
     status 2; as a `ValueError` it can be caught by anyone who uses the package as a library.
     """
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command; input that the user can correct ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,220 @@
+"""Peak bytes of activations, counted while the package's own functions run on fake tensors.
+
+No formula of layers and heads, which another architecture or a change to these functions would make wrong: what
+autograd keeps, what a cache copies, and what an attention mask takes is seen as it is created and released.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from rlkd_trl.models.backbone import Backbone, backbone_of
+from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, token_log_probs
+from rlkd_trl.planning.skeletons import Skeleton
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank reads and writes.
+
+    prompt_tokens: S. completion_tokens: T. num_generations: K, completions per prompt. micro_batch: completions that
+    are sampled, and learnt from, at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's
+    budget (see `Teacher`).
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    num_generations: int
+    micro_batch: int
+    micro_batches: int
+    teacher_batch_tokens: int
+
+    @property
+    def scored_prompts(self) -> int:
+        """Prompts in one scoring batch."""
+        in_rollout = self.micro_batch * self.micro_batches // self.num_generations
+        tokens = self.num_generations * (self.prompt_tokens + self.completion_tokens)
+        return max(1, min(in_rollout, self.teacher_batch_tokens // tokens))
+
+    @property
+    def scoring_batches(self) -> int:
+        """In one rollout."""
+        return -(-self.micro_batch * self.micro_batches // (self.num_generations * self.scored_prompts))
+
+
+def scoring_bytes(teacher: Skeleton, workload: Workload, *, fused_attention: bool = True) -> int:
+    """Peak of `Teacher.score` on its largest batch, beyond the teacher's weights."""
+    prompts, samples = workload.scored_prompts, workload.num_generations
+    with teacher.mode:
+        teacher.model.requires_grad_(False)
+        batch = _Batch.of(workload, prompts=prompts, completions=prompts * samples)
+        with _counted([*teacher.tensors(), *batch.tensors()], fused_attention) as live, torch.no_grad():
+            backbone = backbone_of(teacher.model)
+            states_BTD = backbone.completion_states(*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
+            states_ND = states_BTD.flatten(0, 1).clone()  # real positions are picked out, here all
+            chosen_N = batch.completion_ids_BT.new_zeros(len(states_ND))
+            map_head_slices(backbone.head, states_ND, logit_statistics, chosen_N, vocab_size=backbone.vocab_size)
+    return live.peak
+
+
+def update_bytes(
+    student: Skeleton, workload: Workload, *, critic: str = "shared", bf16: bool = False, fused_attention: bool = True
+) -> int:
+    """Peak of forward and backward of `Policy` on one micro-batch, beyond weights and their gradients.
+
+    critic: as `Policy` takes it. bf16: under autocast.
+    """
+    with student.mode:
+        parameters = list(student.model.requires_grad_(True).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        batch = _Batch.of_micro_batch(workload)
+        known = [*student.tensors(), *(parameter.grad for parameter in parameters), *batch.tensors()]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with _counted(known, fused_attention) as live:
+            with autocast:
+                loss = _policy_loss(backbone_of(student.model), batch, critic)
+            loss.backward()
+        student.model.zero_grad(set_to_none=True)
+    return live.peak
+
+
+def sampling_bytes(
+    student: Skeleton, workload: Workload, *, bf16: bool = False, fused_attention: bool = True
+) -> tuple[int, int]:
+    """Peak of `sample_completions` on one micro-batch, beyond weights, and how much of it is the cache at its end."""
+    with student.mode:
+        batch = _Batch.of_micro_batch(workload)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
+            backbone = backbone_of(student.model)
+            prefix = backbone.prefill(*batch.prompt).select(batch.prompt_index_B)
+            # All but the last tokens at once, of which only the cache stays: one by one they peak lower.
+            peak = live.peak
+            backbone.extend(prefix, batch.completion_ids_BT[:, 1:])
+            live.peak = live.now
+            cache = live.now
+            backbone.extend(prefix, batch.completion_ids_BT[:, :1])
+            _draw(backbone.head(prefix.hidden_B1D[:, 0]).float())
+    return max(peak, live.peak), cache
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts and completions of full length; ids and index are of no consequence for memory."""
+
+    prompt: tuple[Tensor, Tensor]
+    prompt_index_B: Tensor
+    completion_ids_BT: Tensor
+
+    @classmethod
+    def of(cls, workload: Workload, *, prompts: int, completions: int) -> "_Batch":
+        ids_PS = torch.ones(prompts, workload.prompt_tokens, dtype=torch.long)
+        ids_BT = torch.ones(completions, workload.completion_tokens, dtype=torch.long)
+        return cls((ids_PS, torch.ones_like(ids_PS)), torch.zeros(completions, dtype=torch.long), ids_BT)
+
+    @classmethod
+    def of_micro_batch(cls, workload: Workload) -> "_Batch":
+        prompts = -(-workload.micro_batch // workload.num_generations)
+        return cls.of(workload, prompts=prompts, completions=workload.micro_batch)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.prompt, self.prompt_index_B, self.completion_ids_BT]
+
+
+def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
+    """The forward pass of `Policy`, and a loss of every output that has a gradient."""
+    asked = (*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
+    states_BTD = backbone.completion_states(*asked, with_final_state=critic == "shared")
+    states_ND = states_BTD[:, : batch.completion_ids_BT.shape[1]].flatten(0, 1).clone()  # real positions are picked
+    forbidden_V = torch.zeros(backbone.vocab_size, dtype=torch.bool)
+    statistics = map_head_slices(
+        backbone.head,
+        states_ND,
+        partial(token_log_probs, forbidden_V=forbidden_V),
+        batch.completion_ids_BT.flatten(),
+        vocab_size=backbone.vocab_size,
+    )
+    loss = statistics[0].sum()
+    if critic == "separate":
+        states_BTD = backbone.completion_states(*asked)
+    if critic != "none":
+        loss = loss + states_BTD.float().sum(dim=-1).square().mean()
+    return loss
+
+
+def _draw(logits_BV: Tensor) -> None:
+    """What drawing a token by inverting the distribution function holds at a time."""
+    allowed_BV = logits_BV.masked_fill(torch.zeros(logits_BV.shape[1], dtype=torch.bool), -torch.inf)
+    scaled_BV = allowed_BV / 1.0
+    probabilities_BV = scaled_BV.softmax(dim=-1)
+    torch.where(probabilities_BV > 0, probabilities_BV.cumsum(dim=-1), 0).cummax(dim=-1)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of storages that were created inside of it and still exist, and the most there ever were."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        # Its kernel makes exp(z − max z), of the logits' size; others need little beyond what they return.
+        workspace = args[0].nbytes if func is torch.ops.aten.logsumexp.default else 0
+        self.peak = max(self.peak, self.now + workspace)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by the memory-efficient kernel, which a GPU takes also for T5's masks with a gradient."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and not kwargs.get("enable_gqa"):
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # the kernel adds its mask
+            attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    attended, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs_backward, dropout_p, is_causal, scale=scale
+    )
+    return attended
+
+
+@contextmanager
+def _counted(known: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
+    with _LiveBytes(known) as live:
+        if fused_attention:
+            with _FusedAttention():
+                yield live
+        else:
+            yield live

@@ -1,0 +1,170 @@
+"""Bytes on each rank: of the teacher for every placement and precision, of the student for every sharding."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from rlkd_trl.models.loading import DTYPES
+from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
+from rlkd_trl.planning.skeletons import Checkpoint, Skeleton
+from rlkd_trl.planning.weights import (
+    SHARDINGS,
+    gathered_bytes,
+    live_bytes,
+    quantisation_workspace_bytes,
+    training_shares,
+    weight_bytes,
+)
+
+PLACEMENTS = ("replicated", "zero3", "offload")
+# (dtype, quantization); bitsandbytes' matrices cannot be split, so those are for replicated teachers only.
+PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "nf4"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """gpus: on each node. gpu_memory: bytes of each. reserve: share of them that stays free."""
+
+    gpus: int
+    nodes: int
+    gpu_memory: int
+    reserve: float
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def usable(self) -> int:
+        return int(self.gpu_memory * (1 - self.reserve))
+
+
+@dataclass(frozen=True)
+class Training:
+    """The student's settings that memory depends on, named as the recipes name them."""
+
+    student_dtype: str = "float32"
+    bf16: bool = False
+    critic: str = "shared"
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherBytes:
+    """One way to hold the teacher. host: a node's CPU memory. Other fields are a rank's bytes on its GPU."""
+
+    placement: str
+    dtype: str
+    quantization: str
+    weights: int
+    gathered: int
+    scoring: int
+    host: int
+
+    @property
+    def precision(self) -> str:
+        return self.dtype if self.quantization == "none" else self.quantization
+
+
+@dataclass(frozen=True)
+class StudentBytes:
+    """One way to shard the student. cache: of the sampling, at its end. All are a rank's bytes on its GPU."""
+
+    sharding: str
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    value_head: int
+    reference: int
+    update: int
+    sampling: int
+    cache: int
+
+    @property
+    def always_held(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.value_head + self.reference
+
+
+def peak_bytes(teacher: TeacherBytes, student: StudentBytes) -> int:
+    """What a rank holds throughout, and the largest of the three phases."""
+    phases = (
+        teacher.gathered + teacher.scoring,
+        student.gathered + student.update,
+        student.gathered + student.sampling,
+    )
+    return teacher.weights + student.always_held + max(phases)
+
+
+def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Cluster) -> list[TeacherBytes]:
+    """Every placement × precision that exists, by placement; those of one rank without ZeRO-3."""
+    estimates = [
+        estimate
+        for dtype in ("float32", "bfloat16")
+        for estimate in _of_dtype(checkpoint.build(DTYPES[dtype]), dtype, workload, cluster)
+    ]
+    return sorted(estimates, key=lambda estimate: PLACEMENTS.index(estimate.placement))
+
+
+def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluster) -> Iterator[TeacherBytes]:
+    scoring, whole = scoring_bytes(teacher, workload), weight_bytes(teacher)
+    for _, quantization in (precision for precision in PRECISIONS if precision[0] == dtype):
+        workspace = quantisation_workspace_bytes(teacher) if quantization != "none" else 0
+        yield TeacherBytes(
+            placement="replicated",
+            dtype=dtype,
+            quantization=quantization,
+            weights=weight_bytes(teacher, quantization),
+            gathered=0,
+            scoring=scoring + workspace,
+            host=0,
+        )
+    itemsize = teacher.model.dtype.itemsize
+    share = whole // cluster.ranks
+    if cluster.ranks > 1:
+        gathered = gathered_bytes(teacher.num_parameters, itemsize, cluster.ranks)
+        yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0)
+    # Its own share, too, comes to the GPU only where it is gathered.
+    live = live_bytes(teacher.num_parameters, itemsize)
+    yield TeacherBytes("offload", dtype, "none", 0, live, scoring, host=share * cluster.gpus)
+
+
+def student_estimates(
+    checkpoint: Checkpoint, workload: Workload, cluster: Cluster, training: Training
+) -> list[StudentBytes]:
+    """Every sharding of the student; on one rank only the one without any."""
+    student = checkpoint.build(DTYPES[training.student_dtype])
+    itemsize, copies = student.model.dtype.itemsize, 2 if training.critic == "separate" else 1
+    update = update_bytes(student, workload, critic=training.critic, bf16=training.bf16)
+    sampling, cache = sampling_bytes(student, workload, bf16=training.bf16)
+    head = student.model.get_output_embeddings().weight
+    # A separate critic's own LM head is never used, and frozen.
+    frozen = head.numel() if copies == 2 and not student.head_is_tied else 0
+    width = head.shape[-1]
+    return [
+        StudentBytes(
+            sharding=sharding,
+            # In float32: the linear map, its gradient and two moments.
+            value_head=0 if training.critic == "none" else 4 * (width + 1) * torch.float32.itemsize,
+            reference=weight_bytes(student) if training.beta > 0 else 0,
+            update=update,
+            sampling=sampling,
+            cache=cache,
+            **_fields(
+                training_shares(
+                    sharding,
+                    trained=copies * student.num_parameters - frozen,
+                    frozen=frozen,
+                    itemsize=itemsize,
+                    ranks=cluster.ranks,
+                    bf16=training.bf16,
+                )
+            ),
+        )
+        for sharding in (SHARDINGS if cluster.ranks > 1 else SHARDINGS[:1])
+    ]
+
+
+def _fields(instance: object) -> dict[str, int]:
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}

@@ -1,0 +1,51 @@
+"""All of the planner's output: what was asked, three tables, the advice."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.advice import advice
+from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
+from rlkd_trl.planning.skeletons import Checkpoint
+from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_table
+
+
+@contextmanager
+def _explained(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as cause:  # whatever an architecture does that fake tensors, or this package, cannot
+        raise InputError(
+            f"`{flag}` cannot be planned: its forward pass fails without real tensors, with {type(cause).__name__}: "
+            f"{textwrap.shorten(str(cause), 300)}"
+        ) from cause
+
+
+def report(teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training) -> str:
+    """Raises `InputError` as `Checkpoint.of`, for both before anything is computed."""
+    teacher_checkpoint = Checkpoint.of("--teacher", teacher)
+    student_checkpoint = Checkpoint.of("--student", student)
+    with _explained(f"--teacher {teacher}"):
+        teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
+    with _explained(f"--student {student}"):
+        students = student_estimates(student_checkpoint, workload, cluster, training)
+    precision = training.student_dtype + (", mixed precision" if training.bf16 else "")
+    sections = [
+        f"Teacher: {teacher}, {teacher_checkpoint.num_parameters / 1e6:,.1f} M parameters\n"
+        f"Student: {student}, {student_checkpoint.num_parameters / 1e6:,.1f} M parameters, {precision}\n"
+        f"GPUs:    {cluster.ranks} × {gib(cluster.gpu_memory)} GiB, of which {cluster.reserve:.0%} stay free\n"
+        f"Rollout: {workload.micro_batches} × {workload.micro_batch} completions on each, of "
+        f"{workload.completion_tokens} tokens, {workload.num_generations} for each prompt of "
+        f"{workload.prompt_tokens};\n"
+        f"         the teacher reads {workload.scored_prompts} prompts at a time",
+        "Teacher, GiB on each GPU:\n" + teacher_table(teachers),
+        "Student, GiB on each GPU:\n" + student_table(students),
+        "Peak, GiB on each GPU (always held, and the largest of scoring, update and sampling; x does not fit):\n"
+        + peak_table(teachers, students, cluster),
+        advice(teachers, students, cluster, workload),
+    ]
+    return "\n\n".join(sections)

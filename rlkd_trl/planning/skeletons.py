@@ -1,0 +1,128 @@
+"""Models that have shapes but no memory, built from a config."""
+
+import textwrap
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.loading import require_checkpoint
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose tensors are fake ones of `mode`: operations on them compute shapes and allocate nothing."""
+
+    model: PreTrainedModel
+    mode: FakeTensorMode
+
+    @property
+    def num_parameters(self) -> int:
+        """Tied weights counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def head_is_tied(self) -> bool:
+        return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+    def tensors(self) -> list[Tensor]:
+        """All weights and buffers."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a model without its weights."""
+
+    config: PreTrainedConfig
+    head_is_tied: bool
+
+    @classmethod
+    def of(cls, flag: str, name_or_path: str) -> "Checkpoint":
+        """Reads a directory's or a Hub id's config.json; `flag` is named in errors.
+
+        Raises:
+            InputError: It cannot be read, or is not of a language model that completes prompts.
+        """
+        config, as_written = _read_config(flag, name_or_path)
+        _check_is_language_model(config, flag, name_or_path)
+        return cls(config, _head_is_tied(config, as_written, Path(name_or_path)))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Tied weights counted once."""
+        return self.build(torch.float32).num_parameters
+
+    def build(self, dtype: torch.dtype) -> Skeleton:
+        """The model in this dtype, in eval mode."""
+        auto_class = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
+        with FakeTensorMode() as mode:
+            model = auto_class.from_config(self.config, dtype=dtype).eval()
+            head = model.get_output_embeddings()
+            if not self.head_is_tied and head.weight is model.get_input_embeddings().weight:
+                head.weight = nn.Parameter(torch.empty_like(head.weight))
+        if self.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+            model.generation_config.decoder_start_token_id = 0  # which token it is does not matter for memory
+        return Skeleton(model, mode)
+
+
+def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
+    """The config, and what stands in its file."""
+    require_checkpoint(flag, name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
+    except (OSError, ValueError) as error:  # missing, unreachable or private; malformed or of an unknown model type
+        hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise InputError(f"Could not read the config of `{flag} {name_or_path}`: {reason}{hint}") from error
+
+
+def _check_is_language_model(config: PreTrainedConfig, flag: str, name: str) -> None:
+    kind, what = type(config), f"`{flag} {name}` (model type {config.model_type!r})"
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    is_encoder = (
+        kind in MODEL_FOR_MASKED_LM_MAPPING
+        and not config.is_encoder_decoder
+        and not getattr(config, "is_decoder", False)
+    )
+    if kind not in mapping or is_encoder:
+        raise InputError(f"{what} is neither an encoder-decoder nor a decoder-only language model.")
+
+
+def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -> bool:
+    """Whether LM head and embeddings are one matrix, which for T5 only a checkpoint's weights tell.
+
+    Whatever its file says, transformers 5 makes `tie_word_embeddings` true for T5 and mT5, and unties those whose
+    weights hold two matrices. Without weights the file decides, or, where transformers 5 has written it, that models
+    with two (v1.1, T0, Flan) do not scale the decoder's outputs.
+    """
+    names = _weight_names(directory)
+    if names and config.is_encoder_decoder:
+        return "lm_head.weight" not in names or "shared.weight" not in names
+    if as_written.get("tie_word_embeddings") is False or as_written.get("scale_decoder_outputs") is False:
+        return False
+    return config.get_text_config(decoder=True).tie_word_embeddings
+
+
+def _weight_names(directory: Path) -> set[str]:
+    """Of all tensors in a directory's safetensors files, read from their headers."""
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors") if directory.is_dir() else []:
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names

@@ -1,0 +1,52 @@
+"""The estimates as text."""
+
+from collections.abc import Sequence
+
+from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
+
+GIB = 2**30
+
+
+def teacher_table(teachers: Sequence[TeacherBytes]) -> str:
+    """One line for each placement and precision; "CPU" is a node's, everything else a GPU's."""
+    rows = [
+        [t.placement, t.precision, *map(gib, (t.weights, t.gathered, t.scoring)), gib(t.host) if t.host else ""]
+        for t in teachers
+    ]
+    return table(["placement", "precision", "weights", "gathered", "scoring", "CPU"], rows, labels=2)
+
+
+def student_table(students: Sequence[StudentBytes]) -> str:
+    """One line for each sharding."""
+    heads = ("weights", "gathered", "gradients", "optimizer", "value_head", "reference", "update", "sampling", "cache")
+    rows = [[s.sharding, *(gib(getattr(s, head)) for head in heads)] for s in students]
+    return table(["sharding", *(head.replace("_", " ") for head in heads)], rows, labels=1)
+
+
+def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster) -> str:
+    """The peak of every teacher beside every student, marked where it does not fit."""
+    rows = []
+    for teacher in teachers:
+        peaks = [peak_bytes(teacher, student) for student in students]
+        cells = [gib(peak) + ("  " if peak <= cluster.usable else " x") for peak in peaks]
+        rows.append([teacher.placement, teacher.precision, *cells])
+    return table(["placement", "precision", *(student.sharding + "  " for student in students)], rows, labels=2)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -> str:
+    """Columns as wide as their widest cell; the first `labels` to the left, numbers to the right."""
+    lines = [list(heads), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < labels else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def gib(nbytes: int) -> str:
+    """With as many digits as an estimate deserves; what is there, but small, is not 0."""
+    value = nbytes / GIB
+    return "0" if nbytes == 0 else "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}"

@@ -1,0 +1,99 @@
+"""Bytes of weights: whole, quantised by bitsandbytes' rules, shared out over ranks by DDP and ZeRO."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from rlkd_trl.planning.skeletons import Skeleton
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
+
+# DeepSpeed's defaults for `stage3_max_live_parameters` and `reduce_bucket_size`, in elements.
+MAX_LIVE_PARAMETERS = 10**9
+REDUCE_BUCKET_ELEMENTS = 5 * 10**8
+
+_FLOAT32 = 4
+_NF4_BLOCK = 64  # weights that share one scale
+_NF4_CODES = 16  # each quantised matrix has its own table of them, in float32
+
+
+def weight_bytes(skeleton: Skeleton, quantization: str = "none") -> int:
+    """Weights and buffers in the skeleton's dtype, tied ones once; those that bitsandbytes converts as it stores them.
+
+    int8: one byte a weight, and a float32 scale for each output. nf4: half a byte, a float32 scale for each block of
+    64, and a table of 16 codes.
+    """
+    total = sum(tensor.nbytes for tensor in skeleton.tensors())
+    for module in _quantised(skeleton) if quantization != "none" else []:
+        weights = module.weight.numel()
+        outputs = module.nf if isinstance(module, Conv1D) else module.out_features
+        if quantization == "int8":
+            stored = weights + _FLOAT32 * outputs
+        else:
+            stored = -(-weights // 2) + _FLOAT32 * (-(-weights // _NF4_BLOCK) + _NF4_CODES)
+        total += stored - module.weight.nbytes
+    return total
+
+
+def quantisation_workspace_bytes(skeleton: Skeleton) -> int:
+    """The largest converted matrix in 16 bits, which is what a product with it may take beside the stored one."""
+    return max((2 * module.weight.numel() for module in _quantised(skeleton)), default=0)
+
+
+def _quantised(skeleton: Skeleton) -> list[nn.Module]:
+    """The layers that transformers hands to bitsandbytes: linear ones, but for the LM head and what stays exact."""
+    model = skeleton.model
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return [
+        module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    ]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a rank holds of a model in training, in bytes. gathered: of other ranks' weights, while it computes."""
+
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int
+
+
+def live_bytes(num_parameters: int, itemsize: int) -> int:
+    """Of the weights that ZeRO-3 has on a GPU at a time while it computes."""
+    return min(num_parameters, MAX_LIVE_PARAMETERS) * itemsize
+
+
+def gathered_bytes(num_parameters: int, itemsize: int, ranks: int) -> int:
+    """Those of `live_bytes` that come from other ranks."""
+    live = live_bytes(num_parameters, itemsize)
+    return live - live // ranks
+
+
+def training_shares(
+    sharding: str, *, trained: int, frozen: int, itemsize: int, ranks: int, bf16: bool = False
+) -> Shares:
+    """`trained` and `frozen` parameters of `itemsize` bytes, under AdamW.
+
+    bf16: mixed precision, which DDP does by autocast over the weights as they are, and DeepSpeed on weights in
+    bfloat16.
+    """
+    if sharding == "ddp":
+        buckets = trained * itemsize if ranks > 1 else 0
+        return Shares((trained + frozen) * itemsize, 0, trained * itemsize + buckets, 2 * trained * itemsize)
+    itemsize = 2 if bf16 else itemsize
+    stage = int(sharding.removeprefix("zero"))
+    weights = (trained + frozen) * itemsize
+    gradients = trained * itemsize // (ranks if stage >= 2 else 1) + trained * _FLOAT32 // ranks
+    return Shares(
+        weights=weights // ranks if stage == 3 else weights,
+        gathered=gathered_bytes(trained + frozen, itemsize, ranks) if stage == 3 else 0,
+        gradients=gradients + REDUCE_BUCKET_ELEMENTS * itemsize,
+        optimizer=3 * trained * _FLOAT32 // ranks,
+    )

@@ -1,0 +1,158 @@
+"""Estimated activations against what torch's allocator hands out for the same work.
+
+The profiler sees the CPU's real allocations in `Teacher.score`, in a trainer's own update and in sampling; the
+estimate has run the model on fake tensors. Shapes and models are chosen so that once the encoder, once the decoder,
+once the cache, and once the LM head takes most.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from rlkd_trl import TeacherForcingReward
+from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
+from rlkd_trl.students import Policy
+from rlkd_trl.teachers import Teacher
+from tests.conftest import word_tokenizer
+from tests.planning.measured import peak_bytes
+from tests.planning.models import MODELS, checkpoint_of
+from tests.trainers.tiny_runs import build, samples_instead
+
+# (prompts P, prompt tokens S, completions per prompt K, completion tokens T)
+SHAPES = {
+    "long-prompts": (16, 200, 2, 8),
+    "long-completions": (3, 20, 8, 100),
+    "both": (6, 100, 4, 40),
+    "one-completion": (4, 250, 1, 4),
+}
+# Scoring and update differ by at most 7 % here. Sampling, where the last step's logits and one layer's cache decide, does
+# by at most 21 %.
+TOLERANCE, DECODING_TOLERANCE = 0.1, 0.25
+
+
+def workload(shape: tuple[int, int, int, int], teacher_batch_tokens: int = 4000) -> Workload:
+    P, S, K, T = shape
+    return Workload(
+        prompt_tokens=S,
+        completion_tokens=T,
+        num_generations=K,
+        micro_batch=P * K,
+        micro_batches=1,
+        teacher_batch_tokens=teacher_batch_tokens,
+    )
+
+
+def prompt_texts(shape: tuple[int, int, int, int]) -> list[str]:
+    """S tokens each with the EOS, but for the last, which is a token shorter: batches have padding."""
+    P, S, _, _ = shape
+    return [" ".join(f"w{3 + (p + s) % 24}" for s in range(S - 1 - (p == P - 1))) for p in range(P)]
+
+
+def assert_close(estimated: int, measured: int, tolerance: float = TOLERANCE) -> None:
+    assert abs(estimated / measured - 1) < tolerance, f"{estimated:,} bytes estimated, {measured:,} measured"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("t5-tied", "long-prompts", torch.float32),
+        ("t5-tied", "one-completion", torch.bfloat16),
+        ("t5-untied", "both", torch.bfloat16),
+        ("t5-deep-encoder", "long-completions", torch.float32),
+        ("t5-large-vocabulary", "long-completions", torch.float32),
+        ("llama", "long-completions", torch.bfloat16),
+        ("llama-deep", "long-prompts", torch.float32),
+    ],
+)
+def test_scoring(name, shape, dtype, tmp_path):
+    P, _, K, T = SHAPES[shape]
+    model, wanted = MODELS[name]().to(dtype), workload(SHAPES[shape])
+    teacher = Teacher(model, word_tokenizer(), max_batch_tokens=wanted.teacher_batch_tokens)
+    ids_BT = torch.full((P * K, T), 3)
+    arguments = (
+        prompt_texts(SHAPES[shape]),
+        torch.arange(P).repeat_interleave(K),
+        ids_BT,
+        torch.ones_like(ids_BT, dtype=torch.bool),
+        torch.zeros(P * K, dtype=torch.bool),
+    )
+    measured = peak_bytes(lambda: teacher.score(*arguments))
+    skeleton = checkpoint_of(model, tmp_path).build(dtype)
+    assert_close(scoring_bytes(skeleton, wanted, fused_attention=False), measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape", "critic"),
+    [
+        ("t5-tied", "long-prompts", "shared"),
+        ("t5-tied", "one-completion", "shared"),
+        ("t5-untied", "both", "separate"),
+        ("t5-deep-encoder", "long-completions", "shared-bf16"),
+        ("t5-large-vocabulary", "long-completions", "none"),
+        ("llama", "long-prompts", "shared-bf16"),
+        ("llama-deep", "both", "shared"),
+    ],
+)
+def test_update(name, shape, critic, tmp_path, monkeypatch):
+    """Of the second of two accumulated micro-batches: the gradients, which are not counted, exist by then."""
+    P, _, K, T = SHAPES[shape]
+    model, measured = MODELS[name](), []
+    train_step = Trainer.training_step
+
+    def measured_step(*args, **kwargs):
+        results = []
+        measured.append(peak_bytes(lambda: results.append(train_step(*args, **kwargs))))
+        return results[0]
+
+    monkeypatch.setattr(Trainer, "training_step", measured_step)
+    critic, _, bf16 = critic.partition("-")
+    trainer = build(
+        "rloo-token" if critic == "none" else "ppo",
+        tmp_path,
+        model=model,
+        reward=TeacherForcingReward(MODELS["llama"](), word_tokenizer()),
+        data=Dataset.from_list([{"prompt": text} for text in 2 * prompt_texts(SHAPES[shape])]),
+        per_device_train_batch_size=P * K,
+        gradient_accumulation_steps=2,
+        num_generations=K,
+        max_completion_length=T,
+        max_steps=1,
+        bf16=bool(bf16),
+        **({} if critic == "none" else {"critic": critic}),
+    )
+    samples_instead(trainer, *[[3] * T for _ in range(P * K)])
+    trainer.train()
+    assert len(measured) == 2
+    skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
+    estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), fused_attention=False)
+    assert_close(estimated, measured[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("t5-tied", "long-prompts"),
+        ("t5-deep-encoder", "long-completions"),
+        ("t5-large-vocabulary", "long-completions"),
+        ("llama", "long-completions"),
+        ("llama-deep", "both"),
+    ],
+)
+def test_sampling(name, shape, tmp_path):
+    P, S, K, T = SHAPES[shape]
+    model = MODELS[name]()
+    policy = Policy(model, word_tokenizer())
+    ids_PS = torch.full((P, S), 3)
+    mask_PS = torch.ones_like(ids_PS)
+    mask_PS[-1, -1 if policy.backbone.padding_side == "right" else 0] = 0
+    index_B = torch.arange(P).repeat_interleave(K)
+    policy.eos_ids = [-1]  # nobody finishes early
+    arguments = {"max_completion_length": T, "uniforms_BT": torch.full((P * K, T), 0.5)}
+    measured = peak_bytes(lambda: policy.sample(ids_PS, mask_PS, index_B, **arguments))
+    skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
+    estimated, cache = sampling_bytes(skeleton, workload(SHAPES[shape]), fused_attention=False)
+    assert_close(estimated, measured, DECODING_TOLERANCE)
+    assert 0 < cache < estimated

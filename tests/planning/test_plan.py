@@ -1,0 +1,151 @@
+"""The command: its output for real shapes, its errors, and that its help is quick."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlkd_trl import plan
+from rlkd_trl.errors import InputError, run
+from tests.planning.models import T5_BASE, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+TINY_DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> dict[str, str]:
+    """Directories with nothing but a config.json."""
+    root = tmp_path_factory.mktemp("configs")
+    small = {**T5_BASE, "num_layers": 2, "num_heads": 4}
+    teacher = {**small, "d_model": 128, "d_ff": 512, "tie_word_embeddings": False}
+    return {
+        "teacher": str(write_config(root / "teacher", teacher)),
+        "student": str(write_config(root / "student", {**small, "d_model": 64, "d_ff": 128})),
+        # a mixture of experts, whose grouped product of matrices has no form for fake tensors
+        "experts": str(
+            write_config(root / "experts", {"model_type": "mixtral", **TINY_DECODER, "num_local_experts": 2})
+        ),
+        "encoder": str(write_config(root / "encoder", {"model_type": "bert"})),
+    }
+
+
+def printed(command: str, configs: dict[str, str], capsys) -> str:
+    plan.main(command.format(**configs).split())
+    return capsys.readouterr().out
+
+
+def rows(text: str, heading: str) -> dict[tuple[str, ...], list[str]]:
+    """Of the table under a heading: cells by label, "x" marks dropped."""
+    lines = text[text.index(heading) :].split("\n\n")[0].splitlines()[1:]
+    labels = 1 if lines[0].startswith("sharding") else 2
+    cells = [re.split(r"\s{2,}", line.replace(" x", "").strip()) for line in lines]
+    return {tuple(line[:labels]): line[labels:] for line in cells}
+
+
+SMALL_RUN = "--prompt_tokens 16 --completion_tokens 8 --per_device_train_batch_size 8 --num_generations 2"
+
+
+@pytest.mark.slow
+def test_tables_for_every_placement_precision_and_sharding(configs, capsys):
+    text = printed(
+        f"--teacher {{teacher}} --student {{student}} --gpus 2 --gpu_memory 1 --beta 0.1 {SMALL_RUN}", configs, capsys
+    )
+    teachers = rows(text, "Teacher, GiB")
+    replicated = {("replicated", precision) for precision in ("float32", "bfloat16", "int8", "nf4")}
+    split = {(placement, dtype) for placement in ("zero3", "offload") for dtype in ("float32", "bfloat16")}
+    assert set(teachers) == {("placement", "precision")} | replicated | split
+    students = rows(text, "Student, GiB")
+    assert list(students) == [("sharding",), ("ddp",), ("zero1",), ("zero2",), ("zero3",)]
+    heads = ["weights", "gathered", "gradients", "optimizer", "value head", "reference", "update", "sampling", "cache"]
+    assert students[("sharding",)] == heads
+    reference = heads.index("reference")
+    assert all(students[(sharding,)][reference] != "0" for sharding in ("ddp", "zero1", "zero2", "zero3"))
+    peaks = rows(text, "Peak, GiB")
+    assert set(peaks) == set(teachers)
+    assert peaks[("placement", "precision")] == ["ddp", "zero1", "zero2", "zero3"]
+    # DeepSpeed's buckets alone are 5e8 elements of 4 bytes
+    assert all(float(peak) > 1.86 for peak in peaks[("replicated", "bfloat16")][1:])
+    assert float(peaks[("replicated", "bfloat16")][0]) < 1
+    marks = re.findall(r" x(?= |$)", text[text.index("Peak, GiB") :].split("\n\n")[0], re.MULTILINE)
+    assert len(marks) == 3 * 8, "of each line, all but DDP"
+    assert "--teacher_placement replicated --teacher_dtype bfloat16" in text
+    assert max(map(len, text.replace(configs["teacher"], "").splitlines())) <= 120
+
+
+@pytest.mark.slow
+def test_one_gpu_has_nothing_to_split_and_may_be_too_small(configs, capsys):
+    command = f"--teacher {{teacher}} --student {{student}} --critic none --gpu_memory 0.01 {SMALL_RUN}"
+    text = printed(command, configs, capsys)
+    assert "zero3" not in text and "zero1" not in text
+    students = rows(text, "Student, GiB")
+    by_head = dict(zip(students[("sharding",)], students[("ddp",)], strict=True))
+    assert by_head["value head"] == by_head["reference"] == by_head["gathered"] == "0"
+    assert "Nothing fits" in text and "accelerate launch" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--teacher {teacher}", "--student"),
+        ("--teacher {teacher} --student {student} --gpus 0", "--gpus 0 is out of range"),
+        ("--teacher {teacher} --student {student} --nodes -1", "--nodes -1 is out of range"),
+        ("--teacher {teacher} --student {student} --gpu_memory nan", "--gpu_memory nan is out of range"),
+        ("--teacher {teacher} --student {student} --reserve 1", "--reserve 1.0 is out of range"),
+        ("--teacher {teacher} --student {student} --beta -1", "--beta -1.0 is out of range"),
+        ("--teacher {teacher} --student {student} --gpus two", "invalid int value: 'two'"),
+        ("--teacher {teacher} --student {student} --gpu 2", "unrecognized arguments: --gpu 2"),
+        ("--teacher {teacher} --student {student} --num_generations 5", "not divisible by --num_generations 5"),
+        ("--teacher {teacher} --student {student} --student_dtype float16", "invalid choice: 'float16'"),
+        ("--teacher {encoder} --student {student}", "model type 'bert') is neither"),
+        ("--teacher {teacher} --student {encoder}", "`--student "),
+        ("--teacher {experts} --student {student}", "cannot be planned: its forward pass fails without real tensors"),
+        ("--teacher ./nowhere --student {student}", "`--teacher ./nowhere` is not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, message, configs, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: plan.main(command.format(**configs).split()))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_the_hub_a_local_directory_is_asked_for(configs, monkeypatch):
+    """What becomes of the Hub's error; whether there is a network here does not matter."""
+    from rlkd_trl.planning import skeletons
+
+    def unreachable(name):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr(skeletons.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(InputError, match=r"`--teacher someone/unknown`: We couldn't.*local directory with its config"):
+        plan.main(["--teacher", "someone/unknown", "--student", configs["student"]])
+
+
+@pytest.mark.slow
+def test_help_and_wrong_flags_load_no_library():
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('rlkd_trl.plan', run_name='__main__')\n"
+        "except SystemExit as exit:\n"
+        "    heavy = {'torch', 'transformers', 'trl', 'deepspeed', 'bitsandbytes'} & set(sys.modules)\n"
+        "    print(exit.code, sorted(heavy))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for flags, last in ((["--help"], "0 []"), (["--teacher", "a", "--student", "b", "--gpus", "0"], "2 []")):
+        command = [sys.executable, "-c", code, *flags]
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert finished.stdout.splitlines()[-1] == last, finished.stderr

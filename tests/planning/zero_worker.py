@@ -1,0 +1,64 @@
+"""One of two ranks: what DeepSpeed holds of a small network after a step, at each ZeRO stage, in bytes.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.planning.zero_worker OUTPUT.json
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+WIDTH, LAYERS = 128, 32
+
+
+def live_bytes() -> int:
+    """Of all tensors that this process can reach, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def held_after_a_step(stage: int, bf16: bool) -> int:
+    before = live_bytes()
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        # A bucket of one layer: what it takes is the configuration's to say, not the model's.
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": WIDTH * WIDTH,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=settings)
+    inputs = torch.randn(4, WIDTH, dtype=torch.bfloat16 if bf16 else torch.float32)
+    engine.backward(engine(inputs).float().square().mean())
+    engine.step()
+    held = live_bytes() - before
+    engine.destroy()
+    return held
+
+
+def main(output: Path) -> None:
+    # Not needed here, and its compiler run would take a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    held = [[stage, bf16, held_after_a_step(stage, bf16)] for stage in (1, 2, 3) for bf16 in (False, True)]
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(held))
+    torch.distributed.barrier()
+    # DeepSpeed with gloo sometimes aborts in its teardown.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
