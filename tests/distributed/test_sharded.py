@@ -1,6 +1,8 @@
 """ZeRO-3 teachers and students on two processes, against whole models and one process."""
 
 import os
+import subprocess
+import sys
 import time
 
 import peft
@@ -9,7 +11,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from tests.distributed import dying_worker, sharded_worker
-from tests.distributed.launching import launch, run_processes
+from tests.distributed.launching import ENVIRONMENT, ROOT, launch, run_processes
+from tests.distributed.sharded_worker import save_checkpoints
 from tests.trainers.tiny_runs import assert_same_weights
 
 pytestmark = pytest.mark.slow
@@ -91,6 +94,17 @@ def test_the_uneven_case_is_uneven(two_ranks):
     """One rank's completions are all one token long: it would call the decoder once, the other one twice."""
     lengths = [max(results["runs"]["rloo-uneven", "zero3"]["lengths"]) for results in two_ranks]
     assert lengths[0] == 1 < lengths[1]
+
+
+def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
+    """Without a launcher; the shard is the whole model."""
+    save_checkpoints(tmp_path)
+    script = "import sys; from tests.distributed import offload_worker; offload_worker.main(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, timeout=300)
+    for family, results in torch.load(tmp_path / "results.pt").items():
+        for name, value in results["expected"].items():
+            assert torch.equal(results["found"][name], value), f"{name} of {family}"
+        assert "sharded, parked in CPU memory" in results["said"]
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
