@@ -1,7 +1,9 @@
 """What a trainer refuses before it starts."""
 
+import os
 from collections.abc import Callable, Sequence
 
+from accelerate.utils import str_to_bool
 from datasets import Dataset
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
@@ -41,8 +43,13 @@ def check_targets(dataset: Dataset, args: KDConfig) -> None:
             )
 
 
-def check_zero3(args: RolloutConfig) -> None:
-    """Raises `InputError` for settings that a student sharded by ZeRO-3 does not go with."""
+def check_sharding(args: RolloutConfig) -> None:
+    """Raises `InputError` for a student sharded by FSDP, and for what one sharded by ZeRO-3 does not go with."""
+    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        raise InputError(
+            "The student cannot be sharded by FSDP, which gathers weights for its whole forward pass only: use "
+            "DeepSpeed, as in accelerate_configs/zero3.yaml."
+        )
     if not is_deepspeed_zero3_enabled():
         return
     if not deepspeed_config()["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):

@@ -18,7 +18,7 @@ from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
-from rlkd_trl.trainers.checks import check_held_out, check_zero3
+from rlkd_trl.trainers.checks import check_held_out, check_sharding
 from rlkd_trl.trainers.config import RolloutConfig
 
 
@@ -43,7 +43,7 @@ class PolicyTrainer(Trainer):
         **kwargs,
     ):
         check_held_out(eval_dataset)
-        check_zero3(args)
+        check_sharding(args)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model)

@@ -1,46 +1,22 @@
 """Two processes and one, on the same global batch: the same losses, gradient norms and weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from tests.distributed import worker
+from tests.distributed.launching import launch
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-
-
-def launch(output_dir: Path, processes: int) -> list[dict]:
-    """Results by rank, or the processes' output if there are none: files, not exit codes, tell."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    finished = subprocess.run(
-        [*command, "-m", "tests.distributed.worker", str(output_dir)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    files = [output_dir / f"rank{rank}.pt" for rank in range(processes)]
-    if not all(file.is_file() for file in files):
-        pytest.fail(f"The workers left no results.\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}")
-    return [torch.load(file) for file in files]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    return launch("worker", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return launch(tmp_path_factory.mktemp("one"), 1)[0]
+    return launch("worker", tmp_path_factory.mktemp("one"), 1)[0]
 
 
 @pytest.mark.parametrize("name", worker.CASES)

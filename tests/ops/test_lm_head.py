@@ -7,6 +7,7 @@ from rlkd_trl.ops.lm_head import (
     logit_statistics,
     map_head_slices,
     mixture_log_probs,
+    slices_needed,
     support_log_probs,
     token_log_probs,
 )
@@ -484,6 +485,24 @@ def test_positions_keep_their_own_arguments():
         lambda hidden: hidden, hidden_ND, per_slice, labels_N, weights_N, vocab_size=6, max_elements=4 * 6
     )
     assert [output.tolist() for output in outputs] == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 10, 20, 30, 40, 50]]
+
+
+def test_as_many_slices_as_another_process_needs():
+    """9 positions, 4 to a slice: 3 are needed, and where another process needs 5, two have nothing in them."""
+    hidden_ND, chosen_N = random_positions()
+    settings = {"vocab_size": V, "max_elements": 4 * V}
+    assert slices_needed(N, **settings) == 3 and slices_needed(0, **settings) == 1
+    heads = CountingHead(), CountingHead()
+    few = map_head_slices(heads[0], hidden_ND, all_statistics, chosen_N, **settings)
+    many = map_head_slices(heads[1], hidden_ND, all_statistics, chosen_N, **settings, num_slices=5)
+    assert heads[0].calls == [4, 4, 1] and heads[1].calls == [4, 4, 1, 0, 0]
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(few, many, strict=True))
+    gradients = [
+        torch.autograd.grad(sum(o.sum() for o in outputs if o is not None), [hidden_ND, head.weight_VD])
+        for outputs, head in ((few, heads[0]), (many, heads[1]))
+    ]
+    assert heads[1].calls == [4, 4, 1, 0, 0, 0, 0, 1, 4, 4], "each once more in the backward pass, last one first"
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("max_elements", [V, 10**6])

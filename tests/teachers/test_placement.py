@@ -1,4 +1,7 @@
-"""A quantised teacher: what it computes, how many bytes it takes, and what is said about it."""
+"""How a teacher is kept: what a quantised one computes, the bytes it takes, what is said about it, what is refused.
+
+Sharded teachers are in tests/distributed/.
+"""
 
 import copy
 
@@ -8,7 +11,8 @@ import torch
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.memory import held_bytes
-from rlkd_trl.teachers import Teacher
+from rlkd_trl.teachers import Teacher, placement
+from rlkd_trl.teachers.placement import Placement
 from tests.conftest import MODELS, word_tokenizer
 
 PROMPTS = ["w3 w4 w5 w6", "w9"]
@@ -112,3 +116,49 @@ def test_quantisation_without_its_library(checkpoints, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs bitsandbytes"):
         Teacher.from_pretrained(checkpoints["llama"], quantization="int8")
+
+
+def test_where_shards_are_parked(tmp_path, monkeypatch):
+    assert not Placement().is_sharded
+    zero3 = Placement("zero3").deepspeed_config["zero_optimization"]
+    assert zero3 == {"stage": 3, "stage3_param_persistence_threshold": 0}, "every weight is sharded, none parked"
+    offload = Placement("offload").deepspeed_config["zero_optimization"]
+    assert offload["stage"] == 3 and offload["offload_param"]["device"] == "cpu"
+    monkeypatch.setattr(placement, "_can_offload_to_files", lambda: True)
+    files = Placement("offload", offload_path=str(tmp_path)).deepspeed_config["zero_optimization"]["offload_param"]
+    assert files == {"device": "nvme", "nvme_path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_shards_have_the_dtype_that_was_asked_for(dtype):
+    """Without a word from us, DeepSpeed makes float32 of everything."""
+    config = Placement("zero3", dtype=dtype).deepspeed_config
+    assert config["bf16"]["enabled"] == (dtype == "bfloat16") and config["fp16"]["enabled"] == (dtype == "float16")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"placement": "everywhere"}, "Unknown teacher placement 'everywhere'; choose one of: replicated, zero3, off"),
+        ({"placement": "zero3", "quantization": "nf4"}, "quantised to nf4 cannot be sharded"),
+        ({"placement": "offload", "quantization": "int8"}, "quantised to int8 cannot be sharded"),
+        ({"placement": "zero3", "dtype": "auto"}, "dtype has to be named"),
+        ({"offload_path": "."}, "An offload path needs the placement 'offload'; it is 'replicated'"),
+        ({"placement": "offload", "offload_path": "nowhere"}, "nowhere is not a directory"),
+    ],
+)
+def test_what_does_not_go_together(settings, message):
+    with pytest.raises(InputError, match=message):
+        Placement(**settings)
+
+
+def test_files_that_deepspeed_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "_can_offload_to_files", lambda: False)
+    with pytest.raises(InputError, match="install libaio, or offload to CPU memory"):
+        Placement("offload", offload_path=str(tmp_path))
+
+
+def test_shards_without_deepspeed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs DeepSpeed"):
+        Placement("zero3")

@@ -1,8 +1,11 @@
 """What is wrong is said before anything is trained."""
 
+from collections.abc import Iterator
+
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
@@ -103,3 +106,46 @@ def test_loaded_student_without_tokenizer(tmp_path):
     args = config_class(output_dir=str(tmp_path), per_device_train_batch_size=8)
     with pytest.raises(InputError, match="processing_class"):
         trainer_class(MODELS["llama"](), teacher_reward("llama"), args, prompts(32))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "kd", "all-actions"])
+def test_a_student_sharded_by_fsdp(method, tmp_path, monkeypatch):
+    """As `accelerate launch` with FSDP says so."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"cannot be sharded by FSDP.*accelerate_configs/zero3\.yaml"):
+        build(method, tmp_path)
+
+
+@pytest.fixture
+def zero3() -> Iterator[dict]:
+    """DeepSpeed's settings of this run, as transformers looks them up."""
+    settings = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+    alive = HfDeepSpeedConfig(settings)
+    yield alive.config
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_zero3_without_one_consolidated_checkpoint(method, zero3, tmp_path):
+    del zero3["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    with pytest.raises(InputError, match="zero3_save_16bit_model: true"):
+        build(method, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        ("kd", {}, "need the student's LM head whole"),
+        ("all-actions", {}, "need the student's LM head whole"),
+        ("reinforce", {"behaviour_sync_steps": 4}, "behaviour_sync_steps copies the whole student"),
+        (
+            "ppo",
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+            | {"save_strategy": "steps", "eval_data": prompts(4)},
+            "load_best_model_at_end needs a student that is not sharded",
+        ),
+    ],
+)
+def test_what_a_student_sharded_by_zero3_does_not_go_with(method, settings, message, zero3, tmp_path):
+    with pytest.raises(InputError, match=message):
+        build(method, tmp_path, **settings)

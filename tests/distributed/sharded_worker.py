@@ -1,0 +1,198 @@
+"""Teachers and students sharded by ZeRO-3: `sharded_worker.py OUTPUT_DIR` writes what each process saw.
+
+On one process it trains the same cases, on the same global batch, for the others to be compared with.
+"""
+
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import rlkd_trl.students.policy as policy_module
+import rlkd_trl.teachers.teacher as teacher_module
+from rlkd_trl import TeacherForcingReward
+from rlkd_trl.models.answers import answer_prompts, joined
+from rlkd_trl.models.memory import held_bytes
+from rlkd_trl.ops.lm_head import map_head_slices, slices_needed
+from rlkd_trl.teachers import Teacher
+from tests.conftest import EOS, MODELS, PADDED_VOCAB, word_tokenizer
+from tests.distributed.worker import COMMON, GLOBAL_BATCH
+from tests.models.reference import pad_completions
+from tests.teachers.test_teacher import COMPLETIONS, ENDED, INDEX, NAMES, PROMPTS, score
+from tests.trainers.test_peft import lora_student
+from tests.trainers.tiny_runs import build, pairs, samples_instead
+
+# Communication would begin with a minute of compiling a kernel that none of this uses.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+TEACHERS = ("t5-tied", "t5-untied", "llama")
+FEW_ROWS = 3  # of logits in a slice, so that the processes need different numbers of slices
+
+
+@dataclass(frozen=True)
+class Case:
+    """`modes` are the student's; its teacher is always sharded. `forced`: what the student "samples"."""
+
+    method: str
+    modes: tuple = ("ddp", "zero2", "zero3")
+    settings: tuple = ()
+    lora: bool = False
+    forced: tuple = ()
+
+
+CASES = {
+    "ppo": Case("ppo", settings=(("beta", 0.2),)),
+    "rloo": Case("rloo-sequence"),
+    # The first process needs no decoder pass over tokens, the second one does.
+    "rloo-uneven": Case("rloo-token", ("zero3",), forced=([EOS],) * 4 + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])),
+    "ppo-lora": Case("ppo", ("zero3",), lora=True),
+    "kd-teacher": Case("kd", ("ddp",), settings=(("sequences", "teacher"), ("lmbda", 0.0))),
+    "all-actions-mixed": Case("all-actions", ("zero2",), settings=(("teacher_mix", 0.5),)),
+}
+
+
+def save_checkpoints(directory: Path) -> None:
+    for family in TEACHERS:
+        MODELS[family](seed=5).save_pretrained(directory / family)
+        word_tokenizer().save_pretrained(directory / family)
+
+
+def read_by(teacher: Teacher, rank: int) -> dict[str, torch.Tensor]:
+    """Scores, states and answers, of which each process wants others: the first has fewer rows, and shorter ones."""
+    rows = slice(0, 2) if rank == 0 else slice(0, 7)
+    found = {}
+    for time in range(4):  # DeepSpeed learns the order of calls in the first two, and gathers ahead in the others
+        part = slice(0, 1) if time == 2 and rank == 1 else rows
+        scores = score(teacher, index=INDEX[part], completions=COMPLETIONS[part], ended=ENDED[part])
+        found |= {f"{name}{time}": getattr(scores, name) for name in NAMES}
+    ids_BT, mask_BT = pad_completions([[EOS]] if rank == 0 else COMPLETIONS, 0)
+    found["states"] = teacher.states(PROMPTS, torch.tensor([0] if rank == 0 else INDEX), ids_BT, mask_BT)
+    found["scores after"] = score(teacher).chosen
+    for strategy in ("greedy", "sample", "beam"):
+        # transformers' beam search decodes the same prompts everywhere.
+        prompts = PROMPTS[:1] if rank == 0 and strategy != "beam" else PROMPTS
+        answers = answer_prompts(
+            teacher.model, teacher.processing_class, prompts, strategy=strategy, max_completion_length=6
+        )
+        found[strategy] = joined(answers, pad_id=0).ids_BT
+    found["scores at last"] = score(teacher).logsumexp
+    return found
+
+
+def check_teacher(family: str, directory: Path, rank: int, largest_gathered: list[int]) -> dict:
+    """What a sharded teacher answers, what the whole one does, and the bytes of both."""
+    largest_gathered[0] = 0
+    sharded = Teacher.from_pretrained(str(directory / family), placement="zero3", max_batch_tokens=20)
+    gathered_at_load = largest_gathered[0]
+    whole = Teacher(MODELS[family](seed=5), word_tokenizer(), max_batch_tokens=20)
+    held = [held_bytes(sharded.model)]
+    found = read_by(sharded, rank)
+    held.append(held_bytes(sharded.model))
+    return {
+        "found": found,
+        "expected": read_by(whole, rank),
+        "held": held,
+        "whole": held_bytes(whole.model),
+        "gathered at load": gathered_at_load * 4,
+        "said": sharded.describe(),
+    }
+
+
+def watch_gathering() -> list[int]:
+    """The largest number of weights that one context has gathered since the entry was set to 0."""
+    largest, enter = [0], deepspeed.zero.GatheredParameters.__enter__
+
+    def watched(context) -> None:
+        enter(context)
+        largest[0] = max(largest[0], sum(p.numel() for p in context.params) if context.enabled else 0)
+
+    deepspeed.zero.GatheredParameters.__enter__ = watched
+    return largest
+
+
+def deepspeed_settings(stage: int) -> dict:
+    zero = {"stage": stage}
+    if stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def train(name: str, case: Case, mode: str, teacher: Teacher, output_dir: Path, rank: int, world: int) -> dict:
+    # The last trainer's kind of parallelism.
+    AcceleratorState._reset_state(True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    unset_hf_deepspeed_config()
+    output_dir = output_dir / f"{world}-{mode}-{name}"
+    trainer = build(
+        case.method,
+        output_dir,
+        family="t5-tied" if case.lora else "t5-untied",
+        model=lora_student("t5-tied") if case.lora else None,
+        reward=TeacherForcingReward(teacher),
+        data=pairs(32, seed=1),
+        eval_data=pairs(6, seed=2),
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        deepspeed={"zero2": deepspeed_settings(2), "zero3": deepspeed_settings(3)}.get(mode),
+        **{**COMMON, **dict(case.settings)},
+    )
+    if case.forced:
+        count = GLOBAL_BATCH // world
+        samples_instead(trainer, *case.forced[rank * count : (rank + 1) * count])
+    trainer.train()
+    evaluation = trainer.evaluate()
+    trainer.save_model()
+    torch.distributed.barrier()
+    lengths = trainer.rollout_state.rollout.completion_mask_BT.sum(dim=1).tolist()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "kind": trainer.accelerator.distributed_type.value,
+        "logs": entries,
+        "evaluation": evaluation,
+        "saved": str(output_dir),
+        "held": held_bytes(trainer.model),
+        "lengths": lengths,
+    }
+
+
+def main(output_dir: Path) -> None:
+    torch.set_num_threads(1)
+    largest_gathered = watch_gathering()
+    state = PartialState(cpu=True)
+    rank, world = state.process_index, state.num_processes
+    if rank == 0:
+        save_checkpoints(output_dir)
+    state.wait_for_everyone()
+    results = {"teachers": {}, "runs": {}}
+    for module in (policy_module, teacher_module):
+        module.map_head_slices = functools.partial(map_head_slices, max_elements=FEW_ROWS * PADDED_VOCAB)
+    policy_module.slices_needed = functools.partial(slices_needed, max_elements=FEW_ROWS * PADDED_VOCAB)
+    if world > 1:
+        for family in TEACHERS:
+            results["teachers"][family] = check_teacher(family, output_dir, rank, largest_gathered)
+    teachers = {
+        lora: Teacher.from_pretrained(str(output_dir / family), placement="zero3", max_batch_tokens=30)
+        for lora, family in ((False, "t5-untied"), (True, "t5-tied"))
+    }
+    for name, case in CASES.items():
+        for mode in case.modes if world > 1 else ("one",):
+            results["runs"][name, mode] = train(name, case, mode, teachers[case.lora], output_dir, rank, world)
+    torch.save(results, output_dir / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed with gloo may abort in its teardown
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

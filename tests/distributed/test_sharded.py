@@ -1,0 +1,117 @@
+"""ZeRO-3 teachers and students on two processes, against whole models and one process."""
+
+import os
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from tests.distributed import dying_worker, sharded_worker
+from tests.distributed.launching import ENVIRONMENT, ROOT, launch, run_processes
+from tests.distributed.sharded_worker import save_checkpoints
+from tests.trainers.tiny_runs import assert_same_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    return launch("sharded_worker", tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict:
+    return launch("sharded_worker", tmp_path_factory.mktemp("one"), 1)[0]
+
+
+@pytest.mark.parametrize("family", sharded_worker.TEACHERS)
+def test_a_sharded_teacher_is_the_whole_one_to_the_last_bit(family, two_ranks):
+    for rank, results in enumerate(two_ranks):
+        teacher = results["teachers"][family]
+        assert teacher["found"].keys() == teacher["expected"].keys()
+        for name, value in teacher["expected"].items():
+            assert torch.equal(teacher["found"][name], value), f"{name} on rank {rank}"
+    first, second = (results["teachers"][family]["found"]["chosen0"] for results in two_ranks)
+    assert first.shape != second.shape, "the test needs ranks with different batches"
+
+
+@pytest.mark.parametrize("family", sharded_worker.TEACHERS)
+def test_no_process_ever_holds_the_whole_teacher(family, two_ranks):
+    for results in two_ranks:
+        teacher = results["teachers"][family]
+        at_start, after_use = teacher["held"]
+        assert 0 < at_start <= 0.55 * teacher["whole"]
+        assert after_use == at_start, "nothing stays gathered between calls"
+        # While loading, besides its shards: one layer's weights, or the embeddings that may be tied.
+        assert 0 < teacher["gathered at load"] < 0.25 * teacher["whole"]
+        assert f"sharded (zero3), float32, not quantised, {at_start:,} bytes" in teacher["said"]
+
+
+RUNS = [(name, mode) for name, case in sharded_worker.CASES.items() for mode in case.modes]
+
+
+@pytest.mark.parametrize(("name", "mode"), RUNS)
+def test_every_parallelism_trains_as_one_process_does(name, mode, two_ranks, one_rank):
+    """Metrics to a relative 1e-4 (the greatest difference seen is 6e-6), weights to 1e-5."""
+    runs, single = [results["runs"][name, mode] for results in two_ranks], one_rank["runs"][name, "one"]
+    assert runs[0]["kind"] == {"ddp": "MULTI_CPU"}.get(mode, "DEEPSPEED"), "another parallelism than was asked for"
+    assert runs[0]["lengths"] + runs[1]["lengths"] == single["lengths"], "the ranks sampled something else"
+    assert sum(runs[0]["lengths"]) != sum(runs[1]["lengths"]), "the test needs ranks with different numbers of tokens"
+    assert len(single["logs"]) == 3
+    for run in runs:
+        for step, (found, expected) in enumerate(zip(run["logs"], single["logs"], strict=True)):
+            assert metrics(found) == pytest.approx(metrics(expected), rel=1e-4, abs=1e-5), f"step {step}"
+        assert metrics(run["evaluation"]) == pytest.approx(metrics(single["evaluation"]), rel=1e-4, abs=1e-5)
+    lora = sharded_worker.CASES[name].lora
+    found, expected = saved_weights(runs[0]["saved"], lora), saved_weights(single["saved"], lora)
+    assert_same_weights(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def metrics(entry: dict) -> dict[str, float]:
+    """Without what depends on the clock."""
+    return {key: value for key, value in entry.items() if not key.startswith(("seconds/", "tokens_per_second"))}
+
+
+def saved_weights(directory: str, lora: bool) -> dict[str, torch.Tensor]:
+    """What plain transformers loads, or PEFT for adapters."""
+    if lora:
+        return peft.load_peft_weights(directory)
+    return AutoModelForSeq2SeqLM.from_pretrained(directory).state_dict()
+
+
+@pytest.mark.parametrize("name", [name for name, mode in RUNS if mode == "zero3"])
+def test_a_student_under_zero3_is_in_pieces_after_every_phase(name, two_ranks, one_rank):
+    whole = one_rank["runs"][name, "one"]["held"]
+    for results in two_ranks:
+        assert results["runs"][name, "zero3"]["held"] <= 0.55 * whole
+
+
+def test_the_uneven_case_is_uneven(two_ranks):
+    """One rank's completions are all one token long: it would call the decoder once, the other one twice."""
+    lengths = [max(results["runs"]["rloo-uneven", "zero3"]["lengths"]) for results in two_ranks]
+    assert lengths[0] == 1 < lengths[1]
+
+
+def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
+    """Without a launcher; the shard is the whole model."""
+    save_checkpoints(tmp_path)
+    script = "import sys; from tests.distributed import offload_worker; offload_worker.main(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, timeout=300)
+    for family, results in torch.load(tmp_path / "results.pt").items():
+        for name, value in results["expected"].items():
+            assert torch.equal(results["found"][name], value), f"{name} of {family}"
+        assert "sharded, parked in CPU memory" in results["said"]
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    """As when the machine runs out of memory; the survivor waits for weights of the dead one."""
+    finished = run_processes("dying_worker", tmp_path, 2)
+    seconds = time.time() - os.path.getmtime(tmp_path / dying_worker.LAST_WORDS)
+    assert finished.returncode != 0
+    assert seconds < 60
+    assert "Signal 9 (SIGKILL) received by PID" in finished.stderr and "rank      : 1" in finished.stderr
+    assert (tmp_path / dying_worker.WAITING).is_file() and not (tmp_path / dying_worker.SURVIVED).exists()

@@ -1,0 +1,98 @@
+"""Every file in accelerate_configs/: it says when to choose it, and starts what it promises where a CPU can."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoModelForSeq2SeqLM
+
+from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
+LAUNCHED = Path(__file__).with_name("launched_recipe.py")
+# What Accelerate sets up on a CPU: kind, ZeRO stage, processes. The file for two CPU processes is launched in
+# test_processes.py; FSDP2 needs an accelerator: without one, Accelerate runs DDP and says nothing.
+EXPECTED = {
+    "single_gpu": "NO none 1",
+    "multi_gpu": "MULTI_CPU none 2",
+    "zero1": "DEEPSPEED 1 2",
+    "zero2": "DEEPSPEED 2 2",
+    "zero3": "DEEPSPEED 3 2",
+    "zero3_cpu_offload": "DEEPSPEED 3 2",
+    "zero3_multi_node": "DEEPSPEED 3 2",
+}
+
+
+def test_all_ways_to_launch_are_there():
+    assert CONFIGS.keys() == {*EXPECTED, "cpu_2_processes", "fsdp2"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_opens_with_when_to_choose_it_and_parses(name):
+    text = CONFIGS[name].read_text()
+    comment = text[: text.index("compute_environment")]
+    assert all(line.startswith("# ") or line.startswith("#  ") for line in comment.splitlines())
+    assert "Choose it" in " ".join(comment.split()).replace("# ", "")
+    assert f"accelerate launch --config_file accelerate_configs/{name}.yaml recipes/" in comment
+    config = load_config_from_file(str(CONFIGS[name]))  # refuses unknown keys
+    settings = yaml.safe_load(text)
+    assert config.num_processes == settings["num_processes"] and config.num_machines == settings["num_machines"]
+    if settings["distributed_type"] == "DEEPSPEED":
+        stage = settings["deepspeed_config"]["zero_stage"]
+        assert name.startswith(f"zero{stage}")
+        assert settings["deepspeed_config"].get("zero3_save_16bit_model", False) == (stage == 3)
+        assert ("cpu" in name) == (settings["deepspeed_config"]["offload_optimizer_device"] == "cpu")
+
+
+def test_the_multi_node_file_says_what_to_change():
+    comment = CONFIGS["zero3_multi_node"].read_text().split("compute_environment")[0]
+    for key in ("main_process_ip", "main_process_port", "machine_rank", "num_machines", "num_processes"):
+        assert f"{key}:" in comment or f"{key}," in comment or f"{key};" in comment, key
+
+
+def start(name: str, flags: str, directory: Path, launch_flags: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment["HF_DATASETS_CACHE"] = str(directory / "cache")
+    program = Path(sys.executable).with_name("accelerate")
+    command = f"{program} launch --config_file {CONFIGS[name]} {launch_flags} {LAUNCHED} {directory / 'kind'} {flags}"
+    with (directory / "log").open("a") as log:
+        return subprocess.Popen(command.split(), cwd=directory, env=environment, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_path):
+    """Two updates with a sharded teacher, up to a student that plain transformers loads."""
+    if name == "zero3_cpu_offload" and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("DeepSpeed compiles Adam for the CPU, and there is no compiler")
+    pair, processes = checkpoints["t5-untied"], int(EXPECTED[name].split()[-1])
+    flags = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
+    flags += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} {SAMPLING} --max_steps 2 --logging_steps 1 "
+    flags += f"--per_device_train_batch_size 4 --disable_tqdm True --output_dir {tmp_path / 'student'}"
+    launches = [f"--num_processes {processes}"]
+    if name == "zero3_multi_node":  # two "machines" on this one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = f"--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+        launches = [f"{common} --machine_rank {rank}" for rank in (0, 1)]
+    started = [start(name, flags, tmp_path, launch_flags) for launch_flags in launches]
+    for process in started:
+        process.wait(timeout=500)
+    log = (tmp_path / "log").read_text()
+    assert (tmp_path / "kind").is_file(), log[-6000:]
+    assert (tmp_path / "kind").read_text() == EXPECTED[name]
+    assert log.count("Student, metrics.json and report.html are in") == 1, "one process speaks"
+    assert log.count(f"Teacher {pair.teacher}: sharded (zero3), float32, not quantised") == 1
+    student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student").state_dict()
+    before = AutoModelForSeq2SeqLM.from_pretrained(pair.student).state_dict()
+    assert student.keys() == before.keys()
+    assert any(not student[key].equal(before[key]) for key in before), "nothing was learnt"
+    assert json.loads((tmp_path / "student" / "metrics.json").read_text()).keys() == {"teacher", "before", "after"}
