@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 from rlkd_trl.models.sharding import is_sharded
+from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 
 Result = TypeVar("Result")
 

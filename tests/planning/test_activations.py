@@ -26,8 +26,8 @@ SHAPES = {
     "both": (6, 100, 4, 40),
     "one-completion": (4, 250, 1, 4),
 }
-# Scoring and update differ by at most 7 % here. Sampling, where the last step's logits and one layer's cache decide, does
-# by at most 21 %.
+# Scoring and update differ by at most 7 % here. Sampling, where the last step's logits and one layer's cache decide,
+# does by at most 21 %.
 TOLERANCE, DECODING_TOLERANCE = 0.1, 0.25
 
 
