@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,11 @@ LossOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]]
 
 
 class PolicyOutput(NamedTuple):
-    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable. values_BT1: V^π(s_1 .. s_{T+1}), or None."""
+    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable; the entropy is None where it is not asked for.
+    values_BT1: V^π(s_1 .. s_{T+1}), or None."""
 
     logps_BT: Tensor
-    entropy_BT: Tensor
+    entropy_BT: Tensor | None
     values_BT1: Tensor | None
 
 
@@ -106,6 +108,7 @@ class Policy(nn.Module):
         completion_mask_BT: Tensor,
         support_BTk: Tensor | None = None,
         loss_of_states: LossOfStates | None = None,
+        with_entropy: bool = True,
     ) -> PolicyOutput | LossAndMetrics:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
@@ -125,12 +128,16 @@ class Policy(nn.Module):
         statistics = map_head_slices(
             self.backbone.head,
             states_ND,
-            self._token_statistics,
+            partial(self._token_statistics, with_entropy=with_entropy),
             *(tensor[completion_mask_BT] for tensor in per_token),
             vocab_size=self.backbone.vocab_size,
         )
         logps_BT, entropy_BT = (
-            torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(completion_mask_BT, values_N)
+            None
+            if values_N is None
+            else torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(
+                completion_mask_BT, values_N
+            )
             for values_N in statistics
         )
         values_BT1 = None
@@ -142,11 +149,13 @@ class Policy(nn.Module):
         return PolicyOutput(logps_BT, entropy_BT, values_BT1)
 
     def _token_statistics(
-        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None
+        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None, *, with_entropy: bool
     ) -> TokenLogProbs:
         if support_Nk is not None:
             return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
-        return token_log_probs(logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V)
+        return token_log_probs(
+            logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V, entropy=with_entropy
+        )
 
     def sample(
         self,
