@@ -18,7 +18,8 @@ medians over steps, the first not counted. Linux only. The last line is one JSON
 `--versus PYTHON` is an interpreter of an environment with TRL 0.11.4, which runs `trl_0_11_step.py`:
 
     python3.11 -m venv trl_0_11
-    trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 numpy==2.4.6 rich
+    trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 numpy==2.4.6 accelerate==1.15.0 \
+        datasets==5.0.1 rich
 """
 
 import argparse

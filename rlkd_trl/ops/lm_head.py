@@ -36,10 +36,11 @@ class LogitStatistics(NamedTuple):
 
 
 class TokenLogProbs(NamedTuple):
-    """log π(y) and the entropy −Σ_v π_v log π_v, in nats, at N positions: each `[N]` float32."""
+    """log π(y) and the entropy −Σ_v π_v log π_v, in nats, at N positions: each `[N]` float32. The entropy may be None,
+    where it is not asked for."""
 
     logps: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 def logit_statistics(
@@ -66,14 +67,19 @@ def logit_statistics(
 
 
 def token_log_probs(
-    logits_NV: Tensor, chosen_N: Tensor, *, temperature: float = 1.0, forbidden_V: Tensor | None = None
+    logits_NV: Tensor,
+    chosen_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    forbidden_V: Tensor | None = None,
+    entropy: bool = True,
 ) -> TokenLogProbs:
     """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
 
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
     forbidden `chosen` id gets a log-probability of about −3e38, not an error.
     """
-    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V))
+    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy))
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -83,7 +89,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V):
+    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy):
         z_NV = logits_NV.float()
         if temperature != 1.0:
             z_NV = z_NV / temperature
@@ -92,7 +98,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logps_NV = z_NV.log_softmax(dim=-1)
         logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
         # A forbidden id's log π is finite, so that 0 · log 0 is 0 here.
-        entropy_N = -logps_NV.exp().mul_(logps_NV).sum(dim=-1)
+        entropy_N = -logps_NV.exp().mul_(logps_NV).sum(dim=-1) if entropy else None
         ctx.save_for_backward(logps_NV, chosen_N, entropy_N)
         ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
         ctx.set_materialize_grads(False)
@@ -114,7 +120,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_NV.scatter_add_(-1, chosen_N[:, None], logps_grad_N[:, None])
         if ctx.temperature != 1.0:
             grad_NV /= ctx.temperature
-        return grad_NV.to(ctx.dtype), None, None, None
+        return grad_NV.to(ctx.dtype), None, None, None, None
 
 
 def support_log_probs(

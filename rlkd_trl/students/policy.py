@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,11 @@ FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Paramet
 
 
 class PolicyOutput(NamedTuple):
-    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable. values_BT1: V^π(s_1 .. s_{T+1}), or None."""
+    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable; the entropy is None where it is not asked for.
+    values_BT1: V^π(s_1 .. s_{T+1}), or None."""
 
     logps_BT: Tensor
-    entropy_BT: Tensor
+    entropy_BT: Tensor | None
     values_BT1: Tensor | None
 
 
@@ -107,6 +109,7 @@ class Policy(nn.Module):
         completion_mask_BT: Tensor,
         support_BTk: Tensor | None = None,
         function_of_states: FunctionOfStates | None = None,
+        with_entropy: bool = True,
     ) -> PolicyOutput | LossAndMetrics | Tensor:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
@@ -123,9 +126,15 @@ class Policy(nn.Module):
         if function_of_states is not None:
             return function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
-        statistics = self._head_statistics(states_ND, *(tensor[completion_mask_BT] for tensor in per_token))
+        statistics = self._head_statistics(
+            states_ND, *(tensor[completion_mask_BT] for tensor in per_token), with_entropy=with_entropy
+        )
         logps_BT, entropy_BT = (
-            torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(completion_mask_BT, values_N)
+            None
+            if values_N is None
+            else torch.zeros(completion_mask_BT.shape, device=values_N.device).masked_scatter(
+                completion_mask_BT, values_N
+            )
             for values_N in statistics
         )
         values_BT1 = None
@@ -136,7 +145,7 @@ class Policy(nn.Module):
                 values_BT1 = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
         return PolicyOutput(logps_BT, entropy_BT, values_BT1)
 
-    def _head_statistics(self, states_ND: Tensor, *per_token: Tensor) -> list[Tensor]:
+    def _head_statistics(self, states_ND: Tensor, *per_token: Tensor, with_entropy: bool) -> list[Tensor | None]:
         """`_token_statistics` of the N states, in slices of positions."""
         backbone, num_slices = self.backbone, None
         with_gradient = torch.is_grad_enabled()
@@ -145,11 +154,11 @@ class Policy(nn.Module):
             needed = slices_needed(states_ND.shape[0], backbone.vocab_size)
             num_slices = largest_of_all(needed, states_ND.device)
 
-        def statistics() -> list[Tensor]:
+        def statistics() -> list[Tensor | None]:
             return map_head_slices(
                 backbone.head,
                 states_ND,
-                self._token_statistics,
+                partial(self._token_statistics, with_entropy=with_entropy),
                 *per_token,
                 vocab_size=backbone.vocab_size,
                 num_slices=num_slices,
@@ -158,11 +167,13 @@ class Policy(nn.Module):
         return statistics() if with_gradient else backbone.with_whole_head(statistics)
 
     def _token_statistics(
-        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None
+        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None, *, with_entropy: bool
     ) -> TokenLogProbs:
         if support_Nk is not None:
             return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
-        return token_log_probs(logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V)
+        return token_log_probs(
+            logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V, entropy=with_entropy
+        )
 
     def sample(
         self,

@@ -180,9 +180,9 @@ class RolloutTrainer(PolicyTrainer):
         return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
 
     def _outputs(self, policy: Policy, rollout: Rollout) -> list[PolicyOutput]:
-        """The training forward pass over each of the rollout's micro-batches."""
-        size = self.args.per_device_train_batch_size
-        return [policy(**rollout.micro_batch(i, size).policy_inputs()) for i in range(self.args.steps_per_generation)]
+        """The training forward pass over each of the rollout's micro-batches, without entropies."""
+        size, count = self.args.per_device_train_batch_size, self.args.steps_per_generation
+        return [policy(**rollout.micro_batch(i, size).policy_inputs(), with_entropy=False) for i in range(count)]
 
     def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:
         """log π(y_t|s_t) of the whole rollout, `[B, T]`."""

@@ -573,3 +573,16 @@ def test_the_gradient_of_log_probs_is_autograds(temperature, dtype):
         assert found.dtype == dtype
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
         torch.testing.assert_close(found.double(), gradient(plain, logits_NV.double(), weights), **tolerance)
+
+
+def test_log_probs_without_the_entropy():
+    """The same log-probabilities, and the same gradient, which is all that is left."""
+    logits_NV, chosen_N = random_logits(0)
+    gradients = []
+    for entropy in (True, False):
+        logits_NV = logits_NV.detach().requires_grad_()
+        found = token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_mask(), entropy=entropy)
+        assert (found.entropy is None) is not entropy
+        gradients.append((found.logps.detach(), torch.autograd.grad(found.logps.sum(), logits_NV)[0]))
+    for with_entropy, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(without, with_entropy, rtol=0, atol=0)

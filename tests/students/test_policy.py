@@ -72,6 +72,16 @@ def test_log_probs_and_entropies_are_those_of_the_models_own_logits(any_model, t
     assert output.values_BT1 is None
 
 
+@torch.no_grad()
+def test_without_the_entropy_the_rest_stays(tokenizer):
+    policy = policy_of("t5-untied", critic="shared")
+    randomise_head(policy)
+    whole, rest = (policy(*ragged_inputs(policy), with_entropy=wanted) for wanted in (True, False))
+    assert rest.entropy_BT is None
+    torch.testing.assert_close(rest.logps_BT, whole.logps_BT, rtol=0, atol=0)
+    torch.testing.assert_close(rest.values_BT1, whole.values_BT1, rtol=0, atol=0)
+
+
 def test_allowed_probabilities_add_up_to_one(any_model, tokenizer):
     """The distribution is over every id that may be sampled and nothing else."""
     policy = Policy(any_model, tokenizer, temperature=0.8)
