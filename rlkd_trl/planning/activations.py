@@ -27,8 +27,8 @@ class Workload:
     """What one rank reads and writes.
 
     prompt_tokens: S. completion_tokens: T. num_generations: K, completions per prompt. micro_batch: completions that
-    are sampled, and learnt from, at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's
-    budget (see `Teacher`).
+    are learnt from at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's budget (see
+    `Teacher`). sampling_batch: completions decoded at a time; None is a micro-batch.
     """
 
     prompt_tokens: int
@@ -37,6 +37,14 @@ class Workload:
     micro_batch: int
     micro_batches: int
     teacher_batch_tokens: int
+    sampling_batch: int | None = None
+
+    @property
+    def sampled_completions(self) -> int:
+        """Decoded at a time: whole prompts, and no more than a rollout has."""
+        wanted = self.micro_batch if self.sampling_batch is None else self.sampling_batch
+        whole = max(1, wanted // self.num_generations) * self.num_generations
+        return min(whole, self.micro_batch * self.micro_batches)
 
     @property
     def scored_prompts(self) -> int:
@@ -77,7 +85,7 @@ def update_bytes(
         parameters = list(student.model.requires_grad_(True).parameters())
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        batch = _Batch.of_micro_batch(workload)
+        batch = _Batch.of_completions(workload, workload.micro_batch)
         known = [*student.tensors(), *(parameter.grad for parameter in parameters), *batch.tensors()]
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with _counted(known, fused_attention) as live:
@@ -91,9 +99,9 @@ def update_bytes(
 def sampling_bytes(
     student: Skeleton, workload: Workload, *, bf16: bool = False, fused_attention: bool = True
 ) -> tuple[int, int]:
-    """Peak of `sample_completions` on one micro-batch, beyond weights, and how much of it is the cache at its end."""
+    """Peak of `sample_completions` on one batch, beyond weights, and how much of it is the cache at its end."""
     with student.mode:
-        batch = _Batch.of_micro_batch(workload)
+        batch = _Batch.of_completions(workload, workload.sampled_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
             backbone = backbone_of(student.model)
@@ -110,7 +118,7 @@ def sampling_bytes(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts and completions of full length; ids and index are of no consequence for memory."""
+    """Prompts and completions of full length, but for one padded position, which calls for masks."""
 
     prompt: tuple[Tensor, Tensor]
     prompt_index_B: Tensor
@@ -120,12 +128,15 @@ class _Batch:
     def of(cls, workload: Workload, *, prompts: int, completions: int) -> "_Batch":
         ids_PS = torch.ones(prompts, workload.prompt_tokens, dtype=torch.long)
         ids_BT = torch.ones(completions, workload.completion_tokens, dtype=torch.long)
-        return cls((ids_PS, torch.ones_like(ids_PS)), torch.zeros(completions, dtype=torch.long), ids_BT)
+        mask_PS = torch.ones_like(ids_PS)
+        if prompts > 1:
+            mask_PS[-1, 0] = 0
+        return cls((ids_PS, mask_PS), torch.arange(completions) // workload.num_generations, ids_BT)
 
     @classmethod
-    def of_micro_batch(cls, workload: Workload) -> "_Batch":
-        prompts = -(-workload.micro_batch // workload.num_generations)
-        return cls.of(workload, prompts=prompts, completions=workload.micro_batch)
+    def of_completions(cls, workload: Workload, completions: int) -> "_Batch":
+        """With as many prompts as they need."""
+        return cls.of(workload, prompts=-(-completions // workload.num_generations), completions=completions)
 
     def tensors(self) -> list[Tensor]:
         return [*self.prompt, self.prompt_index_B, self.completion_ids_BT]

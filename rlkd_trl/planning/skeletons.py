@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_iter
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,13 +29,39 @@ from transformers import (
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import require_checkpoint
 
+# Integer tensors of up to so many elements keep their values.
+_MAX_REAL_ELEMENTS = 2**20
+
+
+class ShapesOnly(FakeTensorMode):
+    """Floating-point tensors have a shape and no memory; small integer ones, such as masks and row numbers, are real.
+
+    So code may branch on which rows belong to which prompt, and on whether there is padding.
+    """
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(argument, FakeTensor) for argument in tree_iter((args, kwargs))):
+            return super().dispatch(func, types, args, kwargs)
+        try:
+            result = super().dispatch(func, types, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return func(*args, **kwargs)
+        tensors = [item for item in tree_iter(result) if isinstance(item, Tensor)]
+        if any(tensor.is_floating_point() or tensor.numel() > _MAX_REAL_ELEMENTS for tensor in tensors):
+            return result
+        return func(*args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model whose tensors are fake ones of `mode`: operations on them compute shapes and allocate nothing."""
+    """A model whose weights are fake tensors of `mode`: operations on them compute shapes and allocate nothing."""
 
     model: PreTrainedModel
-    mode: FakeTensorMode
+    mode: ShapesOnly
 
     @property
     def num_parameters(self) -> int:
@@ -71,7 +103,7 @@ class Checkpoint:
     def build(self, dtype: torch.dtype) -> Skeleton:
         """The model in this dtype, in eval mode."""
         auto_class = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
-        with FakeTensorMode() as mode:
+        with ShapesOnly() as mode:
             model = auto_class.from_config(self.config, dtype=dtype).eval()
             head = model.get_output_embeddings()
             if not self.head_is_tied and head.weight is model.get_input_embeddings().weight:

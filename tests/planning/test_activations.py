@@ -5,19 +5,22 @@ estimate has run the model on fake tensors. Shapes and models are chosen so that
 once the cache, and once the LM head takes most.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
 
 from rlkd_trl import TeacherForcingReward
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from tests.conftest import word_tokenizer
 from tests.planning.measured import peak_bytes
 from tests.planning.models import MODELS, checkpoint_of
-from tests.trainers.tiny_runs import build, samples_instead
+from tests.trainers.tiny_runs import build
 
 # (prompts P, prompt tokens S, completions per prompt K, completion tokens T)
 SHAPES = {
@@ -82,6 +85,12 @@ def test_scoring(name, shape, dtype, tmp_path):
     assert_close(scoring_bytes(skeleton, wanted, fused_attention=False), measured)
 
 
+def full_length(prompt_ids_PS, prompt_mask_PS, prompt_index_B, *, length: int, **kwargs) -> Completions:
+    """In place of sampling: truncated completions."""
+    ids_BT = torch.full((len(prompt_index_B), length), 3)
+    return Completions(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), torch.zeros(len(ids_BT), dtype=torch.bool))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "critic"),
@@ -122,7 +131,7 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
         bf16=bool(bf16),
         **({} if critic == "none" else {"critic": critic}),
     )
-    samples_instead(trainer, *[[3] * T for _ in range(P * K)])
+    trainer.model.sample = partial(full_length, length=T)
     trainer.train()
     assert len(measured) == 2
     skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)

@@ -8,6 +8,7 @@ import sys
 import pytest
 from transformers import PreTrainedModel
 
+from rlkd_trl import plan
 from tests.recipes.command_lines import RECIPES, ROOT, run
 
 DATA = "dataset dataset_split dataset_config source_column target_column max_rows"
@@ -179,6 +180,8 @@ def test_every_flag_of_the_readme_exists(capsys):
         flag for recipe in WITH_HELP for group in flags_by_group(help_of(recipe, capsys)).values() for flag in group
     }
     flags |= {"gradient_checkpointing", "help"}
+    flags |= {action.dest for action in plan.parser()._actions}
+    flags |= {"teacher_placement", "teacher_quantization"}  # the planner names them
     of_other_programs = {"index"}  # pip's --index-url
     mentioned = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text()))
     assert len(mentioned) > 30
