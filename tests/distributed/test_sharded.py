@@ -44,9 +44,9 @@ def test_a_sharded_teacher_is_the_whole_one_to_the_last_bit(family, two_ranks):
 def test_no_process_ever_holds_the_whole_teacher(family, two_ranks):
     for results in two_ranks:
         teacher = results["teachers"][family]
-        at_start, after_use = teacher["held"]
+        at_start, *after_use = teacher["held"]
         assert 0 < at_start <= 0.55 * teacher["whole"]
-        assert after_use == at_start, "nothing stays gathered between calls"
+        assert set(after_use) == {at_start}, "nothing stays gathered between calls"
         # While loading, besides its shards: one layer's weights, or the embeddings that may be tied.
         assert 0 < teacher["gathered at load"] < 0.25 * teacher["whole"]
         assert f"sharded (zero3), float32, not quantised, {at_start:,} bytes" in teacher["said"]
@@ -57,7 +57,7 @@ RUNS = [(name, mode) for name, case in sharded_worker.CASES.items() for mode in 
 
 @pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_every_parallelism_trains_as_one_process_does(name, mode, two_ranks, one_rank):
-    """Metrics to a relative 1e-4 (the greatest difference seen is 6e-6), weights to 1e-5."""
+    """Metrics to a relative 1e-4 (seen: 8e-6), weights to 1e-6 (seen: 1.2e-7, float32's rounding at 1)."""
     runs, single = [results["runs"][name, mode] for results in two_ranks], one_rank["runs"][name, "one"]
     assert runs[0]["kind"] == {"ddp": "MULTI_CPU"}.get(mode, "DEEPSPEED"), "another parallelism than was asked for"
     assert runs[0]["lengths"] + runs[1]["lengths"] == single["lengths"], "the ranks sampled something else"
@@ -69,7 +69,7 @@ def test_every_parallelism_trains_as_one_process_does(name, mode, two_ranks, one
         assert metrics(run["evaluation"]) == pytest.approx(metrics(single["evaluation"]), rel=1e-4, abs=1e-5)
     case = sharded_worker.CASES[name]
     found, expected = saved_weights(runs[0]["saved"], case), saved_weights(single["saved"], case)
-    assert_same_weights(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_weights(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def metrics(entry: dict) -> dict[str, float]:
