@@ -101,14 +101,18 @@ def check_teacher(family: str, directory: Path, rank: int, largest_gathered: lis
     held = [held_bytes(sharded.model)]
     found = read_by(sharded, rank)
     held.append(held_bytes(sharded.model))
+    gathered = []
     for _ in range(4):  # DeepSpeed takes the answer for a part of the pass, and gathers for it ahead
         score(sharded, PROMPTS[:1], index=[0], completions=[[4, EOS]], ended=[True])
         held.append(held_bytes(sharded.model))
+        # On its way counts too: DeepSpeed has then made room for it.
+        gathered.append(sum(p.ds_status.name != "NOT_AVAILABLE" for p in sharded.model.parameters()))
         list(answer_prompts(sharded.model, sharded.processing_class, PROMPTS[:1], max_completion_length=3))
     return {
         "found": found,
         "expected": read_by(whole, rank),
         "held": held,
+        "gathered": gathered,
         "whole": held_bytes(whole.model),
         "gathered at load": gathered_at_load * 4,
         "said": sharded.describe(),
