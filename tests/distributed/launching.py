@@ -20,7 +20,7 @@ def run_processes(module: str, output_dir: Path, processes: int, *arguments: str
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=550,
     )
 
 

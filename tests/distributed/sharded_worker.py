@@ -36,23 +36,29 @@ TEACHERS = ("t5-tied", "t5-untied", "llama")
 FEW_ROWS = 3  # of logits in a slice, so that the processes need different numbers of slices
 
 
+LONGER = ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])
+
+
 @dataclass(frozen=True)
 class Case:
     """`modes` are the student's; its teacher is always sharded. `forced`: what the student "samples"."""
 
     method: str
     modes: tuple = ("ddp", "zero2", "zero3")
+    family: str = "t5-untied"
     settings: tuple = ()
     lora: bool = False
     forced: tuple = ()
 
 
 CASES = {
-    "ppo": Case("ppo", settings=(("beta", 0.2),)),
+    "ppo": Case("ppo", family="t5-tied", settings=(("beta", 0.2),)),
     "rloo": Case("rloo-sequence"),
     # The first process needs no decoder pass over tokens, the second one does.
-    "rloo-uneven": Case("rloo-token", ("zero3",), forced=([EOS],) * 4 + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])),
-    "ppo-lora": Case("ppo", ("zero3",), lora=True),
+    "rloo-uneven": Case(
+        "rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])
+    ),
+    "ppo-lora": Case("ppo", ("zero3",), "t5-tied", lora=True),
     "kd-teacher": Case("kd", ("ddp",), settings=(("sequences", "teacher"), ("lmbda", 0.0))),
     "all-actions-mixed": Case("all-actions", ("zero2",), settings=(("teacher_mix", 0.5),)),
 }
@@ -95,10 +101,18 @@ def check_teacher(family: str, directory: Path, rank: int, largest_gathered: lis
     held = [held_bytes(sharded.model)]
     found = read_by(sharded, rank)
     held.append(held_bytes(sharded.model))
+    gathered = []
+    for _ in range(4):  # DeepSpeed takes the answer for a part of the pass, and gathers for it ahead
+        score(sharded, PROMPTS[:1], index=[0], completions=[[4, EOS]], ended=[True])
+        held.append(held_bytes(sharded.model))
+        # On its way counts too: DeepSpeed has then made room for it.
+        gathered.append(sum(p.ds_status.name != "NOT_AVAILABLE" for p in sharded.model.parameters()))
+        list(answer_prompts(sharded.model, sharded.processing_class, PROMPTS[:1], max_completion_length=3))
     return {
         "found": found,
         "expected": read_by(whole, rank),
         "held": held,
+        "gathered": gathered,
         "whole": held_bytes(whole.model),
         "gathered at load": gathered_at_load * 4,
         "said": sharded.describe(),
@@ -129,41 +143,52 @@ def deepspeed_settings(stage: int) -> dict:
     }
 
 
-def train(name: str, case: Case, mode: str, teacher: Teacher, output_dir: Path, rank: int, world: int) -> dict:
+def new_trainer(case: Case, mode: str, teacher: Teacher, output_dir: Path, world: int, **settings):
     # The last trainer's kind of parallelism.
     AcceleratorState._reset_state(True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     unset_hf_deepspeed_config()
-    output_dir = output_dir / f"{world}-{mode}-{name}"
-    trainer = build(
+    return build(
         case.method,
         output_dir,
-        family="t5-tied" if case.lora else "t5-untied",
-        model=lora_student("t5-tied") if case.lora else None,
+        family=case.family,
+        model=lora_student(case.family) if case.lora else None,
         reward=TeacherForcingReward(teacher),
         data=pairs(32, seed=1),
         eval_data=pairs(6, seed=2),
         per_device_train_batch_size=GLOBAL_BATCH // world,
         deepspeed={"zero2": deepspeed_settings(2), "zero3": deepspeed_settings(3)}.get(mode),
-        **{**COMMON, **dict(case.settings)},
+        **{**COMMON, **dict(case.settings), **settings},
     )
+
+
+def train(case: Case, mode: str, teacher: Teacher, output_dir: Path, rank: int, world: int) -> dict:
+    trainer = new_trainer(case, mode, teacher, output_dir, world)
     if case.forced:
         count = GLOBAL_BATCH // world
         samples_instead(trainer, *case.forced[rank * count : (rank + 1) * count])
     trainer.train()
     evaluation = trainer.evaluate()
     trainer.save_model()
-    torch.distributed.barrier()
-    lengths = trainer.rollout_state.rollout.completion_mask_BT.sum(dim=1).tolist()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "kind": trainer.accelerator.distributed_type.value,
-        "logs": entries,
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluation": evaluation,
         "saved": str(output_dir),
         "held": held_bytes(trainer.model),
-        "lengths": lengths,
+        "lengths": trainer.rollout_state.rollout.completion_mask_BT.sum(dim=1).tolist(),
     }
+
+
+def resume(case: Case, mode: str, teacher: Teacher, output_dir: Path, world: int) -> list[str]:
+    """Where a run and one that went on from the first one's checkpoint have saved their students."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    directories = [output_dir / "whole", output_dir / "resumed"]
+    for directory, checkpoint in zip(directories, (None, str(directories[0] / "checkpoint-2")), strict=True):
+        trainer = new_trainer(case, mode, teacher, directory, world, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+    return [str(directory) for directory in directories]
 
 
 def main(output_dir: Path) -> None:
@@ -181,13 +206,13 @@ def main(output_dir: Path) -> None:
     if world > 1:
         for family in TEACHERS:
             results["teachers"][family] = check_teacher(family, output_dir, rank, largest_gathered)
-    teachers = {
-        lora: Teacher.from_pretrained(str(output_dir / family), placement="zero3", max_batch_tokens=30)
-        for lora, family in ((False, "t5-untied"), (True, "t5-tied"))
-    }
+    teacher = Teacher.from_pretrained(str(output_dir / "t5-untied"), placement="zero3", max_batch_tokens=30)
     for name, case in CASES.items():
         for mode in case.modes if world > 1 else ("one",):
-            results["runs"][name, mode] = train(name, case, mode, teachers[case.lora], output_dir, rank, world)
+            results["runs"][name, mode] = train(case, mode, teacher, output_dir / f"{mode}-{name}", rank, world)
+    if world > 1:
+        results["resumed"] = resume(CASES["ppo"], "zero3", teacher, output_dir, world)
+    torch.distributed.barrier()  # all has been saved
     torch.save(results, output_dir / f"rank{rank}.pt")
     torch.distributed.barrier()
     sys.stdout.flush()
