@@ -15,7 +15,7 @@ _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")
 _POSITIVE = (
     "gpus nodes gpu_memory prompt_tokens completion_tokens per_device_train_batch_size gradient_accumulation_steps "
-    "num_generations teacher_batch_tokens"
+    "num_generations teacher_batch_tokens sampling_batch_size"
 ).split()
 
 
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
     add("--num_generations", "Completions of each prompt.", default=4, metavar="N")
     add("--teacher_batch_tokens", "Padded tokens in a scoring batch.", default=16384, metavar="N")
-    add("--sampling_batch_size", "Completions decoded at a time; default: a micro-batch.", metavar="N")
+    add("--sampling_batch_size", "Completions decoded at a time.", default=256, metavar="N")
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
@@ -62,8 +62,6 @@ def _check(flags: argparse.Namespace) -> None:
     for name in _POSITIVE:
         if not getattr(flags, name) > 0:
             raise InputError(f"--{name} {getattr(flags, name)} is out of range: it must be above 0.")
-    if flags.sampling_batch_size is not None and flags.sampling_batch_size < 1:
-        raise InputError(f"--sampling_batch_size {flags.sampling_batch_size} is out of range: it must be above 0.")
     if not 0 <= flags.reserve < 1:
         raise InputError(f"--reserve {flags.reserve} is out of range: it is a share, from 0 to below 1.")
     if not flags.beta >= 0:

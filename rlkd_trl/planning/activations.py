@@ -28,7 +28,7 @@ class Workload:
 
     prompt_tokens: S. completion_tokens: T. num_generations: K, completions per prompt. micro_batch: completions that
     are learnt from at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's budget (see
-    `Teacher`). sampling_batch: completions decoded at a time; None is a micro-batch.
+    `Teacher`). sampling_batch: completions decoded at a time.
     """
 
     prompt_tokens: int
@@ -37,13 +37,12 @@ class Workload:
     micro_batch: int
     micro_batches: int
     teacher_batch_tokens: int
-    sampling_batch: int | None = None
+    sampling_batch: int = 256
 
     @property
     def sampled_completions(self) -> int:
         """Decoded at a time: whole prompts, and no more than a rollout has."""
-        wanted = self.micro_batch if self.sampling_batch is None else self.sampling_batch
-        whole = max(1, wanted // self.num_generations) * self.num_generations
+        whole = max(1, self.sampling_batch // self.num_generations) * self.num_generations
         return min(whole, self.micro_batch * self.micro_batches)
 
     @property

@@ -10,6 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.planning import advice
 from rlkd_trl.prompts import PromptTemplates
 from tests.recipes.command_lines import COLUMNS, ROOT, TWO_STEPS, parsed, run
 from tests.trainers.tiny_runs import largest_difference
@@ -103,8 +104,13 @@ def test_accelerate_reads_the_launch_configs(path):
     for key, value in written.items():
         read = getattr(config, key)
         assert getattr(read, "value", read) == value, key
-    assert config.num_machines == 1
-    assert (config.num_processes > 1) == (written["distributed_type"] == "MULTI_GPU")
+    assert (config.num_machines > 1) == (path.stem == "zero3_multi_node")
+    assert (config.num_processes == 1) == (written["distributed_type"] == "NO")
+
+
+def test_the_planner_names_launch_configs_that_exist():
+    named = {*advice.ACCELERATE_CONFIGS.values(), advice.ONE_GPU_CONFIG, advice.SEVERAL_NODES_CONFIG}
+    assert named <= {path.name for path in LAUNCH_CONFIGS}
 
 
 @pytest.mark.parametrize("path", [*PRESETS, *LAUNCH_CONFIGS], ids=lambda path: path.stem)
