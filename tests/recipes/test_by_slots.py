@@ -38,7 +38,7 @@ def test_the_table_of_a_comparison(tmp_path, monkeypatch):
     assert text.startswith("Test inputs: 1 of up to 7 slots, 1 of 8 slots.\n\n## max_steps_5\n")
     table = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()}
     assert table["warm_start"] == ["100.0", "1.00", "5.0", "100.0", "1.00", "8.0"]
-    # Seed 2: all n-grams match, 6 words against 7 of the nearest reference: exp(1 − 7/6) = 0.846, the mean with 1 0.923
+    # Seed 2: all n-grams match, 6 words against 7 of the nearest reference: exp(1 − 7/6) = 0.846; with 1, 0.923
     assert table["ppo"] == ["100.0", "1.00", "5.0", "92.3", "0.92", "7.0"]
 
 
