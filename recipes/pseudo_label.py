@@ -29,6 +29,7 @@ def main() -> None:
     templates = recipe_data.load_templates(prompts)
     rows = recipe_data.load_prompts(data, prompts, templates)
 
+    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
     panel = recipe_steps.load_panel(teacher, templates)
@@ -36,7 +37,8 @@ def main() -> None:
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
     count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
-    print(f"{count} pseudo-labels are in {labels.output}.")
+    if is_first_process():
+        print(f"{count} pseudo-labels are in {labels.output}.")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,7 @@ def _next_logits(
     """z `[b, V]`, −inf on forbidden ids, such that softmax(z / temperature) is the distribution to draw from."""
     logits_bV, *teacher = [reader.next_logits() for reader in readers]
     if mixed_with is None:
-        # Added, in place: faster than filling, and the logits are nobody else's.
-        return logits_bV.add_(torch.zeros_like(logits_bV[0]).masked_fill(forbidden_V, -torch.inf))
+        return logits_bV.masked_fill_(forbidden_V, -torch.inf)  # in place: the logits are nobody else's
     return temperature * mixture_log_probs(
         logits_bV, *teacher, weight=mixed_with.weight, forbidden_V=forbidden_V, temperature=temperature
     )

@@ -42,7 +42,7 @@ def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
 
     It does not keep ZeRO-3's own hooks from dropping them after a module's call.
     """
-    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    shards = list(dict.fromkeys(parameter for parameter in parameters if hasattr(parameter, "ds_id")))
     if not shards:
         yield
         return

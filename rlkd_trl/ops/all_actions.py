@@ -25,11 +25,13 @@ as a sum over sequences; dividing it by the sampled number of tokens, as the tra
 
 The future can use the whole vocabulary too. With ḡ(s) = Σ_a π(a|s) g(s, a), at the states that the sample visits,
 
-    E[ Σ_{i>t} g(s_i, y_i) | s_t, y_t ] = E[ Σ_{i>t} ḡ(s_i) | s_t, y_t ],
+    E[ Σ_{i>t} γ^{i−t} g(s_i, y_i) | s_t, y_t ] = E[ Σ_{i>t} γ^{i−t} ḡ(s_i) | s_t, y_t ],
 
-since y_i is drawn from π(·|s_i) once s_i is given. So F̄_t = Σ_{i>t} ḡ(s_i) may stand for F_t, in every weighting
-above: the same expected gradient without the noise of what y_i earned (as expected SARSA has it for values; van Seijen
-et al. 2009, "A Theoretical and Empirical Analysis of Expected Sarsa").
+since y_i is drawn from π(·|s_i) once s_i is given. So F̄_t = Σ_{i>t} γ^{i−t} ḡ(s_i) may stand for F_t at every w and γ:
+the same expected gradient, without the noise of what y_i earned in its state (as expected SARSA has it for values; van
+Seijen et al. 2009, "A Theoretical and Empirical Analysis of Expected Sarsa"). In all the variance is lower wherever it
+was measured; it must be where one step is left. Neither holds with length normalisation, whose divisor depends on y_i,
+nor for samples of a mixture with the teacher.
 """
 
 import math

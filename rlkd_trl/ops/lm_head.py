@@ -99,7 +99,9 @@ class _TokenLogProbs(torch.autograd.Function):
         logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
         # A forbidden id's log π is finite, so that 0 · log 0 is 0 here.
         entropy_N = -logps_NV.exp().mul_(logps_NV).sum(dim=-1) if entropy else None
-        ctx.save_for_backward(logps_NV, chosen_N, entropy_N)
+        # The log-probability of a forbidden id is a constant: −3e38, whatever its logit.
+        is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
+        ctx.save_for_backward(logps_NV, chosen_N, entropy_N, is_free_N)
         ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
         ctx.set_materialize_grads(False)
         return logps_N, entropy_N
@@ -107,7 +109,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, logps_grad_N, entropy_grad_N):
-        logps_NV, chosen_N, entropy_N = ctx.saved_tensors
+        logps_NV, chosen_N, entropy_N, is_free_N = ctx.saved_tensors
         probabilities_NV = logps_NV.exp()
         if entropy_grad_N is None:
             grad_NV = probabilities_NV.mul_(-logps_grad_N[:, None])
@@ -117,7 +119,8 @@ class _TokenLogProbs(torch.autograd.Function):
             if logps_grad_N is not None:
                 grad_NV.addcmul_(probabilities_NV, logps_grad_N[:, None], value=-1)
         if logps_grad_N is not None:
-            grad_NV.scatter_add_(-1, chosen_N[:, None], logps_grad_N[:, None])
+            chosen_grad_N = logps_grad_N if is_free_N is None else logps_grad_N * is_free_N
+            grad_NV.scatter_add_(-1, chosen_N[:, None], chosen_grad_N[:, None])
         if ctx.temperature != 1.0:
             grad_NV /= ctx.temperature
         return grad_NV.to(ctx.dtype), None, None, None, None

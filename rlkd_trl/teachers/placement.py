@@ -126,7 +126,8 @@ def start_process_group() -> None:
     if not torch.accelerator.is_available():
         # A minute of compiling, where there is a compiler, for a reduction that sharding does not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.distributed.is_initialized() or torch.distributed.is_torchelastic_launched():
+    launched = torch.distributed.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if torch.distributed.is_initialized() or launched:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -33,8 +33,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     anyway; the effect of that token on later ones comes from the sample, minus the mean of the prompt's other samples,
     with the weight `future_weight`. The derivation, and what it has to do with GKD and MiniLLM, is in
     `ops.all_actions`. With `teacher_mix`, tokens are sampled from a mixture of student and teacher, and weighted by
-    their importance (MiniLLM). A truncated completion's future ends at the cap. With `future="expected"`, that too is
-    summed over the vocabulary in each state of the sample: the same expected gradient with less noise.
+    their importance (MiniLLM). A truncated completion's future ends at the cap. With `future="expected"` it sums, for
+    each state of the sample, the expected signal over the vocabulary in place of the sampled token's.
 
     Raises:
         InputError: As `FullVocabularyTrainer`.

@@ -174,6 +174,12 @@ class AllActionsKDConfig(FullVocabularyConfig):
             self._refuse_unused("signal 'teacher_forcing', of which the mean is taken", "ensemble")
         if self.future_weight == 0:
             self._refuse_unused("future_weight = 0", "future", "gamma", "length_normalization", "epsilon")
+        if self.future == "expected" and (self.length_normalization or self.teacher_mix > 0):
+            other = "length_normalization" if self.length_normalization else f"teacher_mix = {self.teacher_mix}"
+            raise InputError(
+                f"future = 'expected' with {other} would be the gradient of something else (see ops.all_actions): use "
+                "one of them."
+            )
         if self.teacher_mix > 0 and self.temperature != 1:
             raise InputError(
                 f"teacher_mix = {self.teacher_mix} needs temperature 1 (it is {self.temperature}): the importance "

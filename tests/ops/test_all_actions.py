@@ -40,17 +40,23 @@ PAIRS = list(itertools.product(SEQUENCES, SEQUENCES))
 SIGNALS = ["log_ratio", *VALUES]
 
 
+# The same with a third step, for futures of more than one.
+THREE_STEPS = [*SEQUENCES[:1], *((a, EOS) for a in (0, 1)), *itertools.product((0, 1), (0, 1), (0, 1, EOS))]
+STATES = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 def states_of(sequence):
-    return [0, *(1 + token for token in sequence[:-1])]
+    return [STATES.index(tuple(sequence[:t])) for t in range(len(sequence))]
 
 
 class Problem:
     """Random logits of student and teacher; the signal g(s, a) of every state and token, in its own loop."""
 
-    def __init__(self, signal, seed=0):
-        self.signal = signal
-        self.student_SV = normal(3, 4, seed=seed, dtype=torch.float64, scale=1.5).requires_grad_()
-        self.teacher_SV = normal(3, 4, seed=seed + 1, dtype=torch.float64, scale=1.5)
+    def __init__(self, signal, seed=0, sequences=SEQUENCES):
+        self.signal, self.sequences = signal, sequences
+        S = 3 if sequences is SEQUENCES else 7
+        self.student_SV = normal(S, 4, seed=seed, dtype=torch.float64, scale=1.5).requires_grad_()
+        self.teacher_SV = normal(S, 4, seed=seed + 1, dtype=torch.float64, scale=1.5)
 
     @property
     def logps_SV(self):
@@ -79,13 +85,14 @@ class Problem:
         """J = Σ_y π(y) Σ_t g(s_t, y_t), differentiable, g's own log π included."""
         g_SV = self.g()
         return sum(
-            self.probability(y) * sum(g_SV[s, a] for s, a in zip(states_of(y), y, strict=True)) for y in SEQUENCES
+            self.probability(y) * sum(g_SV[s, a] for s, a in zip(states_of(y), y, strict=True)) for y in self.sequences
         )
 
     def loss(self, samples, *, weight=1.0, gamma=1.0, length_normalization=False, future="sampled"):
         """`all_actions_loss` of K samples, each counting 1/K, put together as the trainer does it."""
         K = len(samples)
-        mask_BT = torch.tensor([[t < len(y) for t in range(2)] for y in samples])
+        T = max(map(len, self.sequences))
+        mask_BT = torch.tensor([[t < len(y) for t in range(T)] for y in samples])
         states_N = torch.tensor([s for y in samples for s in states_of(y)])
         chosen_N = torch.tensor([a for y in samples for a in y])
         teacher_NV = self.teacher_SV[states_N]
@@ -99,7 +106,7 @@ class Problem:
             signals_N = signals_N - old_logps_N
         if future == "expected":
             signals_N = self.expected_signals(states_N)
-        signals_BT = torch.zeros(K, 2, dtype=torch.float64).masked_scatter(mask_BT, signals_N)
+        signals_BT = torch.zeros(K, T, dtype=torch.float64).masked_scatter(mask_BT, signals_N)
         futures_BT = future_returns(signals_BT, mask_BT, gamma=gamma, length_normalization=length_normalization)
         if K > 1:
             futures_BT = future_advantages(futures_BT, mask_BT, num_generations=K)
@@ -132,7 +139,7 @@ class Problem:
 
     def expected_loss(self, samples_of_one, **settings):
         """Over all samples, or pairs of samples, at the probabilities as they are."""
-        probabilities = {y: float(self.probability(y).detach()) for y in SEQUENCES}
+        probabilities = {y: float(self.probability(y).detach()) for y in self.sequences}
         return sum(
             math.prod(probabilities[y] for y in samples) * self.loss(samples, **settings) for samples in samples_of_one
         )
@@ -189,6 +196,26 @@ def test_the_expected_future_has_the_same_gradient_in_expectation_and_less_varia
         found = problem.gradient(problem.expected_loss(ALL_SINGLE, future=future))
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
     assert variance["expected"] < 0.99 * variance["sampled"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_expected_future_of_several_steps(signal, seed):
+    """At every weight and discount the gradient of the sampled future, in expectation; not per token of the future."""
+    problem = Problem(signal, seed, THREE_STEPS)
+    singles = [(y,) for y in THREE_STEPS]
+    assert sum(float(problem.probability(y).detach()) for y in THREE_STEPS) == pytest.approx(1.0)
+
+    def gradient(**settings):
+        return problem.gradient(problem.expected_loss(singles, **settings))
+
+    exact = problem.gradient(-problem.expected_return())
+    torch.testing.assert_close(gradient(future="expected"), exact, rtol=1e-10, atol=1e-12)
+    settings = {"weight": 0.3, "gamma": 0.7}
+    sampled, expected = gradient(**settings), gradient(**settings, future="expected")
+    torch.testing.assert_close(expected, sampled, rtol=1e-10, atol=1e-12)
+    per_token = [gradient(length_normalization=True, future=future) for future in ("sampled", "expected")]
+    assert (per_token[0] - per_token[1]).norm() > 1e-3 * per_token[0].norm()
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

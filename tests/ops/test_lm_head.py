@@ -140,6 +140,19 @@ def test_token_log_probs_by_hand():
         assert_matches(result.entropy, [-p * math.log(p) - (1 - p) * math.log(1 - p)], torch.float32)
 
 
+def test_a_forbidden_id_gets_no_gradient_even_when_it_is_chosen():
+    """Its log-probability is −3e38 − log Σ e^z over the others: what autograd makes of that."""
+    logits_NV, forbidden_V = normal(4, V, seed=3).requires_grad_(), forbidden_mask()
+    chosen_N = torch.tensor([7, 1, FORBIDDEN_IDS[0], 2])
+    found = torch.autograd.grad(token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_V).logps.sum(), logits_NV)[
+        0
+    ]
+    masked_NV = logits_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
+    logps_N = masked_NV.log_softmax(dim=-1).gather(-1, chosen_N[:, None])
+    assert_matches(found, torch.autograd.grad(logps_N.sum(), logits_NV)[0].tolist())
+    assert (found[:, forbidden_V] == 0).all()
+
+
 def test_a_forbidden_id_has_a_finite_and_vanishing_probability():
     logits_NV, _ = random_logits(0)
     logps_N, entropy_N = token_log_probs(logits_NV, torch.full((N,), 7), forbidden_V=forbidden_mask())

@@ -218,6 +218,14 @@ def test_bf16_is_close_and_on_policy(family, tmp_path):
         ({"signal": "teacher_forcing", "ensemble": "logits"}, "ensemble = 'logits' has no effect with signal"),
         ({"future_weight": 0.0, "gamma": 0.5}, "gamma = 0.5 has no effect with future_weight = 0"),
         ({"future_weight": 0.0, "epsilon": 0.2}, "epsilon = 0.2 has no effect with future_weight = 0"),
+        (
+            {"future": "expected", "length_normalization": True},
+            "future = 'expected' with length_normalization would be",
+        ),
+        (
+            {"future": "expected", "teacher_mix": 0.2},
+            "future = 'expected' with teacher_mix = 0.2 would be the gradient",
+        ),
         ({"future_weight": -0.1}, "future_weight = -0.1 is out of range"),
         ({"gamma": 1.1}, "gamma = 1.1 is out of range"),
         ({"gamma": -0.1}, "gamma = -0.1 is out of range"),
