@@ -2,12 +2,14 @@ r"""Where a comparison on E2E is won and lost: BLEU and length by the number of 
 
     python recipes/benchmarks/by_slots.py --results runs/e2e_comparison/results
 
-Reads the test outputs that `e2e_comparison.py` left in its work_dir. For every budget and method, at the learning
-rate that was chosen, means over seeds of corpus BLEU, its brevity penalty and the number of words, for inputs of up to
-7 slots and of 8, which most training inputs do not have. Writes `by_slots.md` to `--results_dir`.
+Reads what `e2e_comparison.py` left in its work_dir. For every budget and method, at the learning rate that was chosen,
+means over seeds of corpus BLEU, its brevity penalty and the number of words, for test inputs of up to 7 slots and of
+8, which most training inputs do not have; and what BLEU gained on the validation inputs. Writes `by_slots.md` to
+`--results_dir`.
 """
 
 import argparse
+import csv
 import json
 from pathlib import Path
 from statistics import mean
@@ -18,10 +20,27 @@ RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {"up to 7 slots": range(1, 8), "8 slots": range(8, 9)}
 
 
+def number_of_slots(source: str) -> int:
+    return len(source.split(","))
+
+
+def share_of_8(data: Path) -> str:
+    """Of the distinct inputs of a CSV file."""
+    with data.open(newline="", encoding="utf-8") as file:
+        inputs = {row["mr"] for row in csv.DictReader(file)}
+    return f"{mean(number_of_slots(source) == 8 for source in inputs):.0%} of the {len(inputs)} {data.stem} inputs"
+
+
+def validation_gain(directories: list[Path]) -> float:
+    """What BLEU rose by on the validation inputs, the mean over seeds."""
+    found = [json.loads((directory / "metrics.json").read_text(encoding="utf-8")) for directory in directories]
+    return mean(metrics["after"]["bleu"] - metrics["before"]["bleu"] for metrics in found)
+
+
 def outputs_of(directory: Path, slots: range) -> list[dict]:
     with (directory / "test.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [row for row in rows if len(row["prompt"].split(",")) in slots]
+    return [row for row in rows if number_of_slots(row["prompt"]) in slots]
 
 
 def measures(rows: list[dict]) -> tuple[float, float, float]:
@@ -32,8 +51,8 @@ def measures(rows: list[dict]) -> tuple[float, float, float]:
     return found.score, found.bp, mean(len(row["greedy"].split()) for row in rows)
 
 
-def line(name: str, directories: list[Path]) -> str:
-    cells = [name]
+def line(name: str, directories: list[Path], *, trained: bool) -> str:
+    cells = [name, f"{validation_gain(directories):+.1f}" if trained else "–"]
     for slots in GROUPS.values():
         of_seeds = [measures(outputs_of(directory, slots)) for directory in directories]
         bleu, brevity, words = (mean(values) for values in zip(*of_seeds, strict=True))
@@ -48,20 +67,22 @@ def main() -> None:
     args = parser.parse_args()
 
     found = json.loads((args.results / "comparison.json").read_text(encoding="utf-8"))
-    heads = [f"{measure}, {group}" for group in GROUPS for measure in ("BLEU", "brevity penalty", "words")]
+    heads = ["BLEU gained, validation"]
+    heads += [f"{measure}, {group}" for group in GROUPS for measure in ("BLEU", "brevity penalty", "words")]
     lines = []
     for budget, rows in found["budgets"].items():
         lines += [f"## {budget}", "", f"| model | {' | '.join(heads)} |", "| --- |" + " --: |" * len(heads)]
         for row in rows:
-            if row["learning_rate"] is None:  # teacher and warm start
+            trained = row["learning_rate"] is not None
+            if not trained:  # teacher and warm start
                 directories = [args.results / row["model"]]
             else:
                 of_method = args.results / budget / row["model"]
                 directories = [of_method / f"seed{seed}-lr{row['learning_rate']:g}" for seed in row["seeds"]]
-            lines.append(line(row["model"], directories))
+            lines.append(line(row["model"], directories, trained=trained))
         lines.append("")
-    sizes = [len(outputs_of(args.results / "warm_start", slots)) for slots in GROUPS.values()]
-    text = f"Test inputs: {', '.join(f'{n} of {group}' for n, group in zip(sizes, GROUPS, strict=True))}.\n\n"
+    shares = [share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", "test")]
+    text = f"8 slots have {', '.join(shares)}.\n\n"
     text += "\n".join(lines)
     (args.results_dir / "by_slots.md").write_text(text, encoding="utf-8")
     print(text)

@@ -2,7 +2,7 @@
 
 It needs an environment of its own (see `step.py`) and nothing of this package. The student is wrapped in TRL's own
 `AutoModelForSeq2SeqLMWithValueHead`. The reward is what a user of that release would write: the teacher's logits of
-all completions at once, its encoder run for each of them, and Σ_t f[y_t] − max_v f_{t+1}[v] as one number per
+all completions at once, its encoder run for each of them, and Σ_t z[y_t] − max_v z_{t+1}[v] as one number per
 sequence, since this release takes no more. Its other settings are TRL's defaults, except that `generate` decodes all
 completions in one batch, not 4 at a time. The last line is one JSON object.
 """
