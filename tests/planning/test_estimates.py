@@ -15,8 +15,7 @@ PARAMETERS = 1_638_400 + 1_077_968_896 + 1_082_179_584 + 64 + 32_768
 NO_TEACHER = TeacherBytes("replicated", "float32", "none", weights=0, gathered=0, scoring=0, host=0)
 
 
-@pytest.mark.parametrize(("bf16", "itemsize"), [(False, 4), (True, 2)])
-@pytest.mark.parametrize(("critic", "copies"), [("shared", 1), ("separate", 2)])
+@pytest.mark.parametrize(("critic", "copies", "bf16", "itemsize"), [("shared", 1, False, 4), ("separate", 2, True, 2)])
 def test_a_student_in_shards_is_whole_while_it_samples(critic, copies, bf16, itemsize, tmp_path):
     """Of more parameters than may be live in an update; a separate critic is in the same engine, and gathered too."""
     assert PARAMETERS > 2 * 10**9
