@@ -12,7 +12,7 @@ end early. Wanted on one H200: scoring at half the matrix rate or more at 256-to
 `generate()`.
 
 Writes `results/gpu.json` and `results/gpu.md` beside this file, or to `--results_dir`. A dry run has no numbers worth
-keeping: its files say "not measured".
+keeping: its files say "not measured", and it leaves files of measurements as they are.
 """
 
 import argparse
@@ -268,6 +268,11 @@ def as_markdown(found: dict, shape: Shape) -> str:
     return "\n".join(lines) + "\n"
 
 
+def has_measurements(directory: Path) -> bool:
+    file = directory / "gpu.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["measured"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
@@ -281,16 +286,14 @@ def main() -> None:
     shape = TINY_SHAPE if args.dry_run else SHAPE
     found = measure(args.teachers, args.precisions, shape, args.steps, dry=args.dry_run)
     if args.dry_run:
-        found, text = (
-            {"measured": False},
-            "Not measured: no GPU was at hand. `python recipes/benchmarks/gpu.py` does it.\n",
-        )
+        found, text = {"measured": False}, "Not measured. `python recipes/benchmarks/gpu.py` does it.\n"
     else:
         found |= {"measured": True, "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
         text = as_markdown(found, shape)
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    (args.results_dir / "gpu.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    (args.results_dir / "gpu.md").write_text(text, encoding="utf-8")
+    if not args.dry_run or not has_measurements(args.results_dir):
+        args.results_dir.mkdir(parents=True, exist_ok=True)
+        (args.results_dir / "gpu.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (args.results_dir / "gpu.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -121,7 +121,7 @@ def sample_completions(
         if uniforms_BT is None:
             token_b = logits_bV.argmax(dim=-1)
         else:
-            token_b = _invert_distribution(logits_bV / temperature, uniforms_BT[row_b, t])
+            token_b = invert_distribution(logits_bV / temperature, uniforms_BT[row_b, t])
         token_b = torch.where(alive_b, token_b, pad_id)
         ids_BT[row_b, t] = token_b
         alive_b = alive_b & ~torch.isin(token_b, eos_E)
@@ -158,7 +158,7 @@ def _next_logits(
     )
 
 
-def _invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+def invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Ids v with Σ_{u<v} p_u ≤ uniform < Σ_{u≤v} p_u; an id of probability 0 is never returned.
 
     First the block of ids that holds v is found, then v in it: sums of blocks are cheaper than running sums over V.

@@ -15,7 +15,8 @@ Nothing is downloaded but config.json, and nothing of a model's size is allocate
   ZeRO-2 and 3 a rank's share; each adds the float32 share that a step needs, and DeepSpeed's reduce bucket, 5e8
   elements unless the configuration says otherwise.
 - **ZeRO-3** gathers weights while it computes, at most `stage3_max_live_parameters`, 1e9 by default; the estimate
-  takes that many. A student with fewer parameters is therefore whole during its update.
+  takes that many. A student with fewer parameters is therefore whole during its update. While it samples it is whole
+  on every rank, however many it has.
 - The **reference** (beta > 0) and a separate critic are copies of the student. The reference is never sharded.
 - Sampling, scoring and update come one after another, so a rank's peak is what it always holds plus the largest
   of the three. The **reserve** is for what is not counted: CUDA's context, kernels' workspace, fragmentation.

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rlkd_trl.models.backbone import Backbone, backbone_of
-from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices, token_log_probs
+from rlkd_trl.models.generation import invert_distribution
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, logit_statistics, map_head_slices, token_log_probs
 from rlkd_trl.planning.skeletons import Skeleton
 
 
@@ -58,8 +59,13 @@ class Workload:
         return -(-self.micro_batch * self.micro_batches // (self.num_generations * self.scored_prompts))
 
 
-def scoring_bytes(teacher: Skeleton, workload: Workload, *, fused_attention: bool = True) -> int:
-    """Peak of `Teacher.score` on its largest batch, beyond the teacher's weights."""
+def scoring_bytes(
+    teacher: Skeleton, workload: Workload, *, fused_attention: bool = True, max_elements: int = MAX_SLICE_ELEMENTS
+) -> int:
+    """Peak of `Teacher.score` on its largest batch, beyond the teacher's weights.
+
+    max_elements: logits in a slice (see `map_head_slices`), by default as many as on a GPU.
+    """
     prompts, samples = workload.scored_prompts, workload.num_generations
     with teacher.mode:
         teacher.model.requires_grad_(False)
@@ -69,7 +75,14 @@ def scoring_bytes(teacher: Skeleton, workload: Workload, *, fused_attention: boo
             states_BTD = backbone.completion_states(*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
             states_ND = states_BTD.flatten(0, 1).clone()  # real positions are picked out, here all
             chosen_N = batch.completion_ids_BT.new_zeros(len(states_ND))
-            map_head_slices(backbone.head, states_ND, logit_statistics, chosen_N, vocab_size=backbone.vocab_size)
+            map_head_slices(
+                backbone.head,
+                states_ND,
+                logit_statistics,
+                chosen_N,
+                vocab_size=backbone.vocab_size,
+                max_elements=max_elements,
+            )
     return live.peak
 
 
@@ -111,7 +124,8 @@ def sampling_bytes(
             live.peak = live.now
             cache = live.now
             backbone.extend(prefix, batch.completion_ids_BT[:, :1])
-            _draw(backbone.head(prefix.hidden_B1D[:, 0]).float())
+            logits_BV = backbone.head(prefix.hidden_B1D[:, 0]).float()
+            invert_distribution(logits_BV / 1.0, torch.zeros(len(logits_BV)))
     return max(peak, live.peak), cache
 
 
@@ -162,14 +176,6 @@ def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
     return loss
 
 
-def _draw(logits_BV: Tensor) -> None:
-    """What drawing a token by inverting the distribution function holds at a time."""
-    allowed_BV = logits_BV.masked_fill(torch.zeros(logits_BV.shape[1], dtype=torch.bool), -torch.inf)
-    scaled_BV = allowed_BV / 1.0
-    probabilities_BV = scaled_BV.softmax(dim=-1)
-    torch.where(probabilities_BV > 0, probabilities_BV.cumsum(dim=-1), 0).cummax(dim=-1)
-
-
 class _LiveBytes(TorchDispatchMode):
     """Bytes of storages that were created inside of it and still exist, and the most there ever were."""
 
@@ -183,9 +189,7 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        # Its kernel makes exp(z − max z), of the logits' size; others need little beyond what they return.
-        workspace = args[0].nbytes if func is torch.ops.aten.logsumexp.default else 0
-        self.peak = max(self.peak, self.now + workspace)
+        self.peak = max(self.peak, self.now)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
-
-GIB = 2**30
+from rlkd_trl.planning.tables import gib
 
 # The files of accelerate_configs/ by the student's sharding.
 ACCELERATE_CONFIGS = {"ddp": "multi_gpu.yaml", "zero1": "zero1.yaml", "zero2": "zero2.yaml", "zero3": "zero3.yaml"}
@@ -92,10 +91,10 @@ def _reasons(
     workload: Workload,
 ) -> list[str]:
     teacher, student = best.teacher, best.student
-    total, usable = _gib(peak_bytes(teacher, student)), _gib(cluster.usable)
+    total, usable = gib(peak_bytes(teacher, student)), gib(cluster.usable)
     reasons = [f"{total} of the {usable} GiB that may be used on each GPU."]
     gathered = whole.weights - whole.weights // cluster.ranks
-    traffic = f"{_gib(gathered)} GiB for each of the {workload.scoring_batches} scoring batches of a rollout"
+    traffic = f"{gib(gathered)} GiB for each of the {workload.scoring_batches} scoring batches of a rollout"
     if teacher.placement == "replicated" and cluster.ranks > 1:
         reasons.append(
             "A frozen teacher that is whole on every GPU scores without communication. Split by ZeRO-3 in bfloat16, "
@@ -107,8 +106,8 @@ def _reasons(
         )
     elif teacher.placement == "offload":
         reasons.append(
-            f"Not even a share of the teacher fits: it stays in CPU memory, {_gib(teacher.host)} GiB on each node, "
-            f"and {_gib(whole.weights)} GiB pass over the bus for each of the {workload.scoring_batches} scoring "
+            f"Not even a share of the teacher fits: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
+            f"and {gib(whole.weights)} GiB pass over the bus for each of the {workload.scoring_batches} scoring "
             "batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens makes fewer batches."
         )
     reasons += _costs(best, others, teachers, cluster)
@@ -116,7 +115,8 @@ def _reasons(
         reasons.append(f"The student is sharded by {student.sharding}, the least sharding with which this fits.")
     if cluster.nodes > 1:
         reasons.append(
-            f"Over {cluster.nodes} nodes: set num_machines, machine_rank and main_process_ip in {best.config_file}."
+            f"Over {cluster.nodes} nodes: set num_machines, num_processes, machine_rank, main_process_ip and "
+            f"main_process_port in {best.config_file}."
         )
     return reasons
 
@@ -157,7 +157,7 @@ def _nothing_fits(teachers: Sequence[TeacherBytes], students: Sequence[StudentBy
     }
     remedy = max(remedies, key=remedies.get)
     return textwrap.fill(
-        f"Nothing fits: the least is {_gib(peak_bytes(*smallest))} GiB of {_gib(cluster.usable)} usable ones (teacher "
+        f"Nothing fits: the least is {gib(peak_bytes(*smallest))} GiB of {gib(cluster.usable)} usable ones (teacher "
         f"{teacher.placement} {teacher.precision}, student {student.sharding}). What would help most: {remedy}.",
         118,
     )
@@ -165,7 +165,3 @@ def _nothing_fits(teachers: Sequence[TeacherBytes], students: Sequence[StudentBy
 
 def _whole_in_bfloat16(teachers: Sequence[TeacherBytes]) -> TeacherBytes:
     return next(t for t in teachers if (t.placement, t.precision) == ("replicated", "bfloat16"))
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f}"

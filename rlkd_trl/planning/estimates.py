@@ -1,7 +1,7 @@
 """Bytes on each rank: of the teacher for every placement and precision, of the student for every sharding."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -16,8 +16,8 @@ from rlkd_trl.planning.weights import (
     training_shares,
     weight_bytes,
 )
+from rlkd_trl.teachers.placement import PLACEMENTS
 
-PLACEMENTS = ("replicated", "zero3", "offload")
 # (dtype, quantization); bitsandbytes' matrices cannot be split, so those are for replicated teachers only.
 PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "nf4"))
 
@@ -69,7 +69,11 @@ class TeacherBytes:
 
 @dataclass(frozen=True)
 class StudentBytes:
-    """One way to shard the student. cache: of the sampling, at its end. All are a rank's bytes on its GPU."""
+    """One way to shard the student; all are a rank's bytes on its GPU.
+
+    gathered: of other ranks' weights, while it learns. sampling: with all of other ranks' weights, which ZeRO-3
+    gathers for it. cache: of the sampling, at its end.
+    """
 
     sharding: str
     weights: int
@@ -92,7 +96,7 @@ def peak_bytes(teacher: TeacherBytes, student: StudentBytes) -> int:
     phases = (
         teacher.gathered + teacher.scoring,
         student.gathered + student.update,
-        student.gathered + student.sampling,
+        student.sampling,
     )
     return teacher.weights + student.always_held + max(phases)
 
@@ -142,29 +146,30 @@ def student_estimates(
     # A separate critic's own LM head is never used, and frozen.
     frozen = head.numel() if copies == 2 and not student.head_is_tied else 0
     width = head.shape[-1]
+    shares = {
+        sharding: training_shares(
+            sharding,
+            trained=copies * student.num_parameters - frozen,
+            frozen=frozen,
+            itemsize=itemsize,
+            ranks=cluster.ranks,
+            bf16=training.bf16,
+        )
+        for sharding in (SHARDINGS if cluster.ranks > 1 else SHARDINGS[:1])
+    }
     return [
         StudentBytes(
             sharding=sharding,
+            weights=share.weights,
+            gathered=share.gathered,
+            gradients=share.gradients,
+            optimizer=share.optimizer,
             # In float32: the linear map, its gradient and two moments.
             value_head=0 if training.critic == "none" else 4 * (width + 1) * torch.float32.itemsize,
             reference=weight_bytes(student) if training.beta > 0 else 0,
             update=update,
-            sampling=sampling,
+            sampling=share.elsewhere + sampling,
             cache=cache,
-            **_fields(
-                training_shares(
-                    sharding,
-                    trained=copies * student.num_parameters - frozen,
-                    frozen=frozen,
-                    itemsize=itemsize,
-                    ranks=cluster.ranks,
-                    bf16=training.bf16,
-                )
-            ),
         )
-        for sharding in (SHARDINGS if cluster.ranks > 1 else SHARDINGS[:1])
+        for sharding, share in shares.items()
     ]
-
-
-def _fields(instance: object) -> dict[str, int]:
-    return {field.name: getattr(instance, field.name) for field in fields(instance)}

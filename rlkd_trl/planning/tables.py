@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
 
-GIB = 2**30
+_GIB = 2**30
 
 
 def teacher_table(teachers: Sequence[TeacherBytes]) -> str:
@@ -48,5 +48,5 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -
 
 def gib(nbytes: int) -> str:
     """With as many digits as an estimate deserves; what is there, but small, is not 0."""
-    value = nbytes / GIB
+    value = nbytes / _GIB
     return "0" if nbytes == 0 else "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}"

@@ -9,7 +9,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rlkd_trl.planning.skeletons import Skeleton
 
-QUANTIZATIONS = ("none", "int8", "nf4")
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 # DeepSpeed's defaults for `stage3_max_live_parameters` and `reduce_bucket_size`, in elements.
@@ -57,10 +56,14 @@ def _quantised(skeleton: Skeleton) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a rank holds of a model in training, in bytes. gathered: of other ranks' weights, while it computes."""
+    """What a rank holds of a model in training, in bytes.
+
+    elsewhere: the weights that only other ranks hold. gathered: of those, on this rank while it learns.
+    """
 
     weights: int
     gathered: int
+    elsewhere: int
     gradients: int
     optimizer: int
 
@@ -86,14 +89,16 @@ def training_shares(
     """
     if sharding == "ddp":
         buckets = trained * itemsize if ranks > 1 else 0
-        return Shares((trained + frozen) * itemsize, 0, trained * itemsize + buckets, 2 * trained * itemsize)
+        return Shares((trained + frozen) * itemsize, 0, 0, trained * itemsize + buckets, 2 * trained * itemsize)
     itemsize = 2 if bf16 else itemsize
     stage = int(sharding.removeprefix("zero"))
     weights = (trained + frozen) * itemsize
     gradients = trained * itemsize // (ranks if stage >= 2 else 1) + trained * _FLOAT32 // ranks
+    held = weights // ranks if stage == 3 else weights
     return Shares(
-        weights=weights // ranks if stage == 3 else weights,
+        weights=held,
         gathered=gathered_bytes(trained + frozen, itemsize, ranks) if stage == 3 else 0,
+        elsewhere=weights - held,
         gradients=gradients + REDUCE_BUCKET_ELEMENTS * itemsize,
         optimizer=3 * trained * _FLOAT32 // ranks,
     )

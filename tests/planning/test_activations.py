@@ -6,6 +6,7 @@ once the cache, and once the LM head takes most.
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.ops.lm_head import _MAX_SLICE_ELEMENTS_CPU
 from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
@@ -82,7 +84,15 @@ def test_scoring(name, shape, dtype, tmp_path):
     )
     measured = peak_bytes(lambda: teacher.score(*arguments))
     skeleton = checkpoint_of(model, tmp_path).build(dtype)
-    assert_close(scoring_bytes(skeleton, wanted, fused_attention=False), measured)
+    on_cpu = {"fused_attention": False, "max_elements": _MAX_SLICE_ELEMENTS_CPU}
+    assert_close(scoring_bytes(skeleton, wanted, **on_cpu), measured)
+
+
+def test_scoring_takes_the_slices_of_a_gpu(tmp_path):
+    """2^24 float32 logits are 64 MiB, and their log-softmax as much; everything else of this model is below 5 MiB."""
+    skeleton = checkpoint_of(MODELS["t5-large-vocabulary"](), tmp_path).build(torch.float32)
+    estimated = scoring_bytes(skeleton, workload((4, 8, 8, 80), teacher_batch_tokens=4000))
+    assert 2 * 64 * 2**20 < 1.001 * estimated < 1.05 * 2 * 64 * 2**20
 
 
 def full_length(prompt_ids_PS, prompt_mask_PS, prompt_index_B, *, length: int, **kwargs) -> Completions:
@@ -139,6 +149,22 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
     assert_close(estimated, measured[1])
 
 
+def sampled(name: str, shape: tuple[int, int, int, int], directory: Path) -> tuple[int, int, int]:
+    """Estimated bytes, those of them that are the cache's, and measured ones."""
+    P, S, K, T = shape
+    model = MODELS[name]()
+    policy = Policy(model, word_tokenizer())
+    ids_PS = torch.full((P, S), 3)
+    mask_PS = torch.ones_like(ids_PS)
+    mask_PS[-1, -1 if policy.backbone.padding_side == "right" else 0] = 0
+    index_B = torch.arange(P).repeat_interleave(K)
+    policy.eos_ids = [-1]  # nobody finishes early
+    arguments = {"max_completion_length": T, "uniforms_BT": torch.full((P * K, T), 0.5)}
+    measured = peak_bytes(lambda: policy.sample(ids_PS, mask_PS, index_B, **arguments))
+    skeleton = checkpoint_of(model, directory).build(torch.float32)
+    return *sampling_bytes(skeleton, workload(shape), fused_attention=False), measured
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -151,17 +177,13 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
     ],
 )
 def test_sampling(name, shape, tmp_path):
-    P, S, K, T = SHAPES[shape]
-    model = MODELS[name]()
-    policy = Policy(model, word_tokenizer())
-    ids_PS = torch.full((P, S), 3)
-    mask_PS = torch.ones_like(ids_PS)
-    mask_PS[-1, -1 if policy.backbone.padding_side == "right" else 0] = 0
-    index_B = torch.arange(P).repeat_interleave(K)
-    policy.eos_ids = [-1]  # nobody finishes early
-    arguments = {"max_completion_length": T, "uniforms_BT": torch.full((P * K, T), 0.5)}
-    measured = peak_bytes(lambda: policy.sample(ids_PS, mask_PS, index_B, **arguments))
-    skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
-    estimated, cache = sampling_bytes(skeleton, workload(SHAPES[shape]), fused_attention=False)
+    estimated, cache, measured = sampled(name, SHAPES[shape], tmp_path)
     assert_close(estimated, measured, DECODING_TOLERANCE)
     assert 0 < cache < estimated
+
+
+def test_sampling_where_the_draw_takes_most(tmp_path):
+    """128 rows of 8,000 logits are 4 MB; two tokens' cache is little beside them."""
+    estimated, cache, measured = sampled("t5-large-vocabulary", (2, 4, 64, 2), tmp_path)
+    assert measured > 3 * 128 * 8000 * 4 and cache < 0.1 * measured
+    assert_close(estimated, measured)

@@ -137,7 +137,8 @@ def test_one_gpu():
 
 def test_several_nodes():
     said = text(cluster(80, nodes=2))
-    assert "Over 2 nodes: set num_machines, machine_rank and main_process_ip in multi_gpu.yaml" in said
+    keys = "num_machines, num_processes, machine_rank, main_process_ip and main_process_port"
+    assert f"Over 2 nodes: set {keys} in multi_gpu.yaml" in said
     zero3 = replace(DDP, sharding="zero3")
     assert "accelerate_configs/zero3_multi_node.yaml" in text(cluster(80, nodes=2), [zero3])
 

@@ -153,11 +153,11 @@ BUCKET = GIGA // 2  # elements
     ("sharding", "expected"),
     [
         # gradients 4 and as many in buckets; two moments 8
-        ("ddp", Shares(4 * GIGA, 0, 8 * GIGA, 8 * GIGA)),
+        ("ddp", Shares(4 * GIGA, 0, 0, 8 * GIGA, 8 * GIGA)),
         # gradients 4, a share of them 1, bucket 2; (copy and two moments 12) / 4
-        ("zero1", Shares(4 * GIGA, 0, 7 * GIGA, 3 * GIGA)),
-        ("zero2", Shares(4 * GIGA, 0, 4 * GIGA, 3 * GIGA)),
-        ("zero3", Shares(1 * GIGA, 3 * GIGA, 4 * GIGA, 3 * GIGA)),
+        ("zero1", Shares(4 * GIGA, 0, 0, 7 * GIGA, 3 * GIGA)),
+        ("zero2", Shares(4 * GIGA, 0, 0, 4 * GIGA, 3 * GIGA)),
+        ("zero3", Shares(1 * GIGA, 3 * GIGA, 3 * GIGA, 4 * GIGA, 3 * GIGA)),
     ],
 )
 def test_shares_in_float32(sharding, expected):
@@ -169,7 +169,7 @@ def test_shares_in_mixed_precision():
     both = {"trained": GIGA, "frozen": 0, "itemsize": 4, "ranks": 4, "bf16": True}
     assert training_shares("ddp", **both).weights == 4 * GIGA
     # weights 2; gradients 2, their share in float32 1, bucket 1; optimizer as before
-    assert training_shares("zero1", **both) == Shares(2 * GIGA, 0, 4 * GIGA, 3 * GIGA)
+    assert training_shares("zero1", **both) == Shares(2 * GIGA, 0, 0, 4 * GIGA, 3 * GIGA)
 
 
 def test_one_rank_has_no_buckets_of_ddp():
@@ -178,12 +178,13 @@ def test_one_rank_has_no_buckets_of_ddp():
 
 def test_frozen_weights_have_neither_gradient_nor_moments():
     shares = training_shares("ddp", trained=GIGA, frozen=GIGA, itemsize=2, ranks=2)
-    assert shares == Shares(4 * GIGA, 0, 4 * GIGA, 4 * GIGA)
+    assert shares == Shares(4 * GIGA, 0, 0, 4 * GIGA, 4 * GIGA)
 
 
 def test_zero3_gathers_at_most_what_may_be_live():
-    """Of 3 billion in 2 bytes, 1 billion at a time: 2 GB, of which 0.5 GB are the rank's own."""
-    assert training_shares("zero3", trained=3 * GIGA, frozen=0, itemsize=2, ranks=4).gathered == 1.5 * GIGA
+    """Of 3 billion in 2 bytes, 1 billion at a time: 2 GB, of which 0.5 GB are the rank's own. 4.5 GB are elsewhere."""
+    shares = training_shares("zero3", trained=3 * GIGA, frozen=0, itemsize=2, ranks=4)
+    assert (shares.gathered, shares.elsewhere) == (1.5 * GIGA, 4.5 * GIGA)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForSeq2SeqLM
 
@@ -55,6 +57,20 @@ def test_the_multi_node_file_says_what_to_change():
     comment = CONFIGS["zero3_multi_node"].read_text().split("compute_environment")[0]
     for key in ("main_process_ip", "main_process_port", "machine_rank", "num_machines", "num_processes"):
         assert f"{key}:" in comment or f"{key}," in comment or f"{key};" in comment, key
+
+
+@pytest.mark.parametrize("name", [name for name, kind in EXPECTED.items() if kind.startswith("DEEPSPEED")])
+def test_several_machines_need_no_host_file(name, monkeypatch):
+    """The planner recommends these files for several nodes, too; Accelerate's default there is pdsh, over ssh."""
+    flags = "--num_machines 2 --num_processes 4 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    command = f"--config_file {CONFIGS[name]} {flags} recipes/ppo_kd.py"
+    launched = []
+    monkeypatch.setattr(launch, "deepspeed_launcher", launched.append)
+    launch.launch_command(launch.launch_command_parser().parse_args(command.split()))
+    (arguments,) = launched
+    program, _ = prepare_deepspeed_cmd_env(arguments)
+    assert program is None, "DeepSpeed's own launcher, with a host file"
+    assert (arguments.nnodes, arguments.nproc_per_node) == ("2", "2")
 
 
 def start(name: str, flags: str, directory: Path, launch_flags: str) -> subprocess.Popen:

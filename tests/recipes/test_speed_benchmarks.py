@@ -198,6 +198,54 @@ def test_a_dry_run_for_the_gpu(tmp_path, capsys):
     assert "Not measured" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_dry_run_leaves_measurements_alone(measured, tmp_path, monkeypatch):
+    (tmp_path / "gpu.json").write_text(json.dumps({"measured": measured, "matmul_tflop_per_second": 600.0}))
+    (tmp_path / "gpu.md").write_text("before")
+    before = (tmp_path / "gpu.json").read_text()
+    main = main_of("benchmarks/gpu")
+    monkeypatch.setitem(main.__globals__, "measure", lambda *args, **kwargs: {})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry_run", "--results_dir", str(tmp_path)])
+    main()
+    assert ((tmp_path / "gpu.json").read_text() == before) == measured
+    assert ((tmp_path / "gpu.md").read_text() == "before") == measured
+
+
+def test_the_gpu_benchmarks_table():
+    names = names_of("gpu")
+    found = {
+        "device": "A GPU",
+        "date": "2000-01-31",
+        "matmul_tflop_per_second": 612.4,
+        "student": {
+            "tokens_per_second": 8123.6,
+            "times_plain": 4.26,
+            "peak_gib": 11.14,
+            "plain_tokens_per_second": 1907.0,
+            "plain_peak_gib": 23.46,
+        },
+        "teachers": {
+            "t0_3b int8": {
+                "weights_gib": 3.14,
+                "scoring": {"tokens_per_second": 51234.4, "share_of_matmul_rate": 0.526, "peak_gib": 9.96},
+                "ppo": {"seconds_per_step": 7.125, "peak_gib": 31.04},
+            }
+        },
+    }
+    head, _, rollouts, _, *table = names.as_markdown(found, names.Shape(256, 64, 128, 8, 32128)).splitlines()
+    assert (
+        head.startswith("A GPU; torch ") and "; 2000-01-31. 128 prompts of 256 tokens × 8 completions of 64." in head
+    )
+    assert head.endswith("Large bfloat16 products: 612 TFLOP/s.")
+    assert rollouts.endswith("8124 tokens/s, 4.3 times plain `generate()`; 11.1 GiB, 23.5 there.")
+    assert [cell.strip() for cell in table[2].split("|")] == [
+        "",
+        *"t0_3b int8,3.1,51234,0.53,10.0,7.12,31.0".split(","),
+        "",
+    ]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin to measure")
 def test_without_a_gpu_there_is_only_the_dry_run(capsys):
     assert run("benchmarks/gpu") == 2
