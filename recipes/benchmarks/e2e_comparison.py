@@ -9,10 +9,11 @@ methods ask the teacher through one of its two templates, which judges them too,
 The step counts, the learning rates and these cuts are what two hours on two cores allow. Methods that learn from
 data get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning
 rates are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was.
-Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A longer budget for some of the methods:
+Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A longer budget for some of the methods
+(run `by_slots.py` before it, which reads the last comparison in the work_dir):
 
-    ... --methods f_distill_rkl all_actions all_actions_discount all_actions_expected rloo_sequence \
-        --baseline f_distill_rkl --max_steps 50 400 --results_dir recipes/benchmarks/results/long
+    ... --methods f_distill_rkl all_actions all_actions_expected rloo_sequence --baseline f_distill_rkl \
+        --max_steps 50 400 --results_dir recipes/benchmarks/results/long
 """
 
 import argparse
@@ -86,7 +87,7 @@ def main() -> None:
     command += ["--common", *COMMON]
     command += ["--jobs", args.jobs, "--output_dir", results]
     finished = subprocess.run([str(word) for word in command])
-    args.results_dir.mkdir(exist_ok=True)
+    args.results_dir.mkdir(parents=True, exist_ok=True)
     for path in results.glob("*.*"):
         shutil.copy(path, args.results_dir / path.name)
     sys.exit(finished.returncode)
