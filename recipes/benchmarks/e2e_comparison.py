@@ -14,6 +14,8 @@ Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A lo
 
     ... --methods f_distill_rkl all_actions all_actions_expected rloo_sequence --baseline f_distill_rkl \
         --max_steps 50 400 --results_dir recipes/benchmarks/results/long
+
+`--architecture llama` makes decoder-only models of the same sizes; give it a work_dir and a results_dir of its own.
 """
 
 import argparse
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--templates", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
+    parser.add_argument("--architecture", default="t5", choices=("t5", "llama"))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
@@ -72,7 +75,7 @@ def main() -> None:
         split_inputs(here / "all_test.csv", TEST_INPUTS, test)
     teacher, pseudo, warm, results = (here / name for name in ("teacher", "pseudo.jsonl", "warm", "results"))
     templates = ["--templates", args.templates, "--template_names", *TEMPLATE_NAMES]
-    common = ["--seed", "0", *QUIET]
+    common = ["--architecture", args.architecture, "--seed", "0", *QUIET]
     of_train = ["--dataset", train, *DATA_FLAGS, *templates]
     stage("sft", teacher / "config.json", *of_train, "--output_dir", teacher, *TEACHER, *common)
     stage("pseudo_label", pseudo, "--teacher", teacher, *of_train, "--output", pseudo)
