@@ -53,6 +53,7 @@ def test_encoding_ends_in_eos_once_padding_follows_and_there_are_no_token_types(
     assert tokenizer("dogs are welcome", truncation=True, max_length=2).input_ids == [short[0], 1]
 
 
+@pytest.mark.slow
 def test_demo_texts_of_all_splits_survive_the_round_trip(tokenizer, demo_texts):
     unseen = [text for row in demo_dataset("test") for text in [row["source"], *row["references"]]]
     for text in demo_texts + unseen:
@@ -109,6 +110,7 @@ def test_same_texts_give_the_same_tokenizer(demo_texts, tokenizer):
     assert train_tokenizer(iter(demo_texts)).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
+@pytest.mark.slow
 def test_same_texts_give_the_same_tokenizer_in_another_process(tokenizer):
     """Other hash seeds and another number of threads: what made the Unigram trainer differ between runs."""
     code = (

@@ -312,6 +312,7 @@ def test_csv(rows):
     assert ("base", "cost", "cpu_seconds") in found and ("base", "sampled", "self_bleu") in found
 
 
+@pytest.mark.slow
 def test_figures(rows, tmp_path):
     paths = write_figures(tmp_path, {"max_steps_150": rows, "max_steps_400": rows})
     assert [path.name for path in paths] == ["metrics.png", "quality_diversity.png"]

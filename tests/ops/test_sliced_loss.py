@@ -339,6 +339,7 @@ print(peak_kib() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_few_slices():
     """All logits are 64 MiB and a slice is 4 MiB. Usually 64 MiB in slices, 450 MiB whole."""
     extra_mib = {}

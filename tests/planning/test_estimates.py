@@ -16,6 +16,7 @@ NO_TEACHER = TeacherBytes("replicated", "float32", "none", weights=0, gathered=0
 
 
 @pytest.mark.parametrize(("critic", "copies", "bf16", "itemsize"), [("shared", 1, False, 4), ("separate", 2, True, 2)])
+@pytest.mark.slow
 def test_a_student_in_shards_is_whole_while_it_samples(critic, copies, bf16, itemsize, tmp_path):
     """Of more parameters than may be live in an update; a separate critic is in the same engine, and gathered too."""
     assert PARAMETERS > 2 * 10**9

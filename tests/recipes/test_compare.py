@@ -129,6 +129,7 @@ def results_of(workplace: Path) -> dict:
     return json.loads((workplace / "out" / "comparison.json").read_text())
 
 
+@pytest.mark.slow
 def test_search_runs_and_tables(workplace):
     rates = "--learning_rates 2e-4 5e-4 1e-3 --common logging_steps=7 temperature=0.9"
     assert compare(f"{GOOD} --max_steps 9 3 {rates} --baseline rloo_sequence", workplace, figures=True) == 0
@@ -263,6 +264,7 @@ def test_an_edited_preset_is_another_command(workplace, capsys):
     assert "its preset was {'num_generations': 4}, now {'num_generations': 8}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails(workplace, monkeypatch, capsys):
     monkeypatch.setenv("FAIL", "ppo/seed1")
     assert compare(GOOD, workplace) == 1
@@ -319,6 +321,7 @@ def test_several_at_a_time_get_one_thread_each(workplace):
         ("--max_cpu_seconds 60 1.5", "--max_cpu_seconds", {"1.5", "60"}),
     ],
 )
+@pytest.mark.slow
 def test_other_budgets(budget, flag, places_of, workplace):
     one = GOOD.replace("--max_steps 3", "").replace("ppo rloo_sequence", "ppo")
     assert compare(f"{one} --seeds 0 {budget}", workplace) == 0

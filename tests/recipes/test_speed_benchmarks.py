@@ -94,6 +94,7 @@ def test_the_floor_of_a_phase():
 # Runs
 
 
+@pytest.mark.slow
 def test_a_step(capsys):
     """Four updates a step: completions / update batch."""
     pytest.importorskip("resource")
@@ -171,6 +172,7 @@ def test_a_teacher_that_scores_otherwise_is_noticed(monkeypatch):
         names["compare"](small, names["Shape"](5, 3, 2, 2, 40), 1)
 
 
+@pytest.mark.slow
 def test_growth(monkeypatch):
     names = main_of("benchmarks/scoring").__globals__
     monkeypatch.setitem(names, "extra_mib_in_child", lambda way, size, shape: 2.0 * shape.samples)
