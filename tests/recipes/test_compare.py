@@ -246,6 +246,7 @@ def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
         ("--learning_rates 1e-2", "it had --learning_rate 0.0005, now --learning_rate 0.01"),
     ],
 )
+@pytest.mark.slow
 def test_results_of_another_command_are_not_mixed_in(change, message, workplace, capsys):
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
     before = (workplace / "out" / "comparison.json").read_text()
