@@ -21,6 +21,7 @@ Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A lo
 import argparse
 import csv
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,8 @@ def main() -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     for path in results.glob("*.*"):
         shutil.copy(path, args.results_dir / path.name)
+    with (args.results_dir / "comparison.md").open("a", encoding="utf-8") as file:
+        file.write(f"\nMade by `python {shlex.join(sys.argv)}`.\n")
     sys.exit(finished.returncode)
 
 

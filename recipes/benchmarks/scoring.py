@@ -200,11 +200,7 @@ def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], rep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
-    parser.add_argument("--completion_tokens", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    Shape.add_flags(parser)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--growth", nargs="*", choices=GROWTH, metavar="SIZE", help=f"all, or of: {', '.join(GROWTH)}")
     parser.add_argument("--measure_memory", help=argparse.SUPPRESS)
@@ -218,7 +214,7 @@ def main() -> None:
         sizes = {name: values for name, values in GROWTH.items() if name in args.growth or not args.growth}
         print(json.dumps(growth(TEACHER, BASE, sizes, args.repetitions)))
         return
-    shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
+    shape = Shape.of(args)
     print(json.dumps(compare(TEACHER, shape, args.repetitions)))
 
 

@@ -221,18 +221,14 @@ def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
-    parser.add_argument("--completion_tokens", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    Shape.add_flags(parser)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--update_batch_size", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
     parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 0.11.4")
     parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
     args = parser.parse_args()
-    shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
+    shape = Shape.of(args)
     if shape.completions % args.update_batch_size:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
     torch.set_num_threads(1)

@@ -48,13 +48,13 @@ def sequence_rewards(teacher, queries: list[torch.Tensor], responses: list[torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("prompt_tokens", "completion_tokens", "prompts", "samples", "vocabulary", "steps"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+    Shape.add_flags(parser)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--update_batch_size", type=int, required=True)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    shape = Shape(args.prompt_tokens, args.completion_tokens, args.prompts, args.samples, args.vocabulary)
+    shape = Shape.of(args)
     student = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(random_t5(STUDENT, shape.vocabulary, seed=1))
     teacher = random_t5(TEACHER, shape.vocabulary, seed=2).eval().requires_grad_(False)
     config = PPOConfig(

@@ -3,9 +3,10 @@
 It imports nothing of this package, so that an interpreter with another library's versions can run the same work.
 """
 
+import argparse
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -43,6 +44,16 @@ class Shape:
     prompts: int
     samples: int
     vocabulary: int = 8192
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """By default the smaller of the two shapes that results are given for."""
+        for name, default in asdict(Shape(64, 32, 16, 4)).items():
+            parser.add_argument(f"--{name}", type=int, default=default)
+
+    @classmethod
+    def of(cls, flags: argparse.Namespace) -> "Shape":
+        return cls(*(getattr(flags, option.name) for option in fields(cls)))
 
     @property
     def completions(self) -> int:

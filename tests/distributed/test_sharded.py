@@ -111,7 +111,10 @@ def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
     save_checkpoints(tmp_path)
     script = "import sys; from tests.distributed import offload_worker; offload_worker.main(sys.argv[1])"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, timeout=300)
-    for family, results in torch.load(tmp_path / "results.pt").items():
+    found = torch.load(tmp_path / "results.pt")
+    assert set(found) == set(sharded_worker.TEACHERS)
+    for family, results in found.items():
+        assert results["found"].keys() == results["expected"].keys() and results["expected"]
         for name, value in results["expected"].items():
             assert torch.equal(results["found"][name], value), f"{name} of {family}"
         assert "sharded, parked in CPU memory" in results["said"]

@@ -86,8 +86,9 @@ def test_rewards_of_a_tiny_run(family, checkpoints, train_csv, tmp_path):
     assert rewards["bfloat16"]["bytes"] == pytest.approx(exact["bytes"] / 2, rel=0.01)
     for name in ("bfloat16", "int8", "nf4"):
         assert rewards[name]["bytes"] < exact["bytes"]
-        assert 0 < rewards[name]["token_error"] < 1
-    assert rewards["nf4"]["token_error"] > rewards["int8"]["token_error"]
+    # Twice what was seen of T5, the larger: 0.019, 0.044 and 0.57; Llama has half of that.
+    for name, most in {"bfloat16": 0.04, "int8": 0.09, "nf4": 1.2}.items():
+        assert most / 10 < rewards[name]["token_error"] < most
     lines = (tmp_path / "results" / "quantised_teachers.md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + len(rewards)
 
