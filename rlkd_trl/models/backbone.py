@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.activations import fuse_gelu
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 
@@ -27,6 +28,8 @@ Result = TypeVar("Result")
 # T5's descendants that may multiply the decoder's output by d_model**-0.5 before the LM head. In transformers 5, t5
 # and longt5 do as `scale_decoder_outputs` says, umt5 and switch_transformers as `tie_word_embeddings`, mt5 never.
 _SCALED_HEAD_MODEL_TYPES = {"t5", "longt5", "umt5", "switch_transformers"}
+# Takes cross-attention keys for as many rows as there are queries, unless they come from a cache.
+_SHARES_CACHED_ONLY = {"umt5"}
 
 
 @dataclass
@@ -64,13 +67,15 @@ class Prefix:
 class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
-    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others. With
+    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others (of
+    which only the GELU is exchanged for an equal, faster one, see `fuse_gelu`). With
     a sharded model every method is a collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
 
     def __init__(self, model: PreTrainedModel):
+        fuse_gelu(model)
         self.model = model
         self._apply_head: Callable[[Tensor], Tensor] | None = None  # inside `with_whole_head`
 
@@ -128,14 +133,17 @@ class Backbone:
             InputError: The model checkpoints gradients in training mode, where transformers drops the key/value cache,
                 and with it the prompt, without an error.
         """
+        self._refuse_gradient_checkpointing()
+        return self._prefill(prompt_ids_PS, prompt_mask_PS)
+
+    def _refuse_gradient_checkpointing(self) -> None:
         if any(
             module.training and getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
         ):
             raise InputError(
-                "Gradient checkpointing in training mode drops the key/value cache that holds the prompt: put the "
-                "model in eval mode, or disable gradient checkpointing."
+                "Gradient checkpointing in training mode drops what the completions of a prompt share: put the model "
+                "in eval mode, or disable gradient checkpointing."
             )
-        return self._prefill(prompt_ids_PS, prompt_mask_PS)
 
     def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         raise NotImplementedError
@@ -228,9 +236,7 @@ class EncoderDecoderBackbone(Backbone):
         return self.model.config.decoder_start_token_id if start is None else start
 
     def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
-        encoder_hidden_PSD = self.model.get_encoder()(
-            input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS
-        ).last_hidden_state
+        encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
         P, shares = len(prompt_ids_PS), can_share(self.model.get_decoder())
         prefix = Prefix(
             # Not sized by the config, whose `num_layers` is the encoder's depth.
@@ -244,22 +250,59 @@ class EncoderDecoderBackbone(Backbone):
         self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], self._start_id))
         return prefix
 
+    def completion_states(
+        self,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        completion_ids_BT: Tensor,
+        prompt_index_B: Tensor,
+        *,
+        with_final_state: bool = True,
+    ) -> Tensor:
+        """As in the base class, in one call of the decoder, which needs no cache: it reads the start token too."""
+        if self.model.config.model_type in _SHARES_CACHED_ONLY:
+            inputs = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
+            return super().completion_states(*inputs, with_final_state=with_final_state)
+        self._refuse_gradient_checkpointing()
+        encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
+        start_B1 = torch.full_like(completion_ids_BT[:, :1], self._start_id)
+        read_BT = torch.cat([start_B1, completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]], dim=1)
+        if can_share(self.model.get_decoder()):
+            prompt_rows = PromptRows.of(prompt_index_B, len(prompt_ids_PS))
+            return self._decode(read_BT, encoder_hidden_PSD, prompt_mask_PS, prompt_rows, use_cache=False)
+        encoder_hidden_BSD, mask_BS = encoder_hidden_PSD[prompt_index_B], prompt_mask_PS[prompt_index_B]
+        return self._decode(read_BT, encoder_hidden_BSD, mask_BS, None, use_cache=False)
+
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
-        decoder, mask, more, context = self.model.get_decoder(), prefix.mask, {}, nullcontext()
-        if prefix.prompt_rows is not None:
-            mask = mask[:, None, None].bool()  # for any number of queries; `[P, S]` would be expanded to T of them
-            more, context = {"prompt_rows": prefix.prompt_rows}, shared_cross_attention(decoder)
-        with context:
-            hidden_BtD = decoder(
-                input_ids=token_ids_Bt,
-                encoder_hidden_states=prefix.encoder_hidden_BSD,
-                encoder_attention_mask=mask,
-                past_key_values=prefix.cache,
-                use_cache=True,
-                **more,
-            ).last_hidden_state
+        hidden_BtD = self._decode(
+            token_ids_Bt,
+            prefix.encoder_hidden_BSD,
+            prefix.mask,
+            prefix.prompt_rows,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
+
+    def _encode(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Tensor:
+        return self.model.get_encoder()(input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS).last_hidden_state
+
+    def _decode(
+        self, token_ids_Bt: Tensor, encoder_hidden: Tensor, mask: Tensor, prompt_rows: PromptRows | None, **kwargs
+    ) -> Tensor:
+        """States `[B, t, D]`; encoder states and mask have one row per prompt where `prompt_rows` says whose."""
+        decoder, context = self.model.get_decoder(), nullcontext()
+        if prompt_rows is not None:
+            mask = mask[:, None, None].bool()  # for any number of queries; `[P, S]` would be expanded to T of them
+            kwargs["prompt_rows"], context = prompt_rows, shared_cross_attention(decoder)
+        with context:
+            return decoder(
+                input_ids=token_ids_Bt,
+                encoder_hidden_states=encoder_hidden,
+                encoder_attention_mask=mask,
+                **kwargs,
+            ).last_hidden_state
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
         start_B1 = torch.full_like(completion_ids_BT[:, :1], self._start_id)

@@ -77,13 +77,13 @@ def token_log_probs(
     """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
 
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
-    forbidden `chosen` id gets a log-probability of about −3e38, not an error.
+    forbidden `chosen` id gets a log-probability of about −2e38, not an error.
     """
     return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy))
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """`token_log_probs`; keeps log π alone for the backward pass, where autograd would keep each step's `[N, V]`.
+    """`token_log_probs`; keeps π alone for the backward pass, where autograd would keep each step's `[N, V]`.
 
     ∂ log π(y) / ∂z_v = (1[v = y] − π_v) / temperature,   ∂H / ∂z_v = −π_v (log π_v + H) / temperature
     """
@@ -94,14 +94,18 @@ class _TokenLogProbs(torch.autograd.Function):
         if temperature != 1.0:
             z_NV = z_NV / temperature
         if forbidden_V is not None:
-            z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min)
-        logps_NV = z_NV.log_softmax(dim=-1)
-        logps_N = logps_NV.gather(-1, chosen_N[:, None]).squeeze(-1)
-        # A forbidden id's log π is finite, so that 0 · log 0 is 0 here.
-        entropy_N = -logps_NV.exp().mul_(logps_NV).sum(dim=-1) if entropy else None
-        # The log-probability of a forbidden id is a constant: −3e38, whatever its logit.
+            z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min / 2)
+        # Relative to the largest, so that nothing is lost where logits have a large common offset.
+        largest_N1 = z_NV.amax(dim=-1, keepdim=True)
+        z_NV = z_NV - largest_N1 if z_NV is logits_NV else z_NV.sub_(largest_N1)
+        pi_NV = z_NV.softmax(dim=-1)
+        log_normalizer_N = -pi_NV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
+        logps_N = z_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - log_normalizer_N
+        # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
+        entropy_N = log_normalizer_N - torch.linalg.vecdot(pi_NV, z_NV) if entropy else None
+        # The log-probability of a forbidden id is a constant, whatever its logit.
         is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
-        ctx.save_for_backward(logps_NV, chosen_N, entropy_N, is_free_N)
+        ctx.save_for_backward(pi_NV, chosen_N, entropy_N, is_free_N)
         ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
         ctx.set_materialize_grads(False)
         return logps_N, entropy_N
@@ -109,15 +113,14 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, logps_grad_N, entropy_grad_N):
-        logps_NV, chosen_N, entropy_N, is_free_N = ctx.saved_tensors
-        probabilities_NV = logps_NV.exp()
+        pi_NV, chosen_N, entropy_N, is_free_N = ctx.saved_tensors
         if entropy_grad_N is None:
-            grad_NV = probabilities_NV.mul_(-logps_grad_N[:, None])
+            grad_NV = pi_NV * -logps_grad_N[:, None]
         else:
-            # By π first: where it is 0, log π is huge, and a large gradient times that could overflow.
-            grad_NV = (logps_NV + entropy_N[:, None]).mul_(probabilities_NV).mul_(-entropy_grad_N[:, None])
+            # π log π is 0 where π is.
+            grad_NV = torch.xlogy(pi_NV, pi_NV).addcmul_(pi_NV, entropy_N[:, None]).mul_(-entropy_grad_N[:, None])
             if logps_grad_N is not None:
-                grad_NV.addcmul_(probabilities_NV, logps_grad_N[:, None], value=-1)
+                grad_NV.addcmul_(pi_NV, logps_grad_N[:, None], value=-1)
         if logps_grad_N is not None:
             chosen_grad_N = logps_grad_N if is_free_N is None else logps_grad_N * is_free_N
             grad_NV.scatter_add_(-1, chosen_N[:, None], chosen_grad_N[:, None])

@@ -99,6 +99,14 @@ class RewardModel:
         panels += [term.panel for term in self.teacher_terms]
         return list({id(panel): panel for panel in panels}.values())
 
+    @property
+    def reads_student_log_probs(self) -> bool:
+        """Whether a term reads `RewardInputs.student_logps_BT`, as any function of `RewardInputs` may."""
+        return any(
+            term.reads_student_log_probs if isinstance(term, TeacherReward) else not _follows_trl_protocol(term)
+            for term, _ in self.terms.values()
+        )
+
     def score(self, inputs: RewardInputs) -> dict[int, list[TeacherScores]]:
         """Asks every panel once; the teacher's only appearance. Keys are the panels' ids."""
         return {

@@ -39,6 +39,9 @@ class TeacherReward:
         templates: The ways to ask; without any, the teacher reads the student's prompt as it is.
     """
 
+    # Whether `rewards` reads `RewardInputs.student_logps_BT`; False can save the trainers a forward pass.
+    reads_student_log_probs = True
+
     def __init__(
         self,
         model: "TeacherPanel | Teacher | PreTrainedModel | str | Sequence",
@@ -134,6 +137,8 @@ class TeacherForcingReward(TeacherReward):
         InputError: Unknown `value`, `k` < 1, `tau` ≤ 0, or `gamma` outside [0, 1].
     """
 
+    reads_student_log_probs = False
+
     def __init__(
         self,
         model,
@@ -170,6 +175,8 @@ class TeacherForcingReward(TeacherReward):
 
 class LogLikelihoodReward(TeacherReward):
     """log p_teacher(y_t | s_t), in nats. Its sum is minus the teacher's NLL of the completion."""
+
+    reads_student_log_probs = False
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
         return log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)

@@ -134,8 +134,20 @@ class OnPolicyTrainer(RolloutTrainer):
                 state.beta, kl=kl, target=args.kl_target, horizon=args.kl_horizon, num_samples=num_samples
             )
 
+    def _needs_old_log_probs(self) -> bool:
+        """Whether anything reads log π_old, or the old values, before the update's own forward pass could give them.
+
+        With one optimizer step per rollout the policy of the update is still the one that sampled.
+        """
+        args = self.args
+        several_steps = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
+        read_early = self.reference is not None or self.reward_model.reads_student_log_probs
+        return several_steps or read_early or self.critic_kind != "none"
+
     def _student_log_probs(self, policy: Policy, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
-        """Old log-probabilities and values, and the reference's, from the training forward pass."""
+        """Old log-probabilities and values where needed, and the reference's, from the training forward pass."""
+        if not self._needs_old_log_probs():
+            return rollout, None
         width = rollout.completion_ids_BT.shape[1]
         old = self._outputs(policy, rollout)
         rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
@@ -150,6 +162,8 @@ class OnPolicyTrainer(RolloutTrainer):
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         output, mask_BT = model(**batch.policy_inputs()), batch.loss_mask_BT
+        if batch.old_logps_BT is None:
+            batch = batch.with_(old_logps_BT=output.logps_BT.detach())
         loss, metrics = self.policy_loss(batch, output, tokens=tokens, sequences=sequences)
         metrics["approx_kl"] = approximate_kl(output.logps_BT, batch.old_logps_BT, mask_BT, denominator=tokens)
         entropy_loss, entropy_metrics = entropy_bonus(output.entropy_BT, mask_BT, denominator=tokens)

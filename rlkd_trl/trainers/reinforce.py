@@ -65,6 +65,10 @@ class ReinforceKDTrainer(OnPolicyTrainer):
         self._record({"behaviour_lag": lag})
         return self.behaviour
 
+    def _needs_old_log_probs(self) -> bool:
+        of_another = self.behaviour is not None
+        return of_another or self.args.baseline == "min_variance" or super()._needs_old_log_probs()
+
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT
         rewards_BT = (potential_shaping if args.teacher_baseline else bootstrap_truncated)(

@@ -68,13 +68,13 @@ def test_without_the_final_state_there_is_one_position_per_token(model, completi
 
 @torch.no_grad()
 def test_without_the_final_state_the_last_token_is_not_read(model):
-    backbone = backbone_of(model)
-    read = []
-    extend = backbone.extend
-    backbone.extend = lambda prefix, ids: read.append(ids.shape[1]) or extend(prefix, ids)
-    ids_BT = torch.tensor([[3, 4, 5]])
-    backbone.completion_states(*pad_prompts(model, [[6, 7]]), ids_BT, torch.tensor([0]), with_final_state=False)
-    assert read[-1] == 2
+    """It is an id that the embeddings lack."""
+    ids_BT = torch.tensor([[3, 4, 10_000]])
+    inputs = (*pad_prompts(model, [[6, 7]]), ids_BT, torch.tensor([0]))
+    with pytest.raises(IndexError):
+        backbone_of(model).completion_states(*inputs)
+    states_BTD = backbone_of(model).completion_states(*inputs, with_final_state=False)
+    assert states_BTD.shape[:2] == (1, 3)
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ def test_without_a_lag_the_student_samples(settings, tmp_path):
 def test_the_second_of_two_steps_is_on_samples_of_the_policy_before_the_first(tmp_path):
     lagging = run("reinforce", tmp_path / "two", behaviour_sync_steps=2, learning_rate=5e-2)
     current = run("reinforce", tmp_path / "one", learning_rate=5e-2)
-    assert_same_weights(lagging.weights[0], current.weights[0])
+    assert_same_weights(lagging.weights[0], current.weights[0], rtol=1e-4, atol=1e-6)
     assert not torch.equal(lagging.rollouts[1].completion_ids_BT, current.rollouts[1].completion_ids_BT)
 
 
@@ -267,8 +267,9 @@ def test_the_second_of_two_steps_is_on_samples_of_the_policy_before_the_first(tm
 
 @pytest.mark.parametrize("family", ["t5-tied", "llama"])
 def test_top_k_is_exactly_on_policy_in_the_first_pass(family, tmp_path):
-    recorder = run("reinforce", tmp_path, family=family, top_k=3, temperature=0.8, max_steps=3)
-    for entry, rollout in zip(recorder.logs, recorder.rollouts, strict=True):
+    recorder = run("reinforce", tmp_path, family=family, top_k=3, temperature=0.8, num_iterations=2, max_steps=6)
+    assert len(recorder.logs) == 6
+    for entry, rollout in zip(recorder.logs[::2], recorder.rollouts[::2], strict=True):
         assert entry["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert entry["approx_kl"] == pytest.approx(0.0, abs=1e-6)
         assert 0 < entry["entropy"] < math.log(3)

@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path):
-    """Over three rollouts, each after an update; with dropout on in the config it would not be."""
+    """The first of two over each of three rollouts; with dropout on in the config it would not be."""
     model = MODELS[family]()
     if family == "t5-tied":
         for module in model.modules():
@@ -158,14 +158,72 @@ def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path)
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
         temperature=0.8,
-        max_steps=3,
+        num_iterations=2,
+        max_steps=6,
     )
-    assert len(recorder.logs) == 3
-    for entry in recorder.logs:
+    assert len(recorder.logs) == 6
+    for entry in recorder.logs[::2]:
         assert entry["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert entry["approx_kl"] == pytest.approx(0.0, abs=1e-6)
         assert entry["clip_fraction"] == 0.0
     assert largest_difference(recorder.weights[1], recorder.weights[0]) > 1e-3
+
+
+def forward_passes(policy) -> list[tuple[int, bool]]:
+    """For each call of the policy's forward pass: how many completions, and whether gradients were on."""
+    calls, forward = [], policy.forward
+
+    def counted(*args, **kwargs):
+        calls.append((len(kwargs["completion_ids_BT"]), torch.is_grad_enabled()))
+        return forward(*args, **kwargs)
+
+    policy.forward = counted
+    return calls
+
+
+def of_inputs(inputs):
+    """A reward that could read the student's log-probabilities."""
+    return inputs.completion_mask_BT.float()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "reward", "needed"),
+    [
+        ("rloo-sequence", {}, None, False),
+        ("rloo-token", {"mask_truncated_completions": True}, None, False),
+        ("reinforce", {}, None, False),
+        ("reinforce", {"baseline": "min_variance"}, None, True),
+        ("reinforce", {"behaviour_sync_steps": 2}, None, True),
+        ("rloo-sequence", {"beta": 0.1}, None, True),
+        ("rloo-sequence", {"num_iterations": 2}, None, True),
+        ("rloo-sequence", {"gradient_accumulation_steps": 1, "steps_per_generation": 2}, None, True),
+        ("rloo-sequence", {}, of_inputs, True),
+        ("ppo", {}, None, True),
+    ],
+)
+def test_a_pass_for_old_log_probs_only_where_something_reads_them(method, settings, reward, needed, tmp_path):
+    rewards = teacher_reward() if reward is None else [teacher_reward(), reward]
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, **settings}
+    trainer = build(method, tmp_path, reward=rewards, **settings)
+    calls = forward_passes(getattr(trainer, "behaviour", None) or trainer.model)
+    trainer.train()
+    assert (8, False) in calls if needed else all(with_gradient for _, with_gradient in calls)
+
+
+@pytest.mark.parametrize("method", ["rloo-sequence", "rloo-token", "reinforce"])
+def test_without_old_log_probs_the_update_is_the_same(method, tmp_path):
+    """`of_inputs` with weight 0 changes nothing but that they are computed."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
+    without = run(method, tmp_path / "without", **settings)
+    computed = run(
+        method, tmp_path / "with", reward=[teacher_reward(), of_inputs], reward_weights=[1.0, 0.0], **settings
+    )
+    assert without.rollouts[0].old_logps_BT is None and computed.rollouts[0].old_logps_BT is not None
+    assert largest_difference(without.weights[-1], without.weights[0]) > 1e-3
+    assert_same_weights(without.weights[-1], computed.weights[-1], rtol=1e-4, atol=1e-5)
+    for one, other in zip(without.logs, computed.logs, strict=True):
+        assert one["approx_kl"] == 0.0
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
 
 
 def test_several_optimizer_steps_share_a_rollout(tmp_path):
