@@ -18,7 +18,7 @@ CHECKPOINT_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*.py"),
 )
-# A file of weights with more bytes is sampled: reading an 11B model's 40 GiB would take a minute or more.
+# A file of weights with more bytes is sampled: an 11B model has 40 GiB, half a minute for SHA-256 and longer to read.
 SAMPLED_ABOVE = 2**30
 HEAD, SAMPLES, SAMPLE_SIZE = 2**20, 1024, 2**16  # bytes, number, bytes
 
