@@ -14,8 +14,9 @@ CPU seconds. The learning rate is chosen for each method from the same grid, on 
 seed and the smallest budget. The test inputs serve the tables only. With a budget of tokens or time, where the number
 of steps is not known beforehand, the learning rate is constant (after --common warmup_steps=N) instead of decaying.
 
-Each training run has a directory of its own, OUTPUT_DIR/BUDGET/METHOD/seedN; a finished one is not run again. In
-OUTPUT_DIR: comparison.md, comparison.csv, comparison.json, metrics.png and quality_diversity.png.
+Each training run has a directory of its own, OUTPUT_DIR/BUDGET/METHOD/seedN; a finished one is not run again, and
+is refused if its command or a local file that it read has changed. In OUTPUT_DIR: comparison.md, comparison.csv,
+comparison.json, metrics.png and quality_diversity.png.
 """
 
 import sys
@@ -28,6 +29,7 @@ from rlkd_trl.evaluation.cells import Method
 from rlkd_trl.evaluation.comparison import Entry, summarise
 from rlkd_trl.evaluation.comparison_tables import budget_section, csv_text, failure_section, learning_rate_section
 from rlkd_trl.evaluation.figures import write_figures
+from rlkd_trl.evaluation.files_read import FileDigests
 from rlkd_trl.evaluation.grid import Grid
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
@@ -105,6 +107,7 @@ def main() -> None:
     rows = comparison_steps.load_test_rows(data, prompts, templates, measurement)
     recipe_steps.check_checkpoints(teacher, student)
     flags = [*comparison_steps.as_flags(data, prompts, teacher, student), *measurement.run_flags()]
+    digests = FileDigests()
     grid = Grid(
         output_dir,
         methods,
@@ -114,6 +117,7 @@ def main() -> None:
         flags=[*flags, *compare.common_flags()],
         select_on=compare.select_on,
         jobs=compare.jobs,
+        digests=digests,
     )
     grid.check()
 
@@ -123,7 +127,7 @@ def main() -> None:
     grid.train(search["chosen"], failures)
 
     # Test: the teacher, the warm start, and what each run made of it.
-    examiner = Examiner(rows, prompts, teacher, student, measurement, templates)
+    examiner = Examiner(rows, prompts, teacher, student, measurement, templates, digests)
     of_teacher = examiner.test_teacher(output_dir / "teacher")
     of_warm_start = examiner.test_warm_start(output_dir / "warm_start")
     baseline = compare.baseline or methods[0].name

@@ -20,6 +20,7 @@ from rlkd_trl.cli import RecipeParser
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.cells import Method, find_method, shipped_presets
 from rlkd_trl.evaluation.comparison import SELECTION
+from rlkd_trl.evaluation.files_read import FileDigests
 from rlkd_trl.evaluation.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.recipe_data import load_prompts
@@ -272,15 +273,20 @@ class Examiner:
         student: StudentArguments,
         test: MeasurementArguments,
         templates: PromptTemplates | None,
+        digests: FileDigests,
     ):
         self.rows, self.student = rows, student
         self.num_samples = test.num_samples
         self.lengths = {"max_completion_length": test.max_completion_length, "batch_size": test.batch_size}
         self.max_prompt_length = test.max_prompt_length
         self.reward_model = load_reward_model(RewardArguments(), teacher, templates, gamma=1.0, weights=None)
+        self.digests = digests
         self.settings = {
             "rows": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
             "asked": as_flags(prompts, teacher, student),
+            "files": digests.of_flags(
+                {"--teacher": teacher.teacher, "--templates": [prompts.templates] if prompts.templates else []}
+            ),
             "max_prompt_length": test.max_prompt_length,
             "max_completion_length": test.max_completion_length,
             "num_samples": test.num_samples,
@@ -288,16 +294,21 @@ class Examiner:
 
     def test_warm_start(self, directory: Path) -> Outcome:
         """The outcome of the student before training, kept in `directory`."""
-        return kept_outcome(directory, self.settings, lambda: self._measure_student(self.student))
+        return self._test_student(directory, self.student)
 
     def test_trained(self, checkpoint: Path) -> Outcome:
         """The outcome of a training run's student, kept beside it."""
         trained = dataclasses.replace(self.student, student=str(checkpoint), student_revision=None)
-        return kept_outcome(checkpoint, self.settings, lambda: self._measure_student(trained))
+        return self._test_student(checkpoint, trained)
 
     def test_teacher(self, directory: Path) -> Outcome:
         """The outcome of the first teacher, asked through its first template; kept in `directory`."""
         return kept_outcome(directory, self.settings, self._measure_teacher)
+
+    def _test_student(self, directory: Path, student: StudentArguments) -> Outcome:
+        tested = self.digests.of_flags({"--student": [student.student]})
+        settings = {**self.settings, "files": {**self.settings["files"], **tested}}
+        return kept_outcome(directory, settings, lambda: self._measure_student(student))
 
     def _measure_student(self, student: StudentArguments) -> Outcome:
         from rlkd_trl.evaluation.evaluate import evaluate_student

@@ -1,10 +1,11 @@
-r"""Memory and time of the sliced distillation loss against the same loss on whole logits, one thread, CPU, float32.
+r"""Memory and time of the losses over the whole vocabulary, sliced and on whole logits, one thread, CPU, float32.
 
-    OMP_NUM_THREADS=1 python recipes/benchmarks/fused_divergence.py
+    python recipes/benchmarks/fused_divergence.py
 
 64 × 64 positions, V = 32,128, D = 512, one teacher of the same size; one loss and its backward pass down to the
 hidden states and the head's weight. "Plain" is `distillation_loss` on whole logits through autograd, "sliced" is
-`sliced_divergence`; they share every equation.
+`sliced_divergence`; for all actions (signal log p − log π) `all_actions_loss` and `sliced_all_actions_loss`. Plain and
+sliced share every equation.
 
 Extra memory is how far the peak resident set of a fresh process rises above what it held when its inputs and the
 libraries were loaded; the gradients (71 MiB) are part of it. Time is the process's CPU time, plain and sliced in turn
@@ -15,20 +16,26 @@ Writes `results/fused_divergence.json` and `results/fused_divergence.md` beside 
 
 import argparse
 import json
+import os
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from rlkd_trl.ops.all_actions import all_actions_loss, log_ratio_signal, sliced_all_actions_loss
 from rlkd_trl.ops.divergences import DIVERGENCES, TeacherStates, distillation_loss, sliced_divergence
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 N, V, D = 64 * 64, 32_128, 512
 ALLOWED_MEMORY, ALLOWED_TIME = 0.25, 1.3
+LOSSES = [*DIVERGENCES, "all_actions"]
 SLICE_SIZES = [2**20, 2**21, 2**22, 2**23, 2**24, 2**25]
 
 
@@ -42,6 +49,8 @@ class Problem:
         self.teacher_hidden_ND = torch.randn(positions, D)
         self.teacher_weight_VD = torch.empty(V, D).normal_(std=D**-0.5)
         self.weights_N = torch.full((positions,), 1 / positions)
+        # Of all actions: sampled tokens, their futures, and their log-probabilities at about this size of V.
+        self.sampled = (torch.randint(V, (positions,)), torch.randn(positions), torch.full((positions,), -10.0))
 
     def head(self, hidden_nD):
         return hidden_nD @ self.weight_VD.T
@@ -49,32 +58,39 @@ class Problem:
     def teacher_head(self, hidden_nD):
         return hidden_nD @ self.teacher_weight_VD.T
 
-    def plain(self, divergence: str) -> torch.Tensor:
+    def plain(self, name: str) -> torch.Tensor:
         with torch.no_grad():
             teacher_logits_NV = self.teacher_head(self.teacher_hidden_ND)
         student_logits_NV = self.head(self.hidden_ND)
-        loss, _ = distillation_loss(
-            student_logits_NV, [teacher_logits_NV], self.weights_N, divergence=DIVERGENCES[divergence]
-        )
+        if name == "all_actions":
+            with torch.no_grad():
+                signal_NV = log_ratio_signal([teacher_logits_NV], [1.0])
+            del teacher_logits_NV
+            loss, _ = all_actions_loss(
+                student_logits_NV, signal_NV, self.weights_N, *self.sampled, subtract_log_pi=True
+            )
+        else:
+            loss, _ = distillation_loss(
+                student_logits_NV, [teacher_logits_NV], self.weights_N, divergence=DIVERGENCES[name]
+            )
         return loss
 
-    def sliced(self, divergence: str, max_elements: int) -> torch.Tensor:
-        loss, _ = sliced_divergence(
-            self.hidden_ND,
-            self.head,
-            [self.weight_VD],
-            [TeacherStates(self.teacher_hidden_ND, self.teacher_head)],
-            self.weights_N,
-            divergence=DIVERGENCES[divergence],
-            vocab_size=V,
-            max_elements=max_elements,
-        )
+    def sliced(self, name: str, max_elements: int) -> torch.Tensor:
+        teachers = [TeacherStates(self.teacher_hidden_ND, self.teacher_head)]
+        states = (self.hidden_ND, self.head, [self.weight_VD], teachers, self.weights_N)
+        sizes = {"vocab_size": V, "max_elements": max_elements}
+        if name == "all_actions":
+            loss, _ = sliced_all_actions_loss(
+                *states, *self.sampled, teacher_signal=log_ratio_signal, subtract_log_pi=True, **sizes
+            )
+        else:
+            loss, _ = sliced_divergence(*states, divergence=DIVERGENCES[name], **sizes)
         return loss
 
-    def gradients(self, divergence: str, max_elements: int) -> float:
+    def gradients(self, name: str, max_elements: int) -> float:
         """One loss and its backward pass; `max_elements` 0 is plain. Returns the loss."""
         self.hidden_ND.grad = self.weight_VD.grad = None
-        loss = self.sliced(divergence, max_elements) if max_elements else self.plain(divergence)
+        loss = self.sliced(name, max_elements) if max_elements else self.plain(name)
         loss.backward()
         return loss.item()
 
@@ -86,30 +102,30 @@ def peak_resident_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure_memory(divergence: str, max_elements: int) -> float:
+def measure_memory(name: str, max_elements: int) -> float:
     """Extra MiB of one variant, in this process, which must not have done anything else."""
-    Problem(positions=1).gradients(divergence, max_elements)  # what the libraries allocate once
+    Problem(positions=1).gradients(name, max_elements)  # what the libraries allocate once
     problem = Problem()
     before = peak_resident_mib()
-    problem.gradients(divergence, max_elements)
+    problem.gradients(name, max_elements)
     return peak_resident_mib() - before
 
 
-def memory_in_child(divergence: str, max_elements: int) -> float:
-    command = [sys.executable, __file__, "--measure", divergence, str(max_elements)]
+def memory_in_child(name: str, max_elements: int) -> float:
+    command = [sys.executable, __file__, "--measure", name, str(max_elements)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def cpu_seconds(problem: Problem, divergence: str, variants: list[int], repetitions: int) -> dict[int, list[float]]:
+def cpu_seconds(problem: Problem, name: str, variants: list[int], repetitions: int) -> dict[int, list[float]]:
     """CPU seconds of each variant, in turn, and a check that all give the same loss."""
     seconds: dict[int, list[float]] = {variant: [] for variant in variants}
     losses = []
     for _ in range(repetitions):
         for variant in variants:
             start = time.process_time()
-            losses.append(problem.gradients(divergence, variant))
+            losses.append(problem.gradients(name, variant))
             seconds[variant].append(time.process_time() - start)
-    assert max(losses) - min(losses) < 1e-5 * max(losses), f"the variants differ: {losses}"
+    assert max(losses) - min(losses) < 1e-5 * abs(max(losses)), f"the variants differ: {losses}"
     return seconds
 
 
@@ -150,24 +166,24 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write_results(by_divergence: list[dict], by_slice_size: list[dict], repetitions: int) -> str:
+def write_results(by_loss: list[dict], by_slice_size: list[dict], conditions: dict[str, str | int]) -> str:
     """Both files, from the rows that there are so far; returns the Markdown."""
     results = {
         "positions": N,
         "vocabulary": V,
         "width": D,
-        "torch": torch.__version__,
-        "repetitions": repetitions,
-        "divergences": by_divergence,
+        **conditions,
+        "losses": by_loss,
         "slice_sizes": by_slice_size,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "fused_divergence.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     text = (
-        f"Distillation loss and backward pass, {N} positions, V = {V}, D = {D}, float32, one CPU thread, torch "
-        f"{torch.__version__}; medians over {repetitions} repetitions. Wanted: at most {ALLOWED_MEMORY} of the "
-        f"plain version's extra memory and {ALLOWED_TIME} of its CPU time.\n\nAt the default slice size:\n\n"
-        f"{table(by_divergence)}\n"
+        f"Loss over the whole vocabulary and backward pass, {N} positions, V = {V}, D = {D}, float32, one CPU thread; "
+        f"medians over {conditions['repetitions']} repetitions. Wanted: at most {ALLOWED_MEMORY} of the plain "
+        f"version's extra memory and {ALLOWED_TIME} of its CPU time.\n\n    {conditions['command']}\n\n"
+        f"{conditions['date']}, {conditions['machine']}, Python {conditions['python']}, torch {conditions['torch']}."
+        f"\n\nAt the default slice size:\n\n{table(by_loss)}\n"
     )
     if by_slice_size:
         text += f"\nForward KL by slice size:\n\n{table(by_slice_size)}\n"
@@ -177,25 +193,33 @@ def write_results(by_divergence: list[dict], by_slice_size: list[dict], repetiti
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, metavar=("DIVERGENCE", "MAX_ELEMENTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("LOSS", "MAX_ELEMENTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure:
         print(measure_memory(args.measure[0], int(args.measure[1])))
         return
 
+    conditions = {
+        "repetitions": args.repetitions,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     problem = Problem()
-    by_divergence, by_slice_size = [], []
-    for divergence in args.divergences:
-        variants = [0, *SLICE_SIZES] if divergence == "forward_kl" else [0, MAX_SLICE_ELEMENTS]
-        memory = {variant: memory_in_child(divergence, variant) for variant in variants}
-        seconds = cpu_seconds(problem, divergence, variants, args.repetitions)
-        by_divergence.append(compare(divergence, memory, seconds, MAX_SLICE_ELEMENTS))
-        if divergence == "forward_kl":
-            by_slice_size = [compare(divergence, memory, seconds, size) for size in SLICE_SIZES]
-        text = write_results(by_divergence, by_slice_size, args.repetitions)
+    by_loss, by_slice_size = [], []
+    for name in args.losses:
+        variants = [0, *SLICE_SIZES] if name == "forward_kl" else [0, MAX_SLICE_ELEMENTS]
+        memory = {variant: memory_in_child(name, variant) for variant in variants}
+        seconds = cpu_seconds(problem, name, variants, args.repetitions)
+        by_loss.append(compare(name, memory, seconds, MAX_SLICE_ELEMENTS))
+        if name == "forward_kl":
+            by_slice_size = [compare(name, memory, seconds, size) for size in SLICE_SIZES]
+        text = write_results(by_loss, by_slice_size, conditions)
     print(text)
 
 

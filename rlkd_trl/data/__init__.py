@@ -3,6 +3,8 @@
 from rlkd_trl.data.demo import demo_dataset
 from rlkd_trl.data.loading import (
     as_references,
+    content_digest,
+    data_files,
     group_by_source,
     load_rows,
     parse_renames,
@@ -13,6 +15,8 @@ from rlkd_trl.data.tokenizer import train_tokenizer
 
 __all__ = [
     "as_references",
+    "content_digest",
+    "data_files",
     "demo_dataset",
     "group_by_source",
     "load_rows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,12 +92,29 @@ def _cache_for_content(files: list[Path]) -> str:
     """A cache directory for these files as they are now; `datasets` itself looks at their modification times only."""
     from datasets import config
 
+    return str(Path(config.HF_DATASETS_CACHE) / f"content-{content_digest(files)[:16]}")
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """SHA-256 of the files' contents, one after the other, in hexadecimal digits."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
-    return str(Path(config.HF_DATASETS_CACHE) / f"content-{digest.hexdigest()[:16]}")
+    return digest.hexdigest()
+
+
+def data_files(dataset: str) -> list[Path]:
+    """The local files that `load_rows` takes this dataset's rows from, sorted; none for the id of one on the Hub."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return [path]
+    if _is_saved_to_disk(path):  # `datasets` keeps what it computes from the rows beside them, as cache-….arrow
+        found = [file for file in path.rglob("*") if not file.name.startswith("cache-")]
+    else:
+        found = [file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS]
+    return sorted(file for file in found if file.is_file())
 
 
 def _is_saved_to_disk(path: Path) -> bool:
@@ -121,9 +139,8 @@ def _load_directory(path: Path, split: str) -> Dataset:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS and file.is_file())
     try:
-        return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
+        return load_dataset(str(path), split=split, cache_dir=_cache_for_content(data_files(str(path))))
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise InputError(f"{path} holds no data files; it needs files of one of: {EXTENSIONS}.") from error
     except Exception as error:

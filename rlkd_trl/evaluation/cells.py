@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.files_read import FileDigests
 
 _STDERR_LINES = 15  # of a failed run, shown
 
@@ -37,11 +38,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: a method with these flags, in its own directory. A finished one is not run again."""
+    """One training run: a method with these flags, in its own directory. A finished one is not run again.
+
+    `digests` are shared by the cells of a comparison, so that each file is read once.
+    """
 
     method: Method
     directory: Path
     flags: tuple[str, ...]
+    digests: FileDigests
 
     @property
     def is_done(self) -> bool:
@@ -52,20 +57,27 @@ class Cell:
         return json.loads((self.directory / name).read_text(encoding="utf-8"))
 
     def record(self) -> dict:
-        """What makes the run what it is, all but its place, in JSON's types."""
-        record = {"recipe": self.method.recipe.name, "preset": self.method.settings(), "flags": _by_name(self.flags)}
+        """What makes the run what it is, all but its place, in JSON's types: its command and digests of its inputs."""
+        preset, flags = self.method.settings(), _by_name(self.flags)
+        of_preset = {f"--{name}": value if isinstance(value, list) else [value] for name, value in preset.items()}
+        record = {
+            "recipe": self.method.recipe.name,
+            "preset": preset,
+            "flags": {name: " ".join(words) for name, words in flags.items()},
+            "files": self.digests.of_flags({**of_preset, **flags}),
+        }
         return json.loads(json.dumps(record, default=str))
 
     def check(self) -> None:
-        """Raises `InputError` if the directory holds the results of another command."""
+        """Raises `InputError` if the directory holds the results of another command, or of other files."""
+        wanted = self.record()  # of every cell: the digests are taken here, before anything runs
         if not self.is_done:
             return
         found = self.read("command.json") if (self.directory / "command.json").is_file() else {}
-        wanted = self.record()
         if found != wanted:
             raise InputError(
-                f"{self.directory} holds the results of another command: {_first_difference(found, wanted)}. "
-                "Give another --output_dir, go back to that command, or delete the directory."
+                f"{self.directory} holds the results of {_first_difference(found, wanted)}. "
+                "Give another --output_dir, undo the change, or delete the directory."
             )
 
     def run(self, environment: dict[str, str]) -> str | None:
@@ -140,18 +152,24 @@ def shipped_presets(recipes: Path) -> list[Path]:
 
 
 def _first_difference(found: dict, wanted: dict) -> str:
-    """In words: "it had --seed 1, now --seed 2"."""
+    """In words: "another command: it had --seed 1, now --seed 2"."""
     for key in ("recipe", "preset"):
         if found.get(key) != wanted[key]:
-            return f"its {key} was {found.get(key)}, now {wanted[key]}"
+            return f"another command: its {key} was {found.get(key)}, now {wanted[key]}"
     old, new = found["flags"], wanted["flags"]
+    if old != new:
+        name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+        was, now = (f"{name} {flags[name]}" if name in flags else f"no {name}" for flags in (old, new))
+        return f"another command: it had {was}, now {now}"
+    old, new = found.get("files", {}), wanted["files"]
     name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-    was, now = (f"{name} {flags[name]}" if name in flags else f"no {name}" for flags in (old, new))
-    return f"it had {was}, now {now}"
+    return f"other files, {name}: " + (
+        "its files have changed since" if name in old else "its record has none of them"
+    )
 
 
-def _by_name(flags: Sequence[str]) -> dict[str, str]:
-    """["--seed=1", "--teacher", "a", "b"] -> {"--seed": "1", "--teacher": "a b"}; the last of a name counts."""
+def _by_name(flags: Sequence[str]) -> dict[str, list[str]]:
+    """["--seed=1", "--teacher", "a", "b"] -> {"--seed": ["1"], "--teacher": ["a", "b"]}; the last of a name counts."""
     values: dict[str, list[str]] = {}
     for word in flags:
         if word.startswith("--"):
@@ -159,4 +177,4 @@ def _by_name(flags: Sequence[str]) -> dict[str, str]:
             values[name] = [value] if value else []
         else:
             values[name].append(word)
-    return {name: " ".join(words) for name, words in values.items()}
+    return values

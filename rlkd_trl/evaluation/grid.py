@@ -6,11 +6,15 @@ from pathlib import Path
 
 from rlkd_trl.evaluation.cells import Cell, Method, run_cells
 from rlkd_trl.evaluation.comparison import SELECTION, choose_learning_rate
+from rlkd_trl.evaluation.files_read import FileDigests
 
 
 @dataclass(frozen=True)
 class Grid:
-    """budgets: name to flag, the smallest first. flags: those of every run. select_on: one of `SELECTION`."""
+    """budgets: name to flag, the smallest first. flags: those of every run. select_on: one of `SELECTION`.
+
+    digests: of the files that the runs read.
+    """
 
     output_dir: Path
     methods: Sequence[Method]
@@ -20,14 +24,15 @@ class Grid:
     flags: Sequence[str]
     select_on: str
     jobs: int
+    digests: FileDigests
 
     def cell(self, budget: str, method: Method, seed: int, rate: float) -> Cell:
         name = f"seed{seed}" if len(self.learning_rates) == 1 else f"seed{seed}-lr{rate:g}"
         flags = (*self.flags, self.budgets[budget], f"--learning_rate={rate}", f"--seed={seed}")
-        return Cell(method, self.output_dir / budget / method.name / name, flags)
+        return Cell(method, self.output_dir / budget / method.name / name, flags, self.digests)
 
     def check(self) -> None:
-        """Raises `InputError` if any of its directories holds the results of another command."""
+        """Raises `InputError` if any of its directories holds the results of another command, or of other files."""
         for method in self.methods:
             for budget in self.budgets:
                 for seed in self.seeds:

@@ -68,7 +68,8 @@ def pseudo_labels(
 def nearest_candidate(candidates: Sequence[str], references: Sequence[str]) -> int:
     """Index of the candidate with the highest sentence BLEU against the references; of equals, the first.
 
-    Sequence-level interpolation (Kim & Rush 2016, §3.3): argmax_{t ∈ T_K} sim(t, y), with T_K the teacher's K best.
+    Sequence-level interpolation (Kim & Rush 2016, "Sequence-Level Knowledge Distillation"): argmax_{t ∈ T_K}
+    sim(t, y), with T_K the teacher's K best.
     """
     scores = [sentence_bleu(candidate, references) for candidate in candidates]
     return scores.index(max(scores))

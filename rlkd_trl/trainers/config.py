@@ -152,6 +152,13 @@ class OnPolicyConfig(RolloutConfig):
         default=True,
         metadata={"help": "Shape token-level rewards by the teacher's V (same optimum, smaller returns)."},
     )
+    baseline: str = field(
+        default="none",
+        metadata={
+            "help": "A constant subtracted from every advantage: 'none', the rollout's 'mean', or 'min_variance', for "
+            "which the gradient varies least."
+        },
+    )
 
     # Update
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
@@ -175,6 +182,8 @@ class OnPolicyConfig(RolloutConfig):
                 "entropy_coef": self.entropy_coef >= 0,
             }
         )
+        if self.baseline not in ("none", "mean", "min_variance"):
+            raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
         completions = self.per_device_train_batch_size * self.steps_per_generation
         if self.kl_target is not None and (self.beta == 0 or self.kl_target <= 0):
             raise InputError("kl_target must be > 0 and adapts beta, so beta must start above 0.")
@@ -194,6 +203,11 @@ class ClippedPolicyConfig(OnPolicyConfig):
     def _check(self) -> None:
         super()._check()
         self._check_ranges({"epsilon": self.epsilon > 0})
+        if self.baseline != "none" and self.normalize_advantages:
+            raise InputError(
+                f"baseline = {self.baseline!r} has no effect with normalize_advantages, which takes any constant "
+                "away: set normalize_advantages to False."
+            )
 
 
 @dataclass
@@ -250,6 +264,11 @@ class RLOOKDConfig(ClippedPolicyConfig):
                 f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
                 "each other and needs at least 2."
             )
+        if self.level == "sequence" and self.baseline == "mean":
+            raise InputError(
+                "baseline = 'mean' has no effect with level 'sequence', where leaving one out has left a mean of 0: "
+                "set baseline to 'min_variance' or level to 'token'."
+            )
 
 
 @dataclass
@@ -275,8 +294,8 @@ class ReinforceKDConfig(OnPolicyConfig):
     baseline: str = field(
         default="mean",
         metadata={
-            "help": "Subtracted from every return: 'none' (LLMR), 'mean' of the rollout's returns, or 'min_variance', "
-            "the constant for which the gradient varies least."
+            "help": "A constant subtracted from every return: 'none' (LLMR), the rollout's 'mean', or 'min_variance', "
+            "for which the gradient varies least."
         },
     )
     behaviour_sync_steps: int = field(
@@ -307,8 +326,6 @@ class ReinforceKDConfig(OnPolicyConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.baseline not in ("none", "mean", "min_variance"):
-            raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
         self._check_ranges(
             {
                 "return_denom": self.return_denom > 0,

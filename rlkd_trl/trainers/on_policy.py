@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.answers import decode
+from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline
 from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
 from rlkd_trl.ops.masking import masked_whiten, pad_columns
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, sequence_sum
@@ -176,6 +177,24 @@ class OnPolicyTrainer(RolloutTrainer):
         kl, limit = self._window_metrics["approx_kl"], self.args.early_stop_kl
         self.rollout_state.stopped = limit is not None and kl > limit
         super()._close_window()
+
+    # For step 4
+
+    def _minus_baseline(self, rollout: Rollout, returns_BT: Tensor) -> Tensor:
+        """Returns, or advantages, less the constant of `args.baseline`; 0 behind the mask."""
+        baseline, mask_BT = 0.0, rollout.loss_mask_BT
+        if self.args.baseline == "mean":
+            baseline = mean_baseline(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        elif self.args.baseline == "min_variance":
+            logps_BT, ratios_BT = self._sampled_log_probs(rollout)
+            baseline = min_variance_baseline(
+                returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT, sum_over_ranks=self._sum_over_ranks
+            )
+        return torch.where(rollout.completion_mask_BT, returns_BT - baseline, torch.zeros_like(returns_BT))
+
+    def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """log π(y_t) of the student, and its importance ratio where another policy has sampled."""
+        return rollout.old_logps_BT, None
 
     def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
         return masked_whiten(advantages, mask, sum_over_ranks=self._sum_over_ranks)

@@ -24,6 +24,9 @@ class PPOKDTrainer(OnPolicyTrainer):
 
     The critic predicts returns normalised by their running mean and variance, so that neither its learning rate nor
     `vf_coef` depends on the scale of the teacher's logits.
+
+    K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP"; a reward with k > 1) need λ = 1: they exist as sums from t
+    to the end only. The constant of `baseline` is subtracted from what the critic has left.
     """
 
     args: PPOKDConfig
@@ -63,6 +66,7 @@ class PPOKDTrainer(OnPolicyTrainer):
         )
         self._record({"explained_variance": explained})
         self._track_returns(returns_BT, loss_mask_BT)
+        advantages_BT = self._minus_baseline(rollout, advantages_BT)
         if args.normalize_advantages:
             advantages_BT = self._whitened(advantages_BT, loss_mask_BT)
         return rollout.with_(advantages_BT=advantages_BT, returns_BT=normalize(returns_BT, *self._return_moments))

@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline, return_to_go
+from rlkd_trl.ops.advantages import return_to_go
 from rlkd_trl.ops.losses import policy_gradient_loss
 from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
@@ -75,25 +74,17 @@ class ReinforceKDTrainer(OnPolicyTrainer):
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
         )
         returns_BT = return_to_go(rewards_BT, mask_BT, gamma=args.gamma) / args.return_denom
-        advantages_BT = returns_BT - self._baseline(rollout, returns_BT)
+        advantages_BT = self._minus_baseline(rollout, returns_BT)
         if args.normalize_advantages:
             advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
-        return rollout.with_(advantages_BT=torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT)))
+        return rollout.with_(advantages_BT=advantages_BT)
 
-    def _baseline(self, rollout: Rollout, returns_BT: Tensor) -> Tensor | float:
-        mask_BT = rollout.loss_mask_BT
-        if self.args.baseline == "none":
-            return 0.0
-        if self.args.baseline == "mean":
-            return mean_baseline(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
-        logps_BT, ratios_BT = rollout.old_logps_BT, None
-        if self.behaviour is not None:
-            with self.compute_loss_context_manager():
-                logps_BT = self._log_probs(self.policy, rollout)  # the student's own, where another has sampled
-            ratios_BT = (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
-        return min_variance_baseline(
-            returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT, sum_over_ranks=self._sum_over_ranks
-        )
+    def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        if self.behaviour is None:
+            return super()._sampled_log_probs(rollout)
+        with self.compute_loss_context_manager():
+            logps_BT = self._log_probs(self.policy, rollout)
+        return logps_BT, (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
 
     def policy_loss(
         self, batch: Rollout, output: PolicyOutput, *, tokens: Tensor, sequences: Tensor

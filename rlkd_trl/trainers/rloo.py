@@ -18,7 +18,8 @@ class RLOOKDTrainer(OnPolicyTrainer):
     the other completions of its prompt, one clipped ratio per completion. level="token" gives each token its
     return-to-go, shaped by the teacher's V_t, minus the same of the other completions at that position. A truncated
     completion is worth its rewards and the teacher's V of the state in which it was cut off. Completions left out of
-    the loss (`mask_truncated_completions`) still count in the others' baselines.
+    the loss (`mask_truncated_completions`) still count in the others' baselines. The constant of `baseline` is
+    subtracted from what leaving one out has left.
     """
 
     args: RLOOKDConfig
@@ -35,10 +36,11 @@ class RLOOKDTrainer(OnPolicyTrainer):
             advantages_B = leave_one_out(returns_BT[:, 0], args.num_generations)
             if args.normalize_advantages:
                 advantages_B = self._whitened(advantages_B, rollout.loss_mask_BT.any(dim=1))
-            return rollout.with_(advantages_BT=advantages_B[:, None] * mask_BT)
+            return rollout.with_(advantages_BT=self._minus_baseline(rollout, advantages_B[:, None] * mask_BT))
         advantages_BT = token_leave_one_out(
             rewards_BT, mask_BT, num_generations=args.num_generations, gamma=args.gamma
         )
+        advantages_BT = self._minus_baseline(rollout, advantages_BT)
         if args.normalize_advantages:
             advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)
         return rollout.with_(advantages_BT=advantages_BT)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from rlkd_trl import cli, comparison_steps
 from rlkd_trl.arguments import TeacherArguments
+from rlkd_trl.evaluation import files_read
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
@@ -263,6 +265,116 @@ def test_an_edited_preset_is_another_command(workplace, capsys):
     (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").write_text("num_generations: 8\n")
     assert compare(f"{GOOD} --seeds 0", workplace) == 2
     assert "its preset was {'num_generations': 4}, now {'num_generations': 8}" in capsys.readouterr().err
+
+
+def retrain(model: Path) -> None:
+    """Other weights in files of the same names and sizes, of the same age."""
+    (weights,) = model.glob("*.safetensors")
+    before = weights.stat()
+    tensors = load_file(weights)
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+
+
+def rewrite_data(file: Path) -> None:
+    write_csv(file, word_rows(30, seed=2))
+
+
+def rewrite_templates(file: Path) -> None:
+    write_templates(file, one="w8 {{ mr }}", two="{{ mr }} w4")
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "flag"),
+    [
+        (retrain, "teacher", "--teacher teacher"),
+        (retrain, "student", "--student student"),
+        (rewrite_data, "data.csv", "--dataset data.csv"),
+        (rewrite_data, "validation.csv", "--eval_dataset validation.csv"),
+        (rewrite_templates, "good.yaml", "--templates good.yaml"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.slow
+def test_results_of_files_that_have_changed_are_not_mixed_in(change, name, flag, workplace, capsys):
+    shutil.copy("data.csv", "validation.csv")
+    command = f"{GOOD} --seeds 0 --validation_dataset validation.csv"
+    assert compare(command, workplace) == 0
+    before = (workplace / "out" / "comparison.json").read_text()
+    change(workplace / name)
+    assert compare(command, workplace) == 2
+    err = capsys.readouterr().err
+    assert f"ppo/seed0 holds the results of other files, {flag}: its files have changed since" in err
+    assert len(calls(workplace)) == 2 and (workplace / "out" / "comparison.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_reward_of_ones_own_that_has_changed(workplace, capsys):
+    """Only the methods that read it are concerned; the preset names it."""
+    reward = workplace / "mine.py"
+    reward.write_text("def length(completions):\n    return [0.0] * len(completions)\n")
+    (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").write_text("reward: [mine.py:length]\n")
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    reward.write_text(reward.read_text().replace("0.0", "1.0"))
+    assert compare(f"{GOOD} --seeds 0 --methods rloo_sequence", workplace) == 0
+    assert compare(f"{GOOD} --seeds 0", workplace) == 2
+    assert "other files, --reward mine.py:length: its files have changed since" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_files_are_read_once_and_copies_are_the_same(workplace, monkeypatch):
+    read = []
+    digest = files_read.file_digest
+    monkeypatch.setattr(files_read, "file_digest", lambda file: read.append(file) or digest(file))
+    assert compare(f"{GOOD} --jobs 2", workplace) == 0
+    assert len(read) == len(set(read)) and Path("teacher/model.safetensors") in read
+    # New times of modification, and results beside a model: still the same.
+    for name in ("teacher", "student"):
+        shutil.copytree(name, "copy")
+        shutil.rmtree(name)
+        shutil.move("copy", name)
+        Path(name, "model.safetensors").touch()
+        Path(name, "metrics.json").write_text("{}")
+    assert compare(GOOD, workplace) == 0
+    assert len(calls(workplace)) == 4
+
+
+@pytest.mark.slow
+def test_a_record_without_files_is_not_trusted(workplace, capsys):
+    """As it was written before files were recorded."""
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    file = workplace / "out/max_steps_3/ppo/seed0/command.json"
+    record = json.loads(file.read_text())
+    del record["files"]
+    file.write_text(json.dumps(record))
+    assert compare(f"{GOOD} --seeds 0", workplace) == 2
+    assert "other files, --dataset data.csv: its record has none of them" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_tested_before_is_tested_again_with_other_weights(workplace, capsys):
+    """Tests are kept for the models that they were made of: teacher, warm start and trained students."""
+    flags = f"{GOOD} --seeds 0 --methods ppo"
+    assert compare(flags, workplace) == 0
+    capsys.readouterr()
+    retrain(workplace / "out/max_steps_3/ppo/seed0")
+    assert compare(flags, workplace) == 0
+    out = capsys.readouterr().out
+    assert "Testing out/max_steps_3/ppo/seed0" in out and out.count("Testing") == 1
+    # Another teacher judges all; training is elsewhere, or the runs would be refused.
+    tests = {name: (workplace / "out" / name / "test.json") for name in ("teacher", "warm_start")}
+    kept = {name: file.read_text() for name, file in tests.items()}
+    retrain(workplace / "teacher")
+    shutil.rmtree(workplace / "out/max_steps_3")
+    assert compare(flags, workplace) == 0
+    assert capsys.readouterr().out.count("Testing") == 3
+    assert all(file.read_text() != kept[name] for name, file in tests.items())
+    retrain(workplace / "student")
+    shutil.rmtree(workplace / "out/max_steps_3")
+    assert compare(flags, workplace) == 0
+    out = capsys.readouterr().out
+    assert "Testing student" in out and "Testing the teacher" not in out
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ ROLLOUTS = (
     "num_generations max_prompt_length max_completion_length temperature mask_truncated_completions num_iterations "
     "max_generated_tokens max_cpu_seconds"
 )
-ON_POLICY = f"{ROLLOUTS} top_k reward_weights gamma beta kl_target missing_eos_penalty entropy_coef early_stop_kl"
+ON_POLICY = (
+    f"{ROLLOUTS} top_k reward_weights gamma beta kl_target missing_eos_penalty baseline entropy_coef early_stop_kl"
+)
 USUAL = "Training (the usual fields of transformers.TrainingArguments)"
 
 # Recipe -> part of a group's heading -> flags that belong there.
@@ -78,7 +80,7 @@ GROUPS = {
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
-        "REINFORCE as in LLMR": f"{ON_POLICY} baseline behaviour_sync_steps ratio_cap return_denom reward_clip",
+        "REINFORCE as in LLMR": f"{ON_POLICY} behaviour_sync_steps ratio_cap return_denom reward_clip",
         USUAL: TRAINING,
     },
     "kd": {

@@ -1,4 +1,4 @@
-"""recipes/benchmarks/{step,scoring,gpu}.py: their arithmetic against counts and worked numbers, and tiny runs."""
+"""recipes/benchmarks/{step,scoring,gpu,fused_divergence}.py: their arithmetic against counts, and tiny runs."""
 
 import json
 import sys
@@ -252,3 +252,36 @@ def test_the_gpu_benchmarks_table():
 def test_without_a_gpu_there_is_only_the_dry_run(capsys):
     assert run("benchmarks/gpu") == 2
     assert "--dry_run" in capsys.readouterr().err
+
+
+# Losses over the whole vocabulary
+
+
+def test_plain_and_sliced_losses_are_one():
+    """The memory and time of two ways to the same loss and gradients, for every divergence and for all actions."""
+    names = main_of("benchmarks/fused_divergence").__globals__
+    names.update(V=30, D=8)
+    assert len(names["LOSSES"]) == 7 and "all_actions" in names["LOSSES"]
+    problem = names["Problem"](positions=5)
+    values = set()
+    for loss in names["LOSSES"]:
+        found = []
+        for max_elements in (0, 60):  # whole, and 2 positions at a time
+            value = problem.gradients(loss, max_elements)
+            found.append((value, problem.hidden_ND.grad.clone(), problem.weight_VD.grad.clone()))
+        (plain, *plain_grads), (sliced, *sliced_grads) = found
+        assert sliced == pytest.approx(plain, rel=1e-5)
+        assert all(gradient.norm() > 1e-4 for gradient in plain_grads)
+        torch.testing.assert_close(sliced_grads, plain_grads, rtol=1e-4, atol=1e-7)
+        values.add(round(plain, 5))
+    assert len(values) == 7, "each another loss"
+
+
+@pytest.mark.parametrize(
+    ("sliced_mib", "seconds", "met"), [(25, [13, 12, 14], True), (26, [13, 12, 14], False), (25, [14, 12, 14], False)]
+)
+def test_a_quarter_of_the_memory_and_13_tenths_of_the_time(sliced_mib, seconds, met):
+    row = names_of("fused_divergence").compare("jsd", {0: 100, 4: sliced_mib}, {0: [10, 10, 9], 4: seconds}, 4)
+    assert row["met"] is met
+    assert row["memory_ratio"] == sliced_mib / 100 and row["time_ratio"] == sorted(seconds)[1] / 10
+    assert row["time_ratio_per_repetition"] == [round(s / p, 3) for s, p in zip(seconds, [10, 10, 9], strict=True)]

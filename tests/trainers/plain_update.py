@@ -1,5 +1,6 @@
 """One update of PPO or RLOO in loops written from the papers, in float64, on plain forward passes of the models."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +43,27 @@ def samples_of(rollout: Rollout) -> list[Sample]:
 
 
 @torch.no_grad()
-def teacher_rewards(teacher: PreTrainedModel, sample: Sample, gamma: float) -> tuple[list[float], list[float]]:
-    """r_t = f_t[y_t] − γ max f_{t+1} and Φ_t = max f_t, with f the logits minus their mean; V after EOS is 0."""
+def teacher_rewards(
+    teacher: PreTrainedModel, sample: Sample, gamma: float, k: int = 1
+) -> tuple[list[float], list[float]]:
+    """r_t and Φ_t = max f_t, with f the logits minus their mean; V after EOS is 0.
+
+    r_t = f_t[y_t] − γ max f_{t+1}; for k > 1 that whose return-to-go is the K-step return, G_t − γ G_{t+1}, where G_t
+    = f_t[y_t] − γ^m V_{t+m} + γ^m G_{t+m} with m = k, or to the end if that is nearer.
+    """
     f = plain_forward(teacher, sample.prompt, sample.completion)[0].double()
     f = f - f.mean(dim=-1, keepdim=True)
     values = [float(row.max()) for row in f]
     if sample.ended:
         values[-1] = 0.0
-    rewards = [float(f[t, y]) - gamma * values[t + 1] for t, y in enumerate(sample.completion)]
-    return rewards, values
+    if k == 1:
+        return [float(f[t, y]) - gamma * values[t + 1] for t, y in enumerate(sample.completion)], values
+    n = len(sample.completion)
+    returns = [0.0] * (n + 1)
+    for t in reversed(range(n)):
+        m = min(k, n - t)
+        returns[t] = float(f[t, sample.completion[t]]) + gamma**m * (returns[t + m] - values[t + m])
+    return [returns[t] - gamma * returns[t + 1] for t in range(n)], values
 
 
 def targets_of(
@@ -62,6 +75,7 @@ def targets_of(
     critic: PreTrainedModel | None,
     head: nn.Linear | None,
     return_moments: tuple[float, float] | None = None,
+    k: int = 1,
 ) -> Targets:
     """Advantages and returns of a rollout that `student` (with `critic` and `head`) sampled.
 
@@ -71,7 +85,7 @@ def targets_of(
     gamma = args.gamma
     rewards, old_logps, old_values = [], [], []
     for s in samples:
-        r, phi = teacher_rewards(teacher, s, gamma)
+        r, phi = teacher_rewards(teacher, s, gamma, k)
         if args.missing_eos_penalty is not None and not s.ended:
             r[-1] -= args.missing_eos_penalty
         if args.teacher_baseline and method != "rloo-sequence":
@@ -122,6 +136,13 @@ def targets_of(
                 a.append(g[at] - sum(others) / (K - 1))
             advantages.append(a)
 
+    if args.baseline != "none":  # its weight for a token: 1, or about the squared norm of ∂ log π / ∂ logits
+        weights, weighted = 0.0, 0.0
+        for i in range(len(samples)):
+            for a, logp in zip(advantages[i], old_logps[i], strict=True) if _in_loss(args, samples[i]) else ():
+                w = 1.0 if args.baseline == "mean" else (1 - math.exp(logp)) ** 2
+                weights, weighted = weights + w, weighted + w * a
+        advantages = [[a - weighted / weights for a in row] for row in advantages]
     if args.normalize_advantages:
         kept = [a for i in range(len(samples)) if _in_loss(args, samples[i]) for a in advantages[i]]
         mean = sum(kept) / len(kept)

@@ -49,6 +49,7 @@ def test_checkpointing_under_its_newer_name_is_refused(tmp_path):
         ({"beta": 0.1, "kl_target": -1.0}, "kl_target"),
         ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 7.0}, "shorter than one rollout of 8 completions"),
         ({"entropy_coef": -0.1}, "entropy_coef"),
+        ({"baseline": "median"}, "baseline = 'median': choose 'none', 'mean' or 'min_variance'"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, message):
@@ -72,7 +73,9 @@ def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, me
         (ReinforceKDConfig, {"behaviour_sync_steps": 2, "beta": 0.1}, "beta"),
         (ReinforceKDConfig, {"behaviour_sync_steps": -1}, "behaviour_sync_steps"),
         (ReinforceKDConfig, {"behaviour_sync_steps": 5, "num_iterations": 2}, "not a multiple of the 2 optimizer"),
-        (ReinforceKDConfig, {"baseline": "median"}, "baseline"),
+        (PPOKDConfig, {"baseline": "mean"}, "no effect with normalize_advantages"),
+        (RLOOKDConfig, {"baseline": "min_variance", "normalize_advantages": True}, "no effect with normalize_adv"),
+        (RLOOKDConfig, {"baseline": "mean"}, "no effect with level 'sequence'"),
         (ReinforceKDConfig, {"return_denom": 0.0}, "return_denom"),
         (ReinforceKDConfig, {"reward_clip": 0.0}, "reward_clip"),
         (ReinforceKDConfig, {"ratio_cap": 0.9}, "ratio_cap"),

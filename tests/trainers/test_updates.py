@@ -70,6 +70,17 @@ CASES = {
         },
     ),
     "rloo, tokens, no teacher baseline": ("rloo-token", "t5-tied", {"teacher_baseline": False}),
+    "ppo, min-variance baseline": ("ppo", "t5-tied", {"baseline": "min_variance", "normalize_advantages": False}),
+    "rloo, sequences, min-variance baseline": ("rloo-sequence", "llama", {"baseline": "min_variance"}),
+    "rloo, tokens, mean baseline, truncated completions masked": (
+        "rloo-token",
+        "t5-tied",
+        {"baseline": "mean", "mask_truncated_completions": True, "num_generations": 4, "learning_rate": 3e-3},
+    ),
+    # K-step returns, by the k of the reward
+    "ppo, 3 steps": ("ppo", "t5-tied", {"k": 3, "lam": 1.0, "gamma": 0.9}),
+    "rloo, sequences, 2 steps": ("rloo-sequence", "t5-tied", {"k": 2, "learning_rate": 0.01}),
+    "rloo, tokens, 3 steps": ("rloo-token", "llama", {"k": 3, "baseline": "min_variance"}),
 }
 
 
@@ -86,11 +97,13 @@ QUICK = ("ppo", "rloo, sequences, truncated completions masked", "rloo, tokens")
 def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
     """Both passes over a rollout: at ratio 1, and, after a step large enough to clip some, at other ratios."""
     method, family, settings = CASES[case]
+    k = settings.get("k", 1)
+    settings = {name: value for name, value in settings.items() if name != "k"}
     trainer = build(
         method,
         tmp_path,
         family=family,
-        reward=teacher_reward(family, gamma=settings.get("gamma", 1.0)),
+        reward=teacher_reward(family, gamma=settings.get("gamma", 1.0), k=k),
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
         num_iterations=2,
@@ -117,7 +130,7 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
     teacher = MODELS[family](seed=5)
     old = policies[0]
     old_critic = (old.critic_model or old.model) if old.value_head is not None else None
-    targets = targets_of(trainer.args, method, samples, teacher, old.model, old_critic, old.value_head, moments)
+    targets = targets_of(trainer.args, method, samples, teacher, old.model, old_critic, old.value_head, moments, k)
 
     for step, policy in enumerate(policies):
         critic = (policy.critic_model or policy.model) if policy.value_head is not None else None
