@@ -67,6 +67,7 @@ def evaluate_completions(
     reward_model: RewardModel | None,
     *,
     own_logps_BT: Tensor | None = None,
+    forbidden_V: Tensor | None = None,
     batch_size: int = 64,
     with_ibleu: bool = False,
 ) -> Evaluation:
@@ -88,7 +89,7 @@ def evaluate_completions(
     metrics["tokens"] = sum(per_input["tokens"]) / len(rows)
     metrics["eos_rate"] = sum(per_input["ended"]) / len(rows)
     if reward_model is not None:
-        scored = _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, batch_size)
+        scored = _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size)
         per_input |= scored
         metrics["reward"] = sum(scored["reward"]) / len(rows)
         if reward_model.panels:
@@ -98,7 +99,9 @@ def evaluate_completions(
     return Evaluation(metrics, outputs, completions, per_input)
 
 
-def _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, batch_size) -> dict[str, list[float]]:
+def _reward_per_input(
+    rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size
+) -> dict[str, list[float]]:
     """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion."""
     reward, nll = [], []
     for start in range(0, len(rows), batch_size):
@@ -111,6 +114,7 @@ def _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, ba
             ended_B=completions.ended_B[cut],
             completions=outputs[cut],
             student_logps_BT=None if own_logps_BT is None else own_logps_BT[cut],
+            forbidden_V=forbidden_V,
         )
         result = reward_model.rewards(inputs, reward_model.score(inputs))
         mask_BT = inputs.completion_mask_BT
@@ -159,6 +163,7 @@ def evaluate_student(
         tokenizer,
         reward_model,
         own_logps_BT=own_logps_BT,
+        forbidden_V=policy.forbidden_V,
         batch_size=batch_size,
         with_ibleu=with_ibleu,
     )
@@ -203,6 +208,7 @@ def evaluate_teacher(
         tokenizer,
         reward_model,
         own_logps_BT=own_logps_BT,
+        forbidden_V=policy.forbidden_V,
         batch_size=batch_size,
         with_ibleu=with_ibleu,
     )

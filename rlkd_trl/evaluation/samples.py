@@ -50,6 +50,7 @@ def sampled_inputs(
         completion_mask_BT=completions.mask_BT,
         ended_B=completions.ended_B,
         student_logps_BT=pad_columns(logps, completions.ids_BT.shape[1]),
+        forbidden_V=policy.forbidden_V,
     )
 
 

@@ -66,6 +66,16 @@ def logit_statistics(
     )
 
 
+def allowed_logsumexp(logits_NV: Tensor, forbidden_V: Tensor) -> Tensor:
+    """log Σ exp z over the ids that are not forbidden, `[N]` float32; rows beyond `forbidden_V` are padding.
+
+    z_y less this is log p(y) renormalised over what may be sampled, as `token_log_probs` has it for the student.
+    """
+    V = min(logits_NV.shape[-1], len(forbidden_V))
+    z_NV = logits_NV[:, :V].float().masked_fill(forbidden_V[:V], -torch.inf)
+    return z_NV.logsumexp(dim=-1)
+
+
 def token_log_probs(
     logits_NV: Tensor,
     chosen_N: Tensor,

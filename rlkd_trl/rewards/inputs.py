@@ -12,7 +12,7 @@ class RewardInputs:
 
     rows: data row of each of the P prompts (`prompt`, and every other column). prompt_index_B: completion b answers
     prompt `prompt_index_B[b]`. completions: decoded texts, B of them. student_logps_BT: log π(y_t | s_t) under the
-    distribution that was sampled, without gradient.
+    distribution that was sampled, without gradient; forbidden_V: True on ids outside of it.
     """
 
     rows: Sequence[Mapping[str, object]]
@@ -22,6 +22,7 @@ class RewardInputs:
     ended_B: Tensor
     completions: Sequence[str] | None = None
     student_logps_BT: Tensor | None = None
+    forbidden_V: Tensor | None = None
 
     def column(self, name: str) -> list[object]:
         """A data column, once per completion."""

@@ -55,6 +55,8 @@ class TeacherReward:
     def __name__(self) -> str:  # TRL logs a reward function under this name
         return type(self).__name__
 
+    reads_allowed_logsumexp = False
+
     def wanted_statistics(self) -> dict[str, object]:
         """Arguments for `TeacherPanel.score` beyond the completions."""
         return {}
@@ -185,14 +187,16 @@ class LogLikelihoodReward(TeacherReward):
 class LogRatioReward(TeacherReward):
     """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation).
 
-    The student's distribution is over the ids that it may sample, the teacher's over all: in each state the reward
-    also holds log Z ≤ 0, where Z is the teacher's probability of those ids together. It does not depend on the token.
+    Both distributions are over the ids that the student may sample, so that a teacher's ratio to itself is 0.
     """
+
+    reads_allowed_logsumexp = True
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
         if inputs.student_logps_BT is None:
             raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
-        teacher_logps_BT = log_likelihood(scores.chosen, scores.logsumexp[:, :-1], inputs.completion_mask_BT)
+        logsumexp_BT1 = scores.logsumexp if scores.allowed_logsumexp is None else scores.allowed_logsumexp
+        teacher_logps_BT = log_likelihood(scores.chosen, logsumexp_BT1[:, :-1], inputs.completion_mask_BT)
         return log_ratio(teacher_logps_BT, inputs.student_logps_BT, inputs.completion_mask_BT)
 
 
@@ -211,6 +215,7 @@ def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[Teach
         inputs.completion_ids_BT,
         inputs.completion_mask_BT,
         inputs.ended_B,
+        forbidden_V=inputs.forbidden_V if any(term.reads_allowed_logsumexp for term in terms) else None,
         **wanted,
     )
 

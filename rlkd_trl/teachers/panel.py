@@ -80,13 +80,22 @@ class TeacherPanel:
         *,
         expected: bool = False,
         tau: float | None = None,
+        forbidden_V: Tensor | None = None,
     ) -> list[TeacherScores]:
         """One `TeacherScores` per scorer; `rows` are the P prompts' data rows, each with a `prompt`.
 
         Rows that come to the same question are read once.
         """
         return [
-            scorer.teacher.score(*asked, completion_ids_BT, completion_mask_BT, ended_B, expected=expected, tau=tau)
+            scorer.teacher.score(
+                *asked,
+                completion_ids_BT,
+                completion_mask_BT,
+                ended_B,
+                expected=expected,
+                tau=tau,
+                forbidden_V=forbidden_V,
+            )
             for scorer, asked in self._asked(rows, prompt_index_B)
         ]
 

@@ -12,7 +12,8 @@ class TeacherScores:
 
     chosen: z_t[y_t] `[B, T]`. The others are `[B, T+1]`, since the reward of a truncated completion's last token
     needs the state after it: mean, max, logsumexp (temperature 1), and, only where requested, expected =
-    Σ softmax(z)·z and soft = τ logsumexp(z/τ). Positions where no state exists are 0.
+    Σ softmax(z)·z, soft = τ logsumexp(z/τ), and allowed_logsumexp, over the ids that a student may sample. Positions
+    where no state exists are 0.
     """
 
     chosen: Tensor
@@ -21,9 +22,10 @@ class TeacherScores:
     logsumexp: Tensor
     expected: Tensor | None = None
     soft: Tensor | None = None
+    allowed_logsumexp: Tensor | None = None
 
 
-def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, device) -> TeacherScores:
+def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, allowed: bool, device) -> TeacherScores:
     """Zeros of the right shapes, to be filled batch by batch."""
 
     def zeros(width: int) -> Tensor:
@@ -36,4 +38,5 @@ def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, de
         logsumexp=zeros(length + 1),
         expected=zeros(length + 1) if expected else None,
         soft=zeros(length + 1) if soft else None,
+        allowed_logsumexp=zeros(length + 1) if allowed else None,
     )

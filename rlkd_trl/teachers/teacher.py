@@ -12,7 +12,7 @@ from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.models.vocabulary import padding_id
-from rlkd_trl.ops.lm_head import logit_statistics, map_head_slices
+from rlkd_trl.ops.lm_head import allowed_logsumexp, logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
 from rlkd_trl.teachers.placement import Placement, ShardedModel, start_process_group
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
@@ -110,16 +110,22 @@ class Teacher:
         *,
         expected: bool = False,
         tau: float | None = None,
+        forbidden_V: Tensor | None = None,
     ) -> TeacherScores:
         """Scores completion b as an answer to `prompts[prompt_index_B[b]]`.
 
-        `expected` and `tau` request `TeacherScores.expected` and `.soft`. The result is on the completions' device.
+        `expected`, `tau` and `forbidden_V` (True on ids that are never sampled) request `TeacherScores.expected`,
+        `.soft` and `.allowed_logsumexp`. The result is on the completions' device.
 
         Raises:
             InputError: A prompt has no tokens; it is named.
         """
         scores = empty_scores(
-            *completion_ids_BT.shape, expected=expected, soft=tau is not None, device=completion_ids_BT.device
+            *completion_ids_BT.shape,
+            expected=expected,
+            soft=tau is not None,
+            allowed=forbidden_V is not None,
+            device=completion_ids_BT.device,
         )
 
         def write(rows_b: Tensor, states_bT1D: Tensor) -> None:
@@ -132,6 +138,7 @@ class Teacher:
                 into=scores,
                 rows_b=rows_b,
                 tau=tau,
+                forbidden_V=None if forbidden_V is None else forbidden_V.to(self.backbone.device),
             )
 
         self._read(prompts, prompt_index_B, completion_ids_BT, completion_mask_BT, write, with_head=True)
@@ -250,20 +257,25 @@ class Teacher:
         if batch:
             yield batch
 
-    def _score_batch(self, states_bT1D, ids_bT, mask_bT, ended_b, *, into, rows_b, tau) -> None:
+    def _score_batch(self, states_bT1D, ids_bT, mask_bT, ended_b, *, into, rows_b, tau, forbidden_V) -> None:
         device, longest = self.backbone.device, ids_bT.shape[1]
         exists_bT1 = state_mask(mask_bT, ended_b)
         # The state after a truncated completion has no chosen token; any id will do there.
         chosen_bT1 = torch.cat([ids_bT, torch.zeros_like(ids_bT[:, :1])], dim=1)
+
+        def of_slice(logits_nV: Tensor, chosen_n: Tensor) -> tuple[Tensor | None, ...]:
+            found = logit_statistics(logits_nV, chosen_n, expected=into.expected is not None, tau=tau)
+            return *found, None if forbidden_V is None else allowed_logsumexp(logits_nV, forbidden_V)
+
         statistics = map_head_slices(
             self.backbone.head,
             states_bT1D[exists_bT1.to(device)],
-            lambda logits, chosen: logit_statistics(logits, chosen, expected=into.expected is not None, tau=tau),
+            of_slice,
             chosen_bT1[exists_bT1].to(device),
             vocab_size=self.backbone.vocab_size,
         )
         row_n, position_n = exists_bT1.nonzero(as_tuple=True)
-        names = ("chosen", "mean", "max", "logsumexp", "expected", "soft")
+        names = ("chosen", "mean", "max", "logsumexp", "expected", "soft", "allowed_logsumexp")
         for name, value_n in zip(names, statistics, strict=True):
             if value_n is None:
                 continue

@@ -103,6 +103,7 @@ class OnPolicyTrainer(RolloutTrainer):
             ended_B=rollout.ended_B,
             completions=decode(rollout.completions, self.processing_class),
             student_logps_BT=rollout.old_logps_BT,
+            forbidden_V=self.policy.forbidden_V,
         )
         with timer.phase("score"):
             scores = self.reward_model.score(inputs)  # 2 score

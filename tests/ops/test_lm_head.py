@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlkd_trl.ops.lm_head import (
+    allowed_logsumexp,
     logit_statistics,
     map_head_slices,
     mixture_log_probs,
@@ -129,6 +130,17 @@ def test_token_log_probs_match_the_softmax_over_the_allowed_ids(seed, temperatur
     expected = [math.log(p[allowed.index(y)]) for p, y in zip(policies, chosen, strict=True)]
     assert_matches(result.logps, expected, torch.float32)
     assert_matches(result.entropy, [entropy_by_loop(p) for p in policies], torch.float32)
+
+
+@pytest.mark.parametrize("padding", [-2, 0, 3])
+def test_the_normaliser_over_the_allowed_ids(padding):
+    """z_y less it is `token_log_probs`' log p(y); rows beyond the shorter of head and mask count on neither side."""
+    logits_NV, _ = random_logits(0)
+    forbidden_V = torch.nn.functional.pad(forbidden_mask(), (0, padding))
+    allowed = [v for v in range(V + min(padding, 0)) if v not in FORBIDDEN_IDS]
+    found_N = allowed_logsumexp(logits_NV.bfloat16(), forbidden_V)
+    rows = logits_NV.bfloat16().tolist()
+    assert_matches(found_N, [logsumexp_by_loop([z[v] for v in allowed]) for z in rows], torch.float32)
 
 
 def test_token_log_probs_by_hand():

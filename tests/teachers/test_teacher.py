@@ -17,14 +17,15 @@ PROMPTS = ["w3 w4 w5 w6 w7 w8", "w9", "w10 w11", "w12 w13 w14 w15"]
 INDEX = [3, 0, 2, 0, 3, 2, 0]
 COMPLETIONS = [[4, 5, 1], [6], [7, 8, 9, 10, 11], [1], [12, 13, 14, 15, 1], [4, 16], [17, 1]]
 ENDED = [ids[-1] == 1 for ids in COMPLETIONS]
-NAMES = ("chosen", "mean", "max", "logsumexp", "expected", "soft")
+NAMES = ("chosen", "mean", "max", "logsumexp", "expected", "soft", "allowed_logsumexp")
 TAU = 0.5
+FORBIDDEN_V = torch.tensor([v % 3 == 0 for v in range(PADDED_VOCAB - 1)])  # of a student whose head has a row less
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def score(teacher, prompts=PROMPTS, index=INDEX, completions=COMPLETIONS, ended=ENDED, filler=0, **kwargs):
     ids_BT, mask_BT = pad_completions(completions, filler)
-    wanted = {"expected": True, "tau": TAU, **kwargs}
+    wanted = {"expected": True, "tau": TAU, "forbidden_V": FORBIDDEN_V, **kwargs}
     return teacher.score(prompts, torch.tensor(index), ids_BT, mask_BT, torch.tensor(ended), **wanted)
 
 
@@ -43,6 +44,7 @@ def reference(model, tokenizer, prompts=PROMPTS, index=INDEX, completions=COMPLE
             expected["logsumexp"][b, t] = z_V.exp().sum().log()
             expected["expected"][b, t] = (probabilities_V * z_V).sum()
             expected["soft"][b, t] = TAU * (z_V / TAU).exp().sum().log()
+            expected["allowed_logsumexp"][b, t] = sum(z_V[v].exp() for v in range(PADDED_VOCAB - 1) if v % 3).log()
             if t < len(ids):
                 expected["chosen"][b, t] = z_V[ids[t]]
     return expected

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlkd_trl import TeacherForcingReward
-from rlkd_trl.rewards import LogLikelihoodReward
+from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import MODELS, word_tokenizer
 from tests.trainers.plain_update import plain_loss, samples_of, targets_of
@@ -150,6 +150,20 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
                 actual, gradient, rtol=1e-3, atol=2e-5 * float(norm), msg=lambda m, name=name: f"{name}: {m}"
             )
     assert recorder.logs[1]["approx_kl"] > 1e-4, "the second pass must not be at ratio 1 for this test to mean much"
+
+
+@pytest.mark.parametrize("family", ["t5-tied", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", METHODS)
+def test_by_its_log_ratio_a_student_that_equals_its_teacher_has_nothing_to_learn(method, family, tmp_path):
+    """Without whitening, which would make advantages of full size of their rounding errors."""
+    settings = {"family": family, "normalize_advantages": False, "max_steps": 1}
+    norms = {}
+    for seed in (0, 5):
+        reward = LogRatioReward(Teacher(MODELS[family](seed=seed), word_tokenizer()))
+        entry = run(method, tmp_path / str(seed), reward=reward, **settings).logs[0]
+        assert abs(entry["reward"]) < 1e-4 if seed == 0 else entry["reward"] < -1e-2
+        norms[seed] = entry["grad_norm"]
+    assert norms[0] < 1e-3 and norms[5] > 0.1, norms
 
 
 @pytest.mark.parametrize(
