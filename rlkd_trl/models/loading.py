@@ -85,6 +85,11 @@ def load_model(
             **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
         )
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes would take a kernel that computes in bfloat16 whatever was asked for,
+        # and only shapes that are multiples of 32.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
