@@ -41,6 +41,8 @@ class TeacherReward:
 
     # Whether `rewards` reads `RewardInputs.student_logps_BT`; False can save the trainers a forward pass.
     reads_student_log_probs = True
+    # Whether it reads `TeacherScores.allowed_logsumexp`.
+    reads_allowed_logsumexp = False
 
     def __init__(
         self,
@@ -54,8 +56,6 @@ class TeacherReward:
     @property
     def __name__(self) -> str:  # TRL logs a reward function under this name
         return type(self).__name__
-
-    reads_allowed_logsumexp = False
 
     def wanted_statistics(self) -> dict[str, object]:
         """Arguments for `TeacherPanel.score` beyond the completions."""

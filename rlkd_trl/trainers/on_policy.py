@@ -143,8 +143,9 @@ class OnPolicyTrainer(RolloutTrainer):
         """
         args = self.args
         several_steps = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
-        read_early = self.reference is not None or self.reward_model.reads_student_log_probs
-        return several_steps or read_early or self.critic_kind != "none"
+        by_rewards = self.reference is not None or self.reward_model.reads_student_log_probs
+        by_advantages = self.critic_kind != "none" or args.baseline == "min_variance"
+        return several_steps or by_rewards or by_advantages
 
     def _student_log_probs(self, policy: Policy, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         """Old log-probabilities and values where needed, and the reference's, from the training forward pass."""

@@ -65,8 +65,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
         return self.behaviour
 
     def _needs_old_log_probs(self) -> bool:
-        of_another = self.behaviour is not None
-        return of_another or self.args.baseline == "min_variance" or super()._needs_old_log_probs()
+        return self.behaviour is not None or super()._needs_old_log_probs()
 
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT

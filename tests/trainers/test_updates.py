@@ -221,6 +221,7 @@ def of_inputs(inputs):
         ("reinforce", {}, None, False),
         ("reinforce", {"baseline": "min_variance"}, None, True),
         ("reinforce", {"behaviour_sync_steps": 2}, None, True),
+        ("rloo-sequence", {"baseline": "min_variance"}, None, True),
         ("rloo-sequence", {"beta": 0.1}, None, True),
         ("rloo-sequence", {"num_iterations": 2}, None, True),
         ("rloo-sequence", {"gradient_accumulation_steps": 1, "steps_per_generation": 2}, None, True),
