@@ -114,17 +114,25 @@ class Backbone:
         To ZeRO-3 it is one call of the head's module, which gathers the weight before and drops it after. Not for
         work that wants gradients of the head.
         """
-        if not self.is_sharded:
-            return work()
         results: list[Result] = []
+        self.through_whole_head(lambda: results.append(work()))
+        return results[0]
+
+    def through_whole_head(self, work: Callable[..., Result], *states: Tensor) -> Result:
+        """As `with_whole_head`, of `work(*states)`, which may give gradients to the states and the head.
+
+        If it does, it has to take them in the forward pass (see `ops.sliced_loss`): ZeRO-3 gathers the weight a second
+        time in the backward pass, once on every process.
+        """
+        if not self.is_sharded:
+            return work(*states)
         module = self.model.get_output_embeddings()
-        self._apply_head, module.forward = module.forward, lambda: results.append(work())
+        self._apply_head, module.forward = module.forward, work
         try:
-            module()
+            return module(*states)
         finally:
             del module.forward  # the instance's, which hides the class's
             self._apply_head = None
-        return results[0]
 
     def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         """Reads the prompts, once each.

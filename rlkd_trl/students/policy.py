@@ -124,7 +124,10 @@ class Policy(nn.Module):
         )
         states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
         if function_of_states is not None:
-            return function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters())
+            return self.backbone.through_whole_head(
+                lambda states_ND: function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters()),
+                states_ND,
+            )
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = self._head_statistics(
             states_ND, *(tensor[completion_mask_BT] for tensor in per_token), with_entropy=with_entropy

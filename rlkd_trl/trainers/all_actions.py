@@ -48,7 +48,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         args, timer = self.args, self._timer
         prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
         with timer.phase("sample"), self.compute_loss_context_manager():
-            completions = self._sample(self.policy, *prompt_PS, self._mixture(rows) if args.teacher_mix else None)
+            with self.whole_student():
+                completions = self._sample(self.policy, *prompt_PS, self._mixture(rows) if args.teacher_mix else None)
             rollout = self._rollout_of(prompt_PS, completions)
             rollout = rollout.with_(old_logps_BT=self._log_probs(self.policy, rollout))
         with timer.phase("score"):

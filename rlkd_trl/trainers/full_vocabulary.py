@@ -9,9 +9,7 @@ from functools import partial
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import Result
 from rlkd_trl.ops.divergences import TeacherStates
 from rlkd_trl.prompts import PromptTemplates
@@ -52,11 +50,6 @@ class FullVocabularyTrainer(RolloutTrainer):
         templates: PromptTemplates | None = None,
         **kwargs,
     ):
-        if is_deepspeed_zero3_enabled():
-            raise InputError(
-                "Losses over the whole vocabulary (kd, all_actions) need the student's LM head whole: use ZeRO stage "
-                "2 or less. The teacher may be sharded."
-            )
         reward = TeacherForcingReward(teacher, templates=templates)
         self.panel = reward.panel
         super().__init__(model, RewardModel([reward]), args, train_dataset, eval_dataset, processing_class, **kwargs)

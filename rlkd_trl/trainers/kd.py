@@ -68,7 +68,8 @@ class KDTrainer(FullVocabularyTrainer):
             elif source == "teacher":
                 completions = self._teacher_samples(rows)
             else:
-                completions = self._sample(self.policy, *prompt_PS)
+                with self.whole_student():
+                    completions = self._sample(self.policy, *prompt_PS)
         rollout = self._rollout_of(prompt_PS, completions)
         if source == "data":
             rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))

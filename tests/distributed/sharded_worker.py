@@ -17,6 +17,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rlkd_trl.students.policy as policy_module
 import rlkd_trl.teachers.teacher as teacher_module
+import rlkd_trl.trainers.all_actions as all_actions_module
+import rlkd_trl.trainers.kd as kd_module
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.models.answers import answer_prompts, joined
 from rlkd_trl.models.memory import held_bytes
@@ -34,6 +36,12 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TEACHERS = ("t5-tied", "t5-untied", "llama")
 FEW_ROWS = 3  # of logits in a slice, so that the processes need different numbers of slices
+SLICED_LOSSES = (
+    (kd_module, "sliced_divergence"),
+    (all_actions_module, "sliced_all_actions_loss"),
+    (all_actions_module, "expected_signals"),
+    (all_actions_module, "chosen_signals"),
+)
 
 
 LONGER = ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])
@@ -59,8 +67,20 @@ CASES = {
         "rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])
     ),
     "ppo-lora": Case("ppo", ("zero3",), "t5-tied", lora=True),
-    "kd-teacher": Case("kd", ("ddp",), settings=(("sequences", "teacher"), ("lmbda", 0.0))),
-    "all-actions-mixed": Case("all-actions", ("zero2",), settings=(("teacher_mix", 0.5),)),
+    # Tied embeddings get a gradient from the head and elsewhere.
+    "kd-student": Case("kd", family="t5-tied"),
+    "kd-teacher": Case("kd", ("ddp", "zero3"), settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))),
+    "kd-lora-head": Case("kd", ("zero3",), "glm", lora=True),
+    # The first process has one slice of positions, the second one five.
+    "all-actions-uneven": Case(
+        "all-actions",
+        ("zero3",),
+        "llama",
+        settings=(("future", "expected"),),
+        forced=([EOS],) * 3 + ([4, EOS],) + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [4, 5, 6, 7, 8, EOS]),
+    ),
+    "all-actions-mixed": Case("all-actions", ("zero2", "zero3"), settings=(("teacher_mix", 0.5),)),
+    "reinforce-lagging": Case("reinforce", ("zero3",), settings=(("behaviour_sync_steps", 2),)),
 }
 
 
@@ -203,6 +223,8 @@ def main(output_dir: Path) -> None:
     for module in (policy_module, teacher_module):
         module.map_head_slices = functools.partial(map_head_slices, max_elements=FEW_ROWS * PADDED_VOCAB)
     policy_module.slices_needed = functools.partial(slices_needed, max_elements=FEW_ROWS * PADDED_VOCAB)
+    for module, name in SLICED_LOSSES:
+        setattr(module, name, functools.partial(getattr(module, name), max_elements=FEW_ROWS * PADDED_VOCAB))
     if world > 1:
         for family in TEACHERS:
             results["teachers"][family] = check_teacher(family, output_dir, rank, largest_gathered)
