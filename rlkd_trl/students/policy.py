@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
-from rlkd_trl.models.sharding import largest_of_all
+from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
@@ -225,7 +225,8 @@ class Policy(nn.Module):
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
         else:
-            saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
+            with loading_shards(None):  # the copy on disk is whole, also where ZeRO-3 shards the student
+                saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
             self.model.load_state_dict(saved.state_dict())
         critic_file = Path(checkpoint_dir) / _VALUE_HEAD_FILE
         if self.value_head is not None and critic_file.is_file():

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from accelerate.utils import str_to_bool
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
@@ -57,8 +59,18 @@ def check_sharding(args: RolloutConfig) -> None:
             "ZeRO-3 would save the student in pieces that only DeepSpeed reads: set `zero3_save_16bit_model: true` in "
             "Accelerate's YAML (stage3_gather_16bit_weights_on_model_save in DeepSpeed's own config)."
         )
-    if args.load_best_model_at_end:
-        raise InputError("load_best_model_at_end needs a student that is not sharded: use ZeRO stage 2, or leave it.")
+
+
+def check_sharded_head(model: PreTrainedModel | PeftModel) -> None:
+    """Raises `InputError` if ZeRO-3 is to shard a student whose LM head is made of several modules.
+
+    Each of them would gather its weights whenever the head is applied, not equally often on all processes.
+    """
+    if is_deepspeed_zero3_enabled() and any(model.get_output_embeddings().children()):
+        raise InputError(
+            "A student whose LM head has adapters cannot be sharded by ZeRO-3: leave the head out of the adapters' "
+            "target_modules and modules_to_save, or use ZeRO stage 2."
+        )
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:

@@ -10,6 +10,7 @@ Steps 1 to 4 make a `Rollout`; step 5 reads it and nothing else.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
@@ -89,7 +90,8 @@ class OnPolicyTrainer(RolloutTrainer):
         args, timer = self.args, self._timer
         policy = self.sampling_policy()
 
-        with timer.phase("sample"), self.compute_loss_context_manager(), self.whole_student():
+        whole_student = self.whole_student() if policy is self.policy else nullcontext()
+        with timer.phase("sample"), self.compute_loss_context_manager(), whole_student:
             prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
             completions = self._sample(policy, *prompt_PS)  # 1 sample
             rollout = self._rollout_of(prompt_PS, completions)

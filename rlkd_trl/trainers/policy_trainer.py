@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rlkd_trl.errors import InputError
@@ -18,7 +19,7 @@ from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
-from rlkd_trl.trainers.checks import check_held_out, check_sharding
+from rlkd_trl.trainers.checks import check_held_out, check_sharded_head, check_sharding
 from rlkd_trl.trainers.config import RolloutConfig
 
 
@@ -51,6 +52,7 @@ class PolicyTrainer(Trainer):
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
+        check_sharded_head(model)
         self.reward_model = reward_model
         teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
         for teacher in teachers:
@@ -169,4 +171,7 @@ class PolicyTrainer(Trainer):
         self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if is_deepspeed_zero3_enabled():  # only the engine can put weights into their shards
+            super()._load_best_model()
+            return
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)

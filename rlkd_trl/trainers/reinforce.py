@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.advantages import return_to_go
@@ -45,11 +44,6 @@ class ReinforceKDTrainer(OnPolicyTrainer):
             )
         self.behaviour: Policy | None = None
         if args.samples_from_a_copy:
-            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-                raise InputError(
-                    "behaviour_sync_steps copies the whole student, which FSDP and DeepSpeed's stage 3 have in "
-                    "pieces: use stage 2 or less, or behaviour_sync_steps 0."
-                )
             self.behaviour = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
 
     def sampling_policy(self) -> Policy:
@@ -60,7 +54,8 @@ class ReinforceKDTrainer(OnPolicyTrainer):
         steps = self.rollout_state.micro_step // self.args.gradient_accumulation_steps
         lag = steps % self.args.behaviour_sync_steps
         if lag == 0:
-            self.behaviour.model.load_state_dict(student.model.state_dict())
+            with self.whole_student():
+                self.behaviour.model.load_state_dict(student.model.state_dict())
         self._record({"behaviour_lag": lag})
         return self.behaviour
 

@@ -63,14 +63,12 @@ CASES = {
     "ppo": Case("ppo", family="t5-tied", settings=(("beta", 0.2),)),
     "rloo": Case("rloo-sequence"),
     # The first process needs no decoder pass over tokens, the second one does.
-    "rloo-uneven": Case(
-        "rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [EOS])
-    ),
+    "rloo-uneven": Case("rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + LONGER),
     "ppo-lora": Case("ppo", ("zero3",), "t5-tied", lora=True),
     # Tied embeddings get a gradient from the head and elsewhere.
     "kd-student": Case("kd", family="t5-tied"),
     "kd-teacher": Case("kd", ("ddp", "zero3"), settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))),
-    "kd-lora-head": Case("kd", ("zero3",), "glm", lora=True),
+    "kd-lora": Case("kd", ("zero3",), "t5-tied", lora=True),
     # The first process has one slice of positions, the second one five.
     "all-actions-uneven": Case(
         "all-actions",
@@ -82,6 +80,7 @@ CASES = {
     "all-actions-mixed": Case("all-actions", ("zero2", "zero3"), settings=(("teacher_mix", 0.5),)),
     "reinforce-lagging": Case("reinforce", ("zero3",), settings=(("behaviour_sync_steps", 2),)),
 }
+RESUMED = ("ppo", "reinforce-lagging")
 
 
 def save_checkpoints(directory: Path) -> None:
@@ -203,12 +202,40 @@ def train(case: Case, mode: str, teacher: Teacher, output_dir: Path, rank: int, 
 def resume(case: Case, mode: str, teacher: Teacher, output_dir: Path, world: int) -> list[str]:
     """Where a run and one that went on from the first one's checkpoint have saved their students."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    if case.method == "reinforce":
+        settings["behaviour_sync_steps"] = 3  # the checkpoint has a copy that is two steps old
     directories = [output_dir / "whole", output_dir / "resumed"]
     for directory, checkpoint in zip(directories, (None, str(directories[0] / "checkpoint-2")), strict=True):
         trainer = new_trainer(case, mode, teacher, directory, world, **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return [str(directory) for directory in directories]
+
+
+def load_best(mode: str, teacher: Teacher, output_dir: Path, world: int) -> dict:
+    """Where the best checkpoint is, of which step, and where the student that was then loaded from it."""
+    trainer = new_trainer(
+        CASES["ppo"],
+        mode,
+        teacher,
+        output_dir,
+        world,
+        **{f"{kind}_strategy": "steps" for kind in ("eval", "save")},
+        **{f"{kind}_steps": 1 for kind in ("eval", "save")},
+        load_best_model_at_end=True,
+        metric_for_best_model="reward",
+        greater_is_better=True,  # with this learning rate it falls: the best is not the last
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    trainer.save_model()
+    return {
+        "best": trainer.state.best_model_checkpoint,
+        "best metric": trainer.state.best_metric,
+        "metric": evaluation["eval_reward"],
+        "last": str(output_dir / f"checkpoint-{COMMON['max_steps']}"),
+        "saved": str(output_dir),
+    }
 
 
 def main(output_dir: Path) -> None:
@@ -233,7 +260,10 @@ def main(output_dir: Path) -> None:
         for mode in case.modes if world > 1 else ("one",):
             results["runs"][name, mode] = train(case, mode, teacher, output_dir / f"{mode}-{name}", rank, world)
     if world > 1:
-        results["resumed"] = resume(CASES["ppo"], "zero3", teacher, output_dir, world)
+        results["resumed"] = {
+            name: resume(CASES[name], "zero3", teacher, output_dir / f"resumed-{name}", world) for name in RESUMED
+        }
+        results["best"] = load_best("zero3", teacher, output_dir / "best", world)
     torch.distributed.barrier()  # all has been saved
     torch.save(results, output_dir / f"rank{rank}.pt")
     torch.distributed.barrier()

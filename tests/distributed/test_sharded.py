@@ -98,12 +98,23 @@ def test_the_uneven_case_is_uneven(two_ranks):
     assert lengths[0] == 1 < lengths[1]
 
 
-def test_a_resumed_run_under_zero3_ends_where_a_whole_one_does(two_ranks):
-    whole, resumed = two_ranks[0]["resumed"]
-    case = sharded_worker.CASES["ppo"]
+@pytest.mark.parametrize("name", sharded_worker.RESUMED)
+def test_a_resumed_run_under_zero3_ends_where_a_whole_one_does(name, two_ranks):
+    whole, resumed = two_ranks[0]["resumed"][name]
+    case = sharded_worker.CASES[name]
     assert_same_weights(saved_weights(resumed, case), saved_weights(whole, case))
     start = MODELS[case.family]().state_dict()
     assert largest_difference(saved_weights(whole, case), start) > 1e-3, "nothing was learnt"
+
+
+def test_the_best_checkpoint_of_a_run_under_zero3_is_loaded_at_its_end(two_ranks):
+    case = sharded_worker.CASES["ppo"]
+    for results in two_ranks:
+        best = results["best"]
+        assert best["metric"] == pytest.approx(best["best metric"], rel=1e-6)
+        found, expected, last = (saved_weights(best[name], case) for name in ("saved", "best", "last"))
+        assert_same_weights(found, expected)
+        assert largest_difference(last, expected) > 1e-3, "the test needs a best checkpoint that is not the last"
 
 
 def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
