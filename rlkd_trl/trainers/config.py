@@ -5,10 +5,10 @@ Names are TRL's where TRL has one. A wrong combination raises `InputError` at co
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.trainers.processes import start_processes
 
 
 @dataclass
@@ -66,8 +66,7 @@ class RolloutConfig(TrainingArguments):
     num_completions_to_print: int = field(default=4, metadata={"help": "How many, with log_completions."})
 
     def __post_init__(self):
-        # Without an accelerator, several processes only synchronise if this is set.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        start_processes(self)
         if self.metric_for_best_model is None and (
             self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
         ):

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.trainers.processes import start_processes
 
 
 @dataclass
@@ -28,8 +28,7 @@ class SupervisedConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        # Without an accelerator, several processes only synchronise if this is set.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        start_processes(self)
         super().__post_init__()
         if self.eval_strategy != "no" or self.load_best_model_at_end:
             raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")

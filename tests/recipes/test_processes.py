@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,31 @@ def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_pa
     assert largest_difference(one, start) > 0.01, "nothing was learnt"
     files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+HANGING_REWARD = """
+import os, pathlib, time, torch
+
+def hanging(inputs):
+    if os.environ["RANK"] == "1":
+        pathlib.Path("sleeps").touch()
+        time.sleep(3600)
+    return torch.zeros(inputs.completion_ids_BT.shape)
+"""
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(checkpoints, train_csv, tmp_path):
+    (tmp_path / "slow.py").write_text(HANGING_REWARD)
+    pair = checkpoints["t5-tied"]
+    flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {SAMPLING}"
+    flags += f" --reward {tmp_path / 'slow.py'}:hanging --ddp_timeout 15 --output_dir {tmp_path / 'student'}"
+    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
+    finished = launched(f"{accelerate} {ROOT}/recipes/rloo_kd.py {flags}", tmp_path)
+    seconds = time.time() - os.path.getmtime(tmp_path / "sleeps")
+    assert finished.returncode != 0
+    assert 10 < seconds < 75
+    assert "Timed out waiting 15000ms" in finished.stderr
+    assert not (tmp_path / "student" / "metrics.json").exists()
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):

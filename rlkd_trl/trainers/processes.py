@@ -1,0 +1,16 @@
+"""How training processes find each other and how long they wait, before `TrainingArguments` sets them up."""
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+
+def start_processes(args: TrainingArguments) -> None:
+    """Sets `use_cpu` where there is no accelerator, and connects processes on a CPU with `ddp_timeout`.
+
+    Without `use_cpu` several such processes would not synchronise. TrainingArguments, which keeps a connection that it
+    finds, passes its timeout on for accelerators only: on a CPU all would wait half an hour for a process that hangs.
+    """
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.use_cpu:
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=args.ddp_timeout_delta)
