@@ -8,7 +8,9 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -25,8 +27,8 @@ class Placement:
     """How a teacher is kept.
 
     placement: "replicated", a whole model on every process; "zero3", a shard on each; "offload", the shards parked in
-    CPU memory, or in files in `offload_path` (a directory on an NVMe drive). quantization and dtype: as `load_model`
-    takes them; shards are not quantised.
+    CPU memory, or in files in `offload_path` (a directory on an NVMe drive), deleted with the teacher, where they have
+    1 MiB or more. quantization and dtype: as `load_model` takes them; shards are not quantised.
 
     Raises:
         InputError: Unknown name, a quantised sharded teacher, dtype "auto" for one, a missing library, or an
@@ -57,7 +59,10 @@ class Placement:
         if self.offload_path is not None and not Path(self.offload_path).is_dir():
             raise InputError(f"The offload path {self.offload_path} is not a directory: make one on a fast drive.")
         if self.offload_path is not None and not _can_offload_to_files():
-            raise InputError("DeepSpeed cannot write shards to files here: install libaio, or offload to CPU memory.")
+            raise InputError(
+                "DeepSpeed cannot write shards to files here: install libaio with its headers (Debian: libaio-dev), "
+                "or offload to CPU memory."
+            )
 
     @property
     def is_sharded(self) -> bool:
@@ -70,13 +75,20 @@ class Placement:
         if self.placement == "offload" and self.offload_path is None:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
         elif self.placement == "offload":
-            zero["offload_param"] = {"device": "nvme", "nvme_path": self.offload_path}
+            zero["offload_param"] = {"device": "nvme", "nvme_path": self._directory.name}
+            # A shard takes up one of DeepSpeed's five buffers while its weight is gathered: drop it after each layer.
+            zero["stage3_max_reuse_distance"] = 0
         return {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
             "zero_optimization": zero,
             "bf16": {"enabled": self.dtype == "bfloat16"},
             "fp16": {"enabled": self.dtype == "float16"},
         }
+
+    @cached_property
+    def _directory(self) -> TemporaryDirectory:
+        """In `offload_path`: one for each teacher and process, since DeepSpeed empties what it is given at start."""
+        return TemporaryDirectory(prefix="teacher-", dir=self.offload_path)
 
     def describe(self, model: PreTrainedModel) -> str:
         """One line: where the weights are, their dtype and quantisation, and the bytes of them on this process."""

@@ -24,9 +24,9 @@ def run_processes(module: str, output_dir: Path, processes: int, *arguments: str
     )
 
 
-def launch(module: str, output_dir: Path, processes: int) -> list[dict]:
+def launch(module: str, output_dir: Path, processes: int, *arguments: str) -> list[dict]:
     """Results by rank, or the processes' output if there are none: files, not exit codes, tell."""
-    finished = run_processes(module, output_dir, processes)
+    finished = run_processes(module, output_dir, processes, *arguments)
     files = [output_dir / f"rank{rank}.pt" for rank in range(processes)]
     if not all(file.is_file() for file in files):
         pytest.fail(f"The workers left no results.\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}")

@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.conftest import MODELS
-from tests.distributed import dying_worker, sharded_worker
+from tests.distributed import dying_worker, files_worker, sharded_worker
 from tests.distributed.launching import ENVIRONMENT, ROOT, launch, run_processes
 from tests.distributed.sharded_worker import save_checkpoints
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
@@ -129,6 +132,24 @@ def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
         for name, value in results["expected"].items():
             assert torch.equal(results["found"][name], value), f"{name} of {family}"
         assert "sharded, parked in CPU memory" in results["said"]
+
+
+@pytest.mark.parametrize("family", files_worker.WIDE)
+def test_a_teacher_in_files_is_the_whole_one_to_the_last_bit(family, tmp_path):
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("DeepSpeed writes shards to files with libaio, which is not installed")
+    if not any(Path(get_default_build_root()).glob("*/async_io/async_io.so")):
+        pytest.skip("DeepSpeed would compile its async_io for minutes: load `AsyncIOBuilder` once before")
+    results = launch("files_worker", tmp_path, 2, family)
+    for rank, result in enumerate(results):
+        assert result["found"].keys() == result["expected"].keys()
+        for name, value in result["expected"].items():
+            assert torch.equal(result["found"][name], value), f"{name} on rank {rank}"
+        at_start, after_use = result["held"]
+        assert at_start == after_use
+        assert result["in files"] + sum(other["held"][0] for other in results) >= result["whole"]
+        assert at_start < 0.1 * result["whole"] and result["in files"] > 0.8 * result["whole"]
+        assert f"sharded, parked in {tmp_path / 'files'}, float32, not quantised, {at_start:,} bytes" in result["said"]
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

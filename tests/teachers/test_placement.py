@@ -4,6 +4,7 @@ Sharded teachers are in tests/distributed/.
 """
 
 import copy
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -118,15 +119,24 @@ def test_quantisation_without_its_library(checkpoints, monkeypatch):
         Teacher.from_pretrained(checkpoints["llama"], quantization="int8")
 
 
-def test_where_shards_are_parked(tmp_path, monkeypatch):
+def test_where_shards_are_parked():
     assert not Placement().is_sharded
     zero3 = Placement("zero3").deepspeed_config["zero_optimization"]
     assert zero3 == {"stage": 3, "stage3_param_persistence_threshold": 0}, "every weight is sharded, none parked"
     offload = Placement("offload").deepspeed_config["zero_optimization"]
     assert offload["stage"] == 3 and offload["offload_param"]["device"] == "cpu"
+
+
+def test_files_are_one_teachers_own_and_go_with_it(tmp_path, monkeypatch):
+    """DeepSpeed deletes what it finds where it is to write: shards of another teacher, or of another process."""
     monkeypatch.setattr(placement, "_can_offload_to_files", lambda: True)
-    files = Placement("offload", offload_path=str(tmp_path)).deepspeed_config["zero_optimization"]["offload_param"]
-    assert files == {"device": "nvme", "nvme_path": str(tmp_path)}
+    teachers = [Placement("offload", offload_path=str(tmp_path)) for _ in range(2)]
+    settings = [teacher.deepspeed_config["zero_optimization"]["offload_param"] for teacher in (*teachers, teachers[0])]
+    assert {setting["device"] for setting in settings} == {"nvme"}
+    first, second, again = (Path(setting["nvme_path"]) for setting in settings)
+    assert first == again != second and {first, second} == set(tmp_path.iterdir())
+    teachers.clear()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -154,7 +164,7 @@ def test_what_does_not_go_together(settings, message):
 
 def test_files_that_deepspeed_cannot_write(tmp_path, monkeypatch):
     monkeypatch.setattr(placement, "_can_offload_to_files", lambda: False)
-    with pytest.raises(InputError, match="install libaio, or offload to CPU memory"):
+    with pytest.raises(InputError, match=r"install libaio.*or offload to CPU memory"):
         Placement("offload", offload_path=str(tmp_path))
 
 
