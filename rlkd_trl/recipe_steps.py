@@ -87,11 +87,15 @@ def parse_distillation(
 
 
 def check_inputs(settings: DistillationSettings) -> CheckedInputs:
-    """Rewards, data, templates and checkpoints, in this order; makes the demo's models where nothing is named.
+    """How the run was launched, rewards, data, templates and checkpoints, in this order; makes the demo's models where
+    nothing is named.
 
     Raises:
         InputError: One of them is wrong; the message names it.
     """
+    from rlkd_trl.trainers.checks import check_sharding
+
+    check_sharding(settings.args)
     if settings.reward is not None:
         check_rewards(settings.reward, settings.args.reward_weights, settings.args)
     templates = load_templates(settings.prompts)

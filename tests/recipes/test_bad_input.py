@@ -309,6 +309,12 @@ def test_something_is_missing(command, message, workplace, capsys):
     check_refusal(command, message, workplace, capsys)
 
 
+@pytest.mark.parametrize("recipe", DISTILLED)
+def test_launched_with_fsdp(recipe, workplace, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_refusal(f"{recipe} {GOOD[recipe]}", "The student cannot be sharded by FSDP", workplace, capsys)
+
+
 @pytest.mark.parametrize("settings", ["--lmbda 1", "--sequences teacher"])
 def test_without_data_sequences_no_targets_are_needed(settings, workplace):
     with pytest.raises(ModelMade):
