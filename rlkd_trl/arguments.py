@@ -91,7 +91,8 @@ class TeacherArguments:
         metadata={"help": "replicated; zero3: sharded over the processes; offload: shards off the accelerator."},
     )
     teacher_offload_path: str | None = field(
-        default=None, metadata={"help": "NVMe directory for --teacher_placement offload; default: CPU memory."}
+        default=None,
+        metadata={"help": "NVMe directory for --teacher_placement offload (needs libaio); default: CPU memory."},
     )
     teacher_max_prompt_length: int | None = field(
         default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}

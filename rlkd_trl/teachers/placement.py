@@ -7,6 +7,7 @@ process holds its share of every weight, and gathers the weights of a layer whil
 import importlib.util
 import logging
 import os
+import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.loading import DTYPES, check_dtype
 from rlkd_trl.models.memory import held_bytes
 
 PLACEMENTS = ("replicated", "zero3", "offload")
+
+# For shards in files, as DeepSpeed has them by default. A shard has to fit into one: T0-11B's largest weight,
+# the head of 132 million, takes two processes.
+_BUFFERS = 5
+_BUFFER_ELEMENTS = 10**8
+_CAP_IPC_LOCK = 14  # the number of the capability to lock any amount of memory
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,25 @@ class Placement:
             raise InputError("A sharded teacher's dtype has to be named: bfloat16, or float32.")
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(f"The placement {self.placement!r} needs DeepSpeed: pip install deepspeed.")
-        if self.offload_path is not None and not Path(self.offload_path).is_dir():
+        if self.offload_path is not None:
+            self._check_files()
+
+    def _check_files(self) -> None:
+        """Raises `InputError`."""
+        if not Path(self.offload_path).is_dir():
             raise InputError(f"The offload path {self.offload_path} is not a directory: make one on a fast drive.")
-        if self.offload_path is not None and not _can_offload_to_files():
+        if not _can_offload_to_files():
             raise InputError(
                 "DeepSpeed cannot write shards to files here: install libaio with its headers (Debian: libaio-dev), "
                 "or offload to CPU memory."
+            )
+        check_dtype(self.dtype)
+        size = _BUFFERS * _BUFFER_ELEMENTS * DTYPES[self.dtype].itemsize
+        if not _can_lock(size):
+            raise InputError(
+                f"Shards in files go through {size:,} bytes of locked memory in each process, and this one may not "
+                "lock as much: raise the limit (ulimit -l unlimited; in a container, --ulimit memlock=-1), or offload "
+                "to CPU memory."
             )
 
     @property
@@ -75,8 +96,13 @@ class Placement:
         if self.placement == "offload" and self.offload_path is None:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
         elif self.placement == "offload":
-            zero["offload_param"] = {"device": "nvme", "nvme_path": self._directory.name}
-            # A shard takes up one of DeepSpeed's five buffers while its weight is gathered: drop it after each layer.
+            zero["offload_param"] = {
+                "device": "nvme",
+                "nvme_path": self._directory.name,
+                "buffer_count": _BUFFERS,
+                "buffer_size": _BUFFER_ELEMENTS,
+            }
+            # A shard takes up one of the buffers while its weight is gathered: drop it after each layer.
             zero["stage3_max_reuse_distance"] = 0
         return {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
@@ -128,6 +154,15 @@ def _can_offload_to_files() -> bool:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return AsyncIOBuilder().is_compatible()
+
+
+def _can_lock(size: int) -> bool:
+    """Whether this process may keep `size` bytes from being swapped out; DeepSpeed aborts where it may not."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY or limit >= size:
+        return True
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return bool(int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def start_process_group() -> None:

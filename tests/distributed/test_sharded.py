@@ -13,6 +13,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from rlkd_trl.teachers import placement
 from tests.conftest import MODELS
 from tests.distributed import dying_worker, files_worker, sharded_worker
 from tests.distributed.launching import ENVIRONMENT, ROOT, launch, run_processes
@@ -140,6 +141,8 @@ def test_a_teacher_in_files_is_the_whole_one_to_the_last_bit(family, tmp_path):
         pytest.skip("DeepSpeed writes shards to files with libaio, which is not installed")
     if not any(Path(get_default_build_root()).glob("*/async_io/async_io.so")):
         pytest.skip("DeepSpeed would compile its async_io for minutes: load `AsyncIOBuilder` once before")
+    if not placement._can_lock(2 * 10**9):
+        pytest.skip("This process may not lock the 2 GB that DeepSpeed's buffers take (ulimit -l)")
     results = launch("files_worker", tmp_path, 2, family)
     for rank, result in enumerate(results):
         assert result["found"].keys() == result["expected"].keys()

@@ -130,6 +130,7 @@ def test_where_shards_are_parked():
 def test_files_are_one_teachers_own_and_go_with_it(tmp_path, monkeypatch):
     """DeepSpeed deletes what it finds where it is to write: shards of another teacher, or of another process."""
     monkeypatch.setattr(placement, "_can_offload_to_files", lambda: True)
+    monkeypatch.setattr(placement, "_can_lock", lambda size: True)
     teachers = [Placement("offload", offload_path=str(tmp_path)) for _ in range(2)]
     settings = [teacher.deepspeed_config["zero_optimization"]["offload_param"] for teacher in (*teachers, teachers[0])]
     assert {setting["device"] for setting in settings} == {"nvme"}
@@ -166,6 +167,28 @@ def test_files_that_deepspeed_cannot_write(tmp_path, monkeypatch):
     monkeypatch.setattr(placement, "_can_offload_to_files", lambda: False)
     with pytest.raises(InputError, match=r"install libaio.*or offload to CPU memory"):
         Placement("offload", offload_path=str(tmp_path))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", "2,000,000,000"), ("bfloat16", "1,000,000,000")])
+def test_files_where_memory_may_not_be_locked(dtype, size, tmp_path, monkeypatch):
+    """DeepSpeed would abort in C++."""
+    monkeypatch.setattr(placement, "_can_offload_to_files", lambda: True)
+    monkeypatch.setattr(placement, "_can_lock", lambda size: False)
+    with pytest.raises(InputError, match=f"go through {size} bytes of locked memory"):
+        Placement("offload", offload_path=str(tmp_path), dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("limit", "capabilities", "can"),
+    [(-1, "0", True), (2000, "0", True), (1999, "0", False), (1999, "4000", True), (1999, "ffffbfff", False)],
+)
+def test_who_may_lock_memory(limit, capabilities, can, tmp_path, monkeypatch):
+    """As much as the limit says (-1: any), or any with CAP_IPC_LOCK, which is bit 14."""
+    (tmp_path / "status").write_text(f"Name:\tpython\nCapEff:\t{capabilities}\n")
+    monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "status")
+    monkeypatch.setattr(placement.resource, "getrlimit", lambda kind: (limit, limit))
+    assert placement._can_lock(2000) == can
 
 
 def test_shards_without_deepspeed(monkeypatch):
