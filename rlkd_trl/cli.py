@@ -28,6 +28,7 @@ _COMMON_TRAINING_FIELDS = [
     "gradient_accumulation_steps",
     "bf16",
     "fp16",
+    "ddp_timeout",
     "logging_steps",
     "save_steps",
     "save_strategy",
