@@ -17,6 +17,7 @@ layers, one at a time, each with its fitted exponent: the slope of log seconds (
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -106,11 +107,11 @@ def our_rewards(teacher: Teacher, prompts: list[str], completions: Completions) 
 
 
 class Scorers:
-    """Both ways over one model."""
+    """Both ways over the same weights; the naive one's model is as transformers makes it."""
 
     def __init__(self, dimensions: Dimensions, vocabulary: int):
         self.model = random_t5(dimensions, vocabulary, seed=2).eval()
-        self.teacher = Teacher(self.model, word_tokenizer(vocabulary))
+        self.teacher = Teacher(copy.deepcopy(self.model), word_tokenizer(vocabulary))
 
     def rewards(self, way: str, shape: Shape) -> torch.Tensor:
         completions = Completions.random(shape)

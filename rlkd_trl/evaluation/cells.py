@@ -74,6 +74,7 @@ class Cell:
         if not self.is_done:
             return
         found = self.read("command.json") if (self.directory / "command.json").is_file() else {}
+        found.setdefault("files", {})
         if found != wanted:
             raise InputError(
                 f"{self.directory} holds the results of {_first_difference(found, wanted)}. "

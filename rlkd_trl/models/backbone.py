@@ -4,8 +4,9 @@ K completions of a prompt have the prompt in common. Both families compute that 
 keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
 read the decoder-start token), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each
 completion its prompt (a copy of its cache's rows, or only their number where the cache is never written to: see
-`shared_attention`) and `extend` reads completion tokens on top. Sampling, teacher scoring and the training
-forward pass are all made of these calls, with gradients where autograd is on.
+`shared_attention`) and `extend` reads completion tokens on top: so are completions sampled. Teacher scoring and the
+training forward pass read whole completions by `completion_states`, which is made of these calls, except that an
+encoder-decoder model with shared cross-attention reads them in one call without a cache.
 """
 
 from collections.abc import Callable
@@ -67,9 +68,9 @@ class Prefix:
 class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
-    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others (of
-    which only the GELU is exchanged for an equal, faster one, see `fuse_gelu`). With
-    a sharded model every method is a collective operation (see `models.sharding`): all processes call it together.
+    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others, of
+    which only the GELU is exchanged for an equal, faster one (`fuse_gelu`). With a sharded model every method is a
+    collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
@@ -267,19 +268,20 @@ class EncoderDecoderBackbone(Backbone):
         *,
         with_final_state: bool = True,
     ) -> Tensor:
-        """As in the base class, in one call of the decoder, which needs no cache: it reads the start token too."""
-        if self.model.config.model_type in _SHARES_CACHED_ONLY:
+        """As in the base class, in one call of the decoder, which needs no cache: it reads the start token too.
+
+        Raises:
+            InputError: As `prefill`.
+        """
+        if not can_share(self.model.get_decoder()) or self.model.config.model_type in _SHARES_CACHED_ONLY:
             inputs = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
             return super().completion_states(*inputs, with_final_state=with_final_state)
         self._refuse_gradient_checkpointing()
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
-        start_B1 = torch.full_like(completion_ids_BT[:, :1], self._start_id)
+        start_B1 = completion_ids_BT.new_full((len(completion_ids_BT), 1), self._start_id)
         read_BT = torch.cat([start_B1, completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]], dim=1)
-        if can_share(self.model.get_decoder()):
-            prompt_rows = PromptRows.of(prompt_index_B, len(prompt_ids_PS))
-            return self._decode(read_BT, encoder_hidden_PSD, prompt_mask_PS, prompt_rows, use_cache=False)
-        encoder_hidden_BSD, mask_BS = encoder_hidden_PSD[prompt_index_B], prompt_mask_PS[prompt_index_B]
-        return self._decode(read_BT, encoder_hidden_BSD, mask_BS, None, use_cache=False)
+        prompt_rows = PromptRows.of(prompt_index_B, len(prompt_ids_PS))
+        return self._decode(read_BT, encoder_hidden_PSD, prompt_mask_PS, prompt_rows, use_cache=False)
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
         hidden_BtD = self._decode(

@@ -112,7 +112,7 @@ class _TokenLogProbs(torch.autograd.Function):
         log_normalizer_N = -pi_NV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
         logps_N = z_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - log_normalizer_N
         # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
-        entropy_N = log_normalizer_N - torch.linalg.vecdot(pi_NV, z_NV) if entropy else None
+        entropy_N = log_normalizer_N - z_NV.mul_(pi_NV).sum(dim=-1) if entropy else None
         # The log-probability of a forbidden id is a constant, whatever its logit.
         is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
         ctx.save_for_backward(pi_NV, chosen_N, entropy_N, is_free_N)

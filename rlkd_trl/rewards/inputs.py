@@ -12,7 +12,8 @@ class RewardInputs:
 
     rows: data row of each of the P prompts (`prompt`, and every other column). prompt_index_B: completion b answers
     prompt `prompt_index_B[b]`. completions: decoded texts, B of them. student_logps_BT: log π(y_t | s_t) under the
-    distribution that was sampled, without gradient; forbidden_V: True on ids outside of it.
+    distribution that was sampled, without gradient; None where no reward reads it (see `TeacherReward`) and it would
+    cost a forward pass. forbidden_V: True on ids outside of that distribution.
     """
 
     rows: Sequence[Mapping[str, object]]

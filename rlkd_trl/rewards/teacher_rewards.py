@@ -44,6 +44,11 @@ class TeacherReward:
     # Whether it reads `TeacherScores.allowed_logsumexp`.
     reads_allowed_logsumexp = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "rewards" in vars(cls):  # a new `rewards` may read what the one that it replaces did not
+            cls.reads_student_log_probs = vars(cls).get("reads_student_log_probs", True)
+
     def __init__(
         self,
         model: "TeacherPanel | Teacher | PreTrainedModel | str | Sequence",
@@ -187,7 +192,8 @@ class LogLikelihoodReward(TeacherReward):
 class LogRatioReward(TeacherReward):
     """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation).
 
-    Both distributions are over the ids that the student may sample, so that a teacher's ratio to itself is 0.
+    Both distributions are over the ids that the student may sample, so that a teacher's ratio to itself is 0 where it
+    is sampled at temperature 1, the teacher's temperature here.
     """
 
     reads_allowed_logsumexp = True

@@ -7,7 +7,6 @@ process holds its share of every weight, and gathers the weights of a layer whil
 import importlib.util
 import logging
 import os
-import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,6 +157,8 @@ def _can_offload_to_files() -> bool:
 
 def _can_lock(size: int) -> bool:
     """Whether this process may keep `size` bytes from being swapped out; DeepSpeed aborts where it may not."""
+    import resource  # not on Windows, where DeepSpeed is not either
+
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY or limit >= size:
         return True

@@ -112,8 +112,8 @@ class RolloutConfig(TrainingArguments):
             raise InputError("remove_unused_columns must stay False: templates and rewards read the data's columns.")
         if self.gradient_checkpointing:
             raise InputError(
-                "gradient_checkpointing is not supported: it discards the key/value cache that lets the completions "
-                "of a prompt share its encoder. Use a smaller per_device_train_batch_size with more "
+                "gradient_checkpointing is not supported: recomputed layers would not find the keys and values that "
+                "the completions of a prompt share. Use a smaller per_device_train_batch_size with more "
                 "gradient_accumulation_steps."
             )
         ranges = {

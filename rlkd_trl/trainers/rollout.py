@@ -15,8 +15,9 @@ class Rollout:
     loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
     support_BTk: the ids that each token was sampled from, with top_k. teacher_states: each scorer's hidden states at
     the positions of the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and critic
-    that sampled. importance_BT: what a token's loss is multiplied with, for samples of a mixture. The advantage step
-    fills advantages_BT and, with a critic, returns_BT, in the critic's own normalised units like old_values_BT1.
+    that sampled; where old_logps_BT is None, the update's own stand for them. importance_BT: what a token's loss is
+    multiplied with, for samples of a mixture. The advantage step fills advantages_BT and, with a critic, returns_BT,
+    in the critic's own normalised units like old_values_BT1.
     """
 
     prompt_ids_PS: Tensor

@@ -1,7 +1,6 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -181,11 +180,9 @@ class RolloutTrainer(PolicyTrainer):
         return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
 
     def _outputs(self, policy: Policy, rollout: Rollout) -> list[PolicyOutput]:
-        """The training forward pass, `sampling_batch_size` completions at a time, without entropies."""
-        B = len(rollout.prompt_index_B)
-        size = min(B, self.args.sampling_batch_size)
-        batches = [rollout.micro_batch(i, size) for i in range(math.ceil(B / size))]
-        return [policy(**batch.policy_inputs(), with_entropy=False) for batch in batches]
+        """The training forward pass over each of the rollout's micro-batches, without entropies."""
+        size, count = self.args.per_device_train_batch_size, self.args.steps_per_generation
+        return [policy(**rollout.micro_batch(i, size).policy_inputs(), with_entropy=False) for i in range(count)]
 
     def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:
         """log π(y_t|s_t) of the whole rollout, `[B, T]`."""

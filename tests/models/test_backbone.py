@@ -166,9 +166,11 @@ def test_a_prompt_is_read_once_and_not_once_per_completion(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_cross_attention_keys_are_projected_once_per_prompt(tied):
+def test_cross_attention_keys_are_projected_once_per_prompt(tied, attention):
     model = tiny_t5(tied=tied)
+    model.set_attn_implementation(attention)
     rows = []
     keys = model.decoder.block[1].layer[1].EncDecAttention.k
     keys.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))

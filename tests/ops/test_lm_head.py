@@ -153,7 +153,7 @@ def test_token_log_probs_by_hand():
 
 
 def test_a_forbidden_id_gets_no_gradient_even_when_it_is_chosen():
-    """Its log-probability is −3e38 − log Σ e^z over the others: what autograd makes of that."""
+    """Its log-probability is −2e38 − log Σ e^z over the others: what autograd makes of that."""
     logits_NV, forbidden_V = normal(4, V, seed=3).requires_grad_(), forbidden_mask()
     chosen_N = torch.tensor([7, 1, FORBIDDEN_IDS[0], 2])
     found = torch.autograd.grad(token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_V).logps.sum(), logits_NV)[
@@ -236,6 +236,24 @@ def test_a_constant_added_to_the_logits_costs_no_more_than_its_rounding(offset):
 
 
 # ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_they_are_float32_all_the_same(dtype):
+    """Forbidden ids included, whose logits float16 cannot hold."""
+    logits_NV = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    chosen_N, forbidden_V = torch.tensor([1, 2, 3, 4]), torch.arange(1000) % 7 == 0
+
+    def found():
+        logps_N, entropy_N = token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_V)
+        (gradient_NV,) = torch.autograd.grad((logps_N + 0.3 * entropy_N).sum(), logits_NV)
+        return logps_N, entropy_N, gradient_NV
+
+    expected = found()
+    with torch.autocast("cpu", dtype=dtype):
+        for ours, theirs in zip(found(), expected, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

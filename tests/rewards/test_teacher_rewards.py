@@ -365,3 +365,17 @@ def test_log_ratio_of_a_teacher_to_itself_is_zero(tokenizer, name):
 def test_log_ratio_needs_the_student(tokenizer):
     with pytest.raises(InputError, match="log_ratio"):
         LogRatioReward(tiny_llama(), tokenizer).score_tokens(["w3"], [[4, 1]])
+
+
+def test_a_subclass_with_rewards_of_its_own_may_read_the_students_log_probs():
+    """The trainers leave them out where no reward says that it reads them."""
+
+    class Scaled(LogLikelihoodReward):
+        def rewards(self, scores, inputs):
+            return super().rewards(scores, inputs) - inputs.student_logps_BT
+
+    class Renamed(LogLikelihoodReward):
+        pass
+
+    assert Scaled.reads_student_log_probs and LogRatioReward.reads_student_log_probs
+    assert not Renamed.reads_student_log_probs and not TeacherForcingReward.reads_student_log_probs

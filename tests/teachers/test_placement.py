@@ -4,6 +4,7 @@ Sharded teachers are in tests/distributed/.
 """
 
 import copy
+import resource
 from pathlib import Path
 
 import bitsandbytes
@@ -187,7 +188,7 @@ def test_who_may_lock_memory(limit, capabilities, can, tmp_path, monkeypatch):
     """As much as the limit says (-1: any), or any with CAP_IPC_LOCK, which is bit 14."""
     (tmp_path / "status").write_text(f"Name:\tpython\nCapEff:\t{capabilities}\n")
     monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "status")
-    monkeypatch.setattr(placement.resource, "getrlimit", lambda kind: (limit, limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
     assert placement._can_lock(2000) == can
 
 
