@@ -13,9 +13,8 @@ gradient of its loss. With g_r the gradient of rollout r, flattened, and ḡ the
 
 `RLOO, sequence, log ratio` and `all actions, w = 1` estimate the gradient of the sequences' reverse KL, so their
 variances compare directly. For this every loss is taken as a sum over tokens divided by the number of sequences,
-where trainers of token-level methods divide by the sampled number of tokens. One difference is left: RLOO's log p is
-over all ids, that of all actions over those that the student may sample. Writes `gradient_variance.json` and `.md` to
-`--results_dir`.
+where trainers of token-level methods divide by the sampled number of tokens. Writes `gradient_variance.json` and
+`.md` to `--results_dir`.
 """
 
 import json
