@@ -97,13 +97,15 @@ class TeacherArguments:
     teacher_max_prompt_length: int | None = field(
         default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
     )
-    teacher_batch_tokens: int = field(default=16384, metadata={"help": "Padded tokens per scoring batch."})
+    teacher_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}
+    )
 
     def __post_init__(self):
         _check_ranges(
             self,
             teacher_max_prompt_length=self.teacher_max_prompt_length is None or self.teacher_max_prompt_length >= 1,
-            teacher_batch_tokens=self.teacher_batch_tokens >= 1,
+            teacher_batch_tokens=self.teacher_batch_tokens is None or self.teacher_batch_tokens >= 1,
         )
 
 

@@ -17,7 +17,6 @@ layers, one at a time, each with its fitted exponent: the slope of log seconds (
 """
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from workload import (
@@ -107,11 +107,18 @@ def our_rewards(teacher: Teacher, prompts: list[str], completions: Completions) 
 
 
 class Scorers:
-    """Both ways over the same weights; the naive one's model is as transformers makes it."""
+    """Both ways over the same weights, each made when first asked; the naive one's model is as transformers has it."""
 
     def __init__(self, dimensions: Dimensions, vocabulary: int):
-        self.model = random_t5(dimensions, vocabulary, seed=2).eval()
-        self.teacher = Teacher(copy.deepcopy(self.model), word_tokenizer(vocabulary))
+        self._size = dimensions, vocabulary
+
+    @cached_property
+    def model(self):
+        return random_t5(*self._size, seed=2).eval()
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(random_t5(*self._size, seed=2), word_tokenizer(self._size[1]))
 
     def rewards(self, way: str, shape: Shape) -> torch.Tensor:
         completions = Completions.random(shape)

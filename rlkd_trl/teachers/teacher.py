@@ -17,6 +17,10 @@ from rlkd_trl.ops.masking import state_mask
 from rlkd_trl.teachers.placement import Placement, ShardedModel, start_process_group
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
 
+_BATCH_TOKENS = 16384
+# On a CPU larger batches are no faster, and their activations leave the cache.
+_CPU_BATCH_TOKENS = 4096
+
 
 class Teacher:
     """Scores completions token by token.
@@ -35,6 +39,7 @@ class Teacher:
         max_batch_tokens: Budget of one scoring batch, in tokens with their padding, a prompt counted once for each of
             its completions: a decoder-only model's completion holds a copy of its prompt's keys and values besides
             its own, an encoder-decoder's only with eager attention. A single prompt's completions are never split.
+            By default 16,384, where the model is on a CPU 4,096.
         placement: Where `model` was loaded to; `from_pretrained` does both.
 
     Raises:
@@ -47,7 +52,7 @@ class Teacher:
         processing_class: PreTrainedTokenizerBase,
         *,
         max_prompt_length: int | None = None,
-        max_batch_tokens: int = 16384,
+        max_batch_tokens: int | None = None,
         placement: Placement | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
@@ -55,8 +60,8 @@ class Teacher:
         self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None
         self.processing_class = processing_class
         self.max_prompt_length = max_prompt_length
-        self.max_batch_tokens = max_batch_tokens
         self.backbone = backbone_of(model)
+        self._max_batch_tokens = max_batch_tokens
         self.backbone.verify()
 
     @classmethod
@@ -89,6 +94,12 @@ class Teacher:
             model = load_model(name_or_path, revision=revision, dtype=dtype, quantization=quantization)
             model.to(default_device() if device is None else device)
         return cls(model, tokenizer, placement=place, **kwargs)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """As given, or for the device that the model is on now."""
+        by_device = _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
+        return by_device if self._max_batch_tokens is None else self._max_batch_tokens
 
     def to(self, device: torch.device) -> None:
         """Moves whole weights; shards stay on the process's device, or where they are parked."""
