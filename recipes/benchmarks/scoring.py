@@ -9,8 +9,8 @@ first: the model's forward pass on every (prompt, completion) pair, encoder incl
 at once. "Ours" is `Teacher.score` and the reward of its scalars; that both give the same rewards is checked.
 
 Time is process CPU seconds, one thread, naive and ours in turn, medians over `--repetitions`. Extra memory is how far
-the peak resident set of a fresh process rises above what it held with the model loaded, in a call after a tiny one:
-libraries allocate once on their first. Linux only. The last line is one JSON object.
+the peak resident set of a fresh process rises above what it held with the model loaded, in a call after a tiny one
+(libraries allocate once on their first): the median of three processes. Linux only. The last line is one JSON object.
 
 `--growth` instead measures ours alone over prompt tokens S, completion tokens T, samples K, vocabulary V and teacher
 layers, one at a time, each with its fitted exponent: the slope of log seconds (or log MiB) over log size.
@@ -137,12 +137,12 @@ def extra_mib(way: str, dimensions: Dimensions, shape: Shape) -> float:
     return peak_resident_mib() - before
 
 
-def extra_mib_in_child(way: str, dimensions: Dimensions, shape: Shape) -> float:
+def extra_mib_in_children(way: str, dimensions: Dimensions, shape: Shape, processes: int = 3) -> float:
+    """The median of fresh processes: how memory is laid out differs from one to the next."""
     argument = json.dumps({"way": way, "dimensions": asdict(dimensions), "shape": asdict(shape)})
-    finished = subprocess.run(
-        [sys.executable, __file__, "--measure_memory", argument], capture_output=True, text=True, check=True
-    )
-    return float(finished.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--measure_memory", argument]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(processes)]
+    return statistics.median(float(lines.splitlines()[-1]) for lines in said)
 
 
 def cpu_seconds(
@@ -171,7 +171,7 @@ def compare(dimensions: Dimensions, shape: Shape, repetitions: int) -> dict[str,
             "cpu_seconds": seconds[way],
             "rewards_per_cpu_second": rewards / seconds[way],
             "floor_ratio": seconds[way] * rate.per_second / flops,
-            "extra_mib": extra_mib_in_child(way, dimensions, shape),
+            "extra_mib": extra_mib_in_children(way, dimensions, shape),
         }
     results["times_faster"] = seconds["naive"] / seconds["ours"]
     results["memory_ratio"] = results["ours"]["extra_mib"] / results["naive"]["extra_mib"]
@@ -196,7 +196,9 @@ def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], rep
             else:
                 size, shape = dimensions, Shape(**{**asdict(base), name: value})
             seconds = cpu_seconds(Scorers(size, shape.vocabulary), ["ours"], shape, repetitions, MatmulRate())["ours"]
-            rows.append({"size": value, "cpu_seconds": seconds, "extra_mib": extra_mib_in_child("ours", size, shape)})
+            rows.append(
+                {"size": value, "cpu_seconds": seconds, "extra_mib": extra_mib_in_children("ours", size, shape)}
+            )
             print(json.dumps({name: value, **rows[-1]}), flush=True)
         table[name] = {
             "rows": rows,

@@ -151,7 +151,7 @@ def test_scoring(monkeypatch, capsys):
     """Memory comes from fresh processes, which are left out here; the run itself checks that both ways agree."""
     main = main_of("benchmarks/scoring")
     mib = {"naive": 80.0, "ours": 20.0}
-    monkeypatch.setitem(main.__globals__, "extra_mib_in_child", lambda way, *args: mib[way])
+    monkeypatch.setitem(main.__globals__, "extra_mib_in_children", lambda way, *args: mib[way])
     small = main.__globals__["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
     monkeypatch.setitem(main.__globals__, "TEACHER", small)
     monkeypatch.setattr(sys, "argv", ["scoring.py", *TINY.split(), "--repetitions", "1"])
@@ -175,7 +175,7 @@ def test_a_teacher_that_scores_otherwise_is_noticed(monkeypatch):
 @pytest.mark.slow
 def test_growth(monkeypatch):
     names = main_of("benchmarks/scoring").__globals__
-    monkeypatch.setitem(names, "extra_mib_in_child", lambda way, size, shape: 2.0 * shape.samples)
+    monkeypatch.setitem(names, "extra_mib_in_children", lambda way, size, shape: 2.0 * shape.samples)
     small = names["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
     sizes = {"samples": [1, 2, 4], "teacher_layers": [1, 2]}
     found = names["growth"](small, names["Shape"](5, 3, 2, 2, 40), sizes, 1)
@@ -189,7 +189,7 @@ def test_memory_of_a_fresh_process():
     """Naive scoring holds all logits: 4 × 41 × 20,000 float32 are 12.5 MiB, and more than once."""
     names = names_of("scoring")
     small, shape = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1), names.Shape(5, 40, 2, 2, 20_000)
-    naive, ours = (names.extra_mib_in_child(way, small, shape) for way in ("naive", "ours"))
+    naive, ours = (names.extra_mib_in_children(way, small, shape) for way in ("naive", "ours"))
     assert naive > 2 * 12.5 > ours
 
 
