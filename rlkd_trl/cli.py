@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from trl import TrlParser
 from rlkd_trl.errors import InputError, run
 
 __all__ = ["RecipeParser", "run"]
-
-# On some CPUs, and whatever the flags say, its import warns that a kernel for them could not be downloaded.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [

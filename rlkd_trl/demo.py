@@ -6,9 +6,12 @@ warm-started on the teacher's greedy answers to under a third of the inputs, too
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +35,18 @@ class DemoModels:
     student: str
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models of this size are slower on several threads, above all where others use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def make_demo_models(
     output_dir: str | Path,
     templates: PromptTemplates,

@@ -1,7 +1,6 @@
 """Loading models and tokenizers from a local directory or the Hub."""
 
 import importlib.util
-import logging
 import pickle
 import textwrap
 from pathlib import Path
@@ -111,8 +110,6 @@ def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict
     """Arguments of `from_pretrained`; `dtype` is what products are computed in."""
     if quantization == "none":
         return {}
-    # On a CPU, int8 logs that it casts its input, at every product of matrices.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute_dtype = torch.float32 if dtype is None else dtype
