@@ -276,6 +276,10 @@ def test_update_does_not_depend_on_how_the_batch_is_cut(method, cut, tmp_path):
         "normalize_advantages": True,
         "entropy_coef": 0.1,
         "num_iterations": 1,
+        # AdamW would make a whole step out of the value bias's first gradient, which is rounding: the mean of
+        # normalised returns.
+        "optim": "sgd",
+        "learning_rate": 1.0,
     }
     whole = run(method, tmp_path / "whole", per_device_train_batch_size=8, **settings)
     size, accumulation = cut
@@ -294,8 +298,7 @@ def test_update_does_not_depend_on_how_the_batch_is_cut(method, cut, tmp_path):
         assert torch.equal(ours.completion_ids_BT, theirs.completion_ids_BT), f"other samples at step {step}"
         for name in ("loss", "grad_norm", "reward"):
             assert parts.logs[step][name] == pytest.approx(whole.logs[step][name], rel=1e-4, abs=1e-6), name
-    # AdamW divides by the gradient's size, which magnifies rounding where a gradient is nearly 0.
-    assert_same_weights(parts.weights[-1], whole.weights[-1], rtol=1e-3, atol=1e-4)
+    assert_same_weights(parts.weights[-1], whole.weights[-1], rtol=1e-4, atol=1e-5)
     assert largest_difference(whole.weights[-1], whole.weights[0]) > 1e-2
 
 
