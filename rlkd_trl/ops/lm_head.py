@@ -6,7 +6,7 @@ statistic, whatever the model's dtype.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 MAX_SLICE_ELEMENTS = 2**24
 # On a CPU a slice of 8 MiB stays in the cache between the head and the statistics. Not where slices are recomputed.
 _MAX_SLICE_ELEMENTS_CPU = 2**21
+# 1 MiB, for several passes over the same logits.
+_BLOCK_ELEMENTS_CPU = 2**18
 
 
 class LogitStatistics(NamedTuple):
@@ -83,40 +85,55 @@ def token_log_probs(
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
     entropy: bool = True,
+    overwrite: bool = False,
 ) -> TokenLogProbs:
     """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
 
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
     forbidden `chosen` id gets a log-probability of about −2e38, not an error.
+
+    `overwrite`: π, and its gradient in the backward pass, take the memory of float32 logits instead of new memory
+    (three tensors of `[N, V]` less). For logits that nothing else reads; the backward pass can then be taken once.
     """
-    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy))
+    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite))
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """`token_log_probs`; keeps π alone for the backward pass, where autograd would keep each step's `[N, V]`.
 
     ∂ log π(y) / ∂z_v = (1[v = y] − π_v) / temperature,   ∂H / ∂z_v = −π_v (log π_v + H) / temperature
+
+    A block of positions at a time, so that on a CPU the passes over it find it in the cache.
     """
 
     @staticmethod
-    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy):
-        z_NV = logits_NV.float()
-        if temperature != 1.0:
-            z_NV = z_NV / temperature
-        if forbidden_V is not None:
-            z_NV = z_NV.masked_fill(forbidden_V, torch.finfo(torch.float32).min / 2)
-        # Relative to the largest, so that nothing is lost where logits have a large common offset.
-        largest_N1 = z_NV.amax(dim=-1, keepdim=True)
-        z_NV = z_NV - largest_N1 if z_NV is logits_NV else z_NV.sub_(largest_N1)
-        pi_NV = z_NV.softmax(dim=-1)
-        log_normalizer_N = -pi_NV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
-        logps_N = z_NV.gather(-1, chosen_N[:, None]).squeeze(-1) - log_normalizer_N
-        # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
-        entropy_N = log_normalizer_N - z_NV.mul_(pi_NV).sum(dim=-1) if entropy else None
+    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite):
+        z_NV = logits_NV.detach().float()
+        if not overwrite and logits_NV.dtype == torch.float32:
+            z_NV = z_NV.clone()
+        bounds = None if forbidden_V is None else _bounds_of_allowed(forbidden_V)
+        logps_N = z_NV.new_empty(len(z_NV))
+        entropy_N = z_NV.new_empty(len(z_NV)) if entropy else None
+        for block in _blocks(z_NV):
+            z_nV = z_NV[block]
+            if temperature != 1.0:
+                z_nV.div_(temperature)
+            if bounds is not None:
+                z_nV.clamp_(*bounds)
+            # Relative to the largest, so that nothing is lost where logits have a large common offset.
+            z_nV.sub_(z_nV.amax(dim=-1, keepdim=True))
+            pi_nV = z_nV.softmax(dim=-1)
+            log_normalizer_n = -pi_nV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
+            logps_N[block] = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1) - log_normalizer_n
+            if entropy:
+                # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
+                entropy_N[block] = log_normalizer_n - z_nV.mul_(pi_nV).sum(dim=-1)
+            if ctx.needs_input_grad[0]:
+                z_nV.copy_(pi_nV)
         # The log-probability of a forbidden id is a constant, whatever its logit.
         is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
-        ctx.save_for_backward(pi_NV, chosen_N, entropy_N, is_free_N)
-        ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
+        ctx.save_for_backward(z_NV, chosen_N, entropy_N, is_free_N)
+        ctx.temperature, ctx.dtype, ctx.overwrite = temperature, logits_NV.dtype, overwrite
         ctx.set_materialize_grads(False)
         return logps_N, entropy_N
 
@@ -124,19 +141,38 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logps_grad_N, entropy_grad_N):
         pi_NV, chosen_N, entropy_N, is_free_N = ctx.saved_tensors
-        if entropy_grad_N is None:
-            grad_NV = pi_NV * -logps_grad_N[:, None]
-        else:
-            # π log π is 0 where π is.
-            grad_NV = torch.xlogy(pi_NV, pi_NV).addcmul_(pi_NV, entropy_N[:, None]).mul_(-entropy_grad_N[:, None])
-            if logps_grad_N is not None:
-                grad_NV.addcmul_(pi_NV, logps_grad_N[:, None], value=-1)
+        grad_NV = pi_NV if ctx.overwrite else pi_NV.clone()
+        for block in _blocks(grad_NV):
+            pi_nV = grad_NV[block]
+            if entropy_grad_N is None:
+                pi_nV.mul_(-logps_grad_N[block, None])
+            else:
+                # π log π is 0 where π is.
+                grad_nV = torch.xlogy(pi_nV, pi_nV).addcmul_(pi_nV, entropy_N[block, None])
+                grad_nV.mul_(-entropy_grad_N[block, None])
+                if logps_grad_N is not None:
+                    grad_nV.addcmul_(pi_nV, logps_grad_N[block, None], value=-1)
+                pi_nV.copy_(grad_nV)
         if logps_grad_N is not None:
             chosen_grad_N = logps_grad_N if is_free_N is None else logps_grad_N * is_free_N
             grad_NV.scatter_add_(-1, chosen_N[:, None], chosen_grad_N[:, None])
         if ctx.temperature != 1.0:
-            grad_NV /= ctx.temperature
-        return grad_NV.to(ctx.dtype), None, None, None, None
+            grad_NV.div_(ctx.temperature)
+        return grad_NV.to(ctx.dtype), None, None, None, None, None
+
+
+def _blocks(rows_NV: Tensor) -> Iterator[slice]:
+    """Positions of which `_BLOCK_ELEMENTS_CPU` logits are made; all of them where there is no such cache."""
+    N, V = rows_NV.shape
+    size = max(1, _BLOCK_ELEMENTS_CPU // V) if rows_NV.device.type == "cpu" else max(1, N)
+    return (slice(first, first + size) for first in range(0, N, size))
+
+
+def _bounds_of_allowed(forbidden_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each logit: a forbidden one has a value of its own, very low but finite."""
+    lowest = torch.finfo(torch.float32).min / 2
+    infinity_V = torch.full(forbidden_V.shape, torch.inf, device=forbidden_V.device)
+    return (-infinity_V).masked_fill_(forbidden_V, lowest), infinity_V.masked_fill_(forbidden_V, lowest)
 
 
 def support_log_probs(

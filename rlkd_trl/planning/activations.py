@@ -164,7 +164,7 @@ def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
     statistics = map_head_slices(
         backbone.head,
         states_ND,
-        partial(token_log_probs, forbidden_V=forbidden_V),
+        partial(token_log_probs, forbidden_V=forbidden_V, overwrite=True),
         batch.completion_ids_BT.flatten(),
         vocab_size=backbone.vocab_size,
     )

@@ -175,7 +175,12 @@ class Policy(nn.Module):
         if support_Nk is not None:
             return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
         return token_log_probs(
-            logits_NV, chosen_N, temperature=self.temperature, forbidden_V=self.forbidden_V, entropy=with_entropy
+            logits_NV,
+            chosen_N,
+            temperature=self.temperature,
+            forbidden_V=self.forbidden_V,
+            entropy=with_entropy,
+            overwrite=True,
         )
 
     def sample(
