@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.activations import fuse_gelu
+from rlkd_trl.models.fusion import fuse
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 
@@ -69,14 +69,14 @@ class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
     It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others, of
-    which only the GELU is exchanged for an equal, faster one (`fuse_gelu`). With a sharded model every method is a
-    collective operation (see `models.sharding`): all processes call it together.
+    which only norms and GELU are exchanged for equal, faster ones (`models.fusion`). With a sharded model every method
+    is a collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
 
     def __init__(self, model: PreTrainedModel):
-        fuse_gelu(model)
+        fuse(model)
         self.model = model
         self._apply_head: Callable[[Tensor], Tensor] | None = None  # inside `with_whole_head`
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import threshold_
 from torch.utils.checkpoint import checkpoint
 
 # 2**24 float32 logits: 64 MiB. At V = 32,128 that is 522 positions a slice.
@@ -20,6 +21,11 @@ MAX_SLICE_ELEMENTS = 2**24
 _MAX_SLICE_ELEMENTS_CPU = 2**21
 # 1 MiB, for several passes over the same logits.
 _BLOCK_ELEMENTS_CPU = 2**18
+# A logit in place of −∞ whose product with a probability of 0 is 0.
+_LOWEST = torch.finfo(torch.float32).min / 2
+# Below e^−75 of the largest, a probability may be a subnormal number, with which a CPU is several times slower: it is 0
+# in the softmax. log π of the chosen id is exact.
+_LEAST_LOG_PROB_CPU = -75.0
 
 
 class LogitStatistics(NamedTuple):
@@ -122,9 +128,12 @@ class _TokenLogProbs(torch.autograd.Function):
                 z_nV.clamp_(*bounds)
             # Relative to the largest, so that nothing is lost where logits have a large common offset.
             z_nV.sub_(z_nV.amax(dim=-1, keepdim=True))
+            z_chosen_n = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1)
+            if z_nV.device.type == "cpu":
+                threshold_(z_nV, _LEAST_LOG_PROB_CPU, _LOWEST)
             pi_nV = z_nV.softmax(dim=-1)
             log_normalizer_n = -pi_nV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
-            logps_N[block] = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1) - log_normalizer_n
+            logps_N[block] = z_chosen_n - log_normalizer_n
             if entropy:
                 # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
                 entropy_N[block] = log_normalizer_n - z_nV.mul_(pi_nV).sum(dim=-1)
@@ -170,9 +179,8 @@ def _blocks(rows_NV: Tensor) -> Iterator[slice]:
 
 def _bounds_of_allowed(forbidden_V: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest value of each logit: a forbidden one has a value of its own, very low but finite."""
-    lowest = torch.finfo(torch.float32).min / 2
     infinity_V = torch.full(forbidden_V.shape, torch.inf, device=forbidden_V.device)
-    return (-infinity_V).masked_fill_(forbidden_V, lowest), infinity_V.masked_fill_(forbidden_V, lowest)
+    return (-infinity_V).masked_fill_(forbidden_V, _LOWEST), infinity_V.masked_fill_(forbidden_V, _LOWEST)
 
 
 def support_log_probs(

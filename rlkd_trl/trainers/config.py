@@ -44,7 +44,11 @@ class RolloutConfig(TrainingArguments):
     top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
     top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
     sampling_batch_size: int = field(
-        default=256, metadata={"help": "Completions decoded at a time on each device; more is faster, in more memory."}
+        default=256,
+        metadata={
+            "help": "Completions decoded, or read without gradients, at a time on each device; more is faster, in more "
+            "memory."
+        },
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave truncated completions out of the loss."}
@@ -85,6 +89,12 @@ class RolloutConfig(TrainingArguments):
     def prompts_per_rollout(self) -> int:
         """P, on each device."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+
+    @property
+    def prompts_without_gradient(self) -> int:
+        """Prompts whose completions are sampled, or read for log-probabilities, at a time: memory does not grow with
+        the rollout."""
+        return max(1, self.sampling_batch_size // self.num_generations)
 
     def _check_truncated_sampling(self) -> None:
         if self.top_k != 0 or self.top_p != 1.0:

@@ -1,6 +1,7 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -138,8 +139,7 @@ class RolloutTrainer(PolicyTrainer):
         args, P = self.args, len(prompt_ids_PS)
         prompt_index_B = self._prompt_index(P)
         uniforms_BT = self._uniforms(len(prompt_index_B))
-        # Whole prompts at a time, so that memory does not grow with the rollout.
-        count = max(1, args.sampling_batch_size // args.num_generations)
+        count = args.prompts_without_gradient
         parts = [
             policy.sample(
                 prompt_ids_PS[first : first + count],
@@ -180,8 +180,9 @@ class RolloutTrainer(PolicyTrainer):
         return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
 
     def _outputs(self, policy: Policy, rollout: Rollout) -> list[PolicyOutput]:
-        """The training forward pass over each of the rollout's micro-batches, without entropies."""
-        size, count = self.args.per_device_train_batch_size, self.args.steps_per_generation
+        """The training forward pass over the rollout in parts, without gradients or entropies."""
+        size = self.args.prompts_without_gradient * self.args.num_generations
+        count = math.ceil(len(rollout.completion_ids_BT) / size)
         return [policy(**rollout.micro_batch(i, size).policy_inputs(), with_entropy=False) for i in range(count)]
 
     def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:

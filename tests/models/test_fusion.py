@@ -4,7 +4,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 
-from rlkd_trl.models.activations import fuse_gelu
+from rlkd_trl.models.fusion import fuse
 from tests.conftest import tiny_t5
 
 
@@ -14,7 +14,7 @@ def test_every_gelu_is_exchanged_and_the_model_computes_what_it_did():
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         expected = model(input_ids=ids, decoder_input_ids=ids).logits
-        fuse_gelu(model)
+        fuse(model)
         found = model(input_ids=ids, decoder_input_ids=ids).logits
     assert before == model.config.num_layers + model.config.num_decoder_layers
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
@@ -23,7 +23,7 @@ def test_every_gelu_is_exchanged_and_the_model_computes_what_it_did():
 
 def test_it_is_the_tanh_approximation_and_not_the_exact_gelu():
     model = tiny_t5(tied=False)
-    fuse_gelu(model)
+    fuse(model)
     x = torch.linspace(-6, 6, 241, dtype=torch.float64)
     by_hand = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     fused = model.encoder.block[0].layer[1].DenseReluDense.act(x)
@@ -33,7 +33,7 @@ def test_it_is_the_tanh_approximation_and_not_the_exact_gelu():
 
 def test_the_saved_config_names_the_models_own_activation(tmp_path):
     model = tiny_t5(tied=False)
-    fuse_gelu(model)
+    fuse(model)
     model.save_pretrained(tmp_path)
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert isinstance(loaded.encoder.block[0].layer[1].DenseReluDense.act, NewGELUActivation)
