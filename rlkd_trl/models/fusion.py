@@ -20,7 +20,7 @@ def fuse(model: nn.Module) -> None:
 
     `gelu_new` of T5 v1.1, T0, Flan-T5 and GPT-2 becomes transformers' fused `gelu_pytorch_tanh`, the same function
     (Hendrycks & Gimpel 2016, the tanh approximation): one pass instead of eight. Root mean square norms become
-    `rms_norm` where a gradient is wanted and all is float32, and stay as they are elsewhere.
+    `rms_norm` where all is float32, and stay as they are elsewhere.
     """
     for module in list(model.modules()):
         if type(module).__name__ in _RMS_NORMS and type(module).__module__.startswith("transformers."):
@@ -32,6 +32,6 @@ def fuse(model: nn.Module) -> None:
 
 def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     is_float32 = hidden_states.dtype == module.weight.dtype == torch.float32
-    if is_float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled(hidden_states.device.type):
+    if is_float32 and not torch.is_autocast_enabled(hidden_states.device.type):
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return type(module).forward(module, hidden_states)

@@ -10,7 +10,15 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Keeps x and one number per position for the backward pass, where autograd would keep each step's `[..., D]`.
     """
-    return _RMSNorm.apply(x_ND, weight_D, eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x_ND, weight_D, eps)
+    return (x_ND * _reciprocal_root_mean_square(x_ND, eps)).mul_(weight_D)
+
+
+def _reciprocal_root_mean_square(x_ND: Tensor, eps: float) -> Tensor:
+    """`[..., 1]`."""
+    norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+    return norm_N1.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -21,8 +29,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight_D, eps):
-        norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-        r_N1 = norm_N1.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+        r_N1 = _reciprocal_root_mean_square(x_ND, eps)
         ctx.save_for_backward(x_ND, weight_D, r_N1)
         return (x_ND * r_N1).mul_(weight_D)
 

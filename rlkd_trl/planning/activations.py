@@ -158,8 +158,8 @@ class _Batch:
 def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
     """The forward pass of `Policy`, and a loss of every output that has a gradient."""
     asked = (*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
-    states_BTD = backbone.completion_states(*asked, with_final_state=critic == "shared")
-    states_ND = states_BTD[:, : batch.completion_ids_BT.shape[1]].flatten(0, 1).clone()  # real positions are picked
+    states_BTD = backbone.completion_states(*asked, with_final_state=False)
+    states_ND = states_BTD.flatten(0, 1).clone()  # real positions are picked
     forbidden_V = torch.zeros(backbone.vocab_size, dtype=torch.bool)
     statistics = map_head_slices(
         backbone.head,
@@ -170,7 +170,7 @@ def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
     )
     loss = statistics[0].sum()
     if critic == "separate":
-        states_BTD = backbone.completion_states(*asked)
+        states_BTD = backbone.completion_states(*asked, with_final_state=False)
     if critic != "none":
         loss = loss + states_BTD.float().sum(dim=-1).square().mean()
     return loss

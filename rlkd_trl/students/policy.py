@@ -29,11 +29,11 @@ FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Paramet
 
 class PolicyOutput(NamedTuple):
     """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable; the entropy is None where it is not asked for.
-    values_BT1: V^π(s_1 .. s_{T+1}), or None."""
+    values: V^π(s_1 .. s_{T+1}), `[B, T+1]`, without the final value `[B, T]`, without a critic None."""
 
     logps_BT: Tensor
     entropy_BT: Tensor | None
-    values_BT1: Tensor | None
+    values: Tensor | None
 
 
 class Policy(nn.Module):
@@ -110,15 +110,17 @@ class Policy(nn.Module):
         support_BTk: Tensor | None = None,
         function_of_states: FunctionOfStates | None = None,
         with_entropy: bool = True,
+        with_final_value: bool = True,
     ) -> PolicyOutput | LossAndMetrics | Tensor:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
+        Without the final value, V(s_{T+1}), nobody reads the last token: for losses, which only want values at tokens.
         With `function_of_states`, instead what it returns for the N states of real tokens, the LM head and the head's
         parameters: a loss over the whole vocabulary has to be taken here, inside of a distributed wrapper.
         """
         prompt = (prompt_ids_PS, prompt_mask_PS)
-        need_final_state = self.value_head is not None and self.critic_model is None
+        need_final_state = with_final_value and self.value_head is not None and self.critic_model is None
         states_BTD = self.backbone.completion_states(
             *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
         )
@@ -140,13 +142,15 @@ class Policy(nn.Module):
             )
             for values_N in statistics
         )
-        values_BT1 = None
+        values = None
         if self.value_head is not None:
             if self.critic_model is not None:
-                states_BTD = self.critic_backbone.completion_states(*prompt, completion_ids_BT, prompt_index_B)
+                states_BTD = self.critic_backbone.completion_states(
+                    *prompt, completion_ids_BT, prompt_index_B, with_final_state=with_final_value
+                )
             with torch.autocast(states_BTD.device.type, enabled=False):
-                values_BT1 = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
-        return PolicyOutput(logps_BT, entropy_BT, values_BT1)
+                values = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
+        return PolicyOutput(logps_BT, entropy_BT, values)
 
     def _head_statistics(self, states_ND: Tensor, *per_token: Tensor, with_entropy: bool) -> list[Tensor | None]:
         """`_token_statistics` of the N states, in slices of positions."""

@@ -156,8 +156,8 @@ class OnPolicyTrainer(RolloutTrainer):
         width = rollout.completion_ids_BT.shape[1]
         old = self._outputs(policy, rollout)
         rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
-        if old[0].values_BT1 is not None:
-            values_BT1 = pad_columns([output.values_BT1 for output in old], width + 1)
+        if old[0].values is not None:
+            values_BT1 = pad_columns([output.values for output in old], width + 1)
             rollout = rollout.with_(old_values_BT1=values_BT1)
         return rollout, None if self.reference is None else self._log_probs(self.reference, rollout)
 
@@ -166,7 +166,7 @@ class OnPolicyTrainer(RolloutTrainer):
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        output, mask_BT = model(**batch.policy_inputs()), batch.loss_mask_BT
+        output, mask_BT = model(**batch.policy_inputs(), with_final_value=False), batch.loss_mask_BT
         if batch.old_logps_BT is None:
             batch = batch.with_(old_logps_BT=output.logps_BT.detach())
         loss, metrics = self.policy_loss(batch, output, tokens=tokens, sequences=sequences)

@@ -99,7 +99,7 @@ class PPOKDTrainer(OnPolicyTrainer):
             denominator=tokens,
         )
         value_loss, value_metrics = clipped_value_loss(
-            output.values_BT1[:, :-1],
+            output.values,
             batch.old_values_BT1[:, :-1],
             batch.returns_BT,
             batch.loss_mask_BT,

@@ -69,7 +69,7 @@ def test_log_probs_and_entropies_are_those_of_the_models_own_logits(any_model, t
     pairs = [(RAGGED.prompts[p], ids) for p, ids in zip(RAGGED.index, RAGGED.completions, strict=True)]
     assert_rows(output.logps_BT, [chosen_log_probs(any_model, *pair, temperature) for pair in pairs])
     assert_rows(output.entropy_BT, [entropies(any_model, *pair, temperature) for pair in pairs])
-    assert output.values_BT1 is None
+    assert output.values is None
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_without_the_entropy_the_rest_stays(tokenizer):
     whole, rest = (policy(*ragged_inputs(policy), with_entropy=wanted) for wanted in (True, False))
     assert rest.entropy_BT is None
     torch.testing.assert_close(rest.logps_BT, whole.logps_BT, rtol=0, atol=0)
-    torch.testing.assert_close(rest.values_BT1, whole.values_BT1, rtol=0, atol=0)
+    torch.testing.assert_close(rest.values, whole.values, rtol=0, atol=0)
 
 
 def test_allowed_probabilities_add_up_to_one(any_model, tokenizer):
@@ -221,7 +221,7 @@ def test_dropout_is_off_from_the_first_call_on(tokenizer, critic):
     after = policy(*ragged_inputs(policy))
     torch.testing.assert_close(before.logps_BT, after.logps_BT, rtol=0, atol=0)
     if critic != "none":
-        torch.testing.assert_close(before.values_BT1, after.values_BT1, rtol=0, atol=0)
+        torch.testing.assert_close(before.values, after.values, rtol=0, atol=0)
     assert not any(module.training for module in policy.modules())
     expected = chosen_log_probs(tiny_t5(tied=True), RAGGED.prompts[0], RAGGED.completions[1])
     torch.testing.assert_close(after.logps_BT[1].double().detach(), expected.detach(), **CLOSE)
@@ -230,7 +230,7 @@ def test_dropout_is_off_from_the_first_call_on(tokenizer, critic):
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_value_head_starts_at_zero_and_gets_a_gradient(any_model, tokenizer, critic):
     policy = Policy(any_model, tokenizer, critic=critic)
-    values_BT1 = policy(*ragged_inputs(policy)).values_BT1
+    values_BT1 = policy(*ragged_inputs(policy)).values
     assert values_BT1.shape == (5, 6) and values_BT1.dtype == torch.float32
     assert (values_BT1 == 0).all()
     (values_BT1 - 1).square().sum().backward()
@@ -243,7 +243,7 @@ def test_values_are_the_head_on_the_models_own_states(any_model, tokenizer, crit
     """At the state after the last token too, which a truncated completion is bootstrapped from."""
     policy = Policy(any_model, tokenizer, critic=critic)
     randomise_head(policy)
-    values_BT1 = policy(*ragged_inputs(policy)).values_BT1.detach()
+    values_BT1 = policy(*ragged_inputs(policy)).values.detach()
     for row, p, ids in zip(values_BT1, RAGGED.index, RAGGED.completions, strict=True):
         expected = plain_values(any_model, policy.value_head, RAGGED.prompts[p], ids).detach()
         torch.testing.assert_close(row[: len(ids) + 1].double(), expected, **CLOSE)
@@ -254,7 +254,7 @@ def test_shared_critic_trains_the_trunk_and_a_separate_one_leaves_it_alone(name)
     for critic in ("shared", "separate"):
         policy = policy_of(name, critic=critic)
         randomise_head(policy)
-        policy(*ragged_inputs(policy)).values_BT1.square().sum().backward()
+        policy(*ragged_inputs(policy)).values.square().sum().backward()
         trunk = [p.grad for p in policy.model.parameters() if p.grad is not None]
         if critic == "shared":
             assert sum(float(g.norm()) for g in trunk) > 0.1
@@ -278,7 +278,7 @@ def test_unused_critic_parameters_are_frozen(name):
     policy = policy_of(name, critic="separate")
     randomise_head(policy)
     output = policy(*ragged_inputs(policy))
-    (output.logps_BT.sum() + output.values_BT1.sum()).backward()
+    (output.logps_BT.sum() + output.values.sum()).backward()
     assert [n for n, p in policy.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -290,7 +290,7 @@ def test_garbage_behind_the_masks_changes_nothing(name):
         randomise_head(policy)
         output = policy(*ragged_inputs(policy, prompt_filler=prompt_filler, completion_filler=completion_filler))
         real_BT1 = torch.tensor([[t <= len(ids) for t in range(6)] for ids in RAGGED.completions])
-        values = output.values_BT1[real_BT1]
+        values = output.values[real_BT1]
         (output.logps_BT.sum() + 0.3 * output.entropy_BT.sum() + values.square().sum()).backward()
         gradients = {n: p.grad for n, p in policy.named_parameters()}
         results.append((output.logps_BT, output.entropy_BT, values, gradients))
@@ -340,7 +340,7 @@ def test_load_pretrained_restores_model_and_critic(name, critic, tmp_path):
     expected, actual = policy(*ragged_inputs(policy)), other(*ragged_inputs(other))
     torch.testing.assert_close(actual.logps_BT, expected.logps_BT, rtol=0, atol=0)
     if critic != "none":
-        torch.testing.assert_close(actual.values_BT1, expected.values_BT1, rtol=0, atol=0)
+        torch.testing.assert_close(actual.values, expected.values, rtol=0, atol=0)
     assert (other.model.get_input_embeddings().weight is other.model.get_output_embeddings().weight) == tied
     assert tied == (name == "t5-tied")
 
