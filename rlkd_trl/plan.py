@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
     add("--num_generations", "Completions of each prompt.", default=4, metavar="N")
     add("--teacher_batch_tokens", "Padded tokens in a scoring batch.", default=16384, metavar="N")
-    add("--sampling_batch_size", "Completions decoded at a time.", default=256, metavar="N")
+    add("--sampling_batch_size", "Completions sampled, or read without gradients, at once.", default=256, metavar="N")
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")

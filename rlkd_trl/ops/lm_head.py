@@ -19,13 +19,15 @@ from torch.utils.checkpoint import checkpoint
 MAX_SLICE_ELEMENTS = 2**24
 # On a CPU a slice of 8 MiB stays in the cache between the head and the statistics. Not where slices are recomputed.
 _MAX_SLICE_ELEMENTS_CPU = 2**21
-# 1 MiB, for several passes over the same logits.
-_BLOCK_ELEMENTS_CPU = 2**18
-# A logit in place of −∞ whose product with a probability of 0 is 0.
+# Several passes over the same logits are taken 16 MiB at a time, so that what they need besides is little; on a CPU
+# 2 MiB, which stay in the cache.
+_BLOCK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS_CPU = 2**19
+# In place of −∞: its product with a probability of 0 is 0.
 _LOWEST = torch.finfo(torch.float32).min / 2
-# Below e^−75 of the largest, a probability may be a subnormal number, with which a CPU is several times slower: it is 0
-# in the softmax. log π of the chosen id is exact.
-_LEAST_LOG_PROB_CPU = -75.0
+# Below e^−75 of the largest, a probability may be a subnormal number, with which a CPU is several times slower: it is
+# 0 in the softmax. log π of the chosen id is exact.
+_LEAST_LOG_PROB = -75.0
 
 
 class LogitStatistics(NamedTuple):
@@ -109,7 +111,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
     ∂ log π(y) / ∂z_v = (1[v = y] − π_v) / temperature,   ∂H / ∂z_v = −π_v (log π_v + H) / temperature
 
-    A block of positions at a time, so that on a CPU the passes over it find it in the cache.
+    A block of positions at a time: π of a block is all that it needs besides the logits.
     """
 
     @staticmethod
@@ -117,20 +119,20 @@ class _TokenLogProbs(torch.autograd.Function):
         z_NV = logits_NV.detach().float()
         if not overwrite and logits_NV.dtype == torch.float32:
             z_NV = z_NV.clone()
-        bounds = None if forbidden_V is None else _bounds_of_allowed(forbidden_V)
+        # A forbidden logit has a value of its own, whatever the model says, infinite ones included.
+        most_V = None if forbidden_V is None else torch.where(forbidden_V, _LOWEST, torch.inf)
         logps_N = z_NV.new_empty(len(z_NV))
         entropy_N = z_NV.new_empty(len(z_NV)) if entropy else None
         for block in _blocks(z_NV):
             z_nV = z_NV[block]
             if temperature != 1.0:
                 z_nV.div_(temperature)
-            if bounds is not None:
-                z_nV.clamp_(*bounds)
+            if most_V is not None:
+                torch.minimum(z_nV, most_V, out=z_nV)
             # Relative to the largest, so that nothing is lost where logits have a large common offset.
             z_nV.sub_(z_nV.amax(dim=-1, keepdim=True))
             z_chosen_n = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1)
-            if z_nV.device.type == "cpu":
-                threshold_(z_nV, _LEAST_LOG_PROB_CPU, _LOWEST)
+            threshold_(z_nV, _LEAST_LOG_PROB, _LOWEST)
             pi_nV = z_nV.softmax(dim=-1)
             log_normalizer_n = -pi_nV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
             logps_N[block] = z_chosen_n - log_normalizer_n
@@ -171,16 +173,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _blocks(rows_NV: Tensor) -> Iterator[slice]:
-    """Positions of which `_BLOCK_ELEMENTS_CPU` logits are made; all of them where there is no such cache."""
+    """Of so many positions as make a block of logits."""
     N, V = rows_NV.shape
-    size = max(1, _BLOCK_ELEMENTS_CPU // V) if rows_NV.device.type == "cpu" else max(1, N)
+    size = max(1, (_BLOCK_ELEMENTS_CPU if rows_NV.device.type == "cpu" else _BLOCK_ELEMENTS) // V)
     return (slice(first, first + size) for first in range(0, N, size))
-
-
-def _bounds_of_allowed(forbidden_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest value of each logit: a forbidden one has a value of its own, very low but finite."""
-    infinity_V = torch.full(forbidden_V.shape, torch.inf, device=forbidden_V.device)
-    return (-infinity_V).masked_fill_(forbidden_V, _LOWEST), infinity_V.masked_fill_(forbidden_V, _LOWEST)
 
 
 def support_log_probs(

@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def sampled_completions(self) -> int:
-        """Decoded at a time: whole prompts, and no more than a rollout has."""
+        """Decoded, or read for their log-probabilities, at a time: whole prompts, and no more than a rollout has."""
         whole = max(1, self.sampling_batch // self.num_generations) * self.num_generations
         return min(whole, self.micro_batch * self.micro_batches)
 
@@ -83,6 +83,28 @@ def scoring_bytes(
                 vocab_size=backbone.vocab_size,
                 max_elements=max_elements,
             )
+    return live.peak
+
+
+def log_prob_bytes(
+    student: Skeleton,
+    workload: Workload,
+    *,
+    bf16: bool = False,
+    fused_attention: bool = True,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+) -> int:
+    """Peak of `Policy` without gradients on as many completions as are sampled at a time, beyond weights.
+
+    max_elements: as for `scoring_bytes`. A separate critic's states come after these, and take less.
+    """
+    with student.mode:
+        batch = _Batch.of_completions(workload, workload.sampled_completions)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
+            backbone = backbone_of(student.model)
+            states_BTD = backbone.completion_states(*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
+            _token_log_probs(backbone, batch, states_BTD, entropy=False, max_elements=max_elements)
     return live.peak
 
 
@@ -159,21 +181,28 @@ def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
     """The forward pass of `Policy`, and a loss of every output that has a gradient."""
     asked = (*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
     states_BTD = backbone.completion_states(*asked, with_final_state=False)
-    states_ND = states_BTD.flatten(0, 1).clone()  # real positions are picked
-    forbidden_V = torch.zeros(backbone.vocab_size, dtype=torch.bool)
-    statistics = map_head_slices(
-        backbone.head,
-        states_ND,
-        partial(token_log_probs, forbidden_V=forbidden_V, overwrite=True),
-        batch.completion_ids_BT.flatten(),
-        vocab_size=backbone.vocab_size,
-    )
-    loss = statistics[0].sum()
+    loss = _token_log_probs(backbone, batch, states_BTD)[0].sum()
     if critic == "separate":
         states_BTD = backbone.completion_states(*asked, with_final_state=False)
     if critic != "none":
         loss = loss + states_BTD.float().sum(dim=-1).square().mean()
     return loss
+
+
+def _token_log_probs(
+    backbone: Backbone, batch: _Batch, states_BTD: Tensor, *, entropy: bool = True, max_elements: int | None = None
+) -> list[Tensor | None]:
+    """What `Policy` makes of its states."""
+    states_ND = states_BTD[:, : batch.completion_ids_BT.shape[1]].flatten(0, 1).clone()  # real positions are picked
+    forbidden_V = torch.zeros(backbone.vocab_size, dtype=torch.bool)
+    return map_head_slices(
+        backbone.head,
+        states_ND,
+        partial(token_log_probs, forbidden_V=forbidden_V, entropy=entropy, overwrite=True),
+        batch.completion_ids_BT.flatten(),
+        vocab_size=backbone.vocab_size,
+        max_elements=max_elements,
+    )
 
 
 class _LiveBytes(TorchDispatchMode):

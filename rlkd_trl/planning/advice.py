@@ -152,6 +152,7 @@ def _nothing_fits(teachers: Sequence[TeacherBytes], students: Sequence[StudentBy
     remedies = {  # by the bytes that each may lower
         "lower --teacher_batch_tokens": teacher.scoring,
         "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps)": student.update,
+        "lower --sampling_batch_size": max(student.log_probs, student.sampling),
         "take more GPUs, --student_dtype bfloat16 or a smaller student": student.always_held,
         "take more GPUs or a smaller teacher": teacher.weights + teacher.gathered,
     }

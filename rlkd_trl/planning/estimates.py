@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rlkd_trl.models.loading import DTYPES
-from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
+from rlkd_trl.planning.activations import Workload, log_prob_bytes, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.planning.skeletons import Checkpoint, Skeleton
 from rlkd_trl.planning.weights import (
     SHARDINGS,
@@ -71,8 +71,9 @@ class TeacherBytes:
 class StudentBytes:
     """One way to shard the student; all are a rank's bytes on its GPU.
 
-    gathered: of other ranks' weights, while it learns. sampling: with all of other ranks' weights, which ZeRO-3
-    gathers for it. cache: of the sampling, at its end.
+    gathered: of other ranks' weights, while it learns or reads completions. log_probs: of reading them without
+    gradients. sampling: with all of other ranks' weights, which ZeRO-3 gathers for it. cache: of the sampling, at its
+    end.
     """
 
     sharding: str
@@ -83,6 +84,7 @@ class StudentBytes:
     value_head: int
     reference: int
     update: int
+    log_probs: int
     sampling: int
     cache: int
 
@@ -92,10 +94,10 @@ class StudentBytes:
 
 
 def peak_bytes(teacher: TeacherBytes, student: StudentBytes) -> int:
-    """What a rank holds throughout, and the largest of the three phases."""
+    """What a rank holds throughout, and the largest of the four phases."""
     phases = (
         teacher.gathered + teacher.scoring,
-        student.gathered + student.update,
+        student.gathered + max(student.update, student.log_probs),
         student.sampling,
     )
     return teacher.weights + student.always_held + max(phases)
@@ -141,6 +143,7 @@ def student_estimates(
     student = checkpoint.build(DTYPES[training.student_dtype])
     itemsize, copies = student.model.dtype.itemsize, 2 if training.critic == "separate" else 1
     update = update_bytes(student, workload, critic=training.critic, bf16=training.bf16)
+    log_probs = log_prob_bytes(student, workload, bf16=training.bf16)
     sampling, cache = sampling_bytes(student, workload, bf16=training.bf16)
     head = student.model.get_output_embeddings().weight
     # A separate critic's own LM head is never used, and frozen.
@@ -168,6 +171,7 @@ def student_estimates(
             value_head=0 if training.critic == "none" else 4 * (width + 1) * torch.float32.itemsize,
             reference=weight_bytes(student) if training.beta > 0 else 0,
             update=update,
+            log_probs=log_probs,
             sampling=share.elsewhere + sampling,
             cache=cache,
         )

@@ -44,7 +44,7 @@ def report(teacher: str, student: str, workload: Workload, cluster: Cluster, tra
         f"         the teacher reads {workload.scored_prompts} prompts at a time",
         "Teacher, GiB on each GPU:\n" + teacher_table(teachers),
         "Student, GiB on each GPU:\n" + student_table(students),
-        "Peak, GiB on each GPU (always held, and the largest of scoring, update and sampling; x does not fit):\n"
+        "Peak, GiB on each GPU (always held, and the largest of the phases; x does not fit):\n"
         + peak_table(teachers, students, cluster),
         advice(teachers, students, cluster, workload),
     ]

@@ -18,7 +18,8 @@ def teacher_table(teachers: Sequence[TeacherBytes]) -> str:
 
 def student_table(students: Sequence[StudentBytes]) -> str:
     """One line for each sharding."""
-    heads = ("weights", "gathered", "gradients", "optimizer", "value_head", "reference", "update", "sampling", "cache")
+    held = ("weights", "gathered", "gradients", "optimizer", "value_head", "reference")
+    heads = (*held, "update", "log_probs", "sampling", "cache")
     rows = [[s.sharding, *(gib(getattr(s, head)) for head in heads)] for s in students]
     return table(["sharding", *(head.replace("_", " ") for head in heads)], rows, labels=1)
 

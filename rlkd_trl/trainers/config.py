@@ -46,8 +46,8 @@ class RolloutConfig(TrainingArguments):
     sampling_batch_size: int = field(
         default=256,
         metadata={
-            "help": "Completions decoded, or read without gradients, at a time on each device; more is faster, in more "
-            "memory."
+            "help": "Completions sampled, or read without gradients, at a time on each device; more is faster, in "
+            "more memory."
         },
     )
     mask_truncated_completions: bool = field(

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from rlkd_trl.ops import lm_head
 from rlkd_trl.ops.lm_head import (
     allowed_logsumexp,
     logit_statistics,
@@ -233,6 +234,69 @@ def test_a_constant_added_to_the_logits_costs_no_more_than_its_rounding(offset):
         (statistics.expected - statistics.mean, (log_p.exp() * z).sum(-1) - z.mean(-1)),
     ]:
         torch.testing.assert_close(found_N.double(), expected_N, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows_in_a_block", [1, 2, 100])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("forbid", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_blocks_of_positions_and_the_logits_own_memory_change_nothing(
+    overwrite, forbid, entropy, rows_in_a_block, monkeypatch
+):
+    monkeypatch.setattr(lm_head, "_BLOCK_ELEMENTS_CPU", rows_in_a_block * V)
+    leaf_NV = random_logits(0)[0].requires_grad_()
+    chosen_N = torch.arange(1, N + 1) % 6 + 1  # 1 .. 6, none of them forbidden
+    forbidden_V = forbidden_mask() if forbid else torch.zeros(V, dtype=torch.bool)
+    logits_NV = leaf_NV * 1  # not a leaf, as a head's output
+    found = token_log_probs(
+        logits_NV,
+        chosen_N,
+        temperature=0.7,
+        forbidden_V=forbidden_V if forbid else None,
+        entropy=entropy,
+        overwrite=overwrite,
+    )
+    p_NV = leaf_NV.double() / 0.7
+    log_p_NV = p_NV.masked_fill(forbidden_V, -1e30).log_softmax(dim=-1)
+    expected = [log_p_NV.gather(-1, chosen_N[:, None]).squeeze(-1), -(log_p_NV.exp() * log_p_NV).sum(dim=-1)]
+    weights_2N = normal(2, N, seed=1)
+    outputs = found if entropy else found[:1]
+    for ours_N, theirs_N in zip(outputs, expected, strict=False):
+        torch.testing.assert_close(ours_N.double(), theirs_N, rtol=1e-5, atol=1e-5)
+    ours_NV, theirs_NV = (
+        torch.autograd.grad(sum((w_N * x_N).sum() for w_N, x_N in zip(weights_2N, some, strict=False)), leaf_NV)[0]
+        for some in (outputs, expected[: len(outputs)])
+    )
+    torch.testing.assert_close(ours_NV, theirs_NV, rtol=1e-5, atol=1e-5)
+    assert (found.entropy is None) != entropy
+    assert torch.equal(logits_NV, leaf_NV) is not overwrite
+
+
+def test_overwritten_logits_take_one_backward_pass_and_say_so():
+    leaf_NV, chosen_N = random_logits(0)
+    logits_NV = leaf_NV.requires_grad_() * 1
+    logps_N = token_log_probs(logits_NV, chosen_N, overwrite=True).logps
+    torch.autograd.grad(logps_N.sum(), leaf_NV, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(logps_N.sum(), leaf_NV)
+
+
+def test_what_is_overwritten_may_not_be_needed_by_what_made_it():
+    """tanh's gradient is read from its output: autograd notices."""
+    leaf_NV, chosen_N = random_logits(0)
+    logps_N = token_log_probs(leaf_NV.requires_grad_().tanh(), chosen_N, overwrite=True).logps
+    with pytest.raises(RuntimeError, match="inplace"):
+        logps_N.sum().backward()
+
+
+def test_a_very_unlikely_token_keeps_its_log_probability():
+    """Its probability is no float32, and 0 in the softmax; log π and the entropy are what they are."""
+    logits_NV = torch.tensor([[0.0, -200.0, -90.0, -1.0]])
+    for chosen in range(4):
+        logps_N, entropy_N = token_log_probs(logits_NV, torch.tensor([chosen]))
+        log_p = logits_NV.double().log_softmax(dim=-1)[0]
+        assert_matches(logps_N, [float(log_p[chosen])])
+        assert_matches(entropy_N, [float(-(log_p.exp() * log_p).sum())])
 
 
 # ---- half precision

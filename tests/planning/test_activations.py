@@ -1,8 +1,8 @@
 """Estimated activations against what torch's allocator hands out for the same work.
 
-The profiler sees the CPU's real allocations in `Teacher.score`, in a trainer's own update and in sampling; the
-estimate has run the model on fake tensors. Shapes and models are chosen so that once the encoder, once the decoder,
-once the cache, and once the LM head takes most.
+The profiler sees the CPU's real allocations in `Teacher.score`, in a trainer's own update, in a policy's pass without
+gradients and in sampling; the estimate has run the model on fake tensors. Shapes and models are chosen so that once
+the encoder, once the decoder, once the cache, and once the LM head takes most.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from transformers import Trainer
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.lm_head import _MAX_SLICE_ELEMENTS_CPU
-from rlkd_trl.planning.activations import Workload, sampling_bytes, scoring_bytes, update_bytes
+from rlkd_trl.planning.activations import Workload, log_prob_bytes, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from tests.conftest import word_tokenizer
@@ -147,6 +147,33 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
     skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
     estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), fused_attention=False)
     assert_close(estimated, measured[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bf16"),
+    [
+        ("t5-tied", "long-prompts", False),
+        ("t5-untied", "both", True),
+        ("t5-deep-encoder", "long-completions", False),
+        ("t5-large-vocabulary", "long-completions", False),
+        ("llama", "long-prompts", True),
+        ("llama-deep", "both", False),
+    ],
+)
+def test_log_probs(name, shape, bf16, tmp_path):
+    P, S, K, T = SHAPES[shape]
+    model = MODELS[name]()
+    policy = Policy(model, word_tokenizer(), critic="shared")
+    ids_PS, ids_BT = torch.full((P, S), 3), torch.full((P * K, T), 3)
+    mask_PS = torch.ones_like(ids_PS)
+    mask_PS[-1, -1 if policy.backbone.padding_side == "right" else 0] = 0
+    index_B = torch.arange(P).repeat_interleave(K)
+    inputs = (ids_PS, mask_PS, index_B, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        measured = peak_bytes(lambda: policy(*inputs, with_entropy=False))
+    skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
+    on_cpu = {"fused_attention": False, "max_elements": _MAX_SLICE_ELEMENTS_CPU}
+    assert_close(log_prob_bytes(skeleton, workload(SHAPES[shape]), bf16=bf16, **on_cpu), measured)
 
 
 def sampled(name: str, shape: tuple[int, int, int, int], directory: Path) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ DDP = StudentBytes(
     value_head=0,
     reference=0,
     update=3 * GIB,
+    log_probs=1 * GIB,
     sampling=1 * GIB,
     cache=GIB // 2,
 )
@@ -147,6 +148,8 @@ def test_several_nodes():
     ("student", "remedy"),
     [
         (replace(DDP, update=50 * GIB), "lower --per_device_train_batch_size"),
+        (replace(DDP, log_probs=50 * GIB), "lower --sampling_batch_size"),
+        (replace(DDP, sampling=50 * GIB), "lower --sampling_batch_size"),
         (replace(DDP, optimizer=50 * GIB), "a smaller student"),
     ],
 )

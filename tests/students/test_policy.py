@@ -249,6 +249,22 @@ def test_values_are_the_head_on_the_models_own_states(any_model, tokenizer, crit
         torch.testing.assert_close(row[: len(ids) + 1].double(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("critic", ["none", "shared", "separate"])
+def test_without_the_final_value_all_else_is_the_same(any_model, tokenizer, critic):
+    policy = Policy(any_model, tokenizer, critic=critic)
+    if critic != "none":
+        randomise_head(policy)
+    whole = policy(*ragged_inputs(policy))
+    without = policy(*ragged_inputs(policy), with_final_value=False)
+    torch.testing.assert_close(without.logps_BT, whole.logps_BT, **CLOSE)
+    torch.testing.assert_close(without.entropy_BT, whole.entropy_BT, **CLOSE)
+    if critic == "none":
+        assert without.values is whole.values is None
+    else:
+        assert without.values.shape == (5, 5)
+        torch.testing.assert_close(without.values, whole.values[:, :-1], **CLOSE)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_critic_trains_the_trunk_and_a_separate_one_leaves_it_alone(name):
     for critic in ("shared", "separate"):

@@ -17,6 +17,7 @@ from tests.trainers.tiny_runs import (
     build,
     largest_difference,
     run,
+    snapshot,
     teacher_reward,
 )
 
@@ -235,7 +236,27 @@ def test_a_pass_for_old_log_probs_only_where_something_reads_them(method, settin
     trainer = build(method, tmp_path, reward=rewards, **settings)
     calls = forward_passes(getattr(trainer, "behaviour", None) or trainer.model)
     trainer.train()
-    assert (4, False) in calls if needed else all(with_gradient for _, with_gradient in calls)
+    assert (8, False) in calls if needed else all(with_gradient for _, with_gradient in calls)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, [2, 2, 2, 2]), (7, [6, 2]), (256, [8])])
+def test_as_many_completions_are_read_without_gradients_as_are_sampled_at_a_time(size, parts, tmp_path):
+    """Whole prompts, of two completions each; the last part may be smaller. What is learnt stays the same."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "beta": 0.1}
+    trainer = build("ppo", tmp_path / "parts", sampling_batch_size=size, **settings)
+    calls, sampled = forward_passes(trainer.model), []
+    sample = trainer.model.sample
+
+    def counted(*args, **kwargs):
+        sampled.append(len(kwargs["uniforms_BT"]))
+        return sample(*args, **kwargs)
+
+    trainer.model.sample = counted
+    trainer.train()
+    assert sampled == 2 * parts
+    assert [count for count, with_gradient in calls if not with_gradient] == 2 * parts
+    default = run("ppo", tmp_path / "default", **settings)
+    assert_same_weights(snapshot(trainer.model), default.weights[-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["rloo-sequence", "rloo-token", "reinforce"])
