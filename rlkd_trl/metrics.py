@@ -8,7 +8,6 @@ Wherever a word is counted here, a word is what whitespace separates.
 import math
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from rlkd_trl.errors import InputError
@@ -58,6 +57,8 @@ def rouge(
 
     Raises InputError: as `bleu`.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK, which training should not wait for
+
     _check_references(outputs, references)
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=use_stemmer)
     best = [scorer.score_multi(row, output) for output, row in zip(outputs, references, strict=True)]

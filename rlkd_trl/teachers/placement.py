@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.loading import DTYPES, check_dtype
+from rlkd_trl.models.loading import DTYPES, check_dtype, check_quantization
 from rlkd_trl.models.memory import held_bytes
 
 PLACEMENTS = ("replicated", "zero3", "offload")
@@ -52,6 +52,7 @@ class Placement:
             raise InputError(f"Unknown teacher placement {self.placement!r}; choose one of: {', '.join(PLACEMENTS)}.")
         if self.offload_path is not None and self.placement != "offload":
             raise InputError(f"An offload path needs the placement 'offload'; it is {self.placement!r}.")
+        check_quantization(self.quantization)
         if not self.is_sharded:
             return
         if self.quantization != "none":

@@ -64,4 +64,4 @@ def test_the_saved_adapters_on_the_base_model_are_the_trained_student(tmp_path):
     prompt, completion = [5, 9, 13, 1], [4, 8, 1]
     theirs = plain_forward(loaded.get_base_model(), prompt, completion)[0]
     ours = plain_forward(trainer.model.model.get_base_model(), prompt, completion)[0]
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)  # rounding: ours has fused norms

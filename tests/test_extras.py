@@ -1,0 +1,60 @@
+"""Without the optional dependencies everything works but what needs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# As if they were not installed: neither found nor imported.
+WITHOUT_EXTRAS = """
+import importlib.util, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "bitsandbytes"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: (
+    None if name.split(".")[0] in ("deepspeed", "bitsandbytes") else found(name, *args)
+)
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def without_extras(code: str) -> str:
+    """What the code prints last."""
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS + code], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_training_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
+    code = f"""
+from tests.trainers.tiny_runs import run
+recorder = run("ppo", {str(tmp_path)!r}, use_cpu=True)
+print(len(recorder.logs), sorted({{"deepspeed", "bitsandbytes"}} & set(sys.modules)))
+"""
+    assert without_extras(code) == "2 []"
+
+
+@pytest.mark.slow
+def test_what_needs_them_says_so():
+    code = """
+from rlkd_trl.errors import InputError
+from rlkd_trl.teachers import Teacher
+for settings in ({"placement": "zero3"}, {"quantization": "int8"}):
+    try:
+        Teacher.from_pretrained("nowhere", **settings)
+    except InputError as error:
+        print(error, end=" ")
+print()
+"""
+    said = without_extras(code)
+    assert "needs DeepSpeed: pip install deepspeed" in said and "needs bitsandbytes: pip install bitsandbytes" in said
