@@ -7,9 +7,9 @@ r"""Scoring, rollouts and PPO steps on a GPU, with random weights of the true sh
 For each teacher and precision (int8 by bitsandbytes): completion tokens scored per second, and which share that is of
 the GPU's rate in large bfloat16 matrix multiplications, measured in the same run, by the FLOPs that are needed when
 each prompt is read once (`workload.py`); seconds per PPO step of `PPOKDTrainer`; peak memory of both. For the student:
-completion tokens per second of `Policy.sample` and of plain `generate()` on the repeated prompts. Completions never
-end early. Wanted on one H200: scoring at half the matrix rate or more at 256-token prompts, rollouts 4 times
-`generate()`.
+completion tokens per second of `Policy.sample` and of `generate()` on the repeated prompts, plain and with its static
+cache (`sampling.py`). Completions never end early. Wanted on one H200: scoring at half the matrix rate or more at
+256-token prompts, rollouts 4 times plain `generate()`.
 
 Writes `results/gpu.json` and `results/gpu.md` beside this file, or to `--results_dir`. A dry run has no numbers worth
 keeping: its files say "not measured", and it leaves files of measurements as they are.
@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from sampling import ways
 from transformers import BitsAndBytesConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration, TrainerCallback
-from workload import EOS, PAD, UNK, Dimensions, Shape, forward_flops, prompt_ids, prompt_texts, word_tokenizer
+from workload import EOS, PAD, UNK, Dimensions, Shape, forward_flops, prompt_texts, word_tokenizer
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
-from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -133,42 +133,13 @@ def scoring(teacher: Teacher, dimensions: Dimensions, shape: Shape, rate: float,
 
 
 def rollouts(student: PreTrainedModel, tokenizer, shape: Shape, stopwatch: Stopwatch) -> dict:
-    """Ours in one batch, and `generate()` on as many rows."""
-    policy = Policy(student.eval(), tokenizer)
-    policy.forbidden_V[[EOS, UNK]] = True
-    device = student.device
-    ids_PS = prompt_ids(shape, 0).to(device)
-    mask_PS, index_B = (
-        torch.ones_like(ids_PS),
-        torch.arange(shape.prompts, device=device).repeat_interleave(shape.samples),
-    )
-    uniforms_BT = torch.rand(shape.completions, shape.completion_tokens, device=device)
-
-    def ours():
-        policy.sample(ids_PS, mask_PS, index_B, max_completion_length=shape.completion_tokens, uniforms_BT=uniforms_BT)
-
-    @torch.no_grad()
-    def plain():
-        student.generate(
-            input_ids=ids_PS[index_B],
-            attention_mask=mask_PS[index_B],
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=shape.completion_tokens,
-            max_new_tokens=shape.completion_tokens,
-            suppress_tokens=[PAD, EOS, UNK],
-        )
-
-    tokens = shape.completions * shape.completion_tokens
-    ours_seconds, ours_gib = stopwatch.time(ours)
-    plain_seconds, plain_gib = stopwatch.time(plain)
-    return {
-        "tokens_per_second": tokens / ours_seconds,
-        "plain_tokens_per_second": tokens / plain_seconds,
-        "times_plain": plain_seconds / ours_seconds,
-        "peak_gib": ours_gib,
-        "plain_peak_gib": plain_gib,
-    }
+    """Ours in one batch, and `generate()` on as many rows, with its growing and its static cache."""
+    tokens, found = shape.completions * shape.completion_tokens, {}
+    with torch.no_grad():
+        for name, call in ways(student, tokenizer, shape).items():
+            seconds, peak_gib = stopwatch.time(call)
+            found[name] = {"tokens_per_second": tokens / seconds, "peak_gib": peak_gib}
+    return found
 
 
 class _StepClock(TrainerCallback):
@@ -246,14 +217,15 @@ def measure(teachers: list[str], precisions: list[str], shape: Shape, steps: int
 
 
 def as_markdown(found: dict, shape: Shape) -> str:
-    student = found["student"]
+    ours, plain, static = found["student"].values()
     lines = [
         f"{found['device']}; torch {torch.__version__}, transformers {version('transformers')}; {found['date']}. "
         f"{shape.prompts} prompts of {shape.prompt_tokens} tokens × {shape.samples} completions of "
         f"{shape.completion_tokens}. Large bfloat16 products: {found['matmul_tflop_per_second']:.0f} TFLOP/s.",
         "",
-        f"Rollouts, T5-base in bfloat16: {student['tokens_per_second']:.0f} tokens/s, {student['times_plain']:.1f} "
-        f"times plain `generate()`; {student['peak_gib']:.1f} GiB, {student['plain_peak_gib']:.1f} there.",
+        f"Rollouts, T5-base in bfloat16: {ours['tokens_per_second']:.0f} tokens/s; plain `generate()` "
+        f"{plain['tokens_per_second']:.0f}, with its static cache {static['tokens_per_second']:.0f}. Peak "
+        f"{ours['peak_gib']:.1f}, {plain['peak_gib']:.1f} and {static['peak_gib']:.1f} GiB.",
         "",
         "| teacher | weights, GiB | scored tokens/s | share of matrix rate | peak GiB | s per PPO step | peak GiB |",
         "| --- |" + " --- |" * 6,

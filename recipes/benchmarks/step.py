@@ -204,7 +204,14 @@ def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int,
     }
     said = _in_turn(commands, rounds)
     totals = {name: [s for run in runs for s in run["cpu_seconds_of_steps"]] for name, runs in said.items()}
-    ours, trl = ({**runs[0], "total_cpu_seconds": median(totals[name])} for name, runs in said.items())
+    ours, trl = (
+        {
+            **runs[0],
+            "total_cpu_seconds": median(totals[name]),
+            **{memory: median(run[memory] for run in runs) for memory in ("peak_mib", "extra_mib")},
+        }
+        for name, runs in said.items()
+    )
     for name, result in (("ours", ours), ("trl", trl)):
         result["cpu_seconds_of_steps"] = totals[name]
     return {

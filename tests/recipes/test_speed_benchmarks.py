@@ -123,15 +123,15 @@ def test_ratios_are_theirs_over_ours(monkeypatch):
         return {"cpu_seconds_of_steps": totals, "phases": phases, "peak_mib": peak, "extra_mib": extra}
 
     said = {
-        "ours": [result([2.0, 3.0], 0.5, 600, 100), result([4.0], 9.0, 1, 1)],
-        "trl": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 9.0, 1, 1)],
+        "ours": [result([2.0, 3.0], 0.5, 600, 100), result([4.0], 9.0, 800, 300)],
+        "trl": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 9.0, 1600, 1200)],
     }
     compare = main_of("benchmarks/step").__globals__["compare"]
     monkeypatch.setitem(compare.__globals__, "_in_turn", lambda commands, rounds: said)
     found = compare("python", compare.__globals__["Shape"](5, 3, 2, 2), 2, 2, 0.05, 2)
     assert found["times_faster"] == 12 / 3  # medians of 10, 12, 14 and of 2, 3, 4
     assert found["times_faster_by_phase"] == {"generate": 4, "score": 1, "update": 1}
-    assert (found["peak_memory_ratio"], found["extra_memory_ratio"]) == (0.5, 0.25)
+    assert (found["peak_memory_ratio"], found["extra_memory_ratio"]) == (700 / 1400, 200 / 800)  # medians of runs
 
 
 def test_commands_take_turns(tmp_path):
@@ -220,11 +220,9 @@ def test_the_gpu_benchmarks_table():
         "date": "2000-01-31",
         "matmul_tflop_per_second": 612.4,
         "student": {
-            "tokens_per_second": 8123.6,
-            "times_plain": 4.26,
-            "peak_gib": 11.14,
-            "plain_tokens_per_second": 1907.0,
-            "plain_peak_gib": 23.46,
+            "ours": {"tokens_per_second": 8123.6, "peak_gib": 11.14},
+            "generate": {"tokens_per_second": 1907.0, "peak_gib": 23.46},
+            "generate_static": {"tokens_per_second": 2345.1, "peak_gib": 22.0},
         },
         "teachers": {
             "t0_3b int8": {
@@ -239,13 +237,27 @@ def test_the_gpu_benchmarks_table():
         head.startswith("A GPU; torch ") and "; 2000-01-31. 128 prompts of 256 tokens × 8 completions of 64." in head
     )
     assert head.endswith("Large bfloat16 products: 612 TFLOP/s.")
-    assert rollouts.endswith("8124 tokens/s, 4.3 times plain `generate()`; 11.1 GiB, 23.5 there.")
+    assert "8124 tokens/s; plain `generate()` 1907, with its static cache 2345." in rollouts
+    assert rollouts.endswith("Peak 11.1, 23.5 and 22.0 GiB.")
     assert [cell.strip() for cell in table[2].split("|")] == [
         "",
         *"t0_3b int8,3.1,51234,0.53,10.0,7.12,31.0".split(","),
         "",
     ]
     assert len({line.count("|") for line in table}) == 1 and len(table) == 3
+
+
+def test_ways_of_sampling(monkeypatch, capsys):
+    """The benchmark itself checks that each way gives completions of full length."""
+    main = main_of("benchmarks/sampling")
+    small = main.__globals__["STUDENT"].__class__(d_model=32, d_ff=32, heads=2, layers=1)
+    monkeypatch.setitem(main.__globals__, "STUDENT", small)
+    monkeypatch.setattr(sys, "argv", ["sampling.py", *TINY.split(), "--repetitions", "1"])
+    main()
+    found = last_line(capsys)
+    seconds = found["cpu_seconds"]
+    assert list(seconds) == ["ours", "generate", "generate_static"] and min(seconds.values()) > 0
+    assert found["times_faster"]["generate_static"] == seconds["generate_static"] / seconds["ours"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin to measure")
