@@ -15,7 +15,7 @@ _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")
 _POSITIVE = (
     "gpus nodes gpu_memory prompt_tokens completion_tokens per_device_train_batch_size gradient_accumulation_steps "
-    "num_generations teacher_batch_tokens sampling_batch_size"
+    "num_generations teacher_batch_tokens sampling_batch_size local_rollout_forward_batch_size"
 ).split()
 
 
@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
     add("--num_generations", "Completions of each prompt.", default=4, metavar="N")
     add("--teacher_batch_tokens", "Padded tokens in a scoring batch.", default=16384, metavar="N")
-    add("--sampling_batch_size", "Completions sampled, or read without gradients, at once.", default=256, metavar="N")
+    add("--sampling_batch_size", "Completions decoded at a time.", default=256, metavar="N")
+    add("--local_rollout_forward_batch_size", "Completions read without gradients at a time.", default=64, metavar="N")
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         micro_batches=flags.gradient_accumulation_steps,
         teacher_batch_tokens=flags.teacher_batch_tokens,
         sampling_batch=flags.sampling_batch_size,
+        forward_batch=flags.local_rollout_forward_batch_size,
     )
     print(report(flags.teacher, flags.student, workload, cluster, training))
 

@@ -57,4 +57,5 @@ for settings in ({"placement": "zero3"}, {"quantization": "int8"}):
 print()
 """
     said = without_extras(code)
-    assert "needs DeepSpeed: pip install deepspeed" in said and "needs bitsandbytes: pip install bitsandbytes" in said
+    assert "needs DeepSpeed: pip install 'rlkd_trl[deepspeed]'" in said
+    assert "needs bitsandbytes: pip install 'rlkd_trl[quantization]'" in said

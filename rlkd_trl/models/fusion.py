@@ -3,7 +3,7 @@
 They have the parameters and the config that they had: checkpoints are what they were.
 """
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ def fuse(model: nn.Module) -> None:
     `rms_norm` where all is float32, and stay as they are elsewhere.
     """
     for module in list(model.modules()):
-        if type(module).__name__ in _RMS_NORMS and type(module).__module__.startswith("transformers."):
-            module.forward = MethodType(_norm_forward, module)
+        is_norm = type(module).__name__ in _RMS_NORMS and type(module).__module__.startswith("transformers.")
+        if is_norm and "forward" not in vars(module):  # else it is somebody's, e.g. of a hook that loads the weight
+            module.forward = partial(_norm_forward, module)
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, GELUTanh())

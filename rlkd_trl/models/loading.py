@@ -103,7 +103,7 @@ def check_quantization(quantization: str) -> None:
     if quantization not in QUANTIZATIONS:
         raise InputError(f"Unknown quantisation {quantization!r}; choose one of: {', '.join(QUANTIZATIONS)}.")
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"Quantisation {quantization!r} needs bitsandbytes: pip install bitsandbytes.")
+        raise InputError(f"Quantisation {quantization!r} needs bitsandbytes: pip install 'rlkd_trl[quantization]'.")
 
 
 def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict[str, BitsAndBytesConfig]:

@@ -100,8 +100,8 @@ def token_log_probs(
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
     forbidden `chosen` id gets a log-probability of about −2e38, not an error.
 
-    `overwrite`: π, and its gradient in the backward pass, take the memory of float32 logits instead of new memory
-    (three tensors of `[N, V]` less). For logits that nothing else reads; the backward pass can then be taken once.
+    `overwrite`: π, and its gradient in the backward pass, take the memory of float32 logits instead of new memory. For
+    logits that nothing else reads, not even the gradient of what made them; the backward pass can then be taken once.
     """
     return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite))
 
@@ -119,16 +119,15 @@ class _TokenLogProbs(torch.autograd.Function):
         z_NV = logits_NV.detach().float()
         if not overwrite and logits_NV.dtype == torch.float32:
             z_NV = z_NV.clone()
-        # A forbidden logit has a value of its own, whatever the model says, infinite ones included.
-        most_V = None if forbidden_V is None else torch.where(forbidden_V, _LOWEST, torch.inf)
+        forbidden_ids = None if forbidden_V is None else forbidden_V.nonzero()[:, 0]
         logps_N = z_NV.new_empty(len(z_NV))
         entropy_N = z_NV.new_empty(len(z_NV)) if entropy else None
         for block in _blocks(z_NV):
             z_nV = z_NV[block]
             if temperature != 1.0:
                 z_nV.div_(temperature)
-            if most_V is not None:
-                torch.minimum(z_nV, most_V, out=z_nV)
+            if forbidden_ids is not None:
+                z_nV.index_fill_(-1, forbidden_ids, _LOWEST)
             # Relative to the largest, so that nothing is lost where logits have a large common offset.
             z_nV.sub_(z_nV.amax(dim=-1, keepdim=True))
             z_chosen_n = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1)

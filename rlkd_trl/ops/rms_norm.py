@@ -12,7 +12,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x_ND, weight_D, eps)
-    return (x_ND * _reciprocal_root_mean_square(x_ND, eps)).mul_(weight_D)
+    return x_ND * _reciprocal_root_mean_square(x_ND, eps) * weight_D
 
 
 def _reciprocal_root_mean_square(x_ND: Tensor, eps: float) -> Tensor:
@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x_ND, weight_D, eps):
         r_N1 = _reciprocal_root_mean_square(x_ND, eps)
         ctx.save_for_backward(x_ND, weight_D, r_N1)
-        return (x_ND * r_N1).mul_(weight_D)
+        return x_ND * r_N1 * weight_D
 
     @staticmethod
     @once_differentiable

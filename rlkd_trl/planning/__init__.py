@@ -18,6 +18,7 @@ Nothing is downloaded but config.json, and nothing of a model's size is allocate
   takes that many. A student with fewer parameters is therefore whole during its update. While it samples it is whole
   on every rank, however many it has.
 - The **reference** (beta > 0) and a separate critic are copies of the student. The reference is never sharded.
-- Sampling, scoring and update come one after another, so a rank's peak is what it always holds plus the largest
-  of the three. The **reserve** is for what is not counted: CUDA's context, kernels' workspace, fragmentation.
+- Sampling, log-probabilities, scoring and update come one after another, so a rank's peak is what it always holds plus
+  the largest of the four. RLOO and REINFORCE may need no pass for log-probabilities; it is counted. The **reserve** is
+  for what is not counted: CUDA's context, kernels' workspace, fragmentation.
 """

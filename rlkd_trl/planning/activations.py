@@ -29,7 +29,8 @@ class Workload:
 
     prompt_tokens: S. completion_tokens: T. num_generations: K, completions per prompt. micro_batch: completions that
     are learnt from at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's budget (see
-    `Teacher`). sampling_batch: completions decoded at a time.
+    `Teacher`). sampling_batch: completions decoded at a time. forward_batch: completions read without gradients at a
+    time.
     """
 
     prompt_tokens: int
@@ -39,12 +40,18 @@ class Workload:
     micro_batches: int
     teacher_batch_tokens: int
     sampling_batch: int = 256
+    forward_batch: int = 64
 
     @property
     def sampled_completions(self) -> int:
-        """Decoded, or read for their log-probabilities, at a time: whole prompts, and no more than a rollout has."""
+        """Decoded at a time: whole prompts, and no more than a rollout has."""
         whole = max(1, self.sampling_batch // self.num_generations) * self.num_generations
         return min(whole, self.micro_batch * self.micro_batches)
+
+    @property
+    def forwarded_completions(self) -> int:
+        """Read for their log-probabilities at a time."""
+        return min(self.forward_batch, self.micro_batch * self.micro_batches)
 
     @property
     def scored_prompts(self) -> int:
@@ -94,12 +101,12 @@ def log_prob_bytes(
     fused_attention: bool = True,
     max_elements: int = MAX_SLICE_ELEMENTS,
 ) -> int:
-    """Peak of `Policy` without gradients on as many completions as are sampled at a time, beyond weights.
+    """Peak of `Policy` without gradients on as many completions as are read at a time, beyond weights.
 
     max_elements: as for `scoring_bytes`. A separate critic's states come after these, and take less.
     """
     with student.mode:
-        batch = _Batch.of_completions(workload, workload.sampled_completions)
+        batch = _Batch.of_completions(workload, workload.forwarded_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
             backbone = backbone_of(student.model)
@@ -194,11 +201,10 @@ def _token_log_probs(
 ) -> list[Tensor | None]:
     """What `Policy` makes of its states."""
     states_ND = states_BTD[:, : batch.completion_ids_BT.shape[1]].flatten(0, 1).clone()  # real positions are picked
-    forbidden_V = torch.zeros(backbone.vocab_size, dtype=torch.bool)
     return map_head_slices(
         backbone.head,
         states_ND,
-        partial(token_log_probs, forbidden_V=forbidden_V, entropy=entropy, overwrite=True),
+        partial(token_log_probs, entropy=entropy, overwrite=True),
         batch.completion_ids_BT.flatten(),
         vocab_size=backbone.vocab_size,
         max_elements=max_elements,

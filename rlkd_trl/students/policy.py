@@ -145,6 +145,7 @@ class Policy(nn.Module):
         values = None
         if self.value_head is not None:
             if self.critic_model is not None:
+                del states_BTD, states_ND  # before the critic's own take as much
                 states_BTD = self.critic_backbone.completion_states(
                     *prompt, completion_ids_BT, prompt_index_B, with_final_state=with_final_value
                 )

@@ -63,7 +63,7 @@ class Placement:
         if self.dtype == "auto":
             raise InputError("A sharded teacher's dtype has to be named: bfloat16, or float32.")
         if importlib.util.find_spec("deepspeed") is None:
-            raise InputError(f"The placement {self.placement!r} needs DeepSpeed: pip install deepspeed.")
+            raise InputError(f"The placement {self.placement!r} needs DeepSpeed: pip install 'rlkd_trl[deepspeed]'.")
         if self.offload_path is not None:
             self._check_files()
 

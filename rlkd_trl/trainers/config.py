@@ -44,11 +44,11 @@ class RolloutConfig(TrainingArguments):
     top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
     top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
     sampling_batch_size: int = field(
-        default=256,
-        metadata={
-            "help": "Completions sampled, or read without gradients, at a time on each device; more is faster, in "
-            "more memory."
-        },
+        default=256, metadata={"help": "Completions decoded at a time on each device; more is faster, in more memory."}
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64,
+        metadata={"help": "Completions read without gradients, for old and reference log-probabilities, at a time."},
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave truncated completions out of the loss."}
@@ -90,12 +90,6 @@ class RolloutConfig(TrainingArguments):
         """P, on each device."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
 
-    @property
-    def prompts_without_gradient(self) -> int:
-        """Prompts whose completions are sampled, or read for log-probabilities, at a time: memory does not grow with
-        the rollout."""
-        return max(1, self.sampling_batch_size // self.num_generations)
-
     def _check_truncated_sampling(self) -> None:
         if self.top_k != 0 or self.top_p != 1.0:
             raise InputError(
@@ -129,6 +123,7 @@ class RolloutConfig(TrainingArguments):
         ranges = {
             "max_completion_length": self.max_completion_length >= 1,
             "sampling_batch_size": self.sampling_batch_size >= 1,
+            "local_rollout_forward_batch_size": self.local_rollout_forward_batch_size >= 1,
             "num_iterations": self.num_iterations >= 1,
             "temperature": self.temperature > 0,
             "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,

@@ -139,7 +139,8 @@ class RolloutTrainer(PolicyTrainer):
         args, P = self.args, len(prompt_ids_PS)
         prompt_index_B = self._prompt_index(P)
         uniforms_BT = self._uniforms(len(prompt_index_B))
-        count = args.prompts_without_gradient
+        # Whole prompts at a time, so that memory does not grow with the rollout.
+        count = max(1, args.sampling_batch_size // args.num_generations)
         parts = [
             policy.sample(
                 prompt_ids_PS[first : first + count],
@@ -180,8 +181,11 @@ class RolloutTrainer(PolicyTrainer):
         return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
 
     def _outputs(self, policy: Policy, rollout: Rollout) -> list[PolicyOutput]:
-        """The training forward pass over the rollout in parts, without gradients or entropies."""
-        size = self.args.prompts_without_gradient * self.args.num_generations
+        """The training forward pass over the rollout, without gradients or entropies.
+
+        Not in the update's micro-batches but in larger parts, which is faster; the last digit may differ for it.
+        """
+        size = self.args.local_rollout_forward_batch_size
         count = math.ceil(len(rollout.completion_ids_BT) / size)
         return [policy(**rollout.micro_batch(i, size).policy_inputs(), with_entropy=False) for i in range(count)]
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
@@ -106,6 +107,29 @@ def test_other_dtypes_and_autocast_go_the_models_own_way(counted):
         assert torch.equal(module(x), expected(x))
     assert torch.equal(module.bfloat16()(x.bfloat16()), expected.bfloat16()(x.bfloat16()))
     assert not counted
+
+
+def test_a_forward_that_somebody_has_set_stays():
+    """Here Accelerate's hook, which brings a norm's weight from the CPU's memory when it is needed."""
+    model = torch.nn.Sequential(T5LayerNorm(4))
+    torch.nn.init.normal_(model[0].weight)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model[0].weight.is_meta
+    fuse(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_fused_model_can_be_pickled(tmp_path):
+    model = tiny_t5(tied=False)
+    fuse(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    norm, other = (m.decoder.final_layer_norm for m in (model, loaded))
+    torch.nn.init.constant_(other.weight, 3.0)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(other(x), 3 * norm(x))
 
 
 def test_a_copy_reads_its_own_weights():

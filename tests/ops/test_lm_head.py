@@ -173,6 +173,19 @@ def test_a_forbidden_id_has_a_finite_and_vanishing_probability():
     assert entropy_N.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.finfo(torch.float32).min])
+def test_what_the_logit_of_a_forbidden_id_is_does_not_matter(value):
+    logits_NV, _ = random_logits(0)
+    chosen_N = torch.tensor([1, FORBIDDEN_IDS[1], 2] * 3)
+    expected = token_log_probs(logits_NV, chosen_N, forbidden_V=forbidden_mask())
+    logits_NV[:, FORBIDDEN_IDS] = value
+    found = token_log_probs(logits_NV.requires_grad_(), chosen_N, forbidden_V=forbidden_mask())
+    for ours_N, theirs_N in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_N, theirs_N, rtol=0, atol=0)
+    (gradient_NV,) = torch.autograd.grad((found.logps + found.entropy).sum(), logits_NV)
+    assert gradient_NV.isfinite().all() and (gradient_NV[:, FORBIDDEN_IDS] == 0).all()
+
+
 def test_one_allowed_id_leaves_no_choice():
     forbidden_V = torch.ones(V, dtype=torch.bool)
     forbidden_V[3] = False
@@ -282,7 +295,7 @@ def test_overwritten_logits_take_one_backward_pass_and_say_so():
 
 
 def test_what_is_overwritten_may_not_be_needed_by_what_made_it():
-    """tanh's gradient is read from its output: autograd notices."""
+    """tanh's gradient is read from its output: autograd notices, where nothing is recomputed."""
     leaf_NV, chosen_N = random_logits(0)
     logps_N = token_log_probs(leaf_NV.requires_grad_().tanh(), chosen_N, overwrite=True).logps
     with pytest.raises(RuntimeError, match="inplace"):
@@ -290,8 +303,11 @@ def test_what_is_overwritten_may_not_be_needed_by_what_made_it():
 
 
 def test_a_very_unlikely_token_keeps_its_log_probability():
-    """Its probability is no float32, and 0 in the softmax; log π and the entropy are what they are."""
-    logits_NV = torch.tensor([[0.0, -200.0, -90.0, -1.0]])
+    """Its probability is no float32, or nearly so, and 0 in the softmax; log π and the entropy are what they are."""
+    logits_NV = torch.tensor([[0.0, -200.0, -80.0, -1.0]], requires_grad=True)
+    (gradient_NV,) = torch.autograd.grad(token_log_probs(logits_NV, torch.tensor([0])).logps, logits_NV)
+    assert gradient_NV[0, 1] == gradient_NV[0, 2] == 0 and gradient_NV[0, 3] < -0.2
+    logits_NV = logits_NV.detach()
     for chosen in range(4):
         logps_N, entropy_N = token_log_probs(logits_NV, torch.tensor([chosen]))
         log_p = logits_NV.double().log_softmax(dim=-1)[0]

@@ -150,20 +150,20 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "bf16"),
+    ("name", "shape", "critic", "bf16"),
     [
-        ("t5-tied", "long-prompts", False),
-        ("t5-untied", "both", True),
-        ("t5-deep-encoder", "long-completions", False),
-        ("t5-large-vocabulary", "long-completions", False),
-        ("llama", "long-prompts", True),
-        ("llama-deep", "both", False),
+        ("t5-tied", "long-prompts", "shared", False),
+        ("t5-untied", "both", "separate", True),
+        ("t5-deep-encoder", "long-completions", "separate", False),
+        ("t5-large-vocabulary", "long-completions", "none", False),
+        ("llama", "long-prompts", "shared", True),
+        ("llama-deep", "both", "separate", False),
     ],
 )
-def test_log_probs(name, shape, bf16, tmp_path):
+def test_log_probs(name, shape, critic, bf16, tmp_path):
     P, S, K, T = SHAPES[shape]
     model = MODELS[name]()
-    policy = Policy(model, word_tokenizer(), critic="shared")
+    policy = Policy(model, word_tokenizer(), critic=critic)
     ids_PS, ids_BT = torch.full((P, S), 3), torch.full((P * K, T), 3)
     mask_PS = torch.ones_like(ids_PS)
     mask_PS[-1, -1 if policy.backbone.padding_side == "right" else 0] = 0

@@ -148,8 +148,9 @@ def test_several_nodes():
     ("student", "remedy"),
     [
         (replace(DDP, update=50 * GIB), "lower --per_device_train_batch_size"),
-        (replace(DDP, log_probs=50 * GIB), "lower --sampling_batch_size"),
-        (replace(DDP, sampling=50 * GIB), "lower --sampling_batch_size"),
+        (replace(DDP, log_probs=50 * GIB), "lower --local_rollout_forward_batch_size"),
+        (replace(DDP, sampling=50 * GIB, cache=49 * GIB), "lower --sampling_batch_size"),
+        (replace(DDP, weights=8 * GIB, sampling=40 * GIB), "a smaller student"),  # gathered weights, mostly
         (replace(DDP, optimizer=50 * GIB), "a smaller student"),
     ],
 )

@@ -249,6 +249,15 @@ def test_values_are_the_head_on_the_models_own_states(any_model, tokenizer, crit
         torch.testing.assert_close(row[: len(ids) + 1].double(), expected, **CLOSE)
 
 
+def test_log_probs_take_the_memory_of_the_logits(any_model, tokenizer):
+    """So that a second backward pass is refused."""
+    policy = Policy(any_model, tokenizer)
+    logps_BT = policy(*ragged_inputs(policy)).logps_BT
+    logps_BT.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        logps_BT.sum().backward()
+
+
 @pytest.mark.parametrize("critic", ["none", "shared", "separate"])
 def test_without_the_final_value_all_else_is_the_same(any_model, tokenizer, critic):
     policy = Policy(any_model, tokenizer, critic=critic)

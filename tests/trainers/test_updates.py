@@ -239,11 +239,14 @@ def test_a_pass_for_old_log_probs_only_where_something_reads_them(method, settin
     assert (8, False) in calls if needed else all(with_gradient for _, with_gradient in calls)
 
 
-@pytest.mark.parametrize(("size", "parts"), [(1, [2, 2, 2, 2]), (7, [6, 2]), (256, [8])])
-def test_as_many_completions_are_read_without_gradients_as_are_sampled_at_a_time(size, parts, tmp_path):
-    """Whole prompts, of two completions each; the last part may be smaller. What is learnt stays the same."""
+@pytest.mark.parametrize(
+    ("size", "sampled_parts", "read_parts"), [(3, [2, 2, 2, 2], [3, 3, 2]), (7, [6, 2], [7, 1]), (64, [8], [8])]
+)
+def test_sampling_and_reading_without_gradients_in_parts(size, sampled_parts, read_parts, tmp_path):
+    """Of two completions for each prompt, which are sampled together. What is learnt stays the same."""
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "beta": 0.1}
-    trainer = build("ppo", tmp_path / "parts", sampling_batch_size=size, **settings)
+    sizes = {"sampling_batch_size": size, "local_rollout_forward_batch_size": size}
+    trainer = build("ppo", tmp_path / "parts", **sizes, **settings)
     calls, sampled = forward_passes(trainer.model), []
     sample = trainer.model.sample
 
@@ -253,8 +256,8 @@ def test_as_many_completions_are_read_without_gradients_as_are_sampled_at_a_time
 
     trainer.model.sample = counted
     trainer.train()
-    assert sampled == 2 * parts
-    assert [count for count, with_gradient in calls if not with_gradient] == 2 * parts
+    assert sampled == 2 * sampled_parts
+    assert [count for count, with_gradient in calls if not with_gradient] == 2 * read_parts
     default = run("ppo", tmp_path / "default", **settings)
     assert_same_weights(snapshot(trainer.model), default.weights[-1], rtol=1e-4, atol=1e-5)
 
