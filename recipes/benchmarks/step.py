@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -194,8 +194,12 @@ def _in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict
     return said
 
 
+def _medians(runs: list[dict[str, float]], names: Iterable[str] | None = None) -> dict[str, float]:
+    return {name: median(run[name] for run in runs) for name in names or runs[0]}
+
+
 def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int, beta: float, rounds: int) -> dict:
-    """Both libraries in fresh processes; ratios are theirs over ours, of medians over all rounds' steps."""
+    """Both libraries in fresh processes; ratios are theirs over ours, of medians over all rounds."""
     flags = [word for name, value in asdict(shape).items() for word in (f"--{name}", str(value))]
     flags += ["--steps", str(steps), "--update_batch_size", str(update_batch_size)]
     commands = {
@@ -208,7 +212,8 @@ def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int,
         {
             **runs[0],
             "total_cpu_seconds": median(totals[name]),
-            **{memory: median(run[memory] for run in runs) for memory in ("peak_mib", "extra_mib")},
+            **_medians(runs, ("peak_mib", "extra_mib")),
+            "phases": {name: _medians([run["phases"][name] for run in runs]) for name in runs[0]["phases"]},
         }
         for name, runs in said.items()
     )
