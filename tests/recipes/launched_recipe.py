@@ -20,7 +20,6 @@ if __name__ == "__main__":
     runpy.run_path(recipe, run_name="__main__")
     state = AcceleratorState()
     stage = state.deepspeed_plugin.zero_stage if state.deepspeed_plugin else "none"
-    state.wait_for_everyone()
     if state.is_main_process:
         kind_file.write_text(f"{state.distributed_type.value} {stage} {state.num_processes}")
     sys.stdout.flush()
