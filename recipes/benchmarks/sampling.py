@@ -4,8 +4,8 @@ r"""CPU seconds of sampling a rollout: `Policy.sample`, and `generate()` with it
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/sampling.py --prompt_tokens 256 --prompts 8 --samples 8
 
 The student is that of `step.py`, a random T5; completions never end early, so that dropping finished ones is no help.
-`generate()` reads each prompt once for each of its completions. On a GPU, where `generate()` compiles its step
-with a static cache, `gpu.py` times the same three. One thread; process CPU time; medians over repetitions, the ways in
+`generate()` reads each prompt once for each of its completions. `gpu.py` times the same three on a GPU,
+where a static cache can be compiled. One thread; process CPU time; medians over repetitions, the ways in
 turn, the first repetition not counted. The last line is one JSON object.
 """
 
