@@ -12,7 +12,9 @@ rlkd_trl/ops/all_actions.py.
 
 from pathlib import Path
 
-from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.steps import check_inputs, load_panel, load_student, parse_distillation
+from rlkd_trl.errors import run
 from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_all_actions.yaml"
@@ -20,28 +22,26 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_all_actions.yaml"
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = recipe_steps.parse_distillation(
-        AllActionsKDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False
-    )
-    inputs = recipe_steps.check_inputs(settings)
+    settings = parse_distillation(AllActionsKDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False)
+    inputs = check_inputs(settings)
 
     # Build.
     from rlkd_trl import AllActionsKDTrainer
 
-    panel = recipe_steps.load_panel(settings.teacher, inputs.templates)
-    model, tokenizer = recipe_steps.load_student(settings.student)
+    panel = load_panel(settings.teacher, inputs.templates)
+    model, tokenizer = load_student(settings.student)
     trainer = AllActionsKDTrainer(
         model, panel, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
     )
 
     # Train, with the teacher and the student measured before and after.
-    results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = recipe_results.evaluate(trainer)
+    results["after"] = evaluate(trainer)
 
     # Save.
-    recipe_results.finish_run(trainer, results, settings, method="all-actions policy gradient")
+    finish_run(trainer, results, settings, method="all-actions policy gradient")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -22,15 +22,28 @@ comparison.json, metrics.png and quality_diversity.png.
 import sys
 from pathlib import Path
 
-from rlkd_trl import cli, comparison_steps, recipe_data, recipe_steps
-from rlkd_trl.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
-from rlkd_trl.comparison_steps import ComparisonArguments, Examiner, MeasurementArguments
-from rlkd_trl.evaluation.cells import Method
-from rlkd_trl.evaluation.comparison import Entry, summarise
-from rlkd_trl.evaluation.comparison_tables import budget_section, csv_text, failure_section, learning_rate_section
-from rlkd_trl.evaluation.figures import write_figures
-from rlkd_trl.evaluation.files_read import FileDigests
-from rlkd_trl.evaluation.grid import Grid
+from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.comparison.cells import Method
+from rlkd_trl.commands.comparison.figures import write_figures
+from rlkd_trl.commands.comparison.files_read import FileDigests
+from rlkd_trl.commands.comparison.grid import Grid
+from rlkd_trl.commands.comparison.statistics import Entry, summarise
+from rlkd_trl.commands.comparison.steps import (
+    ComparisonArguments,
+    Examiner,
+    MeasurementArguments,
+    as_flags,
+    check_flags,
+    check_named,
+    find_methods,
+    load_test_rows,
+    use_demo,
+)
+from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
+from rlkd_trl.commands.data import load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import check_checkpoints
+from rlkd_trl.errors import run
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
 from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig, KDConfig
@@ -86,7 +99,7 @@ def write_results(output_dir: Path, introduction: str, results: dict, num_sample
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before anything runs.
-    parser = cli.RecipeParser(
+    parser = RecipeParser(
         DataArguments,
         PromptArguments,
         TeacherArguments,
@@ -97,16 +110,16 @@ def main() -> None:
     )
     smoke_preset = DEMO_PRESET if "--smoke" in sys.argv else None
     data, prompts, teacher, student, compare, measurement = parser.parse(demo_preset=smoke_preset)
-    comparison_steps.check_named(data, teacher, student, compare, measurement)
-    methods = comparison_steps.find_methods(compare, RECIPES)
-    comparison_steps.check_flags(methods, compare.common or [], CONFIGS, teacher)
-    templates = recipe_data.load_templates(prompts)
+    check_named(data, teacher, student, compare, measurement)
+    methods = find_methods(compare, RECIPES)
+    check_flags(methods, compare.common or [], CONFIGS, teacher)
+    templates = load_templates(prompts)
     output_dir = Path(compare.output_dir)
     if compare.smoke:
-        comparison_steps.use_demo(data, teacher, student, measurement, templates, output_dir / "demo")
-    rows = comparison_steps.load_test_rows(data, prompts, templates, measurement)
-    recipe_steps.check_checkpoints(teacher, student)
-    flags = [*comparison_steps.as_flags(data, prompts, teacher, student), *measurement.run_flags()]
+        use_demo(data, teacher, student, measurement, templates, output_dir / "demo")
+    rows = load_test_rows(data, prompts, templates, measurement)
+    check_checkpoints(teacher, student)
+    flags = [*as_flags(data, prompts, teacher, student), *measurement.run_flags()]
     digests = FileDigests()
     grid = Grid(
         output_dir,
@@ -156,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -8,29 +8,41 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl import arguments, cli, recipe_data, recipe_results, recipe_steps
+from rlkd_trl.commands.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    PromptArguments,
+    RewardArguments,
+    StudentArguments,
+    TeacherArguments,
+)
+from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
+from rlkd_trl.commands.steps import check_checkpoints, check_rewards, require
+from rlkd_trl.errors import run
 
 
 def main() -> None:
-    parser = cli.RecipeParser(
-        arguments.DataArguments,
-        arguments.PromptArguments,
-        arguments.TeacherArguments,
-        arguments.StudentArguments,
-        arguments.RewardArguments,
-        arguments.EvaluationArguments,
+    parser = RecipeParser(
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        StudentArguments,
+        RewardArguments,
+        EvaluationArguments,
         description=__doc__,
     )
     data, prompts, teacher, student, reward, evaluation = parser.parse()
-    recipe_steps.require(**{"--dataset": data.dataset, "--student": student.student})
-    recipe_steps.check_rewards(reward, evaluation.reward_weights)
-    templates = recipe_data.load_templates(prompts)
-    rows = recipe_data.load_prompts(data, prompts, templates)
-    recipe_steps.check_checkpoints(teacher, student)
+    require(**{"--dataset": data.dataset, "--student": student.student})
+    check_rewards(reward, evaluation.reward_weights)
+    templates = load_templates(prompts)
+    rows = load_prompts(data, prompts, templates)
+    check_checkpoints(teacher, student)
 
-    results, outputs = recipe_results.evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)
-    recipe_results.report_evaluation(results, outputs, list(rows), evaluation.output_dir)
+    results, outputs = evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)
+    report_evaluation(results, outputs, list(rows), evaluation.output_dir)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -14,7 +14,9 @@ Where this differs from the papers stands on `KDTrainer`.
 
 from pathlib import Path
 
-from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.steps import check_inputs, load_panel, load_student, parse_distillation
+from rlkd_trl.errors import run
 from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
@@ -23,29 +25,27 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = recipe_steps.parse_distillation(
-        KDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False
-    )
-    inputs = recipe_steps.check_inputs(settings)
+    settings = parse_distillation(KDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False)
+    inputs = check_inputs(settings)
     check_targets(inputs.train, settings.args)
 
     # Build.
     from rlkd_trl import KDTrainer
 
-    panel = recipe_steps.load_panel(settings.teacher, inputs.templates)
-    model, tokenizer = recipe_steps.load_student(settings.student)
+    panel = load_panel(settings.teacher, inputs.templates)
+    model, tokenizer = load_student(settings.student)
     trainer = KDTrainer(
         model, panel, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
     )
 
     # Train, with the teacher and the student measured before and after.
-    results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = recipe_results.evaluate(trainer)
+    results["after"] = evaluate(trainer)
 
     # Save.
-    recipe_results.finish_run(trainer, results, settings, method="distillation on divergences")
+    finish_run(trainer, results, settings, method="distillation on divergences")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

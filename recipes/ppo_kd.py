@@ -13,7 +13,9 @@ bootstrapped instead of dropped; sampling from the whole distribution instead of
 
 from pathlib import Path
 
-from rlkd_trl import cli, recipe_results, recipe_steps
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.steps import check_inputs, load_reward_model, load_student, parse_distillation
+from rlkd_trl.errors import run
 from rlkd_trl.trainers.config import PPOKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
@@ -21,30 +23,30 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = recipe_steps.parse_distillation(PPOKDConfig, description=__doc__, demo_preset=DEMO_PRESET)
-    inputs = recipe_steps.check_inputs(settings)
+    settings = parse_distillation(PPOKDConfig, description=__doc__, demo_preset=DEMO_PRESET)
+    inputs = check_inputs(settings)
 
     # Build.
     from rlkd_trl import PPOKDTrainer
 
     args, reward = settings.args, settings.reward
-    reward_model = recipe_steps.load_reward_model(
+    reward_model = load_reward_model(
         reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
     )
-    model, tokenizer = recipe_steps.load_student(settings.student)
+    model, tokenizer = load_student(settings.student)
     trainer = PPOKDTrainer(
         model, reward_model, args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
     )
 
     # Train, with the teacher and the student measured before and after.
-    results = {"teacher": recipe_results.evaluate_teacher_of(trainer), "before": recipe_results.evaluate(trainer)}
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = recipe_results.evaluate(trainer)
+    results["after"] = evaluate(trainer)
 
     # Save.
     method = "PPO"
-    recipe_results.finish_run(trainer, results, settings, method=method)
+    finish_run(trainer, results, settings, method=method)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

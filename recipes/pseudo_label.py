@@ -12,27 +12,31 @@ nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0
 sequence-level interpolation, where K = 35 and the student was trained before. This uses human labels.
 """
 
-from rlkd_trl import arguments, cli, recipe_data, recipe_steps
+from rlkd_trl.commands.arguments import DataArguments, PromptArguments, PseudoLabelArguments, TeacherArguments
+from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import check_pseudo_labels, load_panel, require
+from rlkd_trl.errors import run
 
 
 def main() -> None:
-    parser = cli.RecipeParser(
-        arguments.DataArguments,
-        arguments.PromptArguments,
-        arguments.TeacherArguments,
-        arguments.PseudoLabelArguments,
+    parser = RecipeParser(
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        PseudoLabelArguments,
         description=__doc__,
     )
     data, prompts, teacher, labels = parser.parse()
-    recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
-    recipe_steps.check_pseudo_labels(data, teacher, labels)
-    templates = recipe_data.load_templates(prompts)
-    rows = recipe_data.load_prompts(data, prompts, templates)
+    require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
+    check_pseudo_labels(data, teacher, labels)
+    templates = load_templates(prompts)
+    rows = load_prompts(data, prompts, templates)
 
     from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
-    panel = recipe_steps.load_panel(teacher, templates)
+    panel = load_panel(teacher, templates)
     generation = {key: value for key, value in vars(labels).items() if key != "output"}
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
@@ -42,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -15,27 +15,32 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlkd_trl"
 README = (ROOT / "README.md").read_text()
 
-# Each may import from those above it, and from itself. Those in one line do not import each other.
+# Each may import from those above it, and from itself. Those in one line do not import each other. The text metrics
+# stand with evaluation and need nothing of the package, so that rewards and pseudo-labels may read them.
 LAYERS = [
     ["errors"],
-    ["ops", "prompts", "data", "metrics"],
+    ["ops", "prompts", "data", "evaluation.metrics"],
     ["models"],
     ["teachers", "students"],
     ["rewards", "planning"],
     ["evaluation"],
     ["trainers"],
-    ["arguments", "cli", "demo", "plan"],
-    ["recipe_data"],
-    ["recipe_steps"],
-    ["recipe_results", "comparison_steps"],
+    ["commands"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+ENTRY_POINTS = {"__init__", "errors", "plan"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "errors")
+
+
+def part(module: str) -> str:
+    """rlkd_trl.ops.losses -> ops, rlkd_trl.evaluation.metrics -> evaluation.metrics"""
+    names = module.split(".")[1:3]
+    return ".".join(names) if ".".join(names) in LEVEL else names[0]
 
 
 def part_of(path: Path) -> str:
-    """rlkd_trl/ops/losses.py -> ops, rlkd_trl/cli.py -> cli"""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The part of a file of the package."""
+    return part(".".join(("rlkd_trl", *path.relative_to(PACKAGE).with_suffix("").parts)))
 
 
 def imports(path: Path) -> set[str]:
@@ -46,7 +51,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            # `from rlkd_trl import cli` imports the module rlkd_trl.cli
+            # `from rlkd_trl import plan` imports the module rlkd_trl.plan
             found |= {
                 f"{node.module}.{alias.name}" if node.module == "rlkd_trl" else node.module for alias in node.names
             }
@@ -54,11 +59,15 @@ def imports(path: Path) -> set[str]:
 
 
 def parts_imported(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("rlkd_trl.")}
+    return {part(name) for name in imports(path) if name.startswith("rlkd_trl.")}
 
 
 def test_every_part_of_the_package_has_a_level():
     assert {part_of(path) for path in MODULES} == set(LEVEL)
+
+
+def test_only_rooms_and_entry_points_stand_at_the_top():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ENTRY_POINTS
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -77,9 +86,9 @@ def test_the_reader_of_imports_sees_them():
         "rewards",
         "students",
     }
-    assert "trainers" in parts_imported(PACKAGE / "recipe_results.py"), "under TYPE_CHECKING"
-    assert "demo" in parts_imported(PACKAGE / "recipe_steps.py"), "in a function"
-    assert "cli" in parts_imported(ROOT / "recipes" / "sft.py"), "from the package"
+    assert "trainers" in parts_imported(PACKAGE / "commands" / "results.py"), "under TYPE_CHECKING"
+    assert "evaluation.metrics" in parts_imported(PACKAGE / "rewards" / "sequence_rewards.py")
+    assert "trainers" in parts_imported(PACKAGE / "commands" / "steps.py"), "in a function"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.name)

@@ -21,8 +21,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl import arguments, cli, recipe_data, recipe_steps
-from rlkd_trl.errors import InputError
+from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, name_or_make_models
+from rlkd_trl.errors import InputError, run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
@@ -105,7 +108,7 @@ def table(per_method: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def measure(panel, student: arguments.StudentArguments, rows: list[dict], args: VarianceArguments) -> dict:
+def measure(panel, student: StudentArguments, rows: list[dict], args: VarianceArguments) -> dict:
     """The columns of every method, each from a trainer on a fresh copy of the student."""
     from datasets import Dataset
 
@@ -117,7 +120,7 @@ def measure(panel, student: arguments.StudentArguments, rows: list[dict], args: 
     common |= {"max_completion_length": args.max_completion_length, "output_dir": args.output_dir}
     per_method = {}
     for name, (kind, settings, reward) in METHODS.items():
-        model, tokenizer = recipe_steps.load_student(student)
+        model, tokenizer = load_student(student)
         config = getattr(rlkd_trl, f"{kind}Config")(**common, **settings)
         signal = panel if reward is None else getattr(rewards, reward[0])(panel, **reward[1])
         trainer = getattr(rlkd_trl, f"{kind}Trainer")(
@@ -130,26 +133,26 @@ def measure(panel, student: arguments.StudentArguments, rows: list[dict], args: 
 
 def main() -> None:
     # Parse.
-    parser = cli.RecipeParser(
-        arguments.DataArguments,
-        arguments.PromptArguments,
-        arguments.TeacherArguments,
-        arguments.StudentArguments,
+    parser = RecipeParser(
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        StudentArguments,
         VarianceArguments,
         description=__doc__,
     )
     data, prompts, teacher, student, args = parser.parse()
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
-    templates = recipe_data.load_templates(prompts)
-    rows = list(recipe_data.load_prompts(data, prompts, templates))[: args.num_prompts]
+    templates = load_templates(prompts)
+    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise InputError(f"--num_prompts {args.num_prompts}, but the data has {len(rows)} distinct inputs.")
-    recipe_steps.name_or_make_models(teacher, student, data, templates, args)
-    recipe_steps.check_checkpoints(teacher, student)
+    name_or_make_models(teacher, student, data, templates, args)
+    check_checkpoints(teacher, student)
 
     # Measure.
-    per_method = measure(recipe_steps.load_panel(teacher, templates), student, rows, args)
+    per_method = measure(load_panel(teacher, templates), student, rows, args)
 
     # Save.
     results = Path(args.results_dir)
@@ -163,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -20,9 +20,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl import arguments, cli, recipe_data, recipe_steps
-from rlkd_trl.comparison_steps import as_flags
-from rlkd_trl.errors import InputError
+from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.comparison.steps import as_flags
+from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, require
+from rlkd_trl.errors import InputError, run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMPARE = Path(__file__).resolve().parents[1] / "compare.py"
@@ -112,14 +115,14 @@ def error_columns(rewards_BT, exact_BT, mask_BT, num_generations: int) -> dict[s
     }
 
 
-def compare_rewards(teacher: arguments.TeacherArguments, templates, inputs, num_generations: int) -> dict[str, dict]:
+def compare_rewards(teacher: TeacherArguments, templates, inputs, num_generations: int) -> dict[str, dict]:
     """The columns of every kind of weights."""
     from rlkd_trl.models.memory import held_bytes
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward
 
     found, exact_BT = {}, None
     for name, settings in WEIGHTS.items():
-        panel = recipe_steps.load_panel(dataclasses.replace(teacher, **settings), templates)
+        panel = load_panel(dataclasses.replace(teacher, **settings), templates)
         model = RewardModel([TeacherForcingReward(panel)])
         rewards_BT = model.rewards(inputs, model.score(inputs)).rewards_BT
         exact_BT = rewards_BT if exact_BT is None else exact_BT
@@ -178,29 +181,29 @@ def _with_interval(mean: float, half_width: float | None) -> str:
 
 def main() -> None:
     # Parse.
-    parser = cli.RecipeParser(
-        arguments.DataArguments,
-        arguments.PromptArguments,
-        arguments.TeacherArguments,
-        arguments.StudentArguments,
+    parser = RecipeParser(
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        StudentArguments,
         QuantisationArguments,
         description=__doc__,
     )
     *groups, args = parser.parse()
     data, prompts, teacher, student = groups
-    recipe_steps.require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--student": student.student})
+    require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--student": student.student})
     if given := [flag for flag in as_flags(teacher) if flag in ("--teacher_dtype", "--teacher_quantization")]:
         raise InputError(f"{given[0]} is what this compares: leave it out.")
-    templates = recipe_data.load_templates(prompts)
-    rows = list(recipe_data.load_prompts(data, prompts, templates))[: args.num_prompts]
-    recipe_steps.check_checkpoints(teacher, student)
+    templates = load_templates(prompts)
+    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
+    check_checkpoints(teacher, student)
 
     # Sample and score.
     from rlkd_trl.evaluation.samples import sampled_inputs
     from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
-    model, tokenizer = recipe_steps.load_student(student)
+    model, tokenizer = load_student(student)
     inputs = sampled_inputs(
         Policy(model.to(default_device()), tokenizer),
         tokenizer,
@@ -237,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -21,8 +21,17 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl import arguments, cli, recipe_data, recipe_steps
-from rlkd_trl.errors import InputError
+from rlkd_trl.commands.arguments import (
+    DataArguments,
+    PromptArguments,
+    RewardArguments,
+    StudentArguments,
+    TeacherArguments,
+)
+from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import check_checkpoints, check_rewards, load_panel, load_student, name_or_make_models
+from rlkd_trl.errors import InputError, run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
@@ -57,7 +66,7 @@ class VarianceArguments:
             raise InputError("A variance needs --num_generations of 2 or more, and --steps of 1 or more.")
 
 
-def measure(policy, tokenizer, panel, rows: list[dict], reward: arguments.RewardArguments, args: VarianceArguments):
+def measure(policy, tokenizer, panel, rows: list[dict], reward: RewardArguments, args: VarianceArguments):
     """For each K, the columns of the table."""
     from rlkd_trl.evaluation.samples import sampled_inputs
     from rlkd_trl.rewards import TeacherForcingReward
@@ -137,32 +146,32 @@ def table(per_k: dict[int, dict[str, float]]) -> str:
 
 def main() -> None:
     # Parse.
-    parser = cli.RecipeParser(
-        arguments.DataArguments,
-        arguments.PromptArguments,
-        arguments.TeacherArguments,
-        arguments.StudentArguments,
-        arguments.RewardArguments,
+    parser = RecipeParser(
+        DataArguments,
+        PromptArguments,
+        TeacherArguments,
+        StudentArguments,
+        RewardArguments,
         VarianceArguments,
         description=__doc__,
     )
     data, prompts, teacher, student, reward, args = parser.parse()
-    recipe_steps.check_rewards(reward, None)
+    check_rewards(reward, None)
     if reward.reward != ["teacher_forcing"] or reward.k != 1:
         raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
-    templates = recipe_data.load_templates(prompts)
-    rows = list(recipe_data.load_prompts(data, prompts, templates))[: args.num_prompts]
-    recipe_steps.name_or_make_models(teacher, student, data, templates, args)
-    recipe_steps.check_checkpoints(teacher, student)
+    templates = load_templates(prompts)
+    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
+    name_or_make_models(teacher, student, data, templates, args)
+    check_checkpoints(teacher, student)
 
     # Load.
     from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
-    panel = recipe_steps.load_panel(teacher, templates)
-    model, tokenizer = recipe_steps.load_student(student)
+    panel = load_panel(teacher, templates)
+    model, tokenizer = load_student(student)
     policy = Policy(model.to(default_device()), tokenizer)
 
     # Measure.
@@ -180,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkd_trl.metrics import text_metrics
+from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import tokenize_prompts

@@ -5,7 +5,7 @@ also work as a `reward_funcs` entry of TRL's trainers, and any function written 
 """
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.metrics import bleu, rouge
+from rlkd_trl.evaluation.metrics import bleu, rouge
 
 
 def length(prompts, completions, completion_ids, **columns) -> list[float]:

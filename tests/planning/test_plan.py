@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkd_trl import plan
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.planning import command as plan
 from tests.planning.models import T5_BASE, write_config
 
 ROOT = Path(__file__).parents[2]

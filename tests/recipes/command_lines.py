@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkd_trl import cli
+from rlkd_trl import errors
+from rlkd_trl.commands.parser import RecipeParser
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
@@ -48,7 +49,7 @@ def run(command: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{recipe}.py", *flags])
         try:
-            cli.run(main_of(recipe))
+            errors.run(main_of(recipe))
         except SystemExit as exit:
             return exit.code
     return 0
@@ -61,7 +62,7 @@ class _Parsed(BaseException):
 def parsed(command: str) -> dict[str, object]:
     """All settings by name, as the recipe's own parser reads them. Raises what the parser raises."""
     groups = []
-    parse = cli.RecipeParser.parse
+    parse = RecipeParser.parse
 
     def parse_and_stop(*args, **kwargs):
         groups.extend(parse(*args, **kwargs))
@@ -69,7 +70,7 @@ def parsed(command: str) -> dict[str, object]:
 
     recipe, *flags = shlex.split(command)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.RecipeParser, "parse", parse_and_stop)
+        patch.setattr(RecipeParser, "parse", parse_and_stop)
         patch.setattr(sys, "argv", [f"{recipe}.py", *flags])
         with pytest.raises(_Parsed):
             main_of(recipe)()

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rlkd_trl import cli, comparison_steps
-from rlkd_trl.arguments import TeacherArguments
-from rlkd_trl.evaluation import files_read
+from rlkd_trl import errors
+from rlkd_trl.commands.arguments import TeacherArguments
+from rlkd_trl.commands.comparison import files_read
+from rlkd_trl.commands.comparison.steps import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
@@ -112,7 +113,7 @@ def compare(flags: str, workplace: Path, *, figures: bool = False) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *flags.split()])
         try:
-            cli.run(main)
+            errors.run(main)
         except SystemExit as exit:
             return exit.code
     return 0
@@ -549,8 +550,8 @@ def test_shipped_methods(preset):
         assert settings[key] == value, key
     assert preset.read_text().startswith("# "), "names the paper"
     configs = main_of("compare").__globals__["CONFIGS"]
-    method = comparison_steps.find_method(str(preset), ROOT / "recipes")
-    comparison_steps.check_flags([method], ["logging_steps=5"], configs, TeacherArguments(teacher=["t"]))
+    method = find_method(str(preset), ROOT / "recipes")
+    check_flags([method], ["logging_steps=5"], configs, TeacherArguments(teacher=["t"]))
 
 
 def test_a_method_may_keep_its_teacher_in_another_way(workplace):
@@ -560,7 +561,7 @@ def test_a_method_may_keep_its_teacher_in_another_way(workplace):
 
 
 def test_shipped_methods_are_found_by_name():
-    found = comparison_steps.find_method("rloo_sequence", ROOT / "recipes")
+    found = find_method("rloo_sequence", ROOT / "recipes")
     assert found.recipe == ROOT / "recipes" / "rloo_kd.py"
     assert main_of("compare").__globals__["CONFIGS"]["rloo_kd"] is RLOOKDConfig
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from transformers import PreTrainedModel
 
-from rlkd_trl import plan
+from rlkd_trl.planning import command as plan
 from tests.recipes.command_lines import RECIPES, ROOT, run
 
 DATA = "dataset dataset_split dataset_config source_column target_column max_rows"

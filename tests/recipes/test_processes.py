@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
-import rlkd_trl.demo
+from rlkd_trl.commands import demo
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metrics_of, run
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
@@ -86,9 +86,9 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def test_the_demo_with_a_few_steps_of_everything(tmp_path, monkeypatch):
     """The one command of the README, without the two minutes in which its models learn something."""
-    fit = rlkd_trl.demo._fit
-    monkeypatch.setattr(rlkd_trl.demo, "_fit", lambda *args, **settings: fit(*args, **{**settings, "max_steps": 5}))
-    monkeypatch.setattr(rlkd_trl.demo, "PSEUDO_LABELLED_INPUTS", 16)
+    fit = demo._fit
+    monkeypatch.setattr(demo, "_fit", lambda *args, **settings: fit(*args, **{**settings, "max_steps": 5}))
+    monkeypatch.setattr(demo, "PSEUDO_LABELLED_INPUTS", 16)
     assert run(f"ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20 --output_dir {tmp_path}") == 0
     metrics = metrics_of(tmp_path)
     assert list(metrics) == ["teacher", "before", "after"]

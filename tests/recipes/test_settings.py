@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from rlkd_trl import recipe_data
-from rlkd_trl.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.data import load_prompts, load_train_and_held_out
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.recipes.command_lines import (
     COLUMNS,
@@ -113,7 +113,7 @@ def test_a_tenth_is_held_out_without_held_out_data(train_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
 
     def split(seed: int) -> tuple[list[str], list[str]]:
-        train, held_out = recipe_data.load_train_and_held_out(
+        train, held_out = load_train_and_held_out(
             data, HeldOutArguments(), PromptArguments(), None, RLOOKDConfig(seed=seed)
         )
         return train["prompt"][:], held_out["prompt"][:]
@@ -127,7 +127,7 @@ def test_a_tenth_is_held_out_without_held_out_data(train_csv):
 
 def test_held_out_data_of_its_own_is_used_whole(train_csv, test_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
-    train, held_out = recipe_data.load_train_and_held_out(
+    train, held_out = load_train_and_held_out(
         data, HeldOutArguments(eval_dataset=str(test_csv)), PromptArguments(), None, RLOOKDConfig()
     )
     assert train["prompt"][:] == [row["mr"] for row in word_rows(30)]
@@ -141,7 +141,7 @@ def test_held_out_data_of_its_own_is_used_whole(train_csv, test_csv):
 
 def test_the_reference_is_in_no_column_that_a_template_could_read(train_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
-    assert "ref" not in recipe_data.load_prompts(data, PromptArguments(), None).column_names
+    assert "ref" not in load_prompts(data, PromptArguments(), None).column_names
 
 
 # Prompts

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.evaluation.comparison_tables import GREEDY, SAMPLED
+from rlkd_trl.commands.comparison.tables import GREEDY, SAMPLED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkd_trl.evaluation.cells import Cell, Method, run_cells
-from rlkd_trl.evaluation.comparison import SELECTION, choose_learning_rate
-from rlkd_trl.evaluation.files_read import FileDigests
+from rlkd_trl.commands.comparison.cells import Cell, Method, run_cells
+from rlkd_trl.commands.comparison.files_read import FileDigests
+from rlkd_trl.commands.comparison.statistics import SELECTION, choose_learning_rate
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-from rlkd_trl.evaluation.comparison import (
+from rlkd_trl.commands.comparison.figures import write_figures
+from rlkd_trl.commands.comparison.outcome import Outcome
+from rlkd_trl.commands.comparison.statistics import (
     Entry,
     choose_learning_rate,
     input_statistics,
@@ -21,11 +23,9 @@ from rlkd_trl.evaluation.comparison import (
     summarise,
     system_scores,
 )
-from rlkd_trl.evaluation.comparison_tables import budget_section, csv_text, failure_section, learning_rate_section
-from rlkd_trl.evaluation.figures import write_figures
-from rlkd_trl.evaluation.outcome import Outcome
-from rlkd_trl.metrics import bleu, rouge
-from tests.test_metrics import BLEU_BY_HAND, OUTPUTS, REFERENCES
+from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
+from rlkd_trl.evaluation.metrics import bleu, rouge
+from tests.evaluation.test_metrics import BLEU_BY_HAND, OUTPUTS, REFERENCES
 
 
 def outcome(outputs, references=None, nll=None, tokens=None, **greedy) -> Outcome:

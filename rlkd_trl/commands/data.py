@@ -3,7 +3,7 @@
 import random
 from typing import TYPE_CHECKING
 
-from rlkd_trl.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
 from rlkd_trl.data import (
     as_references,
     demo_dataset,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.arguments import (
+from rlkd_trl.commands.arguments import (
     DataArguments,
     HeldOutArguments,
     NewModelArguments,
@@ -16,10 +16,10 @@ from rlkd_trl.arguments import (
     StudentArguments,
     TeacherArguments,
 )
-from rlkd_trl.cli import RecipeParser
+from rlkd_trl.commands.data import load_templates, load_train_and_held_out
+from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
-from rlkd_trl.recipe_data import load_templates, load_train_and_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -281,7 +281,7 @@ def name_or_make_models(
         raise InputError(
             f"{' and '.join(missing)} missing: give --dataset, --teacher and --student, or none of them for the demo."
         )
-    from rlkd_trl.demo import make_demo_models
+    from rlkd_trl.commands.demo import make_demo_models
 
     models = make_demo_models(Path(args.output_dir) / "demo_models", templates, seed=args.seed)
     teacher.teacher, student.student = [models.teacher], models.student

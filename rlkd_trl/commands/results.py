@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.arguments import EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.arguments import EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.steps import DistillationSettings, load_reward_model, load_student
 from rlkd_trl.prompts import PromptTemplates
-from rlkd_trl.recipe_steps import DistillationSettings, load_reward_model, load_student
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer

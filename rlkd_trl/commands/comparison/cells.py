@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from rlkd_trl.commands.comparison.files_read import FileDigests
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.files_read import FileDigests
 
 _STDERR_LINES = 15  # of a failed run, shown
 

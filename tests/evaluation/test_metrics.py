@@ -4,7 +4,7 @@ import random
 import pytest
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.metrics import (
+from rlkd_trl.evaluation.metrics import (
     bleu,
     distinct_n,
     ibleu,

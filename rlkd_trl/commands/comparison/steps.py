@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd_trl.arguments import (
+from rlkd_trl.commands.arguments import (
     DataArguments,
     HeldOutArguments,
     PromptArguments,
@@ -16,15 +16,15 @@ from rlkd_trl.arguments import (
     StudentArguments,
     TeacherArguments,
 )
-from rlkd_trl.cli import RecipeParser
+from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
+from rlkd_trl.commands.comparison.files_read import FileDigests
+from rlkd_trl.commands.comparison.outcome import Outcome, kept_outcome, measure
+from rlkd_trl.commands.comparison.statistics import SELECTION
+from rlkd_trl.commands.data import load_prompts
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.steps import load_reward_model, load_student
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.cells import Method, find_method, shipped_presets
-from rlkd_trl.evaluation.comparison import SELECTION
-from rlkd_trl.evaluation.files_read import FileDigests
-from rlkd_trl.evaluation.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.prompts import PromptTemplates
-from rlkd_trl.recipe_data import load_prompts
-from rlkd_trl.recipe_steps import load_reward_model, load_student
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 
 BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
@@ -250,7 +250,7 @@ def use_demo(
     directory: Path,
 ) -> None:
     """Fills in the demo's data, and a teacher and a warm start of little training; makes them in `directory`."""
-    from rlkd_trl.demo import make_demo_models, write_demo_files
+    from rlkd_trl.commands.demo import make_demo_models, write_demo_files
 
     files = write_demo_files(directory)
     data.dataset, test.validation_dataset, test.test_dataset = files["train"], files["validation"], files["test"]

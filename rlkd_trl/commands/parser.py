@@ -10,9 +10,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from rlkd_trl.errors import InputError, run
-
-__all__ = ["RecipeParser", "run"]
+from rlkd_trl.errors import InputError
 
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [

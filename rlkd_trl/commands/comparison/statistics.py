@@ -14,8 +14,8 @@ import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 
-from rlkd_trl.evaluation.outcome import Outcome
-from rlkd_trl.metrics import rouge
+from rlkd_trl.commands.comparison.outcome import Outcome
+from rlkd_trl.evaluation.metrics import rouge
 
 LEVEL = 0.95
 RETAINED = ("bleu", "rougeL")  # those of which a share of the teacher's value makes sense

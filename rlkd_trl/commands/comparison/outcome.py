@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlkd_trl.evaluation.evaluate import Evaluation
+from rlkd_trl.evaluation.metrics import self_bleu
 from rlkd_trl.evaluation.report import write_metrics
-from rlkd_trl.metrics import self_bleu
 
 _METRICS_FILE, _INPUTS_FILE = "test.json", "test.jsonl"
 

@@ -1,0 +1,1 @@
+"""What runs a recipe: flags, data, checks, results, the comparison and the embedded demo."""

@@ -1,0 +1,1 @@
+"""Methods side by side on one budget: which runs there are, running them, testing them, and the tables."""

@@ -1,0 +1,103 @@
+r"""What fits on the GPUs: bytes of teacher, student and training on each, before anything is downloaded or started.
+
+    python -m rlkd_trl.plan --teacher bigscience/T0 --student google-t5/t5-base --gpus 4 --gpu_memory 80
+
+--teacher and --student are Hub ids, of which only config.json is read, or local directories with a config.json;
+weights are not needed. Lengths and batch sizes are those of the run; at a shorter length everything takes less.
+`rlkd_trl/planning/__init__.py` says what is assumed.
+"""
+
+import argparse
+
+from rlkd_trl.errors import InputError
+
+_DTYPES = ("float32", "bfloat16")
+_CRITICS = ("shared", "separate", "none")
+_POSITIVE = (
+    "gpus nodes gpu_memory prompt_tokens completion_tokens per_device_train_batch_size gradient_accumulation_steps "
+    "num_generations teacher_batch_tokens sampling_batch_size local_rollout_forward_batch_size"
+).split()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags. Those that recipes have too have the recipes' names and defaults."""
+    flags = _Parser(
+        prog="python -m rlkd_trl.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --teacher T --student S [flags]",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, help: str, kind: type = int, **more) -> None:
+        default = more.get("default")
+        flags.add_argument(name, type=kind, help=help if default is None else f"{help} [{default}]", **more)
+
+    add("--teacher", "Checkpoint directory or Hub id.", str, required=True, metavar="T")
+    add("--student", "Checkpoint directory or Hub id.", str, required=True, metavar="S")
+    add("--gpus", "GPUs on each node.", default=1, metavar="N")
+    add("--nodes", "Nodes.", default=1, metavar="N")
+    add("--gpu_memory", "Memory of each GPU, in GiB.", float, default=80.0, metavar="GIB")
+    add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
+    add("--prompt_tokens", "Longest prompt, of teacher and student.", default=512, metavar="N")
+    add("--completion_tokens", "Longest completion.", default=64, metavar="N")
+    add("--per_device_train_batch_size", "Completions in a micro-batch.", default=64, metavar="N")
+    add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
+    add("--num_generations", "Completions of each prompt.", default=4, metavar="N")
+    add("--teacher_batch_tokens", "Padded tokens in a scoring batch.", default=16384, metavar="N")
+    add("--sampling_batch_size", "Completions decoded at a time.", default=256, metavar="N")
+    add("--local_rollout_forward_batch_size", "Completions read without gradients at a time.", default=64, metavar="N")
+    add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
+    add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
+    add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
+    flags.add_argument("--bf16", action="store_true", help="Train in mixed precision.")
+    return flags
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for name in _POSITIVE:
+        if not getattr(flags, name) > 0:
+            raise InputError(f"--{name} {getattr(flags, name)} is out of range: it must be above 0.")
+    if not 0 <= flags.reserve < 1:
+        raise InputError(f"--reserve {flags.reserve} is out of range: it is a share, from 0 to below 1.")
+    if not flags.beta >= 0:
+        raise InputError(f"--beta {flags.beta} is out of range: it must not be negative.")
+    completions = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+    if completions % flags.num_generations:
+        raise InputError(
+            f"A rollout of {completions} completions (--per_device_train_batch_size "
+            f"{flags.per_device_train_batch_size} × --gradient_accumulation_steps "
+            f"{flags.gradient_accumulation_steps}) is not divisible by --num_generations {flags.num_generations}."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the tables and the advice. Raises `InputError`."""
+    flags = parser().parse_args(argv)
+    _check(flags)
+    # Only now: torch and transformers take seconds, which `--help` and a wrong flag should not.
+    import transformers
+
+    from rlkd_trl.planning.activations import Workload
+    from rlkd_trl.planning.estimates import Cluster, Training
+    from rlkd_trl.planning.report import report
+
+    transformers.utils.logging.set_verbosity_error()
+    cluster = Cluster(flags.gpus, flags.nodes, int(flags.gpu_memory * 2**30), flags.reserve)
+    training = Training(flags.student_dtype, flags.bf16, flags.critic, flags.beta)
+    workload = Workload(
+        prompt_tokens=flags.prompt_tokens,
+        completion_tokens=flags.completion_tokens,
+        num_generations=flags.num_generations,
+        micro_batch=flags.per_device_train_batch_size,
+        micro_batches=flags.gradient_accumulation_steps,
+        teacher_batch_tokens=flags.teacher_batch_tokens,
+        sampling_batch=flags.sampling_batch_size,
+        forward_batch=flags.local_rollout_forward_batch_size,
+    )
+    print(report(flags.teacher, flags.student, workload, cluster, training))
