@@ -17,6 +17,7 @@ from tests.trainers.tiny_runs import largest_difference
 
 PRESETS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 METHOD_PRESETS = sorted((ROOT / "recipes" / "configs" / "methods").glob("*/*.yaml"))
+METHOD_PRESETS_BY_NAME = {path.stem: path for path in METHOD_PRESETS}
 LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 of_all = pytest.mark.parametrize("preset", [*PRESETS, *METHOD_PRESETS], ids=lambda path: path.stem)
@@ -94,6 +95,37 @@ def test_the_built_in_templates_of_a_preset_exist(preset):
         names = settings.get("template_names", "all")
         templates = PromptTemplates.load(settings["templates"], names)
         assert templates.source_variable == "source"
+
+
+@pytest.mark.parametrize("name", ["llmr_t0_3b_t5_base", "t0_3b_t5_base_dailydialog"])
+def test_the_presets_of_llmr_ask_and_reward_as_its_published_files_do(name):
+    settings = yaml.safe_load((ROOT / f"recipes/configs/{name}.yaml").read_text())
+    assert settings["value"] == "expected"
+    (template,) = PromptTemplates.load(settings["templates"], settings["template_names"])
+    assert template.render({"source": "How are you?"}) == "The dialogue response of How are you? is:"
+
+
+@pytest.mark.parametrize("name", ["llmr_t0_3b_t5_base", "methods/reinforce_kd/llmr"])
+def test_llmrs_own_presets_have_no_entropy_bonus(name):
+    settings = yaml.safe_load((ROOT / f"recipes/configs/{name}.yaml").read_text())
+    assert settings["entropy_coef"] == 0.0, "LLMR's script has none"
+
+
+def test_the_template_of_one_paper_is_not_among_all():
+    """Whoever asks for `builtin:dialogue` gets the questions that a person would ask."""
+    assert "dialogue_response" not in PromptTemplates.load("builtin:dialogue").names
+
+
+def test_minillms_preset_names_where_the_authors_code_differs():
+    comment = " ".join(line.lstrip("# ") for line in (METHOD_PRESETS_BY_NAME["minillm"].read_text()).splitlines())
+    for difference in (
+        "gamma: 0.95",
+        "reward scaling 0.5",
+        "whitens",
+        "own reward r_t in its return",
+        "inside of the clip",
+    ):
+        assert difference in comment
 
 
 @pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)
