@@ -86,7 +86,7 @@ def policy_gradient_loss(
 
     −Σ_t w_t log π(y_t|s_t) / denominator,  w_t = clip( min(ρ_t, ratio_cap) A_t, ±weight_clip ),  ρ_t = π / b.
 
-    w_t is a constant, the ratio in it too, as in the first commit of the code of Hao, Liu & Mou 2022, not in later ones.
+    w_t is a constant, the ratio in it too, as in the first commit of Hao, Liu & Mou 2022's code (not in later ones).
     Since ρ ∇log π = ∇ρ, nothing is lost by that: the gradient is the one of −Σ ρ_t A_t. It makes a difference where
     w_t is cut: a constant w_t goes on pushing with the cut weight, where PPO's clipped ratio stops. The ratio is per
     token; that states are visited as often as b, not π, visits them is not corrected for (there neither).
