@@ -47,7 +47,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         """Samples of the student, the teachers' states along them, and the future's advantages."""
         args, timer = self.args, self._timer
         prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
-        with timer.phase("sample"), self.compute_loss_context_manager():
+        with timer.phase("sample"), self.mixed_precision():
             with self.whole_student():
                 completions = self._sample(self.policy, *prompt_PS, self._mixture(rows) if args.teacher_mix else None)
             rollout = self._rollout_of(prompt_PS, completions)
@@ -60,7 +60,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
                 rollout = rollout.with_(importance_BT=importance_BT)
             futures_BT = rollout.rewards_BT
             if args.future == "expected":
-                with self.compute_loss_context_manager():
+                with self.mixed_precision():
                     futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
         rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout.completion_mask_BT))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)

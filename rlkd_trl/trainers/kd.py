@@ -62,7 +62,7 @@ class KDTrainer(FullVocabularyTrainer):
         draw = torch.rand((), generator=self._rollout_generator(_SOURCE_STREAM))
         source = "student" if draw < args.lmbda else args.sequences
         prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
-        with timer.phase("sample"), self.compute_loss_context_manager():
+        with timer.phase("sample"), self.mixed_precision():
             if source == "data":
                 completions = self._targets(rows)
             elif source == "teacher":

@@ -28,6 +28,7 @@ from rlkd_trl.trainers.checks import checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import rollout_metrics, sample_table
+from rlkd_trl.trainers.rollout_sampling import outputs_in_parts
 from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
@@ -91,11 +92,11 @@ class OnPolicyTrainer(RolloutTrainer):
         policy = self.sampling_policy()
 
         whole_student = self.whole_student() if policy is self.policy else nullcontext()
-        with timer.phase("sample"), self.compute_loss_context_manager(), whole_student:
+        with timer.phase("sample"), self.mixed_precision(), whole_student:
             prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
             completions = self._sample(policy, *prompt_PS)  # 1 sample
             rollout = self._rollout_of(prompt_PS, completions)
-        with timer.phase("log_probs"), self.compute_loss_context_manager():
+        with timer.phase("log_probs"), self.mixed_precision():
             rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
         inputs = RewardInputs(
             rows=rows,
@@ -154,7 +155,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if not self._needs_old_log_probs():
             return rollout, None
         width = rollout.completion_ids_BT.shape[1]
-        old = self._outputs(policy, rollout)
+        old = outputs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
         rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
         if old[0].values is not None:
             values_BT1 = pad_columns([output.values for output in old], width + 1)

@@ -76,8 +76,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
     def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
         if self.behaviour is None:
             return super()._sampled_log_probs(rollout)
-        with self.compute_loss_context_manager():
-            logps_BT = self._log_probs(self.policy, rollout)
+        logps_BT = self._log_probs(self.policy, rollout)
         return logps_BT, (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
 
     def policy_loss(

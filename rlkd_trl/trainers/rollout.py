@@ -1,11 +1,17 @@
 """One rollout: everything the update reads, as tensors, cut into micro-batches by rows."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.masking import last_token
+
+# How far a field's tensors go, in their first one or two dimensions; what of them a micro-batch takes follows from it.
+_PROMPTS = {"extent": "prompts"}  # [P, ...]
+_COMPLETIONS = {"extent": "completions"}  # [B, ...]
+_TOKENS = {"extent": "tokens"}  # [B, T, ...]
+_STATES = {"extent": "states"}  # [B, T+1, ...]: the tokens' states and the one behind the last
 
 
 @dataclass(frozen=True)
@@ -20,22 +26,22 @@ class Rollout:
     in the critic's own normalised units like old_values_BT1.
     """
 
-    prompt_ids_PS: Tensor
-    prompt_mask_PS: Tensor
-    prompt_index_B: Tensor
-    completion_ids_BT: Tensor
-    completion_mask_BT: Tensor
-    loss_mask_BT: Tensor
-    ended_B: Tensor
-    support_BTk: Tensor | None = None
-    teacher_states: list[Tensor] | None = None
-    old_logps_BT: Tensor | None = None
-    old_values_BT1: Tensor | None = None
-    rewards_BT: Tensor | None = None
-    potentials_BT1: Tensor | None = None
-    importance_BT: Tensor | None = None
-    advantages_BT: Tensor | None = None
-    returns_BT: Tensor | None = None
+    prompt_ids_PS: Tensor = field(metadata=_PROMPTS)
+    prompt_mask_PS: Tensor = field(metadata=_PROMPTS)
+    prompt_index_B: Tensor = field(metadata=_COMPLETIONS)
+    completion_ids_BT: Tensor = field(metadata=_TOKENS)
+    completion_mask_BT: Tensor = field(metadata=_TOKENS)
+    loss_mask_BT: Tensor = field(metadata=_TOKENS)
+    ended_B: Tensor = field(metadata=_COMPLETIONS)
+    support_BTk: Tensor | None = field(default=None, metadata=_TOKENS)
+    teacher_states: list[Tensor] | None = field(default=None, metadata=_TOKENS)
+    old_logps_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    old_values_BT1: Tensor | None = field(default=None, metadata=_STATES)
+    rewards_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    potentials_BT1: Tensor | None = field(default=None, metadata=_STATES)
+    importance_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    advantages_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    returns_BT: Tensor | None = field(default=None, metadata=_TOKENS)
 
     @classmethod
     def of(
@@ -70,23 +76,19 @@ class Rollout:
         prompt_index_b = self.prompt_index_B[rows]
         first, last = int(prompt_index_b[0]), int(prompt_index_b[-1])
         longest = int(self.completion_mask_BT[rows].sum(dim=1).max())
+        part = {
+            "prompts": slice(first, last + 1),
+            "completions": rows,
+            "tokens": (rows, slice(longest)),
+            "states": (rows, slice(longest + 1)),
+        }
         cut = {}
         for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None:
-                continue
-            if item.name == "teacher_states":
-                cut[item.name] = [states_BTD[rows, :longest] for states_BTD in value]
-            elif item.name.startswith("prompt_"):
-                cut[item.name] = value[first : last + 1]
-            elif item.name.endswith("_BT1"):
-                cut[item.name] = value[rows, : longest + 1]
-            elif item.name.endswith(("_BT", "_BTk")):
-                cut[item.name] = value[rows, :longest]
-            else:
-                cut[item.name] = value[rows]
-        cut["prompt_index_B"] = prompt_index_b - first
-        return Rollout(**cut)
+            value, index = getattr(self, item.name), part[item.metadata["extent"]]
+            if value is not None:
+                is_list = isinstance(value, list)
+                cut[item.name] = [tensor[index] for tensor in value] if is_list else value[index]
+        return replace(Rollout(**cut), prompt_index_B=prompt_index_b - first)
 
     @property
     def completions(self) -> Completions:

@@ -1,77 +1,53 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import json
-import math
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import print_prompt_completions_sample
 
-from rlkd_trl.models.answers import joined
+from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.backbone import Backbone
 from rlkd_trl.models.generation import Completions, MixedWith
+from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
 from rlkd_trl.models.prompts import tokenize_prompts
-from rlkd_trl.ops.masking import pad_columns
+from rlkd_trl.models.sharding import is_sharded, whole
+from rlkd_trl.models.vocabulary import check_same_tokenizer
 from rlkd_trl.rewards import RewardModel
-from rlkd_trl.students import Policy, PolicyOutput
-from rlkd_trl.trainers.checks import check_prompts
+from rlkd_trl.students import Policy
+from rlkd_trl.trainers.budget import BudgetMeter, Cost
+from rlkd_trl.trainers.checks import check_held_out, check_prompts, check_sharded_head, check_sharding
 from rlkd_trl.trainers.config import RolloutConfig
-from rlkd_trl.trainers.policy_trainer import PolicyTrainer
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import PhaseTimer
+from rlkd_trl.trainers.rollout_sampling import log_probs_in_parts, random_generator, sample_in_parts, uniform_rows
+from rlkd_trl.trainers.run_state import SAVED, RolloutState
 
 _STATE_FILE = "rollout_state.json"
 
 
-@dataclass
-class RolloutState:
-    """What the next update depends on, beyond weights and optimizer, and what the run has spent.
+class RolloutTrainer(Trainer):
+    """Base of every trainer that learns from completions: where they come from and what is learnt is the method's.
 
-    micro_step: micro-batches seen; it gives the place in the current rollout, and the random numbers of the next.
-    beta: the (adaptive) KL coefficient. return_mean, return_variance: moments that a critic's targets are normalised
-    with. stopped: the rest of this rollout's updates are skipped.
+    What trains is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device.
+
+    Raises:
+        InputError: Tokenizers differ, a loaded student without its tokenizer, training or evaluation data without
+            `prompt`, fewer prompts than a rollout takes, T5 with fp16.
     """
 
-    micro_step: int = 0
-    beta: float = 0.0
-    return_mean: float = 0.0
-    return_variance: float | None = None
-    generated_tokens: int = 0
-    cpu_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    stopped: bool = False
-    rollout: Rollout | None = None
-    window_tokens: list[Tensor] | None = None
-    window_sequences: list[Tensor] | None = None
-
-
-_SAVED = ("micro_step", "beta", "return_mean", "return_variance", "generated_tokens", "cpu_seconds", "wall_seconds")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What training has taken so far, over all processes; evaluations before and after it are not in it.
-
-    generated_tokens: completion tokens of all rollouts, sampled from a model or, in distillation on data, read from
-    the data. cpu_seconds: of the processes, all threads. wall_seconds: of the first process.
-    """
-
-    optimizer_steps: int
-    generated_tokens: int
-    cpu_seconds: float
-    wall_seconds: float
-
-
-class RolloutTrainer(PolicyTrainer):
-    """Base of every trainer that learns from completions: where they come from and what is learnt is the method's."""
+    critic_kind = "none"
 
     def __init__(
         self,
@@ -84,11 +60,53 @@ class RolloutTrainer(PolicyTrainer):
         **kwargs,
     ):
         check_prompts(train_dataset, args)
+        check_held_out(eval_dataset)
+        check_sharding(args)
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model)
+        if processing_class is None:
+            raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+        if args.fp16:
+            refuse_t5_in_float16(model.config, torch.float16)
+        check_sharded_head(model)
+        self.reward_model = reward_model
+        teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
+        for teacher in teachers:
+            check_same_tokenizer(processing_class, teacher.processing_class)
         self.rollout_state = RolloutState()
+        self.sample_table: list[dict[str, object]] = []
+        self._metrics: dict[str, list[float]] = defaultdict(list)
         self._window_metrics: dict[str, float] = defaultdict(float)
         self._timer = PhaseTimer()
-        super().__init__(model, reward_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
-        self.add_callback(_Meter(self))
+        super().__init__(
+            model=Policy(model, processing_class, temperature=args.temperature, critic=self.critic_kind),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,
+            **kwargs,
+        )
+        if self.is_deepspeed_enabled:  # which moves the model only when training begins
+            self.model.to(self.accelerator.device)
+        for teacher in teachers:
+            teacher.to(self.accelerator.device)
+        self.add_callback(BudgetMeter(self))
+
+    @property
+    def policy(self) -> Policy:
+        """The student as it is now, out of its distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
+    @contextmanager
+    def whole_student(self) -> Iterator[None]:
+        """For sampling and evaluation: where ZeRO-3 has sharded the student, every process holds all of it within.
+
+        Otherwise each sampled token would gather every weight anew.
+        """
+        with whole(self.model_wrapped) if is_sharded(self.model) else nullcontext():
+            yield
 
     @property
     def _micro_steps_per_rollout(self) -> int:
@@ -132,67 +150,39 @@ class RolloutTrainer(PolicyTrainer):
         prompt_mask_PS: Tensor,
         mixed_with: Callable[[slice], MixedWith] | None = None,
     ) -> Completions:
-        """`num_generations` completions of each prompt, those of a prompt next to each other.
-
-        `mixed_with` gives the teacher to mix with for a slice of the prompts.
-        """
-        args, P = self.args, len(prompt_ids_PS)
-        prompt_index_B = self._prompt_index(P)
+        """See `sample_in_parts`."""
+        prompt_index_B = self._prompt_index(len(prompt_ids_PS))
         uniforms_BT = self._uniforms(len(prompt_index_B))
-        # Whole prompts at a time, so that memory does not grow with the rollout.
-        count = max(1, args.sampling_batch_size // args.num_generations)
-        parts = [
-            policy.sample(
-                prompt_ids_PS[first : first + count],
-                prompt_mask_PS[first : first + count],
-                prompt_index_B[: min(count, P - first) * args.num_generations],
-                max_completion_length=args.max_completion_length,
-                uniforms_BT=uniforms_BT[first * args.num_generations : (first + count) * args.num_generations],
-                top_k=args.top_k,
-                mixed_with=None if mixed_with is None else mixed_with(slice(first, first + count)),
-            )
-            for first in range(0, P, count)
-        ]
-        return joined(parts, pad_id=policy.pad_id)
+        return sample_in_parts(
+            policy, prompt_ids_PS, prompt_mask_PS, prompt_index_B, uniforms_BT, self.args, mixed_with
+        )
 
     def _prompt_index(self, num_prompts: int) -> Tensor:
         prompts = torch.arange(num_prompts, device=self.accelerator.device)
         return prompts.repeat_interleave(self.args.num_generations)
 
     def _uniforms(self, batch_size: int) -> Tensor:
-        """This device's rows of the rollout's random numbers, which depend on the seed and the rollout's number only.
-
-        Drawn for the global batch, so that any number of devices, and any cut into micro-batches, samples the same
-        completions; without any generator state, so that a resumed run does too.
-        """
-        shape = (batch_size * self.accelerator.num_processes, self.args.max_completion_length)
-        first = batch_size * self.accelerator.process_index
-        uniforms = torch.rand(shape, generator=self._rollout_generator())
-        return uniforms[first : first + batch_size].to(self.accelerator.device)
+        """This device's rows of the rollout's random numbers, which depend on the seed and the rollout's number only:
+        there is no generator's state that a resumed run would need."""
+        rows = uniform_rows(
+            batch_size,
+            self.args.max_completion_length,
+            self._rollout_generator(),
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return rows.to(self.accelerator.device)
 
     def _rollout_generator(self, stream: int = 0) -> torch.Generator:
-        """Another `stream` for another use of random numbers."""
-        # Torch's CPU generator reads the lowest 32 bits of a seed only; the factor spreads streams over them.
-        seed = self.args.seed * 1_000_003 + self._rollout_number + stream * 2_654_435_761
-        return torch.Generator().manual_seed(seed)
+        return random_generator(self.args.seed, self._rollout_number, stream=stream)
 
     def _rollout_of(self, prompt_PS: tuple[Tensor, Tensor], completions: Completions) -> Rollout:
         prompt_index_B = self._prompt_index(len(prompt_PS[0]))
         return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
 
-    def _outputs(self, policy: Policy, rollout: Rollout) -> list[PolicyOutput]:
-        """The training forward pass over the rollout, without gradients or entropies.
-
-        Not in the update's micro-batches but in larger parts, which is faster; the last digit may differ for it.
-        """
-        size = self.args.local_rollout_forward_batch_size
-        count = math.ceil(len(rollout.completion_ids_BT) / size)
-        return [policy(**rollout.micro_batch(i, size).policy_inputs(), with_entropy=False) for i in range(count)]
-
     def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:
         """log π(y_t|s_t) of the whole rollout, `[B, T]`."""
-        width = rollout.completion_ids_BT.shape[1]
-        return pad_columns([output.logps_BT for output in self._outputs(policy, rollout)], width)
+        return log_probs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
 
     # Updates
 
@@ -265,7 +255,7 @@ class RolloutTrainer(PolicyTrainer):
         loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
         return self.accelerator.prepare(loader)
 
-    # Budget and checkpoints
+    # Budget
 
     def cost(self) -> Cost:
         """What the run has taken up to its last optimizer step, earlier parts of a resumed run included."""
@@ -287,12 +277,95 @@ class RolloutTrainer(PolicyTrainer):
             spent |= self.cost().cpu_seconds >= args.max_cpu_seconds
         return spent
 
+    def save_cost(self, path: Path) -> None:
+        """Writes `cost` as JSON."""
+        cost = asdict(self.cost())
+        if self.is_world_process_zero():
+            path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+
+    def mixed_precision(self) -> AbstractContextManager:
+        """For sampling, and for copies of the student: Accelerate puts `bf16` around its own forward pass only."""
+        return self.accelerator.autocast()
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of everything recorded since the last log."""
+        is_training_log = "loss" in logs
+        if is_training_log:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+        if self.args.log_completions and is_training_log and self.is_world_process_zero():
+            names = [name for name in ("reward",) if self.sample_table and name in self.sample_table[0]]
+            print_prompt_completions_sample(
+                [row["prompt"] for row in self.sample_table],
+                [row["completion"] for row in self.sample_table],
+                {name: [row[name] for row in self.sample_table] for name in names},
+                None,
+                self.state.global_step,
+            )
+
+    def _record(self, metrics: dict[str, Tensor | float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        means = self.accelerator.reduce(torch.stack(list(metrics.values())), reduction="mean")
+        return dict(zip(metrics, means.tolist(), strict=True))
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward.
+
+        Raises:
+            InputError: There is no evaluation data, or it has no column `prompt`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("There is nothing to evaluate on: give `eval_dataset`.")
+        check_held_out(dataset)
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, rows in dataset.items():
+                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        with self.mixed_precision(), self.whole_student():
+            result = evaluate_student(
+                self.policy,
+                self.processing_class,
+                list(dataset),
+                self.reward_model,
+                max_prompt_length=self.args.max_prompt_length,
+                max_completion_length=self.args.max_completion_length,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Trainer's generic card before a push to the Hub, unless a recipe has left a better one."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            state = {name: getattr(self.rollout_state, name) for name in _SAVED}
-            file = Path(output_dir or self.args.output_dir) / _STATE_FILE
-            file.write_text(json.dumps(state), encoding="utf-8")
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+        state = {name: getattr(self.rollout_state, name) for name in SAVED}
+        (output_dir / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
@@ -301,26 +374,11 @@ class RolloutTrainer(PolicyTrainer):
         if state_file is not None and state_file.is_file():
             self.rollout_state = RolloutState(**json.loads(state_file.read_text(encoding="utf-8")))
 
-    def save_cost(self, path: Path) -> None:
-        """Writes `cost` as JSON."""
-        cost = asdict(self.cost())
-        if self.is_world_process_zero():
-            path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
 
-
-class _Meter(TrainerCallback):
-    """Adds up time between optimizer steps, and stops the run when its budget is spent."""
-
-    def __init__(self, trainer: RolloutTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._last = time.process_time(), time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now, spent = (time.process_time(), time.perf_counter()), self._trainer.rollout_state
-        spent.cpu_seconds += now[0] - self._last[0]
-        spent.wall_seconds += now[1] - self._last[1]
-        self._last = now
-        if self._trainer.budget_is_spent():
-            control.should_training_stop = True
+    def _load_best_model(self) -> None:
+        if is_deepspeed_zero3_enabled():  # only the engine can put weights into their shards
+            super()._load_best_model()
+            return
+        self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)

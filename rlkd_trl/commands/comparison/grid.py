@@ -79,5 +79,4 @@ class Grid:
             for method in self.methods
             if chosen[method.name] is not None
         ]
-        # What failed in the search is not tried again.
-        failures |= run_cells([cell for cell in cells if cell.directory not in failures], self.jobs)
+        failures |= run_cells(cells, self.jobs)
