@@ -1,4 +1,4 @@
-"""Copies of the student are read in the student's precision, in which Accelerate puts the student's forward pass only."""
+"""Copies of the student are read in the precision in which Accelerate puts the student's own forward pass."""
 
 import pytest
 
