@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 # stand with evaluation and need nothing of the package, so that rewards and pseudo-labels may read them.
 LAYERS = [
     ["errors"],
-    ["ops", "prompts", "data", "evaluation.metrics"],
+    ["settings", "ops", "prompts", "data", "evaluation.metrics"],
     ["models"],
     ["teachers", "students"],
     ["rewards", "planning"],
@@ -105,7 +105,7 @@ def test_the_package_does_not_import_tests_or_recipes(path):
 
 @pytest.mark.parametrize(
     "modules",
-    ["rlkd_trl", "rlkd_trl.errors", "rlkd_trl.prompts", "rlkd_trl.data"],
+    ["rlkd_trl", "rlkd_trl.errors", "rlkd_trl.settings.ranges", "rlkd_trl.prompts", "rlkd_trl.data"],
 )
 def test_light_imports_stay_light(modules):
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'accelerate'}"

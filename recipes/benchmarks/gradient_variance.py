@@ -26,6 +26,7 @@ from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, name_or_make_models
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
@@ -60,19 +61,16 @@ METHODS = {
 class VarianceArguments:
     """Measurement"""
 
-    num_rollouts: int = field(default=40, metadata={"help": "R, gradients per method."})
-    num_prompts: int = field(default=16, metadata={"help": "Prompts of a rollout, the first of the data."})
-    num_generations: int = field(default=4, metadata={"help": "Completions per prompt."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
+    num_rollouts: AtLeastTwo = field(default=40, metadata={"help": "R, gradients per method."})
+    num_prompts: Count = field(default=16, metadata={"help": "Prompts of a rollout, the first of the data."})
+    num_generations: AtLeastTwo = field(default=4, metadata={"help": "Completions per prompt."})
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
     output_dir: str = field(default="runs/gradient_variance", metadata={"help": "Where the demo's models go."})
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):
-        least = {"num_rollouts": 2, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise InputError(f"--{name} {getattr(self, name)} is out of range: {value} or more.")
+        check_ranges(self)
 
 
 def gradients(trainer, rows: list[dict], num_rollouts: int):

@@ -26,6 +26,7 @@ from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, require
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.settings.ranges import AtLeastTwo, Count, LearningRate, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMPARE = Path(__file__).resolve().parents[1] / "compare.py"
@@ -57,27 +58,26 @@ STUDENT_COLUMNS = {
 class QuantisationArguments:
     """Measurement"""
 
-    num_prompts: int = field(default=100, metadata={"help": "Inputs whose samples are scored, the first of the data."})
-    num_generations: int = field(default=8, metadata={"help": "Completions sampled per input."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Student prompts are cut at this many tokens."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
-    batch_size: int = field(default=25, metadata={"help": "Prompts at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples that are scored."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of each student; default: none."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of every student."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of every student."})
+    num_prompts: Count = field(
+        default=100, metadata={"help": "Inputs whose samples are scored, the first of the data."}
+    )
+    num_generations: AtLeastTwo = field(default=8, metadata={"help": "Completions sampled per input."})
+    max_prompt_length: Length = field(default=512, metadata={"help": "Student prompts are cut at this many tokens."})
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
+    batch_size: Count = field(default=25, metadata={"help": "Prompts at a time."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the samples that are scored."})
+    max_steps: Count | None = field(default=None, metadata={"help": "Optimizer steps of each student; default: none."})
+    learning_rate: LearningRate = field(default=1e-4, metadata={"help": "Of every student."})
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of every student."})
     test_dataset: str | None = field(default=None, metadata={"help": "The students are tested on this."})
     eval_target_column: str | None = field(default=None, metadata={"help": "Its column with references."})
     common: list[str] | None = field(default=None, metadata={"help": "More flags for every run, as name=value."})
-    jobs: int = field(default=1, metadata={"help": "Students trained at a time."})
+    jobs: Count = field(default=1, metadata={"help": "Students trained at a time."})
     output_dir: str = field(default="runs/quantised_teachers", metadata={"help": "Where the students go."})
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):
-        least = {"num_prompts": 1, "num_generations": 2, "max_prompt_length": 1, "max_completion_length": 1}
-        for name, value in {**least, "batch_size": 1}.items():
-            if getattr(self, name) < value:
-                raise InputError(f"--{name} {getattr(self, name)} is out of range: {value} or more.")
+        check_ranges(self)
         if self.max_steps is not None and self.test_dataset is None:
             raise InputError("--max_steps trains students, and --test_dataset, to test them on, is missing.")
 

@@ -32,6 +32,7 @@ from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.steps import check_checkpoints, check_rewards, load_panel, load_student, name_or_make_models
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
@@ -48,22 +49,20 @@ COLUMNS = {
 class VarianceArguments:
     """Measurement"""
 
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K to compare."})
-    num_prompts: int = field(default=64, metadata={"help": "Prompts, the first of the data."})
-    num_generations: int = field(default=16, metadata={"help": "Completions sampled per prompt."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Student prompts are cut at this many tokens."})
-    max_completion_length: int = field(default=48, metadata={"help": "Cap on sampled tokens, EOS included."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
+    steps: list[Count] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K to compare."})
+    num_prompts: Count = field(default=64, metadata={"help": "Prompts, the first of the data."})
+    num_generations: Count = field(default=16, metadata={"help": "Completions sampled per prompt."})
+    max_prompt_length: Length = field(default=512, metadata={"help": "Student prompts are cut at this many tokens."})
+    max_completion_length: Length = field(default=48, metadata={"help": "Cap on sampled tokens, EOS included."})
+    batch_size: Count = field(default=8, metadata={"help": "Prompts at a time."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
     output_dir: str = field(default="runs/return_variance", metadata={"help": "Where the demo's models go."})
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):
-        for name in ("num_prompts", "max_prompt_length", "max_completion_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} is out of range.")
-        if self.num_generations < 2 or min(self.steps) < 1:
-            raise InputError("A variance needs --num_generations of 2 or more, and --steps of 1 or more.")
+        check_ranges(self)
+        if self.num_generations < 2:
+            raise InputError("A variance needs --num_generations of 2 or more.")
 
 
 def measure(policy, tokenizer, panel, rows: list[dict], reward: RewardArguments, args: VarianceArguments):

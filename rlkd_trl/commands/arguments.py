@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlkd_trl.errors import InputError
-
-
-def _check_ranges(arguments: object, **valid: bool) -> None:
-    """Raises `InputError` for the first argument that is not valid."""
-    for name, is_valid in valid.items():
-        if not is_valid:
-            raise InputError(f"--{name} {getattr(arguments, name)} is out of range.")
+from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
 
 
 @dataclass
@@ -30,12 +23,12 @@ class DataArguments:
             "help": "Column with the reference text or texts: targets of sft, of kd and --interpolate; metrics."
         },
     )
-    max_rows: int | None = field(
+    max_rows: Count | None = field(
         default=None, metadata={"help": "Use only so many distinct inputs (sft.py: so many rows)."}
     )
 
     def __post_init__(self):
-        _check_ranges(self, max_rows=self.max_rows is None or self.max_rows >= 1)
+        check_ranges(self)
 
 
 @dataclass
@@ -94,19 +87,15 @@ class TeacherArguments:
         default=None,
         metadata={"help": "NVMe directory for --teacher_placement offload (needs libaio); default: CPU memory."},
     )
-    teacher_max_prompt_length: int | None = field(
+    teacher_max_prompt_length: Length | None = field(
         default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
     )
-    teacher_batch_tokens: int | None = field(
+    teacher_batch_tokens: Count | None = field(
         default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}
     )
 
     def __post_init__(self):
-        _check_ranges(
-            self,
-            teacher_max_prompt_length=self.teacher_max_prompt_length is None or self.teacher_max_prompt_length >= 1,
-            teacher_batch_tokens=self.teacher_batch_tokens is None or self.teacher_batch_tokens >= 1,
-        )
+        check_ranges(self)
 
 
 @dataclass
@@ -129,11 +118,11 @@ class RewardArguments:
         metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:function."},
     )
     value: str = field(default="max", metadata={"help": "V of the teacher-forcing reward: max, expected or soft."})
-    k: int = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})
-    tau: float = field(default=1.0, metadata={"help": "Temperature of --value soft."})
+    k: Count = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})
+    tau: Temperature = field(default=1.0, metadata={"help": "Temperature of --value soft."})
 
     def __post_init__(self):
-        _check_ranges(self, k=self.k >= 1, tau=self.tau > 0)
+        check_ranges(self)
 
 
 @dataclass
@@ -150,26 +139,18 @@ class NewModelArguments:
     """New model (without --student)"""
 
     architecture: str = field(default="t5", metadata={"help": "t5 (encoder-decoder) or llama (decoder-only)."})
-    d_model: int = field(default=128, metadata={"help": "Width D."})
-    num_layers: int = field(default=2, metadata={"help": "Layers, in encoder and decoder each."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    d_ff: int | None = field(default=None, metadata={"help": "Feed-forward width; 2 × d_model by default."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout while training."})
+    d_model: Length = field(default=128, metadata={"help": "Width D."})
+    num_layers: Length = field(default=2, metadata={"help": "Layers, in encoder and decoder each."})
+    num_heads: Length = field(default=4, metadata={"help": "Attention heads."})
+    d_ff: Length | None = field(default=None, metadata={"help": "Feed-forward width; 2 × d_model by default."})
+    dropout: ShareBelowOne = field(default=0.1, metadata={"help": "Dropout while training."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Checkpoint whose tokenizer to use; default: train one on the data."}
     )
-    vocab_size: int = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})
+    vocab_size: Length = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})
 
     def __post_init__(self):
-        _check_ranges(
-            self,
-            d_model=self.d_model >= 1,
-            num_layers=self.num_layers >= 1,
-            num_heads=self.num_heads >= 1,
-            d_ff=self.d_ff is None or self.d_ff >= 1,
-            dropout=0 <= self.dropout < 1,
-            vocab_size=self.vocab_size >= 1,
-        )
+        check_ranges(self)
 
 
 @dataclass
@@ -178,24 +159,18 @@ class PseudoLabelArguments:
 
     output: str | None = field(default=None, metadata={"help": "JSON-lines file to write."})
     strategy: str = field(default="greedy", metadata={"help": "greedy, beam or sample."})
-    num_beams: int = field(default=4, metadata={"help": "Beams of --strategy beam."})
+    num_beams: Count = field(default=4, metadata={"help": "Beams of --strategy beam."})
     interpolate: bool = field(
         default=False,
         metadata={"help": "Of all beams, write the one nearest to --target_column's references, by sentence BLEU."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of --strategy sample."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of --strategy sample."})
+    temperature: Temperature = field(default=1.0, metadata={"help": "Temperature of --strategy sample."})
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
+    batch_size: Count = field(default=64, metadata={"help": "Prompts at a time."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of --strategy sample."})
 
     def __post_init__(self):
-        _check_ranges(
-            self,
-            num_beams=self.num_beams >= 1,
-            temperature=self.temperature > 0,
-            max_completion_length=self.max_completion_length >= 1,
-            batch_size=self.batch_size >= 1,
-        )
+        check_ranges(self)
 
 
 @dataclass
@@ -203,22 +178,15 @@ class EvaluationArguments:
     """Evaluation"""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
-    max_prompt_length: int | None = field(default=512, metadata={"help": "Student prompts are cut at this."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
+    max_prompt_length: Length | None = field(default=512, metadata={"help": "Student prompts are cut at this."})
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
+    batch_size: Count = field(default=64, metadata={"help": "Prompts at a time."})
     sample: bool = field(default=False, metadata={"help": "Sample the student's outputs instead of greedy."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of --sample."})
-    seed: int = field(default=0, metadata={"help": "Seed of --sample."})
+    temperature: Temperature = field(default=1.0, metadata={"help": "Temperature of --sample."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of --sample."})
     ibleu: bool = field(default=False, metadata={"help": "Also iBLEU against the source, for paraphrase."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward."})
+    gamma: Share = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
+    reward_weights: list[Weight] | None = field(default=None, metadata={"help": "One weight per reward."})
 
     def __post_init__(self):
-        _check_ranges(
-            self,
-            max_prompt_length=self.max_prompt_length is None or self.max_prompt_length >= 1,
-            max_completion_length=self.max_completion_length >= 1,
-            batch_size=self.batch_size >= 1,
-            temperature=self.temperature > 0,
-            gamma=0 <= self.gamma <= 1,
-        )
+        check_ranges(self)

@@ -8,15 +8,31 @@ weights are not needed. Lengths and batch sizes are those of the run; at a short
 """
 
 import argparse
+from typing import Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
 
 _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")
-_POSITIVE = (
-    "gpus nodes gpu_memory prompt_tokens completion_tokens per_device_train_batch_size gradient_accumulation_steps "
-    "num_generations teacher_batch_tokens sampling_batch_size local_rollout_forward_batch_size"
-).split()
+_GIB = Annotated[float, Range(0, 1e6, above=True)]
+
+# Those that recipes have too have the recipes' ranges.
+_RANGES = {
+    "gpus": Count,
+    "nodes": Count,
+    "gpu_memory": _GIB,
+    "reserve": ShareBelowOne,
+    "prompt_tokens": Length,
+    "completion_tokens": Length,
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "num_generations": Count,
+    "teacher_batch_tokens": Count,
+    "sampling_batch_size": Count,
+    "local_rollout_forward_batch_size": Count,
+    "beta": Coefficient,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,13 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    for name in _POSITIVE:
-        if not getattr(flags, name) > 0:
-            raise InputError(f"--{name} {getattr(flags, name)} is out of range: it must be above 0.")
-    if not 0 <= flags.reserve < 1:
-        raise InputError(f"--reserve {flags.reserve} is out of range: it is a share, from 0 to below 1.")
-    if not flags.beta >= 0:
-        raise InputError(f"--beta {flags.beta} is out of range: it must not be negative.")
+    check_values(vars(flags), _RANGES)
     completions = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
     if completions % flags.num_generations:
         raise InputError(

@@ -22,6 +22,7 @@ from rlkd_trl.ops.rewards import (
 )
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.rewards.inputs import RewardInputs
+from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.scores import TeacherScores
 from rlkd_trl.teachers.teacher import Teacher
@@ -141,7 +142,7 @@ class TeacherForcingReward(TeacherReward):
         tau: Temperature of value="soft".
 
     Raises:
-        InputError: Unknown `value`, `k` < 1, `tau` ≤ 0, or `gamma` outside [0, 1].
+        InputError: Unknown `value`; `k`, `tau` or `gamma` out of range, NaN or infinite.
     """
 
     reads_student_log_probs = False
@@ -159,8 +160,7 @@ class TeacherForcingReward(TeacherReward):
     ):
         if value not in VALUES:
             raise InputError(f"Unknown value {value!r} for the teacher-forcing reward; choose one of {VALUES}.")
-        if k < 1 or tau <= 0 or not 0 <= gamma <= 1:
-            raise InputError(f"k must be ≥ 1, tau > 0 and gamma in [0, 1]; got k={k}, tau={tau}, gamma={gamma}.")
+        check_values({"k": k, "tau": tau, "gamma": gamma}, {"k": Count, "tau": Temperature, "gamma": Share}, prefix="")
         super().__init__(model, processing_class, templates=templates)
         self.value, self.gamma, self.k, self.tau = value, gamma, k, tau
 

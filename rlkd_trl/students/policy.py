@@ -19,6 +19,7 @@ from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
+from rlkd_trl.settings.ranges import Temperature, check_values
 
 CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
@@ -49,7 +50,7 @@ class Policy(nn.Module):
             of the student's body with weights of its own. The head starts at zero.
 
     Raises:
-        InputError: Unknown critic, unsupported architecture, no EOS, or temperature ≤ 0.
+        InputError: Unknown critic, unsupported architecture, no EOS, or temperature out of range.
     """
 
     def __init__(
@@ -63,8 +64,7 @@ class Policy(nn.Module):
         super().__init__()
         if critic not in CRITICS:
             raise InputError(f"Unknown critic {critic!r}; choose one of: {', '.join(CRITICS)}.")
-        if temperature <= 0:
-            raise InputError(f"temperature must be > 0 for a sampling policy; got {temperature}.")
+        check_values({"temperature": temperature}, {"temperature": Temperature}, prefix="")
         self.model = model
         self.temperature = temperature
         self.eos_ids = eos_token_ids(model, processing_class)

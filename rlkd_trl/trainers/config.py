@@ -4,15 +4,26 @@ Names are TRL's where TRL has one. A wrong combination raises `InputError` at co
 """
 
 from dataclasses import dataclass, field
-
-from transformers import TrainingArguments
+from typing import Annotated
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.trainers.processes import start_processes
+from rlkd_trl.settings.ranges import (
+    Coefficient,
+    Count,
+    CountFromZero,
+    LearningRate,
+    Length,
+    Positive,
+    Range,
+    Share,
+    Temperature,
+    Weight,
+)
+from rlkd_trl.trainers.base_config import BaseConfig
 
 
 @dataclass
-class RolloutConfig(TrainingArguments):
+class RolloutConfig(BaseConfig):
     """What all trainers on rollouts share: sampling, the update's batches, the run's budget.
 
     A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
@@ -24,29 +35,21 @@ class RolloutConfig(TrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per device and micro-batch."})
     logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay False: templates and rewards read the data's columns."}
-    )
-    # None first: HfArgumentParser cannot read the other order.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Where to log: none, wandb, ..."}
-    )
-
     # Sampling
-    num_generations: int = field(default=4, metadata={"help": "K, completions sampled per prompt."})
-    max_prompt_length: int | None = field(
+    num_generations: Count = field(default=4, metadata={"help": "K, completions sampled per prompt."})
+    max_prompt_length: Length | None = field(
         default=512, metadata={"help": "Student prompts are cut at this many tokens."}
     )
-    max_completion_length: int = field(default=64, metadata={"help": "T, cap on sampled tokens, EOS included."})
-    temperature: float = field(
+    max_completion_length: Length = field(default=64, metadata={"help": "T, cap on sampled tokens, EOS included."})
+    temperature: Temperature = field(
         default=1.0, metadata={"help": "Sampling temperature; log-probabilities are taken at it too."}
     )
-    top_k: int = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
-    top_p: float = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
-    sampling_batch_size: int = field(
+    top_k: CountFromZero = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
+    top_p: Share = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
+    sampling_batch_size: Count = field(
         default=256, metadata={"help": "Completions decoded at a time on each device; more is faster, in more memory."}
     )
-    local_rollout_forward_batch_size: int = field(
+    local_rollout_forward_batch_size: Count = field(
         default=64,
         metadata={"help": "Completions read without gradients, for old and reference log-probabilities, at a time."},
     )
@@ -55,22 +58,21 @@ class RolloutConfig(TrainingArguments):
     )
 
     # Update and budget
-    steps_per_generation: int | None = field(
+    steps_per_generation: Count | None = field(
         default=None, metadata={"help": "Micro-batches per rollout; gradient_accumulation_steps by default."}
     )
-    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (PPO epochs)."})
-    max_generated_tokens: int | None = field(
+    num_iterations: Count = field(default=1, metadata={"help": "Passes over each rollout (PPO epochs)."})
+    max_generated_tokens: Count | None = field(
         default=None,
         metadata={"help": "Stop after this many completion tokens (of all devices), if before max_steps."},
     )
-    max_cpu_seconds: float | None = field(
+    max_cpu_seconds: Positive | None = field(
         default=None, metadata={"help": "Stop after this much CPU time (of all processes), if before max_steps."}
     )
     log_completions: bool = field(default=False, metadata={"help": "Print some completions at every log."})
-    num_completions_to_print: int = field(default=4, metadata={"help": "How many, with log_completions."})
+    num_completions_to_print: CountFromZero = field(default=4, metadata={"help": "How many, with log_completions."})
 
     def __post_init__(self):
-        start_processes(self)
         if self.metric_for_best_model is None and (
             self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
         ):
@@ -79,11 +81,6 @@ class RolloutConfig(TrainingArguments):
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
-
-    def _check_ranges(self, valid: dict[str, bool]) -> None:
-        for name, is_valid in valid.items():
-            if not is_valid:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range.")
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -120,17 +117,6 @@ class RolloutConfig(TrainingArguments):
                 "the completions of a prompt share. Use a smaller per_device_train_batch_size with more "
                 "gradient_accumulation_steps."
             )
-        ranges = {
-            "max_completion_length": self.max_completion_length >= 1,
-            "sampling_batch_size": self.sampling_batch_size >= 1,
-            "local_rollout_forward_batch_size": self.local_rollout_forward_batch_size >= 1,
-            "num_iterations": self.num_iterations >= 1,
-            "temperature": self.temperature > 0,
-            "max_prompt_length": self.max_prompt_length is None or self.max_prompt_length >= 1,
-            "max_generated_tokens": self.max_generated_tokens is None or self.max_generated_tokens >= 1,
-            "max_cpu_seconds": self.max_cpu_seconds is None or self.max_cpu_seconds > 0,
-        }
-        self._check_ranges(ranges)
 
 
 @dataclass
@@ -138,18 +124,18 @@ class OnPolicyConfig(RolloutConfig):
     """What PPO, RLOO and REINFORCE share: rewards, and how far an update may go."""
 
     # Reward
-    reward_weights: list[float] | None = field(
+    reward_weights: list[Weight] | None = field(
         default=None, metadata={"help": "One weight per reward; 1.0 each by default."}
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of returns and of the teacher-forcing reward."})
-    beta: float = field(
+    gamma: Share = field(default=1.0, metadata={"help": "Discount γ of returns and of the teacher-forcing reward."})
+    beta: Coefficient = field(
         default=0.0, metadata={"help": "KL coefficient to the initial policy, per token; 0 loads no reference."}
     )
-    kl_target: float | None = field(
+    kl_target: Positive | None = field(
         default=None, metadata={"help": "Adapt beta towards this KL, nats per sequence (Ziegler et al. 2019)."}
     )
-    kl_horizon: float = field(default=10000, metadata={"help": "Adaptive KL: sequences over which beta reacts."})
-    missing_eos_penalty: float | None = field(
+    kl_horizon: Positive = field(default=10000, metadata={"help": "Adaptive KL: sequences over which beta reacts."})
+    missing_eos_penalty: Annotated[float, Range(0, 1e6)] | None = field(
         default=None, metadata={"help": "Subtracted from the last token's reward of a truncated completion."}
     )
     teacher_baseline: bool = field(
@@ -165,27 +151,17 @@ class OnPolicyConfig(RolloutConfig):
     )
 
     # Update
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    entropy_coef: Coefficient = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     normalize_advantages: bool = field(
         default=False, metadata={"help": "Whiten advantages over the rollout, all devices."}
     )
-    early_stop_kl: float | None = field(
+    early_stop_kl: Positive | None = field(
         default=None,
         metadata={"help": "Skip the rest of a rollout's updates once KL(old‖new) per token exceeds this, in nats."},
     )
 
     def _check(self) -> None:
         super()._check()
-        self._check_ranges(
-            {
-                "gamma": 0 <= self.gamma <= 1,
-                "beta": self.beta >= 0,
-                "kl_horizon": self.kl_horizon > 0,
-                "early_stop_kl": self.early_stop_kl is None or self.early_stop_kl > 0,
-                "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
-                "entropy_coef": self.entropy_coef >= 0,
-            }
-        )
         if self.baseline not in ("none", "mean", "min_variance"):
             raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
         completions = self.per_device_train_batch_size * self.steps_per_generation
@@ -202,11 +178,10 @@ class OnPolicyConfig(RolloutConfig):
 class ClippedPolicyConfig(OnPolicyConfig):
     """What the methods with a clipped ratio, PPO and RLOO, share."""
 
-    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
+    epsilon: Positive = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
 
     def _check(self) -> None:
         super()._check()
-        self._check_ranges({"epsilon": self.epsilon > 0})
         if self.baseline != "none" and self.normalize_advantages:
             raise InputError(
                 f"baseline = {self.baseline!r} has no effect with normalize_advantages, which takes any constant "
@@ -221,12 +196,12 @@ class PPOKDConfig(ClippedPolicyConfig):
     normalize_advantages: bool = field(
         default=True, metadata={"help": "Whiten advantages over the rollout, all devices."}
     )
-    lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    critic_learning_rate: float | None = field(
+    lam: Share = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
+    vf_coef: Coefficient = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    critic_learning_rate: LearningRate | None = field(
         default=None, metadata={"help": "Learning rate of the critic's own weights; 10 × learning_rate by default."}
     )
-    cliprange_value: float | None = field(
+    cliprange_value: Positive | None = field(
         default=None, metadata={"help": "Clip range of the normalised value; None does not clip."}
     )
     critic: str = field(
@@ -238,13 +213,6 @@ class PPOKDConfig(ClippedPolicyConfig):
         super()._check()
         if self.critic not in ("shared", "separate"):
             raise InputError(f"critic = {self.critic!r}: choose 'shared' or 'separate'.")
-        ranges = {
-            "lam": 0 <= self.lam <= 1,
-            "vf_coef": self.vf_coef >= 0,
-            "critic_learning_rate": self.critic_learning_rate is None or self.critic_learning_rate >= 0,
-            "cliprange_value": self.cliprange_value is None or self.cliprange_value > 0,
-        }
-        self._check_ranges(ranges)
 
 
 @dataclass
@@ -279,20 +247,20 @@ class RLOOKDConfig(ClippedPolicyConfig):
 class ReinforceKDConfig(OnPolicyConfig):
     """REINFORCE as in LLMR and KETCHUP: a lagging behaviour policy, top-k sampling, simple baselines."""
 
-    top_k: int = field(
+    top_k: CountFromZero = field(
         default=0,
         metadata={
             "help": "Sample from the k likeliest tokens; ratio, entropy and update are over these k. 0: from all. "
             "Hao 2022: 2."
         },
     )
-    return_denom: float = field(
+    return_denom: Positive = field(
         default=1.0, metadata={"help": "Returns are divided by this, before baseline and clip. Hao 2022: 100."}
     )
-    reward_clip: float | None = field(
+    reward_clip: Positive | None = field(
         default=None, metadata={"help": "Clip of ratio × advantage, to ± this; None does not clip. Hao 2022: 1."}
     )
-    ratio_cap: float | None = field(
+    ratio_cap: Annotated[float, Range(1, 1e9)] | None = field(
         default=None, metadata={"help": "Largest importance ratio, at least 1; None (the papers) does not cap."}
     )
     baseline: str = field(
@@ -302,7 +270,7 @@ class ReinforceKDConfig(OnPolicyConfig):
             "for which the gradient varies least."
         },
     )
-    behaviour_sync_steps: int = field(
+    behaviour_sync_steps: CountFromZero = field(
         default=0,
         metadata={
             "help": "Optimizer steps after which the policy that samples is set to the student; 0 or 1: it is the "
@@ -330,14 +298,6 @@ class ReinforceKDConfig(OnPolicyConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._check_ranges(
-            {
-                "return_denom": self.return_denom > 0,
-                "reward_clip": self.reward_clip is None or self.reward_clip > 0,
-                "ratio_cap": self.ratio_cap is None or self.ratio_cap >= 1,
-                "behaviour_sync_steps": self.behaviour_sync_steps >= 0,
-            }
-        )
         steps = self.optimizer_steps_per_rollout
         if self.behaviour_sync_steps > 1 and self.behaviour_sync_steps % steps:
             raise InputError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.all_actions import VALUES
 from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES
+from rlkd_trl.settings.ranges import Coefficient, Count, Positive, Share, ShareBelowOne, Temperature
 from rlkd_trl.trainers.config import RolloutConfig
 
 SEQUENCES = ("data", "teacher")
@@ -46,23 +47,23 @@ class KDConfig(FullVocabularyConfig):
     Sequences come from `sequences`, or, with probability `lmbda` for each rollout, from the student.
     """
 
-    num_generations: int = field(default=1, metadata={"help": "K, completions per input, drawn or sampled."})
+    num_generations: Count = field(default=1, metadata={"help": "K, completions per input, drawn or sampled."})
     divergence: str = field(
         default="forward_kl",
         metadata={"help": f"Between teacher and student: {', '.join(DIVERGENCES)}."},
     )
-    beta: float | None = field(
+    beta: Share | None = field(
         default=None,
         metadata={"help": "Of divergence jsd: 0 is forward KL, 1 reverse KL (GKD); 0.5 by default."},
     )
-    skew: float | None = field(
+    skew: ShareBelowOne | None = field(
         default=None,
         metadata={"help": "Of the skewed KLs: share of the first distribution in the mixture (DistiLLM); 0.1."},
     )
-    distillation_temperature: float = field(
+    distillation_temperature: Temperature = field(
         default=1.0, metadata={"help": "T of both distributions in the divergence, which is times T² (Hinton 2015)."}
     )
-    alpha: float = field(
+    alpha: Share = field(
         default=1.0,
         metadata={
             "help": "Share of the divergence; 1 − alpha is that of the cross-entropy with the sequence's tokens."
@@ -72,7 +73,7 @@ class KDConfig(FullVocabularyConfig):
         default="data",
         metadata={"help": "Off-policy sequences: 'data', each input's --target_column; or 'teacher', fresh samples."},
     )
-    lmbda: float = field(
+    lmbda: Share = field(
         default=0.0,
         metadata={"help": "Probability that a rollout is the student's own samples instead (GKD); 1: on-policy."},
     )
@@ -90,15 +91,6 @@ class KDConfig(FullVocabularyConfig):
         super()._check()
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("sequences", SEQUENCES)
-        self._check_ranges(
-            {
-                "beta": self.beta is None or 0 <= self.beta <= 1,
-                "skew": self.skew is None or 0 <= self.skew < 1,
-                "distillation_temperature": self.distillation_temperature > 0,
-                "alpha": 0 <= self.alpha <= 1,
-                "lmbda": 0 <= self.lmbda <= 1,
-            }
-        )
         if self.beta is not None and self.divergence != "jsd":
             raise InputError(f"beta = {self.beta} is a setting of divergence 'jsd', not of {self.divergence!r}.")
         if self.skew is not None and not self.divergence.startswith("skew"):
@@ -125,7 +117,7 @@ class AllActionsKDConfig(FullVocabularyConfig):
         },
     )
     value: str = field(default="max", metadata={"help": "V of signal teacher_forcing: max, expected or soft."})
-    future_weight: float = field(
+    future_weight: Coefficient = field(
         default=0.1,
         metadata={"help": "w of the sampled future; 0: each token for itself (on-policy divergence), 1: in full."},
     )
@@ -135,7 +127,7 @@ class AllActionsKDConfig(FullVocabularyConfig):
             "help": "What it sums: g of the 'sampled' tokens, or its 'expected' value over all tokens in their states."
         },
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of the future, the other way to weigh it."})
+    gamma: Share = field(default=1.0, metadata={"help": "Discount γ of the future, the other way to weigh it."})
     length_normalization: bool = field(
         default=False, metadata={"help": "Divide the future by the number of its tokens (MiniLLM)."}
     )
@@ -143,11 +135,11 @@ class AllActionsKDConfig(FullVocabularyConfig):
         default="leave_one_out",
         metadata={"help": "Subtracted from the future: 'leave_one_out', the prompt's other samples' mean, or 'none'."},
     )
-    teacher_mix: float = field(
+    teacher_mix: ShareBelowOne = field(
         default=0.0,
         metadata={"help": "Share of the teacher in the distribution that tokens are sampled from (MiniLLM: 0.2)."},
     )
-    epsilon: float | None = field(
+    epsilon: Positive | None = field(
         default=None,
         metadata={
             "help": "Clip range of the policy ratio in the future's term, for num_iterations > 1 (MiniLLM: 0.2)."
@@ -160,14 +152,6 @@ class AllActionsKDConfig(FullVocabularyConfig):
         self._check_choice("value", VALUES)
         self._check_choice("future", ("sampled", "expected"))
         self._check_choice("baseline", ("leave_one_out", "none"))
-        self._check_ranges(
-            {
-                "future_weight": self.future_weight >= 0,
-                "gamma": 0 <= self.gamma <= 1,
-                "teacher_mix": 0 <= self.teacher_mix < 1,
-                "epsilon": self.epsilon is None or self.epsilon > 0,
-            }
-        )
         if self.signal == "log_ratio":
             self._refuse_unused("signal 'log_ratio'", "value")
         else:

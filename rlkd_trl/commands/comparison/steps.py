@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
@@ -25,6 +26,7 @@ from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.steps import load_reward_model, load_student
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.settings.ranges import LARGEST_COUNT, AtLeastTwo, Count, Length, Positive, Range, Seed, check_ranges
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 
 BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
@@ -50,11 +52,11 @@ class ComparisonArguments:
     baseline: str | None = field(
         default=None, metadata={"help": "Method to compare with, or warm_start. Default: the first of --methods."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of every method."})
-    max_steps: list[int] | None = field(default=None, metadata={"help": "Budgets in optimizer steps."})
-    max_generated_tokens: list[int] | None = field(default=None, metadata={"help": "Budgets in sampled tokens."})
-    max_cpu_seconds: list[float] | None = field(default=None, metadata={"help": "Budgets in CPU seconds."})
-    learning_rates: list[float] = field(
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of every method."})
+    max_steps: list[Count] | None = field(default=None, metadata={"help": "Budgets in optimizer steps."})
+    max_generated_tokens: list[Count] | None = field(default=None, metadata={"help": "Budgets in sampled tokens."})
+    max_cpu_seconds: list[Positive] | None = field(default=None, metadata={"help": "Budgets in CPU seconds."})
+    learning_rates: list[Annotated[float, Range(1e-12, 10)]] = field(
         default_factory=lambda: [5e-4], metadata={"help": "Several: each method's is chosen on --validation_dataset."}
     )
     select_on: str = field(
@@ -64,20 +66,19 @@ class ComparisonArguments:
     common: list[str] | None = field(
         default=None, metadata={"help": "More flags for every run, as per_device_train_batch_size=64."}
     )
-    jobs: int = field(default=1, metadata={"help": "Runs at a time; more than one get one thread each."})
+    jobs: Annotated[int, Range(1, 1024)] = field(
+        default=1, metadata={"help": "Runs at a time; more than one get one thread each."}
+    )
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
 
     def __post_init__(self):
+        check_ranges(self)
         for name in ("seeds", "learning_rates", *BUDGETS):
             values = getattr(self, name) or []
-            if not all(value >= 0 if name == "seeds" else value > 0 for value in values):
-                raise InputError(f"--{name} {' '.join(map(str, values))} is out of range.")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {' '.join(map(str, values))}: one is given twice.")
         if self.select_on not in SELECTION:
             raise InputError(f"--select_on {self.select_on}: choose one of {', '.join(SELECTION)}.")
-        if self.jobs < 1:
-            raise InputError(f"--jobs {self.jobs} is out of range.")
         if odd := [flag for flag in self.common or [] if not flag.partition("=")[2]]:
             raise InputError(f"--common {odd[0]} is not of the form name=value, e.g. logging_steps=50.")
 
@@ -105,17 +106,18 @@ class MeasurementArguments:
     eval_target_column: str | None = field(
         default=None, metadata={"help": "Their column with references. Default: --target_column."}
     )
-    num_samples: int = field(default=4, metadata={"help": "Sampled outputs for each test input."})
-    num_resamples: int = field(default=1000, metadata={"help": "Resamples of the paired bootstrap."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Student prompts are cut at this, in training too."})
-    max_completion_length: int = field(default=64, metadata={"help": "Cap on generated tokens, in training too."})
-    batch_size: int = field(default=64, metadata={"help": "Test prompts at a time."})
+    num_samples: AtLeastTwo = field(default=4, metadata={"help": "Sampled outputs for each test input."})
+    num_resamples: Annotated[int, Range(100, LARGEST_COUNT)] = field(
+        default=1000, metadata={"help": "Resamples of the paired bootstrap."}
+    )
+    max_prompt_length: Length = field(
+        default=512, metadata={"help": "Student prompts are cut at this, in training too."}
+    )
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, in training too."})
+    batch_size: Count = field(default=64, metadata={"help": "Test prompts at a time."})
 
     def __post_init__(self):
-        least = {"num_samples": 2, "num_resamples": 100, "max_prompt_length": 1, "max_completion_length": 1}
-        for name, value in {**least, "batch_size": 1}.items():
-            if getattr(self, name) < value:
-                raise InputError(f"--{name} {getattr(self, name)} is out of range: {value} or more.")
+        check_ranges(self)
 
     def run_flags(self) -> list[str]:
         """What of this concerns the training runs."""

@@ -1,0 +1,73 @@
+"""What all trainers' settings share: other defaults for `transformers.TrainingArguments`, and its numbers' ranges."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from transformers import TrainingArguments
+
+from rlkd_trl.settings.ranges import (
+    LARGEST_COUNT,
+    Count,
+    LearningRate,
+    Range,
+    Seed,
+    ShareBelowOne,
+    check_ranges,
+)
+from rlkd_trl.trainers.processes import start_processes
+
+_Steps = Annotated[float, Range(0, LARGEST_COUNT, above=True)]  # below 1: a share of all steps
+
+# The numbers among the fields of TrainingArguments.
+INHERITED_RANGES = {
+    "per_device_train_batch_size": Count,
+    "num_train_epochs": Annotated[float, Range(0, 1e6, above=True)],
+    "max_steps": Annotated[int, Range(1, LARGEST_COUNT, also=-1)],
+    "learning_rate": LearningRate,
+    "warmup_steps": Annotated[float, Range(0, LARGEST_COUNT)],
+    "weight_decay": Annotated[float, Range(0, 100)],
+    "adam_beta1": ShareBelowOne,
+    "adam_beta2": ShareBelowOne,
+    "adam_epsilon": Annotated[float, Range(1e-20, 1)],  # in float32 a square of less is 0, and so is a division by it
+    "gradient_accumulation_steps": Count,
+    "max_grad_norm": Annotated[float, Range(0, 1e6)],
+    "label_smoothing_factor": ShareBelowOne,
+    "neftune_noise_alpha": Annotated[float, Range(0, 1e3)] | None,
+    "torch_empty_cache_steps": Count | None,
+    "logging_steps": _Steps,
+    "eval_steps": _Steps | None,
+    "eval_delay": Annotated[float, Range(0, LARGEST_COUNT)],
+    "per_device_eval_batch_size": Count,
+    "eval_accumulation_steps": Count | None,
+    "save_steps": _Steps,
+    "save_total_limit": Count | None,
+    "seed": Seed,
+    "data_seed": Seed | None,
+    "dataloader_num_workers": Annotated[int, Range(0, 1024)],
+    "dataloader_prefetch_factor": Count | None,
+    "ddp_bucket_cap_mb": Count | None,
+    "ddp_timeout": Count,
+    "local_rank": Annotated[int, Range(0, LARGEST_COUNT, also=-1)],
+}
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """Defaults of the base class that do not suit this use; every number is checked before anything else happens.
+
+    Raises:
+        InputError: A number is out of its range, NaN or infinite.
+    """
+
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the data's columns are read as they are."}
+    )
+    # None first: HfArgumentParser cannot read the other order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, wandb, ..."}
+    )
+
+    def __post_init__(self):
+        check_ranges(self, prefix="", inherited=INHERITED_RANGES)
+        start_processes(self)
+        super().__post_init__()
