@@ -12,35 +12,23 @@ rlkd_trl/ops/all_actions.py.
 
 from pathlib import Path
 
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
-from rlkd_trl.commands.steps import check_inputs, load_panel, load_student, parse_distillation
+from rlkd_trl.commands.distillation import distil
+from rlkd_trl.commands.settings import DistillationSettings
 from rlkd_trl.errors import run
-from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_all_actions.yaml"
 
 
 def main() -> None:
-    # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_distillation(AllActionsKDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False)
-    inputs = check_inputs(settings)
-
-    # Build.
-    from rlkd_trl import AllActionsKDTrainer
-
-    panel = load_panel(settings.teacher, inputs.templates)
-    model, tokenizer = load_student(settings.student)
-    trainer = AllActionsKDTrainer(
-        model, panel, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
+    # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
+    distil(
+        config="AllActionsKDConfig",
+        trainer="AllActionsKDTrainer",
+        title="all-actions policy gradient",
+        kind=DistillationSettings,  # no flags for rewards
+        description=__doc__,
+        demo_preset=DEMO_PRESET,
     )
-
-    # Train, with the teacher and the student measured before and after.
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
-    trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = evaluate(trainer)
-
-    # Save.
-    finish_run(trainer, results, settings, method="all-actions policy gradient")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.cells import Method
 from rlkd_trl.commands.comparison.figures import write_figures
 from rlkd_trl.commands.comparison.files_read import FileDigests
@@ -42,7 +43,6 @@ from rlkd_trl.commands.comparison.steps import (
 from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import check_checkpoints
 from rlkd_trl.errors import run
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
@@ -116,7 +116,7 @@ def main() -> None:
     templates = load_templates(prompts)
     output_dir = Path(compare.output_dir)
     if compare.smoke:
-        use_demo(data, teacher, student, measurement, templates, output_dir / "demo")
+        use_demo(data, teacher, student, measurement, prompts, output_dir / "demo")
     rows = load_test_rows(data, prompts, templates, measurement)
     check_checkpoints(teacher, student)
     flags = [*as_flags(data, prompts, teacher, student), *measurement.run_flags()]

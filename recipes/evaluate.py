@@ -8,40 +8,25 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl.commands.arguments import (
-    DataArguments,
-    EvaluationArguments,
-    PromptArguments,
-    RewardArguments,
-    StudentArguments,
-    TeacherArguments,
-)
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require
 from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
-from rlkd_trl.commands.steps import check_checkpoints, check_rewards, require
+from rlkd_trl.commands.settings import EvaluationSettings, parse_settings
 from rlkd_trl.errors import run
 
 
 def main() -> None:
-    parser = RecipeParser(
-        DataArguments,
-        PromptArguments,
-        TeacherArguments,
-        StudentArguments,
-        RewardArguments,
-        EvaluationArguments,
-        description=__doc__,
-    )
-    data, prompts, teacher, student, reward, evaluation = parser.parse()
-    require(**{"--dataset": data.dataset, "--student": student.student})
-    check_rewards(reward, evaluation.reward_weights)
-    templates = load_templates(prompts)
-    rows = load_prompts(data, prompts, templates)
-    check_checkpoints(teacher, student)
+    # Parse, and find out what is wrong with the input before any model is loaded.
+    settings = parse_settings(EvaluationSettings, description=__doc__)
+    require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
+    check_rewards(settings.reward, settings.evaluation.reward_weights)
+    templates = load_templates(settings.prompts)
+    rows = list(load_prompts(settings.data, settings.prompts, templates))
+    check_checkpoints(settings.teacher, settings.student)
 
-    results, outputs = evaluate_checkpoints(list(rows), teacher, student, reward, evaluation, templates)
-    report_evaluation(results, outputs, list(rows), evaluation.output_dir)
+    # Evaluate and report.
+    results, outputs = evaluate_checkpoints(settings, rows, templates)
+    report_evaluation(results, outputs, rows, settings.evaluation.output_dir)
 
 
 if __name__ == "__main__":

@@ -14,37 +14,23 @@ Where this differs from the papers stands on `KDTrainer`.
 
 from pathlib import Path
 
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
-from rlkd_trl.commands.steps import check_inputs, load_panel, load_student, parse_distillation
+from rlkd_trl.commands.distillation import distil
+from rlkd_trl.commands.settings import DistillationSettings
 from rlkd_trl.errors import run
-from rlkd_trl.trainers.checks import check_targets
-from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
 
 
 def main() -> None:
-    # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_distillation(KDConfig, description=__doc__, demo_preset=DEMO_PRESET, with_reward=False)
-    inputs = check_inputs(settings)
-    check_targets(inputs.train, settings.args)
-
-    # Build.
-    from rlkd_trl import KDTrainer
-
-    panel = load_panel(settings.teacher, inputs.templates)
-    model, tokenizer = load_student(settings.student)
-    trainer = KDTrainer(
-        model, panel, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
+    # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
+    distil(
+        config="KDConfig",
+        trainer="KDTrainer",
+        title="distillation on divergences",
+        kind=DistillationSettings,  # no flags for rewards
+        description=__doc__,
+        demo_preset=DEMO_PRESET,
     )
-
-    # Train, with the teacher and the student measured before and after.
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
-    trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = evaluate(trainer)
-
-    # Save.
-    finish_run(trainer, results, settings, method="distillation on divergences")
 
 
 if __name__ == "__main__":

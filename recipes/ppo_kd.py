@@ -13,39 +13,21 @@ bootstrapped instead of dropped; sampling from the whole distribution instead of
 
 from pathlib import Path
 
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
-from rlkd_trl.commands.steps import check_inputs, load_reward_model, load_student, parse_distillation
+from rlkd_trl.commands.distillation import distil
 from rlkd_trl.errors import run
-from rlkd_trl.trainers.config import PPOKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
 
 
 def main() -> None:
-    # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_distillation(PPOKDConfig, description=__doc__, demo_preset=DEMO_PRESET)
-    inputs = check_inputs(settings)
-
-    # Build.
-    from rlkd_trl import PPOKDTrainer
-
-    args, reward = settings.args, settings.reward
-    reward_model = load_reward_model(
-        reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
+    # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
+    distil(
+        config="PPOKDConfig",
+        trainer="PPOKDTrainer",
+        title="PPO",
+        description=__doc__,
+        demo_preset=DEMO_PRESET,
     )
-    model, tokenizer = load_student(settings.student)
-    trainer = PPOKDTrainer(
-        model, reward_model, args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
-    )
-
-    # Train, with the teacher and the student measured before and after.
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
-    trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = evaluate(trainer)
-
-    # Save.
-    method = "PPO"
-    finish_run(trainer, results, settings, method=method)
 
 
 if __name__ == "__main__":

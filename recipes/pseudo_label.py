@@ -12,31 +12,27 @@ nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0
 sequence-level interpolation, where K = 35 and the student was trained before. This uses human labels.
 """
 
-from rlkd_trl.commands.arguments import DataArguments, PromptArguments, PseudoLabelArguments, TeacherArguments
+from rlkd_trl.commands.checks import check_pseudo_labels, require
 from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import check_pseudo_labels, load_panel, require
+from rlkd_trl.commands.loading import load_panel
+from rlkd_trl.commands.settings import PseudoLabelSettings, parse_settings
 from rlkd_trl.errors import run
 
 
 def main() -> None:
-    parser = RecipeParser(
-        DataArguments,
-        PromptArguments,
-        TeacherArguments,
-        PseudoLabelArguments,
-        description=__doc__,
-    )
-    data, prompts, teacher, labels = parser.parse()
-    require(**{"--dataset": data.dataset, "--teacher": teacher.teacher, "--output": labels.output})
-    check_pseudo_labels(data, teacher, labels)
-    templates = load_templates(prompts)
-    rows = load_prompts(data, prompts, templates)
+    # Parse, and find out what is wrong with the input before any model is loaded.
+    settings = parse_settings(PseudoLabelSettings, description=__doc__)
+    data, labels = settings.data, settings.labels
+    require(**{"--dataset": data.dataset, "--teacher": settings.teacher.teacher, "--output": labels.output})
+    check_pseudo_labels(settings)
+    templates = load_templates(settings.prompts)
+    rows = load_prompts(data, settings.prompts, templates)
 
+    # Ask the teacher, and write its answers as they come.
     from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
-    panel = load_panel(teacher, templates)
+    panel = load_panel(settings.teacher, templates)
     generation = {key: value for key, value in vars(labels).items() if key != "output"}
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]

@@ -15,39 +15,28 @@ ratio is over the sampled-from tokens for both policies; the entropy bonus is th
 
 from pathlib import Path
 
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
-from rlkd_trl.commands.steps import check_inputs, load_reward_model, load_student, parse_distillation
+from rlkd_trl.commands.distillation import distil
+from rlkd_trl.commands.settings import RewardedSettings
 from rlkd_trl.errors import run
-from rlkd_trl.trainers.config import ReinforceKDConfig
 
 DEMO_PRESET = Path(__file__).parent / "configs" / "demo_reinforce.yaml"
 
 
+def title(settings: RewardedSettings) -> str:
+    """What the results call the method."""
+    k = settings.reward.k
+    return "REINFORCE" if k == 1 else f"REINFORCE on {k}-step returns"
+
+
 def main() -> None:
-    # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_distillation(ReinforceKDConfig, description=__doc__, demo_preset=DEMO_PRESET)
-    inputs = check_inputs(settings)
-
-    # Build.
-    from rlkd_trl import ReinforceKDTrainer
-
-    args, reward = settings.args, settings.reward
-    reward_model = load_reward_model(
-        reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
+    # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
+    distil(
+        config="ReinforceKDConfig",
+        trainer="ReinforceKDTrainer",
+        title=title,
+        description=__doc__,
+        demo_preset=DEMO_PRESET,
     )
-    model, tokenizer = load_student(settings.student)
-    trainer = ReinforceKDTrainer(
-        model, reward_model, args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer
-    )
-
-    # Train, with the teacher and the student measured before and after.
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
-    trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = evaluate(trainer)
-
-    # Save.
-    method = "REINFORCE" if reward.k == 1 else f"REINFORCE on {reward.k}-step returns"
-    finish_run(trainer, results, settings, method=method)
 
 
 if __name__ == "__main__":

@@ -14,41 +14,28 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl.commands.arguments import (
-    DataArguments,
-    NewModelArguments,
-    PromptArguments,
-    RunArguments,
-    StudentArguments,
-)
+from rlkd_trl.commands.checks import check_student, last_checkpoint
 from rlkd_trl.commands.data import load_pairs, load_templates
-from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import last_checkpoint, load_or_make_model
+from rlkd_trl.commands.loading import load_or_make_model
+from rlkd_trl.commands.settings import SupervisedSettings, parse_settings
 from rlkd_trl.errors import run
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    parser = RecipeParser(
-        DataArguments,
-        PromptArguments,
-        StudentArguments,
-        NewModelArguments,
-        RunArguments,
-        SupervisedConfig,
-        description=__doc__,
-    )
-    data, prompts, student, new, run, args = parser.parse()
-    templates = load_templates(prompts)
-    pairs = load_pairs(data, prompts, templates)
-    checkpoint = last_checkpoint(run, args.output_dir)
+    settings = parse_settings(SupervisedSettings, description=__doc__, args=SupervisedConfig)
+    args = settings.args
+    templates = load_templates(settings.prompts)
+    pairs = load_pairs(settings, templates)
+    checkpoint = last_checkpoint(settings.run, args.output_dir)
+    check_student(settings.student)
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 
     # Build.
     from rlkd_trl.trainers.supervised import SupervisedTrainer
 
-    model, tokenizer = load_or_make_model(student, new, pairs, seed=args.seed)
+    model, tokenizer = load_or_make_model(settings.student, settings.new, pairs, seed=args.seed)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
 
     # Train and save.

@@ -88,7 +88,7 @@ def test_the_reader_of_imports_sees_them():
     }
     assert "trainers" in parts_imported(PACKAGE / "commands" / "results.py"), "under TYPE_CHECKING"
     assert "evaluation.metrics" in parts_imported(PACKAGE / "rewards" / "sequence_rewards.py")
-    assert "trainers" in parts_imported(PACKAGE / "commands" / "steps.py"), "in a function"
+    assert "trainers" in parts_imported(PACKAGE / "commands" / "checks.py"), "in a function"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.name)

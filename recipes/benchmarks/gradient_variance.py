@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.checks import check_checkpoints, is_demo
 from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, name_or_make_models
+from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.loading import load_panel, load_student
+from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
@@ -71,6 +73,17 @@ class VarianceArguments:
 
     def __post_init__(self):
         check_ranges(self)
+
+
+@dataclass
+class VarianceSettings:
+    """All flags."""
+
+    data: DataArguments
+    prompts: PromptArguments
+    teacher: TeacherArguments
+    student: StudentArguments
+    args: VarianceArguments
 
 
 def gradients(trainer, rows: list[dict], num_rollouts: int):
@@ -131,26 +144,20 @@ def measure(panel, student: StudentArguments, rows: list[dict], args: VarianceAr
 
 def main() -> None:
     # Parse.
-    parser = RecipeParser(
-        DataArguments,
-        PromptArguments,
-        TeacherArguments,
-        StudentArguments,
-        VarianceArguments,
-        description=__doc__,
-    )
-    data, prompts, teacher, student, args = parser.parse()
+    settings = parse_settings(VarianceSettings, description=__doc__)
+    data, prompts, teacher, args = settings.data, settings.prompts, settings.teacher, settings.args
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
     templates = load_templates(prompts)
     rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise InputError(f"--num_prompts {args.num_prompts}, but the data has {len(rows)} distinct inputs.")
-    name_or_make_models(teacher, student, data, templates, args)
-    check_checkpoints(teacher, student)
+    if is_demo(settings):
+        use_demo_models(settings, args.output_dir, seed=args.seed)
+    check_checkpoints(teacher, settings.student)
 
     # Measure.
-    per_method = measure(load_panel(teacher, templates), student, rows, args)
+    per_method = measure(load_panel(teacher, templates), settings.student, rows, args)
 
     # Save.
     results = Path(args.results_dir)

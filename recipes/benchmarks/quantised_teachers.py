@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.checks import check_checkpoints, require
 from rlkd_trl.commands.comparison.steps import as_flags
 from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import check_checkpoints, load_panel, load_student, require
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, LearningRate, Length, Seed, check_ranges
 

@@ -28,9 +28,11 @@ from rlkd_trl.commands.arguments import (
     StudentArguments,
     TeacherArguments,
 )
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo
 from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import check_checkpoints, check_rewards, load_panel, load_student, name_or_make_models
+from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.loading import load_panel, load_student
+from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
@@ -63,6 +65,18 @@ class VarianceArguments:
         check_ranges(self)
         if self.num_generations < 2:
             raise InputError("A variance needs --num_generations of 2 or more.")
+
+
+@dataclass
+class VarianceSettings:
+    """All flags."""
+
+    data: DataArguments
+    prompts: PromptArguments
+    teacher: TeacherArguments
+    student: StudentArguments
+    reward: RewardArguments
+    args: VarianceArguments
 
 
 def measure(policy, tokenizer, panel, rows: list[dict], reward: RewardArguments, args: VarianceArguments):
@@ -145,16 +159,9 @@ def table(per_k: dict[int, dict[str, float]]) -> str:
 
 def main() -> None:
     # Parse.
-    parser = RecipeParser(
-        DataArguments,
-        PromptArguments,
-        TeacherArguments,
-        StudentArguments,
-        RewardArguments,
-        VarianceArguments,
-        description=__doc__,
-    )
-    data, prompts, teacher, student, reward, args = parser.parse()
+    settings = parse_settings(VarianceSettings, description=__doc__)
+    data, prompts, teacher = settings.data, settings.prompts, settings.teacher
+    reward, args = settings.reward, settings.args
     check_rewards(reward, None)
     if reward.reward != ["teacher_forcing"] or reward.k != 1:
         raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
@@ -162,15 +169,16 @@ def main() -> None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
     templates = load_templates(prompts)
     rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
-    name_or_make_models(teacher, student, data, templates, args)
-    check_checkpoints(teacher, student)
+    if is_demo(settings):
+        use_demo_models(settings, args.output_dir, seed=args.seed)
+    check_checkpoints(teacher, settings.student)
 
     # Load.
     from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
     panel = load_panel(teacher, templates)
-    model, tokenizer = load_student(student)
+    model, tokenizer = load_student(settings.student)
     policy = Policy(model.to(default_device()), tokenizer)
 
     # Measure.

@@ -97,6 +97,14 @@ class TeacherArguments:
     def __post_init__(self):
         check_ranges(self)
 
+    def placement_settings(self) -> dict[str, str | None]:
+        """How its weights are kept, under the names that `Placement` and `Teacher.from_pretrained` have for it."""
+        return {
+            "placement": self.teacher_placement,
+            "quantization": self.teacher_quantization,
+            "offload_path": self.teacher_offload_path,
+        }
+
 
 @dataclass
 class StudentArguments:

@@ -4,6 +4,7 @@ import random
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
     as_references,
     demo_dataset,
@@ -18,8 +19,6 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from rlkd_trl.trainers.config import RolloutConfig
 
 # Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -92,11 +91,7 @@ def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
 
 
 def load_train_and_held_out(
-    data: DataArguments,
-    held_out: HeldOutArguments,
-    prompts: PromptArguments,
-    templates: PromptTemplates | None,
-    args: "RolloutConfig",
+    settings: DistillationSettings, templates: PromptTemplates | None
 ) -> tuple["Dataset", "Dataset"]:
     """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
 
@@ -105,6 +100,7 @@ def load_train_and_held_out(
     """
     from rlkd_trl.trainers.checks import check_prompts
 
+    data, held_out, prompts, args = settings.data, settings.held_out, settings.prompts, settings.args
     if held_out.eval_dataset is not None and data.dataset is None:
         raise InputError("--eval_dataset needs --dataset; the demo has held-out data of its own.")
     if held_out.eval_target_column is not None and held_out.eval_dataset is None:
@@ -123,13 +119,14 @@ def load_train_and_held_out(
     return train, test
 
 
-def load_pairs(data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None) -> "Dataset":
+def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> "Dataset":
     """Supervised pairs, `prompt` and `target`: every row's reference after every template, or after the bare source.
 
     Without `--dataset`, the demo's. Raises `InputError`.
     """
     from datasets import Dataset
 
+    data, prompts = settings.data, settings.prompts
     rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
     source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
     if target is None:

@@ -3,60 +3,120 @@
 The teacher is T0-style: one model trained on several templates. The student sees the bare source, is smaller, and is
 warm-started on the teacher's greedy answers to under a third of the inputs, too briefly to learn the task from.
 (From a much worse start, reinforcement learning drops the facts that the student cannot copy, and texts get short.)
+
+They are trained in a process of their own, which knows nothing of how the run was launched: under DeepSpeed they would
+otherwise be trained by its engine, of which a process has one, and with several processes differently than with one.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from rlkd_trl.commands.arguments import PromptArguments
+from rlkd_trl.commands.data import load_templates
 from rlkd_trl.data import demo_dataset, train_tokenizer
 from rlkd_trl.data.demo import SPLIT_SIZES
-from rlkd_trl.models.answers import answer_prompts, decode
-from rlkd_trl.prompts import PromptTemplates
-from rlkd_trl.students.from_scratch import new_model
-from rlkd_trl.trainers.supervised import SupervisedTrainer
-from rlkd_trl.trainers.supervised_config import SupervisedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlkd_trl.commands.settings import DistillationSettings
 
 MAX_COMPLETION_LENGTH = 48
-PSEUDO_LABELLED_INPUTS = 600
+# What launchers tell their processes (torchrun, accelerate, MPI): variables that begin so.
+_LAUNCHERS_PREFIXES = (
+    *("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_", "MASTER_", "GROUP_", "ROLE_"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK"),
+)
+_WAIT_SECONDS = 3600.0  # of the other processes for the first one
+_TRAIN = """
+import json, sys
+request = json.load(sys.stdin)
+sys.path[:] = request["path"]
+from rlkd_trl.commands.demo import DemoRequest, train_demo_models
+train_demo_models(DemoRequest(**request["of"]))
+"""
 
 
 @dataclass(frozen=True)
-class DemoModels:
-    """Checkpoint directories."""
+class DemoRequest:
+    """What to train: in `output_dir/teacher` and `output_dir/warm_start`, with the templates of `prompts`."""
 
-    teacher: str
-    student: str
+    output_dir: str
+    prompts: dict
+    seed: int
+    teacher_steps: int = 1000
+    student_steps: int = 600
+    pseudo_labelled_inputs: int = 600
+
+    @property
+    def teacher(self) -> str:
+        return str(Path(self.output_dir) / "teacher")
+
+    @property
+    def student(self) -> str:
+        return str(Path(self.output_dir) / "warm_start")
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models of this size are slower on several threads, above all where others use the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def use_demo_models(settings: "DistillationSettings", output_dir: str | Path, *, seed: int) -> None:
+    """Makes the demo's models in `output_dir/demo_models` and names them in the settings."""
+    request = DemoRequest(str(Path(output_dir) / "demo_models"), asdict(settings.prompts), seed)
+    make_demo_models(request)
+    settings.teacher.teacher, settings.student.student = [request.teacher], request.student
 
 
-@_one_thread()
-def make_demo_models(
-    output_dir: str | Path,
-    templates: PromptTemplates,
-    *,
-    seed: int,
-    teacher_steps: int = 1000,
-    student_steps: int = 600,
-) -> DemoModels:
-    """Trains teacher and warm start and saves them in `output_dir/teacher` and `output_dir/warm_start`."""
-    paths = DemoModels(str(Path(output_dir) / "teacher"), str(Path(output_dir) / "warm_start"))
+def make_demo_models(request: DemoRequest) -> None:
+    """The first of the launched processes has them trained, the others wait until they are there.
+
+    Raises:
+        RuntimeError: Training failed; or, in another process, nothing was heard of the first one for an hour.
+    """
+    from rlkd_trl.models.sharding import is_first_process
+    from rlkd_trl.trainers.processes import wait_for_all
+
+    outcome = Path(request.output_dir) / "outcome.txt"
+    if is_first_process():
+        outcome.unlink(missing_ok=True)
+    wait_for_all()  # so that nobody reads the outcome of an earlier run
+    if is_first_process():
+        found = _train_apart(request)
+        outcome.parent.mkdir(parents=True, exist_ok=True)
+        written = outcome.with_suffix(".new")
+        written.write_text(found, encoding="utf-8")
+        written.replace(outcome)
+    # By the file, not by the connection, whose timeout may be shorter than the training.
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not outcome.is_file():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The first process left no {outcome} in {_WAIT_SECONDS:.0f} seconds.")
+        time.sleep(0.2)
+    if (found := outcome.read_text(encoding="utf-8")) != "done":
+        raise RuntimeError(found)
+
+
+def _train_apart(request: DemoRequest) -> str:
+    """Trains in a process without a launcher, on one device; "done", or what went wrong."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS_PREFIXES)}
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    # Models of this size are slower on several threads, above all where others use the cores too.
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-c", _TRAIN]
+    given = json.dumps({"path": sys.path, "of": asdict(request)})
+    code = subprocess.run(command, input=given, text=True, env=environment).returncode
+    return "done" if code == 0 else f"The demo's models could not be trained: their process ended with code {code}."
+
+
+def train_demo_models(request: DemoRequest) -> None:
+    """Trains teacher and warm start here, and saves them."""
+    from rlkd_trl.models.answers import answer_prompts, decode
+    from rlkd_trl.students.from_scratch import new_model
+
+    templates, seed = load_templates(PromptArguments(**request.prompts)), request.seed
     rows = list(demo_dataset("train"))
     texts = [row["source"] for row in rows] + [text for row in rows for text in row["references"]]
     tokenizer = train_tokenizer(texts + [template.jinja for template in templates])
@@ -69,17 +129,18 @@ def make_demo_models(
         for question in templates.render({"source": row["source"]})
         for reference in row["references"]
     ]
-    _fit(teacher, tokenizer, questions, paths.teacher, max_steps=teacher_steps, learning_rate=5e-3, seed=seed)
+    _fit(
+        teacher, tokenizer, questions, request.teacher, max_steps=request.teacher_steps, learning_rate=5e-3, seed=seed
+    )
 
     print("Demo 2/3: warming up a smaller student on a few of the teacher's answers", flush=True)
-    sources = [row["source"] for row in rows[:PSEUDO_LABELLED_INPUTS]]
+    sources = [row["source"] for row in rows[: request.pseudo_labelled_inputs]]
     questions = [templates.render({"source": text})[0] for text in sources]
     completions = answer_prompts(teacher, tokenizer, questions, max_completion_length=MAX_COMPLETION_LENGTH)
     answers = [text for batch in completions for text in decode(batch, tokenizer)]
     student = new_model(tokenizer, d_model=64, num_layers=2, num_heads=4, seed=seed + 1)
     pairs = [{"prompt": source, "target": answer} for source, answer in zip(sources, answers, strict=True)]
-    _fit(student, tokenizer, pairs, paths.student, max_steps=student_steps, learning_rate=3e-3, seed=seed)
-    return paths
+    _fit(student, tokenizer, pairs, request.student, max_steps=request.student_steps, learning_rate=3e-3, seed=seed)
 
 
 def write_demo_files(output_dir: str | Path) -> dict[str, str]:
@@ -95,8 +156,8 @@ def write_demo_files(output_dir: str | Path) -> dict[str, str]:
 
 
 def _fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     pairs: list[dict[str, str]],
     output_dir: str,
     *,
@@ -104,6 +165,11 @@ def _fit(
     learning_rate: float,
     seed: int,
 ) -> None:
+    from datasets import Dataset
+
+    from rlkd_trl.trainers.supervised import SupervisedTrainer
+    from rlkd_trl.trainers.supervised_config import SupervisedConfig
+
     arguments = SupervisedConfig(
         output_dir=output_dir,
         max_steps=max_steps,
@@ -112,10 +178,9 @@ def _fit(
         per_device_train_batch_size=16,
         max_completion_length=MAX_COMPLETION_LENGTH,
         save_strategy="no",
-        logging_steps=max_steps // 5,
+        logging_steps=max(max_steps // 5, 1),
         seed=seed,
     )
     trainer = SupervisedTrainer(model, arguments, Dataset.from_list(pairs), tokenizer)
     trainer.train()
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # the other processes read it next

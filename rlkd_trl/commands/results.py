@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import EvaluationArguments, RewardArguments, StudentArguments, TeacherArguments
-from rlkd_trl.commands.steps import DistillationSettings, load_reward_model, load_student
+from rlkd_trl.commands.loading import load_reward_model, load_student
+from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, described
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def finish_run(
         results=results,
         history=trainer.state.log_history,
         samples=trainer.sample_table,
-        config=_described(settings),
+        config=described(settings),
     )
     config = trainer.model.config
     write_model_card(
@@ -71,35 +71,26 @@ def finish_run(
     print(f"Student, metrics.json and report.html are in {output_dir}.")
 
 
-def _described(settings: DistillationSettings) -> dict[str, object]:
-    """All flags of a run by group, for its report."""
-    groups = [group for group in vars(settings).values() if group is not None]
-    return {
-        type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
-        for group in groups
-    }
-
-
 def evaluate_checkpoints(
-    rows: list[dict],
-    teacher: TeacherArguments,
-    student: StudentArguments,
-    reward: RewardArguments,
-    evaluation: EvaluationArguments,
-    templates: PromptTemplates | None,
+    settings: EvaluationSettings, rows: list[dict], templates: PromptTemplates | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
     """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
     from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
     from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
-    model, tokenizer = load_student(student)
+    evaluation = settings.evaluation
+    model, tokenizer = load_student(settings.student)
     model.to(default_device())
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
     found, reward_model, teacher_completions = {}, None, None
-    if teacher.teacher is not None:
+    if settings.teacher.teacher is not None:
         reward_model = load_reward_model(
-            reward, teacher, templates, gamma=evaluation.gamma, weights=evaluation.reward_weights
+            settings.reward,
+            settings.teacher,
+            templates,
+            gamma=evaluation.gamma,
+            weights=evaluation.reward_weights,
         )
         if reward_model.panels:
             found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, with_ibleu=evaluation.ibleu, **lengths)

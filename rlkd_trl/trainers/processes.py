@@ -14,3 +14,9 @@ def start_processes(args: TrainingArguments) -> None:
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.use_cpu:
         PartialState(cpu=True, backend=args.ddp_backend, timeout=args.ddp_timeout_delta)
+
+
+def wait_for_all() -> None:
+    """Until every launched process is here; at once where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

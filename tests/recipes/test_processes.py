@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def test_the_demo_with_a_few_steps_of_everything(tmp_path, monkeypatch):
     """The one command of the README, without the two minutes in which its models learn something."""
-    fit = demo._fit
-    monkeypatch.setattr(demo, "_fit", lambda *args, **settings: fit(*args, **{**settings, "max_steps": 5}))
-    monkeypatch.setattr(demo, "PSEUDO_LABELLED_INPUTS", 16)
+    few = partial(demo.DemoRequest, teacher_steps=5, student_steps=5, pseudo_labelled_inputs=16)
+    monkeypatch.setattr(demo, "DemoRequest", few)
     assert run(f"ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20 --output_dir {tmp_path}") == 0
     metrics = metrics_of(tmp_path)
     assert list(metrics) == ["teacher", "before", "after"]

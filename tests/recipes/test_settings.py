@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
 from rlkd_trl.commands.data import load_prompts, load_train_and_held_out
+from rlkd_trl.commands.settings import DistillationSettings
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.recipes.command_lines import (
     COLUMNS,
@@ -109,13 +110,16 @@ def test_every_format_of_data_gives_the_same_run(checkpoints, test_csv, tmp_path
     assert len(set(weights.values())) == 1
 
 
+def settings(data: DataArguments, held_out: HeldOutArguments, args: RLOOKDConfig) -> DistillationSettings:
+    rest = {"prompts": PromptArguments(), "teacher": None, "student": None, "run": None}
+    return DistillationSettings(data=data, held_out=held_out, args=args, **rest)
+
+
 def test_a_tenth_is_held_out_without_held_out_data(train_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
 
     def split(seed: int) -> tuple[list[str], list[str]]:
-        train, held_out = load_train_and_held_out(
-            data, HeldOutArguments(), PromptArguments(), None, RLOOKDConfig(seed=seed)
-        )
+        train, held_out = load_train_and_held_out(settings(data, HeldOutArguments(), RLOOKDConfig(seed=seed)), None)
         return train["prompt"][:], held_out["prompt"][:]
 
     train, held_out = split(seed=0)
@@ -127,9 +131,8 @@ def test_a_tenth_is_held_out_without_held_out_data(train_csv):
 
 def test_held_out_data_of_its_own_is_used_whole(train_csv, test_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
-    train, held_out = load_train_and_held_out(
-        data, HeldOutArguments(eval_dataset=str(test_csv)), PromptArguments(), None, RLOOKDConfig()
-    )
+    held_out = HeldOutArguments(eval_dataset=str(test_csv))
+    train, held_out = load_train_and_held_out(settings(data, held_out, RLOOKDConfig()), None)
     assert train["prompt"][:] == [row["mr"] for row in word_rows(30)]
     assert held_out.to_list()[0] == {
         "mr": word_rows(8, seed=1)[0]["mr"],

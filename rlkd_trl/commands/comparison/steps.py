@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +22,9 @@ from rlkd_trl.commands.comparison.files_read import FileDigests
 from rlkd_trl.commands.comparison.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.commands.comparison.statistics import SELECTION
 from rlkd_trl.commands.data import load_prompts
+from rlkd_trl.commands.demo import DemoRequest, make_demo_models, write_demo_files
+from rlkd_trl.commands.loading import load_reward_model, load_student
 from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.steps import load_reward_model, load_student
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.settings.ranges import LARGEST_COUNT, AtLeastTwo, Count, Length, Positive, Range, Seed, check_ranges
@@ -248,17 +249,16 @@ def use_demo(
     teacher: TeacherArguments,
     student: StudentArguments,
     test: MeasurementArguments,
-    templates: PromptTemplates,
+    prompts: PromptArguments,
     directory: Path,
 ) -> None:
     """Fills in the demo's data, and a teacher and a warm start of little training; makes them in `directory`."""
-    from rlkd_trl.commands.demo import make_demo_models, write_demo_files
-
     files = write_demo_files(directory)
     data.dataset, test.validation_dataset, test.test_dataset = files["train"], files["validation"], files["test"]
-    teacher.teacher, student.student = [str(directory / "teacher")], str(directory / "warm_start")
+    request = DemoRequest(str(directory), asdict(prompts), seed=0, **SMOKE_STEPS)
+    teacher.teacher, student.student = [request.teacher], request.student
     if not Path(student.student, "config.json").is_file():
-        make_demo_models(directory, templates, seed=0, **SMOKE_STEPS)
+        make_demo_models(request)
 
 
 class Examiner:

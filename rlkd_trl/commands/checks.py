@@ -1,0 +1,127 @@
+"""What is found wrong with a command's input before any model is loaded. A check makes nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.arguments import RewardArguments, RunArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from rlkd_trl.trainers.config import OnPolicyConfig
+
+
+def is_demo(settings: DistillationSettings) -> bool:
+    """Whether nothing is named, so that data and models are the embedded demo's.
+
+    Raises:
+        InputError: Some of data, teacher and student are named and others not.
+    """
+    named = {
+        "--dataset": settings.data.dataset,
+        "--teacher": settings.teacher.teacher,
+        "--student": settings.student.student,
+    }
+    missing = [flag for flag, value in named.items() if value is None]
+    if 0 < len(missing) < len(named):
+        raise InputError(
+            f"{' and '.join(missing)} missing: give --dataset, --teacher and --student, or none of them for the demo."
+        )
+    return bool(missing)
+
+
+def require(**flags: object) -> None:
+    """Raises `InputError` for the first flag without a value."""
+    for flag, value in flags.items():
+        if value is None:
+            raise InputError(f"{flag} is needed here.")
+
+
+def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
+    """Teacher and student exist and share a tokenizer; before any weights are read. Raises `InputError`."""
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.vocabulary import check_same_tokenizer
+
+    check_teacher(teacher)
+    check_student(student)
+    student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    for name in teacher.teacher or []:
+        check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+
+
+def check_teacher(teacher: TeacherArguments) -> None:
+    """The teachers are checkpoints or may be Hub ids, and can be kept as asked for. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, check_quantization, require_checkpoint
+    from rlkd_trl.teachers.placement import Placement
+
+    check_dtype(teacher.teacher_dtype)
+    check_quantization(teacher.teacher_quantization)
+    Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
+    for name in teacher.teacher or []:
+        require_checkpoint("--teacher", name)
+
+
+def check_student(student: StudentArguments) -> None:
+    """The student, if one is named, is a checkpoint or may be a Hub id; the dtype is known. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, require_checkpoint
+
+    check_dtype(student.student_dtype)
+    if student.student is not None:
+        require_checkpoint("--student", student.student)
+
+
+def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
+    """One teacher, a known strategy, beams and references to interpolate, and a writable file. Raises `InputError`."""
+    from rlkd_trl.models.answers import check_strategy
+
+    teacher, labels = settings.teacher, settings.labels
+    check_teacher(teacher)
+    if len(teacher.teacher) != 1:
+        raise InputError(f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers.")
+    check_strategy(labels.strategy)
+    if labels.interpolate and (labels.strategy != "beam" or settings.data.target_column is None):
+        raise InputError(
+            "--interpolate takes the teacher's beam that is nearest to the references: it needs --strategy beam and "
+            "--target_column with the references."
+        )
+    if Path(labels.output).is_dir():
+        raise InputError(f"--output {labels.output} is a directory: name a file in it.")
+
+
+def check_rewards(
+    reward: RewardArguments, weights: Sequence[float] | None, args: "OnPolicyConfig | None" = None
+) -> None:
+    """The rewards exist, with as many weights, a known V, and fit the trainer's settings. Raises `InputError`."""
+    from rlkd_trl.rewards import load_reward
+    from rlkd_trl.rewards.teacher_rewards import VALUES
+    from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
+
+    for name in reward.reward:
+        found = load_reward(name)
+        if args is not None:
+            check_log_ratio(found, args)
+    if reward.value not in VALUES:
+        raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
+    if weights is not None and len(weights) != len(reward.reward):
+        raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
+    if args is not None:
+        check_k_step(reward.k, args)
+
+
+def last_checkpoint(run: RunArguments, output_dir: str) -> str | None:
+    """The newest checkpoint in `output_dir` if `--resume` asks for it.
+
+    Raises:
+        InputError: There is none, or `output_dir` is a file.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: name a directory.")
+    if not run.resume:
+        return None
+    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if found is None:
+        raise InputError(f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps.")
+    return found

@@ -1,0 +1,108 @@
+"""The body of the distillation recipes: check, build, train, finish, with one object of settings through all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rlkd_trl
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo, last_checkpoint
+from rlkd_trl.commands.data import load_templates, load_train_and_held_out
+from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, parse_settings
+from rlkd_trl.prompts import PromptTemplates
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+
+
+@dataclass(frozen=True)
+class CheckedInputs:
+    """What is known to be in order before a model is loaded. checkpoint: where to resume from, if anywhere."""
+
+    templates: PromptTemplates | None
+    train: "Dataset"
+    test: "Dataset"
+    checkpoint: str | None
+
+
+def distil(
+    config: str,
+    trainer: str,
+    *,
+    title: str | Callable[[DistillationSettings], str],
+    description: str,
+    demo_preset: Path,
+    kind: type[DistillationSettings] = RewardedSettings,
+) -> None:
+    """A distillation recipe, from its command line to a finished output directory.
+
+    Args:
+        config: Name of the trainer's settings in `rlkd_trl`.
+        trainer: Name of the trainer in `rlkd_trl`.
+        title: The method as the results call it.
+        description: The recipe's docstring, for `--help`.
+        demo_preset: YAML file of defaults where no teacher is named.
+        kind: Class of the settings: with flags for rewards, or without.
+
+    Raises:
+        InputError: Something in the input is wrong.
+    """
+    # 1 parse, and find out what is wrong with the input before any model is loaded or made.
+    settings = parse_settings(kind, description=description, demo_preset=demo_preset, args=getattr(rlkd_trl, config))
+    inputs = check(settings)
+
+    # 2 make the demo's models, where none are named.
+    if is_demo(settings):
+        use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
+
+    # 3 build.
+    trainer = build(getattr(rlkd_trl, trainer), settings, inputs)
+
+    # 4 train, with the teacher and the student measured before and after.
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
+    trainer.train(resume_from_checkpoint=inputs.checkpoint)
+    results["after"] = evaluate(trainer)
+
+    # 5 save.
+    finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
+
+
+def check(settings: DistillationSettings) -> CheckedInputs:
+    """What is named, how the run was launched, rewards, templates, data, checkpoints, in this order.
+
+    Raises:
+        InputError: One of them is wrong; the message names it.
+    """
+    from rlkd_trl.trainers.checks import check_sharding, check_targets
+    from rlkd_trl.trainers.full_vocabulary_config import KDConfig
+
+    demo = is_demo(settings)
+    check_sharding(settings.args)
+    if isinstance(settings, RewardedSettings):
+        check_rewards(settings.reward, settings.args.reward_weights, settings.args)
+    templates = load_templates(settings.prompts)
+    train, test = load_train_and_held_out(settings, templates)
+    if isinstance(settings.args, KDConfig):
+        check_targets(train, settings.args)
+    checkpoint = last_checkpoint(settings.run, settings.args.output_dir)
+    if not demo:
+        check_checkpoints(settings.teacher, settings.student)
+    return CheckedInputs(templates, train, test, checkpoint)
+
+
+def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, inputs: CheckedInputs) -> "RolloutTrainer":
+    """The trainer, with teacher and student loaded. Raises `InputError`."""
+    if isinstance(settings, RewardedSettings):
+        args = settings.args
+        scorer = load_reward_model(
+            settings.reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
+        )
+    else:
+        scorer = load_panel(settings.teacher, inputs.templates)
+    model, tokenizer = load_student(settings.student)
+    return trainer(model, scorer, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer)

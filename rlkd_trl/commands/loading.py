@@ -1,0 +1,92 @@
+"""Models of a command, from its checked flags."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.arguments import NewModelArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.prompts import PromptTemplates
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlkd_trl.rewards import RewardModel
+    from rlkd_trl.teachers import TeacherPanel
+
+
+def load_or_make_model(
+    student: StudentArguments, new: NewModelArguments, pairs: "Dataset", *, seed: int
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """`--student`'s checkpoint, or a new model over `--tokenizer` or one trained on the pairs. Raises `InputError`."""
+    if student.student is not None:
+        return load_student(student)
+    from rlkd_trl.data import train_tokenizer
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.students.from_scratch import new_model
+
+    if new.tokenizer is not None:
+        tokenizer = load_tokenizer(new.tokenizer)
+    else:
+        tokenizer = train_tokenizer([*pairs["prompt"], *pairs["target"]], vocab_size=new.vocab_size)
+    sizes = {
+        name: getattr(new, name) for name in ("architecture", "d_model", "num_layers", "num_heads", "d_ff", "dropout")
+    }
+    return new_model(tokenizer, **sizes, seed=seed), tokenizer
+
+
+def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
+    """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
+    from rlkd_trl.models.sharding import is_first_process
+    from rlkd_trl.teachers import Teacher, TeacherPanel
+
+    teachers = [
+        Teacher.from_pretrained(
+            name,
+            revision=teacher.teacher_revision,
+            dtype=teacher.teacher_dtype,
+            max_prompt_length=teacher.teacher_max_prompt_length,
+            max_batch_tokens=teacher.teacher_batch_tokens,
+            **teacher.placement_settings(),
+        )
+        for name in teacher.teacher
+    ]
+    if is_first_process():
+        for name, loaded in zip(teacher.teacher, teachers, strict=True):
+            print(f"Teacher {name}: {loaded.describe()}.", flush=True)
+    return TeacherPanel(teachers, templates)
+
+
+def load_reward_model(
+    reward: RewardArguments,
+    teacher: TeacherArguments,
+    templates: PromptTemplates | None,
+    *,
+    gamma: float,
+    weights: Sequence[float] | None,
+) -> "RewardModel":
+    """The named rewards on one panel of the named teachers.
+
+    Raises:
+        InputError: As `load_reward`, `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
+    """
+    from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
+
+    found = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
+    panel = load_panel(teacher, templates)
+    terms = []
+    for one in found:
+        if one is TeacherForcingReward:
+            terms.append(one(panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
+        elif isinstance(one, type) and issubclass(one, TeacherReward):
+            terms.append(one(panel))
+        else:
+            terms.append(one)
+    return RewardModel(terms, weights, panel=panel)
+
+
+def load_student(student: StudentArguments) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The student and its tokenizer. Raises `InputError`."""
+    from rlkd_trl.models.loading import load_model, load_tokenizer
+
+    model = load_model(student.student, revision=student.student_revision, dtype=student.student_dtype)
+    return model, load_tokenizer(student.student, revision=student.student_revision)
