@@ -23,6 +23,9 @@ stands a weight w on the second part, w = 0 being the per-token divergence and w
 inside of F_t; or that length normalisation. Only w = 1 with γ = 1 and without normalisation is unbiased for J,
 as a sum over sequences; dividing it by the sampled number of tokens, as the trainer does, gives the bias of a ratio.
 
+For the average reward J = E[Σ g] / E[T] (`ops.average_reward`) g becomes g − ρ: the first part stays as it is, since
+Σ_a ∇π(a|s) ρ = 0, and F_t is the sum of g − ρ.
+
 The future can use the whole vocabulary too. With ḡ(s) = Σ_a π(a|s) g(s, a), at the states that the sample visits,
 
     E[ Σ_{i>t} γ^{i−t} g(s_i, y_i) | s_t, y_t ] = E[ Σ_{i>t} γ^{i−t} ḡ(s_i) | s_t, y_t ],

@@ -46,10 +46,12 @@ _TRL_NAMES = {"prompts", "completions", "completion_ids"}
 
 @dataclass(frozen=True)
 class RewardResult:
-    """rewards_BT: the weighted sum. potentials_BT1: the same sum of the terms' potentials. terms: each unweighted
+    """rewards_BT: the weighted sum. completion_rewards_BT: the part of it from terms that give each completion one
+    number, which is on its last token. potentials_BT1: the same sum of the terms' potentials. terms: each unweighted
     term `[B, T]` by name. scores: the first panel's scores, one per scorer, None without a teacher."""
 
     rewards_BT: Tensor
+    completion_rewards_BT: Tensor
     potentials_BT1: Tensor
     terms: dict[str, Tensor]
     scores: list[TeacherScores] | None = None
@@ -119,6 +121,7 @@ class RewardModel:
         batch_size, length = inputs.completion_ids_BT.shape
         device = inputs.completion_ids_BT.device
         rewards_BT = torch.zeros(batch_size, length, device=device)
+        completion_rewards_BT = torch.zeros_like(rewards_BT)
         potentials_BT1 = torch.zeros(batch_size, length + 1, device=device)
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
@@ -126,11 +129,14 @@ class RewardModel:
                 terms_BT[name] = term.mean_over_scorers(scores[id(term.panel)], inputs)
                 potentials_BT1 += weight * term.mean_potentials(scores[id(term.panel)])
             else:
-                terms_BT[name] = _call(name, term, inputs)
+                terms_BT[name], is_per_completion = _call(name, term, inputs)
+                if is_per_completion:
+                    completion_rewards_BT += weight * terms_BT[name]
             rewards_BT += weight * terms_BT[name]
         panel = self.panels[0] if self.panels else None
         return RewardResult(
             rewards_BT,
+            completion_rewards_BT,
             potentials_BT1,
             terms_BT,
             scores[id(panel)] if panel else None,
@@ -180,8 +186,8 @@ def _distinct_names(terms: Sequence[Callable]) -> list[str]:
     return names
 
 
-def _call(name: str, function: Callable, inputs: RewardInputs) -> Tensor:
-    """A function's scores as `[B, T]`, 0 behind the mask."""
+def _call(name: str, function: Callable, inputs: RewardInputs) -> tuple[Tensor, bool]:
+    """A function's scores as `[B, T]`, 0 behind the mask, and whether it gave one per completion."""
     mask_BT = inputs.completion_mask_BT
     if _follows_trl_protocol(function):
         result = function(**_trl_arguments(function, inputs))
@@ -193,7 +199,8 @@ def _call(name: str, function: Callable, inputs: RewardInputs) -> Tensor:
     if not isinstance(result, Tensor):
         result = torch.tensor([0.0 if score is None else float(score) for score in result])
     scores = result.detach().to(device=mask_BT.device, dtype=torch.float32)
-    if scores.shape == mask_BT.shape[:1]:
+    is_per_completion = scores.shape == mask_BT.shape[:1]
+    if is_per_completion:
         scores = on_last_token(scores, mask_BT)
     if scores.shape != mask_BT.shape:
         raise InputError(
@@ -202,7 +209,7 @@ def _call(name: str, function: Callable, inputs: RewardInputs) -> Tensor:
         )
     if not torch.isfinite(scores[mask_BT]).all():
         raise InputError(f"The reward {name!r} returned NaN or infinity.")
-    return torch.where(mask_BT, scores, torch.zeros_like(scores))
+    return torch.where(mask_BT, scores, torch.zeros_like(scores)), is_per_completion
 
 
 def _follows_trl_protocol(function: Callable) -> bool:

@@ -18,6 +18,7 @@ from rlkd_trl.ops.all_actions import (
     sliced_all_actions_loss,
     teacher_forcing_signal,
 )
+from rlkd_trl.ops.average_reward import differential_advantages
 from rlkd_trl.ops.divergences import ENSEMBLES
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
@@ -34,7 +35,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     with the weight `future_weight`. The derivation, and what it has to do with GKD and MiniLLM, is in
     `ops.all_actions`. With `teacher_mix`, tokens are sampled from a mixture of student and teacher, and weighted by
     their importance (MiniLLM). A truncated completion's future ends at the cap. With `future="expected"` it sums, for
-    each state of the sample, the expected signal over the vocabulary in place of the sampled token's.
+    each state of the sample, the expected signal over the vocabulary in place of the sampled token's. With
+    `average_reward` it sums differential signals; the next token's part is the same, as a constant cancels in it.
 
     Raises:
         InputError: As `FullVocabularyTrainer`.
@@ -62,7 +64,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             if args.future == "expected":
                 with self.mixed_precision():
                     futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
-        rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout.completion_mask_BT))
+        rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
         self._record({"reward": mean, **completion_metrics(rollout, self._sum_over_ranks)})
@@ -154,14 +156,20 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             "forbidden_V": self.policy.forbidden_V,
         }
 
-    def _future_advantages(self, signals_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        args = self.args
-        futures_BT = future_returns(
-            signals_BT, mask_BT, gamma=args.gamma, length_normalization=args.length_normalization
-        )
-        if args.baseline == "leave_one_out":
-            futures_BT = future_advantages(futures_BT, mask_BT, num_generations=args.num_generations)
-        return args.future_weight * futures_BT
+    def _future_advantages(self, signals_BT: Tensor, rollout: Rollout) -> Tensor:
+        """w (F_t − b_t), of differential signals with `average_reward`, `[B, T]`."""
+        args, mask_BT = self.args, rollout.completion_mask_BT
+
+        def advantages_of(signals_BT: Tensor) -> Tensor:
+            futures_BT = future_returns(
+                signals_BT, mask_BT, gamma=args.gamma, length_normalization=args.length_normalization
+            )
+            if args.baseline == "leave_one_out":
+                futures_BT = future_advantages(futures_BT, mask_BT, num_generations=args.num_generations)
+            return args.future_weight * futures_BT
+
+        average_reward_B = self._average_reward(signals_BT, rollout)
+        return differential_advantages(advantages_of, signals_BT, mask_BT, average_reward_B)
 
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.ops.average_reward import AVERAGES
 from rlkd_trl.settings.ranges import (
     Coefficient,
     Count,
@@ -82,6 +83,16 @@ class RolloutConfig(BaseConfig):
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
 
+    def _check_average_reward(self) -> None:
+        """For the configs that have `average_reward`."""
+        if self.average_reward not in AVERAGES:
+            raise InputError(f"average_reward = {self.average_reward!r}: choose one of {', '.join(AVERAGES)}.")
+        if self.average_reward == "prompt" and self.num_generations < 2:
+            raise InputError(
+                f"average_reward = 'prompt' with num_generations = {self.num_generations}: the average is over the "
+                "other completions of a prompt, so it needs at least 2; or set it to 'rollout'."
+            )
+
     @property
     def prompts_per_rollout(self) -> int:
         """P, on each device."""
@@ -142,6 +153,13 @@ class OnPolicyConfig(RolloutConfig):
         default=True,
         metadata={"help": "Shape token-level rewards by the teacher's V (same optimum, smaller returns)."},
     )
+    average_reward: str = field(
+        default="none",
+        metadata={
+            "help": "Learn reward per token instead of its sum, which prefers short texts: subtract from each token's "
+            "reward its average over the 'rollout', or over the other completions of the 'prompt'; or 'none'."
+        },
+    )
     baseline: str = field(
         default="none",
         metadata={
@@ -162,6 +180,12 @@ class OnPolicyConfig(RolloutConfig):
 
     def _check(self) -> None:
         super()._check()
+        self._check_average_reward()
+        if self.average_reward != "none" and not self.teacher_baseline:
+            raise InputError(
+                f"average_reward = {self.average_reward!r} needs teacher_baseline: without shaping, a completion's "
+                "rewards hold the teacher's V of its first state, so that their average prefers short texts."
+            )
         if self.baseline not in ("none", "mean", "min_variance"):
             raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
         completions = self.per_device_train_batch_size * self.steps_per_generation
@@ -308,6 +332,11 @@ class ReinforceKDConfig(OnPolicyConfig):
             raise InputError(
                 f"beta = {self.beta} goes with neither top_k nor behaviour_sync_steps: the KL penalty is taken on the "
                 "policy that sampled, and that is then not the student."
+            )
+        if self.average_reward != "none" and self.samples_from_a_copy:
+            raise InputError(
+                f"average_reward = {self.average_reward!r} does not go with behaviour_sync_steps: the average would "
+                "be that of the policy that sampled, which is then not the student."
             )
         if self.normalize_advantages and self.return_denom != 1.0:
             raise InputError("normalize_advantages undoes return_denom: set one of them.")

@@ -131,6 +131,13 @@ class AllActionsKDConfig(FullVocabularyConfig):
     length_normalization: bool = field(
         default=False, metadata={"help": "Divide the future by the number of its tokens (MiniLLM)."}
     )
+    average_reward: str = field(
+        default="none",
+        metadata={
+            "help": "Learn g per token instead of its sum, which prefers short texts: subtract from each token of the "
+            "future the average g of the 'rollout', or of the other completions of the 'prompt'; or 'none'."
+        },
+    )
     baseline: str = field(
         default="leave_one_out",
         metadata={"help": "Subtracted from the future: 'leave_one_out', the prompt's other samples' mean, or 'none'."},
@@ -157,7 +164,20 @@ class AllActionsKDConfig(FullVocabularyConfig):
         else:
             self._refuse_unused("signal 'teacher_forcing', of which the mean is taken", "ensemble")
         if self.future_weight == 0:
-            self._refuse_unused("future_weight = 0", "future", "gamma", "length_normalization", "epsilon")
+            self._refuse_unused(
+                "future_weight = 0", "future", "gamma", "length_normalization", "average_reward", "epsilon"
+            )
+        self._check_average_reward()
+        if self.average_reward != "none" and self.length_normalization:
+            raise InputError(
+                f"average_reward = {self.average_reward!r} and length_normalization both take the preference for "
+                "short texts away: use one of them."
+            )
+        if self.average_reward != "none" and self.teacher_mix > 0:
+            raise InputError(
+                f"average_reward = {self.average_reward!r} does not go with teacher_mix = {self.teacher_mix}: the "
+                "average would be that of the mixture, not of the student."
+            )
         if self.future == "expected" and (self.length_normalization or self.teacher_mix > 0):
             other = "length_normalization" if self.length_normalization else f"teacher_mix = {self.teacher_mix}"
             raise InputError(

@@ -111,13 +111,18 @@ class OnPolicyTrainer(RolloutTrainer):
         with timer.phase("score"):
             scores = self.reward_model.score(inputs)  # 2 score
             result = self.reward_model.rewards(inputs, scores)  # 3 reward
-        rewards_BT, kl_B = result.rewards_BT, None
+        rewards_BT, completion_rewards_BT, kl_B = result.rewards_BT, result.completion_rewards_BT, None
         if reference_logps_BT is not None:
             kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
             rewards_BT, kl_B = rewards_BT - self.rollout_state.beta * kl_BT, kl_BT.sum(dim=1)
         if args.missing_eos_penalty is not None:
-            rewards_BT = rewards_BT - args.missing_eos_penalty * rollout.truncated_last_token_BT()
-        rollout = rollout.with_(rewards_BT=rewards_BT, potentials_BT1=result.potentials_BT1)
+            penalties_BT = args.missing_eos_penalty * rollout.truncated_last_token_BT()
+            rewards_BT, completion_rewards_BT = rewards_BT - penalties_BT, completion_rewards_BT - penalties_BT
+        rollout = rollout.with_(
+            rewards_BT=rewards_BT,
+            completion_rewards_BT=completion_rewards_BT,
+            potentials_BT1=result.potentials_BT1,
+        )
 
         rollout = self.advantages(rollout)  # 4 advantage
 

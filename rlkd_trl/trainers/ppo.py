@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.ops.advantages import denormalize, explained_variance, gae, normalize, running_moments
+from rlkd_trl.ops.average_reward import differential_rewards
 from rlkd_trl.ops.losses import clipped_policy_loss, clipped_value_loss
 from rlkd_trl.ops.masking import masked_moments
 from rlkd_trl.ops.rewards import potential_shaping
@@ -26,7 +27,8 @@ class PPOKDTrainer(OnPolicyTrainer):
     `vf_coef` depends on the scale of the teacher's logits.
 
     K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP"; a reward with k > 1) need λ = 1: they exist as sums from t
-    to the end only. The constant of `baseline` is subtracted from what the critic has left.
+    to the end only. With `average_reward`, rewards and the critic's values are differential. The constant of
+    `baseline` is subtracted from what the critic has left.
     """
 
     args: PPOKDConfig
@@ -55,6 +57,7 @@ class PPOKDTrainer(OnPolicyTrainer):
             rewards_BT = potential_shaping(
                 rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
             )
+        rewards_BT = differential_rewards(rewards_BT, mask_BT, self._average_reward(rewards_BT, rollout))
         values_BT1 = rollout.old_values_BT1
         if self.rollout_state.return_variance is not None:  # before the first rollout, the critic's 0 means 0
             values_BT1 = denormalize(values_BT1, *self._return_moments)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.advantages import return_to_go
+from rlkd_trl.ops.average_reward import differential_rewards
 from rlkd_trl.ops.losses import policy_gradient_loss
 from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
@@ -22,10 +23,10 @@ class ReinforceKDTrainer(OnPolicyTrainer):
     ("LLMR"), on K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP") where the reward has k > 1.
 
     A token's weight is clip( ρ_t (G_t / return_denom − b), ±reward_clip ): G_t the return-to-go (shaped by the
-    teacher's V_t with `teacher_baseline`), b a constant baseline, ρ_t = π / behaviour the importance ratio, a
-    constant. With `behaviour_sync_steps` N a frozen copy of the student samples, set to the student after every N
-    optimizer steps; a checkpoint holds it in `behaviour/`, and one without it (of a run without a copy) sets it to
-    the student.
+    teacher's V_t with `teacher_baseline`; of differential rewards with `average_reward`), b a constant baseline,
+    ρ_t = π / behaviour the importance ratio, a constant. With `behaviour_sync_steps` N a frozen copy of the student
+    samples, set to the student after every N optimizer steps; a checkpoint holds it in `behaviour/`, and one without
+    it (of a run without a copy) sets it to the student.
 
     Where this differs from the papers' code: with `top_k` the ratio is over the k tokens sampled from on both sides
     (see `ops.lm_head.support_log_probs`), at one temperature; the entropy bonus is the entropy, not the mean of −log π
@@ -67,6 +68,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
         rewards_BT = (potential_shaping if args.teacher_baseline else bootstrap_truncated)(
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
         )
+        rewards_BT = differential_rewards(rewards_BT, mask_BT, self._average_reward(rewards_BT, rollout))
         returns_BT = return_to_go(rewards_BT, mask_BT, gamma=args.gamma) / args.return_denom
         advantages_BT = self._minus_baseline(rollout, returns_BT)
         if args.normalize_advantages:

@@ -1,8 +1,11 @@
 """RLOO on the teacher's rewards, for whole sequences or token by token."""
 
+from functools import partial
+
 from torch import Tensor
 
-from rlkd_trl.ops.advantages import leave_one_out, return_to_go, token_leave_one_out
+from rlkd_trl.ops.advantages import token_leave_one_out
+from rlkd_trl.ops.average_reward import differential_advantages
 from rlkd_trl.ops.losses import clipped_policy_loss, clipped_sequence_policy_loss
 from rlkd_trl.ops.rewards import bootstrap_truncated, potential_shaping
 from rlkd_trl.students import PolicyOutput
@@ -18,28 +21,32 @@ class RLOOKDTrainer(OnPolicyTrainer):
     the other completions of its prompt, one clipped ratio per completion. level="token" gives each token its
     return-to-go, shaped by the teacher's V_t, minus the same of the other completions at that position. A truncated
     completion is worth its rewards and the teacher's V of the state in which it was cut off. Completions left out of
-    the loss (`mask_truncated_completions`) still count in the others' baselines. The constant of `baseline` is
-    subtracted from what leaving one out has left.
+    the loss (`mask_truncated_completions`) still count in the others' baselines. With `average_reward`, rewards are
+    shaped and differential at both levels. The constant of `baseline` is subtracted from what leaving one out has
+    left.
     """
 
     args: RLOOKDConfig
 
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT
-        # At sequence level, shaping and bootstrapping differ by V_1, the same for all completions of a prompt.
-        shaped = args.level == "token" and args.teacher_baseline
+        whole = args.level == "sequence"
+        # Shaped or bootstrapped, a completion's sum differs by V_1, the same for all completions of a prompt; the
+        # average per token does not only shift.
+        shaped = args.teacher_baseline and (not whole or args.average_reward != "none")
         rewards_BT = (potential_shaping if shaped else bootstrap_truncated)(
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
         )
-        if args.level == "sequence":
-            returns_BT = return_to_go(rewards_BT, mask_BT, gamma=args.gamma)
-            advantages_B = leave_one_out(returns_BT[:, 0], args.num_generations)
+        leave_one_out = partial(
+            token_leave_one_out, mask_BT=mask_BT, num_generations=args.num_generations, gamma=args.gamma
+        )
+        average_reward_B = self._average_reward(rewards_BT, rollout)
+        advantages_BT = differential_advantages(leave_one_out, rewards_BT, mask_BT, average_reward_B)
+        if whole:
+            advantages_B = advantages_BT[:, 0]
             if args.normalize_advantages:
                 advantages_B = self._whitened(advantages_B, rollout.loss_mask_BT.any(dim=1))
             return rollout.with_(advantages_BT=self._minus_baseline(rollout, advantages_B[:, None] * mask_BT))
-        advantages_BT = token_leave_one_out(
-            rewards_BT, mask_BT, num_generations=args.num_generations, gamma=args.gamma
-        )
         advantages_BT = self._minus_baseline(rollout, advantages_BT)
         if args.normalize_advantages:
             advantages_BT = self._whitened(advantages_BT, rollout.loss_mask_BT)

@@ -21,7 +21,9 @@ class Rollout:
     loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
     support_BTk: the ids that each token was sampled from, with top_k. teacher_states: each scorer's hidden states at
     the positions of the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and critic
-    that sampled; where old_logps_BT is None, the update's own stand for them. importance_BT: what a token's loss is
+    that sampled; where old_logps_BT is None, the update's own stand for them. rewards_BT: per token, KL and truncation
+    penalties included; completion_rewards_BT: the part of them that a completion earns once, on its last token.
+    importance_BT: what a token's loss is
     multiplied with, for samples of a mixture. The advantage step fills advantages_BT and, with a critic, returns_BT,
     in the critic's own normalised units like old_values_BT1.
     """
@@ -38,6 +40,7 @@ class Rollout:
     old_logps_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     old_values_BT1: Tensor | None = field(default=None, metadata=_STATES)
     rewards_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    completion_rewards_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     potentials_BT1: Tensor | None = field(default=None, metadata=_STATES)
     importance_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     advantages_BT: Tensor | None = field(default=None, metadata=_TOKENS)

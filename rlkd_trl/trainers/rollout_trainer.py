@@ -23,6 +23,7 @@ from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_flo
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer
+from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
@@ -183,6 +184,22 @@ class RolloutTrainer(Trainer):
     def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:
         """log π(y_t|s_t) of the whole rollout, `[B, T]`."""
         return log_probs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
+
+    def _average_reward(self, rewards_BT: Tensor, rollout: Rollout) -> Tensor:
+        """ρ of each completion, `[B]`, reward per token, as `args.average_reward` says; 0 for 'none'.
+
+        `rewards_BT` are all that is summed; what completions earn once is left out here (see `ops.average_reward`).
+        """
+        args, mask_BT = self.args, rollout.completion_mask_BT
+        if args.average_reward == "none":
+            return torch.zeros_like(rewards_BT[:, 0])
+        if rollout.completion_rewards_BT is not None:
+            rewards_BT = rewards_BT - rollout.completion_rewards_BT
+        of_rollout_B = average_reward(rewards_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
+        self._record({"average_reward": of_rollout_B[0]})
+        if args.average_reward == "rollout":
+            return of_rollout_B
+        return average_reward(rewards_BT, mask_BT, num_generations=args.num_generations)
 
     # Updates
 

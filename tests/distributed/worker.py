@@ -43,6 +43,8 @@ CASES = {
     "rloo-token": Case("rloo-token"),
     "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-token-accumulated": Case("rloo-token", "llama", 2),
+    "ppo-average-reward": Case("ppo", settings=(("average_reward", "rollout"),)),
+    "rloo-token-average-reward": Case("rloo-token", "llama", 2, settings=(("average_reward", "rollout"),)),
     "reinforce": Case("reinforce", settings=(("baseline", "mean"), ("mask_truncated_completions", True))),
     "reinforce-lagging-top-k": Case(
         "reinforce",
@@ -66,6 +68,9 @@ CASES = {
         "kd", "llama", 2, settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))
     ),
     "all-actions": Case("all-actions", settings=(("future_weight", 1.0),)),
+    "all-actions-average-reward": Case(
+        "all-actions", settings=(("future_weight", 1.0), ("average_reward", "rollout"), ("num_generations", 4))
+    ),
     "all-actions-accumulated": Case(
         "all-actions", "llama", 2, settings=(("signal", "teacher_forcing"), ("mask_truncated_completions", True))
     ),
@@ -84,7 +89,15 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         **{**COMMON, **(REWARDED if case.method in METHODS else {}), **dict(case.settings)},
     )
     assert recorder.trainer.accelerator.num_processes == processes
-    names = ("loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "completions/eos_rate")
+    names = (
+        "loss",
+        "grad_norm",
+        "reward",
+        "reward_std",
+        "average_reward",
+        "completions/mean_length",
+        "completions/eos_rate",
+    )
     names += ("divergence", "cross_entropy", "student_samples", "immediate", "entropy")
     return {
         "tokens": [int(rollout.loss_mask_BT.sum()) for rollout in recorder.rollouts],

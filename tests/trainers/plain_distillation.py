@@ -11,7 +11,7 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import MODELS, UNK, word_tokenizer
 from tests.students.plain_forward import ALLOWED, plain_forward
-from tests.trainers.plain_update import Sample
+from tests.trainers.plain_update import Sample, average_rewards
 
 
 @dataclass
@@ -128,26 +128,32 @@ def signals(args, teachers: list[Asked], sample: Sample) -> Tensor:
 
 def futures(args, samples: list[Sample], signals_of: list[Tensor], old_logps: list[Tensor]) -> list[list[float]]:
     """F_t − b_t of each token, with g of the policy that sampled."""
-    rows = []
+    earned = []
     for sample, g, logps in zip(samples, signals_of, old_logps, strict=True):
         if args.signal == "log_ratio":
             g = g - logps
         if args.future == "expected":
-            earned = (logps.exp() * g).sum(dim=-1).tolist()
+            earned.append((logps.exp() * g).sum(dim=-1).tolist())
         else:
-            earned = [float(g[t, ALLOWED.index(y)]) for t, y in enumerate(sample.completion)]
-        n, row = len(earned), []
-        for t in range(n):
-            later = sum(args.gamma ** (i - t) * earned[i] for i in range(t + 1, n))
-            row.append(later / max(1, n - 1 - t) if args.length_normalization else later)
-        rows.append(row)
-    if args.baseline == "none":
-        return rows
+            earned.append([float(g[t, ALLOWED.index(y)]) for t, y in enumerate(sample.completion)])
+    averages = average_rewards(args, earned, [0.0] * len(samples))
     K, found = args.num_generations, []
-    for i, row in enumerate(rows):
-        others = [rows[j] for j in range(i // K * K, i // K * K + K) if j != i]
-        found.append([f - sum(other[t] for other in others if t < len(other)) / (K - 1) for t, f in enumerate(row)])
+    for i in range(len(samples)):
+        group = range(i // K * K, i // K * K + K)
+        rows = {j: _futures_of([g - averages[i] for g in earned[j]], args) for j in group}
+        others = [rows[j] for j in group if j != i and args.baseline != "none"]
+        found.append(
+            [f - sum(other[t] for other in others if t < len(other)) / max(1, K - 1) for t, f in enumerate(rows[i])]
+        )
     return found
+
+
+def _futures_of(earned: list[float], args) -> list[float]:
+    n, row = len(earned), []
+    for t in range(n):
+        later = sum(args.gamma ** (i - t) * earned[i] for i in range(t + 1, n))
+        row.append(later / max(1, n - 1 - t) if args.length_normalization else later)
+    return row
 
 
 def all_actions_loss(

@@ -83,12 +83,14 @@ def targets_of(
     count as they are.
     """
     gamma = args.gamma
-    rewards, old_logps, old_values = [], [], []
+    rewards, earned_once, old_logps, old_values = [], [], [], []
     for s in samples:
         r, phi = teacher_rewards(teacher, s, gamma, k)
+        earned_once.append(0.0)
         if args.missing_eos_penalty is not None and not s.ended:
             r[-1] -= args.missing_eos_penalty
-        if args.teacher_baseline and method != "rloo-sequence":
+            earned_once[-1] = -args.missing_eos_penalty
+        if args.teacher_baseline and (method != "rloo-sequence" or args.average_reward != "none"):
             r = [r[t] + gamma * phi[t + 1] - phi[t] for t in range(len(r))]
         elif method != "ppo" and not s.ended:  # the teacher's value stands for what was cut off
             r[-1] += gamma * phi[-1]
@@ -96,12 +98,14 @@ def targets_of(
         old_logps.append(chosen_log_probs(student, s.prompt, s.completion, args.temperature).tolist())
         if head is not None:
             old_values.append(plain_values(critic, head, s.prompt, s.completion).tolist())
+    averages = average_rewards(args, rewards, earned_once)
 
     returns = None
     if method == "ppo":
         advantages, returns = [], []
         mean, variance = return_moments or (0.0, 1.0)
-        for s, r, normalised in zip(samples, rewards, old_values, strict=True):
+        for s, r, average, normalised in zip(samples, rewards, averages, old_values, strict=True):
+            r = [x - average for x in r]
             v = [mean + variance**0.5 * value for value in normalised]
             if s.ended:
                 v[-1] = 0.0
@@ -118,22 +122,16 @@ def targets_of(
             first, second = 0.9 * mean + 0.1 * first, 0.9 * (variance + mean**2) + 0.1 * second
         returns = [[(g - first) / (second - first**2) ** 0.5 for g in row] for row in returns]
     else:
-        to_go = []
-        for r in rewards:
-            g, following = [0.0] * len(r), 0.0
-            for t in reversed(range(len(r))):
-                following = r[t] + gamma * following
-                g[t] = following
-            to_go.append(g)
         advantages = []
         K = args.num_generations
-        for i, g in enumerate(to_go):
+        for i in range(len(samples)):
             group = range(i // K * K, i // K * K + K)
+            to_go = {j: returns_to_go([x - averages[i] for x in rewards[j]], gamma) for j in group}
             a = []
-            for t in range(len(g)):
+            for t in range(len(rewards[i])):
                 at = 0 if method == "rloo-sequence" else t
                 others = [to_go[j][at] if at < len(to_go[j]) else 0.0 for j in group if j != i]
-                a.append(g[at] - sum(others) / (K - 1))
+                a.append(to_go[i][at] - sum(others) / (K - 1))
             advantages.append(a)
 
     if args.baseline != "none":  # its weight for a token: 1, or about the squared norm of ∂ log π / ∂ logits
@@ -149,6 +147,29 @@ def targets_of(
         deviation = (sum((a - mean) ** 2 for a in kept) / len(kept)) ** 0.5
         advantages = [[(a - mean) / deviation for a in row] for row in advantages]
     return Targets(old_logps, old_values or None, advantages, returns)
+
+
+def returns_to_go(rewards: list[float], gamma: float) -> list[float]:
+    returns, following = [0.0] * len(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * following
+        returns[t] = following
+    return returns
+
+
+def average_rewards(args, rewards: list[list[float]], earned_once: list[float]) -> list[float]:
+    """Each sample's ρ: reward per token of all samples, or of its prompt's others, without what is earned once."""
+    K, averages = args.num_generations, []
+    for i in range(len(rewards)):
+        if args.average_reward == "none":
+            averages.append(0.0)
+            continue
+        counted = range(len(rewards))
+        if args.average_reward == "prompt":
+            counted = [j for j in range(i // K * K, i // K * K + K) if j != i]
+        total = sum(sum(rewards[j]) - earned_once[j] for j in counted)
+        averages.append(total / sum(len(rewards[j]) for j in counted))
+    return averages
 
 
 def _in_loss(args, sample: Sample) -> bool:

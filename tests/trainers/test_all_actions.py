@@ -38,11 +38,27 @@ CASES = {
     ),
     "at a temperature": ("t5-untied", {"temperature": 0.7, "future_weight": 1.0, "epsilon": 0.1}),
     "truncated completions masked": ("t5-tied", {"mask_truncated_completions": True, "future_weight": 1.0}),
+    "average reward of the rollout": (
+        "t5-tied",
+        {"future_weight": 1.0, "average_reward": "rollout", "baseline": "none", "signal": "teacher_forcing"},
+    ),
+    "average reward of the prompt, expected future": (
+        "llama",
+        {"future_weight": 0.5, "average_reward": "prompt", "future": "expected", "gamma": 0.9},
+    ),
     "ensemble": ("t5-tied", {"future_weight": 1.0}),
     "ensemble of logits": ("llama", {"ensemble": "logits", "temperature": 1.3}),
     "ensemble, teacher forcing": ("llama", {"signal": "teacher_forcing", "value": "expected"}),
 }
-QUICK = ("log ratio", "MiniLLM", "expected future", "teacher forcing, max", "at a temperature", "ensemble")
+QUICK = (
+    "log ratio",
+    "average reward of the prompt, expected future",
+    "MiniLLM",
+    "expected future",
+    "teacher forcing, max",
+    "at a temperature",
+    "ensemble",
+)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +242,17 @@ def test_bf16_is_close_and_on_policy(family, tmp_path):
             {"future": "expected", "teacher_mix": 0.2},
             "future = 'expected' with teacher_mix = 0.2 would be the gradient",
         ),
+        ({"average_reward": "batch"}, "average_reward = 'batch': choose one of none, prompt, rollout"),
+        (
+            {"average_reward": "prompt", "num_generations": 1, "baseline": "none"},
+            "average_reward = 'prompt' with num_generations = 1",
+        ),
+        (
+            {"average_reward": "rollout", "future_weight": 0.0},
+            "average_reward = 'rollout' has no effect with future_w",
+        ),
+        ({"average_reward": "rollout", "length_normalization": True}, "and length_normalization both take"),
+        ({"average_reward": "prompt", "teacher_mix": 0.2}, "does not go with teacher_mix = 0.2"),
         ({"future_weight": -0.1}, "future_weight = -0.1 is out of range"),
         ({"gamma": 1.1}, "gamma = 1.1 is out of range"),
         ({"gamma": -0.1}, "gamma = -0.1 is out of range"),

@@ -49,6 +49,8 @@ def test_checkpointing_under_its_newer_name_is_refused(tmp_path):
         ({"beta": 0.1, "kl_target": -1.0}, "kl_target"),
         ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 7.0}, "shorter than one rollout of 8 completions"),
         ({"entropy_coef": -0.1}, "entropy_coef"),
+        ({"average_reward": "batch"}, "average_reward = 'batch': choose one of none, prompt, rollout"),
+        ({"average_reward": "rollout", "teacher_baseline": False}, "needs teacher_baseline"),
         ({"baseline": "median"}, "baseline = 'median': choose 'none', 'mean' or 'min_variance'"),
     ],
 )
@@ -81,6 +83,8 @@ def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, me
         (ReinforceKDConfig, {"ratio_cap": 0.9}, "ratio_cap"),
         (ReinforceKDConfig, {"normalize_advantages": True, "return_denom": 2.0}, "return_denom"),
         (RLOOKDConfig, {"num_generations": 1}, "at least 2"),
+        (PPOKDConfig, {"num_generations": 1, "average_reward": "prompt"}, "set it to 'rollout'"),
+        (ReinforceKDConfig, {"behaviour_sync_steps": 3, "average_reward": "rollout"}, "behaviour_sync_steps"),
     ],
 )
 def test_wrong_settings_of_one_method(tmp_path, config_class, settings, message):
@@ -132,6 +136,7 @@ def test_a_group_may_be_larger_than_a_micro_batch(tmp_path):
 def test_the_rest_of_the_range_is_allowed(tmp_path):
     args = config(PPOKDConfig, tmp_path, gamma=0.0, lam=0.0, beta=0.0, critic="separate", epsilon=1.5)
     assert (args.gamma, args.lam, args.beta) == (0.0, 0.0, 0.0)
+    assert config(PPOKDConfig, tmp_path, num_generations=1, average_reward="rollout").average_reward == "rollout"
     assert config(PPOKDConfig, tmp_path, gamma=1.0, lam=1.0, beta=0.1, kl_target=6.0).kl_target == 6.0
 
 

@@ -76,6 +76,10 @@ def plain_loss(args, k: int, samples: list[Sample], teacher, student, at_rollout
     """The scalar that an optimizer step descends: `student` is differentiated, the other two are what they were."""
     kept = [s for s in samples if s.ended or not args.mask_truncated_completions]
     returns = [plain_returns(args, k, teacher, s) for s in kept]
+    if args.average_reward != "none":  # γ = 1: the first return is the sum of rewards
+        totals = [plain_returns(args, k, teacher, s)[0] for s in samples]
+        average = sum(totals) / sum(len(s.completion) for s in samples)
+        returns = [[g - average * (len(row) - t) for t, g in enumerate(row)] for row in returns]
     over = [supports(args, behaviour, s) for s in kept]
     sampled = [log_probs(args, behaviour, s, ids)[0].tolist() for s, ids in zip(kept, over, strict=True)]
     before = [log_probs(args, at_rollout, s, ids)[0].tolist() for s, ids in zip(kept, over, strict=True)]
@@ -105,6 +109,12 @@ CASES = {
     "mean baseline": ("llama", 1, {"baseline": "mean", "gamma": 0.9}),
     "KETCHUP": ("t5-tied", 3, {"baseline": "min_variance", "teacher_baseline": False}),
     "lagging": ("t5-tied", 1, {"baseline": "min_variance", "behaviour_sync_steps": 3, "num_iterations": 1}),
+    "average reward": ("llama", 1, {"average_reward": "rollout", "baseline": "none", "return_denom": 10.0}),
+    "average reward, 2 steps, truncated completions masked": (
+        "t5-tied",
+        2,
+        {"average_reward": "rollout", "mask_truncated_completions": True, "num_generations": 4},
+    ),
     "top k": ("llama", 2, {"top_k": 4, "baseline": "mean", "entropy_coef": 0.5}),
     "every option": (
         "t5-untied",
@@ -127,7 +137,7 @@ CASES = {
 }
 
 
-QUICK = ("KETCHUP", "top k", "every option")
+QUICK = ("KETCHUP", "top k", "every option", "average reward")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,24 @@ CASES = {
         "t5-tied",
         {"baseline": "mean", "mask_truncated_completions": True, "num_generations": 4, "learning_rate": 3e-3},
     ),
+    "ppo, average reward of the rollout": (
+        "ppo",
+        "t5-tied",
+        {"average_reward": "rollout", "missing_eos_penalty": 3.0, "normalize_advantages": False},
+    ),
+    "ppo, average reward of the prompt": ("ppo", "llama", {"average_reward": "prompt", "num_generations": 4}),
+    "rloo, sequences, average reward of the rollout": ("rloo-sequence", "llama", {"average_reward": "rollout"}),
+    "rloo, sequences, average reward of the prompt": (
+        "rloo-sequence",
+        "t5-tied",
+        {"average_reward": "prompt", "missing_eos_penalty": 3.0, "num_generations": 4},
+    ),
+    "rloo, tokens, average reward of the rollout": ("rloo-token", "t5-tied", {"average_reward": "rollout"}),
+    "rloo, tokens, average reward of the prompt": (
+        "rloo-token",
+        "llama",
+        {"average_reward": "prompt", "num_generations": 4, "gamma": 0.9, "mask_truncated_completions": True},
+    ),
     # K-step returns, by the k of the reward
     "ppo, 3 steps": ("ppo", "t5-tied", {"k": 3, "lam": 1.0, "gamma": 0.9}),
     "rloo, sequences, 2 steps": ("rloo-sequence", "t5-tied", {"k": 2, "learning_rate": 0.01}),
@@ -85,7 +103,14 @@ CASES = {
 }
 
 
-QUICK = ("ppo", "rloo, sequences, truncated completions masked", "rloo, tokens")
+QUICK = (
+    "ppo",
+    "rloo, sequences, truncated completions masked",
+    "rloo, tokens",
+    "ppo, average reward of the rollout",
+    "rloo, sequences, average reward of the prompt",
+    "rloo, tokens, average reward of the prompt",
+)
 
 
 @pytest.mark.parametrize(
