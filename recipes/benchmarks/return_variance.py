@@ -62,9 +62,9 @@ class VarianceArguments:
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):
+        if self.num_generations < 2 or min(self.steps) < 1:
+            raise InputError("A variance needs --num_generations of 2 or more, and --steps of 1 or more.")
         check_ranges(self)
-        if self.num_generations < 2:
-            raise InputError("A variance needs --num_generations of 2 or more.")
 
 
 @dataclass
