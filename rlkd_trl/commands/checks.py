@@ -93,8 +93,8 @@ def check_rewards(
     reward: RewardArguments, weights: Sequence[float] | None, args: "OnPolicyConfig | None" = None
 ) -> None:
     """The rewards exist, with as many weights, a known V, and fit the trainer's settings. Raises `InputError`."""
+    from rlkd_trl.ops.rewards import VALUES
     from rlkd_trl.rewards import load_reward
-    from rlkd_trl.rewards.teacher_rewards import VALUES
     from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
     for name in reward.reward:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import masked_moments, masked_sum
+from rlkd_trl.ops.masking import masked, masked_moments, masked_sum
 from rlkd_trl.ops.rewards import zero_terminal_value
 
 
 def return_to_go(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + γ G_{t+1}, 0 behind the mask."""
-    rewards_BT = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
+    rewards_BT = masked(rewards_BT, mask_BT)
     returns_BT = torch.zeros_like(rewards_BT)
     future_B = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
@@ -34,7 +34,7 @@ def gae(
     future_B = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
         delta_B = rewards_BT[:, t] + gamma * values_BT1[:, t + 1] - values_BT1[:, t]
-        future_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * future_B, torch.zeros_like(delta_B))
+        future_B = masked(delta_B + gamma * lam * future_B, mask_BT[:, t])
         advantages_BT[:, t] = future_B
     return advantages_BT
 
@@ -64,7 +64,7 @@ def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations:
     Returns `[B, T]`, 0 behind the mask.
     """
     advantages_BT = leave_one_out(return_to_go(rewards_BT, mask_BT, gamma=gamma), num_generations)
-    return torch.where(mask_BT, advantages_BT, torch.zeros_like(advantages_BT))
+    return masked(advantages_BT, mask_BT)
 
 
 def mean_baseline(
@@ -99,15 +99,14 @@ def min_variance_baseline(
     A token that the policy was certain of has no gradient, and no weight. Expectations are over the real tokens of
     the rollout; 0 if none has any weight.
     """
-    zeros_BT = torch.zeros_like(returns_BT)
-    logps_BT = torch.where(mask_BT, logps_BT, zeros_BT)
+    logps_BT = masked(logps_BT, mask_BT)
     weights_BT = torch.expm1(logps_BT) ** 2
     if ratios_BT is not None:
-        weights_BT = weights_BT * torch.where(mask_BT, ratios_BT, zeros_BT) ** 2
+        weights_BT = weights_BT * masked(ratios_BT, mask_BT) ** 2
     total = sum_over_ranks or (lambda tensor: tensor)
     weight = total(masked_sum(weights_BT, mask_BT))
-    weighted = total(masked_sum(weights_BT * torch.where(mask_BT, returns_BT, zeros_BT), mask_BT))
-    return torch.where(weight > 0, weighted / weight, torch.zeros_like(weight))
+    weighted = total(masked_sum(weights_BT * masked(returns_BT, mask_BT), mask_BT))
+    return masked(weighted / weight, weight > 0)
 
 
 def explained_variance(
@@ -123,7 +122,7 @@ def explained_variance(
     """
     _, residual = masked_moments(targets_BT - predictions_BT, mask_BT, sum_over_ranks=sum_over_ranks)
     _, total = masked_moments(targets_BT, mask_BT, sum_over_ranks=sum_over_ranks)
-    return torch.where(total > 0, 1.0 - residual / total, torch.zeros_like(total))
+    return masked(1.0 - residual / total, total > 0)
 
 
 _SMALLEST_STD = 1e-4

@@ -46,9 +46,9 @@ from torch import Tensor
 from rlkd_trl.ops.advantages import leave_one_out, return_to_go
 from rlkd_trl.ops.divergences import TeacherStates, log_probs, mean_of_probabilities
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, map_head_slices
+from rlkd_trl.ops.masking import masked
+from rlkd_trl.ops.rewards import VALUES
 from rlkd_trl.ops.sliced_loss import LossAndMetrics, sliced_loss
-
-VALUES = ("max", "expected", "soft")
 
 
 def future_returns(
@@ -64,14 +64,13 @@ def future_returns(
     if length_normalization:
         tokens_after_BT = return_to_go(torch.ones_like(signals_BT), mask_BT) - 1
         future_BT = future_BT / tokens_after_BT.clamp(min=1)
-    return torch.where(mask_BT, future_BT, torch.zeros_like(future_BT))
+    return masked(future_BT, mask_BT)
 
 
 def future_advantages(futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int) -> Tensor:
     """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`."""
-    zeros_BT = torch.zeros_like(futures_BT)
-    advantages_BT = leave_one_out(torch.where(mask_BT, futures_BT, zeros_BT), num_generations)
-    return torch.where(mask_BT, advantages_BT, zeros_BT)
+    advantages_BT = leave_one_out(masked(futures_BT, mask_BT), num_generations)
+    return masked(advantages_BT, mask_BT)
 
 
 def mixture_importance(
@@ -83,10 +82,10 @@ def mixture_importance(
     token: that earlier tokens came from p̃ too is not corrected for. At most 1 / (1−α).
     """
     student_logps_BT, teacher_logps_BT = (
-        torch.where(mask_BT, logps_BT, torch.zeros_like(logps_BT)) for logps_BT in (student_logps_BT, teacher_logps_BT)
+        masked(logps_BT, mask_BT) for logps_BT in (student_logps_BT, teacher_logps_BT)
     )
     mixed_logps_BT = torch.logaddexp(teacher_logps_BT + math.log(weight), student_logps_BT + math.log1p(-weight))
-    return torch.where(mask_BT, (student_logps_BT - mixed_logps_BT).exp(), torch.zeros_like(mixed_logps_BT))
+    return masked((student_logps_BT - mixed_logps_BT).exp(), mask_BT)
 
 
 def log_ratio_signal(

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import threshold_
 from torch.utils.checkpoint import checkpoint
 
+from rlkd_trl.ops.masking import masked
+
 # 2**24 float32 logits: 64 MiB. At V = 32,128 that is 522 positions a slice.
 MAX_SLICE_ELEMENTS = 2**24
 # On a CPU a slice of 8 MiB stays in the cache between the head and the statistics. Not where slices are recomputed.
@@ -203,7 +205,7 @@ def support_log_probs(
     z_Nk = logits_NV.float().gather(-1, support_Nk) / temperature
     logps_Nk = z_Nk.log_softmax(dim=-1)
     # Exactly one id of S is the chosen one.
-    logps_N = torch.where(support_Nk == chosen_N[:, None], logps_Nk, torch.zeros_like(logps_Nk)).sum(dim=-1)
+    logps_N = masked(logps_Nk, support_Nk == chosen_N[:, None]).sum(dim=-1)
     return TokenLogProbs(logps_N, -(logps_Nk.exp() * logps_Nk).sum(dim=-1))
 
 

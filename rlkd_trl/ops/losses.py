@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import masked_sum
+from rlkd_trl.ops.masking import masked, masked_sum
 
 
 def clipped_policy_loss(
@@ -28,7 +28,7 @@ def clipped_policy_loss(
     −Σ_t min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) / denominator,  ρ_t = π(y_t|s_t) / π_old(y_t|s_t).
     """
     # Masked before exp: a difference of garbage could overflow, and 0 · inf is NaN in the gradient.
-    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT.detach(), torch.zeros_like(logps_BT))
+    log_ratio_BT = masked(logps_BT - old_logps_BT.detach(), mask_BT)
     objective_BT, clipped_BT, ratio_BT = _clipped_objective(log_ratio_BT, advantages_BT.detach(), epsilon)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     loss = -masked_sum(objective_BT, mask_BT) / denominator
@@ -93,14 +93,14 @@ def policy_gradient_loss(
 
     The logged loss is the expression itself; it is no measure of progress. clip_fraction: tokens whose w_t was cut.
     """
-    log_ratio_BT = torch.where(mask_BT, (logps_BT - behaviour_logps_BT).detach(), torch.zeros_like(logps_BT))
+    log_ratio_BT = masked((logps_BT - behaviour_logps_BT).detach(), mask_BT)
     ratio_BT = log_ratio_BT.exp()
     uncut_BT = ratio_BT * advantages_BT.detach()
     weights_BT = ratio_BT.clamp(max=ratio_cap or math.inf) * advantages_BT.detach()
     if weight_clip is not None:
         weights_BT = weights_BT.clamp(-weight_clip, weight_clip)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
-    loss = -masked_sum(torch.where(mask_BT, weights_BT, torch.zeros_like(weights_BT)) * logps_BT, mask_BT)
+    loss = -masked_sum(masked(weights_BT, mask_BT) * logps_BT, mask_BT)
     return loss / denominator, _ratio_metrics(ratio_BT, weights_BT != uncut_BT, mask_BT, denominator)
 
 
@@ -112,7 +112,7 @@ def approximate_kl(
 
     ρ_t = π(y_t|s_t) / π_old(y_t|s_t) with y sampled from π_old: Schulman 2020, "Approximating KL divergence", k3.
     """
-    log_ratio_BT = torch.where(mask_BT, logps_BT - old_logps_BT, torch.zeros_like(logps_BT))
+    log_ratio_BT = masked(logps_BT - old_logps_BT, mask_BT)
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     return masked_sum(log_ratio_BT.exp() - 1 - log_ratio_BT, mask_BT) / denominator
 
@@ -132,9 +132,8 @@ def clipped_value_loss(
     `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
     """
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
-    zeros_BT = torch.zeros_like(values_BT)
     values_BT, old_values_BT, returns_BT = (
-        torch.where(mask_BT, tensor, zeros_BT) for tensor in (values_BT, old_values_BT.detach(), returns_BT.detach())
+        masked(tensor, mask_BT) for tensor in (values_BT, old_values_BT.detach(), returns_BT.detach())
     )
     error_BT = (values_BT - returns_BT) ** 2
     clip_fraction = torch.zeros((), device=values_BT.device)

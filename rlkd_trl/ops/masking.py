@@ -50,9 +50,14 @@ def pad_columns(parts: list[Tensor], width: int, *, value: float = 0.0) -> Tenso
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
 
 
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where `mask` is True, 0 elsewhere, in value and in gradient, whatever stands there: NaN too."""
+    return torch.where(mask, x, 0)
+
+
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of the entries where `mask` is True, over everything or over `dim`."""
-    kept = torch.where(mask, x, torch.zeros_like(x))
+    kept = masked(x, mask)
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
@@ -64,7 +69,7 @@ def masked_moments(
     `sum_over_ranks` adds a tensor up over all processes; with it, the moments are those of the global batch. Two
     passes, because E[x²] − E[x]² loses all digits when the mean is large.
     """
-    x = torch.where(mask, x, torch.zeros_like(x))
+    x = masked(x, mask)
     total = sum_over_ranks or (lambda tensor: tensor)
     count = total(mask.sum().to(x.dtype)).clamp(min=1)
     mean = total(masked_sum(x, mask)) / count
@@ -84,9 +89,9 @@ def masked_whiten(
 
     With `shift_mean=False` the mean is kept, as for rewards, where a shift would change the optimal policy.
     """
-    x = torch.where(mask, x, torch.zeros_like(x))
+    x = masked(x, mask)
     mean, variance = masked_moments(x, mask, sum_over_ranks=sum_over_ranks)
     whitened = (x - mean) * torch.rsqrt(variance + epsilon)
     if not shift_mean:
         whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros_like(x))
+    return masked(whitened, mask)

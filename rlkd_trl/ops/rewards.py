@@ -9,7 +9,10 @@ V_{n+1} = 0; a truncated one is bootstrapped from V_{n+1}.
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import after_last_token, last_token, masked_sum
+from rlkd_trl.ops.masking import after_last_token, last_token, masked, masked_sum
+
+# What V of the teacher-forcing reward may be, of the centred logits f: max f, Σ softmax(f) f, or τ logsumexp(f/τ).
+VALUES = ("max", "expected", "soft")
 
 
 def centre(statistic: Tensor, mean: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ def zero_terminal_value(values_BT1: Tensor, mask_BT: Tensor, ended_B: Tensor) ->
     """V with V_{n+1} = 0 where the completion ended with EOS, and 0 wherever no state exists."""
     exists_BT1 = torch.cat([torch.ones_like(mask_BT[:, :1]), mask_BT], dim=1)
     terminal_BT1 = after_last_token(mask_BT) & ended_B[:, None]
-    return torch.where(exists_BT1 & ~terminal_BT1, values_BT1, torch.zeros_like(values_BT1))
+    return masked(values_BT1, exists_BT1 & ~terminal_BT1)
 
 
 def teacher_forcing_reward(
@@ -36,7 +39,7 @@ def teacher_forcing_reward(
     first one's (what `torch.roll` would give). Returns `[B, T]`, 0 behind the mask.
     """
     next_values_BT = zero_terminal_value(values_BT1, mask_BT, ended_B)[:, 1:]
-    return torch.where(mask_BT, q_BT - gamma * next_values_BT, torch.zeros_like(q_BT))
+    return masked(q_BT - gamma * next_values_BT, mask_BT)
 
 
 def k_step_return(
@@ -57,7 +60,7 @@ def k_step_return(
         next_B1 = torch.clamp(length_B, max=t + k).clamp(min=t)[:, None]  # segment end: t + m, at most n
         discount_B = gamma ** (next_B1[:, 0] - t).to(q_BT.dtype)
         future_B = (returns_BT1 - values_BT1).gather(1, next_B1)[:, 0]
-        returns_BT1[:, t] = torch.where(mask_BT[:, t], q_BT[:, t] + discount_B * future_B, 0.0)
+        returns_BT1[:, t] = masked(q_BT[:, t] + discount_B * future_B, mask_BT[:, t])
     return returns_BT1[:, :-1]
 
 
@@ -74,7 +77,7 @@ def rewards_from_returns(returns_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
 
 def log_likelihood(chosen_BT: Tensor, logsumexp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """log p_teacher(y_t | s_t) = z_t[y_t] − logsumexp(z_t), in nats; 0 behind the mask."""
-    return torch.where(mask_BT, chosen_BT - logsumexp_BT, torch.zeros_like(chosen_BT))
+    return masked(chosen_BT - logsumexp_BT, mask_BT)
 
 
 def log_ratio(teacher_logps_BT: Tensor, student_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def log_ratio(teacher_logps_BT: Tensor, student_logps_BT: Tensor, mask_BT: Tenso
 
     Its expectation over the student's samples is minus the reverse KL (Gu et al. 2024, "MiniLLM").
     """
-    return torch.where(mask_BT, teacher_logps_BT - student_logps_BT, torch.zeros_like(teacher_logps_BT))
+    return masked(teacher_logps_BT - student_logps_BT, mask_BT)
 
 
 def kl_penalty(logps_BT: Tensor, reference_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ def kl_penalty(logps_BT: Tensor, reference_logps_BT: Tensor, mask_BT: Tensor) ->
 
     Subtracted from the reward with coefficient beta (Ziegler et al. 2019, eq. 2; TRL's RLOO); 0 behind the mask.
     """
-    return torch.where(mask_BT, logps_BT - reference_logps_BT, torch.zeros_like(logps_BT))
+    return masked(logps_BT - reference_logps_BT, mask_BT)
 
 
 def potential_shaping(
@@ -104,7 +107,7 @@ def potential_shaping(
     """
     potentials_BT1 = zero_terminal_value(potentials_BT1, mask_BT, ended_B)
     shaped_BT = rewards_BT + gamma * potentials_BT1[:, 1:] - potentials_BT1[:, :-1]
-    return torch.where(mask_BT, shaped_BT, torch.zeros_like(shaped_BT))
+    return masked(shaped_BT, mask_BT)
 
 
 def bootstrap_truncated(
@@ -117,8 +120,8 @@ def bootstrap_truncated(
     `potential_shaping` does the same. Returns `[B, T]`, 0 behind the mask.
     """
     cut_off_BT = last_token(mask_BT) & ~ended_B[:, None]
-    future_BT = torch.where(cut_off_BT, gamma * potentials_BT1[:, 1:], torch.zeros_like(rewards_BT))
-    return torch.where(mask_BT, rewards_BT + future_BT, torch.zeros_like(rewards_BT))
+    future_BT = masked(gamma * potentials_BT1[:, 1:], cut_off_BT)
+    return masked(rewards_BT + future_BT, mask_BT)
 
 
 def adaptive_kl_coefficient(beta: float, *, kl: float, target: float, horizon: float, num_samples: int) -> float:
@@ -132,7 +135,7 @@ def adaptive_kl_coefficient(beta: float, *, kl: float, target: float, horizon: f
 
 def on_last_token(score_B: Tensor, mask_BT: Tensor) -> Tensor:
     """A sequence-level score as a per-token reward: all of it on the last real token. Returns `[B, T]`."""
-    return torch.where(last_token(mask_BT), score_B[:, None], torch.zeros_like(score_B)[:, None])
+    return masked(score_B[:, None], last_token(mask_BT))
 
 
 def sequence_sum(rewards_BT: Tensor, mask_BT: Tensor) -> Tensor:

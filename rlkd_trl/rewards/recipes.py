@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.ops.masking import masked
 from rlkd_trl.ops.rewards import log_likelihood, on_last_token
 from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
@@ -209,7 +210,7 @@ def _call(name: str, function: Callable, inputs: RewardInputs) -> tuple[Tensor, 
         )
     if not torch.isfinite(scores[mask_BT]).all():
         raise InputError(f"The reward {name!r} returned NaN or infinity.")
-    return torch.where(mask_BT, scores, torch.zeros_like(scores)), is_per_completion
+    return masked(scores, mask_BT), is_per_completion
 
 
 def _follows_trl_protocol(function: Callable) -> bool:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import eos_token_ids
 from rlkd_trl.ops.rewards import (
+    VALUES,
     centre,
     k_step_return,
     log_likelihood,
@@ -26,8 +27,6 @@ from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.scores import TeacherScores
 from rlkd_trl.teachers.teacher import Teacher
-
-VALUES = ("max", "expected", "soft")
 
 
 class TeacherReward:

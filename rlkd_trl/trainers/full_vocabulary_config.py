@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.ops.all_actions import VALUES
 from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES
+from rlkd_trl.ops.rewards import VALUES
 from rlkd_trl.settings.ranges import Coefficient, Count, Positive, Share, ShareBelowOne, Temperature
 from rlkd_trl.trainers.config import RolloutConfig
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.models.answers import decode
 from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline
 from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
-from rlkd_trl.ops.masking import masked_whiten, pad_columns
+from rlkd_trl.ops.masking import masked, masked_whiten, pad_columns
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
@@ -200,7 +200,7 @@ class OnPolicyTrainer(RolloutTrainer):
             baseline = min_variance_baseline(
                 returns_BT, logps_BT, mask_BT, ratios_BT=ratios_BT, sum_over_ranks=self._sum_over_ranks
             )
-        return torch.where(rollout.completion_mask_BT, returns_BT - baseline, torch.zeros_like(returns_BT))
+        return masked(returns_BT - baseline, rollout.completion_mask_BT)
 
     def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
         """log π(y_t) of the student, and its importance ratio where another policy has sampled."""

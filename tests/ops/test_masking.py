@@ -9,6 +9,7 @@ from rlkd_trl.ops.masking import (
     after_last_token,
     completion_mask,
     last_token,
+    masked,
     masked_moments,
     masked_sum,
     masked_whiten,
@@ -34,6 +35,23 @@ def kept_numbers(x, mask):
 def moments_by_loop(numbers):
     mean = math.fsum(numbers) / len(numbers)
     return mean, math.fsum((number - mean) ** 2 for number in numbers) / len(numbers)
+
+
+# ---- masked
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_masked_keeps_type_and_values(dtype, poison):
+    garbage = poison if dtype.is_floating_point else 7
+    kept = masked(torch.tensor([2, garbage, 3], dtype=dtype), torch.tensor([True, False, True]))
+    assert kept.dtype == dtype and kept.tolist() == [2, 0, 3]
+
+
+def test_masked_gradient():
+    x = torch.tensor([2.0, 4.0, math.nan], requires_grad=True)
+    (masked(x, torch.tensor([True, False, False])) ** 2).sum().backward()
+    assert x.grad.tolist() == [4.0, 0.0, 0.0]  # d x²/dx at 2, and nothing behind the mask
 
 
 # ---- completion masks
