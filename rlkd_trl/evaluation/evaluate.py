@@ -141,7 +141,7 @@ def evaluate_student(
 
     With `teacher_completions` (one per row), also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
     """
-    prompts = [str(row["prompt"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
     completions = joined(
         answer_prompts(

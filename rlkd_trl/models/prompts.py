@@ -1,6 +1,6 @@
 """Prompt texts to token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import padding_id
+from rlkd_trl.prompts import RenderedPrompt, can_fit, cannot_fit, shortened
 
 
 def tokenize_prompts(
@@ -21,22 +22,76 @@ def tokenize_prompts(
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int | None = None
 ) -> list[list[int]]:
-    """Ids of each prompt with the tokenizer's special tokens, cut at `max_length` tokens.
+    """Ids of each prompt with the tokenizer's special tokens, at most `max_length` of them.
 
-    Where a chat template has written the BOS that the tokenizer adds too, one of them is kept.
+    A prompt that a template rendered (`RenderedPrompt`) keeps the template's words: its documents are cut. Any other
+    text loses its end. Where a chat template has written the BOS that the tokenizer adds too, one of them is kept.
 
     Raises:
-        InputError: A prompt has no tokens, so that nothing could predict a completion's first one.
+        InputError: A prompt has no tokens, so that nothing could predict a completion's first one; or a template's own
+            words are more than `max_length` tokens.
     """
-    encoded = tokenizer(
-        list(prompts), truncation=max_length is not None, max_length=max_length, add_special_tokens=True
-    )
-    bos = tokenizer.bos_token_id
-    prompt_ids = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded["input_ids"]]
+    if max_length is None or not any(isinstance(prompt, RenderedPrompt) for prompt in prompts):
+        prompt_ids = _token_ids(tokenizer, prompts, max_length)
+    else:
+        prompt_ids = _token_ids(tokenizer, prompts)
+        for p, prompt in enumerate(prompts):
+            if len(prompt_ids[p]) > max_length:
+                [prompt_ids[p]] = _token_ids(tokenizer, [shorten(tokenizer, prompt, max_length)], max_length)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if not ids:
             raise InputError(f"The prompt {prompt!r} has no tokens: drop that row, or ask with a template's words.")
     return prompt_ids
+
+
+def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> str:
+    """A prompt of more than `max_length` tokens with its documents cut, or as it is where no template rendered it.
+
+    Raises:
+        InputError: As `prompts.shortened`.
+    """
+    if not isinstance(prompt, RenderedPrompt):
+        return prompt
+    return shortened(prompt, max_length=max_length, **_measures(tokenizer))
+
+
+def check_can_fit(tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, max_length: int) -> None:
+    """Raises `InputError` if `shorten` would; costs one rendering."""
+    if not can_fit(prompt, max_length=max_length, **_measures(tokenizer)):
+        raise cannot_fit(prompt, max_length=max_length, **_measures(tokenizer))
+
+
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each whole prompt, special tokens included."""
+    return [len(ids) for ids in _token_ids(tokenizer, prompts)]
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None = None
+) -> list[list[int]]:
+    """Ids with special tokens, cut on the right at `max_length`, and no BOS twice."""
+    encoded = tokenizer(
+        [str(prompt) for prompt in prompts],
+        truncation=max_length is not None,
+        max_length=max_length,
+        add_special_tokens=True,
+        verbose=False,  # no warning of a length that is cut next
+    )
+    bos = tokenizer.bos_token_id
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded["input_ids"]]
+
+
+def _measures(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
+    """What `prompts.shortened` measures texts with."""
+
+    def token_ends(text: str) -> list[int]:
+        if not tokenizer.is_fast:  # which does not tell where its tokens end
+            return list(range(1, len(text) + 1))
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = sorted({end for start, end in encoded["offset_mapping"] if end > start})
+        return [*ends[:-1], len(text)] if ends else []
+
+    return {"count_tokens": lambda text: prompt_lengths(tokenizer, [text])[0], "token_ends": token_ends}
 
 
 def target_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> list[int]:

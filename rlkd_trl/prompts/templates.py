@@ -20,6 +20,7 @@ from rlkd_trl.prompts.sandbox import (
     plain_value,
     seeded_choice,
 )
+from rlkd_trl.prompts.shortening import RenderedPrompt
 
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
@@ -64,19 +65,23 @@ class PromptTemplate:
         """The columns that the text before `|||` may read; the target's are among them if `|||` is in a loop."""
         return self._with_choices(self._compiled.input_variables)
 
-    def render(self, row: Mapping[str, object]) -> str:
+    def render(self, row: Mapping[str, object]) -> RenderedPrompt:
         """The prompt: the text before `|||`, stripped.
 
         The target part is not run, so its columns may be missing. Take the human reference out of the row: then no
-        template can show it to the teacher.
+        template can show it to the teacher. The prompt can be shortened later on; its draws of `choice` stay.
 
         Raises:
             InputError: the input uses a column that the row lacks, the template fails or does something that the
                 sandbox forbids, or the prompt is empty.
         """
-        with self._explained(
-            row, hint=", or leave this template out if that is the human reference: a prompt must not show it"
-        ):
+        read = {column: plain_value(column, row[column]) for column in self.input_variables if column in row}
+        return RenderedPrompt(self._input(row), read, lambda shorter: self._input({**row, **shorter}, choosing_for=row))
+
+    def _input(self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None) -> str:
+        """`choosing_for`: the row that fixes the draws of `choice`, if it is another. Raises `InputError`."""
+        hint = ", or leave this template out if that is the human reference: a prompt must not show it"
+        with self._explained(row, choosing_for, hint):
             prompt = self._compiled.input_part(self._values(row)).strip()
         if not prompt:
             raise InputError(
@@ -85,7 +90,7 @@ class PromptTemplate:
             )
         return prompt
 
-    def render_example(self, row: Mapping[str, object]) -> tuple[str, str]:
+    def render_example(self, row: Mapping[str, object]) -> tuple[RenderedPrompt, str]:
         """The input and the target, both stripped.
 
         Raises:
@@ -123,9 +128,12 @@ class PromptTemplate:
         return values
 
     @contextmanager
-    def _explained(self, row: Mapping[str, object], hint: str = "") -> Iterator[None]:
+    def _explained(
+        self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None, hint: str = ""
+    ) -> Iterator[None]:
         """Fixes the draws of `choice`, and turns whatever a template raises into an InputError."""
-        read = [(column, row[column]) for column in sorted(self.input_variables) if column in row]
+        choosing_for = row if choosing_for is None else choosing_for
+        read = [(column, choosing_for[column]) for column in sorted(self.input_variables) if column in choosing_for]
         try:
             with seeded_choice(repr((self.name, self.jinja, read))):
                 yield
@@ -235,7 +243,7 @@ class PromptTemplates(Sequence[PromptTemplate]):
             f"These read: {uses}. Choose templates by name."
         )
 
-    def render(self, row: Mapping[str, object]) -> list[str]:
+    def render(self, row: Mapping[str, object]) -> list[RenderedPrompt]:
         """One prompt per template, in order.
 
         Raises:
@@ -244,7 +252,7 @@ class PromptTemplates(Sequence[PromptTemplate]):
         row = self._renamed(row)
         return [template.render(row) for template in self]
 
-    def render_source(self, text: str) -> list[str]:
+    def render_source(self, text: str) -> list[RenderedPrompt]:
         """One prompt per template, with `text` as the one column that their inputs read; `rename` plays no part.
 
         Raises:

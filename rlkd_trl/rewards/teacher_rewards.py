@@ -4,7 +4,7 @@ Each class names one equation of `rlkd_trl.ops.rewards` and the statistics it re
 function too: `GRPOTrainer(reward_funcs=[TeacherForcingReward(...)])` gets the sequence sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from rlkd_trl.ops.rewards import (
     rewards_from_returns,
     teacher_forcing_reward,
 )
-from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.prompts import PromptTemplates, RenderedPrompt
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
 from rlkd_trl.teachers.panel import TeacherPanel
@@ -100,7 +100,12 @@ class TeacherReward:
         if isinstance(prompt, str):
             return prompt
         tokenizer = self.panel.scorers[0].teacher.processing_class
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+        def written(shorter: Mapping[str, object]) -> str:
+            messages = [{**message, "content": shorter.get(i, message["content"])} for i, message in enumerate(prompt)]
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        return RenderedPrompt(written({}), {i: message["content"] for i, message in enumerate(prompt)}, written)
 
     def _score_rows(self, rows: list[dict], completions_ids: list[list[int]]) -> list[Tensor]:
         if not rows:

@@ -65,7 +65,8 @@ class TeacherPanel:
             InputError: A template does not render; it is named.
         """
         if self.templates is None:
-            return [str(row["prompt"])]
+            prompt = row["prompt"]
+            return [prompt if isinstance(prompt, str) else str(prompt)]
         if set(row) <= {"prompt", "references"}:
             return self.templates.render_source(str(row["prompt"]))
         return self.templates.render(question_columns(self.templates, row))

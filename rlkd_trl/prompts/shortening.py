@@ -1,0 +1,240 @@
+"""Prompts that are too long lose the end of their documents, never the words of their template."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rlkd_trl.errors import InputError
+
+SHOWN_CHARACTERS = 60
+
+
+class RenderedPrompt(str):
+    """A prompt's text that still knows what it was rendered from, and so can be rendered from less.
+
+    variables: what the template read from the data row. Their texts, those in lists and mappings included, are what
+    `shortened` may cut. `render` takes replacements for some of them and returns the text with those. Pickled, it is
+    plain text.
+    """
+
+    __slots__ = ("_render", "variables")
+
+    def __new__(
+        cls, text: str, variables: Mapping[str, object], render: Callable[[Mapping[str, object]], str]
+    ) -> RenderedPrompt:
+        prompt = super().__new__(cls, text)
+        prompt.variables = dict(variables)
+        prompt._render = render
+        return prompt
+
+    def render(self, replaced: Mapping[str, object]) -> str:
+        """The text with some variables replaced. Raises `InputError` where the template fails on them."""
+        return self._render(replaced)
+
+    def __reduce__(self):
+        return str, (str(self),)
+
+
+class ShortenedText(str):
+    """The beginning of a text, as a template's variable: it prints what is left, and answers questions of the whole.
+
+    `if`, `length`, `in` and `==` see the whole text, so that a template's conditions take the same branch as before.
+    """
+
+    __slots__ = ("_end", "_whole")
+
+    def __new__(cls, whole: str, end: int) -> ShortenedText:
+        text = super().__new__(cls, whole[:end])
+        text._whole, text._end = whole, end
+        return text
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __contains__(self, part: str) -> bool:
+        return part in self._whole
+
+    def __eq__(self, other: object) -> bool:
+        return self._whole == other
+
+    def __ne__(self, other: object) -> bool:
+        return self._whole != other
+
+    def __hash__(self) -> int:
+        return hash(self._whole)
+
+    def __reduce__(self):
+        return ShortenedText, (self._whole, self._end)
+
+
+def shortened(
+    prompt: RenderedPrompt,
+    *,
+    count_tokens: Callable[[str], int],
+    token_ends: Callable[[str], Sequence[int]],
+    max_length: int,
+) -> str:
+    """The longest rendering of at most `max_length` tokens, from variables that end earlier.
+
+    All variables are cut to one common number of tokens, so that the longest are cut first, and every one keeps at
+    least one token. In a list, what lies behind the cut is left out; where the template needs it, it is blank. A
+    search that begins where the excess says the cut must be takes two or three renderings.
+
+    Args:
+        prompt: of more than `max_length` tokens.
+        count_tokens: tokens of a text, special tokens included.
+        token_ends: the places in a text at which it may be cut, in ascending order, the last at its end.
+
+    Raises:
+        InputError: The template's own words and one token of each variable are too many.
+    """
+    cuts = _Cuts(prompt.variables, token_ends)
+    excess = count_tokens(prompt) - max_length
+    for leaves_out in (True, False):
+        text, failed = _longest_fitting(prompt, cuts, excess, leaves_out, lambda text: count_tokens(text) <= max_length)
+        if text is not None:
+            return text
+        if not failed:
+            break
+    raise cannot_fit(prompt, count_tokens, token_ends, max_length)
+
+
+def can_fit(
+    prompt: RenderedPrompt,
+    *,
+    count_tokens: Callable[[str], int],
+    token_ends: Callable[[str], Sequence[int]],
+    max_length: int,
+) -> bool:
+    """Whether `shortened` has anything to return: one rendering, with one token of each variable."""
+    cuts = _Cuts(prompt.variables, token_ends)
+    for leaves_out in (True, False):
+        try:
+            return count_tokens(prompt.render(cuts.at(cuts.least, leaves_out))) <= max_length
+        except InputError:
+            continue
+    return False
+
+
+def cannot_fit(prompt: RenderedPrompt, count_tokens, token_ends, max_length: int) -> InputError:
+    """The error for a prompt whose template's own words are too many; it shows the row by its longest text."""
+    cuts = _Cuts(prompt.variables, token_ends)
+    try:
+        least = f"{count_tokens(prompt.render(cuts.at(cuts.least, leaves_out=False)))} tokens"
+    except InputError:
+        least = "more"
+    return InputError(
+        f"A prompt of {count_tokens(prompt)} tokens cannot be cut to {max_length}: with one token of each of its "
+        f"variables ({', '.join(cuts.names) or 'it has none'}) it still has {least}, its template's own words. Allow "
+        f"longer prompts, or take a shorter template or that row out. The row begins: {_beginning(prompt)!r}"
+    )
+
+
+def _beginning(prompt: RenderedPrompt) -> str:
+    texts = [text for value in prompt.variables.values() for text in _texts(value)]
+    longest = str(max(texts, key=str.__len__, default=prompt))
+    return longest[:SHOWN_CHARACTERS] + ("…" if str.__len__(longest) > SHOWN_CHARACTERS else "")
+
+
+class _Cuts:
+    """All ways to cut a prompt's variables, from one token of each (`least`) to all (`most`), one token after another.
+
+    Cut number n leaves each variable n // V tokens of its own, V the number of variables, and the first n % V of them
+    one more.
+    """
+
+    def __init__(self, variables: Mapping[str, object], token_ends: Callable[[str], Sequence[int]]):
+        ends = {name: [list(token_ends(text)) for text in _texts(variables[name])] for name in sorted(variables)}
+        self._tokens = {name: sum(map(len, of_texts)) for name, of_texts in ends.items()}
+        self.names = [name for name, tokens in self._tokens.items() if tokens]
+        self._values = {name: variables[name] for name in self.names}
+        self._ends = ends
+        self.least = len(self.names)
+        self.most = len(self.names) * max(self._tokens.values(), default=0)
+
+    def with_about(self, fewer: int) -> int:
+        """The number of the cut that leaves so many fewer tokens in the variables than they have."""
+        wanted = sum(self._tokens.values()) - fewer
+        numbers = range(self.least, self.most + 1)
+        return self.least - 1 + bisect.bisect_right(numbers, wanted, key=self._tokens_left)
+
+    def at(self, number: int, leaves_out: bool) -> dict[str, object]:
+        """The variables that cut `number` changes. leaves_out: without what lists have behind the cut."""
+        limits = self._limits(number)
+        return {
+            name: _cut(value, iter(self._ends[name]), _Budget(limits[name]), leaves_out)
+            for name, value in self._values.items()
+            if limits[name] < self._tokens[name]
+        }
+
+    def _limits(self, number: int) -> dict[str, int]:
+        each, remainder = divmod(number, max(1, len(self.names)))
+        return {name: each + (i < remainder) for i, name in enumerate(self.names)}
+
+    def _tokens_left(self, number: int) -> int:
+        return sum(min(self._tokens[name], limit) for name, limit in self._limits(number).items())
+
+
+def _longest_fitting(
+    prompt: RenderedPrompt, cuts: _Cuts, excess: int, leaves_out: bool, fits: Callable[[str], bool]
+) -> tuple[str | None, bool]:
+    """The rendering of the largest cut that fits, or None; and whether the template has failed on a cut."""
+    best, failed = None, False
+    fitting, too_long = cuts.least - 1, cuts.most
+    number, step = cuts.with_about(excess), 1
+    while too_long - fitting > 1:
+        number = min(max(number, fitting + 1), too_long - 1)
+        try:
+            text = prompt.render(cuts.at(number, leaves_out))
+            is_fitting = fits(text)
+        except InputError:
+            is_fitting, failed = False, True
+        if is_fitting:
+            best, fitting = text, number
+        else:
+            too_long = number
+        if fitting >= cuts.least and too_long < cuts.most:
+            number = (fitting + too_long) // 2
+        else:
+            number += step if is_fitting else -step
+            step *= 2
+    return best, failed
+
+
+class _Budget:
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def take(self, wanted: int) -> int:
+        taken = min(wanted, self.tokens)
+        self.tokens -= taken
+        return taken
+
+
+def _cut(value: object, ends: Iterator[list[int]], budget: _Budget, leaves_out: bool) -> object:
+    """A copy with its first texts as far as the budget of tokens goes; `ends` has each text's places to cut at."""
+    if isinstance(value, str):
+        places = next(ends)
+        taken = budget.take(len(places))
+        return value if taken == len(places) else ShortenedText(value, places[taken - 1] if taken else 0)
+    if isinstance(value, Mapping):
+        return {key: _cut(item, ends, budget, leaves_out) for key, item in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    kept = []
+    for item in value:
+        is_behind = budget.tokens == 0
+        shorter = _cut(item, ends, budget, leaves_out)
+        if not (leaves_out and is_behind and kept):
+            kept.append(shorter)
+    return kept
+
+
+def _texts(value: object) -> list[str]:
+    """The texts in a value, in the order in which `_cut` comes to them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [text for item in value for text in _texts(item)] if isinstance(value, list | tuple) else []
