@@ -43,6 +43,7 @@ from rlkd_trl.commands.comparison.steps import (
 from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.errors import run
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
@@ -119,6 +120,8 @@ def main() -> None:
         use_demo(data, teacher, student, measurement, prompts, output_dir / "demo")
     rows = load_test_rows(data, prompts, templates, measurement)
     check_checkpoints(teacher, student)
+    length = measurement.max_prompt_length
+    rows = list(fit_rows(rows, "Test data", prompts, templates, student, teacher, max_prompt_length=length))
     flags = [*as_flags(data, prompts, teacher, student), *measurement.run_flags()]
     digests = FileDigests()
     grid = Grid(

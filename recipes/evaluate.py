@@ -10,6 +10,7 @@ Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sam
 
 from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require
 from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
 from rlkd_trl.commands.settings import EvaluationSettings, parse_settings
 from rlkd_trl.errors import run
@@ -21,8 +22,19 @@ def main() -> None:
     require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
     check_rewards(settings.reward, settings.evaluation.reward_weights)
     templates = load_templates(settings.prompts)
-    rows = list(load_prompts(settings.data, settings.prompts, templates))
+    rows = load_prompts(settings.data, settings.prompts, templates)
     check_checkpoints(settings.teacher, settings.student)
+    rows = list(
+        fit_rows(
+            rows,
+            "Data",
+            settings.prompts,
+            templates,
+            settings.student,
+            settings.teacher,
+            max_prompt_length=settings.evaluation.max_prompt_length,
+        )
+    )
 
     # Evaluate and report.
     results, outputs = evaluate_checkpoints(settings, rows, templates)

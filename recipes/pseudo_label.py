@@ -15,6 +15,7 @@ sequence-level interpolation, where K = 35 and the student was trained before. T
 from rlkd_trl.commands.checks import check_pseudo_labels, require
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.loading import load_panel
+from rlkd_trl.commands.prompt_lengths import check_questions
 from rlkd_trl.commands.settings import PseudoLabelSettings, parse_settings
 from rlkd_trl.errors import run
 
@@ -27,6 +28,7 @@ def main() -> None:
     check_pseudo_labels(settings)
     templates = load_templates(settings.prompts)
     rows = load_prompts(data, settings.prompts, templates)
+    check_questions(rows, "Data", templates, settings.teacher)
 
     # Ask the teacher, and write its answers as they come.
     from rlkd_trl.models.sharding import is_first_process

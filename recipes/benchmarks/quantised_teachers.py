@@ -26,6 +26,7 @@ from rlkd_trl.commands.comparison.steps import as_flags
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, LearningRate, Length, Seed, check_ranges
 
@@ -196,8 +197,11 @@ def main() -> None:
     if given := [flag for flag in as_flags(teacher) if flag in ("--teacher_dtype", "--teacher_quantization")]:
         raise InputError(f"{given[0]} is what this compares: leave it out.")
     templates = load_templates(prompts)
-    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
+    rows = load_prompts(data, prompts, templates)
     check_checkpoints(teacher, student)
+    length = args.max_prompt_length
+    rows = list(fit_rows(rows, "Data", prompts, templates, student, teacher, max_prompt_length=length))
+    rows = rows[: args.num_prompts]
 
     # Sample and score.
     from rlkd_trl.evaluation.samples import sampled_inputs

@@ -32,6 +32,7 @@ from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_student
+from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
@@ -168,10 +169,13 @@ def main() -> None:
     if teacher.teacher is None and prompts.templates is None:
         prompts.templates, prompts.template_names = DEMO_TEMPLATES
     templates = load_templates(prompts)
-    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
+    rows = load_prompts(data, prompts, templates)
     if is_demo(settings):
         use_demo_models(settings, args.output_dir, seed=args.seed)
     check_checkpoints(teacher, settings.student)
+    length = args.max_prompt_length
+    rows = list(fit_rows(rows, "Data", prompts, templates, settings.student, teacher, max_prompt_length=length))
+    rows = rows[: args.num_prompts]
 
     # Load.
     from rlkd_trl.models.loading import default_device

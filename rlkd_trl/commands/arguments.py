@@ -88,7 +88,8 @@ class TeacherArguments:
         metadata={"help": "NVMe directory for --teacher_placement offload (needs libaio); default: CPU memory."},
     )
     teacher_max_prompt_length: Length | None = field(
-        default=None, metadata={"help": "Teacher prompts are cut at this many tokens; default: not at all."}
+        default=None,
+        metadata={"help": "Teacher prompts have this many tokens at most: documents are cut. Default: any."},
     )
     teacher_batch_tokens: Count | None = field(
         default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}

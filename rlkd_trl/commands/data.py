@@ -4,6 +4,7 @@ import random
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.prompt_lengths import fit_prompts, student_prompt
 from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
     as_references,
@@ -15,10 +16,11 @@ from rlkd_trl.data import (
     require_text,
 )
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
+from rlkd_trl.prompts import PromptTemplates, question_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -69,8 +71,7 @@ def load_prompts(
             grouped = grouped.remove_columns("source")
         grouped = grouped.add_column("source", grouped["prompt"][:])
     if prompts.student_template is not None:
-        own = PromptTemplate("student_template", prompts.student_template)
-        texts = [own.render({k: v for k, v in row.items() if k != "references"}) for row in grouped]
+        texts = [str(student_prompt(prompts.student_template, row)) for row in grouped]
         grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
     check_templates(templates, grouped)
     return grouped
@@ -119,13 +120,11 @@ def load_train_and_held_out(
     return train, test
 
 
-def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> "Dataset":
+def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, str]]:
     """Supervised pairs, `prompt` and `target`: every row's reference after every template, or after the bare source.
 
-    Without `--dataset`, the demo's. Raises `InputError`.
+    Without `--dataset`, the demo's. The prompts are whole: see `pairs_within`. Raises `InputError`.
     """
-    from datasets import Dataset
-
     data, prompts = settings.data, settings.prompts
     rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
     source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
@@ -134,7 +133,6 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     require_columns(rows, source_column=source, target_column=target)
     if data.max_rows is not None:
         rows = rows.select(range(min(data.max_rows, len(rows))))
-    own = None if prompts.student_template is None else PromptTemplate("student_template", prompts.student_template)
     pairs = []
     for i, row in enumerate(rows):
         require_text(row[source], source, i)
@@ -143,8 +141,18 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         if templates is not None:
             questions = templates.render(question_columns(templates, columns))
         else:
-            questions = [own.render(columns) if own else row[source]]
+            questions = [student_prompt(prompts.student_template, columns)]
         # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
         answers = [""] if row[target] == "" else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
-    return Dataset.from_list(pairs)
+    return pairs
+
+
+def pairs_within(
+    pairs: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, max_prompt_length: int
+) -> "Dataset":
+    """The pairs with prompts cut to so many tokens, where a template rendered them. Raises `InputError`."""
+    from datasets import Dataset
+
+    prompts = fit_prompts([pair["prompt"] for pair in pairs], "Training pairs", tokenizer, max_prompt_length)
+    return Dataset.from_list([{**pair, "prompt": prompt} for pair, prompt in zip(pairs, prompts, strict=True)])

@@ -1,7 +1,7 @@
 """The body of the distillation recipes: check, build, train, finish, with one object of settings through all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo, 
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
+from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
 from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, parse_settings
 from rlkd_trl.prompts import PromptTemplates
@@ -60,6 +61,8 @@ def distil(
     if is_demo(settings):
         use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
 
+    inputs = within_lengths(settings, inputs)
+
     # 3 build.
     trainer = build(getattr(rlkd_trl, trainer), settings, inputs)
 
@@ -93,6 +96,19 @@ def check(settings: DistillationSettings) -> CheckedInputs:
     if not demo:
         check_checkpoints(settings.teacher, settings.student)
     return CheckedInputs(templates, train, test, checkpoint)
+
+
+def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:
+    """The inputs with prompts that fit `max_prompt_length`, for which the checkpoints' tokenizers are needed.
+
+    Raises:
+        InputError: As `fit_rows`.
+    """
+    of_prompts = (settings.prompts, inputs.templates, settings.student, settings.teacher)
+    length = settings.args.max_prompt_length
+    train = fit_rows(inputs.train, "Training data", *of_prompts, max_prompt_length=length)
+    test = fit_rows(inputs.test, "Held-out data", *of_prompts, max_prompt_length=length)
+    return replace(inputs, train=train, test=test)
 
 
 def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, inputs: CheckedInputs) -> "RolloutTrainer":

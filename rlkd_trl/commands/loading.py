@@ -1,13 +1,12 @@
 """Models of a command, from its checked flags."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import NewModelArguments, RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlkd_trl.rewards import RewardModel
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_or_make_model(
-    student: StudentArguments, new: NewModelArguments, pairs: "Dataset", *, seed: int
+    student: StudentArguments, new: NewModelArguments, pairs: Sequence[Mapping[str, str]], *, seed: int
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """`--student`'s checkpoint, or a new model over `--tokenizer` or one trained on the pairs. Raises `InputError`."""
     if student.student is not None:
@@ -27,7 +26,8 @@ def load_or_make_model(
     if new.tokenizer is not None:
         tokenizer = load_tokenizer(new.tokenizer)
     else:
-        tokenizer = train_tokenizer([*pairs["prompt"], *pairs["target"]], vocab_size=new.vocab_size)
+        texts = [pair[column] for column in ("prompt", "target") for pair in pairs]
+        tokenizer = train_tokenizer(texts, vocab_size=new.vocab_size)
     sizes = {
         name: getattr(new, name) for name in ("architecture", "d_model", "num_layers", "num_heads", "d_ff", "dropout")
     }

@@ -1,9 +1,10 @@
 """Prompts within their caps, before a model is loaded: what is cut of a data set, said once, and what cannot be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import PromptArguments
+from rlkd_trl.commands.arguments import PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
@@ -14,6 +15,33 @@ if TYPE_CHECKING:
 BATCH_SIZE = 1000  # texts that are tokenised at a time
 
 
+def fit_rows(
+    rows: "Dataset",
+    data_name: str,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    student: StudentArguments,
+    teacher: TeacherArguments,
+    *,
+    max_prompt_length: int | None,
+) -> "Dataset":
+    """The rows with student prompts within `max_prompt_length` tokens; questions to the teacher are looked at only.
+
+    A line each says how many rows are longer than their cap. Needs the two checkpoints' tokenizers, no weights.
+
+    Raises:
+        InputError: A template's own words are too many tokens; the row is named, counted from 1.
+    """
+    from rlkd_trl.models.loading import load_tokenizer
+
+    if max_prompt_length is not None:
+        tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+        rows = _fit_student_prompts(rows, data_name, prompts.student_template, tokenizer, max_prompt_length)
+    if teacher.teacher and teacher.teacher_max_prompt_length is not None:
+        check_questions(rows, data_name, templates, teacher)
+    return rows
+
+
 def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
     """What the student reads of a data row: `--student_template` with its columns, or the bare source."""
     if template is None:
@@ -22,26 +50,13 @@ def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
     return own.render({name: value for name, value in row.items() if name != "references"})
 
 
-def fit_student_prompts(
-    rows: "Dataset",
-    data_name: str,
-    prompts: PromptArguments,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
+def _fit_student_prompts(
+    rows: "Dataset", data_name: str, template: str | None, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> "Dataset":
-    """The rows with prompts of at most `max_length` tokens: `--student_template`'s words stay, its documents are cut.
-
-    Bare sources stay as they are: whoever tokenises them cuts their ends. One line says how many rows are concerned.
-
-    Raises:
-        InputError: The template's own words are too many tokens; the row is named, counted from 1.
-    """
-    if max_length is None:
-        return rows
-    if prompts.student_template is None:
+    if template is None:  # bare sources stay as they are: whoever tokenises them cuts their ends
         fit_prompts(rows["prompt"], data_name, tokenizer, max_length)
         return rows
-    texts = [student_prompt(prompts.student_template, {**row, "prompt": row["source"]}) for row in rows]
+    texts = [student_prompt(template, {**row, "prompt": row["source"]}) for row in rows]
     texts = fit_prompts(texts, data_name, tokenizer, max_length)
     return rows.remove_columns("prompt").add_column("prompt", texts)
 
@@ -52,7 +67,7 @@ def fit_prompts(
     """The prompts, those that a template rendered cut to `max_length` tokens, and a line about how many were longer.
 
     Raises:
-        InputError: As `fit_student_prompts`.
+        InputError: As `fit_rows`.
     """
     from rlkd_trl.models.prompts import shorten
 
@@ -67,37 +82,61 @@ def fit_prompts(
 
 
 def check_questions(
-    rows: Sequence[Mapping[str, object]],
-    data_name: str,
-    templates: PromptTemplates | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
+    rows: Sequence[Mapping[str, object]], data_name: str, templates: PromptTemplates | None, teacher: TeacherArguments
 ) -> None:
-    """Finds the rows whose questions to a teacher have more than `max_length` tokens, and says how many they are.
+    """Says how many rows' questions have more tokens than `--teacher_max_prompt_length`; the teacher cuts them later.
 
-    Each row counts with its longest question. The teacher cuts the documents when it is asked.
+    Each row counts with its longest question.
 
     Raises:
-        InputError: A template's own words are too many tokens; the row is named, counted from 1.
+        InputError: As `fit_rows`.
     """
+    from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.models.prompts import check_can_fit
 
+    max_length = teacher.teacher_max_prompt_length
     if max_length is None:
         return
-    if templates is None:
-        longest = [row["prompt"] for row in rows]
-    else:
-        longest = [max(templates.render(question_columns(templates, row)), key=len) for row in rows]
+    tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
+    longest = [max(_questions(templates, row), key=len) for row in rows]
     excess = []
     for i, length in enumerate(_lengths(tokenizer, longest)):
         if length > max_length:
             excess.append(length - max_length)
             with _naming_the_row(data_name, i):
-                for question in templates.render(question_columns(templates, rows[i])) if templates else []:
+                for question in _questions(templates, rows[i]) if templates is not None else []:
                     check_can_fit(tokenizer, question, max_length)
-    _say(
-        f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are",
-        "--teacher_max_prompt_length",
-        max_length,
-        excess,
-    )
+    questions = f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are"
+    _say(questions, "--teacher_max_prompt_length", max_length, excess)
+
+
+def _questions(templates: PromptTemplates | None, row: Mapping[str, object]) -> list[str]:
+    return [row["prompt"]] if templates is None else templates.render(question_columns(templates, row))
+
+
+def _lengths(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iterator[int]:
+    from rlkd_trl.models.prompts import prompt_lengths
+
+    for start in range(0, len(texts), BATCH_SIZE):
+        yield from prompt_lengths(tokenizer, texts[start : start + BATCH_SIZE])
+
+
+@contextmanager
+def _naming_the_row(data_name: str, index: int) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{data_name}, row {index + 1}: {error}") from error
+
+
+def _say(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:
+    """One line, from the first process; nothing where nothing is longer."""
+    from rlkd_trl.models.sharding import is_first_process
+
+    if excess and is_first_process():
+        mean, most = sum(excess) / len(excess), max(excess)
+        print(
+            f"{how_many_are} longer than {flag} {max_length} and lose {mean:.0f} tokens on average, {most} at most: "
+            "the ends of their longest texts, not a template's words.",
+            flush=True,
+        )

@@ -91,8 +91,12 @@ def shortened(
     """
     cuts = _Cuts(prompt.variables, token_ends)
     excess = count_tokens(prompt) - max_length
+
+    def fits(text: str) -> bool:
+        return count_tokens(text) <= max_length
+
     for leaves_out in (True, False):
-        text, failed = _longest_fitting(prompt, cuts, excess, leaves_out, lambda text: count_tokens(text) <= max_length)
+        text, failed = _longest_fitting(prompt, cuts, excess, leaves_out, fits)
         if text is not None:
             return text
         if not failed:

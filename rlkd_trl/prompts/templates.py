@@ -76,7 +76,11 @@ class PromptTemplate:
                 sandbox forbids, or the prompt is empty.
         """
         read = {column: plain_value(column, row[column]) for column in self.input_variables if column in row}
-        return RenderedPrompt(self._input(row), read, lambda shorter: self._input({**row, **shorter}, choosing_for=row))
+
+        def render(shorter: Mapping[str, object]) -> str:
+            return self._input({**row, **shorter}, choosing_for=row)
+
+        return RenderedPrompt(self._input(row), read, render)
 
     def _input(self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None) -> str:
         """`choosing_for`: the row that fixes the draws of `choice`, if it is another. Raises `InputError`."""

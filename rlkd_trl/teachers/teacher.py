@@ -35,7 +35,8 @@ class Teacher:
     Args:
         model: An encoder-decoder or decoder-only model. It is put in eval mode and its parameters are frozen.
         processing_class: Its tokenizer. It may lack a pad token: what stands in the padding is masked.
-        max_prompt_length: Longer prompts are cut at this many tokens; None leaves them whole.
+        max_prompt_length: Longer prompts are cut to this many tokens, a template's prompts in their documents (see
+            `prompts.shortened`), others at their ends; None leaves them whole.
         max_batch_tokens: Budget of one scoring batch, in tokens with their padding, a prompt counted once for each of
             its completions: a decoder-only model's completion holds a copy of its prompt's keys and values besides
             its own, an encoder-decoder's only with eager attention. A single prompt's completions are never split.

@@ -62,7 +62,7 @@ def test_without_a_limit_nothing_is_cut():
 def test_words_alone_that_are_too_many_name_the_row():
     prompt = render("w3 w4 w5 {{ s }} w6", s="w7 " + words(3, 26))
     for refused in (prompt_token_ids, lambda tokenizer, prompts, max_length: shorten(tokenizer, *prompts, max_length)):
-        with pytest.raises(InputError, match="cannot be cut to 5: .* still has 6 tokens.* row begins: 'w7 w3"):
+        with pytest.raises(InputError, match=r"cannot be cut to 5: .* still has 6 tokens.* row begins: 'w7 w3"):
             refused(word_tokenizer(), [prompt], max_length=5)
     with pytest.raises(InputError, match="cannot be cut to 5"):
         check_can_fit(word_tokenizer(), prompt, 5)

@@ -166,7 +166,14 @@ def test_the_words_behind_the_document_survive_in_every_set(templates):
 WORDS = st.lists(st.sampled_from(["alpha", "b", "gamma-x", "δ", "e."]), max_size=30).map(" ".join)
 PIECES = st.lists(
     st.sampled_from(
-        ["{{ a }}", "{{ b|upper }}", "{% for x in c %}{{ x }} {% endfor %}", "{% if a %}{{ b }}{% endif %}", "T1", "T2"]
+        [
+            "{{ a }}",
+            "{{ b|upper }}",
+            "{% for x in c %}{{ x }} {% endfor %}",
+            "{% if a %}{{ b }}{% endif %}",
+            "T1",
+            "T2",
+        ]
     ),
     min_size=1,
     max_size=6,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
@@ -29,6 +29,9 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.settings.ranges import LARGEST_COUNT, AtLeastTwo, Count, Length, Positive, Range, Seed, check_ranges
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
 # For every run, unless `--common` says otherwise.
@@ -223,7 +226,7 @@ def load_test_rows(
     prompts: PromptArguments,
     templates: PromptTemplates | None,
     test: MeasurementArguments,
-) -> list[dict]:
+) -> "Dataset":
     """The test rows, once all data sets are found to be good.
 
     Raises:
@@ -241,7 +244,7 @@ def load_test_rows(
                 f"{len(common)} test inputs are in {flag} too, e.g. {min(common)!r}: test on inputs that nothing was "
                 "trained or chosen on."
             )
-    return list(rows)
+    return rows
 
 
 def use_demo(
