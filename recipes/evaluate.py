@@ -24,17 +24,9 @@ def main() -> None:
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)
     check_checkpoints(settings.teacher, settings.student)
-    rows = list(
-        fit_rows(
-            rows,
-            "Data",
-            settings.prompts,
-            templates,
-            settings.student,
-            settings.teacher,
-            max_prompt_length=settings.evaluation.max_prompt_length,
-        )
-    )
+    length = settings.evaluation.max_prompt_length
+    of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
+    rows = list(fit_rows(rows, "Data", *of_prompts, max_prompt_length=length))
 
     # Evaluate and report.
     results, outputs = evaluate_checkpoints(settings, rows, templates)

@@ -89,7 +89,7 @@ class TeacherArguments:
     )
     teacher_max_prompt_length: Length | None = field(
         default=None,
-        metadata={"help": "Teacher prompts have this many tokens at most: documents are cut. Default: any."},
+        metadata={"help": "Cap on a teacher prompt: documents are cut to so many tokens. Default: none."},
     )
     teacher_batch_tokens: Count | None = field(
         default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}
