@@ -14,7 +14,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl.commands.checks import check_student, last_checkpoint
+from rlkd_trl.commands.checks import check_student, checkpoint_to_resume
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
 from rlkd_trl.commands.settings import SupervisedSettings, parse_settings
@@ -28,7 +28,7 @@ def main() -> None:
     args = settings.args
     templates = load_templates(settings.prompts)
     pairs = load_pairs(settings, templates)
-    checkpoint = last_checkpoint(settings.run, args.output_dir)
+    checkpoint = checkpoint_to_resume(settings.run, args)
     check_student(settings.student)
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 

@@ -9,6 +9,8 @@ from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from rlkd_trl.trainers.config import OnPolicyConfig
 
 
@@ -109,16 +111,27 @@ def check_rewards(
         check_k_step(reward.k, args)
 
 
-def last_checkpoint(run: RunArguments, output_dir: str) -> str | None:
-    """The newest checkpoint in `output_dir` if `--resume` asks for it.
+def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | None:
+    """`--resume_from_checkpoint`, or the newest checkpoint in `--output_dir` if `--resume` asks for it.
 
     Raises:
-        InputError: There is none, or `output_dir` is a file.
+        InputError: There is none, both are given, or `--output_dir` is a file.
     """
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
+    output_dir, named = args.output_dir, args.resume_from_checkpoint
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: name a directory.")
+    if named is not None:
+        if run.resume:
+            raise InputError(f"--resume and --resume_from_checkpoint {named} are two checkpoints: give one of them.")
+        if not (Path(named) / TRAINER_STATE_NAME).is_file():
+            raise InputError(
+                f"--resume_from_checkpoint {named} is no checkpoint of a run (a directory with {TRAINER_STATE_NAME}); "
+                "--resume takes the newest one in --output_dir."
+            )
+        return named
     if not run.resume:
         return None
     found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rlkd_trl
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo, last_checkpoint
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, checkpoint_to_resume, is_demo
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
@@ -81,7 +81,7 @@ def check(settings: DistillationSettings) -> CheckedInputs:
     Raises:
         InputError: One of them is wrong; the message names it.
     """
-    from rlkd_trl.trainers.checks import check_sharding, check_targets
+    from rlkd_trl.trainers.checks import check_best_metric, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
     demo = is_demo(settings)
@@ -90,9 +90,10 @@ def check(settings: DistillationSettings) -> CheckedInputs:
         check_rewards(settings.reward, settings.args.reward_weights, settings.args)
     templates = load_templates(settings.prompts)
     train, test = load_train_and_held_out(settings, templates)
+    check_best_metric(settings.args, test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(train, settings.args)
-    checkpoint = last_checkpoint(settings.run, settings.args.output_dir)
+    checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not demo:
         check_checkpoints(settings.teacher, settings.student)
     return CheckedInputs(templates, train, test, checkpoint)

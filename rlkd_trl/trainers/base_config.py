@@ -1,7 +1,7 @@
 """What all trainers' settings share: other defaults for `transformers.TrainingArguments`, and its numbers' ranges."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from transformers import TrainingArguments
 
@@ -13,6 +13,12 @@ from rlkd_trl.settings.ranges import (
     Seed,
     ShareBelowOne,
     check_ranges,
+)
+from rlkd_trl.trainers.inherited_settings import (
+    REFUSED,
+    check_inherited,
+    check_optimizer,
+    refusals_are_input_errors,
 )
 from rlkd_trl.trainers.processes import start_processes
 
@@ -56,8 +62,12 @@ class BaseConfig(TrainingArguments):
     """Defaults of the base class that do not suit this use; every number is checked before anything else happens.
 
     Raises:
-        InputError: A number is out of its range, NaN or infinite.
+        InputError: A number is out of its range, NaN or infinite; a field of the base class is set that is not
+            supported (see `inherited_settings`), or that transformers refuses.
     """
+
+    # Fields of the base class that must keep their defaults, each with the reason.
+    refused: ClassVar[dict[str, str]] = REFUSED
 
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the data's columns are read as they are."}
@@ -69,5 +79,8 @@ class BaseConfig(TrainingArguments):
 
     def __post_init__(self):
         check_ranges(self, prefix="", inherited=INHERITED_RANGES)
+        check_inherited(self, self.refused)
         start_processes(self)
-        super().__post_init__()
+        with refusals_are_input_errors():
+            super().__post_init__()
+        check_optimizer(self)

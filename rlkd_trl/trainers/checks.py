@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
@@ -47,7 +48,7 @@ def check_targets(dataset: Dataset, args: KDConfig) -> None:
 
 def check_sharding(args: RolloutConfig) -> None:
     """Raises `InputError` for a student sharded by FSDP, and for what one sharded by ZeRO-3 does not go with."""
-    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise InputError(
             "The student cannot be sharded by FSDP, which gathers weights for its whole forward pass only: use "
             "DeepSpeed, as in accelerate_configs/zero3.yaml."
@@ -80,6 +81,32 @@ def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:
             raise InputError(
                 f"The evaluation data has no column `prompt`; its columns are: {', '.join(rows.column_names)}."
             )
+
+
+def check_best_metric(
+    args: RolloutConfig, eval_dataset: Dataset | dict[str, Dataset] | None, *, has_teacher: bool
+) -> None:
+    """Raises `InputError` if `metric_for_best_model` will not be among the metrics of an evaluation."""
+    name = args.metric_for_best_model
+    if name is None or eval_dataset is None:
+        return
+    metric = base_metric(name)
+    prefix = name.removeprefix("eval_").removesuffix(metric).removesuffix("_")
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    if prefix not in sets:
+        wanted = ", ".join(f"eval_{one}_{metric}" if one else f"eval_{metric}" for one in sets)
+        raise InputError(f"metric_for_best_model = {name!r} is not among the metrics here: choose {wanted}.")
+    if metric in ("ibleu", "self_bleu", "student_nll_of_teacher_per_token"):
+        raise InputError(f"metric_for_best_model = {name!r} is not measured during training; choose another.")
+    if metric.startswith("teacher_nll") and not has_teacher:
+        raise InputError(f"metric_for_best_model = {name!r} needs a reward with a teacher.")
+    rows = sets[prefix]
+    references = rows["references"] if "references" in rows.column_names else [[]]
+    if metric in ("bleu", "rouge1", "rouge2", "rougeL", "length_ratio") and not all(references):
+        raise InputError(
+            f"metric_for_best_model = {name!r} compares with references, which not every held-out row has: name their "
+            "column with --target_column (a column `references` of lists of texts), or choose another metric."
+        )
 
 
 def checked_reward_model(

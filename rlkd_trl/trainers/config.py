@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.directions import greater_is_better
 from rlkd_trl.ops.average_reward import AVERAGES
 from rlkd_trl.settings.ranges import (
     Coefficient,
@@ -21,6 +22,7 @@ from rlkd_trl.settings.ranges import (
     Weight,
 )
 from rlkd_trl.trainers.base_config import BaseConfig
+from rlkd_trl.trainers.inherited_settings import REFUSED, REFUSED_ON_ROLLOUTS
 
 
 @dataclass
@@ -31,6 +33,8 @@ class RolloutConfig(BaseConfig):
     `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
     `num_iterations` times; every `gradient_accumulation_steps` micro-batches make one optimizer step.
     """
+
+    refused = REFUSED | REFUSED_ON_ROLLOUTS
 
     # Defaults of the base class that do not suit this use.
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
@@ -74,14 +78,22 @@ class RolloutConfig(BaseConfig):
     num_completions_to_print: CountFromZero = field(default=4, metadata={"help": "How many, with log_completions."})
 
     def __post_init__(self):
-        if self.metric_for_best_model is None and (
-            self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
-        ):
-            self.metric_for_best_model = "reward"  # Trainer's own default, the loss, is not evaluated here
+        self._choose_metric()
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
+
+    def _choose_metric(self) -> None:
+        """What the best checkpoint, or a schedule on a plateau, goes by: the reward, unless a metric is named."""
+        keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_the_best and self.eval_strategy == "no":
+            raise InputError("The best checkpoint is found by evaluating: set eval_strategy to steps or epoch.")
+        if keeps_the_best or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # Trainer's own default, the loss, is not evaluated here.
+            self.metric_for_best_model = self.metric_for_best_model or "reward"
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
 
     def _check_average_reward(self) -> None:
         """For the configs that have `average_reward`."""
@@ -122,12 +134,6 @@ class RolloutConfig(BaseConfig):
         self._check_truncated_sampling()
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: templates and rewards read the data's columns.")
-        if self.gradient_checkpointing:
-            raise InputError(
-                "gradient_checkpointing is not supported: recomputed layers would not find the keys and values that "
-                "the completions of a prompt share. Use a smaller per_device_train_batch_size with more "
-                "gradient_accumulation_steps."
-            )
 
 
 @dataclass

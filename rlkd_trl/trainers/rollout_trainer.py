@@ -27,7 +27,13 @@ from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
-from rlkd_trl.trainers.checks import check_held_out, check_prompts, check_sharded_head, check_sharding
+from rlkd_trl.trainers.checks import (
+    check_best_metric,
+    check_held_out,
+    check_prompts,
+    check_sharded_head,
+    check_sharding,
+)
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
@@ -62,6 +68,7 @@ class RolloutTrainer(Trainer):
     ):
         check_prompts(train_dataset, args)
         check_held_out(eval_dataset)
+        check_best_metric(args, eval_dataset, has_teacher=bool(reward_model.panels))
         check_sharding(args)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
@@ -94,6 +101,10 @@ class RolloutTrainer(Trainer):
         for teacher in teachers:
             teacher.to(self.accelerator.device)
         self.add_callback(BudgetMeter(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""
+        return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, *args, **kwargs)
 
     @property
     def policy(self) -> Policy:

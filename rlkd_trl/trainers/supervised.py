@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
@@ -23,7 +24,7 @@ class SupervisedTrainer(Trainer):
         train_dataset: Rows with `prompt` and `target`, both texts.
 
     Raises:
-        InputError: One of the two columns is missing.
+        InputError: One of the two columns is missing, or T5 with fp16.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class SupervisedTrainer(Trainer):
                     f"The training data has no column `{column}`; its columns are: "
                     f"{', '.join(train_dataset.column_names)}."
                 )
+        if args.fp16:
+            refuse_t5_in_float16(model.config, torch.float16)
         collate = PairCollator(
             processing_class,
             model.config.is_encoder_decoder,
@@ -58,6 +61,10 @@ class SupervisedTrainer(Trainer):
             compute_loss_func=partial(_summed_cross_entropy, shift=not model.config.is_encoder_decoder),
             **kwargs,
         )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""
+        return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, *args, **kwargs)
 
 
 @dataclass

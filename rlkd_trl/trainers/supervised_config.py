@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.ranges import Length
 from rlkd_trl.trainers.base_config import BaseConfig
+from rlkd_trl.trainers.inherited_settings import REFUSED, REFUSED_SUPERVISED
 
 
 @dataclass
 class SupervisedConfig(BaseConfig):
     """`transformers.TrainingArguments` and the lengths at which texts are cut."""
+
+    refused = REFUSED | REFUSED_SUPERVISED
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and micro-batch."})
@@ -20,10 +23,10 @@ class SupervisedConfig(BaseConfig):
     )
 
     def __post_init__(self):
+        if self.save_strategy == "best":
+            raise InputError("save_strategy = best: supervised training does not evaluate, so no checkpoint is best.")
+        if self.train_sampling_strategy == "group_by_length":
+            raise InputError("train_sampling_strategy = group_by_length: texts have no length yet; choose random.")
         super().__post_init__()
-        if self.eval_strategy != "no" or self.load_best_model_at_end:
-            raise InputError("Supervised training does not evaluate as it goes: measure its checkpoints afterwards.")
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: the collator reads the texts.")
-        if self.label_smoothing_factor:
-            raise InputError("label_smoothing_factor is not supported: the loss is plain cross-entropy.")

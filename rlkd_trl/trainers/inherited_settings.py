@@ -1,0 +1,203 @@
+"""What becomes of every field of `transformers.TrainingArguments`: it works here as documented, or it is refused.
+
+The four tables hold each field once. A field that a table refuses may keep its default; any other value is an error,
+since it would be ignored, or end the run half-way.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from huggingface_hub import get_token
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from rlkd_trl.errors import InputError
+
+# As documented by transformers, in every trainer here, by the machinery of `transformers.Trainer` or by ours.
+WORKS = (
+    *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16", "tf32", "use_cpu", "use_cache", "torch_empty_cache_steps", "full_determinism"),
+    *("seed", "data_seed", "ignore_data_skip", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
+    *("log_level", "log_level_replica", "disable_tqdm", "skip_memory_metrics"),
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    "hub_revision",
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("ddp_backend", "ddp_timeout", "deepspeed"),
+    "local_rank",  # deprecated: the launcher says which process this is
+    "remove_unused_columns",  # must stay False, in both configs
+    *("dataloader_pin_memory", "do_train"),  # nothing to pin in a list of texts; training is what a recipe does
+)
+
+REFUSED = {
+    "label_smoothing_factor": "the losses here are not smoothed",
+    "neftune_noise_alpha": "T5's embeddings would get no noise, and a noisy policy is not the one that sampled",
+    "use_liger_kernel": "the losses here read logits, or states, that Liger's fused loss does not return",
+    "liger_kernel_config": "the losses here read logits, or states, that Liger's fused loss does not return",
+    "optim_target_modules": "GaLore and APOLLO, which it is for, are not supported",
+    "label_names": "the names of the batch's fields are fixed",
+    "length_column_name": "batches are not grouped by length",
+    "parallelism_config": "tensor, context and sequence parallelism are not supported",
+    "enable_jit_checkpoint": "a run that is told to end saves a checkpoint without it",
+    "do_predict": "recipes do not predict; use recipes/evaluate.py",
+    "bf16_full_eval": "evaluation runs in the precision of training",
+    "fp16_full_eval": "evaluation runs in the precision of training",
+    "prediction_loss_only": "evaluation has no loss",
+    "eval_do_concat_batches": "evaluation keeps no logits",
+    "eval_use_gather_object": "evaluation keeps no logits",
+    "eval_accumulation_steps": "evaluation keeps no logits",
+    "include_for_metrics": "evaluation has metrics of its own",
+    "batch_eval_metrics": "evaluation has metrics of its own",
+}
+
+_RECOMPUTED = (
+    "recomputed layers would not find the keys and values that the completions of a prompt share. Use a smaller "
+    "per_device_train_batch_size with more gradient_accumulation_steps"
+)
+_PROMPTS_ARE_TEXTS = "prompts are short texts, read by the training process itself"
+
+# By the trainers on rollouts (PPO, RLOO, REINFORCE, KD, all actions); they work in supervised training.
+REFUSED_ON_ROLLOUTS = {
+    "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
+    "debug": "its hooks do not know the outputs of a policy",
+    "activation_checkpointing": _RECOMPUTED,
+    "activation_checkpointing_kwargs": _RECOMPUTED,
+    "gradient_checkpointing": _RECOMPUTED,
+    "gradient_checkpointing_kwargs": _RECOMPUTED,
+    "torch_compile": "the shapes of samples change with every batch",
+    "torch_compile_backend": "the shapes of samples change with every batch",
+    "torch_compile_mode": "the shapes of samples change with every batch",
+    "auto_find_batch_size": "a rollout is cut into micro-batches of a fixed size",
+    "include_num_input_tokens_seen": "cost.json counts the generated tokens",
+    "accelerator_config": "how prompts are dealt to processes is fixed by the rollout",
+    "train_sampling_strategy": "each rollout takes the next prompts of a shuffled epoch",
+    "dataloader_drop_last": "prompts that do not fill a rollout are always left out",
+    "dataloader_num_workers": _PROMPTS_ARE_TEXTS,
+    "dataloader_persistent_workers": _PROMPTS_ARE_TEXTS,
+    "dataloader_prefetch_factor": _PROMPTS_ARE_TEXTS,
+    "dataloader_multiprocessing_context": _PROMPTS_ARE_TEXTS,
+    "dataloader_in_order": _PROMPTS_ARE_TEXTS,
+    "fsdp": "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in accelerate_configs/zero3.yaml",
+    "fsdp_config": "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in "
+    "accelerate_configs/zero3.yaml",
+}
+
+_NOT_EVALUATED = "supervised training does not evaluate as it goes: measure its checkpoints afterwards"
+
+# By supervised training; they work on rollouts.
+REFUSED_SUPERVISED = {
+    "eval_strategy": _NOT_EVALUATED,
+    "eval_steps": _NOT_EVALUATED,
+    "eval_delay": _NOT_EVALUATED,
+    "eval_on_start": _NOT_EVALUATED,
+    "per_device_eval_batch_size": _NOT_EVALUATED,
+    "do_eval": _NOT_EVALUATED,
+    "load_best_model_at_end": _NOT_EVALUATED,
+    "metric_for_best_model": _NOT_EVALUATED,
+    "greater_is_better": _NOT_EVALUATED,
+}
+
+_REFUSED_OPTIMIZERS = {
+    "galore": "it needs a plain model's module names",
+    "apollo": "it needs a plain model's module names",
+    "lomo": "it updates weights inside of the backward pass",
+    "schedule_free": "its weights would have to be exchanged for every sample and evaluation",
+}
+
+
+def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
+    """Raises `InputError` for a field of `TrainingArguments` that is set and would be ignored or fail.
+
+    Call it before `TrainingArguments.__post_init__`, which fills fields in.
+    """
+    for option in dataclasses.fields(args):
+        value = getattr(args, option.name)
+        if option.name in refused and _is_set(value, option.default):
+            raise InputError(f"{option.name} = {value} is not supported: {refused[option.name]}.")
+    for family, reason in _REFUSED_OPTIMIZERS.items():
+        if family in str(getattr(args.optim, "value", args.optim)):
+            raise InputError(f"optim = {args.optim} is not supported: {reason}. adamw_torch_fused is the default.")
+    _check_reporters(args.report_to)
+    if args.push_to_hub and args.hub_token is None and get_token() is None:
+        raise InputError("push_to_hub needs an account: log in with `hf auth login`, or give hub_token.")
+
+
+@contextmanager
+def refusals_are_input_errors() -> Iterator[None]:
+    """What transformers' own checks of settings raise, as `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(str(error)) from error
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raises `InputError` for an optimizer or schedule that cannot be made: a library or a setting is missing.
+
+    Call it after `TrainingArguments.__post_init__`.
+    """
+    optimizer = _made(args, "optim", "optim_args", lambda: _optimizer(args))
+    steps = max(args.max_steps, 100)
+    _made(
+        args,
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        lambda: get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        ),
+    )
+
+
+def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
+    """One like the run's, of a single weight."""
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    without = copy.copy(args)
+    without.optim_args = None
+    if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(without)[1]:
+        raise InputError("it has no effect with this optimizer; leave it out.")
+    return optimizer_class([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+
+def _made(args: TrainingArguments, name: str, settings: str, make):
+    """What `make` returns; anything that it raises (each library its own kinds) as `InputError` with both fields."""
+    try:
+        return make()
+    except Exception as error:
+        what = f"{name} = {getattr(args, name).value}, {settings} = {getattr(args, settings)}"
+        raise InputError(f"{what}: {error}") from error
+
+
+def _is_set(value: object, default: object) -> bool:
+    """Whether a value is another than the default, or than what `TrainingArguments` itself makes of the default."""
+    if isinstance(value, AcceleratorConfig):
+        return value != AcceleratorConfig()
+    if default is dataclasses.MISSING:  # an empty list or dictionary
+        return bool(value)
+    value = getattr(value, "value", value)
+    return value != getattr(default, "value", default) and (bool(value) or default is True)
+
+
+def _check_reporters(report_to: str | list[str] | None) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to = {name}: choose none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        if name != "flyte" and name not in get_available_reporting_integrations():
+            raise InputError(f"report_to = {name} needs a package that is not installed: pip install {name}.")
