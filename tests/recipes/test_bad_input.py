@@ -90,6 +90,8 @@ MODEL_CASES = [
     (("sft (new model)",), "--d_model 30 --num_heads 4", "d_model 30 is not divisible by num_heads 4"),
     (("sft (new model)",), "--vocab_size 50", "vocab_size 50"),
     (("sft (new model)",), "--tokenizer ./nowhere", "nowhere` is not a directory"),
+    (TRAINED, "--resume_from_checkpoint files", "--resume_from_checkpoint files is no checkpoint of a run"),
+    (TRAINED, "--resume --resume_from_checkpoint files", "are two checkpoints: give one of them"),
     (TRAINED, "--resume", "no checkpoint in out; save some with --save_steps"),
 ]
 REWARD_CASES = [
@@ -162,6 +164,10 @@ SETTING_CASES = [
     (ON_POLICY, "--kl_target nan --beta 0.1", "kl_target = nan is out of range"),
     (DISTILLED, "--remove_unused_columns True", "remove_unused_columns must stay False"),
     (TRAINED, "--fp16 True --bf16 True", "bf16"),
+    (TRAINED, "--report_to swanlab", "report_to = swanlab needs a package that is not installed"),
+    (TRAINED, "--neftune_noise_alpha 5", "neftune_noise_alpha = 5.0 is not supported"),
+    (TRAINED, "--optim adamw_torch_npu_fused", "torch_npu"),
+    (DISTILLED, "--eval_strategy steps --metric_for_best_model bleau", "Unknown metric 'bleau'"),
     (TRAINED, "--load_best_model_at_end True --eval_strategy steps --save_strategy no", "load_best_model_at_end"),
     (("evaluate",), "--sample --temperature 0", "temperature"),
     (("pseudo_label",), "--strategy best", "Unknown strategy 'best'; choose one of: greedy, sample, beam"),
