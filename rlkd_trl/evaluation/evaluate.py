@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.evaluation.metrics import text_metrics
+from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
-from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
@@ -29,35 +29,6 @@ class Evaluation:
     outputs: list[str]
     completions: Completions
     per_input: dict[str, list[float]] = field(default_factory=dict)
-
-
-@torch.no_grad()
-def completion_log_probs(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    completions: Completions,
-    *,
-    max_prompt_length: int | None,
-    batch_size: int = 64,
-) -> Tensor:
-    """log π(y_t | s_t) of one completion per prompt, `[B, T]`, 0 behind the mask."""
-    logps = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        ids_PS, mask_PS = tokenize_prompts(
-            tokenizer, prompts[rows], padding_side=policy.backbone.padding_side, max_length=max_prompt_length
-        )
-        device = policy.backbone.device
-        output = policy(
-            ids_PS.to(device),
-            mask_PS.to(device),
-            torch.arange(len(prompts[rows]), device=device),
-            completions.ids_BT[rows],
-            completions.mask_BT[rows],
-        )
-        logps.append(output.logps_BT)
-    return torch.cat(logps)
 
 
 def evaluate_completions(
@@ -142,33 +113,22 @@ def evaluate_student(
     With `teacher_completions` (one per row), also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
     """
     prompts = [row["prompt"] for row in rows]
-    lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
-    completions = joined(
-        answer_prompts(
-            policy.model,
-            tokenizer,
-            prompts,
-            strategy="greedy" if seed is None else "sample",
-            temperature=policy.temperature,
-            max_completion_length=max_completion_length,
-            seed=seed or 0,
-            **lengths,
-        ),
-        pad_id=policy.pad_id,
-    )
-    own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
-    result = evaluate_completions(
-        rows,
-        completions,
+    result = _evaluate_answers(
+        policy,
         tokenizer,
+        prompts,
+        rows,
         reward_model,
-        own_logps_BT=own_logps_BT,
-        forbidden_V=policy.forbidden_V,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
         batch_size=batch_size,
+        seed=seed,
         with_ibleu=with_ibleu,
     )
     if teacher_completions is not None:
-        logps_BT = completion_log_probs(policy, tokenizer, prompts, teacher_completions, **lengths)
+        logps_BT = completion_log_probs(
+            policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
+        )
         nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
         result.metrics["student_nll_of_teacher_per_token"] = float(nll)
     return result
@@ -185,29 +145,54 @@ def evaluate_teacher(
     with_ibleu: bool = False,
 ) -> Evaluation:
     """The first teacher's greedy (or, with `seed`, sampled) answers, asked through its first template."""
-    scorer = reward_model.panels[0].scorers[0]
-    questions = [reward_model.panels[0].questions(row)[0] for row in rows]
-    lengths = {"max_prompt_length": scorer.teacher.max_prompt_length, "batch_size": batch_size}
-    policy = Policy(scorer.teacher.model, tokenizer)
-    completions = joined(
-        answer_prompts(
-            scorer.teacher.model,
-            tokenizer,
-            questions,
-            strategy="greedy" if seed is None else "sample",
-            max_completion_length=max_completion_length,
-            seed=seed or 0,
-            **lengths,
-        ),
-        pad_id=policy.pad_id,
+    panel = reward_model.panels[0]
+    teacher = panel.scorers[0].teacher
+    return _evaluate_answers(
+        Policy(teacher.model, tokenizer),
+        tokenizer,
+        [panel.questions(row)[0] for row in rows],
+        rows,
+        reward_model,
+        max_prompt_length=teacher.max_prompt_length,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+        with_ibleu=with_ibleu,
     )
-    own_logps_BT = completion_log_probs(policy, tokenizer, questions, completions, **lengths)
+
+
+def _evaluate_answers(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
+    reward_model: RewardModel | None,
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    batch_size: int,
+    seed: int | None,
+    with_ibleu: bool,
+) -> Evaluation:
+    """`evaluate_completions` of a model's greedy or sampled answers to `prompts`, its own way to ask about `rows`."""
+    lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
+    parts = answer_prompts(
+        policy.model,
+        tokenizer,
+        prompts,
+        strategy="greedy" if seed is None else "sample",
+        temperature=policy.temperature,
+        max_completion_length=max_completion_length,
+        seed=seed or 0,
+        **lengths,
+    )
+    completions = joined(parts, pad_id=policy.pad_id)
     return evaluate_completions(
         rows,
         completions,
         tokenizer,
         reward_model,
-        own_logps_BT=own_logps_BT,
+        own_logps_BT=completion_log_probs(policy, tokenizer, prompts, completions, **lengths),
         forbidden_V=policy.forbidden_V,
         batch_size=batch_size,
         with_ibleu=with_ibleu,

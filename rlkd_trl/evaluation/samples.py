@@ -1,14 +1,42 @@
 """A student's samples and their log-probabilities, for measurements outside of a trainer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.models.answers import joined
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.rewards import RewardInputs
 from rlkd_trl.students import Policy
+
+
+@torch.no_grad()
+def completion_log_probs(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Completions,
+    *,
+    num_generations: int = 1,
+    max_prompt_length: int | None,
+    batch_size: int = 64,
+) -> Tensor:
+    """log π(y_t | s_t) of `num_generations` completions per prompt, next to each other, `[B, T]`; 0 behind the mask.
+
+    `batch_size` prompts are read at a time.
+    """
+    logps, width = [], completions.ids_BT.shape[1]
+    for first in range(0, len(prompts), batch_size):
+        prompt_PS = _tokenized(policy, tokenizer, prompts[first : first + batch_size], max_prompt_length)
+        index_B = _prompt_index(len(prompt_PS[0]), num_generations, policy.backbone.device)
+        rows = slice(first * num_generations, first * num_generations + len(index_B))
+        read = (*prompt_PS, index_B, completions.ids_BT[rows], completions.mask_BT[rows])
+        logps.append(policy(*read, with_entropy=False, with_final_value=False).logps_BT)
+    return pad_columns(logps, width)
 
 
 @torch.no_grad()
@@ -25,33 +53,42 @@ def sampled_inputs(
 ) -> RewardInputs:
     """`num_generations` completions of every row's prompt, `batch_size` prompts at a time."""
     generator = torch.Generator().manual_seed(seed)
-    parts, logps = [], []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        prompt_ids_PS, prompt_mask_PS = (
-            tensor.to(policy.backbone.device)
-            for tensor in tokenize_prompts(
-                tokenizer,
-                [row["prompt"] for row in batch],
-                padding_side=policy.backbone.padding_side,
-                max_length=max_prompt_length,
-            )
-        )
-        index_B = _prompt_index(len(batch), num_generations, prompt_ids_PS.device)
-        uniforms_BT = torch.rand(len(index_B), max_completion_length, generator=generator).to(index_B.device)
-        prompts = (prompt_ids_PS, prompt_mask_PS, index_B)
-        parts.append(policy.sample(*prompts, max_completion_length=max_completion_length, uniforms_BT=uniforms_BT))
-        logps.append(policy(*prompts, parts[-1].ids_BT, parts[-1].mask_BT).logps_BT)
+    prompts, device = [row["prompt"] for row in rows], policy.backbone.device
+    parts = []
+    for first in range(0, len(prompts), batch_size):
+        prompt_PS = _tokenized(policy, tokenizer, prompts[first : first + batch_size], max_prompt_length)
+        index_B = _prompt_index(len(prompt_PS[0]), num_generations, device)
+        uniforms_BT = torch.rand(len(index_B), max_completion_length, generator=generator).to(device)
+        lengths = {"max_completion_length": max_completion_length, "uniforms_BT": uniforms_BT}
+        parts.append(policy.sample(*prompt_PS, index_B, **lengths))
     completions = joined(parts, pad_id=policy.pad_id)
+    logps_BT = completion_log_probs(
+        policy,
+        tokenizer,
+        prompts,
+        completions,
+        num_generations=num_generations,
+        max_prompt_length=max_prompt_length,
+        batch_size=batch_size,
+    )
     return RewardInputs(
         rows=rows,
-        prompt_index_B=_prompt_index(len(rows), num_generations, completions.ids_BT.device),
+        prompt_index_B=_prompt_index(len(rows), num_generations, device),
         completion_ids_BT=completions.ids_BT,
         completion_mask_BT=completions.mask_BT,
         ended_B=completions.ended_B,
-        student_logps_BT=pad_columns(logps, completions.ids_BT.shape[1]),
+        student_logps_BT=logps_BT,
         forbidden_V=policy.forbidden_V,
     )
+
+
+def _tokenized(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, `[P, S]`, on the policy's device."""
+    side, device = policy.backbone.padding_side, policy.backbone.device
+    ids_PS, mask_PS = tokenize_prompts(tokenizer, prompts, padding_side=side, max_length=max_length)
+    return ids_PS.to(device), mask_PS.to(device)
 
 
 def _prompt_index(num_prompts: int, num_generations: int, device: torch.device) -> Tensor:
