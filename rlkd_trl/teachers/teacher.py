@@ -220,9 +220,11 @@ class Teacher:
         # What a process reads while others have more batches than it: one token of prompt and completion.
         token_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
         idle = None, ((token_11, torch.ones_like(token_11)), token_11, token_11[0])
-        for batch in itertools.islice(itertools.chain(batches, itertools.repeat(idle)), rounds):
-            self._begin_pass()
-            read_one(*batch)
+        # In its own precision, whatever the student's autocast: an evaluation in bf16 measures with the same teacher.
+        with torch.autocast(device.type, enabled=False):
+            for batch in itertools.islice(itertools.chain(batches, itertools.repeat(idle)), rounds):
+                self._begin_pass()
+                read_one(*batch)
         if self._shards is not None:
             self._shards.drop_gathered()
 

@@ -62,8 +62,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
                 rollout = rollout.with_(importance_BT=importance_BT)
             futures_BT = rollout.rewards_BT
             if args.future == "expected":
-                with self.mixed_precision():
-                    futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
+                futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
         rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes

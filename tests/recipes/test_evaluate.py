@@ -1,4 +1,4 @@
-"""recipes/evaluate.py against loops in float64 over one row at a time: eight rows of different lengths, three a batch."""
+"""recipes/evaluate.py against loops in float64, one row at a time: eight rows of different lengths, three a batch."""
 
 import random
 from pathlib import Path
