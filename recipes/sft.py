@@ -17,6 +17,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 from rlkd_trl.commands.checks import check_student, checkpoint_to_resume
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
+from rlkd_trl.commands.results import clear_results
 from rlkd_trl.commands.settings import SupervisedSettings, parse_settings
 from rlkd_trl.errors import run
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
@@ -39,6 +40,8 @@ def main() -> None:
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
 
     # Train and save.
+    if checkpoint is None:
+        clear_results(args.output_dir)
     dataset = pairs_within(pairs, tokenizer, max_prompt_length=args.max_prompt_length)
     trainer = SupervisedTrainer(model, args, dataset, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -11,7 +11,7 @@ from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.results import clear_results, evaluate, evaluate_teacher_of, finish_run
 from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, parse_settings
 from rlkd_trl.prompts import PromptTemplates
 
@@ -67,6 +67,8 @@ def distil(
     trainer = build(getattr(rlkd_trl, trainer), settings, inputs)
 
     # 4 train, with the teacher and the student measured before and after.
+    if inputs.checkpoint is None:
+        clear_results(settings.args.output_dir)
     results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
     results["after"] = evaluate(trainer)

@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
+# What a finished run leaves beside the student. An earlier run's would otherwise stand beside an unfinished one.
+_RESULTS = ("metrics.json", "cost.json", "report.html")
+
+
+def clear_results(output_dir: str | Path) -> None:
+    """Removes the results of an earlier run, when a new one begins there."""
+    from rlkd_trl.models.sharding import is_first_process
+
+    if is_first_process():
+        for name in _RESULTS:
+            (Path(output_dir) / name).unlink(missing_ok=True)
+
+
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
     """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher

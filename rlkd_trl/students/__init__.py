@@ -1,5 +1,5 @@
 """Students: policies to sample from and train, and models to start from scratch."""
 
-from rlkd_trl.students.policy import Policy, PolicyOutput, frozen_copy
+from rlkd_trl.students.policy import Policy, PolicyOutput, frozen_copy, remove_files_of_others
 
-__all__ = ["Policy", "PolicyOutput", "frozen_copy"]
+__all__ = ["Policy", "PolicyOutput", "frozen_copy", "remove_files_of_others"]

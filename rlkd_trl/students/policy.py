@@ -23,6 +23,7 @@ from rlkd_trl.settings.ranges import Temperature, check_values
 
 CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 # Of (hidden_ND, head, head_parameters), which `ops.divergences.sliced_divergence` begins with.
 FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], LossAndMetrics | Tensor]
@@ -221,7 +222,8 @@ class Policy(nn.Module):
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """A checkpoint that plain transformers loads; the critic goes to a file of its own.
 
-        `state_dict` replaces the weights in memory, where a sharded run has gathered them.
+        `state_dict` replaces the weights in memory, where a sharded run has gathered them. Of another student's files
+        in the directory, those that would be read with this one's are removed: a critic, adapters.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
@@ -229,6 +231,7 @@ class Policy(nn.Module):
         critic = {k: v.contiguous().clone() for k, v in state_dict.items() if not k.startswith("model.")}
         if critic:
             save_file(critic, Path(output_dir) / _VALUE_HEAD_FILE)
+        remove_files_of_others(output_dir, has_critic=bool(critic), has_adapters=isinstance(self.model, PeftModel))
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
         """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory."""
@@ -241,6 +244,14 @@ class Policy(nn.Module):
         critic_file = Path(checkpoint_dir) / _VALUE_HEAD_FILE
         if self.value_head is not None and critic_file.is_file():
             self.load_state_dict(load_file(critic_file), strict=False)
+
+
+def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_adapters: bool) -> None:
+    """Removes a critic's and adapters' files that a student without them has not written."""
+    names = () if has_critic else (_VALUE_HEAD_FILE,)
+    names += () if has_adapters else _ADAPTER_FILES
+    for name in names:
+        (Path(checkpoint_dir) / name).unlink(missing_ok=True)
 
 
 def frozen_copy(policy: Policy, processing_class: PreTrainedTokenizerBase) -> Policy:

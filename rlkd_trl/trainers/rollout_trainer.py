@@ -35,6 +35,7 @@ from rlkd_trl.trainers.checks import (
     check_sharding,
 )
 from rlkd_trl.trainers.config import RolloutConfig
+from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import PhaseTimer
@@ -101,6 +102,7 @@ class RolloutTrainer(Trainer):
         for teacher in teachers:
             teacher.to(self.accelerator.device)
         self.add_callback(BudgetMeter(self))
+        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -12,6 +13,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id
+from rlkd_trl.students import remove_files_of_others
+from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 _IGNORED = -100
@@ -61,10 +64,17 @@ class SupervisedTrainer(Trainer):
             compute_loss_func=partial(_summed_cross_entropy, shift=not model.config.is_encoder_decoder),
             **kwargs,
         )
+        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""
         return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        remove_files_of_others(
+            output_dir or self.args.output_dir, has_critic=False, has_adapters=isinstance(self.model, PeftModel)
+        )
 
 
 @dataclass

@@ -262,3 +262,15 @@ def test_training_does_not_touch_the_teacher(checkpoints, train_csv, tmp_path):
         load_file(tmp_path / "model.safetensors")["model.norm.weight"],
         load_file(pair.teacher / "model.safetensors")["model.norm.weight"],
     )
+
+
+@pytest.mark.parametrize("recipe", ["sft", "rloo_kd"])
+def test_results_of_an_earlier_run_do_not_stay_beside_an_unfinished_one(recipe, checkpoints, train_csv, tmp_path):
+    pair = checkpoints["t5-tied"]
+    for name in ("metrics.json", "cost.json", "report.html", "value_head.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("of another run")
+    distilled = f"--teacher {pair.teacher} {SAMPLING}" if recipe == "rloo_kd" else ""
+    flags = f"--student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {distilled} --output_dir {tmp_path}"
+    assert run(f"{recipe} {flags}") == 0
+    stale = {path.name for path in tmp_path.iterdir() if path.is_file() and path.read_bytes() == b"of another run"}
+    assert stale == {"notes.txt"}

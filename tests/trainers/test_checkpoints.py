@@ -111,3 +111,13 @@ def test_two_runs_with_one_seed_are_the_same_and_other_seeds_are_not(tmp_path):
         weights.append(snapshot(trainer.model))
     assert_same_weights(weights[0], weights[1])
     assert largest_difference(weights[0], weights[2]) > 1e-3
+
+
+@pytest.mark.parametrize("later", ["rloo-token", "kd"])
+def test_a_critic_of_an_earlier_run_does_not_stay(later, tmp_path):
+    build("ppo", tmp_path).save_model()
+    assert (tmp_path / "value_head.safetensors").is_file()
+    (tmp_path / "adapter_config.json").write_text("{}")  # transformers would look for adapters
+    build(later, tmp_path).save_model()
+    assert not {"value_head.safetensors", "adapter_config.json"} & {path.name for path in tmp_path.iterdir()}
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path)

@@ -297,7 +297,7 @@ BY_TRANSFORMERS = {
     "deepspeed", "dataloader_pin_memory",
 }  # fmt: skip
 ELSEWHERE = {  # the test that shows it
-    "report_to": "test_curves_land_under_the_output_directory",
+    "report_to": "tests/trainers/test_curves.py",
     "resume_from_checkpoint": "test_a_named_checkpoint_is_where_training_goes_on",
     "remove_unused_columns": "test_settings_that_are_ignored_are_refused",
     "push_to_hub": "test_what_would_fail_later_is_refused_at_once",
