@@ -14,11 +14,13 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import eos_token_ids
 from rlkd_trl.ops.rewards import (
     VALUES,
+    bootstrap_truncated,
     centre,
     k_step_return,
     log_likelihood,
     log_ratio,
     rewards_from_returns,
+    sequence_sum,
     teacher_forcing_reward,
 )
 from rlkd_trl.prompts import PromptTemplates, RenderedPrompt
@@ -82,10 +84,20 @@ class TeacherReward:
         """
         if len(prompts) != len(completions_ids):
             raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
-        return self._score_rows([{"prompt": prompt} for prompt in prompts], completions_ids)
+        if not prompts:
+            return []
+        inputs = self._inputs([{"prompt": prompt} for prompt in prompts], completions_ids)
+        rewards_BT = self.mean_over_scorers(score_panel(self.panel, inputs, [self]), inputs)
+        return [rewards_T[: len(ids)] for rewards_T, ids in zip(rewards_BT, completions_ids, strict=True)]
 
     def __call__(self, prompts, completions=None, completion_ids=None, **kwargs) -> list[float]:
-        """TRL's reward-function protocol: the sequence sums. Extra columns reach the templates."""
+        """TRL's reward-function protocol: one sum per completion. Extra columns reach the templates.
+
+        A completion without EOS at its end was cut off: its last token's reward is bootstrapped, as the trainers here
+        do it, by γ Φ(s_{n+1}) (`ops.rewards.bootstrap_truncated`). For the teacher-forcing reward that takes the
+        −γ V(s_{n+1}) away, by which a completion would lose for being longer than the cap. `score_tokens` gives the
+        rewards without it.
+        """
         if completion_ids is None:
             raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
         columns = {name: v for name, v in kwargs.items() if isinstance(v, list) and len(v) == len(prompts)}
@@ -93,7 +105,18 @@ class TeacherReward:
             {**{name: values[i] for name, values in columns.items()}, "prompt": self._text(prompt)}
             for i, prompt in enumerate(prompts)
         ]
-        return [float(rewards.sum()) for rewards in self._score_rows(rows, completion_ids)]
+        if not rows:
+            return []
+        inputs = self._inputs(rows, completion_ids)
+        mask_BT, scores = inputs.completion_mask_BT, score_panel(self.panel, inputs, [self])
+        rewards_BT = bootstrap_truncated(
+            self.mean_over_scorers(scores, inputs),
+            self.mean_potentials(scores),
+            mask_BT,
+            inputs.ended_B,
+            gamma=getattr(self, "gamma", 1.0),
+        )
+        return sequence_sum(rewards_BT, mask_BT).tolist()
 
     def _text(self, prompt: str | list[dict[str, str]]) -> str:
         """A conversational prompt as text, through the teacher's own chat template."""
@@ -107,24 +130,21 @@ class TeacherReward:
 
         return RenderedPrompt(written({}), {i: message["content"] for i, message in enumerate(prompt)}, written)
 
-    def _score_rows(self, rows: list[dict], completions_ids: list[list[int]]) -> list[Tensor]:
-        if not rows:
-            return []
+    def _inputs(self, rows: list[dict], completions_ids: list[list[int]]) -> RewardInputs:
+        """One completion per row; one without EOS at its end counts as truncated."""
         teacher = self.panel.scorers[0].teacher
         eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
         lengths = [len(ids) for ids in completions_ids]
         ids_BT = torch.zeros(len(rows), max([1, *lengths]), dtype=torch.long)
         for row_T, ids in zip(ids_BT, completions_ids, strict=True):
             row_T[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-        inputs = RewardInputs(
+        return RewardInputs(
             rows=rows,
             prompt_index_B=torch.arange(len(rows)),
             completion_ids_BT=ids_BT,
             completion_mask_BT=torch.arange(ids_BT.shape[1])[None, :] < torch.tensor(lengths)[:, None],
             ended_B=torch.tensor([bool(ids) and ids[-1] in eos_ids for ids in completions_ids]),
         )
-        rewards_BT = self.mean_over_scorers(score_panel(self.panel, inputs, [self]), inputs)
-        return [rewards_T[:length] for rewards_T, length in zip(rewards_BT, lengths, strict=True)]
 
     def mean_over_scorers(self, scores: list[TeacherScores], inputs: RewardInputs) -> Tensor:
         """The weighted mean of `rewards` over teachers and templates, `[B, T]`."""

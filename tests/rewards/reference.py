@@ -47,6 +47,12 @@ def teacher_forcing(z_TV, ids, *, ended, kind="max", gamma=1.0, k=1, tau=1.0) ->
     return [k_step_return(t) - gamma * k_step_return(t + 1) for t in range(n)]
 
 
+def teacher_forcing_sum(z_TV, ids, *, ended, kind="max", gamma=1.0, tau=1.0, k=1) -> float:
+    """Σ r_t, and γ V of the state after a completion that was cut off: what TRL is given."""
+    rewards = teacher_forcing(z_TV, ids, ended=ended, kind=kind, gamma=gamma, k=k, tau=tau)
+    return sum(rewards) + (0.0 if ended else gamma * value(z_TV[len(ids)], kind, tau))
+
+
 def log_probability(z: list[float], token: int) -> float:
     top = max(z)
     return z[token] - top - math.log(sum(math.exp(x - top) for x in z))

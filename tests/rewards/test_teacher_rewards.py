@@ -14,7 +14,7 @@ from rlkd_trl.students.policy import Policy
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import EOS, MODELS, tiny_llama, tiny_t5, word_tokenizer
 from tests.models.reference import pad_completions, pad_prompts
-from tests.rewards.reference import log_probability, logits_of, teacher_forcing, value
+from tests.rewards.reference import log_probability, logits_of, teacher_forcing, teacher_forcing_sum, value
 
 PROMPTS = ["w3 w4 w5", "w6", "w3 w4 w5", "w7 w8 w9 w10 w11", "w6", "w12 w13"]
 # Ended, truncated, one token of either kind, and EOS in the middle, which a trainer never produces.
@@ -33,6 +33,13 @@ def assert_rewards(rewards, expected):
 def expected_rewards(model, tokenizer, prompts=PROMPTS, completions=COMPLETIONS, **kwargs):
     return [
         teacher_forcing(logits_of(model, tokenizer, prompt, ids), ids, ended=ids[-1] == EOS, **kwargs)
+        for prompt, ids in zip(prompts, completions, strict=True)
+    ]
+
+
+def expected_sums(model, tokenizer, prompts=PROMPTS, completions=COMPLETIONS, **kwargs):
+    return [
+        teacher_forcing_sum(logits_of(model, tokenizer, prompt, ids), ids, ended=ids[-1] == EOS, **kwargs)
         for prompt, ids in zip(prompts, completions, strict=True)
     ]
 
@@ -92,8 +99,7 @@ def test_called_by_trl_it_returns_sums(model, tokenizer):
         prompts=PROMPTS, completions=texts, completion_ids=COMPLETIONS, trainer_state=object(), log_metric=print
     )
     assert all(type(s) is float for s in sums)
-    expected = [sum(numbers) for numbers in expected_rewards(model, tokenizer, gamma=0.9)]
-    assert sums == pytest.approx(expected, abs=1e-4)
+    assert sums == pytest.approx(expected_sums(model, tokenizer, gamma=0.9), abs=1e-4)
 
 
 def test_called_without_ids_it_explains():
@@ -283,8 +289,7 @@ def test_renamed_columns_reach_the_reward(tokenizer):
     model = tiny_llama()
     reward = TeacherForcingReward(model, tokenizer, templates=templates_of("w9 {{ source }}", rename={"mr": "source"}))
     sums = reward(prompts=["w3", "w4"], completions=None, completion_ids=[[5, 1], [6]], mr=["w7", "w8"])
-    expected = expected_rewards(model, tokenizer, ["w9 w7", "w9 w8"], [[5, 1], [6]])
-    assert sums == pytest.approx([sum(numbers) for numbers in expected], abs=1e-4)
+    assert sums == pytest.approx(expected_sums(model, tokenizer, ["w9 w7", "w9 w8"], [[5, 1], [6]]), abs=1e-4)
 
 
 def test_references_never_reach_a_template(tokenizer):
