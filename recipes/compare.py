@@ -120,8 +120,8 @@ def main() -> None:
         use_demo(data, teacher, student, measurement, prompts, output_dir / "demo")
     rows = load_test_rows(data, prompts, templates, measurement)
     check_checkpoints(teacher, student)
-    length = measurement.max_prompt_length
-    rows = list(fit_rows(rows, "Test data", prompts, templates, student, teacher, max_prompt_length=length))
+    lengths = {name: getattr(measurement, name) for name in ("max_prompt_length", "max_completion_length")}
+    rows = list(fit_rows(rows, "Test data", prompts, templates, student, teacher, **lengths))
     flags = [*as_flags(data, prompts, teacher, student), *measurement.run_flags()]
     digests = FileDigests()
     grid = Grid(

@@ -24,9 +24,9 @@ def main() -> None:
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)
     check_checkpoints(settings.teacher, settings.student)
-    length = settings.evaluation.max_prompt_length
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
-    rows = list(fit_rows(rows, "Data", *of_prompts, max_prompt_length=length))
+    lengths = {name: getattr(settings.evaluation, name) for name in ("max_prompt_length", "max_completion_length")}
+    rows = list(fit_rows(rows, "Data", *of_prompts, **lengths))
 
     # Evaluate and report.
     results, outputs = evaluate_checkpoints(settings, rows, templates)

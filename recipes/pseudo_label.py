@@ -28,7 +28,7 @@ def main() -> None:
     check_pseudo_labels(settings)
     templates = load_templates(settings.prompts)
     rows = load_prompts(data, settings.prompts, templates)
-    check_questions(rows, "Data", templates, settings.teacher)
+    check_questions(rows, "Data", templates, settings.teacher, max_completion_length=labels.max_completion_length)
 
     # Ask the teacher, and write its answers as they come.
     from rlkd_trl.models.sharding import is_first_process

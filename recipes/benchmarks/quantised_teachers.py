@@ -199,8 +199,8 @@ def main() -> None:
     templates = load_templates(prompts)
     rows = load_prompts(data, prompts, templates)
     check_checkpoints(teacher, student)
-    length = args.max_prompt_length
-    rows = list(fit_rows(rows, "Data", prompts, templates, student, teacher, max_prompt_length=length))
+    lengths = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
+    rows = list(fit_rows(rows, "Data", prompts, templates, student, teacher, **lengths))
     rows = rows[: args.num_prompts]
 
     # Sample and score.

@@ -173,8 +173,8 @@ def main() -> None:
     if is_demo(settings):
         use_demo_models(settings, args.output_dir, seed=args.seed)
     check_checkpoints(teacher, settings.student)
-    length = args.max_prompt_length
-    rows = list(fit_rows(rows, "Data", prompts, templates, settings.student, teacher, max_prompt_length=length))
+    lengths = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
+    rows = list(fit_rows(rows, "Data", prompts, templates, settings.student, teacher, **lengths))
     rows = rows[: args.num_prompts]
 
     # Load.

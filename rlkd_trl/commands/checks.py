@@ -41,15 +41,24 @@ def require(**flags: object) -> None:
 
 
 def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
-    """Teacher and student exist and share a tokenizer; before any weights are read. Raises `InputError`."""
-    from rlkd_trl.models.loading import load_tokenizer
+    """Teacher and student exist, share a tokenizer and have an embedding for each token; before weights are read.
+
+    Raises:
+        InputError: They do not; the message names what differs.
+    """
+    from rlkd_trl.models.limits import check_embedding_rows
+    from rlkd_trl.models.loading import load_config, load_tokenizer
     from rlkd_trl.models.vocabulary import check_same_tokenizer
 
     check_teacher(teacher)
     check_student(student)
     student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    config = load_config(student.student, revision=student.student_revision)
+    check_embedding_rows("The student", student_tokenizer, config)
     for name in teacher.teacher or []:
         check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+        config = load_config(name, revision=teacher.teacher_revision)
+        check_embedding_rows("The teacher", student_tokenizer, config)
 
 
 def check_teacher(teacher: TeacherArguments) -> None:

@@ -108,9 +108,9 @@ def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> Che
         InputError: As `fit_rows`.
     """
     of_prompts = (settings.prompts, inputs.templates, settings.student, settings.teacher)
-    length = settings.args.max_prompt_length
-    train = fit_rows(inputs.train, "Training data", *of_prompts, max_prompt_length=length)
-    test = fit_rows(inputs.test, "Held-out data", *of_prompts, max_prompt_length=length)
+    lengths = {name: getattr(settings.args, name) for name in ("max_prompt_length", "max_completion_length")}
+    train = fit_rows(inputs.train, "Training data", *of_prompts, **lengths)
+    test = fit_rows(inputs.test, "Held-out data", *of_prompts, **lengths)
     return replace(inputs, train=train, test=test)
 
 

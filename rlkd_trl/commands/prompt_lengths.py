@@ -24,21 +24,34 @@ def fit_rows(
     teacher: TeacherArguments,
     *,
     max_prompt_length: int | None,
+    max_completion_length: int,
 ) -> "Dataset":
     """The rows with student prompts within `max_prompt_length` tokens; questions to the teacher are looked at only.
 
-    A line each says how many rows are longer than their cap. Needs the two checkpoints' tokenizers, no weights.
+    A line each says how many rows are longer than their cap. Of the checkpoints it reads tokenizers and configs only.
 
     Raises:
-        InputError: A template's own words are too many tokens; the row is named, counted from 1.
+        InputError: A template's own words are too many tokens, or a model has too few positions for a prompt and a
+            completion of `max_completion_length`; the row is named, counted from 1.
     """
-    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.limits import check_lengths, position_limits_of_config
+    from rlkd_trl.models.loading import load_config, load_tokenizer
 
+    tokenizer = load_tokenizer(student.student, revision=student.student_revision)
     if max_prompt_length is not None:
-        tokenizer = load_tokenizer(student.student, revision=student.student_revision)
         rows = _fit_student_prompts(rows, data_name, prompts.student_template, tokenizer, max_prompt_length)
-    if teacher.teacher and teacher.teacher_max_prompt_length is not None:
-        check_questions(rows, data_name, templates, teacher)
+    with _naming(data_name):
+        check_lengths(
+            "The student",
+            position_limits_of_config(load_config(student.student, revision=student.student_revision)),
+            tokenizer,
+            rows["prompt"],
+            max_prompt_length=max_prompt_length,
+            max_completion_length=max_completion_length,
+            prompt_flag="--max_prompt_length",
+        )
+    if teacher.teacher:
+        check_questions(rows, data_name, templates, teacher, max_completion_length=max_completion_length)
     return rows
 
 
@@ -75,14 +88,19 @@ def fit_prompts(
     for i, length in enumerate(_lengths(tokenizer, prompts)):
         if length > max_length:
             excess.append(length - max_length)
-            with _naming_the_row(data_name, i):
+            with _naming(f"{data_name}, row {i + 1}"):
                 fitting[i] = str(shorten(tokenizer, prompts[i], max_length))
     _say(f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess)
     return fitting
 
 
 def check_questions(
-    rows: Sequence[Mapping[str, object]], data_name: str, templates: PromptTemplates | None, teacher: TeacherArguments
+    rows: Sequence[Mapping[str, object]],
+    data_name: str,
+    templates: PromptTemplates | None,
+    teacher: TeacherArguments,
+    *,
+    max_completion_length: int,
 ) -> None:
     """Says how many rows' questions have more tokens than `--teacher_max_prompt_length`; the teacher cuts them later.
 
@@ -91,19 +109,31 @@ def check_questions(
     Raises:
         InputError: As `fit_rows`.
     """
-    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.limits import check_lengths, position_limits_of_config
+    from rlkd_trl.models.loading import load_config, load_tokenizer
     from rlkd_trl.models.prompts import check_can_fit
 
     max_length = teacher.teacher_max_prompt_length
+    tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
+    for name in teacher.teacher:
+        with _naming(data_name):
+            check_lengths(
+                "The teacher",
+                position_limits_of_config(load_config(name, revision=teacher.teacher_revision)),
+                tokenizer,
+                (max(_questions(templates, row), key=len) for row in rows),
+                max_prompt_length=max_length,
+                max_completion_length=max_completion_length,
+                prompt_flag="--teacher_max_prompt_length",
+            )
     if max_length is None:
         return
-    tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
     longest = [max(_questions(templates, row), key=len) for row in rows]
     excess = []
     for i, length in enumerate(_lengths(tokenizer, longest)):
         if length > max_length:
             excess.append(length - max_length)
-            with _naming_the_row(data_name, i):
+            with _naming(f"{data_name}, row {i + 1}"):
                 for question in _questions(templates, rows[i]) if templates is not None else []:
                     check_can_fit(tokenizer, question, max_length)
     questions = f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are"
@@ -122,11 +152,11 @@ def _lengths(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iter
 
 
 @contextmanager
-def _naming_the_row(data_name: str, index: int) -> Iterator[None]:
+def _naming(place: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{data_name}, row {index + 1}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
 
 
 def _say(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:

@@ -50,6 +50,11 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     return tokenizer
 
 
+def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """A checkpoint's config, without its weights. Raises `InputError` if there is none."""
+    return _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -71,7 +76,7 @@ def load_model(
     """
     check_dtype(dtype)
     check_quantization(quantization)
-    config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
+    config = load_config(name_or_path, revision=revision)
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with loading_shards(zero3):

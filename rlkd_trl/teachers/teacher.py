@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
@@ -44,7 +45,8 @@ class Teacher:
         placement: Where `model` was loaded to; `from_pretrained` does both.
 
     Raises:
-        InputError: The architecture is not supported (see `Backbone.verify`).
+        InputError: The architecture is not supported (see `Backbone.verify`), or the tokenizer has ids without rows in
+            the embeddings.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Teacher:
         max_batch_tokens: int | None = None,
         placement: Placement | None = None,
     ):
+        check_embedding_rows("The teacher", processing_class, model.config)
         self.model = model.eval().requires_grad_(False)
         self.placement = placement or Placement()
         self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from accelerate.utils import str_to_bool
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.directions import base_metric
+from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
@@ -127,6 +128,40 @@ def checked_reward_model(
         check_k_step(getattr(term, "k", 1), args)
         check_log_ratio(term, args)
     return model
+
+
+def check_positions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel,
+    args: RolloutConfig,
+    datasets: Sequence[Dataset | dict[str, Dataset] | None],
+) -> None:
+    """Raises `InputError` if student or teachers have too few positions or embeddings for what they are to read."""
+    parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows]) if part]
+    check_embedding_rows("The student", tokenizer, model.config)
+    for rows in parts:
+        check_lengths(
+            "The student",
+            position_limits(model),
+            tokenizer,
+            rows["prompt"],
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+        )
+    for panel in reward_model.panels:
+        for scorer in panel.scorers:
+            teacher = scorer.teacher
+            for rows in parts:
+                check_lengths(
+                    "The teacher",
+                    position_limits(teacher.model),
+                    teacher.processing_class,
+                    (panel.questions(row)[scorer.question] for row in rows),
+                    max_prompt_length=teacher.max_prompt_length,
+                    max_completion_length=args.max_completion_length,
+                    prompt_flag="the teacher's max_prompt_length",
+                )
 
 
 def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:

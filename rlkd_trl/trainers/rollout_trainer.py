@@ -30,6 +30,7 @@ from rlkd_trl.trainers.budget import BudgetMeter, Cost
 from rlkd_trl.trainers.checks import (
     check_best_metric,
     check_held_out,
+    check_positions,
     check_prompts,
     check_sharded_head,
     check_sharding,
@@ -83,6 +84,7 @@ class RolloutTrainer(Trainer):
         teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
         for teacher in teachers:
             check_same_tokenizer(processing_class, teacher.processing_class)
+        check_positions(model, processing_class, reward_model, args, [train_dataset, eval_dataset])
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)

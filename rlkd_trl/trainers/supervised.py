@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import refuse_t5_in_float16
-from rlkd_trl.models.prompts import prompt_token_ids, target_token_ids
+from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.students import remove_files_of_others
 from rlkd_trl.trainers.curves import keep_curves_in
@@ -44,6 +45,18 @@ class SupervisedTrainer(Trainer):
                     f"The training data has no column `{column}`; its columns are: "
                     f"{', '.join(train_dataset.column_names)}."
                 )
+        check_embedding_rows("The model", processing_class, model.config)
+        limits = position_limits(model)
+        if limits.completion is not None:
+            longest = max(prompt_lengths(processing_class, train_dataset["target"])) + 1  # EOS
+            check_lengths(
+                "The model",
+                limits,
+                processing_class,
+                train_dataset["prompt"],
+                max_prompt_length=args.max_prompt_length,
+                max_completion_length=min(longest, args.max_completion_length),
+            )
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
         collate = PairCollator(

@@ -1,7 +1,10 @@
 """Prompts longer than their caps, in the recipes: the template's words stay, and one line says how many rows."""
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlkd_trl.models import loading
+from tests.conftest import MODELS, VOCAB, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, write_csv, write_templates
 
 
@@ -117,3 +120,84 @@ def test_too_many_words_end_in_one_line_that_names_the_row(command, checkpoints,
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "row " in last
     assert "cannot be cut to 4: with one token of each of its variables (mr) it still has 5 tokens" in last
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A checkpoint with 30 positions: the longest row, of 21 tokens, leaves 9 for a completion."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=30, **sizes)).save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+DISTIL = "--num_generations 2 --per_device_train_batch_size 8 --max_steps 1 --disable_tqdm True"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (
+            "ppo_kd --max_completion_length 10 --output_dir {out} " + DISTIL,
+            "Training data: The student has positions for 30 tokens, too few for row 20: its prompt of 21 tokens + "
+            "max_completion_length 10. Cut prompts with --max_prompt_length 20, or lower max_completion_length.",
+        ),
+        (
+            "kd --max_completion_length 10 --max_prompt_length 20 --output_dir {out} " + DISTIL,
+            "Training data: The teacher has positions for 30 tokens, too few for row 20: its prompt of 21 tokens + "
+            "max_completion_length 10. Cut prompts with --teacher_max_prompt_length 20, or lower",
+        ),
+        (
+            "evaluate --max_completion_length 30",
+            "Data: The student has positions for completions of 29 tokens, and max_completion_length is 30: lower it.",
+        ),
+        (
+            "sft --max_completion_length 3 --output_dir {out} --student_template 'w3 w3 w3 w3 w3 w3 w3 w3 {{{{mr}}}}'",
+            # 8 words, 19 of the source and EOS, and of the target 2 words and EOS: 31
+            "The model has positions for 30 tokens, too few for row 19: its prompt of 28 tokens + "
+            "max_completion_length 3. Cut prompts with max_prompt_length 27, or lower",
+        ),
+    ],
+)
+def test_more_tokens_than_positions(command, message, gpt2, long_csv, tmp_path, capsys, monkeypatch):
+    models = f"--student {gpt2} --teacher {gpt2}"
+    if command.startswith("sft"):
+        models = f"--student {gpt2}"
+    else:  # before any weights are read
+        monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("read weights"))
+    if "_kd" in command or "kd " in command:
+        models += f" --eval_dataset {long_csv}"
+    assert run(f"{command.format(out=tmp_path / 'out')} {models} --dataset {long_csv} {COLUMNS}") == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_as_many_tokens_as_positions(gpt2, long_csv, tmp_path):
+    """Rows of up to 21 tokens and completions of 9 are just the model's 30."""
+    flags = f"--student {gpt2} --teacher {gpt2} --dataset {long_csv} --eval_dataset {long_csv} {COLUMNS}"
+    assert run(f"ppo_kd {flags} --max_completion_length 9 {DISTIL} --output_dir {tmp_path}") == 0
+
+
+def test_a_pseudo_labellers_positions(gpt2, long_csv, tmp_path, capsys):
+    command = f"pseudo_label --teacher {gpt2} --dataset {long_csv} {COLUMNS} --output {tmp_path / 'p.jsonl'}"
+    assert run(f"{command} --max_completion_length 10") == 2
+    assert "Data: The teacher has positions for 30 tokens, too few for row 20" in capsys.readouterr().err
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_more_tokens_than_embeddings(role, checkpoints, long_csv, tmp_path, capsys):
+    """The other model has rows enough for the same tokenizer, so that the two agree."""
+    tokenizer, names = word_tokenizer(), {}
+    tokenizer.add_tokens([f"new{i}" for i in range(40)])
+    for name in ("student", "teacher"):
+        directory = tmp_path / name
+        model = MODELS["t5-tied"](seed=1)
+        if name != role:
+            model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        names[name] = directory
+    flags = f"--student {names['student']} --teacher {names['teacher']} --dataset {long_csv} {COLUMNS}"
+    assert run(f"evaluate {flags} --max_completion_length 3") == 2
+    assert f"error: The {role}'s tokenizer has" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""How long a model's inputs may be, and whether it knows every token: what would else end in an IndexError mid-run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.prompts import prompt_lengths
+
+_BATCH_SIZE = 1000  # texts that are tokenised at a time
+
+# GPT-2 and GPT-Neo, OpenAI-GPT, BART, OPT and their relatives, BERT and ProphetNet. In GPT-J and CodeGen
+# `embed_positions` is a buffer of rotations. M2M100 and XGLM have one called `weights`, which grows as needed.
+_TABLE = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")
+
+
+@dataclass(frozen=True)
+class PositionLimits:
+    """Tokens that a model has positions for; None where there is no end (T5's relative positions, rotary, ALiBi).
+
+    is_shared: prompt and completion stand in one sequence, a decoder-only model's, of `prompt` tokens.
+    """
+
+    prompt: int | None
+    completion: int | None
+    is_shared: bool
+
+    def longest_prompt(self, max_completion_length: int) -> int | None:
+        """The longest prompt that leaves room for such a completion; may be less than 1."""
+        if self.is_shared and self.prompt is not None:
+            return self.prompt - max_completion_length
+        return self.prompt
+
+
+def position_limits(model: PreTrainedModel) -> PositionLimits:
+    """The sizes of the model's tables of positions, less the rows that are skipped (2 in OPT and BART)."""
+    sizes = {"encoder": None, "decoder": None}
+    for name, size in _tables(model):
+        side = "encoder" if model.config.is_encoder_decoder and ".encoder." in f".{name}" else "decoder"
+        sizes[side] = size if sizes[side] is None else min(size, sizes[side])
+    if not model.config.is_encoder_decoder:
+        return PositionLimits(sizes["decoder"], sizes["decoder"], is_shared=True)
+    # The decoder reads its start token, and what else is forced, before the completion.
+    given = 1 if getattr(model.config, "forced_bos_token_id", None) is None else 2
+    completion = None if sizes["decoder"] is None else sizes["decoder"] - given
+    return PositionLimits(sizes["encoder"], completion, is_shared=False)
+
+
+def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
+    """The same before any weights are read, from a model without memory."""
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return position_limits(auto_class.from_config(config))
+
+
+def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name):
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            yield name, module.num_embeddings - getattr(module, "offset", padding + 1)
+    for name, buffer in model.named_buffers():
+        if _TABLE.search(name) and buffer.dim() == 2:
+            yield name, len(buffer)
+
+
+def check_lengths(
+    who: str,
+    limits: PositionLimits,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    prompt_flag: str = "max_prompt_length",
+) -> None:
+    """That the model has positions for each prompt, cut as it will be, and a completion of the greatest length.
+
+    The prompts are looked at only where the two caps alone do not say so.
+
+    Args:
+        who: "The teacher", "The student".
+        prompt_flag: the name of `max_prompt_length` for this model.
+
+    Raises:
+        InputError: It has not; the message has the numbers, and the row counted from 1.
+    """
+    room = limits.completion if limits.completion is None or not limits.is_shared else limits.completion - 1
+    if room is not None and max_completion_length > room:
+        raise InputError(
+            f"{who} has positions for completions of {room} tokens, and max_completion_length is "
+            f"{max_completion_length}: lower it."
+        )
+    longest = limits.longest_prompt(max_completion_length)
+    if longest is None or (max_prompt_length is not None and max_prompt_length <= longest):
+        return
+    for row, length in enumerate(_lengths(tokenizer, prompts), start=1):
+        used = length if max_prompt_length is None else min(length, max_prompt_length)
+        if used > longest:
+            completion = f" + max_completion_length {max_completion_length}" if limits.is_shared else ""
+            raise InputError(
+                f"{who} has positions for {limits.prompt} tokens, too few for row {row}: its prompt of {used} tokens"
+                f"{completion}. Cut prompts with {prompt_flag} {longest}"
+                + (", or lower max_completion_length." if limits.is_shared else ".")
+            )
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Iterator[int]:
+    prompts = iter(prompts)
+    while batch := list(islice(prompts, _BATCH_SIZE)):
+        yield from prompt_lengths(tokenizer, batch)
+
+
+def check_embedding_rows(who: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raises `InputError` if the tokenizer has ids for which the model has no embedding."""
+    rows = config.get_text_config().vocab_size
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if beyond:
+        token = min(beyond, key=beyond.get)
+        raise InputError(
+            f"{who}'s tokenizer has {len(beyond)} tokens for which its model has no embedding: {token!r} is id "
+            f"{beyond[token]}, and there are {rows} rows. Save the two that belong together, or call "
+            "`model.resize_token_embeddings(len(tokenizer))` and train the new rows."
+        )
