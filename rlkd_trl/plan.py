@@ -1,4 +1,7 @@
-"""`python -m rlkd_trl.plan`: what fits on the GPUs. See rlkd_trl/planning/command.py."""
+"""What fits on the GPUs: bytes of teacher, student and training on each, before anything is started.
+
+`rlkd-trl plan` or `python -m rlkd_trl.plan`; see rlkd_trl/planning/command.py.
+"""
 
 from rlkd_trl.errors import run
 from rlkd_trl.planning.command import main

@@ -28,7 +28,7 @@ LAYERS = [
     ["commands"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ENTRY_POINTS = {"__init__", "errors", "plan"}
+ENTRY_POINTS = {"__init__", "__main__", "errors", "plan"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "errors")
 
 

@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
 from trl import TrlParser
 
+from rlkd_trl.commands.presets import find_preset, read_preset
 from rlkd_trl.errors import InputError
 
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
@@ -51,7 +51,11 @@ class RecipeParser(TrlParser):
             usage="%(prog)s [flags]",
             allow_abbrev=False,
         )
-        self.add_argument("--config", metavar="FILE.yaml", help="Preset: any of the flags below, as YAML keys.")
+        self.add_argument(
+            "--config",
+            metavar="PRESET",
+            help="YAML file with any of the flags below, or one that ships.",
+        )
         self.add_argument("--help_all", action="store_true", help="Also list every field of TrainingArguments.")
         self._group_by_dataclass(dataclass_types)
 
@@ -72,15 +76,15 @@ class RecipeParser(TrlParser):
         if "--config" in argv:
             position = argv.index("--config")
             if position + 1 == len(argv):
-                raise InputError("--config needs the path of a YAML file.")
-            preset_path = Path(argv[position + 1])
-            preset = _read_preset(preset_path)
+                raise InputError("--config needs the path of a YAML file, or the name of a preset that ships.")
+            preset_path = find_preset(argv[position + 1])
+            preset = read_preset(preset_path)
             del argv[position : position + 2]
             if "--config" in argv:
                 raise InputError("--config is given twice; put both presets into one file.")
         named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset}
         if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
-            self._set_defaults(demo_preset, _read_preset(demo_preset))
+            self._set_defaults(demo_preset, read_preset(demo_preset))
         self._set_defaults(preset_path, preset)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
         known, unknown = self.parse_known_args(argv)
@@ -176,16 +180,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _split_config(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
-
-
-def _read_preset(path: Path) -> dict:
-    try:
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(preset, dict):
-        raise InputError(f"The preset {path} is not a YAML mapping of flags to values.")
-    return preset
 
 
 def _as_flag(action: argparse.Action, value) -> list[str]:

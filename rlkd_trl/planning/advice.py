@@ -8,10 +8,10 @@ from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
 from rlkd_trl.planning.tables import gib
 
-# The files of accelerate_configs/ by the student's sharding.
-ACCELERATE_CONFIGS = {"ddp": "multi_gpu.yaml", "zero1": "zero1.yaml", "zero2": "zero2.yaml", "zero3": "zero3.yaml"}
-ONE_GPU_CONFIG = "single_gpu.yaml"
-SEVERAL_NODES_CONFIG = "zero3_multi_node.yaml"
+# Those of accelerate_configs/ by the student's sharding.
+ACCELERATE_CONFIGS = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+ONE_GPU_CONFIG = "single_gpu"
+SEVERAL_NODES_CONFIG = "zero3_multi_node"
 
 # In order of preference: what leaves the rewards as they are and moves no weights comes first, nf4 last.
 _PREFERENCES = (
@@ -50,7 +50,7 @@ class Choice:
     @property
     def command(self) -> str:
         return (
-            f"accelerate launch --config_file accelerate_configs/{self.config_file} recipes/ppo_kd.py \\\n"
+            f"rlkd-trl --config_file {self.config_file} --num_processes {self.cluster.ranks} ppo_kd \\\n"
             f"        {self.flags} ..."
         )
 
@@ -115,8 +115,8 @@ def _reasons(
         reasons.append(f"The student is sharded by {student.sharding}, the least sharding with which this fits.")
     if cluster.nodes > 1:
         reasons.append(
-            f"Over {cluster.nodes} nodes: set num_machines, num_processes, machine_rank, main_process_ip and "
-            f"main_process_port in {best.config_file}."
+            f"Over {cluster.nodes} nodes: on each of them, give --num_machines, --machine_rank, --main_process_ip "
+            "and --main_process_port too, before ppo_kd."
         )
     return reasons
 

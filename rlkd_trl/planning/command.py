@@ -1,6 +1,6 @@
 r"""What fits on the GPUs: bytes of teacher, student and training on each, before anything is downloaded or started.
 
-    python -m rlkd_trl.plan --teacher bigscience/T0 --student google-t5/t5-base --gpus 4 --gpu_memory 80
+    rlkd-trl plan --teacher bigscience/T0 --student google-t5/t5-base --gpus 4 --gpu_memory 80
 
 --teacher and --student are Hub ids, of which only config.json is read, or local directories with a config.json;
 weights are not needed. Lengths and batch sizes are those of the run; at a shorter length everything takes less.
@@ -23,8 +23,8 @@ _RANGES = {
     "nodes": Count,
     "gpu_memory": _GIB,
     "reserve": ShareBelowOne,
-    "prompt_tokens": Length,
-    "completion_tokens": Length,
+    "max_prompt_length": Length,
+    "max_completion_length": Length,
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
     "num_generations": Count,
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command's flags. Those that recipes have too have the recipes' names and defaults."""
     flags = _Parser(
-        prog="python -m rlkd_trl.plan",
+        prog="rlkd-trl plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --teacher T --student S [flags]",
@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", "Nodes.", default=1, metavar="N")
     add("--gpu_memory", "Memory of each GPU, in GiB.", float, default=80.0, metavar="GIB")
     add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
-    add("--prompt_tokens", "Longest prompt, of teacher and student.", default=512, metavar="N")
-    add("--completion_tokens", "Longest completion.", default=64, metavar="N")
+    add("--max_prompt_length", "Longest prompt, of teacher and student.", default=512, metavar="N")
+    add("--max_completion_length", "Longest completion.", default=64, metavar="N")
     add("--per_device_train_batch_size", "Completions in a micro-batch.", default=64, metavar="N")
     add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
     add("--num_generations", "Completions of each prompt.", default=4, metavar="N")
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     cluster = Cluster(flags.gpus, flags.nodes, int(flags.gpu_memory * 2**30), flags.reserve)
     training = Training(flags.student_dtype, flags.bf16, flags.critic, flags.beta)
     workload = Workload(
-        prompt_tokens=flags.prompt_tokens,
-        completion_tokens=flags.completion_tokens,
+        prompt_tokens=flags.max_prompt_length,
+        completion_tokens=flags.max_completion_length,
         num_generations=flags.num_generations,
         micro_batch=flags.per_device_train_batch_size,
         micro_batches=flags.gradient_accumulation_steps,

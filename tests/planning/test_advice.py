@@ -94,7 +94,7 @@ def test_the_reserve_stays_free():
 
 def test_a_whole_teacher_in_bfloat16():
     said = text(cluster(80))
-    assert "--config_file accelerate_configs/multi_gpu.yaml" in said
+    assert "rlkd-trl --config_file multi_gpu --num_processes 4 ppo_kd" in said
     assert "--teacher_placement replicated --teacher_dtype bfloat16 ..." in said
     assert "28.0 of the 80.0 GiB" in said
     # three quarters of 20 GiB; 32 prompts, 2 at a time
@@ -108,7 +108,7 @@ def test_quantisation_is_never_silent():
     said = text(cluster(25))
     assert "--teacher_quantization int8" in said
     assert "int8 CHANGES THE REWARDS: logits move by about 2%" in said
-    assert "Without quantisation: multi_gpu.yaml with --teacher_placement zero3 --teacher_dtype bfloat16." in said
+    assert "Without quantisation: multi_gpu with --teacher_placement zero3 --teacher_dtype bfloat16." in said
 
 
 def test_a_shared_teacher():
@@ -125,23 +125,24 @@ def test_a_teacher_in_cpu_memory():
 
 def test_a_sharded_student():
     said = text(cluster(27))
-    assert "accelerate_configs/zero2.yaml" in said
+    assert "--config_file zero2 " in said
     assert "sharded by zero2, the least sharding with which this fits" in said
 
 
 def test_one_gpu():
     alone = [teacher for teacher in TEACHERS if teacher.placement != "zero3"]
     said = text(cluster(80, gpus=1), [DDP], alone)
-    assert "accelerate_configs/single_gpu.yaml" in said
+    assert "--config_file single_gpu --num_processes 1 " in said
     assert "gather" not in said
 
 
 def test_several_nodes():
     said = text(cluster(80, nodes=2))
-    keys = "num_machines, num_processes, machine_rank, main_process_ip and main_process_port"
-    assert f"Over 2 nodes: set {keys} in multi_gpu.yaml" in said
+    assert "--config_file multi_gpu --num_processes 8 " in said
+    flags = "--num_machines, --machine_rank, --main_process_ip and --main_process_port"
+    assert f"Over 2 nodes: on each of them, give {flags} too" in " ".join(said.split())
     zero3 = replace(DDP, sharding="zero3")
-    assert "accelerate_configs/zero3_multi_node.yaml" in text(cluster(80, nodes=2), [zero3])
+    assert "--config_file zero3_multi_node " in text(cluster(80, nodes=2), [zero3])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_nothing_fits(student, remedy):
     said = text(cluster(20), [student])
     assert said.startswith("Nothing fits: the least is 5")
     assert remedy in said
-    assert "accelerate launch" not in said
+    assert "rlkd-trl" not in said
 
 
 def test_nothing_fits_for_the_teachers_sake():

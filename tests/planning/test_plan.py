@@ -55,7 +55,7 @@ def rows(text: str, heading: str) -> dict[tuple[str, ...], list[str]]:
     return {tuple(line[:labels]): line[labels:] for line in cells}
 
 
-SMALL_RUN = "--prompt_tokens 16 --completion_tokens 8 --per_device_train_batch_size 8 --num_generations 2"
+SMALL_RUN = "--max_prompt_length 16 --max_completion_length 8 --per_device_train_batch_size 8 --num_generations 2"
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_one_gpu_has_nothing_to_split_and_may_be_too_small(configs, capsys):
     students = rows(text, "Student, GiB")
     by_head = dict(zip(students[("sharding",)], students[("ddp",)], strict=True))
     assert by_head["value head"] == by_head["reference"] == by_head["gathered"] == "0"
-    assert "Nothing fits" in text and "accelerate launch" not in text
+    assert "Nothing fits" in text and "rlkd-trl" not in text
 
 
 @pytest.mark.parametrize(

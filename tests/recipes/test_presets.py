@@ -142,7 +142,7 @@ def test_accelerate_reads_the_launch_configs(path):
 
 def test_the_planner_names_launch_configs_that_exist():
     named = {*advice.ACCELERATE_CONFIGS.values(), advice.ONE_GPU_CONFIG, advice.SEVERAL_NODES_CONFIG}
-    assert named <= {path.name for path in LAUNCH_CONFIGS}
+    assert named <= {path.stem for path in LAUNCH_CONFIGS}
 
 
 @pytest.mark.parametrize("path", [*PRESETS, *LAUNCH_CONFIGS], ids=lambda path: path.stem)

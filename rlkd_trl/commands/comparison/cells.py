@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from rlkd_trl.commands.comparison.files_read import FileDigests
+from rlkd_trl.commands.presets import read_preset
 from rlkd_trl.errors import InputError
 
 _STDERR_LINES = 15  # of a failed run, shown
@@ -27,13 +26,7 @@ class Method:
 
     def settings(self) -> dict:
         """What the preset holds. Raises `InputError`: it cannot be read, or is no mapping."""
-        try:
-            settings = yaml.safe_load(self.preset.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"Cannot read the preset {self.preset}: {str(error).splitlines()[0]}") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"The preset {self.preset} is not a YAML mapping of flags to values.")
-        return settings
+        return read_preset(self.preset)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""`rlkd-trl [launcher's flags] COMMAND [flags]`: every recipe and the planner, wherever the package is installed."""
+
+import ast
+import difflib
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from rlkd_trl import __version__, errors
+from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, RECIPES
+from rlkd_trl.errors import InputError
+
+PROGRAM = "rlkd-trl"
+_HELP = """usage: {program} [launcher's flags] COMMAND [flags]
+
+{commands}
+
+    {program} ppo_kd                                      # the embedded demo, no network
+    {program} ppo_kd --config llmr_t0_3b_t5_base ...      # a preset that ships, or your own YAML file
+    {program} --num_processes 2 ppo_kd ...                # several processes, as `accelerate launch` starts them
+    {program} --config_file zero2 ppo_kd ...              # one of accelerate's configurations that ship, or a path
+
+`{program} COMMAND --help` lists a command's flags, `accelerate launch --help` those of the launcher.
+Presets: {presets}
+Accelerate's configurations: {accelerate_configs}"""
+
+
+def main() -> None:
+    """The console command."""
+    errors.run(lambda: run_command(sys.argv[1:]))
+
+
+def run_command(argv: list[str]) -> None:
+    """Runs a command line. Raises `InputError` for a command or launcher's flag that there is not."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+    elif argv[0] == "--version":
+        print(__version__)
+    elif argv[0].startswith("-"):
+        launch(argv)
+    else:
+        script = script_of(argv[0])
+        sys.argv = [f"{PROGRAM} {argv[0]}", *argv[1:]]
+        _main_of(script)()
+
+
+def _main_of(script: Path) -> Callable[[], None]:
+    """A script's own main function."""
+    spec = importlib.util.spec_from_file_location(f"rlkd_trl_command_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def scripts() -> dict[str, Path]:
+    """Command to the script that it runs: the recipes' names, and `plan`."""
+    return {**{path.stem: path for path in sorted(RECIPES.glob("*.py")) if path.stem != "__init__"}, "plan": PLANNER}
+
+
+def script_of(command: str) -> Path:
+    """Raises `InputError` with what may be meant."""
+    known = scripts()
+    if command not in known:
+        close = difflib.get_close_matches(command, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(known)}."
+        raise InputError(f"there is no command {command!r}; {hint}")
+    return known[command]
+
+
+def help_text() -> str:
+    """All commands, each with the first sentence of its script."""
+    from rlkd_trl.commands.presets import shipped_presets
+
+    known = scripts()
+    width = max(map(len, known))
+    lines = []
+    for name, path in known.items():
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines.append(f"    {name:{width}}  {textwrap.shorten(docstring.splitlines()[0], 99, placeholder=' …')}")
+    names = [preset.stem for preset in shipped_presets() if not preset.stem.startswith("demo_")]
+    return _HELP.format(
+        program=PROGRAM,
+        commands="\n".join(lines),
+        presets=", ".join(names),
+        accelerate_configs=", ".join(sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))),
+    )
+
+
+def launch(argv: list[str]) -> NoReturn:
+    """Runs a command through accelerate's launcher, whose flags stand before it, and exits with its code.
+
+    Raises:
+        InputError: A flag that the launcher does not have, no command, or no such configuration.
+    """
+    # As TRL's own console command does.
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parser = launch_command_parser()
+    parser.error = _refuse
+    arguments = parser.parse_args(argv)
+    arguments.training_script = str(script_of(arguments.training_script))
+    arguments.config_file = _config_file(arguments)
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)  # the processes have said what was wrong
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    sys.exit(0)
+
+
+def _config_file(arguments: Namespace) -> str | None:
+    """The launcher's configuration: a path, one that ships, or for several processes the plain one of these."""
+    name = arguments.config_file
+    if name is None:
+        if (arguments.num_processes or 1) == 1:
+            return None
+        # Without one, accelerate starts a single process on a machine without GPUs, and says nothing.
+        import torch
+
+        name = "multi_gpu" if torch.accelerator.is_available() else "cpu_2_processes"
+    if Path(name).is_file():
+        return name
+    known = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
+    stem = Path(name).stem if Path(name).suffix == ".yaml" else name
+    if stem not in known:
+        close = difflib.get_close_matches(stem, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"those that ship are: {', '.join(sorted(known))}."
+        raise InputError(f"--config_file {name} is neither a file nor the name of a configuration; {hint}")
+    return str(known[stem])
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InputError(f"{message.replace('training_script', 'COMMAND')}; see {PROGRAM} --help.")

@@ -1,0 +1,107 @@
+"""YAML presets: found by name or path, and read with every doubt an error."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+
+from rlkd_trl.commands.shipped import PRESETS
+from rlkd_trl.errors import InputError
+
+SUFFIXES = (".yaml", ".yml")
+# Aliases can stand for aliases, so that a few lines expand without end; a preset has some dozens of values.
+_MOST_VALUES = 10_000
+
+
+def find_preset(name: str) -> Path:
+    """The file of that path, or the preset of that name among those that ship: `llmr_t0_3b_t5_base`, `minillm`.
+
+    Raises:
+        InputError: There is no such file and no such name, or several presets have it.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_presets()
+    found = [preset for preset in shipped if preset.stem == (path.stem if path.suffix in SUFFIXES else path.name)]
+    is_name = path.name == name
+    if is_name and len(found) == 1:
+        return found[0]
+    if is_name and found:
+        raise InputError(f"--config {name}: there are several; give a path: {', '.join(map(str, found))}.")
+    if found:
+        raise InputError(f"Cannot read the preset {name}: no such file. One of this name ships: --config {path.stem}.")
+    if path.suffix in SUFFIXES or not is_name or path.exists():
+        raise InputError(f"Cannot read the preset {name}: no such file.")
+    names = sorted({preset.stem for preset in shipped})
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"those that ship are: {', '.join(names)}."
+    raise InputError(f"--config {name} is neither a file nor the name of a preset; {hint}")
+
+
+def shipped_presets() -> list[Path]:
+    """Those of `recipes/configs/` and of `recipes/configs/methods/RECIPE/`."""
+    return sorted(PRESETS.rglob("*.yaml"))
+
+
+def read_preset(path: Path) -> dict[str, object]:
+    """Flag to value.
+
+    Raises:
+        InputError: The file cannot be read, is no mapping of texts to values, has a key twice, or expands to too much.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"The preset {path} is not a YAML mapping of flags to values.")
+        if _expanded_size(node, {}) > _MOST_VALUES:
+            raise InputError(f"The preset {path} expands to more than {_MOST_VALUES} values: leave out its aliases.")
+        return loader.construct_document(node)
+    except InputError:
+        raise
+    except RecursionError as error:
+        raise InputError(f"Cannot read the preset {path}: its brackets are nested too deeply.") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        raise InputError(f"Cannot read the preset {path}: {error.problem or error.context}{line}.") from error
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # ValueError: e.g. a 32nd of January
+        raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types; every key is a text that stands there once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                written = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                problem = f"the key {written} is not a text; put it in quotes if it is meant as one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if key.value in seen:
+                problem = f"the key {key.value} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values under a node, with each alias counted as what it stands for.
+
+    Raises:
+        InputError: An alias stands for something that it is part of.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if known.get(id(node)) == 0:  # entered and not left
+        raise yaml.composer.ComposerError(None, None, "an alias stands within what it stands for", node.start_mark)
+    if id(node) not in known:
+        known[id(node)] = 0
+        is_list = isinstance(node, yaml.SequenceNode)
+        children = node.value if is_list else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]
