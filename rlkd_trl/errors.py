@@ -1,7 +1,12 @@
 """The one exception for input that the user can correct, and how a command ends on it."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
+
+_FIRST_PROCESS_SPEAKS = 10.0  # seconds
 
 
 class InputError(ValueError):
@@ -21,9 +26,21 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(error)
     distributed = sys.modules.get("torch.distributed")  # unless nothing has needed torch
     is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if is_connected and distributed.get_world_size() > 1:
         distributed.destroy_process_group()
+
+
+def _refuse(error: InputError) -> NoReturn:
+    """Says what is wrong with the input, and exits with code 2."""
+    is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    if is_one_of_several and os.environ.get("RANK") != "0":
+        # Most often all processes find the same: the first one speaks, and its launcher then ends the others.
+        time.sleep(_FIRST_PROCESS_SPEAKS)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if is_one_of_several:
+        sys.stdout.flush()
+        os._exit(2)  # at once: the end of a connection may wait for the others
+    sys.exit(2)

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import logging
 import subprocess
 import sys
 import textwrap
@@ -107,10 +108,14 @@ def launch(argv: list[str]) -> NoReturn:
     arguments = parser.parse_args(argv)
     arguments.training_script = str(script_of(arguments.training_script))
     arguments.config_file = _config_file(arguments)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say it in thirty lines
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)  # the processes have said what was wrong
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # of wrong input the process itself has said what it is
+            print(f"error: process {rank} ended with code {failure.exitcode}.", file=sys.stderr, flush=True)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     sys.exit(0)

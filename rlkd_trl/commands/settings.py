@@ -1,6 +1,7 @@
 """The settings of each command as one object, which travels whole from its parser to its results."""
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
@@ -17,6 +18,7 @@ from rlkd_trl.commands.arguments import (
     StudentArguments,
     TeacherArguments,
 )
+from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def parse_settings(
         InputError: As `RecipeParser.parse`.
     """
     groups = groups_of(kind, **others)
+    check_launch(os.environ)
     parsed = RecipeParser(*groups.values(), description=description).parse(demo_preset=demo_preset)
     return kind(**dict(zip(groups, parsed, strict=True)))
 

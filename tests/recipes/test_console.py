@@ -183,5 +183,5 @@ def test_an_input_error_under_the_launcher_is_no_traceback(installed, tmp_path):
     command = "--num_processes 2 ppo_kd --dataset nowhere.csv --teacher t --student s --output_dir out"
     said = _run([str(installed / "rlkd-trl"), *command.split()], tmp_path, code=2)
     assert said.count("error: Dataset nowhere.csv does not exist") == 1
-    assert "Traceback" not in said
+    assert said.count("\n") <= 3
     assert not (tmp_path / "out").exists()

@@ -96,3 +96,20 @@ def test_the_demo_with_a_few_steps_of_everything(tmp_path, monkeypatch):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
     card = (tmp_path / "README.md").read_text()
     assert "the embedded demo of rlkd_trl" in card and str(tmp_path / "demo_models" / "teacher") in card
+
+
+@pytest.mark.parametrize("flags", ["--cpu --num_processes 2", "--num_processes 2"])
+def test_accelerate_starts_one_process_where_two_are_meant(flags, tmp_path):
+    finished = launched(f"accelerate launch {flags} {ROOT}/recipes/rloo_kd.py --output_dir {tmp_path}/out", tmp_path)
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: accelerate launch was asked for several processes and has started one") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_say_once_what_is_wrong(tmp_path):
+    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
+    flags = f"--dataset nowhere.csv --teacher t --student s --output_dir {tmp_path}/out"
+    finished = launched(f"{accelerate} {ROOT}/recipes/rloo_kd.py {flags}", tmp_path)
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: Dataset nowhere.csv does not exist") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,30 @@
+"""What a launcher says in the environment of its processes, checked before they look for each other."""
+
+from collections.abc import Mapping
+
+from rlkd_trl.errors import InputError
+
+# Without these, processes wait for each other in vain, or each takes itself for the first.
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raises `InputError` where several processes were meant, and they cannot find each other or there is only one."""
+    size = environment.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"WORLD_SIZE={size} in the environment is no number of processes: unset it.")
+    missing = [name for name in _RENDEZVOUS if name not in environment]
+    if int(size) > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE={size} is in the environment, but not {', '.join(missing)}: unset it if it is left over from "
+            "elsewhere, or start the processes with accelerate launch, rlkd-trl or torchrun."
+        )
+    # Accelerate's launcher of single processes names an address where more were asked for, and starts one.
+    is_of_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    if is_of_accelerate and "MASTER_ADDR" in environment and not any(name in environment for name in _SIZES):
+        raise InputError(
+            "accelerate launch was asked for several processes and has started one (with --cpu, or without GPUs, "
+            "it does so): give it --config_file accelerate_configs/cpu_2_processes.yaml, or start with rlkd-trl "
+            "--num_processes N. If one is meant, unset MASTER_ADDR."
+        )
