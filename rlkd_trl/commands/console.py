@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from rlkd_trl import __version__, errors
+import rlkd_trl
+from rlkd_trl import errors
 from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, RECIPES
 from rlkd_trl.errors import InputError
 
@@ -41,7 +42,7 @@ def run_command(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
     elif argv[0] == "--version":
-        print(__version__)
+        print(rlkd_trl.__version__)
     elif argv[0].startswith("-"):
         launch(argv)
     else:
