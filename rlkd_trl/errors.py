@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _FIRST_PROCESS_SPEAKS = 10.0  # seconds
+_HOW_TO_CONTINUE = "To continue: the same command with --resume"
 
 
 class InputError(ValueError):
@@ -17,16 +18,47 @@ class InputError(ValueError):
     """
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; input that the user can correct ends in one line on stderr and exit code 2.
+class CheckpointError(OSError):
+    """A checkpoint cannot be written, on a full disk for instance. The message says which ones are intact."""
 
-    A command that has succeeded also ends its connection to other processes: torch's threads for it may otherwise
-    abort the interpreter's exit.
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has stopped a run, and all that it had done is saved. signum: the signal."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command. What the user can do something about ends in a line or two on stderr, without a traceback.
+
+    Exit codes: 2 for input to be corrected, 1 for a checkpoint that could not be written, 130 after Ctrl-C and 143
+    after SIGTERM. A command that has succeeded, or that all processes have left at the same step, also ends its
+    connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
     """
     try:
         main()
     except InputError as error:
         _refuse(error)
+    except CheckpointError as error:
+        _end(1, f"error: {' '.join(str(error).split())}")
+    except Interrupted as interruption:
+        _disconnect()
+        _end(128 + interruption.signum, f"{interruption}\n{_HOW_TO_CONTINUE}.")
+    except KeyboardInterrupt:
+        _end(130, f"Stopped by Ctrl-C.\n{_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
+    _disconnect()
+
+
+def _end(code: int, message: str) -> NoReturn:
+    """Of several processes, the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _disconnect() -> None:
     distributed = sys.modules.get("torch.distributed")  # unless nothing has needed torch
     is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if is_connected and distributed.get_world_size() > 1:

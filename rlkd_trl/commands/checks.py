@@ -121,13 +121,15 @@ def check_rewards(
 
 
 def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | None:
-    """`--resume_from_checkpoint`, or the newest checkpoint in `--output_dir` if `--resume` asks for it.
+    """`--resume_from_checkpoint`, or the newest whole checkpoint in `--output_dir` if `--resume` asks for it.
+
+    Newer ones that are not whole are named and passed over.
 
     Raises:
-        InputError: There is none, both are given, or `--output_dir` is a file.
+        InputError: There is none, the named one is not whole, both are given, or `--output_dir` is a file.
     """
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import get_last_checkpoint
+    from rlkd_trl.models.sharding import is_first_process
+    from rlkd_trl.trainers.checkpoint_files import defect_of, newest_whole
 
     output_dir, named = args.output_dir, args.resume_from_checkpoint
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
@@ -135,15 +137,24 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
     if named is not None:
         if run.resume:
             raise InputError(f"--resume and --resume_from_checkpoint {named} are two checkpoints: give one of them.")
-        if not (Path(named) / TRAINER_STATE_NAME).is_file():
+        defect = defect_of(named)
+        if defect is not None:
             raise InputError(
-                f"--resume_from_checkpoint {named} is no checkpoint of a run (a directory with {TRAINER_STATE_NAME}); "
-                "--resume takes the newest one in --output_dir."
+                f"--resume_from_checkpoint {named} is no checkpoint of a run to go on with: {defect}. --resume takes "
+                "the newest whole one in --output_dir."
             )
         return named
     if not run.resume:
         return None
-    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    found, defects = newest_whole(output_dir)
+    passed_over = [f"{path} is not whole ({defect})" for path, defect in defects.items()]
     if found is None:
-        raise InputError(f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps.")
-    return found
+        raise InputError(
+            f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps."
+            if not passed_over
+            else f"--resume: there is no whole checkpoint in {output_dir}: {'; '.join(passed_over)}. Begin anew."
+        )
+    if is_first_process():
+        for defect in passed_over:
+            print(f"{defect}; continuing from {found}.", flush=True)
+    return str(found)

@@ -234,16 +234,23 @@ class Policy(nn.Module):
         remove_files_of_others(output_dir, has_critic=bool(critic), has_adapters=isinstance(self.model, PeftModel))
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
-        """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory."""
+        """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory.
+
+        Raises:
+            InputError: There is a critic, and the checkpoint has none.
+        """
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
         else:
             with loading_shards(None):  # the copy on disk is whole, also where ZeRO-3 shards the student
                 saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
             self.model.load_state_dict(saved.state_dict())
+        if self.value_head is None:
+            return
         critic_file = Path(checkpoint_dir) / _VALUE_HEAD_FILE
-        if self.value_head is not None and critic_file.is_file():
-            self.load_state_dict(load_file(critic_file), strict=False)
+        if not critic_file.is_file():
+            raise InputError(f"{checkpoint_dir} has no {_VALUE_HEAD_FILE}: it is not of a student with a critic.")
+        self.load_state_dict(load_file(critic_file), strict=False)
 
 
 def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_adapters: bool) -> None:

@@ -30,6 +30,7 @@ from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import rollout_metrics, sample_table
 from rlkd_trl.trainers.rollout_sampling import outputs_in_parts
 from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+from rlkd_trl.trainers.run_record import model_record
 
 
 class OnPolicyTrainer(RolloutTrainer):
@@ -65,7 +66,9 @@ class OnPolicyTrainer(RolloutTrainer):
         self.rollout_state.beta = args.beta
         self.reference = None
         if args.beta > 0:
+            # Of the student as it is given: what a resumed run gives must be what the run was begun with.
             self.reference = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
+            self.run_record["reference"] = model_record(self.reference.model)
 
     # What each method defines
 

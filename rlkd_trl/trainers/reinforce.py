@@ -96,14 +96,12 @@ class ReinforceKDTrainer(OnPolicyTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+    def write_checkpoint(self, directory: Path) -> None:
+        super().write_checkpoint(directory)
         if self.behaviour is not None and self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            self.behaviour.save_pretrained(checkpoint / _BEHAVIOUR_DIRECTORY)
+            self.behaviour.save_pretrained(directory / _BEHAVIOUR_DIRECTORY)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.behaviour is not None and checkpoint is not None:
-            saved = Path(checkpoint) / _BEHAVIOUR_DIRECTORY
-            self.behaviour.load_pretrained(saved if saved.is_dir() else checkpoint)
+            self.behaviour.load_pretrained(Path(checkpoint) / _BEHAVIOUR_DIRECTORY)

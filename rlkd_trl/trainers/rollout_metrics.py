@@ -56,7 +56,7 @@ class PhaseTimer:
     """Wall-clock seconds that this process spends in each phase of a rollout, the accelerator's work included."""
 
     def __init__(self):
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,13 +65,13 @@ class PhaseTimer:
         yield
         if torch.accelerator.is_available():  # it works on after its calls return
             torch.accelerator.synchronize()
-        self._seconds[name] += time.perf_counter() - started
+        self.seconds[name] += time.perf_counter() - started
 
     def reset(self, *, tokens: int) -> dict[str, float]:
         """`seconds/PHASE` since the last reset, and over all phases `tokens_per_second` for so many tokens."""
-        metrics = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
-        metrics["tokens_per_second"] = tokens / sum(self._seconds.values())
-        self._seconds.clear()
+        metrics = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        metrics["tokens_per_second"] = tokens / sum(self.seconds.values())
+        self.seconds.clear()
         return metrics
 
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import print_prompt_completions_sample
 
@@ -38,15 +38,15 @@ from rlkd_trl.trainers.checks import (
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
+from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import PhaseTimer
 from rlkd_trl.trainers.rollout_sampling import log_probs_in_parts, random_generator, sample_in_parts, uniform_rows
-from rlkd_trl.trainers.run_state import SAVED, RolloutState
+from rlkd_trl.trainers.run_record import reward_record
+from rlkd_trl.trainers.run_state import RolloutState
 
-_STATE_FILE = "rollout_state.json"
 
-
-class RolloutTrainer(Trainer):
+class RolloutTrainer(ResumableTrainer):
     """Base of every trainer that learns from completions: where they come from and what is learnt is the method's.
 
     What trains is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device.
@@ -105,10 +105,10 @@ class RolloutTrainer(Trainer):
             teacher.to(self.accelerator.device)
         self.add_callback(BudgetMeter(self))
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""
-        return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, *args, **kwargs)
+        self.run_record |= {
+            "student": {"architecture": type(model).__name__},
+            "reward": reward_record(reward_model, train_dataset),
+        }
 
     @property
     def policy(self) -> Policy:
@@ -396,15 +396,26 @@ class RolloutTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
-        state = {name: getattr(self.rollout_state, name) for name in SAVED}
-        (output_dir / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        state_file = None if checkpoint is None else Path(checkpoint) / _STATE_FILE
-        if state_file is not None and state_file.is_file():
-            self.rollout_state = RolloutState(**json.loads(state_file.read_text(encoding="utf-8")))
+    def run_state(self) -> dict[str, object]:
+        """Also the rollout in use and the place in it, what is measured but not logged yet, and what is spent."""
+        return {
+            **super().run_state(),
+            "rollout_state": self.rollout_state.saved(),
+            "unlogged_metrics": dict(self._metrics),
+            "unlogged_seconds": dict(self._timer.seconds),
+            "sample_table": self.sample_table,
+        }
+
+    def load_run_state(self, state: dict[str, object]) -> None:
+        super().load_run_state(state)
+        self.rollout_state = RolloutState.of_saved(state["rollout_state"], self.accelerator.device)
+        self._metrics = defaultdict(list, state["unlogged_metrics"])
+        self._timer.seconds = defaultdict(float, state["unlogged_seconds"])
+        self.sample_table = state["sample_table"]
+
+    def is_finished(self) -> bool:
+        return super().is_finished() or self.budget_is_spent()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)

@@ -1,7 +1,9 @@
 """What the next update of a run depends on, beyond weights and optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from rlkd_trl.trainers.rollout import Rollout
@@ -28,5 +30,17 @@ class RolloutState:
     window_tokens: list[Tensor] | None = None
     window_sequences: list[Tensor] | None = None
 
+    def saved(self) -> dict[str, object]:
+        """All of it as tensors and plain values."""
+        state = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.rollout is not None:
+            state["rollout"] = {item.name: getattr(self.rollout, item.name) for item in fields(Rollout)}
+        return state
 
-SAVED = ("micro_step", "beta", "return_mean", "return_variance", "generated_tokens", "cpu_seconds", "wall_seconds")
+    @classmethod
+    def of_saved(cls, state: dict[str, object], device: torch.device) -> "RolloutState":
+        """What `saved` gave, with its tensors on the device."""
+        state = {name: send_to_device(value, device) for name, value in state.items()}
+        if state["rollout"] is not None:
+            state["rollout"] = Rollout(**state["rollout"])
+        return cls(**state)

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
@@ -16,12 +16,13 @@ from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_tok
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.students import remove_files_of_others
 from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 _IGNORED = -100
 
 
-class SupervisedTrainer(Trainer):
+class SupervisedTrainer(ResumableTrainer):
     """Cross-entropy of the target's tokens, EOS included, averaged over all tokens of the global batch.
 
     Args:
@@ -78,10 +79,7 @@ class SupervisedTrainer(Trainer):
             **kwargs,
         )
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given."""
-        return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, *args, **kwargs)
+        self.run_record["student"] = {"architecture": type(model).__name__}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,0 +1,264 @@
+"""Runs that can be stopped at any moment and go on as if they had not been."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from rlkd_trl.errors import CheckpointError, InputError, Interrupted
+from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
+from rlkd_trl.trainers.interruption import StopRequest
+from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
+
+_SAVE_ATTEMPTS = 3
+_SECONDS_BETWEEN_ATTEMPTS = 2.0
+
+
+class ResumableTrainer(Trainer):
+    """`transformers.Trainer` with whole checkpoints, from which a run continues to the last bit.
+
+    Beside the weights, optimizer, scheduler and generators of random numbers, a checkpoint holds every process's
+    `run_state`, what its next update and its next log depend on, and `run_record`, what makes the run what it is, by
+    which the checkpoint of another run is refused. After a signal to stop (Ctrl-C, SIGTERM) `train` saves a checkpoint
+    at the end of the step and raises `errors.Interrupted`.
+
+    `train` raises:
+        InputError: The checkpoint to resume from is not whole, or another run's.
+        CheckpointError: A checkpoint could not be written; the older ones are as they were.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_record: dict[str, object] = {
+            "trainer": type(self).__name__,
+            "processes": self.args.world_size,
+            "settings": settings_of(self.args),
+            "data": rows_digest(self.train_dataset),
+        }
+        self._stop_request = StopRequest()
+        self._resumed_state: dict = {}
+        # Of the last step, for a checkpoint that is written before all that belongs to the step is done.
+        self._last_step = {"grad_norm": None, "learning_rate": None}
+        self._evaluation_is_due = False
+        self._epoch_has_ended = False
+        self.add_callback(_Continuation(self))
+
+    # What a method adds
+
+    def run_state(self) -> dict[str, object]:
+        """This process's state beyond weights, optimizer and generators: tensors and plain values only."""
+        return {
+            **self._last_step,
+            "evaluation_is_due": self._evaluation_is_due,
+            "end_of_epoch_is_due": not self._epoch_has_ended
+            and (float(self.state.epoch).is_integer() or self.control.should_training_stop),
+            "loss_since_log": self._tr_loss,
+            "loss_until_log": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+
+    def load_run_state(self, state: dict[str, object]) -> None:
+        """Puts back what `run_state` gave. What Trainer sets to 0 after this, `_Continuation` puts back."""
+        self._resumed_state = state
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Writes this process's files of a checkpoint into an empty directory."""
+        self.save_model(str(directory), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(directory))
+            self._save_scaler(str(directory))
+            self._save_rng_state(str(directory))
+            torch.save(self.run_state(), directory / self._run_state_file)
+        if self.args.should_save:
+            self._export_callbacks()
+            self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+            (directory / RUN_RECORD).write_text(json.dumps(self.run_record, indent=1) + "\n", encoding="utf-8")
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given.
+
+        A run that has had all its steps gets no further one.
+        """
+        checkpoint = self._checked_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        with self._stop_request.listening():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing, if all steps are done: Trainer would look only after one more."""
+        if self.is_finished():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
+        """Trainer calls it at the end of each step and of each epoch. Here a signal to stop is obeyed."""
+        grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
+        self._last_step = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        signum = self._stop_request.on_any_process(self.accelerator)
+        if signum:  # an evaluation would take long: the resumed run begins with it
+            self._evaluation_is_due = self.control.should_evaluate
+            self.control.should_save, self.control.should_evaluate = True, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+        if signum:
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            raise Interrupted(signum, f"Stopped after step {self.state.global_step}; {checkpoint} holds all of it.")
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "train_loss" in logs:  # of the whole run, not of its last part
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    # Loading
+
+    def _checked_checkpoint(self, asked: str | bool | None) -> str | None:
+        """The checkpoint's path; with True, of the newest whole one. Raises `InputError`."""
+        if not asked:
+            return None
+        if asked is True:
+            found, defects = newest_whole(self.args.output_dir)
+            if self.is_world_process_zero():
+                for path, defect in defects.items():
+                    print(f"Skipping {path}: {defect}.", flush=True)
+            if found is None:
+                raise InputError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        else:
+            found, defect = Path(asked), defect_of(asked)
+            if defect is not None:
+                raise InputError(f"A run cannot be resumed from {asked}: {defect}.")
+        check_same_run(found, self.run_record)
+        if found.parent.name == STAGING:  # all that it lacked was its name
+            staged, found = found, found.parent.parent / found.name
+            self.accelerator.wait_for_everyone()
+            failure = self._failure(lambda: publish(staged, found), self.args.should_save)
+            if failure is not None:
+                raise CheckpointError(f"{staged} cannot be renamed to {found} ({failure}).")
+        return str(found)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint) / self._run_state_file
+            self.load_run_state(torch.load(file, map_location="cpu", weights_only=True))
+
+    @property
+    def _run_state_file(self) -> str:
+        return "run_state.pth" if self.args.world_size == 1 else f"run_state_{self.args.process_index}.pth"
+
+    def _continue(self) -> None:
+        """Puts back what Trainer has just set to 0, and does what the checkpoint's step had left to do."""
+        state, self._resumed_state = self._resumed_state, {}
+        if not state:
+            return
+        self._tr_loss = state["loss_since_log"].to(self.args.device)
+        self._total_loss_scalar = state["loss_until_log"]
+        self._globalstep_last_logged = state["last_logged_step"]
+
+        def end_of_step() -> None:
+            self._maybe_log_save_evaluate(
+                self._tr_loss,
+                state["grad_norm"],
+                self.model_wrapped,
+                None,
+                int(self.state.epoch),
+                None,
+                time.time(),
+                learning_rate=state["learning_rate"],
+            )
+
+        if state["evaluation_is_due"]:
+            self.control.should_evaluate = True
+            end_of_step()
+        if state["end_of_epoch_is_due"]:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            end_of_step()
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    # Saving
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint of all processes; while the disk refuses, it is tried again a few times."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        best = output_dir / f"checkpoint-{self.state.best_global_step}"
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        for attempt in range(1, _SAVE_ATTEMPTS + 1):
+            failure = self._failure_to_save(final)
+            if failure is None:
+                break
+            if attempt == _SAVE_ATTEMPTS:
+                raise CheckpointError(
+                    f"Step {self.state.global_step} cannot be saved in {output_dir} ({failure}). The checkpoints "
+                    "before it are intact: make room there, and continue with --resume."
+                )
+            if self.is_world_process_zero():
+                print(f"Saving {final} failed ({failure}); trying again.", flush=True)
+            time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            keep_newest(final, self.args.save_total_limit, best=self.state.best_model_checkpoint)
+
+    def _failure_to_save(self, final: Path) -> str | None:
+        """Saves, on all processes; why it failed on any of them, in words."""
+        staged = final.parent / STAGING / final.name
+        return (
+            self._failure(lambda: _make_empty(staged), self.args.should_save)
+            or self._failure(lambda: self.write_checkpoint(staged), True)
+            or self._failure(lambda: seal(staged, resumable=not self.args.save_only_model), self.args.should_save)
+            or self._failure(lambda: publish(staged, final), self.args.should_save)
+        )
+
+    def _failure(self, work, is_my_part: bool) -> str | None:
+        """Does `work` on the processes whose part it is; every process gets the same answer, when all are done."""
+        failure = None
+        if is_my_part:
+            try:
+                work()
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return next((found for found in gather_object([failure]) if found is not None), None)
+
+    def _export_callbacks(self) -> None:
+        """The state of callbacks that have one into Trainer's, as it does before it saves that."""
+        states: dict[str, list] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: found if len(found) > 1 else found[0] for name, found in states.items()}
+
+
+class _Continuation(TrainerCallback):
+    """Calls a resumed trainer when Trainer's own preparations are over, and tells it of epochs."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._continue()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._epoch_has_ended = self._trainer._evaluation_is_due = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._trainer._epoch_has_ended = True
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory.parent, ignore_errors=True)
+    directory.mkdir(parents=True)

@@ -1,0 +1,102 @@
+"""What makes a training run what it is, so that no run is continued as another."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.rewards import RewardModel
+
+RUN_RECORD = "run.json"
+# Settings that a resumed run may have otherwise: where and how much is logged, measured and saved, and how long it
+# goes on. All others change what is learnt.
+_MAY_CHANGE = (
+    *("output_dir", "run_name", "project", "trackio_*", "report_to", "disable_tqdm", "debug", "skip_memory_metrics"),
+    *(
+        "log_*",
+        "logging_*",
+        "num_completions_to_print",
+        "eval_*",
+        "per_device_eval_batch_size",
+        "do_*",
+        "metric_for_*",
+    ),
+    *("include_for_metrics", "greater_is_better", "load_best_model_at_end", "batch_eval_metrics", "*_full_eval"),
+    *("save_*", "push_to_hub", "hub_*", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+    *("max_steps", "num_train_epochs", "max_generated_tokens", "max_cpu_seconds"),
+    *("dataloader_*", "ddp_timeout", "local_rank"),
+)
+_ROWS_AT_A_TIME = 1000
+_NUMBERS_PER_WEIGHT = 4096
+_DIFFERENCES_SHOWN = 3
+
+
+def settings_of(args: TrainingArguments) -> dict[str, object]:
+    """All settings that a resumed run must have the same, in JSON's types."""
+    settings = json.loads(json.dumps(args.to_dict(), default=str))
+    return {name: value for name, value in settings.items() if not any(fnmatch(name, may) for may in _MAY_CHANGE)}
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """Of all that the rows hold, in their order."""
+    digest = hashlib.sha256()
+    for rows in dataset.iter(_ROWS_AT_A_TIME):
+        digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def model_record(model: nn.Module) -> dict[str, str]:
+    """A model's class, and a digest of names, shapes and evenly spaced numbers of its weights.
+
+    Not of all numbers, which would take seconds per billion; training moves them all. Shards of ZeRO-3 are not looked
+    into.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // _NUMBERS_PER_WEIGHT)].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
+    return {"architecture": type(model).__name__, "weights": digest.hexdigest()[:16]}
+
+
+def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]:
+    """Terms with their weights and settings; teachers, and how they ask about the first row."""
+    scorers = [scorer for panel in reward_model.panels for scorer in panel.scorers]
+    teachers = list({id(scorer.teacher): scorer.teacher for scorer in scorers}.values())
+    return {
+        "terms": {name: [weight, _plain_settings(term)] for name, (term, weight) in reward_model.terms.items()},
+        "teachers": [model_record(teacher.model) for teacher in teachers],
+        "questions": [panel.questions(rows[0]) for panel in reward_model.panels],
+    }
+
+
+def _plain_settings(term: Callable) -> dict[str, object]:
+    plain = (str, int, float, bool)
+    return {name: value for name, value in getattr(term, "__dict__", {}).items() if isinstance(value, plain)}
+
+
+def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
+    """Raises `InputError` if the checkpoint is of a run with another record; the message names the differences."""
+    saved = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
+    found = list(_differences(saved, json.loads(json.dumps(record))))
+    if found:
+        more = f" (and {len(found) - _DIFFERENCES_SHOWN} more)" if len(found) > _DIFFERENCES_SHOWN else ""
+        raise InputError(
+            f"{checkpoint} is of another run: {'; '.join(found[:_DIFFERENCES_SHOWN])}{more}. Continue it with what it "
+            "was begun with, or begin anew in another output_dir."
+        )
+
+
+def _differences(saved: object, now: object, name: str = "") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in {**saved, **now}:
+            yield from _differences(saved.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif saved != now:
+        yield f"{name} was {json.dumps(saved)} and is {json.dumps(now)}"
