@@ -62,8 +62,9 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
 
 
 def check_teacher(teacher: TeacherArguments) -> None:
-    """The teachers are checkpoints or may be Hub ids, and can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, check_quantization, require_checkpoint
+    """The teachers are checkpoints or may be Hub ids, have an EOS, can be kept as asked for. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, check_quantization, load_tokenizer, require_checkpoint
+    from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
     check_dtype(teacher.teacher_dtype)
@@ -71,15 +72,18 @@ def check_teacher(teacher: TeacherArguments) -> None:
     Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
     for name in teacher.teacher or []:
         require_checkpoint("--teacher", name)
+        require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
 
 
 def check_student(student: StudentArguments) -> None:
-    """The student, if one is named, is a checkpoint or may be a Hub id; the dtype is known. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, require_checkpoint
+    """A named student is a checkpoint or may be a Hub id, and has an EOS; the dtype is known. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, load_tokenizer, require_checkpoint
+    from rlkd_trl.models.vocabulary import require_eos
 
     check_dtype(student.student_dtype)
     if student.student is not None:
         require_checkpoint("--student", student.student)
+        require_eos(load_tokenizer(student.student, revision=student.student_revision))
 
 
 def check_pseudo_labels(settings: PseudoLabelSettings) -> None:

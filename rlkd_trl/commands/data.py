@@ -125,6 +125,8 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
 
     Without `--dataset`, the demo's. The prompts are whole: see `pairs_within`. Raises `InputError`.
     """
+    from rlkd_trl.trainers.checks import empty_targets
+
     data, prompts = settings.data, settings.prompts
     rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
     source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
@@ -145,6 +147,7 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
         answers = [""] if row[target] == "" else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
+    empty_targets([pair["target"] for pair in pairs])
     return pairs
 
 

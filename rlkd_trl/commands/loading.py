@@ -21,10 +21,12 @@ def load_or_make_model(
         return load_student(student)
     from rlkd_trl.data import train_tokenizer
     from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.students.from_scratch import new_model
 
     if new.tokenizer is not None:
         tokenizer = load_tokenizer(new.tokenizer)
+        require_eos(tokenizer)
     else:
         texts = [pair[column] for column in ("prompt", "target") for pair in pairs]
         tokenizer = train_tokenizer(texts, vocab_size=new.vocab_size)

@@ -15,14 +15,23 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Every id that ends a completion: the generation config's (several, for chat models) or the tokenizer's.
 
     Raises:
-        InputError: Neither has one; completions could then never end.
+        InputError: As `require_eos`.
     """
+    require_eos(tokenizer)
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     if eos is None:
         eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError("The model has no EOS token: set `eos_token` on its tokenizer.")
     return [eos] if isinstance(eos, int) else list(eos)
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `InputError` for a tokenizer without EOS, with which no target ends and no model learns to stop."""
+    if tokenizer.eos_token_id is None:
+        name = f" of {tokenizer.name_or_path!r}" if tokenizer.name_or_path else ""
+        raise InputError(
+            f"The tokenizer{name} has no EOS token, so no text would end: set `eos_token` to one of its tokens, and "
+            "save it again with the model."
+        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

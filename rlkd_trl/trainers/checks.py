@@ -47,6 +47,21 @@ def check_targets(dataset: Dataset, args: KDConfig) -> None:
             )
 
 
+def empty_targets(targets: Sequence[str]) -> list[int]:
+    """Which of the targets of supervised training are empty: a teacher may have answered nothing.
+
+    Raises:
+        InputError: All of them are, or one is no text.
+    """
+    for i, target in enumerate(targets):
+        if not isinstance(target, str):
+            raise InputError(f"Row {i + 1} of the training data: the target {target!r} is not a text.")
+    empty = [i for i, target in enumerate(targets) if not target.strip()]
+    if len(empty) == len(targets):
+        raise InputError(f"All {len(empty)} targets are empty: there is nothing to learn. Is it the right column?")
+    return empty
+
+
 def check_sharding(args: RolloutConfig) -> None:
     """Raises `InputError` for a student sharded by FSDP, and for what one sharded by ZeRO-3 does not go with."""
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):

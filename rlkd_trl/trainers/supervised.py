@@ -1,5 +1,6 @@
 """Maximum likelihood on (prompt, target) pairs: trains teachers on references, warms students up on pseudo-labels."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,13 +14,15 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
-from rlkd_trl.models.vocabulary import padding_id
+from rlkd_trl.models.vocabulary import padding_id, require_eos
 from rlkd_trl.students import remove_files_of_others
+from rlkd_trl.trainers.checks import empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 _IGNORED = -100
+_logger = logging.getLogger(__name__)
 
 
 class SupervisedTrainer(ResumableTrainer):
@@ -29,7 +32,7 @@ class SupervisedTrainer(ResumableTrainer):
         train_dataset: Rows with `prompt` and `target`, both texts.
 
     Raises:
-        InputError: One of the two columns is missing, or T5 with fp16.
+        InputError: One of the two columns is missing, no row has a target, a tokenizer without EOS, or T5 with fp16.
     """
 
     def __init__(
@@ -46,6 +49,14 @@ class SupervisedTrainer(ResumableTrainer):
                     f"The training data has no column `{column}`; its columns are: "
                     f"{', '.join(train_dataset.column_names)}."
                 )
+        require_eos(processing_class)
+        empty = empty_targets(train_dataset["target"])
+        if empty:
+            _logger.warning(
+                "%d of %d targets are empty, the first in row %d: there the model learns to answer nothing. Drop "
+                "these rows if they are gaps in the data.",
+                *(len(empty), len(train_dataset), empty[0] + 1),
+            )
         check_embedding_rows("The model", processing_class, model.config)
         limits = position_limits(model)
         if limits.completion is not None:

@@ -35,6 +35,11 @@ UNLABELLED = f"--teacher teacher --student student --dataset data.csv --source_c
 
 # (recipes, what is wrong, a part of the message)
 DATA_CASES = [
+    (
+        ("sft", "sft (new model)"),
+        "--dataset empty_targets.jsonl",
+        "All 2 targets are empty: there is nothing to learn",
+    ),
     (ALL, "--source_column text", "`--source_column text` is not in the data; its columns are: mr, ref."),
     (ALL, "--target_column text", "`--target_column text` is not in the data; its columns are: mr, ref."),
     (ALL, "--dataset empty.csv", "empty.csv is empty"),
@@ -70,6 +75,9 @@ PROMPT_CASES = [
     (ALL, "--student_template '{{ kind }}'", "asks for column 'kind'"),
 ]
 MODEL_CASES = [
+    (("sft", *COMPARED), "--student without_eos", "The tokenizer of 'without_eos' has no EOS token"),
+    (ASKED, "--teacher without_eos", "The tokenizer of 'without_eos' has no EOS token"),
+    (("sft (new model)",), "--tokenizer without_eos", "The tokenizer of 'without_eos' has no EOS token"),
     (ASKED, "--teacher ./nowhere", "nowhere` is not a directory"),
     (ASKED, "--teacher files", "is a directory without config.json"),
     (ASKED, "--teacher without_tokenizer", "holds no tokenizer"),
@@ -221,6 +229,10 @@ def files(tmp_path_factory, checkpoints) -> Path:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = "w5"
     tokenizer.save_pretrained(here / "other_eos")
+    shutil.copytree(here / "teacher", here / "without_eos")
+    tokenizer = word_tokenizer(append_eos=False)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(here / "without_eos")
     shutil.copytree(here / "teacher", here / "without_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
     (here / "files").mkdir()
 
@@ -241,6 +253,7 @@ def files(tmp_path_factory, checkpoints) -> Path:
         "header.csv": "mr,ref\n",
         "data.txt": "w3\n",
         "ragged.csv": "mr,ref\n" + "w3 w4,w5,w6\n" * 30,
+        "empty_targets.jsonl": '{"mr": "w3", "ref": ""}\n{"mr": "w4", "ref": ""}\n',
         "broken.jsonl": '{"mr": "w3", "ref"\n',
         "rewards.py": "def f(completions):\n    return [0.0 for _ in completions]\n",
         "fails.py": 'raise ValueError("first line\\nsecond line")\n',

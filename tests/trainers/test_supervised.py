@@ -232,3 +232,22 @@ def test_a_missing_column_is_named(missing, tmp_path):
 def test_wrong_settings_are_refused_by_name(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
         SupervisedConfig(str(tmp_path), **settings)
+
+
+def test_empty_targets_are_counted(tmp_path, caplog):
+    rows = [{"prompt": "w3", "target": target} for target in ["w4", "", "w5", " \n", "w6", "", "w7", "w8", "w9"]]
+    build(MODELS["t5-tied"](), tmp_path, Dataset.from_list(rows))
+    assert "3 of 9 targets are empty, the first in row 2" in caplog.text
+    caplog.clear()
+    build(MODELS["t5-tied"](), tmp_path, Dataset.from_list([row for row in rows if row["target"].strip()]))
+    assert "empty" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["", " ", ""], "All 3 targets are empty"), (["w3", None, "w4"], "Row 2 .* the target None is not a text")],
+)
+def test_targets_from_which_nothing_can_be_learnt(targets, message, tmp_path):
+    rows = Dataset.from_list([{"prompt": "w3", "target": target} for target in targets])
+    with pytest.raises(InputError, match=message):
+        build(MODELS["t5-tied"](), tmp_path, rows)
