@@ -18,6 +18,13 @@ class InputError(ValueError):
     """
 
 
+class TrainingError(Exception):
+    """Training or evaluation has come upon numbers that are not finite and cannot go on.
+
+    The message says what was not finite, where it was seen first, and where the last good weights are.
+    """
+
+
 class CheckpointError(OSError):
     """A checkpoint cannot be written, on a full disk for instance. The message says which ones are intact."""
 
@@ -33,7 +40,8 @@ class Interrupted(KeyboardInterrupt):
 def run(main: Callable[[], None]) -> None:
     """Runs a command. What the user can do something about ends in a line or two on stderr, without a traceback.
 
-    Exit codes: 2 for input to be corrected, 1 for a checkpoint that could not be written, 130 after Ctrl-C and 143
+    Exit codes: 2 for input to be corrected, 1 for training that numbers have spoilt or a checkpoint that
+    could not be written, 130 after Ctrl-C and 143
     after SIGTERM. A command that has succeeded, or that all processes have left at the same step, also ends its
     connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
     """
@@ -41,6 +49,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         _refuse(error)
+    except TrainingError as error:  # which all processes raise together
+        _disconnect()
+        _end(1, f"error: {' '.join(str(error).split())}")
     except CheckpointError as error:
         _end(1, f"error: {' '.join(str(error).split())}")
     except Interrupted as interruption:

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed
 
-from rlkd_trl.errors import InputError, run
+from rlkd_trl.errors import InputError, TrainingError, run
 
 
 def refuse():
@@ -24,3 +24,12 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit:
         run(refuse)
     assert exit.value.code == 2 and capsys.readouterr().err == "error: not this\n"
+
+
+def test_failed_training_is_one_line_and_exit_code_1(capsys):
+    def main():
+        raise TrainingError("it is\nNaN")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 1 and capsys.readouterr().err == "error: it is NaN\n"

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.sharding import loading_shards
 
 DTYPES = {
@@ -72,7 +73,7 @@ def load_model(
 
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
-            or T5 in float16, whose feed-forward layers overflow.
+            T5 in float16, whose feed-forward layers overflow, or a weight that is NaN or infinite.
     """
     check_dtype(dtype)
     check_quantization(quantization)
@@ -88,6 +89,7 @@ def load_model(
             dtype=DTYPES[dtype],
             **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
         )
+    check_weights(model, f"The model {name_or_path!r}")
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes would take a kernel that computes in bfloat16 whatever was asked for,

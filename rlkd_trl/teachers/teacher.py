@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
@@ -45,8 +46,8 @@ class Teacher:
         placement: Where `model` was loaded to; `from_pretrained` does both.
 
     Raises:
-        InputError: The architecture is not supported (see `Backbone.verify`), or the tokenizer has ids without rows in
-            the embeddings.
+        InputError: The architecture is not supported (see `Backbone.verify`), the tokenizer has ids without rows in
+            the embeddings, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Teacher:
         self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None
         self.processing_class = processing_class
         self.max_prompt_length = max_prompt_length
+        if placement is None:  # else `load_model` has looked
+            check_weights(model, "The teacher")
         self.backbone = backbone_of(model)
         self._max_batch_tokens = max_batch_tokens
         self.backbone.verify()

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 
 from transformers import TrainingArguments
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.settings.ranges import (
     LARGEST_COUNT,
     Count,
@@ -77,7 +78,20 @@ class BaseConfig(TrainingArguments):
         default="none", metadata={"help": "Where to log: none, wandb, ..."}
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: it would show a loss of NaN as 0."}
+    )
+    max_skipped_steps: Count = field(
+        default=5,
+        metadata={
+            "help": "Stop, with a checkpoint, after so many optimizer steps in a row whose loss or gradients were not "
+            "finite; each such step is skipped."
+        },
+    )
+
     def __post_init__(self):
+        if self.logging_nan_inf_filter:
+            raise InputError("logging_nan_inf_filter must stay False: it would show a loss of NaN as 0.")
         check_ranges(self, prefix="", inherited=INHERITED_RANGES)
         check_inherited(self, self.refused)
         start_processes(self)

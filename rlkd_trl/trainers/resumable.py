@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
+from rlkd_trl.trainers.finite import FiniteTrainer
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
 
@@ -21,7 +22,7 @@ _SAVE_ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 2.0
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(FiniteTrainer):
     """`transformers.Trainer` with whole checkpoints, from which a run continues to the last bit.
 
     Beside the weights, optimizer, scheduler and generators of random numbers, a checkpoint holds every process's

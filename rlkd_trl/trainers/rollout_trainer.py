@@ -18,6 +18,7 @@ from trl.trainer.utils import print_prompt_completions_sample
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.backbone import Backbone
+from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation import Completions, MixedWith
 from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
 from rlkd_trl.models.prompts import tokenize_prompts
@@ -80,6 +81,7 @@ class RolloutTrainer(ResumableTrainer):
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
         check_sharded_head(model)
+        check_weights(model, "The student")
         self.reward_model = reward_model
         teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
         for teacher in teachers:
@@ -228,7 +230,7 @@ class RolloutTrainer(ResumableTrainer):
         loss, metrics = self.micro_batch_loss(model, inputs, tokens=tokens, sequences=sequences)
         for name, share in self._mean_over_ranks(metrics).items():
             self._window_metrics[name] += share
-        return loss * accumulation
+        return self.checked_loss(loss * accumulation)
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
         state, args = self.rollout_state, self.args
@@ -253,8 +255,9 @@ class RolloutTrainer(ResumableTrainer):
         return loss
 
     def _close_window(self) -> None:
-        """Records an optimizer step's metrics."""
-        self._record(self._window_metrics)
+        """Records an optimizer step's metrics, unless it was skipped."""
+        if not self.step_is_skipped:
+            self._record(self._window_metrics)
         self._window_metrics.clear()
 
     def _prepare_inputs(self, inputs):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
@@ -71,6 +72,7 @@ class SupervisedTrainer(ResumableTrainer):
             )
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
+        check_weights(model, "The model")
         collate = PairCollator(
             processing_class,
             model.config.is_encoder_decoder,
