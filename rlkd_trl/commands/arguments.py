@@ -53,7 +53,17 @@ class PromptArguments:
 
     templates: str | None = field(
         default=None,
-        metadata={"help": "How the teacher is asked: a promptsource templates.yaml, its directory, or builtin:TASK."},
+        metadata={
+            "help": "How the teacher is asked: a YAML file of names and Jinja texts, promptsource's, or builtin:TASK.",
+            "replaces": ["template"],
+        },
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --templates, one Jinja text over the data's columns: 'Summarise: {{ source }}'.",
+            "replaces": ["templates", "template_names"],
+        },
     )
     template_names: list[str] | None = field(
         default=None, metadata={"help": "Which of them; default: all that are for the original task."}

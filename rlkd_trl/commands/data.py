@@ -27,14 +27,19 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
 
 
 def load_templates(arguments: PromptArguments) -> PromptTemplates | None:
-    """The teacher's templates, or None without `--templates`. Raises `InputError`."""
+    """The teacher's templates, or None without `--templates` and `--template`. Raises `InputError`."""
+    renames = parse_renames(arguments.rename_columns or [])
+    if arguments.template is not None:
+        if arguments.templates is not None or arguments.template_names:
+            raise InputError(
+                "--template is the whole text of one template: leave out --templates and --template_names."
+            )
+        return PromptTemplates.inline(arguments.template, renames)
     if arguments.templates is None:
         if arguments.rename_columns or arguments.template_names:
             raise InputError("--rename_columns and --template_names need --templates.")
         return None
-    return PromptTemplates.load(
-        arguments.templates, arguments.template_names or "all", parse_renames(arguments.rename_columns or [])
-    )
+    return PromptTemplates.load(arguments.templates, arguments.template_names or "all", renames)
 
 
 def load_prompts(

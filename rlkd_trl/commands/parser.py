@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from trl import TrlParser
@@ -85,7 +86,9 @@ class RecipeParser(TrlParser):
         named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset}
         if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
             self._set_defaults(demo_preset, read_preset(demo_preset))
+        self._drop_replaced(f"--{key}" for key in preset)
         self._set_defaults(preset_path, preset)
+        self._drop_replaced(arg.split("=")[0] for arg in argv)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
         known, unknown = self.parse_known_args(argv)
         if unknown and not unknown[0].startswith("-"):
@@ -120,6 +123,14 @@ class RecipeParser(TrlParser):
             except InputError as error:
                 raise InputError(f"{path}: {key} has the value {value!r}: {error}") from error
             self.set_defaults(**{key: getattr(known, key)})
+
+    def _drop_replaced(self, flags: Iterable[str]) -> None:
+        """Defaults of a preset that these flags stand in for, by a field's metadata `replaces`, count no more."""
+        given = set(flags)
+        for kind in self.dataclass_types:
+            for option in dataclasses.fields(kind):
+                if f"--{option.name}" in given:
+                    self.set_defaults(**dict.fromkeys(option.metadata.get("replaces", ())))
 
     def _unknown(self, kind: str, name: str, prefix: str = "") -> str:
         known = [action.dest for action in self._actions]

@@ -1,8 +1,9 @@
-"""promptsource's file format: a YAML file of templates, each with a name, jinja text and metadata."""
+"""Files of templates: promptsource's YAML, or the short form, which is a mapping of name to jinja text, or a list."""
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -12,6 +13,10 @@ import yaml
 from rlkd_trl.errors import InputError
 
 FILE_NAME = "templates.yaml"
+SHORT_FORM = """The shortest file is a line for each template, name: "text", e.g. short: "Summarise: {{ source }}"."""
+
+_SHORT = reprlib.Repr()  # for messages: YAML's aliases can make a value that would fill the memory when written out
+_SHORT.maxlevel = 2
 
 
 class TemplateEntry(TypedDict):
@@ -28,11 +33,18 @@ class _PromptsourceLoader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
-for _tag in ("!Template", "!TemplateMetadata"):
+for _tag in ("!Template", "!TemplateMetadata", yaml.SafeLoader.DEFAULT_MAPPING_TAG):
     _PromptsourceLoader.add_constructor(_tag, _construct_mapping)
+
+_PROMPTSOURCE_KEYS = {"templates", "dataset", "subset"}
 
 
 def resolve_file(path: str | Path) -> Path:
@@ -51,18 +63,27 @@ def resolve_file(path: str | Path) -> Path:
 
 
 def read_entries(file: Path) -> list[TemplateEntry]:
-    """All templates of a promptsource YAML file, in the file's order. Their jinja text is not looked at.
+    """All templates of a YAML file, in the file's order. Their jinja text is not looked at.
+
+    The short form is a mapping of names to jinja texts, or a list of texts, which are named template_1 and so on.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, has another tag, or an entry lacks a name or jinja text.
+        InputError: the file cannot be read, is not YAML, has another tag, a key twice, or an entry lacks a name or
+            jinja text.
     """
     try:
         document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_PromptsourceLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, impossible dates
-        raise InputError(f"{file} cannot be read as promptsource YAML: {_one_line(error)}") from error
+        raise InputError(f"{file} cannot be read as promptsource YAML: {_one_line(error)}. {SHORT_FORM}") from error
+    if isinstance(document, list) and document:
+        document = {f"template_{number}": text for number, text in enumerate(document, start=1)}
+    if isinstance(document, dict) and document and not _PROMPTSOURCE_KEYS.intersection(map(str, document)):
+        return [_short_entry(file, name, text) for name, text in document.items()]
     templates = document.get("templates") if isinstance(document, dict) else None
     if not isinstance(templates, dict) or not templates:
-        raise InputError(f"{file} is not a promptsource file: it has no mapping 'templates:' of id to template.")
+        raise InputError(
+            f"{file} is not a promptsource file: it has no mapping 'templates:' of id to template. {SHORT_FORM}"
+        )
     return [_entry(file, key, fields) for key, fields in templates.items()]
 
 
@@ -94,22 +115,33 @@ def select_entries(entries: list[TemplateEntry], names: str | Sequence[str], fil
     return [entries[available.index(name)] for name in names]
 
 
+def _short_entry(file: Path, name: object, text: object) -> TemplateEntry:
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise InputError(
+            f"{file}: the template {_SHORT.repr(name)} must have a name and a text, found {_SHORT.repr(text)}; put "
+            f"both in quotes. {SHORT_FORM}"
+        )
+    return TemplateEntry(name=name, jinja=text, answer_choices=None, original_task=True)
+
+
 def _entry(file: Path, key: object, fields: object) -> TemplateEntry:
     where = f"{file}, template id {key}"
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a mapping with 'name' and 'jinja', found {type(fields).__name__}.")
     for field in ("name", "jinja"):
         if not isinstance(fields.get(field), str):
-            raise InputError(f"{where}: '{field}' must be text, found {fields.get(field)!r}; put it in quotes.")
+            raise InputError(
+                f"{where}: '{field}' must be text, found {_SHORT.repr(fields.get(field))}; put it in quotes."
+            )
     answer_choices = fields.get("answer_choices")
     if not isinstance(answer_choices, str | None):
-        raise InputError(f"{where}: 'answer_choices' must be text or null, found {answer_choices!r}.")
+        raise InputError(f"{where}: 'answer_choices' must be text or null, found {_SHORT.repr(answer_choices)}.")
     metadata = fields.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise InputError(f"{where}: 'metadata' must be a mapping, found {metadata!r}.")
+        raise InputError(f"{where}: 'metadata' must be a mapping, found {_SHORT.repr(metadata)}.")
     original_task = metadata.get("original_task")
     if not isinstance(original_task, bool | None):
-        raise InputError(f"{where}: 'original_task' must be true or false, found {original_task!r}.")
+        raise InputError(f"{where}: 'original_task' must be true or false, found {_SHORT.repr(original_task)}.")
     return TemplateEntry(
         name=fields["name"],
         jinja=fields["jinja"],

@@ -159,12 +159,19 @@ class PromptTemplates(Sequence[PromptTemplate]):
     `rename` maps columns to template variables, e.g. `{"mr": "meaning_representation"}`. A row keeps its columns and
     gains the aliases. The single templates (`templates[0]`) know nothing of it.
 
+    A plain text among the templates is the Jinja of one, named after its place: "template_1".
+
     Raises:
-        InputError: there are no templates.
+        InputError: there are no templates, or one is not valid Jinja.
     """
 
-    def __init__(self, templates: Iterable[PromptTemplate], rename: Mapping[str, str] | None = None):
-        self._templates = tuple(templates)
+    def __init__(self, templates: Iterable[PromptTemplate | str], rename: Mapping[str, str] | None = None):
+        if isinstance(templates, str):
+            raise InputError("One text is no list of templates: write PromptTemplates.inline(text), or [text].")
+        self._templates = tuple(
+            PromptTemplate(f"template_{number}", template) if isinstance(template, str) else template
+            for number, template in enumerate(templates, start=1)
+        )
         self._rename = dict(rename or {})
         if not self._templates:
             raise InputError("No prompt templates were given; at least one is needed.")
@@ -173,7 +180,7 @@ class PromptTemplates(Sequence[PromptTemplate]):
     def load(
         cls, spec: str, names: str | Sequence[str] = "all", rename: Mapping[str, str] | None = None
     ) -> PromptTemplates:
-        """What `--templates` takes: the path of a promptsource YAML file or its directory, or `builtin:TASK`.
+        """What `--templates` takes: the path of a YAML file (see `from_yaml`) or its directory, or `builtin:TASK`.
 
         Raises:
             InputError: as `from_yaml` and `builtin`.
@@ -185,6 +192,17 @@ class PromptTemplates(Sequence[PromptTemplate]):
                 f"There is no prompt template file {spec}; for the set of that name, give builtin:{spec}."
             )
         return cls.from_yaml(spec, names, rename)
+
+    @classmethod
+    def inline(cls, jinja: str, rename: Mapping[str, str] | None = None) -> PromptTemplates:
+        """What `--template` takes: the Jinja text of one template, e.g. "Summarise: {{ source }}".
+
+        Raises:
+            InputError: it is not valid Jinja, or `rename` names a variable that it does not have.
+        """
+        templates = cls([PromptTemplate("template", jinja)], rename)
+        templates._check_rename("--template")
+        return templates
 
     @classmethod
     def builtin(
@@ -203,7 +221,12 @@ class PromptTemplates(Sequence[PromptTemplate]):
     def from_yaml(
         cls, path: str | Path, names: str | Sequence[str] = "all", rename: Mapping[str, str] | None = None
     ) -> PromptTemplates:
-        """Templates of a promptsource YAML file, or of the `templates.yaml` in a directory.
+        """Templates of a YAML file, or of the `templates.yaml` in a directory.
+
+        The file is promptsource's, or just names and Jinja texts, or a list of such texts:
+
+            short: "Summarise: {{ source }}"
+            tldr: "{{ source }} TL;DR:"
 
         Args:
             path: the file or directory.
@@ -218,14 +241,17 @@ class PromptTemplates(Sequence[PromptTemplate]):
         file = resolve_file(path)
         entries = select_entries(read_entries(file), names, file)
         templates = cls([PromptTemplate(**entry, origin=str(file)) for entry in entries], rename)
-        variables = frozenset().union(*(template.variables for template in templates))
-        for column, variable in (rename or {}).items():
+        templates._check_rename(f"the chosen templates of {file}")
+        return templates
+
+    def _check_rename(self, whose: str) -> None:
+        variables = frozenset().union(*(template.variables for template in self))
+        for column, variable in self._rename.items():
             if variable not in variables:
                 raise InputError(
-                    f"--rename_columns {column}={variable}: the chosen templates of {file} have no variable "
-                    f"'{variable}'; theirs are: {', '.join(sorted(variables))}."
+                    f"--rename_columns {column}={variable}: {whose} have no variable '{variable}'; theirs are: "
+                    f"{', '.join(sorted(variables))}."
                 )
-        return templates
 
     @property
     def names(self) -> list[str]:

@@ -130,3 +130,48 @@ def test_a_template_that_shows_the_reference_is_refused():
     assert templates.render(row) == [
         "It is central.\nFrom the passage given above, where is the location of the restaurant?"
     ]
+
+
+@pytest.mark.parametrize(
+    "text, names, prompts",
+    [
+        ('short: "Say {{ s }}"\ntldr: "{{ s }} TL;DR:"', ["short", "tldr"], ["Say it", "it TL;DR:"]),
+        ('- "Say {{ s }}"\n- "{{ s }} TL;DR:"', ["template_1", "template_2"], ["Say it", "it TL;DR:"]),
+        ("one: |\n  Say {{ s }}\n  now: ||| {{ t }}", ["one"], ["Say it\nnow:"]),
+    ],
+)
+def test_the_short_form(tmp_path, text, names, prompts):
+    templates = load(tmp_path, text)
+    assert templates.names == names
+    assert templates.render({"s": "it"}) == prompts
+    assert load(tmp_path, text, names=[names[-1]]).render({"s": "it"}) == prompts[-1:]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("short: 3", "template 'short' must have a name and a text, found 3; .* short: \"Summarise: {{ source }}\""),
+        ("- {a: b}", "template 'template_1' must have a name and a text, found {'a': 'b'}"),
+        ("yes: text", "template True must have a name and a text"),
+        ("dataset: xsum", "is not a promptsource file: .* The shortest file is"),
+        ("just text", "is not a promptsource file: .* The shortest file is"),
+        ("a: x {{ s }}\na: y", "the key 'a' is there twice"),
+        ("templates: {1: {name: n, jinja: x}, 1: {name: m, jinja: y}}", "the key '1' is there twice"),
+        (f"a: &a {'[' * 3000}", "cannot be read as promptsource YAML"),
+    ],
+)
+def test_short_files_that_do_not_fit(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, text)
+
+
+def test_aliases_that_grow_stay_out_of_the_message(tmp_path):
+    """10 ** 12 elements, if they were written out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(InputError, match="'a0' must have a name and a text") as caught:
+        load(tmp_path, "\n".join(lines))
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(InputError, match="'jinja' must be text") as caught:
+        load(tmp_path, "\n".join([*lines, "templates:", "  b: {name: n, jinja: *a11}"]))
+    assert len(str(caught.value)) < 1000

@@ -175,3 +175,24 @@ def test_specs_that_do_not_fit(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         PromptTemplates.load(spec)
+
+
+def test_a_template_may_be_a_plain_text():
+    assert PromptTemplates.inline("Say {{ s }}").render({"s": "it"}) == ["Say it"]
+    templates = PromptTemplates(["Say {{ s }}", PromptTemplate("named", "{{ s }}!")])
+    assert templates.names == ["template_1", "named"]
+    assert templates.render({"s": "it"}) == ["Say it", "it!"]
+    assert PromptTemplates.inline("Say {{ s }}", {"mr": "s"}).render({"mr": "it"}) == ["Say it"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PromptTemplates("Say {{ s }}"), "One text is no list"),
+        (lambda: PromptTemplates.inline("Say {{ s"), "Template 'template' is not valid jinja"),
+        (lambda: PromptTemplates.inline("Say {{ s }}", {"a": "b"}), "--template have no variable 'b'; theirs are: s"),
+    ],
+)
+def test_plain_texts_that_do_not_fit(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -13,7 +13,7 @@ from tests.recipes.command_lines import RECIPES, ROOT, run
 
 DATA = "dataset dataset_split dataset_config source_column target_column max_rows"
 HELD_OUT = "eval_dataset eval_split"
-PROMPTS = "templates template_names rename_columns student_template"
+PROMPTS = "templates template template_names rename_columns student_template"
 TEACHER = (
     "teacher teacher_dtype teacher_quantization teacher_placement teacher_offload_path teacher_max_prompt_length "
     "teacher_batch_tokens"

@@ -189,6 +189,39 @@ def test_the_students_template_makes_its_prompts(checkpoints, test_csv, tmp_path
     assert prompts == [f"w9 {row['mr']}" for row in word_rows(8, seed=1)]
 
 
+def test_one_inline_template(checkpoints, test_csv, tmp_path):
+    """As a file with the same text, whatever templates the demo or a preset would bring."""
+    pair, ready = checkpoints["t5-tied"], write_templates(tmp_path / "ready.yaml", template="w9 {{ mr }} w10")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("templates: builtin:dialogue\ntemplate_names: [with_context]\n")
+    lines = {}
+    for name, flags in {
+        "file": f"--templates {ready}",
+        "inline": "--template 'w9 {{ mr }} w10'",
+        "over a preset": f"--config {preset} --template 'w9 {{{{ mr }}}} w10'",
+    }.items():
+        output = tmp_path / f"{name}.jsonl"
+        command = f"pseudo_label --teacher {pair.teacher} --dataset {test_csv} {COLUMNS} --max_completion_length 3"
+        assert run(f"{command} {flags} --output '{output}'") == 0
+        lines[name] = read_jsonl(output)
+    assert lines["inline"] == lines["over a preset"] == lines["file"] and len(lines["file"]) == 8
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--template 'w9 {{ mr }}' --templates builtin:dialogue", "leave out --templates and --template_names"),
+        ("--template 'w9 {{ mr }}' --template_names one", "leave out --templates and --template_names"),
+        ("--template 'w9 {{ mr'", "Template 'template' is not valid jinja"),
+        ("--template 'w9 {{ text }}'", "asks for column 'text'"),
+    ],
+)
+def test_inline_templates_that_do_not_fit(flags, message, checkpoints, test_csv, tmp_path, capsys):
+    command = f"pseudo_label --teacher {checkpoints['t5-tied'].teacher} --dataset {test_csv} {COLUMNS}"
+    assert run(f"{command} {flags} --output {tmp_path / 'p.jsonl'}") == 2
+    assert message in capsys.readouterr().err
+
+
 # Rewards
 
 OWN_REWARDS = """
