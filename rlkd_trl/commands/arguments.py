@@ -1,6 +1,7 @@
 """The recipes' flags, one dataclass per concern. The first line of a docstring is its heading in `--help`."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
 
@@ -51,18 +52,21 @@ class HeldOutArguments:
 class PromptArguments:
     """Prompts"""
 
+    # Given on the command line, a flag puts these of a preset out of force.
+    REPLACED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "template": ("templates", "template_names"),
+        "templates": ("template",),
+    }
     templates: str | None = field(
         default=None,
         metadata={
-            "help": "How the teacher is asked: a YAML file of names and Jinja texts, promptsource's, or builtin:TASK.",
-            "replaces": ["template"],
+            "help": "How the teacher is asked: a YAML file of names and Jinja texts, promptsource's, or builtin:TASK."
         },
     )
     template: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of --templates, one Jinja text over the data's columns: 'Summarise: {{ source }}'.",
-            "replaces": ["templates", "template_names"],
+            "help": "Instead of --templates, one Jinja text over the data's columns: 'Summarise: {{ source }}'."
         },
     )
     template_names: list[str] | None = field(

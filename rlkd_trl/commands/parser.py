@@ -125,12 +125,12 @@ class RecipeParser(TrlParser):
             self.set_defaults(**{key: getattr(known, key)})
 
     def _drop_replaced(self, flags: Iterable[str]) -> None:
-        """Defaults of a preset that these flags stand in for, by a field's metadata `replaces`, count no more."""
+        """A preset's values that these flags stand in for (`REPLACED` of a dataclass) count no more."""
         given = set(flags)
         for kind in self.dataclass_types:
-            for option in dataclasses.fields(kind):
-                if f"--{option.name}" in given:
-                    self.set_defaults(**dict.fromkeys(option.metadata.get("replaces", ())))
+            for name, replaced in getattr(kind, "REPLACED", {}).items():
+                if f"--{name}" in given:
+                    self.set_defaults(**dict.fromkeys(replaced))
 
     def _unknown(self, kind: str, name: str, prefix: str = "") -> str:
         known = [action.dest for action in self._actions]

@@ -213,7 +213,7 @@ def test_one_inline_template(checkpoints, test_csv, tmp_path):
         ("--template 'w9 {{ mr }}' --templates builtin:dialogue", "leave out --templates and --template_names"),
         ("--template 'w9 {{ mr }}' --template_names one", "leave out --templates and --template_names"),
         ("--template 'w9 {{ mr'", "Template 'template' is not valid jinja"),
-        ("--template 'w9 {{ text }}'", "asks for column 'text'"),
+        ("--template '{{ mr }} {{ text }}'", "asks for column 'text'"),
     ],
 )
 def test_inline_templates_that_do_not_fit(flags, message, checkpoints, test_csv, tmp_path, capsys):
