@@ -29,9 +29,29 @@ def test_two_ranks_train_as_one(name, two_ranks, one_rank):
     assert [sum(pair) for pair in tokens] == single["tokens"], "the ranks sampled something else"
     assert any(one != other for one, other in tokens), "the test needs ranks with different numbers of tokens"
 
+    assert (
+        first["cost"]["generated_tokens"] == second["cost"]["generated_tokens"] == single["cost"]["generated_tokens"]
+    )
+    assert first["cost"]["cpu_seconds"] == second["cost"]["cpu_seconds"], "of both"
+
     assert len(first["logs"]) == len(single["logs"]) >= 3
     for step, (two, one) in enumerate(zip(first["logs"], single["logs"], strict=True)):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5), f"step {step}"
     assert_same_weights(first["weights"], single["weights"], rtol=1e-4, atol=1e-5)
     assert largest_difference(single["weights"], single["first_weights"]) > 1e-3, "nothing was learnt"
     assert max(entry["grad_norm"] for entry in single["logs"]) > worker.COMMON["max_grad_norm"], "clipping must be on"
+
+
+def test_adaptive_beta_moves(one_rank):
+    """Or the case above shows nothing: by its own rank's KL, each process would go on with another beta."""
+    assert len({entry["beta"] for entry in one_rank["rloo-token-adaptive-kl"]["logs"]}) == 3
+
+
+def test_the_cpu_seconds_of_all_processes_are_the_budget(two_ranks, one_rank):
+    """A step costs 2 + 1 on two processes, 2 on one; the wall's clock, with 9 a step, counts for nothing."""
+    for results, per_step, steps in ((two_ranks[0], 3.0, (1, 2, 5)), (two_ranks[1], 3.0, (1, 2, 5)),
+                                     (one_rank, 2.0, (2, 2, 5))):  # fmt: skip
+        for budget, expected in zip(worker.BUDGETS, steps, strict=True):
+            cost = results["cost by budget"][budget]
+            assert cost["optimizer_steps"] == expected
+            assert cost["cpu_seconds"] == pytest.approx(per_step * expected)

@@ -1,13 +1,16 @@
 """Trains every case on the processes it was started with, and writes what it saw: `worker.py OUTPUT_DIR`."""
 
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
+from transformers import TrainerCallback
 
-from tests.trainers.tiny_runs import METHODS, pairs, run
+from tests.trainers.tiny_runs import METHODS, build, pairs, run
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
 # would show rounding: plain SGD with momentum.
@@ -37,6 +40,10 @@ CASES = {
     "ppo-accumulated": Case("ppo", "llama", 2),
     "ppo-two-passes-with-kl": Case("ppo", settings=(("num_iterations", 2), ("beta", 0.2), ("max_steps", 4))),
     "ppo-separate-critic": Case("ppo", settings=(("critic", "separate"),)),
+    # The ranks' KL differs, and with what they sample the loss of beta's next value.
+    "rloo-token-adaptive-kl": Case(
+        "rloo-token", settings=(("beta", 0.2), ("kl_target", 1.0), ("kl_horizon", 50.0), ("num_iterations", 1))
+    ),
     # Masked, so that the ranks differ in sequences too.
     "rloo-sequence": Case("rloo-sequence", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-sequence-accumulated": Case("rloo-sequence", gradient_accumulation=2),
@@ -76,6 +83,7 @@ CASES = {
     ),
 }
 GLOBAL_BATCH = 8
+BUDGETS = (3.0, 3.1, 1e6)
 
 
 def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation: int) -> dict:
@@ -98,13 +106,38 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         "completions/mean_length",
         "completions/eos_rate",
     )
-    names += ("divergence", "cross_entropy", "student_samples", "immediate", "entropy")
+    names += ("divergence", "cross_entropy", "student_samples", "immediate", "entropy", "kl", "beta", "teacher_nll")
+    names += ("value_loss", "explained_variance", "ratio", "approx_kl", "clip_fraction")
     return {
+        "cost": asdict(recorder.trainer.cost()),
         "tokens": [int(rollout.loss_mask_BT.sum()) for rollout in recorder.rollouts],
         "logs": [{name: entry[name] for name in names if name in entry} for entry in recorder.logs],
         "weights": recorder.weights[-1],
         "first_weights": recorder.weights[0],
     }
+
+
+def spend(output_dir: Path, *, cpu_budget: float) -> dict:
+    """Up to five steps that take 2 CPU seconds on the first process and 1 on each other, and 9 by the wall's clock."""
+    state = PartialState()
+    clocks = {"process_time": 0.0, "perf_counter": 0.0}
+
+    class Clocks(TrainerCallback):
+        def on_step_begin(self, *arguments, **kwargs):
+            clocks["process_time"] += 2.0 if state.process_index == 0 else 1.0
+            clocks["perf_counter"] += 9.0
+
+    batch = GLOBAL_BATCH // state.num_processes
+    trainer = build(
+        "rloo-token", output_dir, max_steps=5, max_cpu_seconds=cpu_budget, per_device_train_batch_size=batch
+    )
+    trainer.add_callback(Clocks())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "process_time", lambda: clocks["process_time"])
+        patch.setattr(time, "perf_counter", lambda: clocks.update(perf_counter=clocks["perf_counter"] + 1e-9)
+                      or clocks["perf_counter"])  # fmt: skip
+        trainer.train()
+    return asdict(trainer.cost())
 
 
 def main(output_dir: Path) -> None:
@@ -119,6 +152,7 @@ def main(output_dir: Path) -> None:
         )
         for name, case in CASES.items()
     }
+    results["cost by budget"] = {budget: spend(output_dir / "runs", cpu_budget=budget) for budget in BUDGETS}
     torch.save(results, output_dir / f"rank{state.process_index}.pt")
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Distillation on divergences: its update, where sequences come from, its budget, its settings."""
+"""Distillation on divergences: its update, where sequences come from, its checkpoints, its settings."""
 
 import copy
 from collections.abc import Iterable
@@ -266,7 +266,7 @@ def test_teachers_take_turns_each_asked_in_its_own_way(family, tmp_path):
         assert found != [greedy(trainer.model.model, ids, 4) for ids in asked], "the student's own"
 
 
-# ---- checkpoints and budget
+# ---- checkpoints
 
 MIXTURE = {**ON_DATA, "lmbda": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 3}
 
@@ -285,49 +285,6 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(sequences, tmp_path):
     assert resumed.cost().optimizer_steps == 6
 
 
-def test_what_a_run_costs_adds_up_and_survives_a_resume(tmp_path):
-    first = run("kd", tmp_path / "first", **{**MIXTURE, "max_steps": 2})
-    spent = first.trainer.cost()
-    assert spent.generated_tokens == sum(int(rollout.completion_mask_BT.sum()) for rollout in first.rollouts)
-    assert spent.optimizer_steps == 2
-    assert 0 < spent.cpu_seconds < 60 and 0 < spent.wall_seconds < 600
-    resumed = build("kd", tmp_path / "resumed", **{**MIXTURE, "max_steps": 4})
-    recorder = Recorder(resumed)
-    resumed.add_callback(recorder)
-    assert resumed.cost().generated_tokens == 0
-    resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    later = sum(int(rollout.completion_mask_BT.sum()) for rollout in recorder.rollouts)
-    assert len(recorder.rollouts) == 2
-    assert resumed.cost().generated_tokens == spent.generated_tokens + later
-    assert resumed.cost().cpu_seconds > spent.cpu_seconds and resumed.cost().wall_seconds > spent.wall_seconds
-
-
-@pytest.mark.parametrize("method", ["kd", pytest.param("all-actions", marks=pytest.mark.slow)])
-def test_a_run_stops_when_its_tokens_are_spent(method, tmp_path):
-    """At the end of the step in which they are: one token more than the first rollout takes is spent in the second."""
-    free = run(method, tmp_path / "free", max_steps=3)
-    tokens = [int(rollout.completion_mask_BT.sum()) for rollout in free.rollouts]
-    for budget, steps in ((tokens[0], 1), (tokens[0] + 1, 2)):
-        trainer = build(method, tmp_path / "budget", max_steps=3, max_generated_tokens=budget)
-        trainer.train()
-        assert trainer.state.global_step == steps == trainer.cost().optimizer_steps
-        assert trainer.cost().generated_tokens == sum(tokens[:steps])
-
-
-def test_two_passes_over_a_rollout_cost_its_tokens_once(tmp_path):
-    recorder = run("kd", tmp_path, num_iterations=2)
-    assert recorder.trainer.cost().generated_tokens == int(recorder.rollouts[0].completion_mask_BT.sum())
-
-
-def test_a_run_stops_when_its_time_is_spent(tmp_path):
-    trainer = build("kd", tmp_path, max_steps=50, max_cpu_seconds=1e-6)
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert trainer.cost().cpu_seconds > 1e-6
-    generous = run("kd", tmp_path, max_steps=2, max_cpu_seconds=1e6, max_generated_tokens=10**9)
-    assert generous.trainer.state.global_step == 2
-
-
 # ---- precision
 
 
@@ -343,9 +300,21 @@ def test_bf16_is_close(family, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [FROM_TEACHER, {}], ids=["teacher", "student"])
-def test_bf16_samples_too(settings, tmp_path):
-    recorder = run("kd", tmp_path, bf16=True, **settings)
-    assert all(0 < entry["divergence"] < 10 for entry in recorder.logs)
+def test_bf16_learns_from_its_own_samples(settings, tmp_path):
+    """The divergence and the gradient of what was sampled are those of loops in float64, but for the rounding."""
+    recorder = run("kd", tmp_path, family="llama", bf16=True, max_steps=1, max_grad_norm=0.0, **settings)
+    student, samples = MODELS["llama"](), samples_of(recorder.rollouts[0])
+    args, teachers = recorder.trainer.args, [Asked(MODELS["llama"](seed=5))]
+    loss = kd_loss(args, samples, teachers, student, from_data=False)
+    parameters = dict(student.named_parameters())
+    of_loss = torch.autograd.grad(loss, list(parameters.values()))
+    expected = torch.cat([gradient.flatten() for gradient in of_loss])
+    found = torch.cat([recorder.gradients[0][f"model.{name}"].flatten() for name in parameters])
+    # bfloat16 has three digits. Seen: 0.1 %, 1 %, 0.9997.
+    assert recorder.logs[0]["divergence"] == pytest.approx(float(loss.detach()), rel=0.01)
+    assert recorder.logs[0]["divergence"] != pytest.approx(float(loss.detach()), rel=1e-6), "it was in bfloat16"
+    assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=0.03)
+    assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.999
 
 
 # ---- what is refused
