@@ -138,7 +138,7 @@ class RewardArguments:
 
     reward: list[str] = field(
         default_factory=lambda: ["teacher_forcing"],
-        metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:function."},
+        metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:name of yours."},
     )
     value: str = field(default="max", metadata={"help": "V of the teacher-forcing reward: max, expected or soft."})
     k: Count = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})

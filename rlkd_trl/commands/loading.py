@@ -72,15 +72,16 @@ def load_reward_model(
         InputError: As `load_reward`, `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
     """
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
+    from rlkd_trl.rewards.own_rewards import construct
 
     found = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
     panel = load_panel(teacher, templates)
     terms = []
     for one in found:
-        if one is TeacherForcingReward:
-            terms.append(one(panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
+        if isinstance(one, type) and issubclass(one, TeacherForcingReward):
+            terms.append(construct(one, panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
         elif isinstance(one, type) and issubclass(one, TeacherReward):
-            terms.append(one(panel))
+            terms.append(construct(one, panel))
         else:
             terms.append(one)
     return RewardModel(terms, weights, panel=panel)

@@ -1,24 +1,22 @@
-"""Reward recipes by name, a user's own functions, and their weighted sum."""
+"""Reward recipes by name, a user's own functions and classes, and their weighted sum."""
 
-import asyncio
 import importlib.util
 import inspect
 import itertools
 import re
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.ops.masking import masked
-from rlkd_trl.ops.rewards import log_likelihood, on_last_token
+from rlkd_trl.ops.rewards import log_likelihood
 from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
+from rlkd_trl.rewards.own_rewards import check_signature, follows_trl_protocol, function_reward, teacher_reward
 from rlkd_trl.rewards.teacher_rewards import (
     LogLikelihoodReward,
     LogRatioReward,
@@ -27,7 +25,7 @@ from rlkd_trl.rewards.teacher_rewards import (
     score_panel,
 )
 from rlkd_trl.teachers.panel import TeacherPanel
-from rlkd_trl.teachers.scores import TeacherScores
+from rlkd_trl.teachers.scores import TeacherScores, mean_scores
 
 # Everything `--reward NAME` accepts. A class is built on the run's teachers; a function is used as it is.
 REWARDS: dict[str, type[TeacherReward] | Callable] = {
@@ -40,9 +38,6 @@ REWARDS: dict[str, type[TeacherReward] | Callable] = {
     "reference_bleu": sequence_rewards.reference_bleu,
     "reference_rouge": sequence_rewards.reference_rouge,
 }
-
-# A function with one of these parameters, or any keyword, follows TRL's protocol.
-_TRL_NAMES = {"prompts", "completions", "completion_ids"}
 
 
 @dataclass(frozen=True)
@@ -74,10 +69,10 @@ class RewardModel:
     A term is a `TeacherReward`, or a function with TRL's protocol (of the keyword arguments `prompts`, `completions`,
     `completion_ids`, `ended` and the data's columns, those that it accepts; returns B floats, placed on the last
     token; may be asynchronous), or a function of one `RewardInputs` that returns a tensor `[B, T]` (per token) or
-    `[B]` (on the last token).
+    `[B]` (on the last token). The latter reads the first panel's statistics in `RewardInputs.scores`.
 
     Raises:
-        InputError: No term, or as many weights as terms are not given.
+        InputError: No term, as many weights as terms are not given, or a function takes other arguments.
     """
 
     def __init__(
@@ -88,6 +83,9 @@ class RewardModel:
             raise InputError("No reward was given.")
         if len(weights) != len(terms):
             raise InputError(f"{len(weights)} reward weights for {len(terms)} rewards: give one each.")
+        for term in terms:
+            if not isinstance(term, TeacherReward):
+                check_signature(term)
         self._panel = panel
         self.terms = dict(zip(_distinct_names(terms), zip(terms, weights, strict=True), strict=True))
 
@@ -106,7 +104,7 @@ class RewardModel:
     def reads_student_log_probs(self) -> bool:
         """Whether a term reads `RewardInputs.student_logps_BT`, as any function of `RewardInputs` may."""
         return any(
-            term.reads_student_log_probs if isinstance(term, TeacherReward) else not _follows_trl_protocol(term)
+            term.reads_student_log_probs if isinstance(term, TeacherReward) else not follows_trl_protocol(term)
             for term, _ in self.terms.values()
         )
 
@@ -124,17 +122,19 @@ class RewardModel:
         rewards_BT = torch.zeros(batch_size, length, device=device)
         completion_rewards_BT = torch.zeros_like(rewards_BT)
         potentials_BT1 = torch.zeros(batch_size, length + 1, device=device)
+        panel = self.panels[0] if self.panels else None
+        if panel is not None:
+            inputs = replace(inputs, scores=mean_scores(scores[id(panel)], panel.weights))
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
             if isinstance(term, TeacherReward):
-                terms_BT[name] = term.mean_over_scorers(scores[id(term.panel)], inputs)
+                terms_BT[name] = teacher_reward(name, term, scores[id(term.panel)], inputs)
                 potentials_BT1 += weight * term.mean_potentials(scores[id(term.panel)])
             else:
-                terms_BT[name], is_per_completion = _call(name, term, inputs)
+                terms_BT[name], is_per_completion = function_reward(name, term, inputs)
                 if is_per_completion:
                     completion_rewards_BT += weight * terms_BT[name]
             rewards_BT += weight * terms_BT[name]
-        panel = self.panels[0] if self.panels else None
         return RewardResult(
             rewards_BT,
             completion_rewards_BT,
@@ -146,18 +146,19 @@ class RewardModel:
 
 
 def load_reward(spec: str) -> type[TeacherReward] | Callable:
-    """A recipe's name, or `path/to/file.py:function`.
+    """A recipe's name, or `path/to/file.py:name` of a function or of a subclass of `TeacherReward`.
 
     Raises:
-        InputError: There is no such recipe, file or function, or the file fails to run.
+        InputError: There is no such recipe, file, function or class, the file fails to run, or the function takes
+            other arguments than a reward.
     """
     if spec in REWARDS:
         return REWARDS[spec]
     path, separator, name = spec.rpartition(":")
     if not separator or not path.endswith(".py"):
         raise InputError(
-            f"Unknown reward {spec!r}; choose one of: {', '.join(REWARDS)}; or give your own function as "
-            "path/to/file.py:function."
+            f"Unknown reward {spec!r}; choose one of: {', '.join(REWARDS)}; or give your own function, or class "
+            "of TeacherReward, as path/to/file.py:function."
         )
     if not Path(path).is_file():
         raise InputError(f"`--reward {spec}`: there is no file {path}.")
@@ -168,14 +169,21 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
     sys.modules[module_name] = module  # dataclasses, and pickle, look the module of a class up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise InputError(f"`--reward {spec}`: {path} failed: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
+    if _is_teacher_reward(found):
+        return found
     if not callable(found) or isinstance(found, type):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(functions)}.")
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) or _is_teacher_reward(value)]
+        raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(known)}.")
+    check_signature(found)
     return found
+
+
+def _is_teacher_reward(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, TeacherReward) and value is not TeacherReward
 
 
 def _distinct_names(terms: Sequence[Callable]) -> list[str]:
@@ -185,61 +193,3 @@ def _distinct_names(terms: Sequence[Callable]) -> list[str]:
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
     return names
-
-
-def _call(name: str, function: Callable, inputs: RewardInputs) -> tuple[Tensor, bool]:
-    """A function's scores as `[B, T]`, 0 behind the mask, and whether it gave one per completion."""
-    mask_BT = inputs.completion_mask_BT
-    if _follows_trl_protocol(function):
-        result = function(**_trl_arguments(function, inputs))
-        if inspect.isawaitable(result):
-            result = _wait_for(result)
-    else:
-        result = function(inputs)
-    # A TRL reward function may return None for a sample it does not apply to: no reward.
-    if not isinstance(result, Tensor):
-        result = torch.tensor([0.0 if score is None else float(score) for score in result])
-    scores = result.detach().to(device=mask_BT.device, dtype=torch.float32)
-    is_per_completion = scores.shape == mask_BT.shape[:1]
-    if is_per_completion:
-        scores = on_last_token(scores, mask_BT)
-    if scores.shape != mask_BT.shape:
-        raise InputError(
-            f"The reward {name!r} returned shape {tuple(scores.shape)}; expected {tuple(mask_BT.shape)} (one per "
-            f"token) or {tuple(mask_BT.shape[:1])} (one per completion)."
-        )
-    if not torch.isfinite(scores[mask_BT]).all():
-        raise InputError(f"The reward {name!r} returned NaN or infinity.")
-    return masked(scores, mask_BT), is_per_completion
-
-
-def _follows_trl_protocol(function: Callable) -> bool:
-    return _takes_any_keyword(function) or not _TRL_NAMES.isdisjoint(inspect.signature(function).parameters)
-
-
-def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
-    """What TRL passes, and `ended`; data columns of these names give way. Only what the function accepts."""
-    arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
-    arguments |= {
-        "prompts": inputs.column("prompt"),
-        "completions": list(inputs.completions),
-        "completion_ids": inputs.token_lists(),
-        "ended": inputs.ended_B.tolist(),
-    }
-    if _takes_any_keyword(function):
-        return arguments
-    return {key: arguments[key] for key in inspect.signature(function).parameters if key in arguments}
-
-
-def _takes_any_keyword(function: Callable) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
-def _wait_for(awaitable: Awaitable[list[float]]) -> list[float]:
-    """In a thread of its own: in a notebook, this one already runs an event loop."""
-
-    async def wait() -> list[float]:
-        return await awaitable
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, wait()).result()

@@ -1,6 +1,7 @@
 """What a teacher says about a completion: a few scalars per token, never the logits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ class TeacherScores:
     expected: Tensor | None = None
     soft: Tensor | None = None
     allowed_logsumexp: Tensor | None = None
+
+    def rows(self, selected: slice) -> "TeacherScores":
+        """Those of some of the completions."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherScores(**{name: None if v is None else v[selected] for name, v in values.items()})
+
+
+def mean_scores(scores: Sequence[TeacherScores], weights: Sequence[float]) -> TeacherScores:
+    """Each statistic's weighted mean over scorers (teachers and templates); None where one of them lacks it."""
+    means = {}
+    for field in fields(TeacherScores):
+        values = [getattr(one, field.name) for one in scores]
+        is_there = all(value is not None for value in values)
+        means[field.name] = sum(w * v for w, v in zip(weights, values, strict=True)) if is_there else None
+    return TeacherScores(**means)
 
 
 def empty_scores(batch_size: int, length: int, *, expected: bool, soft: bool, allowed: bool, device) -> TeacherScores:

@@ -181,7 +181,7 @@ def check_positions(
 
 def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:
     """Raises `InputError` for log_ratio (the class or an instance) where what samples is not the student."""
-    is_log_ratio = reward is LogRatioReward or isinstance(reward, LogRatioReward)
+    is_log_ratio = issubclass(reward if isinstance(reward, type) else type(reward), LogRatioReward)
     if is_log_ratio and (args.top_k or getattr(args, "samples_from_a_copy", False)):
         raise InputError(
             "log_ratio goes with neither top_k nor behaviour_sync_steps: it compares the teacher with the policy that "

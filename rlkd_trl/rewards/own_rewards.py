@@ -1,0 +1,222 @@
+"""Reward functions and classes that users write: how they are called, and what they may return.
+
+Whatever they do wrong ends in one `InputError` that names the reward and its file; the rest of a run is in order.
+"""
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.ops.masking import masked
+from rlkd_trl.ops.rewards import on_last_token
+from rlkd_trl.rewards.inputs import RewardInputs
+from rlkd_trl.rewards.teacher_rewards import TeacherReward
+from rlkd_trl.teachers.panel import TeacherPanel
+from rlkd_trl.teachers.scores import TeacherScores
+
+# A function with one of these parameters, or any keyword, follows TRL's protocol.
+_TRL_NAMES = ("prompts", "completions", "completion_ids")
+
+
+def follows_trl_protocol(function: Callable) -> bool:
+    return _takes_any_keyword(function) or any(name in _parameters(function) for name in _TRL_NAMES)
+
+
+def check_signature(function: Callable) -> None:
+    """Raises `InputError` for a function that takes neither TRL's arguments nor one `RewardInputs`."""
+    if follows_trl_protocol(function):
+        return
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(_parameters(function).values())
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    takes_one = any(p.kind in positional or p.kind is p.VAR_POSITIONAL for p in parameters)
+    if takes_one and len(required) <= 1 and all(p.kind in positional for p in required):
+        return
+    raise _error(
+        function,
+        None,
+        f"takes ({', '.join(p.name for p in parameters)}): a reward takes one argument, its `RewardInputs`, or "
+        f"by name some of {', '.join(_TRL_NAMES)} and the data's columns, as in TRL",
+    )
+
+
+def function_reward(name: str, function: Callable, inputs: RewardInputs) -> tuple[Tensor, bool]:
+    """A function's scores as `[B, T]`, 0 behind the mask, and whether it gave one per completion.
+
+    Raises:
+        InputError: It raised or called `sys.exit`, or did not return one number per completion or token.
+    """
+    mask_BT = inputs.completion_mask_BT
+    try:
+        result = _result(function, inputs)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = _first_failing(function, inputs, type(error))
+        raise _error(function, name, f"raised {_shown(error, function)}, {where}") from error
+    scores = _as_tensor(result, function, name, mask_BT).to(mask_BT.device)
+    is_per_completion = scores.shape == mask_BT.shape[:1]
+    if is_per_completion:
+        scores = on_last_token(scores, mask_BT)
+    _check_scores(scores, function, name, mask_BT)
+    return masked(scores, mask_BT), is_per_completion
+
+
+def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> TeacherReward:
+    """An instance on the teachers of `panel`. Raises `InputError` if the class wants other arguments, or fails."""
+    try:
+        return kind(panel, **settings)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        given = ", ".join(["the teachers", *settings])
+        raise _error(kind, None, f"cannot be made of {given}: {type(error).__name__}: {error}") from error
+
+
+def teacher_reward(name: str, reward: TeacherReward, scores: Sequence[TeacherScores], inputs: RewardInputs) -> Tensor:
+    """A `TeacherReward`'s `[B, T]`, the weighted mean over its panel's scorers.
+
+    Raises:
+        InputError: A class that is not of this package raised, called `sys.exit`, or returned something else.
+    """
+    if type(reward).__module__.startswith("rlkd_trl."):
+        return reward.mean_over_scorers(scores, inputs)
+    try:
+        rewards = [reward.rewards(of_scorer, inputs) for of_scorer in scores]
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
+    for rewards_BT in rewards:
+        _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT)
+    mean_BT = sum(weight * one_BT.detach() for weight, one_BT in zip(reward.panel.weights, rewards, strict=True))
+    return masked(mean_BT.float(), inputs.completion_mask_BT)
+
+
+def _result(function: Callable, inputs: RewardInputs) -> object:
+    if not follows_trl_protocol(function):
+        return function(inputs)
+    result = function(**_trl_arguments(function, inputs))
+    return _wait_for(result) if inspect.isawaitable(result) else result
+
+
+def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
+    """What TRL passes, and `ended`; data columns of these names give way. Only what the function accepts."""
+    arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
+    arguments |= {
+        "prompts": inputs.column("prompt"),
+        "completions": list(inputs.completions),
+        "completion_ids": inputs.token_lists(),
+        "ended": inputs.ended_B.tolist(),
+    }
+    parameters = _parameters(function)
+    for name, parameter in parameters.items():
+        is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if is_named and parameter.default is parameter.empty and name not in arguments:
+            known = ", ".join(arguments)
+            raise _error(function, None, f"needs the argument {name!r}; what it gets by name here is: {known}")
+    if _takes_any_keyword(function):
+        return arguments
+    return {key: arguments[key] for key in parameters if key in arguments}
+
+
+def _as_tensor(result: object, function: Callable, name: str, mask_BT: Tensor) -> Tensor:
+    if isinstance(result, Tensor):
+        return result.detach().float()
+    wanted = f"it must return one number per completion, {len(mask_BT)} here, in a list or tensor"
+    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+        raise _error(function, name, f"returned {_short(result)}; {wanted}")
+    try:
+        # A TRL reward function may return None for a sample it does not apply to: no reward.
+        return torch.tensor([0.0 if score is None else float(score) for score in result])
+    except (TypeError, ValueError) as error:
+        raise _error(function, name, f"returned {_short(result)}; {wanted} ({error})") from error
+
+
+def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor) -> None:
+    if not isinstance(scores, Tensor) or scores.shape != mask_BT.shape:
+        returned = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else _short(scores)
+        raise _error(
+            reward,
+            name,
+            f"returned {returned}; expected {tuple(mask_BT.shape)} (one per token) or {tuple(mask_BT.shape[:1])} (one "
+            "per completion)",
+        )
+    if not torch.isfinite(scores[mask_BT]).all():
+        raise _error(reward, name, "returned NaN or infinity")
+
+
+# What went wrong, in words
+
+
+def _error(reward: object, name: str | None, what: str) -> InputError:
+    """A sentence that begins with the reward's name and ends with its file."""
+    name = getattr(reward, "__name__", type(reward).__name__) if name is None else name
+    file = _file_of(reward)
+    return InputError(f"The reward {name!r} {what}." + (f" It is in {file}." if file else ""))
+
+
+def _file_of(reward: object) -> str | None:
+    code_owner = reward if inspect.isroutine(reward) or isinstance(reward, type) else type(reward)
+    try:
+        return inspect.getsourcefile(inspect.unwrap(code_owner))
+    except (TypeError, OSError):  # made at run time
+        return None
+
+
+def _shown(error: BaseException, reward: object) -> str:
+    """What was raised, and the innermost line of the reward's own file on the way there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == _file_of(reward)] or list(frames)
+    return f"{type(error).__name__}: {error} (line {own[-1].lineno} of {own[-1].filename})"
+
+
+def _first_failing(function: Callable, inputs: RewardInputs, kind: type[BaseException]) -> str:
+    """The first completion of the batch on which the function fails alone, too."""
+    for b in range(len(inputs.completion_ids_BT)):
+        try:
+            _result(function, inputs.of_completion(b))
+        except kind:
+            prompt = inputs.rows[int(inputs.prompt_index_B[b])]["prompt"]
+            completion = "" if inputs.completions is None else f" with the completion {_short(inputs.completions[b])}"
+            return f"on the prompt {_short(prompt)}{completion}"
+        except (Exception, SystemExit):
+            continue
+    return _of_batch(inputs)
+
+
+def _of_batch(inputs: RewardInputs) -> str:
+    prompt = inputs.rows[int(inputs.prompt_index_B[0])]["prompt"]
+    return f"on a batch of {len(inputs.completion_ids_BT)} completions that begins with the prompt {_short(prompt)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+# Signatures
+
+
+def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def _takes_any_keyword(function: Callable) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(function).values())
+
+
+def _wait_for(awaitable: Awaitable[list[float]]) -> list[float]:
+    """In a thread of its own: in a notebook, this one already runs an event loop."""
+
+    async def wait() -> list[float]:
+        return await awaitable
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
