@@ -108,6 +108,12 @@ class TeacherArguments:
     teacher_batch_tokens: Count | None = field(
         default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}
     )
+    allowed_special_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Special tokens that teacher and student may write, besides those in targets, e.g. '<triplet>'."
+        },
+    )
 
     def __post_init__(self):
         check_ranges(self)

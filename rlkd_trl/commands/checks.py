@@ -48,11 +48,12 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
     """
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import load_config, load_tokenizer
-    from rlkd_trl.models.vocabulary import check_same_tokenizer
+    from rlkd_trl.models.vocabulary import check_same_tokenizer, check_special_tokens
 
     check_teacher(teacher)
     check_student(student)
     student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    check_special_tokens(student_tokenizer, teacher.allowed_special_tokens or [])
     config = load_config(student.student, revision=student.student_revision)
     check_embedding_rows("The student", student_tokenizer, config)
     for name in teacher.teacher or []:
@@ -89,11 +90,16 @@ def check_student(student: StudentArguments) -> None:
 def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
     """One teacher, a known strategy, beams and references to interpolate, and a writable file. Raises `InputError`."""
     from rlkd_trl.models.answers import check_strategy
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.vocabulary import check_special_tokens
 
     teacher, labels = settings.teacher, settings.labels
     check_teacher(teacher)
     if len(teacher.teacher) != 1:
         raise InputError(f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers.")
+    if teacher.allowed_special_tokens:
+        tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
+        check_special_tokens(tokenizer, teacher.allowed_special_tokens)
     check_strategy(labels.strategy)
     if labels.interpolate and (labels.strategy != "beam" or settings.data.target_column is None):
         raise InputError(

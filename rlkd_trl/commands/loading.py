@@ -39,6 +39,7 @@ def load_or_make_model(
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
     """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
     from rlkd_trl.models.sharding import is_first_process
+    from rlkd_trl.models.vocabulary import allow_special_tokens
     from rlkd_trl.teachers import Teacher, TeacherPanel
 
     teachers = [
@@ -52,6 +53,8 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
         )
         for name in teacher.teacher
     ]
+    for loaded in teachers:
+        allow_special_tokens(loaded.model, loaded.processing_class, teacher.allowed_special_tokens or [])
     if is_first_process():
         for name, loaded in zip(teacher.teacher, teachers, strict=True):
             print(f"Teacher {name}: {loaded.describe()}.", flush=True)

@@ -51,13 +51,13 @@ def finish_run(
 ) -> None:
     """Prints the final table; writes the student, `metrics.json`, `cost.json`, `report.html` and the model card."""
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+    from rlkd_trl.models.vocabulary import allowed_special_tokens
 
     trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
     output_dir = Path(trainer.args.output_dir)
     trainer.save_cost(output_dir / "cost.json")
     if not trainer.is_world_process_zero():
         return
-    trainer.policy.model.generation_config.save_pretrained(output_dir)
     write_metrics(output_dir / "metrics.json", results)
     write_report(
         output_dir / "report.html",
@@ -77,6 +77,7 @@ def finish_run(
         student=settings.student.student,
         dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
+        has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
     )
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -88,15 +89,19 @@ def evaluate_checkpoints(
     settings: EvaluationSettings, rows: list[dict], templates: PromptTemplates | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
     """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
+    from rlkd_trl.data import reference_texts
     from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
     from rlkd_trl.models.loading import default_device
+    from rlkd_trl.models.vocabulary import allow_special_tokens, share_special_tokens
     from rlkd_trl.students import Policy
 
     evaluation = settings.evaluation
     model, tokenizer = load_student(settings.student)
     model.to(default_device())
+    allow_special_tokens(model, tokenizer, settings.teacher.allowed_special_tokens or [])
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
     found, reward_model, teacher_completions = {}, None, None
+    share_special_tokens([model], tokenizer, reference_texts(rows))
     if settings.teacher.teacher is not None:
         reward_model = load_reward_model(
             settings.reward,
@@ -105,6 +110,8 @@ def evaluate_checkpoints(
             gamma=evaluation.gamma,
             weights=evaluation.reward_weights,
         )
+        teachers = [scorer.teacher.model for panel in reward_model.panels for scorer in panel.scorers]
+        share_special_tokens([model, *teachers], tokenizer)
         if reward_model.panels:
             found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, with_ibleu=evaluation.ibleu, **lengths)
             teacher_completions = found["teacher"].completions

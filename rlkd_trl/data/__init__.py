@@ -8,6 +8,7 @@ from rlkd_trl.data.loading import (
     group_by_source,
     load_rows,
     parse_renames,
+    reference_texts,
     require_columns,
     require_text,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "group_by_source",
     "load_rows",
     "parse_renames",
+    "reference_texts",
     "require_columns",
     "require_text",
     "train_tokenizer",

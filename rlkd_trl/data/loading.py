@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -257,6 +257,21 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     if source_column != "prompt":
         grouped = grouped.add_column("prompt", list(first_row), feature=Value("string"))
     return grouped.add_column("references", list(references.values()), feature=List(Value("string")))
+
+
+def reference_texts(*datasets: Dataset | Mapping[str, Dataset] | Iterable[Mapping] | None) -> Iterator[str]:
+    """All texts in a column `references`, of data sets, dictionaries of them, and lists of rows; None has none."""
+    for dataset in datasets:
+        if isinstance(dataset, Mapping):
+            yield from reference_texts(*dataset.values())
+            continue
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None:  # a data set reads one column faster than its rows
+            column = dataset["references"] if "references" in columns else []
+        else:
+            column = (row.get("references") for row in dataset or [])
+        for references in column:
+            yield from [references] if isinstance(references, str) else references or []
 
 
 def as_references(target, column: str, index: int) -> list[str]:

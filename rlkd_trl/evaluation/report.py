@@ -152,10 +152,12 @@ def write_model_card(
     student: str,
     dataset: str,
     auto_class: str = "AutoModelForSeq2SeqLM",
+    has_content_tokens: bool = False,
 ) -> None:
-    """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it.
+    """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it and let it write.
 
     method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". No license is stated: only the author can.
+    has_content_tokens: special tokens are part of its texts, and stay when they are decoded.
     `base_model` and `datasets` are stated for Hub ids ("owner/name"), never for local paths.
 
     Raises InputError: `auto_class` is none of `AUTO_CLASSES`.
@@ -172,11 +174,17 @@ def write_model_card(
     header, *body = [[_markdown_cell(cell) for cell in row] for row in _cells(results, DEFAULT_COLUMNS)]
     rule = [":--"] + ["--:"] * (len(header) - 1)
     table = "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *body])
+    # A decoder-only model's output begins with the prompt.
+    new = "" if auto_class == "AutoModelForSeq2SeqLM" else ', inputs["input_ids"].shape[1]:'
+    skip = not has_content_tokens
     loading = (
         f"from transformers import AutoTokenizer, {auto_class}\n\n"
         'checkpoint = "path/or/hub-id/of/this-model"\n'
         "tokenizer = AutoTokenizer.from_pretrained(checkpoint)\n"
-        f"model = {auto_class}.from_pretrained(checkpoint)"
+        f"model = {auto_class}.from_pretrained(checkpoint)\n\n"
+        'inputs = tokenizer("the source text", return_tensors="pt")\n'
+        "output_ids = model.generate(**inputs)  # greedy, up to the length it was trained for\n"
+        f"print(tokenizer.decode(output_ids[0{new}], skip_special_tokens={skip}))"
     )
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
@@ -184,7 +192,7 @@ def write_model_card(
         f"{_code(student)}, distilled from the teacher {_code(teacher)} on {_code(dataset)}.\n\n"
         f"Method: {_one_line(method)}. Trained with `rlkd_trl`.",
         f"## Results\n\n{table}",
-        f"## How to load\n\n```python\n{loading}\n```",
+        f"## How to use\n\n```python\n{loading}\n```",
     ]
     _write_text(path, "\n\n".join(sections) + "\n")
 

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, sample_completions
+from rlkd_trl.models.generation_config import completion_start_ids, generating_by, plain_generation_config
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.sharding import is_sharded
-from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids_of, padding_id
 from rlkd_trl.ops.masking import completion_mask, pad_columns
 
 STRATEGIES = ("greedy", "sample", "beam")
@@ -33,7 +34,8 @@ def answer_prompts(
 ) -> Iterator[Completions]:
     """Completions of `batch_size` prompts at a time, in the prompts' order, each as wide as its longest.
 
-    Only ids that a student may sample are generated. `temperature` and `seed` are for strategy "sample", `num_beams`
+    Only ids that a student may sample are generated, by what `models.generation_config` reads of the checkpoint's
+    generation config. `temperature` and `seed` are for strategy "sample", `num_beams`
     for "beam", which is transformers' own beam search with its length normalisation. With `all_beams` it gives the
     `num_beams` candidates of each prompt, best first, before those of the next prompt.
 
@@ -46,7 +48,7 @@ def answer_prompts(
     backbone = backbone_of(model)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = padding_id(tokenizer)
-    forbidden_V = forbidden_ids(tokenizer, backbone.vocab_size, eos_ids).to(backbone.device)
+    forbidden_V = forbidden_ids_of(model, tokenizer).to(backbone.device)
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -57,9 +59,8 @@ def answer_prompts(
             )
         )
         if strategy == "beam":
-            completions = _beam_search(
-                model, ids_PS, mask_PS, eos_ids, pad_id, forbidden_V, max_completion_length, num_beams, all_beams
-            )
+            config = plain_generation_config(model, tokenizer, max_completion_length=max_completion_length)
+            completions = _beam_search(model, ids_PS, mask_PS, config, num_beams, all_beams)
         else:
             uniforms_BT = torch.rand(len(batch), max_completion_length, generator=generator).to(backbone.device)
             completions = sample_completions(
@@ -102,28 +103,28 @@ def _joined_supports(batches: list[Completions], width: int) -> Tensor:
 
 
 def decode(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The completions' texts, without special tokens."""
-    rows = zip(completions.ids_BT, completions.mask_BT, strict=True)
-    return tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+    """The completions' texts, without the EOS that ends them.
+
+    Any other special token in them is content (see `vocabulary.forbidden_ids`), and stays.
+    """
+    rows = zip(completions.ids_BT, completions.mask_BT, completions.ended_B.tolist(), strict=True)
+    texts_ids = [ids[mask][:-1] if ended else ids[mask] for ids, mask, ended in rows]
+    return tokenizer.batch_decode(texts_ids, skip_special_tokens=False)
 
 
 @torch.no_grad()
 def _beam_search(
-    model, ids_PS: Tensor, mask_PS: Tensor, eos_ids, pad_id, forbidden_V: Tensor, max_length, num_beams, all_beams
+    model, ids_PS: Tensor, mask_PS: Tensor, config: GenerationConfig, num_beams: int, all_beams: bool
 ) -> Completions:
-    output_ids = model.generate(
-        input_ids=ids_PS,
-        attention_mask=mask_PS,
-        max_new_tokens=max_length,
-        num_beams=num_beams,
-        num_return_sequences=num_beams if all_beams else 1,
-        do_sample=False,
-        suppress_tokens=forbidden_V.nonzero()[:, 0].tolist(),
-        eos_token_id=eos_ids,
-        pad_token_id=pad_id,
-        synced_gpus=is_sharded(model),
-    )
-    prompt_length = 1 if model.config.is_encoder_decoder else ids_PS.shape[1]
-    ids_BT = output_ids[:, prompt_length:]
-    mask_BT, ended_B = completion_mask(ids_BT, eos_ids)
-    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B)
+    with generating_by(config, model):
+        output_ids = model.generate(
+            input_ids=ids_PS,
+            attention_mask=mask_PS,
+            num_beams=num_beams,
+            num_return_sequences=num_beams if all_beams else 1,
+            synced_gpus=is_sharded(model),
+        )
+    given = len(completion_start_ids(model)) if model.config.is_encoder_decoder else ids_PS.shape[1]
+    ids_BT = output_ids[:, given:]
+    mask_BT, ended_B = completion_mask(ids_BT, config.eos_token_id)
+    return Completions(torch.where(mask_BT, ids_BT, config.pad_token_id), mask_BT, ended_B)

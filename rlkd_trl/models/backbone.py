@@ -2,11 +2,11 @@
 
 K completions of a prompt have the prompt in common. Both families compute that common part once, in `prefill`, and
 keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
-read the decoder-start token), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each
-completion its prompt (a copy of its cache's rows, or only their number where the cache is never written to: see
-`shared_attention`) and `extend` reads completion tokens on top: so are completions sampled. Teacher scoring and the
-training forward pass read whole completions by `completion_states`, which is made of these calls, except that an
-encoder-decoder model with shared cross-attention reads them in one call without a cache.
+read what every completion starts with), the self-attention keys and values of a decoder-only one. `Prefix.select`
+gives each completion its prompt (a copy of its cache's rows, or only their number where the cache is never written
+to: see `shared_attention`) and `extend` reads completion tokens on top: so are completions sampled. Teacher scoring
+and the training forward pass read whole completions by `completion_states`, which is made of these calls, except that
+an encoder-decoder model with shared cross-attention reads them in one call without a cache.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.fusion import fuse
+from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 
@@ -239,10 +240,9 @@ class EncoderDecoderBackbone(Backbone):
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias.squeeze(0)
 
-    @property
-    def _start_id(self) -> int:
-        start = self.model.generation_config.decoder_start_token_id
-        return self.model.config.decoder_start_token_id if start is None else start
+    def _start_Bn(self, like_BT: Tensor) -> Tensor:
+        """What the decoder is given before a completion's first token, for each row of `like_BT`."""
+        return like_BT.new_tensor(completion_start_ids(self.model)).expand(len(like_BT), -1)
 
     def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
@@ -255,8 +255,8 @@ class EncoderDecoderBackbone(Backbone):
             encoder_hidden_BSD=encoder_hidden_PSD,
             prompt_rows=PromptRows.of(torch.arange(P, device=prompt_ids_PS.device), P) if shares else None,
         )
-        # Reading the start token projects the cross-attention keys and values, once per prompt.
-        self.extend(prefix, torch.full_like(prompt_ids_PS[:, :1], self._start_id))
+        # Reading the start tokens projects the cross-attention keys and values, once per prompt.
+        self.extend(prefix, self._start_Bn(prompt_ids_PS))
         return prefix
 
     def completion_states(
@@ -268,7 +268,7 @@ class EncoderDecoderBackbone(Backbone):
         *,
         with_final_state: bool = True,
     ) -> Tensor:
-        """As in the base class, in one call of the decoder, which needs no cache: it reads the start token too.
+        """As in the base class, in one call of the decoder, which needs no cache: it reads the start tokens too.
 
         Raises:
             InputError: As `prefill`.
@@ -278,10 +278,11 @@ class EncoderDecoderBackbone(Backbone):
             return super().completion_states(*inputs, with_final_state=with_final_state)
         self._refuse_gradient_checkpointing()
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
-        start_B1 = completion_ids_BT.new_full((len(completion_ids_BT), 1), self._start_id)
-        read_BT = torch.cat([start_B1, completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]], dim=1)
+        start_Bn = self._start_Bn(completion_ids_BT)
+        read_BT = torch.cat([start_Bn, completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]], dim=1)
         prompt_rows = PromptRows.of(prompt_index_B, len(prompt_ids_PS))
-        return self._decode(read_BT, encoder_hidden_PSD, prompt_mask_PS, prompt_rows, use_cache=False)
+        states = self._decode(read_BT, encoder_hidden_PSD, prompt_mask_PS, prompt_rows, use_cache=False)
+        return states[:, start_Bn.shape[1] - 1 :]
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
         hidden_BtD = self._decode(
@@ -315,10 +316,9 @@ class EncoderDecoderBackbone(Backbone):
             ).last_hidden_state
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
-        start_B1 = torch.full_like(completion_ids_BT[:, :1], self._start_id)
-        return self.model(
-            input_ids=prompt_ids_BS, decoder_input_ids=torch.cat([start_B1, completion_ids_BT], dim=1)
-        ).logits
+        start_Bn = self._start_Bn(completion_ids_BT)
+        decoder_ids = torch.cat([start_Bn, completion_ids_BT], dim=1)
+        return self.model(input_ids=prompt_ids_BS, decoder_input_ids=decoder_ids).logits[:, start_Bn.shape[1] - 1 :]
 
 
 class DecoderOnlyBackbone(Backbone):

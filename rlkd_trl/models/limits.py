@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.prompts import prompt_lengths
 
 _BATCH_SIZE = 1000  # texts that are tokenised at a time
@@ -53,9 +54,7 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
         sizes[side] = size if sizes[side] is None else min(size, sizes[side])
     if not model.config.is_encoder_decoder:
         return PositionLimits(sizes["decoder"], sizes["decoder"], is_shared=True)
-    # The decoder reads its start token, and what else is forced, before the completion.
-    given = 1 if getattr(model.config, "forced_bos_token_id", None) is None else 2
-    completion = None if sizes["decoder"] is None else sizes["decoder"] - given
+    completion = None if sizes["decoder"] is None else sizes["decoder"] - len(completion_start_ids(model))
     return PositionLimits(sizes["encoder"], completion, is_shared=False)
 
 

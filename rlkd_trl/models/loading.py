@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
-from rlkd_trl.models.sharding import loading_shards
+from rlkd_trl.models.generation_config import settings_not_used
+from rlkd_trl.models.sharding import is_first_process, loading_shards
 
 DTYPES = {
     "auto": "auto",
@@ -91,6 +92,10 @@ def load_model(
         )
     check_weights(model, f"The model {name_or_path!r}")
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
+    not_used = settings_not_used(model.generation_config) if model.can_generate() else {}
+    if not_used and is_first_process():
+        settings = ", ".join(f"{name} = {str(value)[:40]}" for name, value in not_used.items())
+        print(f"{name_or_path}: of its generation config, not used: {settings}.", flush=True)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes would take a kernel that computes in bfloat16 whatever was asked for,
         # and only shapes that are multiples of 32.

@@ -1,14 +1,17 @@
 """Which ids may be sampled, which end a completion, and whether two tokenizers agree."""
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+ALLOWED_SPECIAL_TOKENS = "allowed_special_tokens"  # the name in generation_config.json
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -40,20 +43,94 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(index for index in ids if index is not None)
 
 
-def forbidden_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: list[int]) -> Tensor:
-    """`[V]` bool, True on ids that a student must never sample.
+def forbidden_ids(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: list[int], content: Collection[str] = ()
+) -> Tensor:
+    """`[V]` bool, True on ids that are never sampled. The one rule of what may be: in training, scoring, evaluation.
 
-    Those are the LM-head rows without a token (T5 pads 32,100 tokens to 32,128 rows), T5's `<extra_id_*>` sentinels,
-    and every special token, with a role or without (Llama 3's reserved ones), except EOS and the unknown token.
+    Sampled may be every token that is not special, EOS, and the special tokens in `content` (the relation markers of
+    an information-extraction model, say). Never: the LM-head rows without a token (T5 pads 32,100 tokens to 32,128
+    rows), T5's `<extra_id_*>` sentinels, padding and the unknown token, and all other special tokens, with a role or
+    without (Llama 3's reserved ones).
     """
     vocab = tokenizer.get_vocab()
-    sentinels = {index for token, index in vocab.items() if _SENTINEL.fullmatch(token)}
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    allowed = set(vocab.values()) - sentinels - (special - {tokenizer.unk_token_id}) | set(eos_ids)
+    never = {index for token, index in vocab.items() if _SENTINEL.fullmatch(token)}
+    never |= {tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = {vocab[token] for token in _special_tokens(tokenizer) - set(content) if token in vocab}
+    allowed = set(vocab.values()) - never - special | set(eos_ids)
     forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
     forbidden_V[[index for index in allowed if index < vocab_size]] = False
     return forbidden_V
+
+
+def forbidden_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """`forbidden_ids` of a model's LM head, with the special tokens that it is allowed."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return forbidden_ids(tokenizer, vocab_size, eos_token_ids(model, tokenizer), allowed_special_tokens(model))
+
+
+def allowed_special_tokens(model: PreTrainedModel) -> list[str]:
+    """The special tokens that are content to a model, as its checkpoint says (`allow_special_tokens`)."""
+    return list(getattr(model.generation_config, ALLOWED_SPECIAL_TOKENS, None) or [])
+
+
+def allow_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> None:
+    """Lets a model write these special tokens too; its generation config keeps the list, also when it is saved.
+
+    Raises:
+        InputError: As `check_special_tokens`.
+    """
+    tokens = list(tokens)
+    check_special_tokens(tokenizer, tokens)
+    known = allowed_special_tokens(model)
+    together = list(dict.fromkeys([*known, *tokens]))
+    if together != known:
+        setattr(base_of(model).generation_config, ALLOWED_SPECIAL_TOKENS, together)
+
+
+def share_special_tokens(
+    models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
+) -> None:
+    """Gives students and teachers one support: what any of them may write, and what occurs in the target `texts`."""
+    tokens = [token for model in models for token in allowed_special_tokens(model)]
+    tokens += special_tokens_in(tokenizer, texts)
+    for model in models:
+        allow_special_tokens(model, tokenizer, tokens)
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> None:
+    """Raises `InputError` for a token that is not in the vocabulary, or that is never content."""
+    for token in tokens:
+        if token not in tokenizer.get_vocab():
+            raise InputError(
+                f"{token!r} is to be allowed as content, but the tokenizer has no such token: add it to its special "
+                "tokens, or leave it out."
+            )
+        if token in {tokenizer.pad_token, tokenizer.unk_token} or _SENTINEL.fullmatch(token):
+            raise InputError(f"{token!r} cannot be content: padding, unknown and sentinel tokens are never sampled.")
+
+
+def special_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
+    """The special tokens that target texts spell out, in alphabetical order; EOS, and what is never content, left out.
+
+    They are looked for as text, which is how tokenizers find them.
+    """
+    never = {tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token}
+    candidates = [token for token in _special_tokens(tokenizer) - never if not _SENTINEL.fullmatch(token)]
+    if not candidates or getattr(tokenizer, "split_special_tokens", False):
+        return []
+    pattern = re.compile("|".join(map(re.escape, sorted(candidates, key=len, reverse=True))))
+    return sorted({token for text in texts for token in pattern.findall(text)})
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model that adapters sit in, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

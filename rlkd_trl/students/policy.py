@@ -16,7 +16,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
-from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids, padding_id
+from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
 from rlkd_trl.settings.ranges import Temperature, check_values
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         self.pad_id = padding_id(processing_class)
         self.backbone = backbone_of(model)
         self.backbone.verify()
-        forbidden_V = forbidden_ids(processing_class, self.backbone.vocab_size, self.eos_ids)
+        forbidden_V = forbidden_ids_of(model, processing_class)
         self.register_buffer("forbidden_V", forbidden_V.to(model.device), persistent=False)
         self.critic_model = copy.deepcopy(model) if critic == "separate" else None
         self.critic_backbone = backbone_of(self.critic_model) if critic == "separate" else self.backbone
@@ -228,6 +228,7 @@ class Policy(nn.Module):
         state_dict = self.state_dict() if state_dict is None else state_dict
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         self.model.save_pretrained(output_dir, state_dict=student)
+        base_of(self.model).generation_config.save_pretrained(output_dir)  # PEFT leaves it out
         critic = {k: v.contiguous().clone() for k, v in state_dict.items() if not k.startswith("model.")}
         if critic:
             save_file(critic, Path(output_dir) / _VALUE_HEAD_FILE)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.models.sharding import is_first_process
+from rlkd_trl.models.vocabulary import share_special_tokens
 from rlkd_trl.teachers.panel import TeacherPanel
 
 
@@ -33,11 +35,12 @@ def pseudo_labels(
     Raises:
         InputError: As `answer_prompts`; or `interpolate` and a row without references.
     """
+    teacher = panel.scorers[0].teacher
+    share_special_tokens([teacher.model], teacher.processing_class, reference_texts(rows))
     for i, row in enumerate(rows if interpolate else []):
         if not row.get("references"):
             raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")
     candidates_per_row = num_beams if interpolate else 1
-    teacher = panel.scorers[0].teacher
     names = panel.templates.names if panel.templates is not None else [None]
     asked = [panel.questions(row) for row in rows]
     for number, name in enumerate(names):

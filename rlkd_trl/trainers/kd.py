@@ -99,12 +99,8 @@ class KDTrainer(FullVocabularyTrainer):
         return Completions(torch.where(mask_BT, ids_BT, self.policy.pad_id), mask_BT, ended_B)
 
     def _to_learn(self, ids_BT: Tensor) -> Tensor:
-        """False on what a target has and the student should not say: ids that are never sampled, and <unk>."""
-        unknown = self.processing_class.unk_token_id
-        to_learn_BT = ~self.policy.forbidden_V[ids_BT]
-        if unknown is None or unknown in self.policy.eos_ids:  # GPT-2 has one token for both
-            return to_learn_BT
-        return to_learn_BT & (ids_BT != unknown)
+        """False on what a target has and the student should not say: ids that are never sampled, e.g. <unk>."""
+        return ~self.policy.forbidden_V[ids_BT]
 
     def _teacher_samples(self, rows: list[dict]) -> Completions:
         number = self._rollout_number % len(self.panel.scorers)

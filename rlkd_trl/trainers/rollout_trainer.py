@@ -15,15 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import print_prompt_completions_sample
 
+from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.backbone import Backbone
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation import Completions, MixedWith
+from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
 from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.sharding import is_sharded, whole
-from rlkd_trl.models.vocabulary import check_same_tokenizer
+from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
 from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
@@ -87,6 +89,9 @@ class RolloutTrainer(ResumableTrainer):
         for teacher in teachers:
             check_same_tokenizer(processing_class, teacher.processing_class)
         check_positions(model, processing_class, reward_model, args, [train_dataset, eval_dataset])
+        targets = reference_texts(train_dataset, eval_dataset)
+        share_special_tokens([model, *(teacher.model for teacher in teachers)], processing_class, targets)
+        set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)

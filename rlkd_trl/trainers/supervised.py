@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
+from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
-from rlkd_trl.models.vocabulary import padding_id, require_eos
+from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
 from rlkd_trl.students import remove_files_of_others
 from rlkd_trl.trainers.checks import empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
@@ -28,6 +29,9 @@ _logger = logging.getLogger(__name__)
 
 class SupervisedTrainer(ResumableTrainer):
     """Cross-entropy of the target's tokens, EOS included, averaged over all tokens of the global batch.
+
+    The model's generation config becomes that of its checkpoints: greedy, with targets' cap on the length and their
+    special tokens as content.
 
     Args:
         train_dataset: Rows with `prompt` and `target`, both texts.
@@ -73,10 +77,11 @@ class SupervisedTrainer(ResumableTrainer):
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
         check_weights(model, "The model")
+        share_special_tokens([model], processing_class, train_dataset["target"])
+        set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         collate = PairCollator(
             processing_class,
-            model.config.is_encoder_decoder,
-            decoder_start_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
+            start_ids=completion_start_ids(model) if model.config.is_encoder_decoder else None,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
         )
@@ -103,11 +108,13 @@ class SupervisedTrainer(ResumableTrainer):
 
 @dataclass
 class PairCollator:
-    """Token ids of (prompt, target) rows: encoder and decoder inputs, or one sequence with the prompt unlabelled."""
+    """Token ids of (prompt, target) rows: encoder and decoder inputs, or one sequence with the prompt unlabelled.
+
+    start_ids: what an encoder-decoder model's decoder reads before the target, unlabelled; None for decoder-only ones.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    is_encoder_decoder: bool
-    decoder_start_id: int | None
+    start_ids: list[int] | None
     max_prompt_length: int
     max_completion_length: int
 
@@ -117,10 +124,11 @@ class PairCollator:
             target_token_ids(self.tokenizer, row["target"], max_length=self.max_completion_length) for row in rows
         ]
         pad = padding_id(self.tokenizer)
-        if self.is_encoder_decoder:
+        if self.start_ids is not None:
             input_ids, attention_mask = _pad_right(prompts, pad)
-            labels, _ = _pad_right(targets, _IGNORED)
-            decoder_input_ids, _ = _pad_right([[self.decoder_start_id, *ids[:-1]] for ids in targets], pad)
+            given = len(self.start_ids) - 1  # positions that predict what is given too
+            labels, _ = _pad_right([[_IGNORED] * given + ids for ids in targets], _IGNORED)
+            decoder_input_ids, _ = _pad_right([[*self.start_ids, *ids[:-1]] for ids in targets], pad)
             return {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,

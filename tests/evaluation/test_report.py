@@ -4,10 +4,13 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+from rlkd_trl.evaluation.report import AUTO_CLASSES, comparison_table, write_metrics, write_model_card, write_report
+from rlkd_trl.models.generation_config import set_trained_generation_config
+from tests.conftest import MODELS, word_tokenizer
 
 RESULTS = {
     "student before": {"bleu": 12.3456, "rougeL": 30.0, "reward": -1.5, "loss_of_my_own": 0.25},
@@ -268,3 +271,34 @@ def test_text_cannot_leave_its_place_in_the_model_card(tmp_path):
     assert "# Größe --- license: mit\n" in body
     assert "| a\\|b # c &lt;b&gt; | 1.00 |" in body
     assert "`` x`y ``" in body
+
+
+@pytest.mark.parametrize(("name", "auto_class"), [("t5-untied", AUTO_CLASSES[0]), ("llama", AUTO_CLASSES[1])])
+@pytest.mark.parametrize("has_content_tokens", [True, False])
+def test_the_cards_code_writes_what_the_model_answers(name, auto_class, has_content_tokens, tmp_path, capsys):
+    """The words of `generate`'s tokens, of a decoder-only model those after the prompt."""
+    model, tokenizer = MODELS[name](seed=3), word_tokenizer()
+    set_trained_generation_config(model, tokenizer, max_completion_length=5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write_model_card(
+        tmp_path / "README.md",
+        title="t",
+        results=RESULTS,
+        method="m",
+        teacher="t",
+        student="s",
+        dataset="d",
+        auto_class=auto_class,
+        has_content_tokens=has_content_tokens,
+    )
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/or/hub-id/of/this-model", str(tmp_path)).replace("the source text", "w5 w9")
+    capsys.readouterr()
+    exec(code, {})
+    ids = model.generate(input_ids=torch.tensor([[5, 9, 1]]))[0].tolist()
+    new = ids[1:] if "T5" in type(model).__name__ else ids[3:]
+    words = [f"w{token}" for token in new if token > 2]
+    special = [] if not has_content_tokens else ["<pad>"] * ("T5" in type(model).__name__) + ["</s>"] * (1 in new)
+    assert sorted(capsys.readouterr().out.split()) == sorted(words + special)
+    assert 1 <= len(words) <= 5

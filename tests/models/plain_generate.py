@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import EOS, PAD
 
-NEVER_SAMPLED = [0, 27, 28, 29, 30, 31]  # pad, two sentinels, and the LM head's three rows without a token
+NEVER_SAMPLED = [0, 2, 27, 28, 29, 30, 31]  # pad, unknown, two sentinels, and the LM head's three rows without a token
 
 
 def plain_answers(model: PreTrainedModel, prompt: str, *, max_new_tokens: int, **generation) -> list[list[int]]:

@@ -139,7 +139,7 @@ def test_ids_that_may_not_be_sampled_never_are(name, strategy):
     model = MODELS[name]()
     with torch.no_grad():
         head = model.get_output_embeddings()
-        head.weight[NEVER_SAMPLED] = 50 * head.weight[3:9]
+        head.weight[NEVER_SAMPLED] = 50 * head.weight[3:10]
     ids = torch.tensor([[9, EOS]])
     unrestricted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH)
     new = unrestricted[0, 1 if model.config.is_encoder_decoder else 2 :].tolist()

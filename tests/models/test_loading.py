@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
 from rlkd_trl.models.prompts import prompt_token_ids, tokenize_prompts
 from tests.conftest import MODELS, tiny_llama, tiny_t5, word_tokenizer
@@ -322,3 +323,15 @@ def test_a_tokenizer_that_does_not_list_the_mask_among_its_outputs():
 def test_a_prompt_without_tokens_is_named():
     with pytest.raises(InputError, match="The prompt ' ' has no tokens"):
         tokenize_prompts(word_tokenizer(append_eos=False), ["w3", " "], padding_side="left")
+
+
+def test_settings_of_a_generation_config_that_are_not_used_are_named(tmp_path, capsys):
+    model = tiny_t5(tied=True)
+    model.generation_config.repetition_penalty, model.generation_config.bad_words_ids = 1.3, [[5]]
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    assert "not used: repetition_penalty = 1.3, bad_words_ids = [[5]]." in capsys.readouterr().out
+    set_trained_generation_config(model, word_tokenizer(), max_completion_length=8)
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    assert "not used" not in capsys.readouterr().out

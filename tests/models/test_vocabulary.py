@@ -24,21 +24,21 @@ def tokenizer_with(vocab: dict[str, int], **special) -> PreTrainedTokenizerFast:
 
 def test_forbidden_are_pad_sentinels_and_the_rows_beyond_the_tokenizer():
     # 29 tokens: pad 0, EOS 1, unknown 2, words 3..26, sentinels 27 and 28; the head has 32 rows.
-    assert forbidden(word_tokenizer()) == [0, 27, 28, 29, 30, 31]
+    assert forbidden(word_tokenizer()) == [0, 2, 27, 28, 29, 30, 31]
 
 
 def test_a_head_without_spare_rows():
-    assert forbidden(word_tokenizer(), vocab_size=VOCAB) == [0, 27, 28]
+    assert forbidden(word_tokenizer(), vocab_size=VOCAB) == [0, 2, 27, 28]
 
 
 def test_a_head_smaller_than_the_tokenizer():
-    assert forbidden(word_tokenizer(), vocab_size=VOCAB - 1) == [0, 27]
+    assert forbidden(word_tokenizer(), vocab_size=VOCAB - 1) == [0, 2, 27]
 
 
 def test_sentinels_need_not_be_declared_special():
     vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, "w": 3, "<extra_id_0>": 4, "<extra_id_words>": 5, "a<extra_id_1>": 6}
     tokenizer = tokenizer_with(vocab, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    assert forbidden(tokenizer, vocab_size=7) == [0, 4]
+    assert forbidden(tokenizer, vocab_size=7) == [0, 2, 4]
 
 
 def test_a_pad_token_that_is_eos_may_be_sampled():
@@ -50,7 +50,7 @@ def test_a_pad_token_that_is_eos_may_be_sampled():
 def test_with_several_eos_ids_all_may_be_sampled():
     tokenizer = word_tokenizer()
     # A chat model's second EOS can be a special token of its own; here a sentinel plays it.
-    assert forbidden(tokenizer, eos_ids=(EOS, 28)) == [0, 27, 29, 30, 31]
+    assert forbidden(tokenizer, eos_ids=(EOS, 28)) == [0, 2, 27, 29, 30, 31]
 
 
 def test_other_special_tokens_are_forbidden():
@@ -58,11 +58,18 @@ def test_other_special_tokens_are_forbidden():
     tokenizer = tokenizer_with(
         vocab, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>", mask_token="<mask>"
     )
-    assert forbidden(tokenizer, vocab_size=6) == [0, 3, 4]
+    assert forbidden(tokenizer, vocab_size=6) == [0, 2, 3, 4]
 
 
-def test_unknown_may_be_sampled_since_it_stands_for_text():
-    assert UNK not in forbidden(word_tokenizer())
+def test_unknown_is_forbidden_since_no_text_is_made_of_it():
+    assert UNK in forbidden(word_tokenizer())
+
+
+def test_an_unknown_token_that_is_eos_may_be_sampled():
+    """As in GPT-2, whose one special token has all roles."""
+    tokenizer = word_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    assert EOS not in forbidden(tokenizer)
 
 
 def test_special_tokens_without_a_role_are_forbidden_too():
@@ -79,7 +86,7 @@ def test_a_vocabulary_with_a_gap():
     tokenizer = tokenizer_with(
         {"<pad>": 0, "</s>": 1, "<unk>": 2, "w3": 3, "w5": 5}, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    assert forbidden(tokenizer, vocab_size=8) == [0, 4, 6, 7]
+    assert forbidden(tokenizer, vocab_size=8) == [0, 2, 4, 6, 7]
 
 
 def test_eos_from_the_generation_config_comes_first():
@@ -115,7 +122,7 @@ def test_only_the_tokenizers_matter_and_not_the_head_rows():
     student, teacher = word_tokenizer(), word_tokenizer()
     assert len(student) == VOCAB != PADDED_VOCAB
     check_same_tokenizer(student, teacher)
-    assert forbidden(student, VOCAB) == forbidden(teacher, PADDED_VOCAB)[:3]
+    assert forbidden(student, VOCAB) == forbidden(teacher, PADDED_VOCAB)[:4]
 
 
 @pytest.mark.parametrize("longer", ["student", "teacher"])

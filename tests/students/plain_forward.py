@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.conftest import EOS, PAD, VOCAB
+from tests.conftest import EOS, PAD, UNK, VOCAB
 
-# `<pad>` 0 and the two sentinels (the last ids of the tokenizer) are never sampled; `</s>`, `<unk>` and the words are.
-ALLOWED = list(range(EOS, VOCAB - 2))
+# `<pad>` 0, `<unk>` 2 and the two sentinels (the tokenizer's last ids) are never sampled; `</s>` and the words are.
+ALLOWED = [EOS, *range(UNK + 1, VOCAB - 2)]
 
 
 class RaggedBatch(NamedTuple):
@@ -36,7 +36,7 @@ class RaggedBatch(NamedTuple):
 RAGGED = RaggedBatch(
     prompts=[[5, 9, 13, 22, EOS], [7, EOS], [26, 3, 11, EOS]],
     index=[0, 0, 1, 2, 2],
-    completions=[[4, 8, EOS], [20, 6, 2, 17, 3], [EOS], [11, 11], [9, 25, 14, EOS]],
+    completions=[[4, 8, EOS], [20, 6, 24, 17, 3], [EOS], [11, 11], [9, 25, 14, EOS]],
 )
 
 

@@ -118,7 +118,7 @@ def test_samples_come_from_the_distribution_that_forward_returns(any_model, toke
     policy = Policy(any_model, tokenizer, temperature=0.7)
     prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
     index_B = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    uniforms_BT = torch.rand(9, 6, generator=torch.Generator().manual_seed(3))
+    uniforms_BT = torch.rand(9, 6, generator=torch.Generator().manual_seed(8))
     samples = policy.sample(prompt_ids, prompt_mask, index_B, max_completion_length=6, uniforms_BT=uniforms_BT)
     logps_BT = policy(prompt_ids, prompt_mask, index_B, samples.ids_BT, samples.mask_BT).logps_BT.detach()
     assert len({int(length) for length in samples.mask_BT.sum(dim=1)}) > 1, "the test needs ragged completions"

@@ -8,6 +8,7 @@ import torch
 from rlkd_trl import AllActionsKDConfig, TeacherForcingReward
 from rlkd_trl.errors import InputError
 from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.students.plain_forward import ALLOWED
 from tests.trainers.plain_distillation import Asked, all_actions_loss, asked_twice, assert_gradients, signals
 from tests.trainers.plain_update import samples_of, teacher_rewards
 from tests.trainers.tiny_runs import (
@@ -169,7 +170,8 @@ def test_numbers_of_a_rollout(tmp_path):
         rewards, values = teacher_rewards(teacher.model, sample, gamma=1.0)
         earned.append([r + values[t + 1] - values[t] for t, r in enumerate(rewards)])
         of_loop = signals(trainer.args, [teacher], sample)
-        assert [float(of_loop[t, y - EOS]) for t, y in enumerate(sample.completion)] == pytest.approx(earned[-1])
+        of_tokens = [float(of_loop[t, ALLOWED.index(y)]) for t, y in enumerate(sample.completion)]
+        assert of_tokens == pytest.approx(earned[-1])
     (a1, a2, a3), (b1, b2, b3, b4) = earned
     torch.testing.assert_close(
         rollout.rewards_BT, torch.tensor([[a1, a2, a3, 0.0], [b1, b2, b3, b4]]), rtol=1e-4, atol=1e-5

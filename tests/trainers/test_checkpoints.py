@@ -87,6 +87,7 @@ def test_best_model_is_loaded_at_the_end(method, tmp_path):
         eval_strategy="steps",
         eval_steps=1,
         eval_data=prompts(4, seed=3),
+        seed=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_tokens",
         greater_is_better=False,

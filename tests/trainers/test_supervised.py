@@ -117,8 +117,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess(name, tmp_pa
 def collate(rows, *, is_encoder_decoder, append_eos=True, max_prompt_length=512, max_completion_length=64):
     collator = PairCollator(
         word_tokenizer(append_eos=append_eos),
-        is_encoder_decoder,
-        decoder_start_id=PAD if is_encoder_decoder else None,
+        start_ids=[PAD] if is_encoder_decoder else None,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rlkd_trl import (
     AllActionsKDConfig,
@@ -102,6 +102,7 @@ def build(
     reward=None,
     data: Dataset | None = None,
     eval_data: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **settings,
 ):
     """A trainer on tiny models, eight completions of four prompts a step unless `settings` say otherwise.
@@ -130,7 +131,7 @@ def build(
         config_class(**settings),
         prompts(32) if data is None else data,
         eval_dataset=eval_data,
-        processing_class=word_tokenizer(),
+        processing_class=tokenizer or word_tokenizer(),
     )
     return trainer
 

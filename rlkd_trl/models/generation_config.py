@@ -1,0 +1,99 @@
+"""What of a checkpoint's generation config is read here, and what a trained checkpoint's says.
+
+Read are the ids that open a completion (`decoder_start_token_id`, `forced_bos_token_id`), those that end one
+(`eos_token_id`), and the special tokens that are content (`models.vocabulary`), by greedy decoding, sampling and beam
+search alike. Everything else in it changes the distribution that is trained and scored (repetition_penalty,
+no_repeat_ngram_size, min_length, forced_eos_token_id, ...), or how one is decoded (temperature, num_beams, ...), and
+is not used: a policy's samples come from its own distribution, and the flags say how to decode.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.models.vocabulary import (
+    ALLOWED_SPECIAL_TOKENS,
+    allowed_special_tokens,
+    base_of,
+    eos_token_ids,
+    forbidden_ids_of,
+    padding_id,
+)
+
+# What makes other distributions of a model's own. `suppress_tokens` and the like are the vocabulary's rule here.
+_NOT_USED = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "guidance_scale", "length_penalty"),
+)
+
+
+def completion_start_ids(model: PreTrainedModel) -> list[int]:
+    """What an encoder-decoder model's decoder has read before a completion's first token, nothing of it sampled.
+
+    The decoder-start token; then, in BART, mBART, M2M100 and NLLB, the forced BOS, which may be a language's code.
+    Without a decoder-start token it is BOS, as in transformers' `generate`.
+    """
+    start = _id_of(model, "decoder_start_token_id")
+    start = _id_of(model, "bos_token_id") if start is None else start
+    forced = _id_of(model, "forced_bos_token_id")
+    return [token for token in (start, forced) if token is not None]
+
+
+def _id_of(model: PreTrainedModel, name: str) -> int | None:
+    """From the generation config, or from the config."""
+    found = getattr(model.generation_config, name, None)
+    return getattr(model.config, name, None) if found is None else found
+
+
+def plain_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int
+) -> GenerationConfig:
+    """With it, plain `generate` gives what greedy decoding here gives, and with `num_beams` what beam search does.
+
+    Completions have at most `max_completion_length` tokens, EOS included; ids that are never sampled are
+    `bad_words_ids`, which a forced BOS is exempt from at its place, as from no other processor.
+    """
+    forbidden = forbidden_ids_of(model, tokenizer).nonzero()[:, 0].tolist()
+    is_encoder_decoder = model.config.is_encoder_decoder
+    start_ids = completion_start_ids(model) if is_encoder_decoder else []
+    return GenerationConfig(
+        max_new_tokens=max_completion_length + max(0, len(start_ids) - 1),
+        do_sample=False,
+        num_beams=1,
+        bos_token_id=_id_of(model, "bos_token_id"),
+        eos_token_id=eos_token_ids(model, tokenizer),
+        pad_token_id=padding_id(tokenizer),
+        decoder_start_token_id=start_ids[0] if start_ids else None,
+        forced_bos_token_id=start_ids[1] if len(start_ids) > 1 else None,
+        bad_words_ids=[[token] for token in forbidden] or None,
+    )
+
+
+def set_trained_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int
+) -> None:
+    """Gives a model in training the config that its checkpoints are to have: `plain_generation_config`."""
+    config = plain_generation_config(model, tokenizer, max_completion_length=max_completion_length)
+    setattr(config, ALLOWED_SPECIAL_TOKENS, allowed_special_tokens(model))
+    base_of(model).generation_config = config
+
+
+def settings_not_used(config: GenerationConfig) -> dict[str, object]:
+    """What of a checkpoint's generation config changes its own distribution, and is not used here."""
+    neutral = (None, 0, 1, [], {})
+    is_of_a_trained_checkpoint = hasattr(config, ALLOWED_SPECIAL_TOKENS)  # whose bad words are the vocabulary's rule
+    found = {} if is_of_a_trained_checkpoint else {name: getattr(config, name, None) for name in _NOT_USED}
+    return {name: value for name, value in found.items() if value not in neutral}
+
+
+@contextmanager
+def generating_by(config: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """Within it `model.generate` has `config` and nothing of the model's own, which would fill in what is None."""
+    base = base_of(model)
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
