@@ -1,15 +1,13 @@
 """Runs the jinja text of a template, which may come from anywhere, in a sandbox and only as far as it is needed.
 
 The sandbox keeps templates away from Python's internals, files and the network. It also refuses the cheapest ways to
-exhaust the machine (huge ranges, repetitions, powers and outputs), but a hostile template can still waste time or
-memory.
+exhaust the machine (huge ranges, repetitions, powers and outputs), to say so in words; what bounds time and memory is
+the process that this runs in, `prompts.renderer`.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
-import numbers
 import random
 import secrets
 from collections import Counter
@@ -196,24 +194,11 @@ def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:
     return kept, False
 
 
-def plain_value(column: str, value: object) -> object:
-    """A copy of a row's value that a template may use and change: text, numbers, dates, None, lists and mappings.
-
-    Arrays and tensors become lists. Any other object (an image, say) becomes a value that raises when it is used.
-    """
-    if hasattr(value, "tolist"):  # numpy, torch
-        value = value.tolist()
-    if value is None or isinstance(value, str | numbers.Number | datetime.date | datetime.time | datetime.timedelta):
-        return value
-    if isinstance(value, Mapping):
-        return {key: plain_value(column, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(column, item) for item in value]
-    return _ENVIRONMENT.undefined(
-        f"column '{column}' holds a {type(value).__name__}; prompts take text, numbers, lists"
-    )
-
-
 def missing_value(column: str) -> Undefined:
     """A value that raises `MissingColumn` for `column` when it is used."""
     return _ENVIRONMENT.undefined(name=column)
+
+
+def unusable_value(reason: str) -> Undefined:
+    """A value that raises with this reason when it is used."""
+    return _ENVIRONMENT.undefined(reason)

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-
-import jinja2
-from jinja2.exceptions import SecurityError
+from typing import NamedTuple
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.prompts.process import RenderingError, ask_renderer
 from rlkd_trl.prompts.promptsource import read_entries, resolve_file, select_entries
-from rlkd_trl.prompts.sandbox import (
-    CompiledJinja,
-    MissingColumn,
-    compile_jinja,
-    missing_value,
-    plain_value,
-    seeded_choice,
-)
 from rlkd_trl.prompts.shortening import RenderedPrompt
+from rlkd_trl.prompts.values import plain_value
 
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
@@ -50,20 +43,22 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         for text in (self.jinja, self.answer_choices or ""):
             try:
-                compile_jinja(text)
-            except Exception as error:  # jinja's, or Python's about the generated code
-                line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+                _variables_of(text)
+            except RenderingError as error:  # jinja's, or Python's about the generated code
+                if error.kind == "bounds":
+                    raise InputError(f"{self._described} {error} to be read.") from error
+                line = "" if error.line is None else f", line {error.line}"
                 raise InputError(f"{self._described} is not valid jinja{line}: {error}") from error
 
     @property
     def variables(self) -> frozenset[str]:
         """The columns that the whole template reads, target included."""
-        return self._with_choices(self._compiled.variables)
+        return self._with_choices(_variables_of(self.jinja).anywhere)
 
     @property
     def input_variables(self) -> frozenset[str]:
         """The columns that the text before `|||` may read; the target's are among them if `|||` is in a loop."""
-        return self._with_choices(self._compiled.input_variables)
+        return self._with_choices(_variables_of(self.jinja).in_input)
 
     def render(self, row: Mapping[str, object]) -> RenderedPrompt:
         """The prompt: the text before `|||`, stripped.
@@ -85,8 +80,9 @@ class PromptTemplate:
     def _input(self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None) -> str:
         """`choosing_for`: the row that fixes the draws of `choice`, if it is another. Raises `InputError`."""
         hint = ", or leave this template out if that is the human reference: a prompt must not show it"
-        with self._explained(row, choosing_for, hint):
-            prompt = self._compiled.input_part(self._values(row)).strip()
+        with self._explained(row, hint):
+            [prompt] = self._parts(row, choosing_for, until_separator=True)
+        prompt = prompt.strip()
         if not prompt:
             raise InputError(
                 f"{self._described} renders an empty prompt. promptsource templates often wrap their text in "
@@ -102,14 +98,10 @@ class PromptTemplate:
         """
         prompt = self.render(row)
         with self._explained(row):
-            parts = self._compiled.parts(self._values(row))
+            parts = self._parts(row, None, until_separator=False)
         if len(parts) != 2:
             raise InputError(f"{self._described} renders {len(parts)} parts; an example is one input ||| one target.")
         return prompt, parts[1].strip()
-
-    @property
-    def _compiled(self) -> CompiledJinja:
-        return compile_jinja(self.jinja)
 
     @property
     def _described(self) -> str:
@@ -118,39 +110,51 @@ class PromptTemplate:
     def _with_choices(self, variables: frozenset[str]) -> frozenset[str]:
         if self.answer_choices is None or "answer_choices" not in variables:
             return variables
-        return variables - {"answer_choices"} | compile_jinja(self.answer_choices).variables
+        return variables - {"answer_choices"} | _variables_of(self.answer_choices).anywhere
 
-    def _values(self, row: Mapping[str, object]) -> dict[str, object]:
-        values = {column: plain_value(column, value) for column, value in row.items()}
-        if self.answer_choices is not None and "answer_choices" in self._compiled.variables:
-            try:
-                choices = compile_jinja(self.answer_choices).parts(values)
-            except MissingColumn as error:  # matters only if the template comes to use the choices
-                values["answer_choices"] = missing_value(str(error))
-            else:
-                values["answer_choices"] = [choice.strip() for choice in choices]
-        return values
-
-    @contextmanager
-    def _explained(
-        self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None, hint: str = ""
-    ) -> Iterator[None]:
-        """Fixes the draws of `choice`, and turns whatever a template raises into an InputError."""
+    def _parts(
+        self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None, until_separator: bool
+    ) -> list[str]:
+        """The rendered text, split at its `|||`, or only what is before. Raises `RenderingError`."""
+        values = {column: plain_value(column, value) for column, value in row.items() if column in self.variables}
         choosing_for = row if choosing_for is None else choosing_for
         read = [(column, choosing_for[column]) for column in sorted(self.input_variables) if column in choosing_for]
+        seed = repr((self.name, self.jinja, read))
+        return ask_renderer("render", self.jinja, self.answer_choices, values, seed, until_separator)
+
+    @contextmanager
+    def _explained(self, row: Mapping[str, object], hint: str = "") -> Iterator[None]:
+        """Turns whatever a template raises into an InputError."""
         try:
-            with seeded_choice(repr((self.name, self.jinja, read))):
-                yield
-        except MissingColumn as error:
+            yield
+        except RenderingError as error:
+            raise InputError(f"{self._described} {self._explanation(error, row, hint)}") from error
+
+    def _explanation(self, error: RenderingError, row: Mapping[str, object], hint: str) -> str:
+        if error.kind == "missing column":
             candidate = next((column for column in row if column not in self.variables), "COLUMN")
-            raise InputError(
-                f"{self._described} asks for column '{error}'; the row has: {', '.join(map(str, row)) or 'none'}. "
+            return (
+                f"asks for column '{error}'; the row has: {', '.join(map(str, row)) or 'none'}. "
                 f"Rename columns with --rename_columns {candidate}={error}{hint}."
-            ) from error
-        except SecurityError as error:
-            raise InputError(f"{self._described} does what the sandbox forbids: {error}") from error
-        except Exception as error:  # a template is a program: it can raise anything
-            raise InputError(f"{self._described} fails on a row: {type(error).__name__}: {error}") from error
+            )
+        if error.kind == "security":
+            return f"does what the sandbox forbids: {error}"
+        if error.kind == "bounds":
+            return f"{error} for one prompt: it may never end. Shorten its loops, or leave it out."
+        return f"fails on a row: {error}"
+
+
+class _Variables(NamedTuple):
+    """What a jinja text reads from the row: anywhere, and before its `|||`."""
+
+    anywhere: frozenset[str]
+    in_input: frozenset[str]
+
+
+@lru_cache(maxsize=4096)
+def _variables_of(jinja: str) -> _Variables:
+    """Parses and compiles, running nothing. Raises `RenderingError`."""
+    return _Variables(*map(frozenset, ask_renderer("variables", jinja)))
 
 
 class PromptTemplates(Sequence[PromptTemplate]):

@@ -1,0 +1,107 @@
+"""Templates are run in a process of their own, with bounds on time and memory that hold (see `prompts.renderer`)."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import rlkd_trl
+from rlkd_trl.prompts import bounds
+
+
+class RenderingError(Exception):
+    """A template did not render. kind: "missing column" (the message is its name), "security", "syntax", "error" (what
+    it raised), or "bounds" (it took more time or memory than a prompt may)."""
+
+    def __init__(self, kind: str, message: str, line: int | None = None):
+        super().__init__(message)
+        self.kind, self.line = kind, line
+
+
+def ask_renderer(*request: object) -> object:
+    """The result of a request to the renderer, which is started by the first one. Raises `RenderingError`."""
+    global _renderer
+    with _lock:
+        if _renderer is None or not _renderer.belongs_here:
+            _renderer = _Renderer()
+        try:
+            answer = _renderer.ask(request)
+        except _Ended as error:
+            _renderer = None
+            raise RenderingError("bounds", str(error)) from error
+    if "failure" in answer:
+        raise RenderingError(answer["failure"], answer["message"], answer.get("line"))
+    return answer["result"]
+
+
+class _Ended(Exception):
+    """The renderer is no more; the message says of what."""
+
+
+class _Renderer:
+    def __init__(self):
+        self._owner = os.getpid()
+        # The package and what it needs, wherever this process found them.
+        path = [str(Path(rlkd_trl.__file__).parents[1]), *sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rlkd_trl.prompts.renderer"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us; the renderer ends when its input does
+        )
+        atexit.register(self.end)
+
+    @property
+    def belongs_here(self) -> bool:
+        """Not to the process of which this one is a fork."""
+        return self._owner == os.getpid()
+
+    def ask(self, request: tuple) -> dict[str, object]:
+        body = pickle.dumps((bounds.CPU_SECONDS, *request), protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            self._process.stdin.write(len(body).to_bytes(4, "big") + body)
+            self._process.stdin.flush()
+            answers = self._process.stdout
+            if os.name == "posix" and not select.select([answers], [], [], bounds.WALL_SECONDS)[0]:
+                self._process.kill()
+            header = answers.read(4)
+            answer = answers.read(int.from_bytes(header, "big"))
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            raise _Ended(self._reason())
+        answer = json.loads(answer)
+        if answer.get("failure") == "memory":
+            self.end()
+            raise _Ended(f"takes more than {bounds.MEMORY_BYTES >> 20} MiB of memory")
+        return answer
+
+    def _reason(self) -> str:
+        code = self._process.wait()
+        atexit.unregister(self.end)
+        if code in (-signal.SIGKILL, -getattr(signal, "SIGPROF", 0)):
+            return f"takes more than {bounds.CPU_SECONDS:g} s of CPU time"
+        return f"ends the process that runs it (exit code {code})"
+
+    def end(self) -> None:
+        if not self.belongs_here:
+            return
+        atexit.unregister(self.end)
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+_renderer: _Renderer | None = None
+_lock = threading.Lock()
