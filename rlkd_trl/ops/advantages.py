@@ -39,11 +39,12 @@ def gae(
     return advantages_BT
 
 
-def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
+def leave_one_out(scores: Tensor, num_generations: int, *, kept_B: Tensor | None = None) -> Tensor:
     """R_i − mean_{j≠i} R_j among the K samples of each prompt (Ahmadian et al. 2024, "Back to Basics", RLOO).
 
     `scores` is `[B]` (sequence rewards) or `[B, T]` (position by position), B = P · K with the K samples of a prompt
-    next to each other; K ≥ 2. Returns the shape it was given.
+    next to each other; K ≥ 2. Where `kept_B` is False a sample is in no mean; it gets 0 itself, as does one whose
+    others are all left out. Returns the shape it was given.
     """
     if num_generations < 2 or scores.shape[0] % num_generations:
         raise ValueError(
@@ -51,19 +52,33 @@ def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
             f"groups of {num_generations}"
         )
     grouped = scores.unflatten(0, (-1, num_generations))
-    others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / (num_generations - 1)
-    return (grouped - others_mean).flatten(0, 1)
+    if kept_B is None:
+        others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / (num_generations - 1)
+        return (grouped - others_mean).flatten(0, 1)
+    kept = kept_B.view(-1, num_generations, *[1] * (scores.dim() - 1))
+    grouped = masked(grouped, kept)
+    others = kept.sum(dim=1, keepdim=True) - 1
+    others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
+    return masked(grouped - others_mean, kept & (others > 0)).flatten(0, 1)
 
 
-def token_leave_one_out(rewards_BT: Tensor, mask_BT: Tensor, *, num_generations: int, gamma: float = 1.0) -> Tensor:
+def token_leave_one_out(
+    rewards_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    num_generations: int,
+    gamma: float = 1.0,
+    kept_B: Tensor | None = None,
+) -> Tensor:
     """RLOO at token level: A_{t,i} = G_{t,i} − mean_{j≠i} G_{t,j}, with G the return-to-go.
 
     Meant for rewards after `potential_shaping` with the teacher's V_t, which makes the returns of different samples
     comparable at the same t. A sample that has already ended contributes 0, the return of a finished episode; the
-    baseline never depends on sample i's own actions, so the gradient stays unbiased.
+    baseline never depends on sample i's own actions, so the gradient stays unbiased. `kept_B` as in `leave_one_out`.
     Returns `[B, T]`, 0 behind the mask.
     """
-    advantages_BT = leave_one_out(return_to_go(rewards_BT, mask_BT, gamma=gamma), num_generations)
+    returns_BT = return_to_go(rewards_BT, mask_BT, gamma=gamma)
+    advantages_BT = leave_one_out(returns_BT, num_generations, kept_B=kept_B)
     return masked(advantages_BT, mask_BT)
 
 

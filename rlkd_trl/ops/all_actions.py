@@ -67,9 +67,14 @@ def future_returns(
     return masked(future_BT, mask_BT)
 
 
-def future_advantages(futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int) -> Tensor:
-    """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`."""
-    advantages_BT = leave_one_out(masked(futures_BT, mask_BT), num_generations)
+def future_advantages(
+    futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int, kept_B: Tensor | None = None
+) -> Tensor:
+    """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`.
+
+    `kept_B` as in `ops.advantages.leave_one_out`.
+    """
+    advantages_BT = leave_one_out(masked(futures_BT, mask_BT), num_generations, kept_B=kept_B)
     return masked(advantages_BT, mask_BT)
 
 

@@ -46,7 +46,9 @@ def check_signature(function: Callable) -> None:
     )
 
 
-def function_reward(name: str, function: Callable, inputs: RewardInputs) -> tuple[Tensor, bool]:
+def function_reward(
+    name: str, function: Callable, inputs: RewardInputs, allow_not_finite: bool = False
+) -> tuple[Tensor, bool]:
     """A function's scores as `[B, T]`, 0 behind the mask, and whether it gave one per completion.
 
     Raises:
@@ -64,7 +66,7 @@ def function_reward(name: str, function: Callable, inputs: RewardInputs) -> tupl
     is_per_completion = scores.shape == mask_BT.shape[:1]
     if is_per_completion:
         scores = on_last_token(scores, mask_BT)
-    _check_scores(scores, function, name, mask_BT)
+    _check_scores(scores, function, name, mask_BT, allow_not_finite)
     return masked(scores, mask_BT), is_per_completion
 
 
@@ -79,7 +81,13 @@ def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> Tea
         raise _error(kind, None, f"cannot be made of {given}: {type(error).__name__}: {error}") from error
 
 
-def teacher_reward(name: str, reward: TeacherReward, scores: Sequence[TeacherScores], inputs: RewardInputs) -> Tensor:
+def teacher_reward(
+    name: str,
+    reward: TeacherReward,
+    scores: Sequence[TeacherScores],
+    inputs: RewardInputs,
+    allow_not_finite: bool = False,
+) -> Tensor:
     """A `TeacherReward`'s `[B, T]`, the weighted mean over its panel's scorers.
 
     Raises:
@@ -94,7 +102,7 @@ def teacher_reward(name: str, reward: TeacherReward, scores: Sequence[TeacherSco
     except (Exception, SystemExit) as error:
         raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
     for rewards_BT in rewards:
-        _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT)
+        _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT, allow_not_finite)
     mean_BT = sum(weight * one_BT.detach() for weight, one_BT in zip(reward.panel.weights, rewards, strict=True))
     return masked(mean_BT.float(), inputs.completion_mask_BT)
 
@@ -135,11 +143,11 @@ def _as_tensor(result: object, function: Callable, name: str, mask_BT: Tensor) -
     try:
         # A TRL reward function may return None for a sample it does not apply to: no reward.
         return torch.tensor([0.0 if score is None else float(score) for score in result])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _error(function, name, f"returned {_short(result)}; {wanted} ({error})") from error
 
 
-def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor) -> None:
+def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor, allow_not_finite: bool) -> None:
     if not isinstance(scores, Tensor) or scores.shape != mask_BT.shape:
         returned = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else _short(scores)
         raise _error(
@@ -148,7 +156,7 @@ def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor) ->
             f"returned {returned}; expected {tuple(mask_BT.shape)} (one per token) or {tuple(mask_BT.shape[:1])} (one "
             "per completion)",
         )
-    if not torch.isfinite(scores[mask_BT]).all():
+    if not allow_not_finite and not torch.isfinite(scores[mask_BT]).all():
         raise _error(reward, name, "returned NaN or infinity")
 
 

@@ -115,8 +115,13 @@ class RewardModel:
             for panel in self.panels
         }
 
-    def rewards(self, inputs: RewardInputs, scores: dict[int, list[TeacherScores]]) -> RewardResult:
-        """The weighted sum of all terms, from scores that `score` returned."""
+    def rewards(
+        self, inputs: RewardInputs, scores: dict[int, list[TeacherScores]], *, allow_not_finite: bool = False
+    ) -> RewardResult:
+        """The weighted sum of all terms, from scores that `score` returned.
+
+        NaN or infinity in a term of one's own is an error, unless `allow_not_finite`: a trainer drops the sample.
+        """
         batch_size, length = inputs.completion_ids_BT.shape
         device = inputs.completion_ids_BT.device
         rewards_BT = torch.zeros(batch_size, length, device=device)
@@ -128,10 +133,10 @@ class RewardModel:
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
             if isinstance(term, TeacherReward):
-                terms_BT[name] = teacher_reward(name, term, scores[id(term.panel)], inputs)
+                terms_BT[name] = teacher_reward(name, term, scores[id(term.panel)], inputs, allow_not_finite)
                 potentials_BT1 += weight * term.mean_potentials(scores[id(term.panel)])
             else:
-                terms_BT[name], is_per_completion = function_reward(name, term, inputs)
+                terms_BT[name], is_per_completion = function_reward(name, term, inputs, allow_not_finite)
                 if is_per_completion:
                     completion_rewards_BT += weight * terms_BT[name]
             rewards_BT += weight * terms_BT[name]

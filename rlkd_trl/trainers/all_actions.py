@@ -20,6 +20,8 @@ from rlkd_trl.ops.all_actions import (
 )
 from rlkd_trl.ops.average_reward import differential_advantages
 from rlkd_trl.ops.divergences import ENSEMBLES
+from rlkd_trl.ops.finite import usable_rows
+from rlkd_trl.ops.masking import masked_moments
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
 from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig
@@ -57,6 +59,17 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
             rollout = rollout.with_(rewards_BT=self._with_teachers_heads(partial(self._signals, rollout)))
+            rollout = self._dropping(
+                rollout,
+                rows,
+                {
+                    **self._usable_states(rollout),
+                    "the student's log-probabilities": usable_rows(rollout.old_logps_BT, rollout.completion_mask_BT),
+                    "the signal": usable_rows(rollout.rewards_BT, rollout.completion_mask_BT),
+                },
+            )
+            if self.rollout_state.lost:
+                return rollout
             if args.teacher_mix:
                 importance_BT = self._with_teachers_heads(partial(self._importance, rollout))
                 rollout = rollout.with_(importance_BT=importance_BT)
@@ -65,7 +78,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
                 futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
         rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
-        mean = self._sum_over_ranks(reward_B.mean()) / self.accelerator.num_processes
+        mean, _ = masked_moments(reward_B, rollout.counted_B, sum_over_ranks=self._sum_over_ranks)
         self._record({"reward": mean, **completion_metrics(rollout, self._sum_over_ranks)})
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print, reward_B=reward_B
@@ -164,7 +177,9 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
                 signals_BT, mask_BT, gamma=args.gamma, length_normalization=args.length_normalization
             )
             if args.baseline == "leave_one_out":
-                futures_BT = future_advantages(futures_BT, mask_BT, num_generations=args.num_generations)
+                futures_BT = future_advantages(
+                    futures_BT, mask_BT, num_generations=args.num_generations, kept_B=rollout.kept_B
+                )
             return args.future_weight * futures_BT
 
         average_reward_B = self._average_reward(signals_BT, rollout)

@@ -7,11 +7,14 @@ time, in the update (see `ops.sliced_loss`).
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import Result
 from rlkd_trl.ops.divergences import TeacherStates
+from rlkd_trl.ops.finite import usable_states
 from rlkd_trl.prompts import PromptTemplates
 from rlkd_trl.rewards import RewardModel, TeacherForcingReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
@@ -57,6 +60,12 @@ class FullVocabularyTrainer(RolloutTrainer):
     def _with_teacher_states(self, rollout: Rollout, rows: list[dict]) -> Rollout:
         completions = (rollout.prompt_index_B, rollout.completion_ids_BT, rollout.completion_mask_BT)
         return rollout.with_(teacher_states=self.panel.states(rows, *completions))
+
+    def _usable_states(self, rollout: Rollout) -> dict[str, Tensor]:
+        """`[B]`: whether all of the teachers' states along a completion are finite."""
+        mask_BT = rollout.completion_mask_BT
+        usable = [usable_states(states_BTD, mask_BT).to(mask_BT.device) for states_BTD in rollout.teacher_states]
+        return {"the teacher's states": torch.stack(usable).all(dim=0)}
 
     def _teachers_at(self, rollout: Rollout) -> list[TeacherStates]:
         """The teachers' states at the N real tokens, in the order in which a policy's loss has the student's."""

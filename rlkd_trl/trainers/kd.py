@@ -76,6 +76,9 @@ class KDTrainer(FullVocabularyTrainer):
         with timer.phase("score"):
             if args.alpha > 0:
                 rollout = self._with_teacher_states(rollout, rows)
+                rollout = self._dropping(rollout, rows, self._usable_states(rollout))
+                if self.rollout_state.lost:
+                    return rollout
         self._record({**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"})
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.answers import decode
 from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline
+from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
-from rlkd_trl.ops.masking import masked, masked_whiten, pad_columns
+from rlkd_trl.ops.masking import masked, masked_whiten, pad_columns, state_mask
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, sequence_sum
-from rlkd_trl.rewards import RewardInputs, RewardModel
+from rlkd_trl.rewards import RewardInputs, RewardModel, RewardResult
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
 from rlkd_trl.trainers.checks import checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
@@ -113,7 +114,7 @@ class OnPolicyTrainer(RolloutTrainer):
         )
         with timer.phase("score"):
             scores = self.reward_model.score(inputs)  # 2 score
-            result = self.reward_model.rewards(inputs, scores)  # 3 reward
+            result = self.reward_model.rewards(inputs, scores, allow_not_finite=True)  # 3 reward
         rewards_BT, completion_rewards_BT, kl_B = result.rewards_BT, result.completion_rewards_BT, None
         if reference_logps_BT is not None:
             kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
@@ -127,14 +128,18 @@ class OnPolicyTrainer(RolloutTrainer):
             potentials_BT1=result.potentials_BT1,
         )
 
-        rollout = self.advantages(rollout)  # 4 advantage
-
-        metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
-        self._record(metrics)
         reward_B = sequence_sum(result.rewards_BT, rollout.completion_mask_BT)
         self.sample_table = sample_table(
             rows, inputs.completions, rollout, args.num_completions_to_print, reward_B=reward_B
         )
+        rollout = self._dropping(rollout, rows, _usable(rollout, result))
+        if self.rollout_state.lost:
+            return rollout
+
+        rollout = self.advantages(rollout)  # 4 advantage
+
+        metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
+        self._record(metrics)
         if kl_B is not None:
             self._record({"beta": self.rollout_state.beta})
             self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)
@@ -211,3 +216,19 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
         return masked_whiten(advantages, mask, sum_over_ranks=self._sum_over_ranks)
+
+
+def _usable(rollout: Rollout, result: RewardResult) -> dict[str, Tensor]:
+    """`[B]` of each kind of number that the update reads: whether all of a completion's are finite."""
+    mask_BT = rollout.completion_mask_BT
+    states_BT1 = state_mask(mask_BT, rollout.ended_B)
+    found = {f"the reward {name}": usable_rows(term_BT, mask_BT) for name, term_BT in result.terms.items()}
+    found["the sum of rewards"] = usable_rows(rollout.rewards_BT, mask_BT)
+    found["the teacher's V"] = usable_rows(rollout.potentials_BT1, states_BT1)
+    if result.scores is not None:
+        found["the teacher's log-probabilities"] = usable_rows(result.teacher_nll_BT(mask_BT), mask_BT)
+    if rollout.old_logps_BT is not None:
+        found["the student's log-probabilities"] = usable_rows(rollout.old_logps_BT, mask_BT)
+    if rollout.old_values_BT1 is not None:
+        found["the critic's values"] = usable_rows(rollout.old_values_BT1, states_BT1)
+    return found

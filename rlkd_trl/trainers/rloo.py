@@ -38,7 +38,11 @@ class RLOOKDTrainer(OnPolicyTrainer):
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
         )
         leave_one_out = partial(
-            token_leave_one_out, mask_BT=mask_BT, num_generations=args.num_generations, gamma=args.gamma
+            token_leave_one_out,
+            mask_BT=mask_BT,
+            num_generations=args.num_generations,
+            gamma=args.gamma,
+            kept_B=rollout.kept_B,
         )
         average_reward_B = self._average_reward(rewards_BT, rollout)
         advantages_BT = differential_advantages(leave_one_out, rewards_BT, mask_BT, average_reward_B)

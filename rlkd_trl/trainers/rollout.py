@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 
+import torch
 from torch import Tensor
 
 from rlkd_trl.models.generation import Completions
@@ -25,7 +26,8 @@ class Rollout:
     penalties included; completion_rewards_BT: the part of them that a completion earns once, on its last token.
     importance_BT: what a token's loss is
     multiplied with, for samples of a mixture. The advantage step fills advantages_BT and, with a critic, returns_BT,
-    in the critic's own normalised units like old_values_BT1.
+    in the critic's own normalised units like old_values_BT1. kept_B: False on completions that are in neither the loss
+    nor any statistic (see `dropping`); None keeps all.
     """
 
     prompt_ids_PS: Tensor = field(metadata=_PROMPTS)
@@ -45,6 +47,7 @@ class Rollout:
     importance_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     advantages_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     returns_BT: Tensor | None = field(default=None, metadata=_TOKENS)
+    kept_B: Tensor | None = field(default=None, metadata=_COMPLETIONS)
 
     @classmethod
     def of(
@@ -93,6 +96,51 @@ class Rollout:
                 cut[item.name] = [tensor[index] for tensor in value] if is_list else value[index]
         return replace(Rollout(**cut), prompt_index_B=prompt_index_b - first)
 
+    def dropping(self, kept_B: Tensor) -> "Rollout":
+        """Without the completions where `kept_B` is False, whose numbers no arithmetic may touch.
+
+        A kept completion stands in for each of them, of the same prompt if there is one, else with its own prompt, out
+        of the loss: so the update's forward pass does not read what was not finite. Without any, numbers become 0.
+        """
+        dropped = replace(self, loss_mask_BT=self.loss_mask_BT & kept_B[:, None], kept_B=kept_B)
+        if not kept_B.any():
+            numbers = {
+                item.name: tensors
+                for item in fields(self)
+                if (tensors := getattr(self, item.name)) is not None
+                and (tensors[0] if isinstance(tensors, list) else tensors).is_floating_point()
+            }
+            return replace(dropped, **{name: _zeros(tensors) for name, tensors in numbers.items()})
+        prompt_index_B = self.prompt_index_B
+        any_kept = int(kept_B.nonzero()[0])
+        source_B = torch.arange(len(kept_B), device=kept_B.device)
+        source_P = torch.arange(len(self.prompt_ids_PS), device=kept_B.device)
+        for b in (~kept_B).nonzero()[:, 0].tolist():
+            siblings = (kept_B & (prompt_index_B == prompt_index_B[b])).nonzero()[:, 0]
+            source_B[b] = siblings[0] if len(siblings) else any_kept
+            source_P[prompt_index_B[b]] = prompt_index_B[source_B[b]]
+        stand_ins = {}
+        for item in fields(self):
+            tensors = getattr(self, item.name)
+            if tensors is None or item.name in ("prompt_index_B", "loss_mask_BT", "kept_B"):
+                continue
+            index = source_P if item.metadata == _PROMPTS else source_B
+            listed = tensors if isinstance(tensors, list) else [tensors]
+            chosen = [tensor[index.to(tensor.device)] for tensor in listed]
+            stand_ins[item.name] = chosen if isinstance(tensors, list) else chosen[0]
+        return replace(dropped, **stand_ins)
+
+    @property
+    def counted_BT(self) -> Tensor:
+        """The tokens that statistics are taken over: the real ones of completions that are kept."""
+        mask_BT = self.completion_mask_BT
+        return mask_BT if self.kept_B is None else mask_BT & self.kept_B[:, None]
+
+    @property
+    def counted_B(self) -> Tensor:
+        """The completions that statistics are taken over."""
+        return torch.ones_like(self.ended_B) if self.kept_B is None else self.kept_B
+
     @property
     def completions(self) -> Completions:
         return Completions(self.completion_ids_BT, self.completion_mask_BT, self.ended_B)
@@ -111,3 +159,7 @@ class Rollout:
     def truncated_last_token_BT(self) -> Tensor:
         """True at the last token of each truncated completion."""
         return last_token(self.completion_mask_BT) & ~self.ended_B[:, None]
+
+
+def _zeros(tensors: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return [torch.zeros_like(tensor) for tensor in tensors] if isinstance(tensors, list) else torch.zeros_like(tensors)

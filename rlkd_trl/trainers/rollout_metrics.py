@@ -20,36 +20,35 @@ def rollout_metrics(
     kl_B: Tensor | None,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Means over the completions (or tokens) of all processes.
+    """Means over the completions (or tokens) of all processes, less those dropped.
 
     reward, reward_std, rewards/TERM: per sequence, before KL and truncation penalties. teacher_nll: nats per token,
     weighted over scorers. kl: nats per sequence.
     """
-    mask_BT, total = rollout.completion_mask_BT, sum_over_ranks
+    mask_BT, counted_B, total = rollout.counted_BT, rollout.counted_B, sum_over_ranks
     sequences, tokens = (total(count) for count in _counts(rollout))
     reward_B = sequence_sum(result.rewards_BT, mask_BT)
-    mean, variance = masked_moments(reward_B, torch.ones_like(reward_B, dtype=torch.bool), sum_over_ranks=total)
+    mean, variance = masked_moments(reward_B, counted_B, sum_over_ranks=total)
     metrics = {"reward": mean, "reward_std": variance.sqrt(), **completion_metrics(rollout, total)}
     for name, term_BT in result.terms.items():
         metrics[f"rewards/{name}"] = total(masked_sum(term_BT, mask_BT)) / sequences
     if result.scores is not None:
         metrics["teacher_nll"] = total(masked_sum(result.teacher_nll_BT(mask_BT), mask_BT)) / tokens
     if kl_B is not None:
-        metrics["kl"] = total(kl_B.sum()) / sequences
+        metrics["kl"] = total(masked_sum(kl_B, counted_B)) / sequences
     return {name: float(value) for name, value in metrics.items()}
 
 
 def completion_metrics(rollout: Rollout, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Tokens per completion and the share of completions that end, over all processes."""
     sequences, tokens = (sum_over_ranks(count) for count in _counts(rollout))
-    ended = sum_over_ranks(rollout.ended_B.sum().float())
+    ended = sum_over_ranks((rollout.ended_B & rollout.counted_B).sum().float())
     return {"completions/mean_length": float(tokens / sequences), "completions/eos_rate": float(ended / sequences)}
 
 
 def _counts(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """This device's completions and tokens."""
-    mask_BT = rollout.completion_mask_BT
-    return torch.tensor(float(len(mask_BT)), device=mask_BT.device), mask_BT.sum().float()
+    return rollout.counted_B.sum().float(), rollout.counted_BT.sum().float()
 
 
 class PhaseTimer:

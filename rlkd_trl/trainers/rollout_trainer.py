@@ -1,6 +1,7 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rlkd_trl.data import reference_texts
@@ -47,6 +49,11 @@ from rlkd_trl.trainers.rollout_metrics import PhaseTimer
 from rlkd_trl.trainers.rollout_sampling import log_probs_in_parts, random_generator, sample_in_parts, uniform_rows
 from rlkd_trl.trainers.run_record import reward_record
 from rlkd_trl.trainers.run_state import RolloutState
+
+logger = logging.get_logger(__name__)
+
+_PROMPTS_SHOWN = 3  # of the samples dropped from one rollout
+_PROMPT_WIDTH = 200
 
 
 class RolloutTrainer(ResumableTrainer):
@@ -207,12 +214,36 @@ class RolloutTrainer(ResumableTrainer):
         """log π(y_t|s_t) of the whole rollout, `[B, T]`."""
         return log_probs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
 
+    def _dropping(self, rollout: Rollout, rows: list[dict], is_usable_B: dict[str, Tensor]) -> Rollout:
+        """Without the completions of which something is not usable, by its name: counted, and logged with prompts.
+
+        If no process has any left, the rollout is lost, and its optimizer steps are skipped.
+        """
+        device = rollout.completion_mask_BT.device
+        kept_B = torch.stack([usable_B.to(device) for usable_B in is_usable_B.values()]).all(dim=0)
+        dropped, kept = self._sum_over_ranks(torch.stack([(~kept_B).sum(), kept_B.sum()]).float()).tolist()
+        if not dropped:
+            return rollout
+        self._record({"samples_dropped": dropped})
+        for b in (~kept_B).nonzero()[:_PROMPTS_SHOWN, 0].tolist():
+            bad = " and ".join(name for name, usable_B in is_usable_B.items() if not usable_B[b])
+            prompt = textwrap.shorten(str(rows[int(rollout.prompt_index_B[b])]["prompt"]), _PROMPT_WIDTH)
+            logger.warning(f"A sample is dropped, {bad} not finite, of the prompt: {prompt!r}")
+        if not kept:
+            what = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
+            self.rollout_state.lost = f"all {dropped:.0f} samples dropped, {what or 'on other processes'} not finite"
+        whole = rollout.dropping(kept_B)
+        # Stand-ins were not generated; what they stand for was.
+        tokens = rollout.completion_mask_BT.sum() - whole.completion_mask_BT.sum()
+        self.rollout_state.generated_tokens += int(self._sum_over_ranks(tokens))
+        return whole
+
     def _average_reward(self, rewards_BT: Tensor, rollout: Rollout) -> Tensor:
         """ρ of each completion, `[B]`, reward per token, as `args.average_reward` says; 0 for 'none'.
 
         `rewards_BT` are all that is summed; what completions earn once is left out here (see `ops.average_reward`).
         """
-        args, mask_BT = self.args, rollout.completion_mask_BT
+        args, mask_BT = self.args, rollout.counted_BT
         if args.average_reward == "none":
             return torch.zeros_like(rewards_BT[:, 0])
         if rollout.completion_rewards_BT is not None:
@@ -240,12 +271,15 @@ class RolloutTrainer(ResumableTrainer):
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
         state, args = self.rollout_state, self.args
         if state.rollout is None or state.micro_step % self._micro_steps_per_rollout == 0:
+            state.lost = ""
             state.rollout = self.make_rollout(inputs)
-            state.stopped = False
+            state.stopped = bool(state.lost)
             self._count_windows(state.rollout)
         if state.stopped:
             # Without gradients the optimizer leaves the weights alone; every process agrees on this.
             loss = torch.zeros((), device=args.device)
+            if state.lost and (state.micro_step + 1) % args.gradient_accumulation_steps == 0:
+                self.skip_step(state.lost)
         else:
             batch = state.rollout.micro_batch(
                 state.micro_step % args.steps_per_generation, args.per_device_train_batch_size

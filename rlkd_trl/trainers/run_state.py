@@ -15,7 +15,7 @@ class RolloutState:
 
     micro_step: micro-batches seen; it gives the place in the current rollout, and the random numbers of the next.
     beta: the (adaptive) KL coefficient. return_mean, return_variance: moments that a critic's targets are normalised
-    with. stopped: the rest of this rollout's updates are skipped.
+    with. stopped: the rest of this rollout's updates are skipped. lost: why no completion of it can be used, if so.
     """
 
     micro_step: int = 0
@@ -26,6 +26,7 @@ class RolloutState:
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     stopped: bool = False
+    lost: str = ""
     rollout: Rollout | None = None
     window_tokens: list[Tensor] | None = None
     window_sequences: list[Tensor] | None = None

@@ -1,0 +1,190 @@
+"""A sample with a number that is not finite is dropped: the update is the one without it, and nothing hides it."""
+
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rlkd_trl.errors import TrainingError
+from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
+from rlkd_trl.ops.finite import usable_rows, usable_states
+from tests.conftest import EOS
+from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, Recorder, build, samples_instead, teacher_reward
+
+BAD = 26  # a token that only the samples to be dropped have
+GOOD = [[5, 6, EOS], [7, 8, 9, 10, 11, 12], [13, EOS], [14, 15, 16, EOS], [17, EOS], [18, 19, 20, 21, EOS], [22, EOS]]
+GOOD += [[6, 6, EOS], [9, 9, 9, 9, 9, 9], [8, EOS]]
+DROPPED = [[BAD, 4, EOS], [3, BAD, 3, 3, 3, 3], [BAD, EOS], [4, 4, 4, BAD, EOS], [BAD, 3, EOS]]
+DATA = Dataset.from_list([{"prompt": f"w{3 + i} w{4 + i}"} for i in range(5)])
+
+
+def zero(prompts, completion_ids, **columns) -> list[float]:
+    return [0.0] * len(prompts)
+
+
+def spoiled(value: float):
+    def spoil(prompts, completion_ids, **columns) -> list[float]:
+        return [value if BAD in ids else 0.0 for ids in completion_ids]
+
+    return spoil
+
+
+def spoil_states(trainer) -> None:
+    """The teacher's states along the completions to be dropped are NaN."""
+    states = trainer.panel.states
+
+    def of_completions(rows, prompt_index_B, ids_BT, mask_BT):
+        found = states(rows, prompt_index_B, ids_BT, mask_BT)
+        return [each + _nan_where_bad(ids_BT, each) for each in found]
+
+    trainer.panel.states = of_completions
+
+
+def spoil_student(trainer) -> None:
+    """The student's forward pass gives NaN wherever it reads a completion to be dropped, in the update too."""
+    backbone = trainer.model.backbone
+    states = backbone.completion_states
+
+    def of_completions(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs):
+        found = states(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs)
+        return found * (1 + _nan_where_bad(completion_ids_BT, found))
+
+    backbone.completion_states = of_completions
+
+
+def _nan_where_bad(ids_BT, like_BTD):
+    is_bad_B = (ids_BT == BAD).any(dim=1)
+    return torch.where(is_bad_B, math.nan, 0.0)[:, None, None].to(like_BTD.dtype)
+
+
+def gradients_of(method: str, output_dir, where: str, *, with_dropped: bool, **settings):
+    """Of one step on five prompts: two good completions each, and with `with_dropped` a third to be dropped."""
+    reward = [teacher_reward(), spoiled(math.inf) if where == "reward" else zero]
+    extra = {"num_iterations": 2} if where == "student" and method.startswith("rloo") else {}
+    count = 3 if with_dropped else 2
+    trainer = build(
+        method,
+        output_dir,
+        reward=teacher_reward() if method in FULL_VOCABULARY_METHODS else reward,
+        data=DATA,
+        num_generations=count,
+        per_device_train_batch_size=5 * count,
+        max_steps=1,
+        max_grad_norm=0.0,
+        **settings,
+        **extra,
+    )
+    pairs = [GOOD[i : i + 2] for i in range(0, 10, 2)]
+    order = [[a, bad, b] for (a, b), bad in zip(pairs, DROPPED, strict=True)] if with_dropped else pairs
+    samples_instead(trainer, *(ids for group in order for ids in group))
+    if with_dropped and where == "teacher":
+        spoil_states(trainer)
+    if where == "student":
+        spoil_student(trainer)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder
+
+
+CASES = [(method, "reward") for method in METHODS]
+CASES += [(method, "teacher") for method in FULL_VOCABULARY_METHODS]
+CASES += [("ppo", "student"), ("rloo-sequence", "student"), ("all-actions", "student")]
+
+
+@pytest.mark.parametrize("method, where", CASES)
+def test_the_update_is_the_one_without_the_dropped_samples(method, where, tmp_path):
+    dirty = gradients_of(method, tmp_path, where, with_dropped=True)
+    clean = gradients_of(method, tmp_path, where, with_dropped=False)
+    for name, expected in clean.gradients[0].items():
+        if expected is not None:
+            torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    (log,), (clean_log,) = dirty.logs, clean.logs
+    assert log["samples_dropped"] == 5 and "samples_dropped" not in clean_log
+    for name in ("reward", "reward_std", "teacher_nll", "completions/mean_length", "completions/eos_rate", "entropy"):
+        if name in clean_log:
+            assert log[name] == pytest.approx(clean_log[name], rel=1e-4), name
+    assert dirty.trainer.cost().generated_tokens == sum(map(len, GOOD)) + sum(map(len, DROPPED))
+
+
+@pytest.mark.parametrize("average", ["prompt", "rollout"])
+def test_the_average_reward_is_without_them_too(average, tmp_path):
+    dirty = gradients_of("rloo-token", tmp_path, "reward", with_dropped=True, average_reward=average)
+    clean = gradients_of("rloo-token", tmp_path, "reward", with_dropped=False, average_reward=average)
+    for name, expected in clean.gradients[0].items():
+        torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_prompt_of_which_nothing_is_left(tmp_path):
+    """Of the third prompt's samples both are dropped; the others' update is the same as if it had not been there."""
+    trainer = build("rloo-token", tmp_path, reward=[teacher_reward(), spoiled(math.nan)], data=DATA, max_steps=1,
+                    num_generations=2, per_device_train_batch_size=10)  # fmt: skip
+    samples_instead(trainer, *GOOD[:4], *DROPPED[:2], *GOOD[6:])
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    rollout = recorder.rollouts[0]
+    assert rollout.kept_B.tolist() == [True] * 4 + [False] * 2 + [True] * 4
+    assert not rollout.loss_mask_BT[4:6].any() and rollout.loss_mask_BT[:4].any()
+    assert not (rollout.completion_ids_BT == BAD).any()
+    assert all(g is None or g.isfinite().all() for g in recorder.gradients[0].values())
+    assert recorder.logs[0]["samples_dropped"] == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_that_are_all_not_finite_stop_the_run(method, value, tmp_path):
+    """As soon as it has lost `max_skipped_steps` steps, with the weights that it began with."""
+
+    def mine(prompts, **columns) -> list[float]:
+        return [value] * len(prompts)
+
+    trainer = build(method, tmp_path, reward=[teacher_reward(), mine], max_steps=9, max_skipped_steps=2)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"first in step 1 \(all 8 samples dropped, the reward mine or .* not fin"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    assert all("reward" not in entry for entry in trainer.state.log_history), "of nothing there is no mean"
+
+
+def test_the_log_names_the_prompt(tmp_path, caplog):
+    logging.getLogger("rlkd_trl").propagate = True
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        gradients_of("ppo", tmp_path, "reward", with_dropped=True)
+    said = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(said) == 3 and all("the reward spoil and the sum of rewards not finite" in line for line in said)
+    assert any(repr(row["prompt"]) in said[0] for row in DATA)
+
+
+# The equations
+
+
+def test_leave_one_out_without_some():
+    scores = torch.tensor([1.0, 2.0, math.nan, 4.0, 5.0, math.nan, math.inf, 7.0])
+    kept_B = torch.tensor([True, True, False, True, True, False, False, True])
+    # of 1, 2, 4: 1 − 3, 2 − 2.5, 4 − 1.5; of 5 and 7: 5 − 7, 7 − 5
+    expected = [-2.0, -0.5, 0.0, 2.5, -2.0, 0.0, 0.0, 2.0]
+    assert leave_one_out(scores, 4, kept_B=kept_B).tolist() == expected
+    assert leave_one_out(torch.tensor([3.0, math.nan]), 2, kept_B=torch.tensor([True, False])).tolist() == [0.0, 0.0]
+    whole = torch.tensor([1.0, 2.0, 6.0])
+    assert torch.equal(leave_one_out(whole, 3, kept_B=torch.ones(3, dtype=torch.bool)), leave_one_out(whole, 3))
+
+
+def test_token_leave_one_out_without_some():
+    rewards_BT = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [4.0, 0.0]])
+    mask_BT = torch.tensor([[True, True], [True, False], [True, False]])
+    advantages_BT = token_leave_one_out(
+        rewards_BT, mask_BT, num_generations=3, kept_B=torch.tensor([True, False, True])
+    )
+    # returns 3, 2 and 4, 0: 3 − 4, 2 − 0; 4 − 3
+    assert advantages_BT.tolist() == [[-1.0, 2.0], [0.0, 0.0], [1.0, 0.0]]
+
+
+def test_usable_rows():
+    numbers = torch.tensor([[1.0, 1e14], [math.nan, 1.0], [1.0, math.nan], [1.0, 2e15], [-math.inf, 1.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, False], [True, True], [True, False]])
+    assert usable_rows(numbers, mask).tolist() == [True, False, True, False, False]
+    assert usable_states(numbers[:, :, None].expand(-1, -1, 3), mask).tolist() == [True, False, True, False, False]
