@@ -75,6 +75,8 @@ class Backbone:
     """
 
     padding_side: str
+    # Logits of the head that exist at a time, without gradients; None: as many as is fast on the device.
+    max_slice_elements: int | None = None
 
     def __init__(self, model: PreTrainedModel):
         fuse(model)

@@ -1,14 +1,16 @@
-"""Peak bytes of activations, counted while the package's own functions run on fake tensors.
+"""Peak bytes of activations, counted while the package's own classes run on fake tensors.
 
-No formula of layers and heads, which another architecture or a change to these functions would make wrong: what
-autograd keeps, what a cache copies, and what an attention mask takes is seen as it is created and released.
+No formula of layers and heads, which another architecture or a change to these classes would make wrong: what autograd
+keeps, what a cache copies, and what an attention mask takes is seen as it is created and released. `Teacher.score` and
+`Policy` run as they are. Sampling is the exception: `sample_completions` goes through Python once per token, which on
+fake tensors takes ten times as long (t5-base and 64 tokens: 99 s in place of 9 s). Here all tokens but the last are
+read at once, which leaves the same cache; a test holds the result to `sample_completions` on the same fake tensors.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from rlkd_trl.models.backbone import Backbone, backbone_of
+from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import invert_distribution
-from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, logit_statistics, map_head_slices, token_log_probs
-from rlkd_trl.planning.skeletons import Skeleton
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
+from rlkd_trl.planning.skeletons import THE_WORD, Skeleton, one_word_tokenizer
+from rlkd_trl.students import Policy
+from rlkd_trl.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -67,29 +71,25 @@ class Workload:
 
 
 def scoring_bytes(
-    teacher: Skeleton, workload: Workload, *, fused_attention: bool = True, max_elements: int = MAX_SLICE_ELEMENTS
+    teacher: Skeleton,
+    workload: Workload,
+    *,
+    fused_attention: bool = True,
+    max_slice_elements: int | None = MAX_SLICE_ELEMENTS,
 ) -> int:
     """Peak of `Teacher.score` on its largest batch, beyond the teacher's weights.
 
-    max_elements: logits in a slice (see `map_head_slices`), by default as many as on a GPU.
+    max_slice_elements: logits in a slice (see `map_head_slices`), by default as many as on a GPU; None: as on a CPU.
     """
-    prompts, samples = workload.scored_prompts, workload.num_generations
+    prompts = workload.scored_prompts
     with teacher.mode:
-        teacher.model.requires_grad_(False)
-        batch = _Batch.of(workload, prompts=prompts, completions=prompts * samples)
-        with _counted([*teacher.tensors(), *batch.tensors()], fused_attention) as live, torch.no_grad():
-            backbone = backbone_of(teacher.model)
-            states_BTD = backbone.completion_states(*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
-            states_ND = states_BTD.flatten(0, 1).clone()  # real positions are picked out, here all
-            chosen_N = batch.completion_ids_BT.new_zeros(len(states_ND))
-            map_head_slices(
-                backbone.head,
-                states_ND,
-                logit_statistics,
-                chosen_N,
-                vocab_size=backbone.vocab_size,
-                max_elements=max_elements,
-            )
+        batch = _Batch.of(workload, prompts=prompts, completions=prompts * workload.num_generations)
+        scorer = Teacher(teacher.model, one_word_tokenizer(), max_batch_tokens=workload.teacher_batch_tokens)
+        scorer.backbone.max_slice_elements = max_slice_elements
+        truncated_B = torch.zeros(len(batch.completion_ids_BT), dtype=torch.bool)
+        completions = (batch.prompt_index_B, batch.completion_ids_BT, batch.completion_mask_BT, truncated_B)
+        with counted([*teacher.tensors(), *batch.tensors(), truncated_B], fused_attention) as live:
+            scorer.score(batch.texts(), *completions)
     return live.peak
 
 
@@ -99,19 +99,20 @@ def log_prob_bytes(
     *,
     bf16: bool = False,
     fused_attention: bool = True,
-    max_elements: int = MAX_SLICE_ELEMENTS,
+    max_slice_elements: int | None = MAX_SLICE_ELEMENTS,
 ) -> int:
     """Peak of `Policy` without gradients on as many completions as are read at a time, beyond weights.
 
-    max_elements: as for `scoring_bytes`. A separate critic's states come after these, and take less.
+    max_slice_elements: as for `scoring_bytes`. A separate critic's states come after these, and take less.
     """
     with student.mode:
+        policy = Policy(student.model, one_word_tokenizer())
+        policy.backbone.max_slice_elements = max_slice_elements
         batch = _Batch.of_completions(workload, workload.forwarded_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
-            backbone = backbone_of(student.model)
-            states_BTD = backbone.completion_states(*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
-            _token_log_probs(backbone, batch, states_BTD, entropy=False, max_elements=max_elements)
+        known = [*student.tensors(), *policy.buffers(), *batch.tensors()]
+        with counted(known, fused_attention) as live, autocast, torch.no_grad():
+            policy(*batch.policy_inputs(), with_entropy=False)
     return live.peak
 
 
@@ -123,15 +124,21 @@ def update_bytes(
     critic: as `Policy` takes it. bf16: under autocast.
     """
     with student.mode:
-        parameters = list(student.model.requires_grad_(True).parameters())
+        student.model.requires_grad_(True)
+        policy = Policy(student.model, one_word_tokenizer(), critic=critic)
+        parameters = list(policy.parameters())
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         batch = _Batch.of_completions(workload, workload.micro_batch)
-        known = [*student.tensors(), *(parameter.grad for parameter in parameters), *batch.tensors()]
+        known = [*parameters, *(parameter.grad for parameter in parameters), *policy.buffers(), *batch.tensors()]
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with _counted(known, fused_attention) as live:
+        with counted(known, fused_attention) as live:
             with autocast:
-                loss = _policy_loss(backbone_of(student.model), batch, critic)
+                output = policy(*batch.policy_inputs(), with_final_value=False)
+                loss = output.logps_BT.sum() + output.entropy_BT.sum()  # of every output that has a gradient
+                if output.values is not None:
+                    loss = loss + output.values.square().mean()
+            del output  # as in a trainer, where it is a function's local variable
             loss.backward()
         student.model.zero_grad(set_to_none=True)
     return live.peak
@@ -144,17 +151,29 @@ def sampling_bytes(
     with student.mode:
         batch = _Batch.of_completions(workload, workload.sampled_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with _counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
+        with counted([*student.tensors(), *batch.tensors()], fused_attention) as live, autocast, torch.no_grad():
             backbone = backbone_of(student.model)
+            uniforms_B = torch.zeros(len(batch.completion_ids_BT))
+
+            def draw() -> Tensor:
+                logits_BV = backbone.head(prefix.hidden_B1D[:, 0]).float()
+                invert_distribution(logits_BV / 1.0, uniforms_B)
+                return logits_BV
+
             prefix = backbone.prefill(*batch.prompt).select(batch.prompt_index_B)
-            # All but the last tokens at once, of which only the cache stays: one by one they peak lower.
+            # The last token is not read, and those before the one before it at once, of which only the cache stays:
+            # one by one they peak lower.
             peak = live.peak
-            backbone.extend(prefix, batch.completion_ids_BT[:, 1:])
+            if batch.completion_ids_BT.shape[1] > 2:
+                backbone.extend(prefix, batch.completion_ids_BT[:, 2:])
+                prefix.hidden_B1D = prefix.hidden_B1D.clone()  # without the other tokens' states
             live.peak = live.now
+            logits_BV = draw()
+            if batch.completion_ids_BT.shape[1] > 1:
+                backbone.extend(prefix, batch.completion_ids_BT[:, :1])  # while the logits before it still exist
+            del logits_BV
             cache = live.now
-            backbone.extend(prefix, batch.completion_ids_BT[:, :1])
-            logits_BV = backbone.head(prefix.hidden_B1D[:, 0]).float()
-            invert_distribution(logits_BV / 1.0, torch.zeros(len(logits_BV)))
+            draw()
     return max(peak, live.peak), cache
 
 
@@ -165,6 +184,7 @@ class _Batch:
     prompt: tuple[Tensor, Tensor]
     prompt_index_B: Tensor
     completion_ids_BT: Tensor
+    completion_mask_BT: Tensor
 
     @classmethod
     def of(cls, workload: Workload, *, prompts: int, completions: int) -> "_Batch":
@@ -173,42 +193,23 @@ class _Batch:
         mask_PS = torch.ones_like(ids_PS)
         if prompts > 1:
             mask_PS[-1, 0] = 0
-        return cls((ids_PS, mask_PS), torch.arange(completions) // workload.num_generations, ids_BT)
+        index_B = torch.arange(completions) // workload.num_generations
+        return cls((ids_PS, mask_PS), index_B, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
 
     @classmethod
     def of_completions(cls, workload: Workload, completions: int) -> "_Batch":
         """With as many prompts as they need."""
         return cls.of(workload, prompts=-(-completions // workload.num_generations), completions=completions)
 
+    def texts(self) -> list[str]:
+        """The prompts, for `one_word_tokenizer`."""
+        return [" ".join([THE_WORD] * int(count)) for count in self.prompt[1].sum(dim=1)]
+
+    def policy_inputs(self) -> tuple[Tensor, ...]:
+        return (*self.prompt, self.prompt_index_B, self.completion_ids_BT, self.completion_mask_BT)
+
     def tensors(self) -> list[Tensor]:
-        return [*self.prompt, self.prompt_index_B, self.completion_ids_BT]
-
-
-def _policy_loss(backbone: Backbone, batch: _Batch, critic: str) -> Tensor:
-    """The forward pass of `Policy`, and a loss of every output that has a gradient."""
-    asked = (*batch.prompt, batch.completion_ids_BT, batch.prompt_index_B)
-    states_BTD = backbone.completion_states(*asked, with_final_state=False)
-    loss = _token_log_probs(backbone, batch, states_BTD)[0].sum()
-    if critic == "separate":
-        states_BTD = backbone.completion_states(*asked, with_final_state=False)
-    if critic != "none":
-        loss = loss + states_BTD.float().sum(dim=-1).square().mean()
-    return loss
-
-
-def _token_log_probs(
-    backbone: Backbone, batch: _Batch, states_BTD: Tensor, *, entropy: bool = True, max_elements: int | None = None
-) -> list[Tensor | None]:
-    """What `Policy` makes of its states."""
-    states_ND = states_BTD[:, : batch.completion_ids_BT.shape[1]].flatten(0, 1).clone()  # real positions are picked
-    return map_head_slices(
-        backbone.head,
-        states_ND,
-        partial(token_log_probs, entropy=entropy, overwrite=True),
-        batch.completion_ids_BT.flatten(),
-        vocab_size=backbone.vocab_size,
-        max_elements=max_elements,
-    )
+        return list(self.policy_inputs())
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -260,7 +261,8 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 @contextmanager
-def _counted(known: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
+def counted(known: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
+    """Bytes that exist beyond those of `known` tensors: `now`, and `peak`, the most there ever were."""
     with _LiveBytes(known) as live:
         if fused_attention:
             with _FusedAttention():

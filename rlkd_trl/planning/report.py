@@ -16,9 +16,11 @@ from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_tab
 def _explained(flag: str) -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
-    except Exception as cause:  # whatever an architecture does that fake tensors, or this package, cannot
+    except Exception as error:  # whatever an architecture does that fake tensors, or this package, cannot
+        # The check of a model's forward pass, the first to run it, gives what failed as the cause of its own error.
+        cause = error.__cause__ or error
+        if isinstance(cause, InputError):
+            raise
         raise InputError(
             f"`{flag}` cannot be planned: its forward pass fails without real tensors, with {type(cause).__name__}: "
             f"{textwrap.shorten(str(cause), 300)}"

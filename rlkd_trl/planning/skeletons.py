@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,6 +27,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from rlkd_trl.errors import InputError
@@ -36,7 +40,8 @@ _MAX_REAL_ELEMENTS = 2**20
 class ShapesOnly(FakeTensorMode):
     """Floating-point tensors have a shape and no memory; small integer ones, such as masks and row numbers, are real.
 
-    So code may branch on which rows belong to which prompt, and on whether there is padding.
+    So code may branch on which rows belong to which prompt, and on whether there is padding, and pick out the entries
+    under a mask. Of a tensor without memory a number that Python reads is 0, a truth value True: weights pass checks.
     """
 
     def __init__(self):
@@ -45,6 +50,10 @@ class ShapesOnly(FakeTensorMode):
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(isinstance(argument, FakeTensor) for argument in tree_iter((args, kwargs))):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return True if args[0].dtype == torch.bool else 0
+            if func is torch.ops.aten.index.Tensor:
+                args = (args[0], _without_masks(args[1]))
             return super().dispatch(func, types, args, kwargs)
         try:
             result = super().dispatch(func, types, args, kwargs)
@@ -54,6 +63,15 @@ class ShapesOnly(FakeTensorMode):
         if any(tensor.is_floating_point() or tensor.numel() > _MAX_REAL_ELEMENTS for tensor in tensors):
             return result
         return func(*args, **kwargs)
+
+
+def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Each real mask as the positions that it holds, whose number then is known; as torch's own kernel does."""
+    without: list[Tensor | None] = []
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        without += index.nonzero().unbind(dim=1) if is_mask else [index]
+    return without
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,16 @@ class Skeleton:
     def tensors(self) -> list[Tensor]:
         """All weights and buffers."""
         return [*self.model.parameters(), *self.model.buffers()]
+
+
+THE_WORD = "word"
+
+
+def one_word_tokenizer() -> PreTrainedTokenizerFast:
+    """For models of any vocabulary, where which words there are does not matter: a text has as many ids as words."""
+    tokenizer = Tokenizer(WordLevel({"</s>": 0, THE_WORD: 1}, unk_token=THE_WORD))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 @dataclass(frozen=True)

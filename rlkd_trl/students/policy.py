@@ -170,6 +170,7 @@ class Policy(nn.Module):
                 partial(self._token_statistics, with_entropy=with_entropy),
                 *per_token,
                 vocab_size=backbone.vocab_size,
+                max_elements=backbone.max_slice_elements,
                 num_slices=num_slices,
             )
 

@@ -293,6 +293,7 @@ class Teacher:
             of_slice,
             chosen_bT1[exists_bT1].to(device),
             vocab_size=self.backbone.vocab_size,
+            max_elements=self.backbone.max_slice_elements,
         )
         row_n, position_n = exists_bT1.nonzero(as_tuple=True)
         names = ("chosen", "mean", "max", "logsumexp", "expected", "soft", "allowed_logsumexp")
