@@ -1,12 +1,14 @@
 """Loading models and tokenizers from a local directory or the Hub."""
 
 import importlib.util
+import json
 import pickle
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
@@ -30,6 +32,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+_SHOWN = 3  # names in a message
 
 # int8: LLM.int8 (Dettmers et al. 2022). nf4: 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA").
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -74,7 +78,8 @@ def load_model(
 
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
-            T5 in float16, whose feed-forward layers overflow, or a weight that is NaN or infinite.
+            T5 in float16, whose feed-forward layers overflow, a weight that is not in the checkpoint, or one that is
+            NaN or infinite.
     """
     check_dtype(dtype)
     check_quantization(quantization)
@@ -82,14 +87,18 @@ def load_model(
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with loading_shards(zero3):
-        model = _from_pretrained(
+        model, info = _from_pretrained(
             auto_class,
             name_or_path,
             "model",
             revision=revision,
             dtype=DTYPES[dtype],
+            output_loading_info=True,
             **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
         )
+    missing = {*info["missing_keys"], *_lost_tied_weights(model, name_or_path, revision)}
+    own = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
+    check_complete(own, f"The model {name_or_path!r}")
     check_weights(model, f"The model {name_or_path!r}")
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     not_used = settings_not_used(model.generation_config) if model.can_generate() else {}
@@ -102,6 +111,45 @@ def load_model(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_complete(missing: Collection[str], what: str) -> None:
+    """Raises `InputError`, with the names of weights that a checkpoint lacks: they would be random numbers."""
+    if missing:
+        names = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise InputError(
+            f"{what} is incomplete: {len(missing)} of its weights are not in the checkpoint ({names}), and would be "
+            "random numbers. Copy or download it again."
+        )
+
+
+def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str | None) -> set[str]:
+    """Embeddings that are not in the checkpoint while the head tied to them is.
+
+    A checkpoint of tied weights holds the embeddings. One that holds another weight for the head, as T0's, had
+    embeddings of its own: where they are missing, transformers takes the head for them, without a word.
+    """
+    names = _weight_names(name_or_path, revision)
+    head, tied = "lm_head.weight", model.all_tied_weights_keys
+    if head not in names or head not in tied:
+        return set()
+    group = {tied[head], *(name for name, source in tied.items() if source == tied[head])} - {head}
+    # A checkpoint may have been saved without the head's model around it, and its names without the prefix.
+    without_prefix = {name.removeprefix(f"{model.base_model_prefix}.") for name in group}
+    return set() if names & (group | without_prefix) else {tied[head]}
+
+
+def _weight_names(name_or_path: str, revision: str | None) -> set[str]:
+    """Names of the weights in a checkpoint's safetensors; none where it has other files."""
+    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **flags)
+    if index is not None:
+        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    file = cached_file(name_or_path, SAFE_WEIGHTS_NAME, revision=revision, **flags)
+    if file is None:
+        return set()
+    with safe_open(file, framework="pt") as weights:
+        return set(weights.keys())
 
 
 def check_dtype(dtype: str) -> None:

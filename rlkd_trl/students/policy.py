@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
+from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
@@ -245,7 +246,10 @@ class Policy(nn.Module):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
         else:
             with loading_shards(None):  # the copy on disk is whole, also where ZeRO-3 shards the student
-                saved = type(self.model).from_pretrained(checkpoint_dir, dtype=self.model.dtype)
+                saved, info = type(self.model).from_pretrained(
+                    checkpoint_dir, dtype=self.model.dtype, output_loading_info=True
+                )
+            check_complete(info["missing_keys"], f"The student in {checkpoint_dir}")
             self.model.load_state_dict(saved.state_dict())
         if self.value_head is None:
             return

@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import threading
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError
@@ -335,3 +338,55 @@ def test_settings_of_a_generation_config_that_are_not_used_are_named(tmp_path, c
     model.save_pretrained(tmp_path)
     load_model(str(tmp_path))
     assert "not used" not in capsys.readouterr().out
+
+
+def without(directory, destination, *parts: str):
+    """A copy of a checkpoint that lacks the weights whose names contain any of `parts`."""
+    shutil.copytree(directory, destination)
+    weights = load_file(destination / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not any(part in name for part in parts)}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, destination / "model.safetensors", metadata={"format": "pt"})
+    return str(destination)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("name", "part", "named"),
+    [
+        ("t5-tied", "decoder.block.1.", "decoder.block.1.layer.0"),
+        ("t5-tied", "shared", "shared.weight"),
+        ("t5-untied", "encoder.block.0.", "encoder.block.0.layer.0"),
+        ("t5-untied", "shared", "shared.weight"),  # transformers would take the head for the embeddings
+        ("llama", "layers.1.", "model.layers.1."),
+        ("llama", "embed_tokens", "model.embed_tokens.weight"),
+        ("llama", "lm_head", "lm_head.weight"),
+        ("llama", "model.norm", "model.norm.weight"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(checkpoints, name, part, named, quantization, tmp_path):
+    if quantization == "int8":
+        pytest.importorskip("bitsandbytes")
+    directory = without(checkpoints[name], tmp_path / "copy", part)
+    with pytest.raises(InputError, match=rf"is incomplete: \d+ of its weights.*{re.escape(named)}"):
+        load_model(directory, quantization=quantization)
+
+
+def test_a_missing_file_of_weights_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="4KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert load_model(str(tmp_path)) is not None
+    shards[1].unlink()
+    with pytest.raises(InputError, match=re.escape(shards[1].name)):
+        load_model(str(tmp_path))
+
+
+def test_a_weight_of_another_shape_is_refused(checkpoints, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(checkpoints["llama"], directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="Could not load"):
+        load_model(str(directory))
