@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd_trl.errors import TrainingError
 from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
@@ -161,6 +163,16 @@ def evaluate_teacher(
     )
 
 
+def _check_own_log_probs(logps_BT: Tensor, mask_BT: Tensor, prompts: Sequence[str]) -> None:
+    """Raises `TrainingError` if a model's probabilities are not finite: it "answers" with nothing, or anything."""
+    bad = (~usable_rows(logps_BT, mask_BT)).nonzero()[:, 0].tolist()
+    if bad:
+        raise TrainingError(
+            "The model cannot be evaluated: its log-probabilities of its own answers are not finite for "
+            f"{len(bad)} of {len(prompts)} prompts, the first of them {prompts[bad[0]]!r}."
+        )
+
+
 def _evaluate_answers(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,12 +199,14 @@ def _evaluate_answers(
         **lengths,
     )
     completions = joined(parts, pad_id=policy.pad_id)
+    own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
+    _check_own_log_probs(own_logps_BT, completions.mask_BT, prompts)
     return evaluate_completions(
         rows,
         completions,
         tokenizer,
         reward_model,
-        own_logps_BT=completion_log_probs(policy, tokenizer, prompts, completions, **lengths),
+        own_logps_BT=own_logps_BT,
         forbidden_V=policy.forbidden_V,
         batch_size=batch_size,
         with_ibleu=with_ibleu,

@@ -13,7 +13,7 @@ def return_to_go(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> 
     """G_t = r_t + γ G_{t+1}, 0 behind the mask."""
     rewards_BT = masked(rewards_BT, mask_BT)
     returns_BT = torch.zeros_like(rewards_BT)
-    future_B = torch.zeros_like(rewards_BT[:, 0])
+    future_B = rewards_BT.new_zeros(len(rewards_BT))
     for t in reversed(range(rewards_BT.shape[1])):
         future_B = rewards_BT[:, t] + gamma * future_B
         returns_BT[:, t] = future_B
@@ -31,7 +31,7 @@ def gae(
     """
     values_BT1 = zero_terminal_value(values_BT1, mask_BT, ended_B)
     advantages_BT = torch.zeros_like(rewards_BT)
-    future_B = torch.zeros_like(rewards_BT[:, 0])
+    future_B = rewards_BT.new_zeros(len(rewards_BT))
     for t in reversed(range(rewards_BT.shape[1])):
         delta_B = rewards_BT[:, t] + gamma * values_BT1[:, t + 1] - values_BT1[:, t]
         future_B = masked(delta_B + gamma * lam * future_B, mask_BT[:, t])

@@ -164,3 +164,13 @@ def test_a_student_with_a_bad_weight_is_refused(method, tmp_path):
 def test_a_loss_of_nan_is_never_filtered(tmp_path):
     with pytest.raises(InputError, match="logging_nan_inf_filter must stay False"):
         SupervisedConfig(output_dir=str(tmp_path), logging_nan_inf_filter=True)
+
+
+def test_an_evaluation_of_nan_is_an_error(tmp_path):
+    """A student of NaN writes nothing, for which a reward that is a sum of negative numbers is at its best."""
+    trainer = build("ppo", tmp_path, eval_data=pairs(3))
+    assert math.isfinite(trainer.evaluate()["eval_reward"])
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"cannot be evaluated: .* not finite for 3 of 3 prompts, the first"):
+        trainer.evaluate()
