@@ -13,6 +13,7 @@ from rlkd_trl.data import (
     load_rows,
     parse_renames,
     require_columns,
+    require_no_blanks,
     require_text,
 )
 from rlkd_trl.errors import InputError
@@ -140,6 +141,7 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     require_columns(rows, source_column=source, target_column=target)
     if data.max_rows is not None:
         rows = rows.select(range(min(data.max_rows, len(rows))))
+    require_no_blanks(rows[source], source)
     pairs = []
     for i, row in enumerate(rows):
         require_text(row[source], source, i)

@@ -10,6 +10,7 @@ from rlkd_trl.data.loading import (
     parse_renames,
     reference_texts,
     require_columns,
+    require_no_blanks,
     require_text,
 )
 from rlkd_trl.data.tokenizer import train_tokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "parse_renames",
     "reference_texts",
     "require_columns",
+    "require_no_blanks",
     "require_text",
     "train_tokenizer",
 ]

@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlkd_trl.data.broken_files import check_encoding, problem_of, twice_in_header
+from rlkd_trl.data.directories import check_directory, check_saved
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +73,9 @@ def _load_file(path: Path, split: str) -> Dataset:
     size = path.stat().st_size
     if size == 0:
         raise InputError(f"{path} is empty; it needs a header and rows.")
+    check_encoding(path)
+    if twice := twice_in_header(path):
+        raise InputError(f"{path} has the column `{twice}` twice: rename or remove one of them in its header.")
     with _no_progress_bars() if size < QUIET_BELOW_BYTES else nullcontext():
         try:
             rows = load_dataset(
@@ -82,7 +87,8 @@ def _load_file(path: Path, split: str) -> Dataset:
         except Exception as error:  # each format's parser has its own exceptions, StopIteration among them
             if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
                 raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
-            raise InputError(f"{path} could not be read: {_reason(error)}") from error
+            reason = "; ".join(filter(None, (_reason(error), problem_of(path))))
+            raise InputError(f"{path} could not be read: {reason}") from error
     if "__index_level_0__" in rows.column_names:  # pandas took the surplus field for an index and shifted the rest
         raise InputError(f"{path} has rows with more fields than its header; quote the fields that contain commas.")
     return rows
@@ -124,6 +130,7 @@ def _is_saved_to_disk(path: Path) -> bool:
 def _load_saved(path: Path, split: str) -> Dataset:
     from datasets import DatasetDict, load_from_disk
 
+    check_saved(path)
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
@@ -140,7 +147,12 @@ def _load_directory(path: Path, split: str) -> Dataset:
     from datasets.exceptions import DataFilesNotFoundError
 
     try:
+        check_directory(path, tuple(FILE_FORMATS))
+        for file in data_files(str(path)):
+            check_encoding(file)
         return load_dataset(str(path), split=split, cache_dir=_cache_for_content(data_files(str(path))))
+    except InputError:
+        raise
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise InputError(f"{path} holds no data files; it needs files of one of: {EXTENSIONS}.") from error
     except Exception as error:
@@ -245,7 +257,9 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
 
     first_row: dict[str, int] = {}
     references: dict[str, list[str]] = {}
+    require_no_blanks(rows[source_column], source_column)
     targets = rows[target_column] if target_column else [[]] * len(rows)
+    require_no_blanks(targets, target_column)
     for i, (source, target) in enumerate(zip(rows[source_column], targets, strict=True)):
         require_text(source, source_column, i)
         first_row.setdefault(source, i)
@@ -284,13 +298,29 @@ def as_references(target, column: str, index: int) -> list[str]:
     return references
 
 
+def require_no_blanks(values: Sequence, column: str) -> None:
+    """Raises `InputError` if values are None or blank texts; it says how many, and which are the first."""
+    blank = [i + 1 for i, value in enumerate(values) if _is_blank(value)]
+    if blank:
+        rows = f"{', '.join(map(str, blank[:5]))}{', …' if blank[5:] else ''}"
+        raise InputError(f"{_empty(blank[0], column)} It is empty in {len(blank)} of {len(values)} rows: {rows}.")
+
+
+def _empty(row: int, column: str) -> str:
+    return (
+        f"Row {row}: column `{column}` is empty; drop the row or fill it in. (In CSV files NA, null and None count as "
+        "empty too.)"
+    )
+
+
+def _is_blank(value) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def require_text(value, column: str, index: int) -> None:
     """Raises `InputError` unless `value`, in row `index` (from 0) of `column`, is text and not blank."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(
-            f"Row {index + 1}: column `{column}` is empty; drop the row or fill it in. "
-            "(In CSV files NA, null and None count as empty too.)"
-        )
+    if _is_blank(value):
+        raise InputError(_empty(index + 1, column))
     if not isinstance(value, str):
         raise InputError(
             f"Row {index + 1}: column `{column}` holds {value!r} ({type(value).__name__}), not text; "

@@ -120,3 +120,16 @@ def test_na_in_a_csv_counts_as_empty_and_the_message_says_so(tmp_path, monkeypat
     rows = load_rows(str(file))
     with pytest.raises(InputError, match=r"Row 2: .*NA, null and None count as empty"):
         group_by_source(rows, "mr")
+
+
+@pytest.mark.parametrize(
+    "column, rows",
+    [("mr", "3 of 12 rows: 2, 5, 12."), ("ref", "7 of 12 rows: 1, 2, 3, 4, 5, …")],
+)
+def test_how_many_are_empty_and_which_are_the_first(column, rows):
+    blank = {"mr": (2, 5, 12), "ref": range(1, 8)}[column]
+    values = {"mr": [f"a{i}" for i in range(12)], "ref": [f"b{i}" for i in range(12)]}
+    for i in blank:
+        values[column][i - 1] = [None, "", " "][i % 3]
+    with pytest.raises(InputError, match=rf"Row {min(blank)}: column `{column}` is empty; .* in {rows}"):
+        group_by_source(Dataset.from_dict(values), "mr", "ref")

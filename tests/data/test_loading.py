@@ -205,3 +205,125 @@ def test_importing_the_package_loads_no_heavy_library():
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- What is wrong with a file, in which line, and what to do ---
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"a": "x"}\n\n{"a": "y"}\n{"a": }\n', "line 4: Expecting value"),
+        ("a.jsonl", '{"a": "x"}\n["y"]\n', "line 2: a list, not an object"),
+        ("a.json", '[{"a": "x"},\n {"a": "y"},\n {"a": ]\n', "line 3: Expecting value"),
+        ("a.csv", "a,b,a\n1,2,3\n", "has the column `a` twice: rename or remove one"),
+        ("a.csv", '"a",b,"a"\n1,2,3\n', "has the column `a` twice: rename or remove one"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("a.csv", "a,b\n1,2\n1,caf\u00e9\n".encode("latin1"), "byte 0xe9 in line 3. Save the file as UTF-8"),
+        (
+            "a.jsonl",
+            '{"a": "x"}\n{"a": "caf\u00e9"}\n'.encode("latin1"),
+            "byte 0xe9 in line 2. Save the file",
+        ),
+    ],
+)
+def test_the_line_and_the_remedy(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    fails(message, path)
+
+
+# --- Directories that lead out of themselves ---
+
+
+@pytest.fixture
+def secret(tmp_path):
+    return write(tmp_path / "outside" / "secret.csv", "mr,ref\nsecret,secret\n")
+
+
+def card(directory, data_files, name="README.md"):
+    yaml = "configs:\n- config_name: default\n  data_files: " + data_files
+    write(directory / name, f"---\n{yaml}\n---\n" if name == "README.md" else yaml + "\n")
+    write(directory / "train.csv", "mr,ref\nopen,open\n")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "data_files",
+    [
+        '"../outside/secret.csv"',
+        '["train.csv", "../outside/secret.csv"]',
+        '{train: "../outside/*.csv"}',
+        '[{split: train, path: "../outside/secret.csv"}]',
+        '[{split: train, path: ["train.csv", "sub/../../outside/secret.csv"]}]',
+        '"SECRET"',
+        '"file://SECRET"',
+        '"http://127.0.0.1:9/secret.csv"',
+        '"hf://datasets/a/b/secret.csv"',
+        '"zip://secret.csv::a.zip"',
+        '"..\\\\outside\\\\secret.csv"',
+    ],
+)
+def test_a_card_cannot_name_data_outside(tmp_path, secret, data_files, name, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    directory = card(tmp_path / "data", data_files.replace("SECRET", secret), name)
+    fails("names data outside of itself", directory)
+
+
+def test_a_data_dir_cannot_lead_outside(tmp_path, secret):
+    write(tmp_path / "data" / "README.md", "---\nconfigs:\n- config_name: default\n  data_dir: ../outside\n---\n")
+    write(tmp_path / "data" / "train.csv", "mr,ref\nopen,open\n")
+    fails("names data outside of itself, '../outside'", tmp_path / "data")
+
+
+def test_links_cannot_lead_outside(tmp_path, secret):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").symlink_to(secret)
+    fails("names data outside of itself", tmp_path / "data")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "sub").symlink_to(tmp_path / "outside")
+    fails("names data outside of itself|holds no data files", tmp_path / "more")
+
+
+def test_links_and_cards_within_are_fine(tmp_path):
+    directory = card(tmp_path / "data", '[{split: train, path: "sub/real.csv"}]')
+    write(directory / "sub" / "real.csv", "mr,ref\nopen,open\n")
+    assert load_rows(str(directory)).to_list() == [{"mr": "open", "ref": "open"}]
+    snapshot = tmp_path / "hub" / "datasets--a--b" / "snapshots" / "0f"
+    write(tmp_path / "hub" / "datasets--a--b" / "blobs" / "12", "mr,ref\nopen,open\n")
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.csv").symlink_to("../../blobs/12")
+    assert load_rows(str(snapshot)).to_list() == [{"mr": "open", "ref": "open"}]
+
+
+@pytest.mark.parametrize("inside", ["dataset_dict.json", "state.json"])
+def test_what_save_to_disk_wrote_cannot_lead_outside(tmp_path, inside):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "outside")
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "data")
+    if inside == "dataset_dict.json":
+        write(tmp_path / "data" / inside, json.dumps({"splits": ["../outside"]}))
+    else:
+        state = json.loads((tmp_path / "data" / "train" / inside).read_text())
+        state["_data_files"][0]["filename"] = "../../outside/" + state["_data_files"][0]["filename"]
+        write(tmp_path / "data" / "train" / inside, json.dumps(state))
+    fails("names data outside of itself", tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "data.pickle", "data.tar", "script.py"])
+def test_pickles_archives_and_scripts_are_not_read(tmp_path, name):
+    """A pickle that would make a directory when it is read, under names that something might read."""
+    made = tmp_path / "made"
+    payload = f"cos\nmkdir\n(V{made}\ntR."
+    if name == "script.py":
+        payload = f"import os\nos.mkdir({str(made)!r})\n"
+    if name == "data.tar":
+        write(tmp_path / "a.pickle", payload)
+        (tmp_path / "data").mkdir()
+        subprocess.run(["tar", "cf", tmp_path / "data" / name, "-C", tmp_path, "a.pickle"], check=True)
+    else:
+        write(tmp_path / "data" / name, payload)
+    fails("holds no data files|is not read: use .csv|could not be read", tmp_path / "data")
+    if name != "script.py":
+        fails("extension that is not known", tmp_path / "data" / name)
+    assert not made.exists()

@@ -1,0 +1,102 @@
+"""Directories of data: what a file in them says about others may not lead out of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from rlkd_trl.errors import InputError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
+    """That all that `datasets` would read for this directory is in it, and data in one of the formats.
+
+    `datasets` follows the `data_files` of a README's or `.huggingface.yaml`'s YAML, to other directories and to the
+    network, and symbolic links.
+
+    Raises:
+        InputError: Something lies outside, or is in a format that is not read here (pickles, archives).
+    """
+    for where in _paths_in_yaml(path):
+        if "://" in where or "::" in where or PurePosixPath(where).is_absolute() or _climbs(where):
+            raise _outside(path, where)
+    from datasets import load_dataset_builder
+
+    for file in _resolved_files(load_dataset_builder(str(path)).config.data_files):
+        _check_inside(path, Path(file))
+        suffixes = [suffix.lower() for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
+        if not suffixes or suffixes[-1] not in extensions:
+            raise InputError(f"{path} has data in {Path(file).name}, which is not read: use {', '.join(extensions)}.")
+
+
+def check_saved(path: Path) -> None:
+    """The same for a directory that `save_to_disk` wrote. Raises `InputError`."""
+    try:
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    except FileNotFoundError:
+        splits = ["."]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # reading it says what is wrong
+    for split in map(str, splits):
+        _check_inside(path, path / split)
+        try:
+            state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
+            names = [item["filename"] for item in [*state["_data_files"], *(state.get("_indices_data_files") or [])]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        for name in map(str, names):
+            _check_inside(path, path / split / name)
+
+
+def _paths_in_yaml(path: Path) -> Iterator[str]:
+    """Every text in the `configs` of the directory's card."""
+    import yaml
+
+    for name in ("README.md", ".huggingface.yaml"):
+        try:
+            text = (path / name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+        if name == "README.md":
+            parts = text.lstrip("\ufeff").replace("\r\n", "\n").split("---\n", 2)
+            text = parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+        try:
+            card = yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(f"{path / name} has YAML that cannot be read: {str(error).splitlines()[0]}.") from error
+        yield from _texts(card.get("configs") if isinstance(card, dict) else None, set())
+
+
+def _texts(value: object, seen: set[int]) -> Iterator[str]:
+    """`seen`: YAML's aliases can repeat one object without end."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item, seen)
+
+
+def _resolved_files(data_files: object) -> list[str]:
+    return [str(file) for files in (data_files or {}).values() for file in files]
+
+
+def _climbs(where: str) -> bool:
+    return ".." in (*PurePosixPath(where).parts, *PureWindowsPath(where).parts) or PureWindowsPath(where).is_absolute()
+
+
+def _check_inside(path: Path, file: Path) -> None:
+    # A snapshot in the Hub's cache is made of links to its neighbour `blobs`.
+    root = path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else path
+    if "://" in str(file) or not file.resolve().is_relative_to(root.resolve()):
+        raise _outside(path, str(file))
+
+
+def _outside(path: Path, where: str) -> InputError:
+    return InputError(
+        f"{path} names data outside of itself, {where!r}: copy the files into the directory, or name them with their "
+        "own path."
+    )
