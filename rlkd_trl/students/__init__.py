@@ -1,5 +1,6 @@
 """Students: policies to sample from and train, and models to start from scratch."""
 
+from rlkd_trl.students.adapters import start_as_identity, with_adapters
 from rlkd_trl.students.policy import Policy, PolicyOutput, frozen_copy, remove_files_of_others
 
-__all__ = ["Policy", "PolicyOutput", "frozen_copy", "remove_files_of_others"]
+__all__ = ["Policy", "PolicyOutput", "frozen_copy", "remove_files_of_others", "start_as_identity", "with_adapters"]

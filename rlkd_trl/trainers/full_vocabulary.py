@@ -34,6 +34,7 @@ class FullVocabularyTrainer(RolloutTrainer):
         eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
         processing_class: The student's tokenizer; loaded with the model when that is a name.
         templates: How the teachers are asked; a `TeacherPanel` has its own.
+        peft_config: Adapters to train in place of the student's weights, as in TRL (among the keyword arguments).
 
     `evaluate` also gives the mean teacher-forcing reward (value="max"), which is not what is trained on.
 

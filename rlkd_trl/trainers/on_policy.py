@@ -10,10 +10,11 @@ Steps 1 to 4 make a `Rollout`; step 5 reads it and nothing else.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
 from rlkd_trl.ops.masking import masked, masked_whiten, pad_columns, state_mask
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel, RewardResult
-from rlkd_trl.students import Policy, PolicyOutput, frozen_copy
+from rlkd_trl.students import Policy, PolicyOutput, frozen_copy, start_as_identity
 from rlkd_trl.trainers.checks import checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
 from rlkd_trl.trainers.rollout import Rollout
@@ -46,6 +47,8 @@ class OnPolicyTrainer(RolloutTrainer):
             reward functions.
         eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
         processing_class: The student's tokenizer; loaded with the model when that is a name.
+        peft_config: Adapters to train in place of the student's weights, as in TRL. The reference of `beta` is then
+            the student without them, and takes no memory.
 
     Raises:
         InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, T5 with fp16, settings
@@ -60,15 +63,29 @@ class OnPolicyTrainer(RolloutTrainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         reward_model = checked_reward_model(reward_funcs, args)
-        super().__init__(model, reward_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        super().__init__(
+            model,
+            reward_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
         self.rollout_state.beta = args.beta
         self.reference = None
         if args.beta > 0:
             # Of the student as it is given: what a resumed run gives must be what the run was begun with.
-            self.reference = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
+            if peft_config is not None and start_as_identity(peft_config):
+                self.reference = self.model  # without its adapters, see `_as_reference`
+            else:
+                self.reference = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
             self.run_record["reference"] = model_record(self.reference.model)
 
     # What each method defines
@@ -173,7 +190,14 @@ class OnPolicyTrainer(RolloutTrainer):
         if old[0].values is not None:
             values_BT1 = pad_columns([output.values for output in old], width + 1)
             rollout = rollout.with_(old_values_BT1=values_BT1)
-        return rollout, None if self.reference is None else self._log_probs(self.reference, rollout)
+        if self.reference is None:
+            return rollout, None
+        with self._as_reference():
+            return rollout, self._log_probs(self.reference, rollout)
+
+    def _as_reference(self) -> AbstractContextManager:
+        """In which `reference` is the initial policy: a copy always is, the student is without its adapters."""
+        return self.reference.model.disable_adapter() if self.reference is self.model else nullcontext()
 
     # Step 5
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
 from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.rewards import RewardModel
-from rlkd_trl.students import Policy
+from rlkd_trl.students import Policy, with_adapters
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
 from rlkd_trl.trainers.checks import (
     check_best_metric,
@@ -59,11 +60,13 @@ _PROMPT_WIDTH = 200
 class RolloutTrainer(ResumableTrainer):
     """Base of every trainer that learns from completions: where they come from and what is learnt is the method's.
 
-    What trains is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device.
+    What trains is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device. With
+    `peft_config` (a `peft.LoraConfig`, for instance) new adapters are trained and saved in place of the student's
+    weights, as in TRL; a critic's weights are trained and saved too.
 
     Raises:
         InputError: Tokenizers differ, a loaded student without its tokenizer, training or evaluation data without
-            `prompt`, fewer prompts than a rollout takes, T5 with fp16.
+            `prompt`, fewer prompts than a rollout takes, T5 with fp16, `peft_config` for a student with adapters.
     """
 
     critic_kind = "none"
@@ -76,6 +79,8 @@ class RolloutTrainer(ResumableTrainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         check_prompts(train_dataset, args)
@@ -89,6 +94,7 @@ class RolloutTrainer(ResumableTrainer):
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
+        model = with_adapters(model, peft_config, seed=args.seed)
         check_sharded_head(model)
         check_weights(model, "The student")
         self.reward_model = reward_model

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position
 from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
-from rlkd_trl.students import remove_files_of_others
+from rlkd_trl.students import remove_files_of_others, with_adapters
 from rlkd_trl.trainers.checks import empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.resumable import ResumableTrainer
@@ -35,6 +35,7 @@ class SupervisedTrainer(ResumableTrainer):
 
     Args:
         train_dataset: Rows with `prompt` and `target`, both texts.
+        peft_config: Adapters to train in place of the model's weights, as in TRL.
 
     Raises:
         InputError: One of the two columns is missing, no row has a target, a tokenizer without EOS, or T5 with fp16.
@@ -46,6 +47,8 @@ class SupervisedTrainer(ResumableTrainer):
         args: SupervisedConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
+        *,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         for column in ("prompt", "target"):
@@ -54,6 +57,7 @@ class SupervisedTrainer(ResumableTrainer):
                     f"The training data has no column `{column}`; its columns are: "
                     f"{', '.join(train_dataset.column_names)}."
                 )
+        model = with_adapters(model, peft_config, seed=args.seed)
         require_eos(processing_class)
         empty = empty_targets(train_dataset["target"])
         if empty:

@@ -5,9 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from rlkd_trl.errors import InputError
 from tests.conftest import MODELS
 from tests.students.plain_forward import plain_forward
-from tests.trainers.tiny_runs import assert_same_weights, build, snapshot
+from tests.trainers.test_supervised import build as supervised
+from tests.trainers.tiny_runs import (
+    FULL_VOCABULARY_METHODS,
+    METHODS,
+    assert_same_weights,
+    build,
+    largest_difference,
+    snapshot,
+)
 
 TARGETS = {"t5-tied": ["q", "v"], "llama": ["q_proj", "v_proj"], "glm": ["q_proj", "lm_head"]}
 
@@ -65,3 +74,76 @@ def test_the_saved_adapters_on_the_base_model_are_the_trained_student(tmp_path):
     theirs = plain_forward(loaded.get_base_model(), prompt, completion)[0]
     ours = plain_forward(trainer.model.model.get_base_model(), prompt, completion)[0]
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)  # rounding: ours has fused norms
+
+
+# `peft_config`, as in TRL
+
+
+def lora_config(family: str, **others) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=TARGETS[family], **others)
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
+def test_a_config_is_a_student_with_new_adapters(method, task_type, tmp_path):
+    """Which begins as the student, trains adapters (and a critic) only, and saves them."""
+    trainer = build(method, tmp_path, peft_config=lora_config("t5-tied", task_type=task_type))
+    before = snapshot(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    after = snapshot(trainer.model)
+    moved = {name for name in before if largest_difference({name: after[name]}, {name: before[name]}) > 1e-4}
+    assert any("lora_" in name for name in moved)
+    assert all("lora_" in name or name.startswith("value_head") for name in moved)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert ("value_head.safetensors" in files) == (method == "ppo") == any("value_head" in name for name in moved)
+
+
+def test_supervised_training_takes_a_config(tmp_path):
+    trainer = supervised(MODELS["t5-tied"](), tmp_path, peft_config=lora_config("t5-tied"))
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo-token"])
+def test_the_reference_is_the_student_without_its_adapters(method, tmp_path):
+    """The run is that of a student that was wrapped before, whose reference is a copy; the KL is not 0."""
+    settings = {"beta": 0.1, "max_steps": 4, "seed": 3}
+    base = MODELS["t5-tied"]()
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(base, lora_config("t5-tied"))
+    copied = build(method, tmp_path / "copied", model=wrapped, **settings)
+    shared = build(method, tmp_path / "shared", peft_config=lora_config("t5-tied"), **settings)
+    assert shared.reference is shared.model and copied.reference is not copied.model
+    assert_same_weights(snapshot(shared.model), snapshot(copied.model))
+    for trainer in (copied, shared):
+        trainer.train()
+    kls = [[entry["kl"] for entry in t.state.log_history if "kl" in entry] for t in (copied, shared)]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4, abs=1e-6) and abs(kls[1][-1]) > 1e-3
+    assert_same_weights(snapshot(shared.model), snapshot(copied.model), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_change_the_student_from_the_start_have_a_copy_as_reference(tmp_path):
+    trainer = build("rloo-token", tmp_path, beta=0.1, peft_config=lora_config("t5-tied", init_lora_weights=False))
+    assert trainer.reference is not trainer.model
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (lambda: lora_student("t5-tied"), lora_config("t5-tied"), "The student has adapters already"),
+        (MODELS["t5-tied"], peft.LoraConfig(target_modules=["nowhere"]), "peft_config does not fit .*nowhere"),
+        (
+            MODELS["t5-tied"],
+            peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2),
+            "PROMPT_TUNING is not supported",
+        ),
+    ],
+)
+def test_configs_that_do_not_go(model, config, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        build("rloo-token", tmp_path, model=model(), peft_config=config)
+    with pytest.raises(InputError, match=message):
+        supervised(model(), tmp_path, peft_config=config)

@@ -43,7 +43,7 @@ def slow_loss(model, pairs=PAIRS) -> torch.Tensor:
     return total / tokens
 
 
-def build(model, output_dir, data=DATA, **settings) -> SupervisedTrainer:
+def build(model, output_dir, data=DATA, peft_config=None, **settings) -> SupervisedTrainer:
     """All eight pairs in one step of plain gradient descent, unless `settings` say otherwise."""
     settings = {
         "per_device_train_batch_size": 8,
@@ -57,7 +57,8 @@ def build(model, output_dir, data=DATA, **settings) -> SupervisedTrainer:
         "disable_tqdm": True,
         **settings,
     }
-    return SupervisedTrainer(model, SupervisedConfig(str(output_dir), **settings), data, word_tokenizer())
+    args = SupervisedConfig(str(output_dir), **settings)
+    return SupervisedTrainer(model, args, data, word_tokenizer(), peft_config=peft_config)
 
 
 class GradientRecorder(TrainerCallback):

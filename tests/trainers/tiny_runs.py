@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -103,6 +104,7 @@ def build(
     data: Dataset | None = None,
     eval_data: Dataset | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    peft_config: PeftConfig | None = None,
     **settings,
 ):
     """A trainer on tiny models, eight completions of four prompts a step unless `settings` say otherwise.
@@ -132,6 +134,7 @@ def build(
         prompts(32) if data is None else data,
         eval_dataset=eval_data,
         processing_class=tokenizer or word_tokenizer(),
+        peft_config=peft_config,
     )
     return trainer
 

@@ -1,0 +1,34 @@
+"""Adapters (LoRA and its relatives) on a student."""
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
+
+from rlkd_trl.errors import InputError
+
+
+def with_adapters(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int
+) -> PreTrainedModel | PeftModel:
+    """The student with new adapters, the same for a seed; as it is without a config.
+
+    Raises:
+        InputError: It has adapters already; the config does not fit the model, or is of virtual tokens in the prompt,
+            which are not weights of a model.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if config is not None and config.is_prompt_learning:
+        raise InputError(f"{config.peft_type.value} is not supported: give adapters of weights, such as LoraConfig.")
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise InputError("The student has adapters already: leave peft_config out, or give the model without them.")
+    set_seed(seed)
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"peft_config does not fit the student: {error}") from error
+
+
+def start_as_identity(peft_config: PeftConfig) -> bool:
+    """Whether the model computes with the new adapters what it computes without them, and with its own weights."""
+    return getattr(peft_config, "init_lora_weights", None) in (True, "gaussian")
