@@ -26,7 +26,6 @@ from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentA
 from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.cells import Method
 from rlkd_trl.commands.comparison.figures import write_figures
-from rlkd_trl.commands.comparison.files_read import FileDigests
 from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.comparison.statistics import Entry, summarise
 from rlkd_trl.commands.comparison.steps import (
@@ -42,8 +41,10 @@ from rlkd_trl.commands.comparison.steps import (
 )
 from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
 from rlkd_trl.commands.data import load_templates
+from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.prompt_lengths import fit_rows
+from rlkd_trl.commands.run_directory import check_apart, check_writable
 from rlkd_trl.errors import run
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
@@ -116,6 +117,8 @@ def main() -> None:
     check_flags(methods, compare.common or [], CONFIGS, teacher)
     templates = load_templates(prompts)
     output_dir = Path(compare.output_dir)
+    check_apart("--output_dir", output_dir, data, prompts, teacher, student, compare, measurement)
+    check_writable("--output_dir", output_dir)
     if compare.smoke:
         use_demo(data, teacher, student, measurement, prompts, output_dir / "demo")
     rows = load_test_rows(data, prompts, templates, measurement)

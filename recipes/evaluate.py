@@ -12,6 +12,7 @@ from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
+from rlkd_trl.commands.run_directory import check_evaluation_directory
 from rlkd_trl.commands.settings import EvaluationSettings, parse_settings
 from rlkd_trl.errors import run
 
@@ -20,6 +21,7 @@ def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     settings = parse_settings(EvaluationSettings, description=__doc__)
     require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
+    check_evaluation_directory(settings)
     check_rewards(settings.reward, settings.evaluation.reward_weights)
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)

@@ -35,7 +35,7 @@ def main() -> None:
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
     panel = load_panel(settings.teacher, templates)
-    generation = {key: value for key, value in vars(labels).items() if key != "output"}
+    generation = {key: value for key, value in vars(labels).items() if key not in ("output", "overwrite_output_dir")}
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
     count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)

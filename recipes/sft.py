@@ -14,10 +14,18 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl.commands.checks import check_student, checkpoint_to_resume
+from rlkd_trl.commands.checks import check_student
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
-from rlkd_trl.commands.results import clear_results
+from rlkd_trl.commands.run_directory import (
+    check_apart,
+    check_free,
+    checkpoint_to_resume,
+    clear_results,
+    is_finished,
+    mark_finished,
+)
+from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import SupervisedSettings, parse_settings
 from rlkd_trl.errors import run
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
@@ -29,8 +37,13 @@ def main() -> None:
     args = settings.args
     templates = load_templates(settings.prompts)
     pairs = load_pairs(settings, templates)
-    checkpoint = checkpoint_to_resume(settings.run, args)
+    check_apart("--output_dir", args.output_dir, *vars(settings).values())
+    check_free(args.output_dir, settings.run, args)
+    checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
+    check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student)
+    if is_finished(checkpoint, args):
+        return
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 
     # Build.
@@ -40,13 +53,16 @@ def main() -> None:
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
 
     # Train and save.
-    if checkpoint is None:
-        clear_results(args.output_dir)
+    clear_results(args.output_dir, goes_on=checkpoint is not None)
     dataset = pairs_within(pairs, tokenizer, max_prompt_length=args.max_prompt_length)
     trainer = SupervisedTrainer(model, args, dataset, tokenizer)
+    trainer.run_record["command"] = record
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    print(f"The model is in {args.output_dir}.")
+    trainer.save_model(_internal_call=True)
+    mark_finished(args.output_dir, trainer.state.global_step)
+    print(f"The model is in {args.output_dir}.", flush=True)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

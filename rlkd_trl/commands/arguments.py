@@ -1,4 +1,8 @@
-"""The recipes' flags, one dataclass per concern. The first line of a docstring is its heading in `--help`."""
+"""The recipes' flags, one dataclass per concern. The first line of a docstring is its heading in `--help`.
+
+`READS` says which of a dataclass's flags name local files or directories to read, and of what kind: one of
+`files_read.KINDS`.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -9,6 +13,8 @@ from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, 
 @dataclass
 class DataArguments:
     """Data"""
+
+    READS: ClassVar[dict[str, str]] = {"dataset": "data"}
 
     dataset: str | None = field(
         default=None,
@@ -36,6 +42,8 @@ class DataArguments:
 class HeldOutArguments:
     """Held-out data"""
 
+    READS: ClassVar[dict[str, str]] = {"eval_dataset": "data"}
+
     eval_dataset: str | None = field(
         default=None,
         metadata={
@@ -57,6 +65,8 @@ class PromptArguments:
         "template": ("templates", "template_names"),
         "templates": ("template",),
     }
+    READS: ClassVar[dict[str, str]] = {"templates": "templates"}
+
     templates: str | None = field(
         default=None,
         metadata={
@@ -85,6 +95,8 @@ class PromptArguments:
 class TeacherArguments:
     """Teacher"""
 
+    READS: ClassVar[dict[str, str]] = {"teacher": "checkpoint"}
+
     teacher: list[str] | None = field(
         default=None, metadata={"help": "Checkpoint directory or Hub id; several are averaged. Default: the demo."}
     )
@@ -102,8 +114,7 @@ class TeacherArguments:
         metadata={"help": "NVMe directory for --teacher_placement offload (needs libaio); default: CPU memory."},
     )
     teacher_max_prompt_length: Length | None = field(
-        default=None,
-        metadata={"help": "Cap on a teacher prompt: documents are cut to so many tokens. Default: none."},
+        default=None, metadata={"help": "Cap on a teacher prompt: documents are cut to so many tokens. Default: none."}
     )
     teacher_batch_tokens: Count | None = field(
         default=None, metadata={"help": "Padded tokens per scoring batch. Default: 16384, on a CPU 4096."}
@@ -131,6 +142,8 @@ class TeacherArguments:
 class StudentArguments:
     """Student"""
 
+    READS: ClassVar[dict[str, str]] = {"student": "checkpoint"}
+
     student: str | None = field(
         default=None, metadata={"help": "Checkpoint directory or Hub id to start from. Default: the demo."}
     )
@@ -141,6 +154,8 @@ class StudentArguments:
 @dataclass
 class RewardArguments:
     """Reward"""
+
+    READS: ClassVar[dict[str, str]] = {"reward": "reward"}
 
     reward: list[str] = field(
         default_factory=lambda: ["teacher_forcing"],
@@ -161,11 +176,16 @@ class RunArguments:
     resume: bool = field(
         default=False, metadata={"help": "Continue from the last checkpoint in --output_dir (see --save_steps)."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Begin anew where a run has been: its checkpoints and results are deleted."}
+    )
 
 
 @dataclass
 class NewModelArguments:
     """New model (without --student)"""
+
+    READS: ClassVar[dict[str, str]] = {"tokenizer": "checkpoint"}
 
     architecture: str = field(default="t5", metadata={"help": "t5 (encoder-decoder) or llama (decoder-only)."})
     d_model: Length = field(default=128, metadata={"help": "Width D."})
@@ -197,6 +217,7 @@ class PseudoLabelArguments:
     max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
     batch_size: Count = field(default=64, metadata={"help": "Prompts at a time."})
     seed: Seed = field(default=0, metadata={"help": "Seed of --strategy sample."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over --output, if it is there."})
 
     def __post_init__(self):
         check_ranges(self)
@@ -207,6 +228,9 @@ class EvaluationArguments:
     """Evaluation"""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over the results in --output_dir, if there are any."}
+    )
     max_prompt_length: Length | None = field(default=512, metadata={"help": "Student prompts are cut at this."})
     max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, EOS included."})
     batch_size: Count = field(default=64, metadata={"help": "Prompts at a time."})

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import RewardArguments, RunArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.run_directory import check_apart, check_not_there
 from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
     from rlkd_trl.trainers.config import OnPolicyConfig
 
 
@@ -108,6 +107,8 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
         )
     if Path(labels.output).is_dir():
         raise InputError(f"--output {labels.output} is a directory: name a file in it.")
+    check_apart("--output", labels.output, *vars(settings).values())
+    check_not_there("--output", labels.output, overwrite=labels.overwrite_output_dir)
 
 
 def check_rewards(
@@ -128,43 +129,3 @@ def check_rewards(
         raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
     if args is not None:
         check_k_step(reward.k, args)
-
-
-def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | None:
-    """`--resume_from_checkpoint`, or the newest whole checkpoint in `--output_dir` if `--resume` asks for it.
-
-    Newer ones that are not whole are named and passed over.
-
-    Raises:
-        InputError: There is none, the named one is not whole, both are given, or `--output_dir` is a file.
-    """
-    from rlkd_trl.models.sharding import is_first_process
-    from rlkd_trl.trainers.checkpoint_files import defect_of, newest_whole
-
-    output_dir, named = args.output_dir, args.resume_from_checkpoint
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: name a directory.")
-    if named is not None:
-        if run.resume:
-            raise InputError(f"--resume and --resume_from_checkpoint {named} are two checkpoints: give one of them.")
-        defect = defect_of(named)
-        if defect is not None:
-            raise InputError(
-                f"--resume_from_checkpoint {named} is no checkpoint of a run to go on with: {defect}. --resume takes "
-                "the newest whole one in --output_dir."
-            )
-        return named
-    if not run.resume:
-        return None
-    found, defects = newest_whole(output_dir)
-    passed_over = [f"{path} is not whole ({defect})" for path, defect in defects.items()]
-    if found is None:
-        raise InputError(
-            f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps."
-            if not passed_over
-            else f"--resume: there is no whole checkpoint in {output_dir}: {'; '.join(passed_over)}. Begin anew."
-        )
-    if is_first_process():
-        for defect in passed_over:
-            print(f"{defect}; continuing from {found}.", flush=True)
-    return str(found)

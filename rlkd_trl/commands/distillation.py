@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rlkd_trl
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, checkpoint_to_resume, is_demo
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
-from rlkd_trl.commands.results import clear_results, evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.run_directory import check_apart, check_free, checkpoint_to_resume, clear_results, is_finished
+from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, parse_settings
 from rlkd_trl.prompts import PromptTemplates
 
@@ -62,13 +64,17 @@ def distil(
         use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
 
     inputs = within_lengths(settings, inputs)
+    record = command_record(settings)
+    check_own_checkpoint(inputs.checkpoint, trainer, settings.args, record, inputs.train)
+    if is_finished(inputs.checkpoint, settings.args):
+        return
 
     # 3 build.
     trainer = build(getattr(rlkd_trl, trainer), settings, inputs)
+    trainer.run_record["command"] = record
 
     # 4 train, with the teacher and the student measured before and after.
-    if inputs.checkpoint is None:
-        clear_results(settings.args.output_dir)
+    clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
     results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
     results["after"] = evaluate(trainer)
@@ -95,6 +101,9 @@ def check(settings: DistillationSettings) -> CheckedInputs:
     check_best_metric(settings.args, test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(train, settings.args)
+    output_dir = settings.args.output_dir
+    check_apart("--output_dir", output_dir, *vars(settings).values())
+    check_free(output_dir, settings.run, settings.args)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not demo:
         check_checkpoints(settings.teacher, settings.student)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.loading import load_reward_model, load_student
+from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, described
 from rlkd_trl.prompts import PromptTemplates
 
@@ -14,18 +15,6 @@ if TYPE_CHECKING:
 
 
 # What a finished run leaves beside the student. An earlier run's would otherwise stand beside an unfinished one.
-_RESULTS = ("metrics.json", "cost.json", "report.html")
-
-
-def clear_results(output_dir: str | Path) -> None:
-    """Removes the results of an earlier run, when a new one begins there."""
-    from rlkd_trl.models.sharding import is_first_process
-
-    if is_first_process():
-        for name in _RESULTS:
-            (Path(output_dir) / name).unlink(missing_ok=True)
-
-
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
     """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
@@ -79,10 +68,11 @@ def finish_run(
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
     )
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    mark_finished(output_dir, trainer.state.global_step)
     print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n")
-    print(f"Student, metrics.json and report.html are in {output_dir}.")
+    print(f"Student, metrics.json and report.html are in {output_dir}.", flush=True)
+    if trainer.args.push_to_hub:  # last: all that it may fail on is over
+        trainer.push_to_hub()
 
 
 def evaluate_checkpoints(

@@ -83,9 +83,13 @@ def _plain_settings(term: Callable) -> dict[str, object]:
 
 
 def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
-    """Raises `InputError` if the checkpoint is of a run with another record; the message names the differences."""
+    """Raises `InputError` if the checkpoint is of a run with another record; the message names the differences.
+
+    Compared are the parts that `record` has.
+    """
     saved = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
-    found = list(_differences(saved, json.loads(json.dumps(record))))
+    now = json.loads(json.dumps(record))
+    found = [difference for part in now for difference in _differences(saved.get(part), now[part], part)]
     if found:
         more = f" (and {len(found) - _DIFFERENCES_SHOWN} more)" if len(found) > _DIFFERENCES_SHOWN else ""
         raise InputError(
@@ -94,9 +98,9 @@ def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
         )
 
 
-def _differences(saved: object, now: object, name: str = "") -> Iterator[str]:
+def _differences(saved: object, now: object, name: str) -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in {**saved, **now}:
-            yield from _differences(saved.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            yield from _differences(saved.get(key), now.get(key), f"{name}.{key}")
     elif saved != now:
         yield f"{name} was {json.dumps(saved)} and is {json.dumps(now)}"

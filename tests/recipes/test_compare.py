@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rlkd_trl import errors
+from rlkd_trl.commands import files_read
 from rlkd_trl.commands.arguments import TeacherArguments
-from rlkd_trl.commands.comparison import files_read
 from rlkd_trl.commands.comparison.steps import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkd_trl.commands.comparison.files_read import FileDigests
+from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.presets import read_preset
 from rlkd_trl.errors import InputError
+from rlkd_trl.trainers.checkpoint_files import newest_whole
 
 _STDERR_LINES = 15  # of a failed run, shown
 
@@ -80,8 +81,13 @@ class Cell:
         # A run that breaks off must not look finished by what an earlier one left.
         for name in ("metrics.json", "cost.json", "test.json"):
             (self.directory / name).unlink(missing_ok=True)
-        (self.directory / "command.json").write_text(json.dumps(self.record(), indent=2) + "\n", encoding="utf-8")
+        command, record = self.directory / "command.json", json.dumps(self.record(), indent=2) + "\n"
+        # What an earlier attempt at the same run has saved is its beginning.
+        was_begun = command.is_file() and command.read_text(encoding="utf-8") == record
+        goes_on = was_begun and newest_whole(self.directory)[0] is not None
+        command.write_text(record, encoding="utf-8")
         words = [sys.executable, str(self.method.recipe), "--config", str(self.method.preset), *self.flags]
+        words.append("--resume" if goes_on else "--overwrite_output_dir")
         stderr = self.directory / "stderr.txt"
         with (self.directory / "stdout.txt").open("w") as out, stderr.open("w") as err:
             code = subprocess.run(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlkd_trl.commands.comparison.cells import Cell, Method, run_cells
-from rlkd_trl.commands.comparison.files_read import FileDigests
 from rlkd_trl.commands.comparison.statistics import SELECTION, choose_learning_rate
+from rlkd_trl.commands.files_read import FileDigests
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
@@ -18,11 +18,11 @@ from rlkd_trl.commands.arguments import (
     TeacherArguments,
 )
 from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
-from rlkd_trl.commands.comparison.files_read import FileDigests
 from rlkd_trl.commands.comparison.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.commands.comparison.statistics import SELECTION
 from rlkd_trl.commands.data import load_prompts
 from rlkd_trl.commands.demo import DemoRequest, make_demo_models, write_demo_files
+from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.loading import load_reward_model, load_student
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.errors import InputError
@@ -48,6 +48,8 @@ SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
 @dataclass
 class ComparisonArguments:
     """Comparison"""
+
+    READS: ClassVar[dict[str, str]] = {"methods": "preset"}
 
     smoke: bool = field(default=False, metadata={"help": "All of it on the embedded demo, in minutes."})
     methods: list[str] | None = field(
@@ -100,6 +102,8 @@ class ComparisonArguments:
 @dataclass
 class MeasurementArguments:
     """Validation and test"""
+
+    READS: ClassVar[dict[str, str]] = {"validation_dataset": "data", "test_dataset": "data"}
 
     validation_dataset: str | None = field(
         default=None, metadata={"help": "For learning rates. Default with only one: a tenth of --dataset."}

@@ -6,6 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from rlkd_trl.commands.arguments import (
+    DataArguments,
+    HeldOutArguments,
+    PromptArguments,
+    RewardArguments,
+    StudentArguments,
+    TeacherArguments,
+)
 from rlkd_trl.data import content_digest, data_files
 from rlkd_trl.prompts.promptsource import resolve_file
 from rlkd_trl.prompts.templates import BUILTIN_DIRECTORY, BUILTIN_PREFIX
@@ -87,12 +95,28 @@ def _reward_files(spec: str) -> list[Path]:
     return [file] if file.is_file() else []
 
 
-# What may be read from local files: flag to the files that a value of it names.
-FILES_OF: dict[str, Callable[[str], list[Path]]] = {
-    "--dataset": data_files,
-    "--eval_dataset": data_files,
-    "--templates": _template_files,
-    "--teacher": checkpoint_files,
-    "--student": checkpoint_files,
-    "--reward": _reward_files,
+def _preset_files(spec: str) -> list[Path]:
+    """Of a path; a name is a preset of the package."""
+    file = Path(spec)
+    return [file] if file.suffix in (".yaml", ".yml") and file.is_file() else []
+
+
+# What a flag reads: kind to the local files that a value of it names, none where it names something else.
+KINDS: dict[str, Callable[[str], list[Path]]] = {
+    "data": data_files,
+    "templates": _template_files,
+    "checkpoint": checkpoint_files,
+    "reward": _reward_files,
+    "preset": _preset_files,
+}
+
+
+# Of the flags of a training run: flag to the files that a value of it names.
+FILES_OF = {
+    f"--{name}": KINDS[kind]
+    for group in (
+        *(DataArguments, HeldOutArguments, PromptArguments),
+        *(TeacherArguments, StudentArguments, RewardArguments),
+    )
+    for name, kind in group.READS.items()
 }

@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from rlkd_trl.commands.comparison import files_read
-from rlkd_trl.commands.comparison.files_read import FileDigests, checkpoint_files, file_digest
+from rlkd_trl.commands import files_read
+from rlkd_trl.commands.files_read import FileDigests, checkpoint_files, file_digest
 
 
 def digest(flag: str, value) -> str | None:

@@ -1,0 +1,66 @@
+"""What a command records of its run in every checkpoint, and compares before it loads a model."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.files_read import KINDS, FileDigests
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+# Flags that change nothing of what is learnt: evaluation data, which is read for results, how a teacher is kept.
+# Of the training data, the rows themselves are compared.
+_LEFT_OUT = (
+    *("DataArguments", "HeldOutArguments", "RunArguments"),
+    *("teacher_placement", "teacher_offload_path", "teacher_batch_tokens"),
+)
+
+
+def command_record(settings: object) -> dict[str, dict[str, object]]:
+    """The flags of a command by group, but for the trainer's settings; of files and directories, digests."""
+    digests = FileDigests()
+    groups = [group for name, group in vars(settings).items() if name != "args"]
+    return {
+        type(group).__name__: {
+            item.name: _recorded(getattr(group, item.name), getattr(group, "READS", {}).get(item.name), digests)
+            for item in fields(group)
+            if item.name not in _LEFT_OUT
+        }
+        for group in groups
+        if type(group).__name__ not in _LEFT_OUT
+    }
+
+
+def _recorded(value: object, kind: str | None, digests: FileDigests) -> object:
+    if kind is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [_recorded(one, kind, digests) for one in value]
+    files = KINDS[kind](value)
+    return digests.of_files(files) if files else value
+
+
+def check_own_checkpoint(
+    checkpoint: str | None, trainer: str, args: "TrainingArguments", command: dict, rows: "Dataset | None" = None
+) -> None:
+    """Raises `InputError` if the checkpoint is of another run than the command's; the differences are named.
+
+    One that is named with `--resume_from_checkpoint` may have begun from another student of the same kind.
+    """
+    from rlkd_trl.trainers.run_record import check_same_run, rows_digest, settings_of
+
+    if checkpoint is None:
+        return
+    if args.resume_from_checkpoint is not None:
+        command = {name: flags for name, flags in command.items() if name != "StudentArguments"}
+    record = {
+        "trainer": trainer,
+        "processes": args.world_size,
+        "settings": settings_of(args),
+        "command": command,
+    }
+    if rows is not None:
+        record["data"] = rows_digest(rows)
+    check_same_run(Path(checkpoint), record)
