@@ -35,10 +35,10 @@ def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     settings = parse_settings(SupervisedSettings, description=__doc__, args=SupervisedConfig)
     args = settings.args
-    templates = load_templates(settings.prompts)
-    pairs = load_pairs(settings, templates)
     check_apart("--output_dir", args.output_dir, *vars(settings).values())
     check_free(args.output_dir, settings.run, args)
+    templates = load_templates(settings.prompts)
+    pairs = load_pairs(settings, templates)
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student)

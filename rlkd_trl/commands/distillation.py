@@ -84,7 +84,7 @@ def distil(
 
 
 def check(settings: DistillationSettings) -> CheckedInputs:
-    """What is named, how the run was launched, rewards, templates, data, checkpoints, in this order.
+    """What is named, where it goes, how the run was launched, rewards, templates, data, checkpoints, in this order.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -93,6 +93,9 @@ def check(settings: DistillationSettings) -> CheckedInputs:
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
     demo = is_demo(settings)
+    output_dir = settings.args.output_dir
+    check_apart("--output_dir", output_dir, *vars(settings).values())
+    check_free(output_dir, settings.run, settings.args)
     check_sharding(settings.args)
     if isinstance(settings, RewardedSettings):
         check_rewards(settings.reward, settings.args.reward_weights, settings.args)
@@ -101,9 +104,6 @@ def check(settings: DistillationSettings) -> CheckedInputs:
     check_best_metric(settings.args, test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(train, settings.args)
-    output_dir = settings.args.output_dir
-    check_apart("--output_dir", output_dir, *vars(settings).values())
-    check_free(output_dir, settings.run, settings.args)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not demo:
         check_checkpoints(settings.teacher, settings.student)

@@ -1,5 +1,6 @@
 """What a command records of its run in every checkpoint, and compares before it loads a model."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,16 @@ _LEFT_OUT = (
 
 
 def command_record(settings: object) -> dict[str, dict[str, object]]:
-    """The flags of a command by group, but for the trainer's settings; of files and directories, digests."""
+    """The flags of a command by group, but for the trainer's settings; of files and directories, digests.
+
+    What is named with `--resume_from_checkpoint` takes the student's place: there, the student that the checkpoint's
+    run began with is recorded again.
+    """
+    from rlkd_trl.trainers.run_record import RUN_RECORD
+
     digests = FileDigests()
     groups = [group for name, group in vars(settings).items() if name != "args"]
-    return {
+    record = {
         type(group).__name__: {
             item.name: _recorded(getattr(group, item.name), getattr(group, "READS", {}).get(item.name), digests)
             for item in fields(group)
@@ -31,6 +38,11 @@ def command_record(settings: object) -> dict[str, dict[str, object]]:
         for group in groups
         if type(group).__name__ not in _LEFT_OUT
     }
+    named = settings.args.resume_from_checkpoint
+    if named is not None:
+        of_checkpoint = json.loads((Path(named) / RUN_RECORD).read_text(encoding="utf-8")).get("command") or {}
+        record["StudentArguments"] = of_checkpoint.get("StudentArguments")
+    return record
 
 
 def _recorded(value: object, kind: str | None, digests: FileDigests) -> object:
@@ -45,16 +57,11 @@ def _recorded(value: object, kind: str | None, digests: FileDigests) -> object:
 def check_own_checkpoint(
     checkpoint: str | None, trainer: str, args: "TrainingArguments", command: dict, rows: "Dataset | None" = None
 ) -> None:
-    """Raises `InputError` if the checkpoint is of another run than the command's; the differences are named.
-
-    One that is named with `--resume_from_checkpoint` may have begun from another student of the same kind.
-    """
+    """Raises `InputError` if the checkpoint is of another run than the command's; the differences are named."""
     from rlkd_trl.trainers.run_record import check_same_run, rows_digest, settings_of
 
     if checkpoint is None:
         return
-    if args.resume_from_checkpoint is not None:
-        command = {name: flags for name, flags in command.items() if name != "StudentArguments"}
     record = {
         "trainer": trainer,
         "processes": args.world_size,

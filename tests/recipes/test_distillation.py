@@ -277,6 +277,7 @@ def test_results_of_an_earlier_run_do_not_stay_beside_an_unfinished_one(recipe, 
         (tmp_path / name).write_text("of another run")
     distilled = f"--teacher {pair.teacher} {SAMPLING}" if recipe == "rloo_kd" else ""
     flags = f"--student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {distilled} --output_dir {tmp_path}"
-    assert run(f"{recipe} {flags}") == 0
+    assert run(f"{recipe} {flags}") == 2, "it looks like a finished run"
+    assert run(f"{recipe} {flags} --overwrite_output_dir") == 0
     stale = {path.name for path in tmp_path.iterdir() if path.is_file() and path.read_bytes() == b"of another run"}
     assert stale == {"notes.txt"}

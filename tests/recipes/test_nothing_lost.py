@@ -1,0 +1,175 @@
+"""What a command refuses to write over, and what it refuses to go on from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run
+
+SFT = f"sft {COLUMNS} {TWO_STEPS}"
+RLOO = f"rloo_kd {COLUMNS} {TWO_STEPS} {SAMPLING}"
+
+
+@pytest.fixture
+def inputs(checkpoints, train_csv, tmp_path):
+    """Copies of a teacher, a student, a data directory, a template file and a reward file, which a test may harm."""
+    pair = checkpoints["t5-tied"]
+    shutil.copytree(pair.teacher, tmp_path / "teacher")
+    shutil.copytree(pair.student, tmp_path / "student")
+    (tmp_path / "data").mkdir()
+    shutil.copy(train_csv, tmp_path / "data" / "train.csv")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "templates.yaml").write_text("ask: 'Say {{ source }}'\n")
+    (tmp_path / "reward.py").write_text("def constant(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "link").symlink_to(tmp_path / "teacher")
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+DISTIL = "--teacher {i}/teacher --student {i}/student --dataset {i}/data --templates {i}/templates"
+LABEL = f"pseudo_label --teacher {{i}}/teacher --dataset {{i}}/data/train.csv {COLUMNS}"
+EVALUATE = f"evaluate --student {{i}}/student --teacher {{i}}/link --dataset {{i}}/data {COLUMNS}"
+OVERWRITING = [
+    *((f"{RLOO} {DISTIL} --output_dir {{i}}/{out}", flag) for out, flag in [
+        ("teacher", "--teacher"),
+        ("link", "--teacher"),
+        ("link/../student", "--student"),
+        ("teacher/run", "--teacher"),
+        ("data", "--dataset"),
+        ("data/run", "--dataset"),
+        ("templates", "--templates"),
+        (".", "--dataset"),
+    ]),
+    (f"{RLOO} {DISTIL} --reward {{i}}/reward.py:constant --output_dir {{i}}/reward.py", "--output_dir"),
+    (
+        f"{RLOO} --teacher {{i}}/link --student {{i}}/student --dataset {{i}}/data --output_dir {{i}}/teacher",
+        "--teacher",
+    ),
+    (f"{SFT} --student {{i}}/student --dataset {{i}}/data/train.csv --output_dir {{i}}/student", "--student"),
+    (f"{SFT} --tokenizer {{i}}/teacher --dataset {{i}}/data/train.csv --output_dir {{i}}/link", "--tokenizer"),
+    (f"{LABEL} --output {{i}}/data/train.csv", "--dataset"),
+    (f"{LABEL} --output {{i}}/teacher/config.json", "--teacher"),
+    (f"{LABEL} --output {{i}}/link/labels.jsonl", "--teacher"),
+    (f"{LABEL} --templates {{i}}/templates --output {{i}}/templates/templates.yaml", "--templates"),
+    (f"{EVALUATE} --output_dir {{i}}/student", "--student"),
+    (f"{EVALUATE} --output_dir {{i}}/teacher", "--teacher"),
+    (f"{EVALUATE} --output_dir {{i}}/data", "--dataset"),
+    (
+        f"compare {COLUMNS} --teacher {{i}}/teacher --student {{i}}/student --dataset {{i}}/data/train.csv "
+        "--test_dataset {i}/data --methods ppo --max_steps 2 --seeds 0 --output_dir {i}/data",
+        "--test_dataset",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "flag"), OVERWRITING, ids=lambda value: value.replace(" ", "_")[-60:])
+def test_an_input_is_never_the_output(command, flag, inputs, capsys):
+    before = contents(inputs)
+    assert run(command.format(i=inputs)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and flag in error
+    assert contents(inputs) == before
+
+
+def test_a_hard_link_to_the_data_is_the_data(inputs, capsys):
+    os.link(inputs / "data" / "train.csv", inputs / "labels.jsonl")
+    assert run(LABEL.format(i=inputs) + f" --overwrite_output_dir --output {inputs / 'labels.jsonl'}") == 2
+    assert "--dataset" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_written_over(inputs, capsys):
+    """Nor are an unfinished one's checkpoints, an evaluation's results and pseudo-labels."""
+    command = f"{SFT} --student {inputs}/student --dataset {inputs}/data --save_steps 1 --output_dir {inputs}/run"
+    assert run(command) == 0
+    before = contents(inputs / "run")
+    assert run(command) == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    for path in (inputs / "run").iterdir():
+        if path.is_file():
+            path.unlink()
+    assert run(command) == 2
+    assert "checkpoint-2 of a run that did not finish: --resume" in capsys.readouterr().err
+    assert run(f"{command} --overwrite_output_dir --max_steps 1") == 0
+    assert not (inputs / "run" / "checkpoint-2").exists()
+    assert contents(inputs / "run") != before
+
+    for command in (
+        f"{EVALUATE.format(i=inputs)} --output_dir {inputs}/results",
+        f"{LABEL.format(i=inputs)} --output {inputs}/labels.jsonl",
+    ):
+        assert run(command) == 0
+        assert run(command) == 2
+        assert "--overwrite_output_dir" in capsys.readouterr().err
+        assert run(f"{command} --overwrite_output_dir") == 0
+
+
+def test_resuming_a_finished_run_does_nothing_more(inputs, capsys):
+    command = f"{RLOO} {DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
+    assert run(command) == 0
+    before = contents(inputs / "run")
+    capsys.readouterr()
+    assert run(f"{command} --resume") == 0
+    assert "is finished, after 2 steps: nothing is left to do" in capsys.readouterr().out
+    assert contents(inputs / "run") == before
+    # All steps done, but killed before the results were written: these, and no further step.
+    for name in ("finished.json", "metrics.json"):
+        (inputs / "run" / name).unlink()
+    assert run(f"{command} --resume") == 0
+    metrics = json.loads((inputs / "run" / "metrics.json").read_text())
+    assert metrics == json.loads(before[f"{inputs}/run/metrics.json"])
+    assert before[f"{inputs}/run/model.safetensors"] == (inputs / "run" / "model.safetensors").read_bytes()
+    assert not (inputs / "run" / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("--student {other}", "student"),
+        ("--teacher {other}", "teacher"),
+        ("--learning_rate 0.5", "learning_rate was 0.01 and is 0.5"),
+        ("--seed 7", "seed"),
+        ("--templates builtin:data_to_text", "templates"),
+        ("--dataset {test} --eval_dataset {test}", "data was"),
+        ("--value expected", "value"),
+        ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
+    ],
+)
+def test_another_run_is_not_continued(changed, named, inputs, checkpoints, test_csv, capsys):
+    flags = f"{DISTIL.format(i=inputs)} --learning_rate 0.01 --save_steps 1 --output_dir {inputs}/run"
+    assert run(f"{RLOO} {flags}") == 0
+    before = contents(inputs / "run")
+    changed = changed.format(other=checkpoints["t5-tied"].other, test=test_csv)
+    assert run(f"{RLOO} {flags} {changed} --max_steps 3 --resume") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-2 is of another run" in error and named in error
+    assert contents(inputs / "run") == before
+
+
+def test_another_method_or_architecture_is_not_continued(inputs, checkpoints, capsys):
+    flags = f"{DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
+    assert run(f"{RLOO} {flags}") == 0
+    assert run(f"{RLOO.replace('rloo_kd', 'ppo_kd')} {flags} --resume") == 2
+    assert 'trainer was "RLOOKDTrainer" and is "PPOKDTrainer"' in capsys.readouterr().err
+    llama = checkpoints["llama"]
+    assert run(f"{RLOO} {flags} --teacher {llama.teacher} --student {llama.student} --resume") == 2
+    assert "is of another run" in capsys.readouterr().err
+
+
+def test_what_is_logged_and_saved_may_change(inputs):
+    flags = f"{DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
+    assert run(f"{RLOO} {flags}") == 0
+    changed = "--max_steps 3 --logging_steps 2 --save_steps 2 --save_total_limit 1 --log_completions True --resume"
+    assert run(f"{RLOO} {flags} {changed}") == 0
+    assert sorted(path.name for path in (inputs / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_nowhere_to_write(inputs, capsys):
+    (inputs / "file").write_text("")
+    assert run(f"{SFT} --student {inputs}/student --dataset {inputs}/data --output_dir {inputs}/file/run") == 2
+    assert "cannot be written" in capsys.readouterr().err
