@@ -92,7 +92,6 @@ OF_METHOD = {
     ("ppo", "missing_eos_penalty"): (5.0, LEARNS, {"normalize_advantages": False}),
     ("rloo-sequence", "normalize_advantages"): (True, LEARNS, {"max_grad_norm": 0.0}),
     ("rloo-token", "level"): ("sequence", LEARNS, {}),
-    ("rloo-sequence", "teacher_baseline"): (False, LEARNS, {"average_reward": "prompt"}),
     ("reinforce", "return_denom"): (10.0, LEARNS, {**PLAIN_DESCENT, "learning_rate": 0.03}),
     ("kd", "beta"): (0.1, LEARNS, {"divergence": "jsd"}),
     ("kd", "divergence"): ("reverse_kl", LEARNS, {}),
@@ -102,7 +101,10 @@ OF_METHOD = {
     ("all-actions", "average_reward"): ("prompt", LEARNS, {"future_weight": 1.0}),
 }
 # What a method accepts and has no use for, and why it may.
-WITHOUT_EFFECT = {("kd", "local_rollout_forward_batch_size"): "a size of reading ahead; it reads nothing ahead"}
+WITHOUT_EFFECT = {
+    ("kd", "local_rollout_forward_batch_size"): "a size of reading ahead; it reads nothing ahead",
+    ("rloo-sequence", "teacher_baseline"): "V_1 is the same for all completions of a prompt, and the rest cancels",
+}
 
 
 def own_settings(method: str) -> list[str]:
