@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rlkd_trl import PromptTemplates, TeacherForcingReward
@@ -16,6 +17,8 @@ from rlkd_trl.models.prompts import check_can_fit, prompt_lengths, prompt_token_
 from rlkd_trl.prompts import PromptTemplate
 from rlkd_trl.teachers import Teacher
 from tests.conftest import MODELS, word_tokenizer
+from tests.models.reference import own_logits
+from tests.rewards.reference import teacher_forcing
 
 
 def words(first: int, last: int) -> str:
@@ -149,3 +152,40 @@ def test_a_conversation_keeps_the_turn_to_speak():
     expected = whole(prompts=["w3 w6 w7 w8 w4 w7 w4"], completion_ids=[[8, 1]])
     assert capped(prompts=[talk], completion_ids=[[8, 1]]) == pytest.approx(expected)
     assert whole(prompts=[talk], completion_ids=[[8, 1]]) != pytest.approx(expected, abs=1e-4)
+
+
+# ---- BOS
+
+
+def with_bos(*, added: bool) -> PreTrainedTokenizerFast:
+    """As Llama's: w3 stands for the BOS, which the tokenizer puts before each text if it is `added`, and no EOS."""
+    tokenizer = word_tokenizer(append_eos=False)
+    tokenizer.bos_token = "w3"
+    if added:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("added", "text", "expected"),
+    [
+        (True, "w5 w6", [3, 5, 6]),  # its only one
+        (True, "w3 w5 w6", [3, 5, 6]),  # written by a chat template too
+        (True, "w3 w3 w5", [3, 3, 5]),  # no more than one is taken away
+        (False, "w5 w6", [5, 6]),
+        (False, "w3 w5", [3, 5]),
+        (True, "", [3]),
+    ],
+)
+@pytest.mark.parametrize("max_length", [None, 4])
+def test_every_prompt_keeps_one_bos(added, text, expected, max_length):
+    assert prompt_token_ids(with_bos(added=added), [text, "w9"], max_length=max_length)[0] == expected
+
+
+def test_teacher_and_student_read_the_bos():
+    """The reward of a Llama whose tokenizer adds a BOS is that of its plain forward pass over prompts that have it."""
+    model, completion = MODELS["llama"](seed=5), [8, 4, 1]
+    found = TeacherForcingReward(model, with_bos(added=True)).score_tokens(["w5 w6", "w7"], [completion, completion])
+    for prompt, rewards_T in zip(([3, 5, 6], [3, 7]), found, strict=True):
+        z_TV = own_logits(model, prompt, completion).double().tolist()
+        assert rewards_T.tolist() == pytest.approx(teacher_forcing(z_TV, completion, ended=True), rel=1e-4)

@@ -9,6 +9,8 @@ from datasets import Dataset
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
 from rlkd_trl.commands.data import load_prompts, load_train_and_held_out
 from rlkd_trl.commands.settings import DistillationSettings
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.recipes.command_lines import (
     COLUMNS,
@@ -220,6 +222,19 @@ def test_inline_templates_that_do_not_fit(flags, message, checkpoints, test_csv,
     command = f"pseudo_label --teacher {checkpoints['t5-tied'].teacher} --dataset {test_csv} {COLUMNS}"
     assert run(f"{command} {flags} --output {tmp_path / 'p.jsonl'}") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("column", ["ref", "references"])
+def test_no_template_reads_the_references(column, held_out, train_csv, test_csv):
+    """Neither the student's nor a teacher's, under the data's name for them or ours, of training or held-out data."""
+    data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
+    files = HeldOutArguments(eval_dataset=str(test_csv)) if held_out else None
+    with pytest.raises(InputError, match=column):
+        load_prompts(data, PromptArguments(student_template=f"{{{{ mr }}}} {{{{ {column} }}}}"), None, files)
+    templates = PromptTemplates([PromptTemplate("leak", f"{{{{ mr }}}} {{{{ {column} }}}}")])
+    with pytest.raises(InputError, match=column):
+        load_prompts(data, PromptArguments(), templates, files)
 
 
 # Rewards

@@ -1,5 +1,7 @@
 """recipes/sft.py: teachers on references, warm starts on pseudo-labels."""
 
+import json
+
 import pytest
 from transformers import (
     AutoModelForCausalLM,
@@ -7,6 +9,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     T5ForConditionalGeneration,
+    Trainer,
 )
 
 from tests.conftest import MODELS, word_tokenizer
@@ -74,6 +77,17 @@ def test_every_row_through_every_template(tmp_path, capsys):
     assert run(f"sft --dataset {data} {COLUMNS} {TWO_STEPS} {flags}") == 0
     # 3 rows × 2 templates; the reference is the target and stays out of the prompt
     assert "6 pairs of prompt and target, e.g. {'prompt': 'w9 w3 w4', 'target': 'w5'}" in capsys.readouterr().out
+
+
+def test_every_reference_of_a_row_is_learnt(checkpoints, tmp_path, monkeypatch):
+    """A list of texts in the target column, as JSON lines can have: a pair for each."""
+    data, seen = tmp_path / "data.jsonl", []
+    rows = [{"mr": "w3 w4", "ref": ["w5", "w6 w7"]}, {"mr": "w8", "ref": ["w9"]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Trainer, "train", lambda trainer, *_, **__: seen.extend(trainer.train_dataset.to_list()))
+    flags = f"--student {checkpoints['t5-tied'].student} --output_dir {tmp_path / 'out'}"
+    assert run(f"sft --dataset {data} {COLUMNS} {TWO_STEPS} {flags}") == 0
+    assert [(pair["prompt"], pair["target"]) for pair in seen] == [("w3 w4", "w5"), ("w3 w4", "w6 w7"), ("w8", "w9")]
 
 
 def test_the_students_own_template(tmp_path, capsys):

@@ -1,8 +1,10 @@
 import pytest
-from datasets import Dataset
+from sacrebleu.metrics import BLEU
 
+from rlkd_trl import TeacherForcingReward
 from rlkd_trl.evaluation.evaluate import evaluate_student
-from tests.conftest import EOS, MODELS
+from rlkd_trl.teachers import Teacher, TeacherPanel
+from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import ALLOWED, plain_forward
 from tests.trainers.tiny_runs import METHODS, build, prompts
 
@@ -29,20 +31,24 @@ def test_evaluate_reports_the_students_greedy_outputs(method, tmp_path):
 
 
 def test_references_give_text_metrics(tmp_path):
-    trainer = build("ppo", tmp_path)
-    trainer_outputs = trainer.evaluate(prompts(2, seed=3))
-    assert not any("bleu" in key for key in trainer_outputs)
-    rows = [{"prompt": row["prompt"], "references": ["nothing like it"]} for row in prompts(2, seed=3)]
-    poor = trainer.evaluate(Dataset.from_list(rows))
-    assert poor["eval_bleu"] == pytest.approx(0.0, abs=1.0)
-    assert {"eval_reward", "eval_rougeL"} <= poor.keys()
-
-    # The student's own greedy outputs as references: BLEU 100.
+    """Of the student's own outputs and references that are some of these with a word changed, against sacrebleu."""
+    trainer = build("ppo", tmp_path, per_device_eval_batch_size=2)
+    data = prompts(5, seed=3)
+    assert not any("bleu" in key or "rouge" in key for key in trainer.evaluate(data))
     outputs = evaluate_student(
-        trainer.model, trainer.processing_class, rows, None, max_prompt_length=None, max_completion_length=6
+        trainer.model, trainer.processing_class, list(data), None, max_prompt_length=None, max_completion_length=6
     ).outputs
-    perfect = [{"prompt": r["prompt"], "references": [text]} for r, text in zip(rows, outputs, strict=True)]
-    assert trainer.evaluate(Dataset.from_list(perfect))["eval_bleu"] == pytest.approx(100.0)
+    assert len(set(outputs)) >= 3, "rows in another order must show"
+
+    def bleu(references: list[str]) -> float:
+        return trainer.evaluate(data.add_column("references", [[text] for text in references]))["eval_bleu"]
+
+    changed = [" ".join(["w3", *text.split()[1:]]) if i % 2 else text for i, text in enumerate(outputs)]
+    assert bleu(outputs) == pytest.approx(100.0)
+    assert bleu(changed) == pytest.approx(BLEU().corpus_score(outputs, [changed]).score)
+    assert bleu(changed) < 95
+    assert bleu(outputs[1:] + outputs[:1]) < 60
+    assert bleu(["nothing like it"] * 5) < 5
 
 
 def test_prefix_of_the_metrics(tmp_path):
@@ -75,3 +81,20 @@ def test_evaluation_leaves_training_alone(tmp_path):
         trainer.train()
         finals.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert finals[0] == pytest.approx(finals[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 3.0), (3.0, 1.0)])
+def test_the_teachers_nll_is_the_weighted_mean_over_teachers(shares, tmp_path):
+    """In the logs of training and in evaluations."""
+    teachers = [Teacher(MODELS["t5-tied"](seed=seed), word_tokenizer()) for seed in (5, 6)]
+    alone = []
+    for reward in (*(TeacherForcingReward(teacher) for teacher in teachers),
+                   TeacherForcingReward(TeacherPanel(teachers, teacher_weights=list(shares)))):  # fmt: skip
+        trainer = build("rloo-token", tmp_path, reward=reward, max_steps=1, eval_data=prompts(3, seed=3))
+        evaluated = trainer.evaluate()["eval_teacher_nll_per_token"]
+        trainer.train()
+        alone.append((evaluated, trainer.state.log_history[0]["teacher_nll"]))
+    first, second, together = alone
+    for one, other, both in zip(first, second, together, strict=True):
+        assert both == pytest.approx((shares[0] * one + shares[1] * other) / 4, rel=1e-5)
+        assert both != pytest.approx((one + other) / 2, rel=1e-3)

@@ -229,6 +229,23 @@ def test_masked_truncated_completions_are_not_in_the_denominator(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_advantages_are_whitened_over_what_is_in_the_loss(method, tmp_path):
+    """Mean 0 and variance 1 over the tokens (RLOO on sequences: the completions) that are learnt from, no others."""
+    settings = {"num_generations": 4, "per_device_train_batch_size": 16, "data": prompts(32, seed=4)}
+    masked = {"mask_truncated_completions": True, "normalize_advantages": True, "max_steps": 1}
+    rollout = run(method, tmp_path, **settings, **masked).rollouts[0]
+    mask_BT = rollout.loss_mask_BT
+    assert 1 < int(mask_BT.any(dim=1).sum()) < 16, "some are masked, and some are not"
+    kept = (
+        rollout.advantages_BT[:, 0][mask_BT.any(dim=1)]
+        if method == "rloo-sequence"
+        else rollout.advantages_BT[mask_BT]
+    )
+    assert float(kept.mean()) == pytest.approx(0.0, abs=1e-4)
+    assert float(kept.var(unbiased=False)) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_learnt_from_a_rollout_that_is_wholly_masked(method, tmp_path):
     trainer = one_prompt(
         tmp_path,

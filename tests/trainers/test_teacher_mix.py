@@ -8,16 +8,18 @@ import torch
 from rlkd_trl import AllActionsKDConfig, AllActionsKDTrainer
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.all_actions import mixture_importance
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates
+from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import prompts, teacher_reward
 
 ROWS = [{"prompt": "w5 w6"}, {"prompt": "w7"}]
 
 
-def trainer_with(output_dir, family="t5-untied", **settings) -> AllActionsKDTrainer:
+def trainer_with(output_dir, family="t5-untied", panel=None, **settings) -> AllActionsKDTrainer:
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 5, **settings}
     args = AllActionsKDConfig(output_dir=str(output_dir), **settings)
-    panel = teacher_reward(family).panel
+    panel = teacher_reward(family).panel if panel is None else panel
     return AllActionsKDTrainer(MODELS[family](), panel, args, prompts(8), processing_class=word_tokenizer())
 
 
@@ -57,6 +59,29 @@ def test_the_rollouts_weights_are_those_of_plain_forward_passes(family, tmp_path
         student, teacher = probabilities
         expected = student / (0.3 * teacher + 0.7 * student)
         torch.testing.assert_close(rollout.importance_BT[b, : len(ids)].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5-untied", pytest.param("llama", marks=pytest.mark.slow)])
+def test_teachers_take_turns_each_asked_in_its_own_way(family, tmp_path):
+    """Two teachers × two templates: each rollout is that of a trainer with the one whose turn it is, alone."""
+    jinja = {"before": "w9 {{ source }}", "after": "{{ source }} w10"}
+    templates = {name: PromptTemplate(name, text) for name, text in jinja.items()}
+    teachers = [Teacher(MODELS[family](seed=seed), word_tokenizer()) for seed in (5, 6)]
+    together = trainer_with(tmp_path, family, TeacherPanel(teachers, PromptTemplates(templates.values())),
+                            teacher_mix=0.9)  # fmt: skip
+    ways = [(teacher, template) for teacher in teachers for template in templates.values()]
+    alone = [
+        trainer_with(tmp_path, family, TeacherPanel([teacher], PromptTemplates([template])), teacher_mix=0.9)
+        for teacher, template in ways
+    ]
+    for number in (0, 1, 2, 7):
+        other = alone[(number + 1) % 4]
+        for trainer in (together, alone[number % 4], other):
+            trainer.rollout_state.micro_step = number
+        found, expected = together.make_rollout(ROWS), alone[number % 4].make_rollout(ROWS)
+        assert found.completion_ids_BT.tolist() == expected.completion_ids_BT.tolist()
+        torch.testing.assert_close(found.importance_BT, expected.importance_BT, rtol=1e-5, atol=1e-6)
+        assert other.make_rollout(ROWS).completion_ids_BT.tolist() != expected.completion_ids_BT.tolist()
 
 
 def test_the_loss_is_weighted_token_by_token(tmp_path):

@@ -396,6 +396,22 @@ def test_every_trainable_parameter_moves(tmp_path):
         assert (parameter - before[name]).abs().max() > 1e-4, f"{name} does not learn"
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize(("rate", "expected"), [(None, 0.02), (0.05, 0.05), (0.0, 0.0)])
+def test_the_critic_learns_at_ten_times_the_rate_or_at_its_own(critic, rate, expected, tmp_path):
+    """Adam's first step moves every weight that has a gradient by the learning rate."""
+    trainer = build("ppo", tmp_path, critic=critic, critic_learning_rate=rate, learning_rate=2e-3, max_steps=1)
+    policy, before = trainer.model, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    of_critic = {id(p) for p in policy.critic_parameters()}
+    trainer.train()
+    moved = {True: 0.0, False: 0.0}
+    for name, parameter in policy.named_parameters():
+        change = float((parameter - before[name]).abs().max())
+        moved[id(parameter) in of_critic] = max(moved[id(parameter) in of_critic], change)
+    assert moved[True] == pytest.approx(expected, rel=0.02)
+    assert moved[False] == pytest.approx(2e-3, rel=0.02)
+
+
 def test_two_teacher_terms_ask_the_teacher_once(tmp_path):
     panel = TeacherPanel([Teacher(MODELS["t5-tied"](seed=5), word_tokenizer())])
     calls = []
