@@ -285,7 +285,12 @@ def reference_texts(*datasets: Dataset | Mapping[str, Dataset] | Iterable[Mappin
         else:
             column = (row.get("references") for row in dataset or [])
         for references in column:
-            yield from [references] if isinstance(references, str) else references or []
+            yield from listed_references(references)
+
+
+def listed_references(references: str | Iterable[str] | None) -> list[str]:
+    """A row's `references`, one text or several or none, as a list."""
+    return [references] if isinstance(references, str) else list(references or [])
 
 
 def as_references(target, column: str, index: int) -> list[str]:

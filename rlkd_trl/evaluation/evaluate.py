@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd_trl.data import listed_references
 from rlkd_trl.errors import TrainingError
 from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
@@ -52,7 +53,7 @@ def evaluate_completions(
     Minimization for Sequence-Level Knowledge Distillation".
     """
     outputs = decode(completions, tokenizer)
-    references = [list(row.get("references") or []) for row in rows]
+    references = [listed_references(row.get("references")) for row in rows]
     sources = [str(row.get("source", row["prompt"])) for row in rows] if with_ibleu else None
     metrics = text_metrics(outputs, references, sources)
     per_input = {

@@ -4,6 +4,7 @@ Each has TRL's signature `(prompts, completions, completion_ids, **columns) -> l
 also work as a `reward_funcs` entry of TRL's trainers, and any function written for TRL works here.
 """
 
+from rlkd_trl.data import listed_references
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.metrics import bleu, rouge
 
@@ -38,16 +39,17 @@ def repetition(prompts, completions, completion_ids, *, n: int = 3, **columns) -
 
 def reference_bleu(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
     """BLEU of each completion against its references, 0 to 100. Uses human labels, which plain RLKD does not."""
-    _require_references("reference_bleu", references)
+    references = _required_references("reference_bleu", references)
     return [bleu([completion], [refs]) for completion, refs in zip(completions, references, strict=True)]
 
 
 def reference_rouge(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
     """ROUGE-L F1 of each completion against its references, 0 to 100. Uses human labels, as above."""
-    _require_references("reference_rouge", references)
+    references = _required_references("reference_rouge", references)
     return [rouge([completion], [refs])["rougeL"] for completion, refs in zip(completions, references, strict=True)]
 
 
-def _require_references(name: str, references) -> None:
+def _required_references(name: str, references) -> list[list[str]]:
     if not references or not all(references):
         raise InputError(f"The reward {name!r} compares with references: name their column with --target_column.")
+    return [listed_references(of_row) for of_row in references]

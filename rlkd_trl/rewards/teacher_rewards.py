@@ -86,7 +86,7 @@ class TeacherReward:
             raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
         if not prompts:
             return []
-        inputs = self._inputs([{"prompt": prompt} for prompt in prompts], completions_ids)
+        inputs = self._inputs([{"prompt": _checked(prompt, i)} for i, prompt in enumerate(prompts)], completions_ids)
         rewards_BT = self.mean_over_scorers(score_panel(self.panel, inputs, [self]), inputs)
         return [rewards_T[: len(ids)] for rewards_T, ids in zip(rewards_BT, completions_ids, strict=True)]
 
@@ -102,7 +102,7 @@ class TeacherReward:
             raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
         columns = {name: v for name, v in kwargs.items() if isinstance(v, list) and len(v) == len(prompts)}
         rows = [
-            {**{name: values[i] for name, values in columns.items()}, "prompt": self._text(prompt)}
+            {**{name: values[i] for name, values in columns.items()}, "prompt": self._text(prompt, i)}
             for i, prompt in enumerate(prompts)
         ]
         if not rows:
@@ -118,10 +118,10 @@ class TeacherReward:
         )
         return sequence_sum(rewards_BT, mask_BT).tolist()
 
-    def _text(self, prompt: str | list[dict[str, str]]) -> str:
+    def _text(self, prompt: str | list[dict[str, str]], index: int) -> str:
         """A conversational prompt as text, through the teacher's own chat template."""
-        if isinstance(prompt, str):
-            return prompt
+        if not isinstance(prompt, list):
+            return _checked(prompt, index)
         tokenizer = self.panel.scorers[0].teacher.processing_class
 
         def written(shorter: Mapping[str, object]) -> str:
@@ -228,6 +228,14 @@ class LogRatioReward(TeacherReward):
         logsumexp_BT1 = scores.logsumexp if scores.allowed_logsumexp is None else scores.allowed_logsumexp
         teacher_logps_BT = log_likelihood(scores.chosen, logsumexp_BT1[:, :-1], inputs.completion_mask_BT)
         return log_ratio(teacher_logps_BT, inputs.student_logps_BT, inputs.completion_mask_BT)
+
+
+def _checked(prompt: object, index: int) -> str:
+    """The prompt, if it is text; else raises `InputError`."""
+    if not isinstance(prompt, str):
+        kind = type(prompt).__name__
+        raise InputError(f"Prompt {index + 1} is {prompt!r} ({kind}), not text: convert it, or leave it out.")
+    return prompt
 
 
 def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[TeacherReward]) -> list[TeacherScores]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from rlkd_trl.data import reference_texts
+from rlkd_trl.data import listed_references, reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
@@ -62,7 +62,7 @@ def pseudo_labels(
                 label = {key: value for key, value in row.items() if key not in leave_out} | {"template": name}
                 if interpolate:
                     candidates = texts[first : first + num_beams]
-                    rank = nearest_candidate(candidates, row["references"])
+                    rank = nearest_candidate(candidates, listed_references(row["references"]))
                     yield {**label, "pseudo_label": candidates[rank], "candidate": rank}
                 else:
                     yield {**label, "pseudo_label": texts[first]}

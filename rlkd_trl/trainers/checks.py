@@ -1,6 +1,7 @@
 """What a trainer refuses before it starts."""
 
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 
 from accelerate.utils import str_to_bool
@@ -18,11 +19,8 @@ from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
 def check_prompts(dataset: Dataset, args: RolloutConfig) -> None:
-    """Raises `InputError` if there is no column `prompt`, or fewer rows than one rollout takes."""
-    if "prompt" not in dataset.column_names:
-        raise InputError(
-            f"The training data has no column `prompt`; its columns are: {', '.join(dataset.column_names)}."
-        )
+    """Raises `InputError` if there is no column `prompt` of texts, or fewer rows than one rollout takes."""
+    check_texts(dataset, "prompt", "training data")
     needed = args.prompts_per_rollout * args.world_size
     if len(dataset) < needed:
         raise InputError(
@@ -30,6 +28,31 @@ def check_prompts(dataset: Dataset, args: RolloutConfig) -> None:
             f"steps_per_generation {args.steps_per_generation} × {args.world_size} processes / num_generations "
             f"{args.num_generations}), but the data has {len(dataset)}."
         )
+
+
+def check_column(dataset: Dataset, column: str, what: str) -> None:
+    """Raises `InputError` if `dataset` is no `datasets.Dataset`, or lacks the column.
+
+    what: "training data" or "evaluation data".
+    """
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"The {what} is of the type {type(dataset).__name__}: give a datasets.Dataset, whose rows can be drawn by "
+            "number (of a list or a stream of rows: Dataset.from_list(list(rows)))."
+        )
+    if column not in dataset.column_names:
+        raise InputError(f"The {what} has no column `{column}`; its columns are: {', '.join(dataset.column_names)}.")
+
+
+def check_texts(dataset: Dataset, column: str, what: str) -> None:
+    """As `check_column`; raises `InputError` too if a value of the column is not text."""
+    check_column(dataset, column, what)
+    for i, value in enumerate(dataset[column]):
+        if not isinstance(value, str):
+            raise InputError(
+                f"Row {i + 1} of the {what}: `{column}` is {reprlib.repr(value)} ({type(value).__name__}), not text: "
+                "convert it, or leave the row out."
+            )
 
 
 def check_targets(dataset: Dataset, args: KDConfig) -> None:
@@ -91,12 +114,10 @@ def check_sharded_head(model: PreTrainedModel | PeftModel) -> None:
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `InputError` if evaluation data has no column `prompt`."""
+    """Raises `InputError` if evaluation data has no column `prompt` of texts."""
     for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        if rows is not None and "prompt" not in rows.column_names:
-            raise InputError(
-                f"The evaluation data has no column `prompt`; its columns are: {', '.join(rows.column_names)}."
-            )
+        if rows is not None:
+            check_texts(rows, "prompt", "evaluation data")
 
 
 def check_best_metric(

@@ -10,7 +10,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
@@ -18,7 +17,7 @@ from rlkd_trl.models.loading import refuse_t5_in_float16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
 from rlkd_trl.students import remove_files_of_others, with_adapters
-from rlkd_trl.trainers.checks import empty_targets
+from rlkd_trl.trainers.checks import check_column, check_texts, empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
@@ -51,12 +50,8 @@ class SupervisedTrainer(ResumableTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        for column in ("prompt", "target"):
-            if column not in train_dataset.column_names:
-                raise InputError(
-                    f"The training data has no column `{column}`; its columns are: "
-                    f"{', '.join(train_dataset.column_names)}."
-                )
+        check_texts(train_dataset, "prompt", "training data")
+        check_column(train_dataset, "target", "training data")
         model = with_adapters(model, peft_config, seed=args.seed)
         require_eos(processing_class)
         empty = empty_targets(train_dataset["target"])

@@ -56,3 +56,10 @@ def test_reference_rouge_is_the_f1_of_the_longest_common_subsequence():
 def test_references_are_required(name, columns):
     with pytest.raises(InputError, match=name):
         call(getattr(sequence_rewards, name), ["a b c d", "e"], **columns)
+
+
+@pytest.mark.parametrize("name", ["reference_bleu", "reference_rouge"])
+def test_one_reference_may_be_a_plain_text(name):
+    completions, texts = ["a b c d e", "x"], ["a b c d e", "a b c d e"]
+    scores = call(getattr(sequence_rewards, name), completions, references=texts)
+    assert scores == pytest.approx([100.0, 0.0])

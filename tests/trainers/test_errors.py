@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -137,3 +137,44 @@ def test_zero3_without_one_consolidated_checkpoint(method, zero3, tmp_path):
 def test_zero3_for_a_student_with_adapters_on_its_head(method, zero3, tmp_path):
     with pytest.raises(InputError, match="whose LM head has adapters"):
         build(method, tmp_path, family="glm", model=lora_student("glm"))
+
+
+STREAM = IterableDataset.from_generator(lambda: iter([{"prompt": "w3"}]))
+
+
+@pytest.mark.parametrize("method", ["ppo", "kd"])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (
+            Dataset.from_dict({"prompt": ["w3"] * 6 + [None] + ["w3"] * 5}),
+            r"Row 7 of the .*`prompt` is None \(NoneType\)",
+        ),
+        (Dataset.from_dict({"prompt": list(range(12))}), r"Row 1 of the .* data: `prompt` is 0 \(int\), not text"),
+        (
+            Dataset.from_dict({"prompt": [["w3"]] * 12}),
+            r"Row 1 of the .* data: `prompt` is \['w3'\] \(list\), not text",
+        ),
+        (
+            STREAM,
+            r"data is of the type IterableDataset: give a datasets\.Dataset, .*Dataset\.from_list\(list\(rows\)\)",
+        ),
+        ([{"prompt": "w3"}] * 12, r"data is of the type list: give a datasets\.Dataset"),
+    ],
+)
+def test_prompts_that_are_no_texts(data, message, method, tmp_path):
+    with pytest.raises(InputError, match=message):
+        build(method, tmp_path, data=data)
+    with pytest.raises(InputError, match=message):
+        build(method, tmp_path, eval_data=data)
+
+
+@pytest.mark.parametrize("prompt, kind", [(None, "NoneType"), (3, "int"), (b"w3", "bytes")])
+def test_a_reward_of_prompts_that_are_no_texts(prompt, kind):
+    reward, prompts = teacher_reward(), ["w3", prompt]
+    for score in (
+        lambda: reward.score_tokens(prompts, [[4, 1], [5, 1]]),
+        lambda: reward(prompts=prompts, completion_ids=[[4, 1], [5, 1]]),
+    ):
+        with pytest.raises(InputError, match=rf"Prompt 2 is .* \({kind}\), not text"):
+            score()

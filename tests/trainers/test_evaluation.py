@@ -49,6 +49,8 @@ def test_references_give_text_metrics(tmp_path):
     assert bleu(changed) < 95
     assert bleu(outputs[1:] + outputs[:1]) < 60
     assert bleu(["nothing like it"] * 5) < 5
+    # One reference may stand there as it is, without a list around it.
+    assert trainer.evaluate(data.add_column("references", outputs))["eval_bleu"] == pytest.approx(100.0)
 
 
 def test_prefix_of_the_metrics(tmp_path):
