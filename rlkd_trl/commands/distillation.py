@@ -75,9 +75,9 @@ def distil(
 
     # 4 train, with the teacher and the student measured before and after.
     clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer)}
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    results["after"] = evaluate(trainer)
+    results["after"] = evaluate(trainer, "after training")
 
     # 5 save.
     finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))

@@ -14,24 +14,34 @@ if TYPE_CHECKING:
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
-# What a finished run leaves beside the student. An earlier run's would otherwise stand beside an unfinished one.
+def _say(line: str) -> None:
+    """Prints it on the first process."""
+    from rlkd_trl.models.sharding import is_first_process
+
+    if is_first_process():
+        print(line, flush=True)
+
+
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
     """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
     if not trainer.reward_model.panels:
         return {}
+    _say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return evaluate_teacher(
         trainer.processing_class,
         list(trainer.eval_dataset),
         trainer.reward_model,
         max_completion_length=trainer.args.max_completion_length,
         batch_size=trainer.args.per_device_eval_batch_size,
+        progress=None if trainer.args.disable_tqdm else "Evaluating the teacher",
     ).metrics
 
 
-def evaluate(trainer: "RolloutTrainer") -> dict[str, float]:
-    """The student's greedy outputs on the held-out rows."""
+def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
+    """The student's greedy outputs on the held-out rows; `when` is "before training" or "after training"."""
+    _say(f"Evaluating the student {when}: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
@@ -103,8 +113,18 @@ def evaluate_checkpoints(
         teachers = [scorer.teacher.model for panel in reward_model.panels for scorer in panel.scorers]
         share_special_tokens([model, *teachers], tokenizer)
         if reward_model.panels:
-            found["teacher"] = evaluate_teacher(tokenizer, rows, reward_model, with_ibleu=evaluation.ibleu, **lengths)
+            _say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
+            found["teacher"] = evaluate_teacher(
+                tokenizer,
+                rows,
+                reward_model,
+                with_ibleu=evaluation.ibleu,
+                progress="Evaluating the teacher",
+                **lengths,
+            )
             teacher_completions = found["teacher"].completions
+    kind = "sampled" if evaluation.sample else "greedy"
+    _say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
     found["student"] = evaluate_student(
         Policy(model, tokenizer, temperature=evaluation.temperature),
         tokenizer,
@@ -114,6 +134,7 @@ def evaluate_checkpoints(
         seed=evaluation.seed if evaluation.sample else None,
         teacher_completions=teacher_completions,
         with_ibleu=evaluation.ibleu,
+        progress="Evaluating the student",
         **lengths,
     )
     return {n: e.metrics for n, e in found.items()}, {n: e.outputs for n, e in found.items()}

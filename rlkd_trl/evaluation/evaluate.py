@@ -1,10 +1,11 @@
 """How good are a model's outputs: text metrics, what the teacher thinks of them, and the other way round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.data import listed_references
@@ -13,6 +14,7 @@ from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
@@ -44,13 +46,15 @@ def evaluate_completions(
     forbidden_V: Tensor | None = None,
     batch_size: int = 64,
     with_ibleu: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Text metrics against `references`, and the reward model's view of one completion per row.
 
     `with_ibleu` compares with each row's `source` (`prompt` where there is none) too. Adds `reward` (mean sequence
     reward), `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, `tokens` (mean, EOS included) and
     `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et al. 2023, "f-Divergence
-    Minimization for Sequence-Level Knowledge Distillation".
+    Minimization for Sequence-Level Knowledge Distillation". `advance` is called with the number of rows of each batch
+    that is scored.
     """
     outputs = decode(completions, tokenizer)
     references = [listed_references(row.get("references")) for row in rows]
@@ -63,7 +67,9 @@ def evaluate_completions(
     metrics["tokens"] = sum(per_input["tokens"]) / len(rows)
     metrics["eos_rate"] = sum(per_input["ended"]) / len(rows)
     if reward_model is not None:
-        scored = _reward_per_input(rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size)
+        scored = _reward_per_input(
+            rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
+        )
         per_input |= scored
         metrics["reward"] = sum(scored["reward"]) / len(rows)
         if reward_model.panels:
@@ -74,7 +80,7 @@ def evaluate_completions(
 
 
 def _reward_per_input(
-    rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size
+    rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
 ) -> dict[str, list[float]]:
     """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion."""
     reward, nll = [], []
@@ -95,6 +101,7 @@ def _reward_per_input(
         reward += sequence_sum(result.rewards_BT, mask_BT).tolist()
         if result.scores is not None:
             nll += sequence_sum(result.teacher_nll_BT(mask_BT), mask_BT).tolist()
+        advance(len(inputs.rows))
     return {"reward": reward, "teacher_nll": nll} if reward_model.panels else {"reward": reward}
 
 
@@ -110,10 +117,12 @@ def evaluate_student(
     seed: int | None = None,
     teacher_completions: Completions | None = None,
     with_ibleu: bool = False,
+    progress: str | None = None,
 ) -> Evaluation:
     """`evaluate_completions` of the student's own greedy (or, with `seed`, sampled) outputs.
 
-    With `teacher_completions` (one per row), also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
+    `progress` stands before a bar on the first process; None shows none. With `teacher_completions` (one per row),
+    also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
     """
     prompts = [row["prompt"] for row in rows]
     result = _evaluate_answers(
@@ -127,6 +136,7 @@ def evaluate_student(
         batch_size=batch_size,
         seed=seed,
         with_ibleu=with_ibleu,
+        progress=progress,
     )
     if teacher_completions is not None:
         logps_BT = completion_log_probs(
@@ -146,8 +156,12 @@ def evaluate_teacher(
     batch_size: int = 64,
     seed: int | None = None,
     with_ibleu: bool = False,
+    progress: str | None = None,
 ) -> Evaluation:
-    """The first teacher's greedy (or, with `seed`, sampled) answers, asked through its first template."""
+    """The first teacher's greedy (or, with `seed`, sampled) answers, asked through its first template.
+
+    `progress` stands before a bar on the first process; None shows none.
+    """
     panel = reward_model.panels[0]
     teacher = panel.scorers[0].teacher
     return _evaluate_answers(
@@ -161,6 +175,7 @@ def evaluate_teacher(
         batch_size=batch_size,
         seed=seed,
         with_ibleu=with_ibleu,
+        progress=progress,
     )
 
 
@@ -186,6 +201,7 @@ def _evaluate_answers(
     batch_size: int,
     seed: int | None,
     with_ibleu: bool,
+    progress: str | None,
 ) -> Evaluation:
     """`evaluate_completions` of a model's greedy or sampled answers to `prompts`, its own way to ask about `rows`."""
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
@@ -199,16 +215,26 @@ def _evaluate_answers(
         seed=seed or 0,
         **lengths,
     )
-    completions = joined(parts, pad_id=policy.pad_id)
-    own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, **lengths)
-    _check_own_log_probs(own_logps_BT, completions.mask_BT, prompts)
-    return evaluate_completions(
-        rows,
-        completions,
-        tokenizer,
-        reward_model,
-        own_logps_BT=own_logps_BT,
-        forbidden_V=policy.forbidden_V,
-        batch_size=batch_size,
-        with_ibleu=with_ibleu,
-    )
+    passes = 2 if reward_model is None else 3  # answers, their log-probabilities, rewards
+    is_hidden = progress is None or not is_first_process()
+    with tqdm(total=passes * len(prompts), desc=progress, unit="read", leave=False, disable=is_hidden) as bar:
+        completions = joined(_counted(parts, bar.update), pad_id=policy.pad_id)
+        own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, advance=bar.update, **lengths)
+        _check_own_log_probs(own_logps_BT, completions.mask_BT, prompts)
+        return evaluate_completions(
+            rows,
+            completions,
+            tokenizer,
+            reward_model,
+            own_logps_BT=own_logps_BT,
+            forbidden_V=policy.forbidden_V,
+            batch_size=batch_size,
+            with_ibleu=with_ibleu,
+            advance=bar.update,
+        )
+
+
+def _counted(parts: Iterable[Completions], advance: Callable[[int], object]) -> Iterator[Completions]:
+    for part in parts:
+        yield part
+        advance(len(part.ids_BT))

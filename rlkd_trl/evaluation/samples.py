@@ -1,6 +1,6 @@
 """A student's samples and their log-probabilities, for measurements outside of a trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ def completion_log_probs(
     num_generations: int = 1,
     max_prompt_length: int | None,
     batch_size: int = 64,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """log π(y_t | s_t) of `num_generations` completions per prompt, next to each other, `[B, T]`; 0 behind the mask.
 
-    `batch_size` prompts are read at a time.
+    `batch_size` prompts are read at a time; `advance` is called with the number of prompts of each batch that is done.
     """
     logps, width = [], completions.ids_BT.shape[1]
     for first in range(0, len(prompts), batch_size):
@@ -36,6 +37,7 @@ def completion_log_probs(
         rows = slice(first * num_generations, first * num_generations + len(index_B))
         read = (*prompt_PS, index_B, completions.ids_BT[rows], completions.mask_BT[rows])
         logps.append(policy(*read, with_entropy=False, with_final_value=False).logps_BT)
+        advance(len(prompt_PS[0]))
     return pad_columns(logps, width)
 
 

@@ -281,3 +281,18 @@ def test_results_of_an_earlier_run_do_not_stay_beside_an_unfinished_one(recipe, 
     assert run(f"{recipe} {flags} --overwrite_output_dir") == 0
     stale = {path.name for path in tmp_path.iterdir() if path.is_file() and path.read_bytes() == b"of another run"}
     assert stale == {"notes.txt"}
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_it_says_what_is_evaluated_and_shows_bars_unless_disabled(disabled, checkpoints, train_csv, tmp_path, capsys):
+    pair = checkpoints["t5-tied"]
+    flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {SAMPLING}"
+    assert run(f"rloo_kd {flags} --disable_tqdm {disabled} --output_dir {tmp_path}") == 0
+    out, err = capsys.readouterr()
+    for line in (
+        "Evaluating the teacher: its greedy outputs on 3 held-out inputs.",
+        "Evaluating the student before training: its greedy outputs on 3 held-out inputs.",
+        "Evaluating the student after training: its greedy outputs on 3 held-out inputs.",
+    ):
+        assert line in out
+    assert ("Evaluating the student:" in err) is ("Evaluating the teacher:" in err) is not disabled
