@@ -8,7 +8,7 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
@@ -21,10 +21,11 @@ def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     settings = parse_settings(EvaluationSettings, description=__doc__)
     require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
+    require_files(settings)
     check_evaluation_directory(settings)
-    check_rewards(settings.reward, settings.evaluation.reward_weights)
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)
+    check_rewards(settings.reward, settings.evaluation.reward_weights)
     check_checkpoints(settings.teacher, settings.student)
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
     lengths = {name: getattr(settings.evaluation, name) for name in ("max_prompt_length", "max_completion_length")}

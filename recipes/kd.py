@@ -24,8 +24,8 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
-        config="KDConfig",
-        trainer="KDTrainer",
+        config="rlkd_trl.trainers.full_vocabulary_config:KDConfig",
+        trainer="rlkd_trl.trainers.kd:KDTrainer",
         title="distillation on divergences",
         kind=DistillationSettings,  # no flags for rewards
         description=__doc__,

@@ -22,8 +22,8 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
-        config="PPOKDConfig",
-        trainer="PPOKDTrainer",
+        config="rlkd_trl.trainers.config:PPOKDConfig",
+        trainer="rlkd_trl.trainers.ppo:PPOKDTrainer",
         title="PPO",
         description=__doc__,
         demo_preset=DEMO_PRESET,

@@ -12,7 +12,7 @@ nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0
 sequence-level interpolation, where K = 35 and the student was trained before. This uses human labels.
 """
 
-from rlkd_trl.commands.checks import check_pseudo_labels, require
+from rlkd_trl.commands.checks import check_pseudo_labels, require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.loading import load_panel
 from rlkd_trl.commands.prompt_lengths import check_questions
@@ -25,9 +25,10 @@ def main() -> None:
     settings = parse_settings(PseudoLabelSettings, description=__doc__)
     data, labels = settings.data, settings.labels
     require(**{"--dataset": data.dataset, "--teacher": settings.teacher.teacher, "--output": labels.output})
-    check_pseudo_labels(settings)
+    require_files(settings)
     templates = load_templates(settings.prompts)
     rows = load_prompts(data, settings.prompts, templates)
+    check_pseudo_labels(settings)
     check_questions(rows, "Data", templates, settings.teacher, max_completion_length=labels.max_completion_length)
 
     # Ask the teacher, and write its answers as they come.

@@ -31,8 +31,8 @@ def title(settings: RewardedSettings) -> str:
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
-        config="ReinforceKDConfig",
-        trainer="ReinforceKDTrainer",
+        config="rlkd_trl.trainers.config:ReinforceKDConfig",
+        trainer="rlkd_trl.trainers.reinforce:ReinforceKDTrainer",
         title=title,
         description=__doc__,
         demo_preset=DEMO_PRESET,

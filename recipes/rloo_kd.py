@@ -28,8 +28,8 @@ def title(settings: RewardedSettings) -> str:
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
-        config="RLOOKDConfig",
-        trainer="RLOOKDTrainer",
+        config="rlkd_trl.trainers.config:RLOOKDConfig",
+        trainer="rlkd_trl.trainers.rloo:RLOOKDTrainer",
         title=title,
         description=__doc__,
         demo_preset=DEMO_PRESET,

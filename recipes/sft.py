@@ -14,7 +14,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl.commands.checks import check_student
+from rlkd_trl.commands.checks import check_student, require_files
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
 from rlkd_trl.commands.run_directory import (
@@ -26,19 +26,23 @@ from rlkd_trl.commands.run_directory import (
     mark_finished,
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
-from rlkd_trl.commands.settings import SupervisedSettings, parse_settings
+from rlkd_trl.commands.settings import CommandLine, SupervisedSettings
 from rlkd_trl.errors import run
-from rlkd_trl.trainers.supervised_config import SupervisedConfig
+
+CONFIG = "rlkd_trl.trainers.supervised_config:SupervisedConfig"
 
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_settings(SupervisedSettings, description=__doc__, args=SupervisedConfig)
+    command = CommandLine(SupervisedSettings, description=__doc__, config=CONFIG)
+    settings = command.sketch()
+    require_files(settings)
+    templates = load_templates(settings.prompts)
+    pairs = load_pairs(settings, templates)
+    settings = command.settings()
     args = settings.args
     check_apart("--output_dir", args.output_dir, *vars(settings).values())
     check_free(args.output_dir, settings.run, args)
-    templates = load_templates(settings.prompts)
-    pairs = load_pairs(settings, templates)
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student)

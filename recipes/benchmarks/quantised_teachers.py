@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.checks import check_checkpoints, require
-from rlkd_trl.commands.comparison.steps import as_flags
+from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.parser import RecipeParser

@@ -1,12 +1,12 @@
 """The recipes' flags, one dataclass per concern. The first line of a docstring is its heading in `--help`.
 
-`READS` says which of a dataclass's flags name local files or directories to read, and of what kind: one of
-`files_read.KINDS`.
+Types say what a value is: a number with its range (`settings.ranges`), a path of what is read (`settings.files`).
 """
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from rlkd_trl.settings.files import CheckpointPath, DataPath, RewardPath, TemplatesPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
 
 
@@ -14,9 +14,7 @@ from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, 
 class DataArguments:
     """Data"""
 
-    READS: ClassVar[dict[str, str]] = {"dataset": "data"}
-
-    dataset: str | None = field(
+    dataset: DataPath | None = field(
         default=None,
         metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory. Default: the embedded demo."},
     )
@@ -42,9 +40,7 @@ class DataArguments:
 class HeldOutArguments:
     """Held-out data"""
 
-    READS: ClassVar[dict[str, str]] = {"eval_dataset": "data"}
-
-    eval_dataset: str | None = field(
+    eval_dataset: DataPath | None = field(
         default=None,
         metadata={
             "help": "For the final table; default: a tenth of the inputs. --dataset_config and _revision apply."
@@ -65,9 +61,7 @@ class PromptArguments:
         "template": ("templates", "template_names"),
         "templates": ("template",),
     }
-    READS: ClassVar[dict[str, str]] = {"templates": "templates"}
-
-    templates: str | None = field(
+    templates: TemplatesPath | None = field(
         default=None,
         metadata={
             "help": "How the teacher is asked: a YAML file of names and Jinja texts, promptsource's, or builtin:TASK."
@@ -95,9 +89,7 @@ class PromptArguments:
 class TeacherArguments:
     """Teacher"""
 
-    READS: ClassVar[dict[str, str]] = {"teacher": "checkpoint"}
-
-    teacher: list[str] | None = field(
+    teacher: list[CheckpointPath] | None = field(
         default=None, metadata={"help": "Checkpoint directory or Hub id; several are averaged. Default: the demo."}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub teacher."})
@@ -142,9 +134,7 @@ class TeacherArguments:
 class StudentArguments:
     """Student"""
 
-    READS: ClassVar[dict[str, str]] = {"student": "checkpoint"}
-
-    student: str | None = field(
+    student: CheckpointPath | None = field(
         default=None, metadata={"help": "Checkpoint directory or Hub id to start from. Default: the demo."}
     )
     student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
@@ -155,9 +145,7 @@ class StudentArguments:
 class RewardArguments:
     """Reward"""
 
-    READS: ClassVar[dict[str, str]] = {"reward": "reward"}
-
-    reward: list[str] = field(
+    reward: list[RewardPath] = field(
         default_factory=lambda: ["teacher_forcing"],
         metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:name of yours."},
     )
@@ -185,15 +173,13 @@ class RunArguments:
 class NewModelArguments:
     """New model (without --student)"""
 
-    READS: ClassVar[dict[str, str]] = {"tokenizer": "checkpoint"}
-
     architecture: str = field(default="t5", metadata={"help": "t5 (encoder-decoder) or llama (decoder-only)."})
     d_model: Length = field(default=128, metadata={"help": "Width D."})
     num_layers: Length = field(default=2, metadata={"help": "Layers, in encoder and decoder each."})
     num_heads: Length = field(default=4, metadata={"help": "Attention heads."})
     d_ff: Length | None = field(default=None, metadata={"help": "Feed-forward width; 2 × d_model by default."})
     dropout: ShareBelowOne = field(default=0.1, metadata={"help": "Dropout while training."})
-    tokenizer: str | None = field(
+    tokenizer: CheckpointPath | None = field(
         default=None, metadata={"help": "Checkpoint whose tokenizer to use; default: train one on the data."}
     )
     vocab_size: Length = field(default=4000, metadata={"help": "At most this many tokens in a new tokenizer."})

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.run_directory import check_apart, check_not_there
 from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
+from rlkd_trl.data import require_dataset
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.files import Reads, files_read, require_checkpoint
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import OnPolicyConfig
@@ -30,6 +32,18 @@ def is_demo(settings: DistillationSettings) -> bool:
             f"{' and '.join(missing)} missing: give --dataset, --teacher and --student, or none of them for the demo."
         )
     return bool(missing)
+
+
+def require_files(settings: object) -> None:
+    """Raises `InputError` for a flag whose value can only be a local dataset or checkpoint, and is not there."""
+    for group in vars(settings).values():
+        for name, reads in files_read(type(group)).items():
+            value = getattr(group, name)
+            for path in value if isinstance(value, list) else [value]:
+                if path is not None and reads is Reads.DATA:
+                    require_dataset(path)
+                elif path is not None and reads is Reads.CHECKPOINT:
+                    require_checkpoint(f"--{name}", path)
 
 
 def require(**flags: object) -> None:
@@ -63,7 +77,7 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
 
 def check_teacher(teacher: TeacherArguments) -> None:
     """The teachers are checkpoints or may be Hub ids, have an EOS, can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, check_quantization, load_tokenizer, require_checkpoint
+    from rlkd_trl.models.loading import check_dtype, check_quantization, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
@@ -77,7 +91,7 @@ def check_teacher(teacher: TeacherArguments) -> None:
 
 def check_student(student: StudentArguments) -> None:
     """A named student is a checkpoint or may be a Hub id, and has an EOS; the dtype is known. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, load_tokenizer, require_checkpoint
+    from rlkd_trl.models.loading import check_dtype, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
 
     check_dtype(student.student_dtype)

@@ -103,10 +103,8 @@ def load_train_and_held_out(
     """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
 
     Raises:
-        InputError: As `load_prompts`; or too few inputs, to hold some out or for one rollout.
+        InputError: As `load_prompts`; or too few inputs, to hold some out.
     """
-    from rlkd_trl.trainers.checks import check_prompts
-
     data, held_out, prompts, args = settings.data, settings.held_out, settings.prompts, settings.args
     if held_out.eval_dataset is not None and data.dataset is None:
         raise InputError("--eval_dataset needs --dataset; the demo has held-out data of its own.")
@@ -122,7 +120,6 @@ def load_train_and_held_out(
         order = random.Random(args.seed).sample(range(len(train)), len(train))
         print(f"No --eval_dataset: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
         train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
-    check_prompts(train, args)
     return train, test
 
 

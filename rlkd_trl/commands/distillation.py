@@ -1,12 +1,12 @@
 """The body of the distillation recipes: check, build, train, finish, with one object of settings through all."""
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rlkd_trl
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo, require_files
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
@@ -14,7 +14,7 @@ from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
 from rlkd_trl.commands.run_directory import check_apart, check_free, checkpoint_to_resume, clear_results, is_finished
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
-from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, parse_settings
+from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CheckedInputs:
-    """What is known to be in order before a model is loaded. checkpoint: where to resume from, if anywhere."""
+class CheckedData:
+    """Templates, and rows that they can be rendered for."""
 
     templates: PromptTemplates | None
     train: "Dataset"
     test: "Dataset"
+
+
+@dataclass(frozen=True)
+class CheckedInputs(CheckedData):
+    """What is known to be in order before a model is loaded. checkpoint: where to resume from, if anywhere."""
+
     checkpoint: str | None
 
 
@@ -45,8 +51,8 @@ def distil(
     """A distillation recipe, from its command line to a finished output directory.
 
     Args:
-        config: Name of the trainer's settings in `rlkd_trl`.
-        trainer: Name of the trainer in `rlkd_trl`.
+        config: The class of the trainer's settings, as "package.module:Class": it is imported when it is needed.
+        trainer: The trainer, likewise.
         title: The method as the results call it.
         description: The recipe's docstring, for `--help`.
         demo_preset: YAML file of defaults where no teacher is named.
@@ -56,8 +62,10 @@ def distil(
         InputError: Something in the input is wrong.
     """
     # 1 parse, and find out what is wrong with the input before any model is loaded or made.
-    settings = parse_settings(kind, description=description, demo_preset=demo_preset, args=getattr(rlkd_trl, config))
-    inputs = check(settings)
+    command = CommandLine(kind, description=description, config=config, demo_preset=demo_preset)
+    data = check_data(command.sketch())
+    settings = command.settings()
+    inputs = check(settings, data)
 
     # 2 make the demo's models, where none are named.
     if is_demo(settings):
@@ -65,12 +73,12 @@ def distil(
 
     inputs = within_lengths(settings, inputs)
     record = command_record(settings)
-    check_own_checkpoint(inputs.checkpoint, trainer, settings.args, record, inputs.train)
+    check_own_checkpoint(inputs.checkpoint, trainer.partition(":")[2], settings.args, record, inputs.train)
     if is_finished(inputs.checkpoint, settings.args):
         return
 
     # 3 build.
-    trainer = build(getattr(rlkd_trl, trainer), settings, inputs)
+    trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
     trainer.run_record["command"] = record
 
     # 4 train, with the teacher and the student measured before and after.
@@ -83,31 +91,41 @@ def distil(
     finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
 
 
-def check(settings: DistillationSettings) -> CheckedInputs:
-    """What is named, where it goes, how the run was launched, rewards, templates, data, checkpoints, in this order.
+def check_data(settings: DistillationSettings) -> CheckedData:
+    """What is named, files, templates and rows; of the trainer's settings a sketch is enough.
 
     Raises:
         InputError: One of them is wrong; the message names it.
     """
-    from rlkd_trl.trainers.checks import check_best_metric, check_sharding, check_targets
+    is_demo(settings)
+    require_files(settings)
+    templates = load_templates(settings.prompts)
+    return CheckedData(templates, *load_train_and_held_out(settings, templates))
+
+
+def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
+    """Where it goes, how the run was launched, rewards, whether the data suits the method, checkpoints, in this order.
+
+    Raises:
+        InputError: One of them is wrong; the message names it.
+    """
+    from rlkd_trl.trainers.checks import check_best_metric, check_prompts, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
-    demo = is_demo(settings)
     output_dir = settings.args.output_dir
     check_apart("--output_dir", output_dir, *vars(settings).values())
     check_free(output_dir, settings.run, settings.args)
     check_sharding(settings.args)
     if isinstance(settings, RewardedSettings):
         check_rewards(settings.reward, settings.args.reward_weights, settings.args)
-    templates = load_templates(settings.prompts)
-    train, test = load_train_and_held_out(settings, templates)
-    check_best_metric(settings.args, test, has_teacher=True)
+    check_prompts(data.train, settings.args)
+    check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
-        check_targets(train, settings.args)
+        check_targets(data.train, settings.args)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
-    if not demo:
+    if not is_demo(settings):
         check_checkpoints(settings.teacher, settings.student)
-    return CheckedInputs(templates, train, test, checkpoint)
+    return CheckedInputs(**vars(data), checkpoint=checkpoint)
 
 
 def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:

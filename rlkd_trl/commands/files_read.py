@@ -17,6 +17,7 @@ from rlkd_trl.commands.arguments import (
 from rlkd_trl.data import content_digest, data_files
 from rlkd_trl.prompts.promptsource import resolve_file
 from rlkd_trl.prompts.templates import BUILTIN_DIRECTORY, BUILTIN_PREFIX
+from rlkd_trl.settings.files import INHERITED, Reads, files_read
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # What `from_pretrained` reads of a checkpoint: weights, configs, tokenizer. Beside them stand results and reports.
@@ -38,10 +39,19 @@ class FileDigests:
         self._known: dict[Path, str] = {}
 
     def of_flags(self, values: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """By "--flag value", for each value of a flag in `FILES_OF` that names something local."""
-        named = [(flag, value) for flag in FILES_OF for value in values.get(flag, [])]
-        files = {f"{flag} {value}": FILES_OF[flag](value) for flag, value in named}
+        """By "--flag value", for each value of a flag that names something local."""
+        named = [(flag, value) for flag in READ_BY_FLAG for value in values.get(flag, [])]
+        files = {f"{flag} {value}": FILES_OF[READ_BY_FLAG[flag]](value) for flag, value in named}
         return {name: self.of_files(found) for name, found in files.items() if found}
+
+    def of_groups(self, *groups: object) -> dict[str, str]:
+        """The same for groups of flags."""
+        values = {}
+        for group in groups:
+            for name in files_read(type(group)):
+                value = getattr(group, name)
+                values[f"--{name}"] = value if isinstance(value, list) else [] if value is None else [value]
+        return self.of_flags(values)
 
     def of_files(self, files: Sequence[Path]) -> str:
         """Of what one or more files hold, and their names below the directory that they share."""
@@ -101,22 +111,22 @@ def _preset_files(spec: str) -> list[Path]:
     return [file] if file.suffix in (".yaml", ".yml") and file.is_file() else []
 
 
-# What a flag reads: kind to the local files that a value of it names, none where it names something else.
-KINDS: dict[str, Callable[[str], list[Path]]] = {
-    "data": data_files,
-    "templates": _template_files,
-    "checkpoint": checkpoint_files,
-    "reward": _reward_files,
-    "preset": _preset_files,
+# Of what a value names: the local files, none where it names something elsewhere.
+FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
+    Reads.DATA: data_files,
+    Reads.TEMPLATES: _template_files,
+    Reads.CHECKPOINT: checkpoint_files,
+    Reads.RUN_CHECKPOINT: lambda path: sorted(file for file in Path(path).rglob("*") if file.is_file()),
+    Reads.REWARD: _reward_files,
+    Reads.PRESET: _preset_files,
+    Reads.JSON: lambda path: [Path(path)] if Path(path).is_file() else [],
 }
-
-
-# Of the flags of a training run: flag to the files that a value of it names.
-FILES_OF = {
-    f"--{name}": KINDS[kind]
+# Every flag of a training run that names files: of its trainer, and of the other groups of flags.
+READ_BY_FLAG: dict[str, Reads] = {f"--{name}": reads for name, reads in INHERITED.items()} | {
+    f"--{name}": reads
     for group in (
         *(DataArguments, HeldOutArguments, PromptArguments),
         *(TeacherArguments, StudentArguments, RewardArguments),
     )
-    for name, kind in group.READS.items()
+    for name, reads in files_read(group).items()
 }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RunArguments
-from rlkd_trl.commands.files_read import KINDS
+from rlkd_trl.commands.files_read import FILES_OF
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.files import INHERITED, files_read
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,11 +48,13 @@ def check_apart(flag: str, output: str | Path, *groups: object) -> None:
 def _inputs(*groups: object) -> Iterator[tuple[str, Path]]:
     """Flag with value, and path, of all that is there and read: directories as a whole, and single files."""
     for group in groups:
-        for name, kind in getattr(group, "READS", {}).items():
+        for name, reads in files_read(type(group)).items():
+            if name in INHERITED:  # a checkpoint in the run's own directory may be gone on from
+                continue
             value = getattr(group, name) or []
             for one in [value] if isinstance(value, str) else value:
                 path = Path(one).expanduser()
-                paths = [path] if path.exists() else KINDS[kind](one)
+                paths = [path] if path.exists() else FILES_OF[reads](one)
                 yield from ((f"--{name} {one}", path) for path in paths)
 
 

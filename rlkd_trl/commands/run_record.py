@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.files_read import KINDS, FileDigests
+from rlkd_trl.commands.files_read import FILES_OF, FileDigests
+from rlkd_trl.settings.files import Reads, files_read
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,7 @@ def command_record(settings: object) -> dict[str, dict[str, object]]:
     groups = [group for name, group in vars(settings).items() if name != "args"]
     record = {
         type(group).__name__: {
-            item.name: _recorded(getattr(group, item.name), getattr(group, "READS", {}).get(item.name), digests)
+            item.name: _recorded(getattr(group, item.name), files_read(type(group)).get(item.name), digests)
             for item in fields(group)
             if item.name not in _LEFT_OUT
         }
@@ -45,12 +46,12 @@ def command_record(settings: object) -> dict[str, dict[str, object]]:
     return record
 
 
-def _recorded(value: object, kind: str | None, digests: FileDigests) -> object:
-    if kind is None or value is None:
+def _recorded(value: object, reads: Reads | None, digests: FileDigests) -> object:
+    if reads is None or value is None:
         return value
     if isinstance(value, list):
-        return [_recorded(one, kind, digests) for one in value]
-    files = KINDS[kind](value)
+        return [_recorded(one, reads, digests) for one in value]
+    files = FILES_OF[reads](value)
     return digests.of_files(files) if files else value
 
 

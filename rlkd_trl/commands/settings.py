@@ -2,9 +2,11 @@
 
 import json
 import os
+import pkgutil
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Generic, TypeVar, get_type_hints
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
@@ -20,6 +22,7 @@ from rlkd_trl.commands.arguments import (
 )
 from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.settings.declared import declared
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import RolloutConfig
@@ -82,24 +85,58 @@ class EvaluationSettings:
     evaluation: EvaluationArguments
 
 
-def groups_of(kind: type, **others: type) -> dict[str, type]:
-    """Field of a class of settings to its class of flags; `others` are the classes that only the recipe knows."""
-    known = get_type_hints(kind, localns={"RolloutConfig": object, "SupervisedConfig": object})
-    return {field.name: others.get(field.name, known[field.name]) for field in fields(kind)}
+def groups_of(kind: type, args: type | None = None) -> dict[str, type]:
+    """Field of a class of settings to its class of flags; `args` is the one of the trainer, which its recipe knows."""
+    known = get_type_hints(kind, localns={"RolloutConfig": args, "SupervisedConfig": args})
+    return {field.name: known[field.name] for field in fields(kind)}
 
 
-def parse_settings(
-    kind: type[Settings], *, description: str, demo_preset: Path | None = None, **others: type
-) -> Settings:
-    """The command line as one object; `others` as in `groups_of`, `demo_preset` as in `RecipeParser.parse`.
+class CommandLine(Generic[Settings]):
+    """The command line of a recipe as one object of settings.
 
-    Raises:
-        InputError: As `RecipeParser.parse`.
+    In two steps, since the imports of a trainer's settings take seconds: a sketch, with the fields that its source
+    declares, serves for `--help` and for all that can be found wrong before; then the settings themselves.
     """
-    groups = groups_of(kind, **others)
-    check_launch(os.environ)
-    parsed = RecipeParser(*groups.values(), description=description).parse(demo_preset=demo_preset)
-    return kind(**dict(zip(groups, parsed, strict=True)))
+
+    def __init__(
+        self,
+        kind: type[Settings],
+        *,
+        description: str,
+        config: str | None = None,
+        demo_preset: Path | None = None,
+    ):
+        """
+        Args:
+            kind: Class of the settings; each field is a group of flags.
+            description: The recipe's docstring, for `--help`.
+            config: Where the class of the trainer's settings is, as "package.module:Class".
+            demo_preset: As in `RecipeParser.parse`.
+        """
+        self.kind, self.description, self.config, self.demo_preset = kind, description, config, demo_preset
+
+    def sketch(self) -> Settings:
+        """Raises `InputError` as `check_launch` and `RecipeParser.parse`."""
+        check_launch(os.environ)
+        kind = declared(self.config.replace(":", "."))
+        if kind is None or "--help_all" in sys.argv:  # the latter shows computed defaults too
+            return self.settings()
+        return self._parse(kind)
+
+    def settings(self) -> Settings:
+        """Raises `InputError` as `check_launch` and `RecipeParser.parse`."""
+        check_launch(os.environ)
+        return self._parse(None if self.config is None else pkgutil.resolve_name(self.config))
+
+    def _parse(self, config: type | None) -> Settings:
+        groups = groups_of(self.kind, config)
+        parser = RecipeParser(*groups.values(), description=self.description)
+        return self.kind(**dict(zip(groups, parser.parse(demo_preset=self.demo_preset), strict=True)))
+
+
+def parse_settings(kind: type[Settings], *, description: str, demo_preset: Path | None = None) -> Settings:
+    """The command line of a recipe without a trainer. Raises `InputError` as `CommandLine.settings`."""
+    return CommandLine(kind, description=description, demo_preset=demo_preset).settings()
 
 
 def described(settings: object) -> dict[str, dict]:

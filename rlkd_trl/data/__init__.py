@@ -11,6 +11,7 @@ from rlkd_trl.data.loading import (
     parse_renames,
     reference_texts,
     require_columns,
+    require_dataset,
     require_no_blanks,
     require_text,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "parse_renames",
     "reference_texts",
     "require_columns",
+    "require_dataset",
     "require_no_blanks",
     "require_text",
     "train_tokenizer",

@@ -45,19 +45,28 @@ def load_rows(
         InputError: the dataset, the split or the file's content is not there or cannot be read.
     """
     path = Path(dataset).expanduser()
+    require_dataset(dataset)
     if path.is_file():
         rows = _load_file(path, split)
     elif _is_saved_to_disk(path):
         rows = _load_saved(path, split)
     elif path.is_dir():
         rows = _load_directory(path, split)
-    elif path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset:
-        raise InputError(f"Dataset {dataset} does not exist; check the path (looked for {path.absolute()}).")
+    elif path.exists():
+        raise InputError(f"Dataset {dataset} is neither a file nor a directory.")
     else:
         rows = _load_from_hub(dataset, split, revision, config)
     if len(rows) == 0:
         raise InputError(f"Dataset {dataset} has no rows in split {split!r}; there is nothing to work on.")
     return rows
+
+
+def require_dataset(dataset: str) -> None:
+    """Raises `InputError` if what can only be a path, for its ending or since it is no Hub id, is not there."""
+    path = Path(dataset).expanduser()
+    is_path = path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset
+    if is_path and not path.exists():
+        raise InputError(f"Dataset {dataset} does not exist; check the path (looked for {path.absolute()}).")
 
 
 def _load_file(path: Path, split: str) -> Dataset:

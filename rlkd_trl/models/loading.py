@@ -25,6 +25,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import settings_not_used
 from rlkd_trl.models.sharding import is_first_process, loading_shards
+from rlkd_trl.settings.files import require_checkpoint
 
 DTYPES = {
     "auto": "auto",
@@ -183,21 +184,6 @@ def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict
 def default_device() -> torch.device:
     """This process's accelerator where there is one, or the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def require_checkpoint(flag: str, name_or_path: str) -> None:
-    """Fails at once if something that can only be a local directory is not a model checkpoint.
-
-    Raises:
-        InputError: It looks like a path and is missing, or it is a directory without `config.json`.
-    """
-    path = Path(name_or_path)
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"`{flag} {name_or_path}` is a directory without config.json, so not a model checkpoint.")
-    elif looks_local or path.exists():
-        raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
 
 
 def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:

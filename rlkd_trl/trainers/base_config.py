@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from transformers import TrainingArguments
+from transformers.training_args import TrainingArguments
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.ranges import (

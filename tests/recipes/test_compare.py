@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from rlkd_trl import errors
 from rlkd_trl.commands import files_read
 from rlkd_trl.commands.arguments import TeacherArguments
-from rlkd_trl.commands.comparison.steps import check_flags, find_method
+from rlkd_trl.commands.comparison import results
+from rlkd_trl.commands.comparison.checks import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
@@ -108,9 +109,9 @@ def compare(flags: str, workplace: Path, *, figures: bool = False) -> int:
     """The exit code of the real recipe among the stand-ins. Drawing takes seconds."""
     main = main_of("compare")
     main.__globals__["RECIPES"] = workplace / "recipes"
-    if not figures:
-        main.__globals__["write_figures"] = lambda *args: []
     with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(results, "write_figures", lambda *args: [])
         patch.setattr(sys, "argv", ["compare.py", *flags.split()])
         try:
             errors.run(main)

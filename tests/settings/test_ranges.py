@@ -11,7 +11,7 @@ from typing import Annotated
 import pytest
 
 from rlkd_trl.commands import arguments
-from rlkd_trl.commands.comparison.steps import ComparisonArguments, MeasurementArguments
+from rlkd_trl.commands.comparison.arguments import ComparisonArguments, MeasurementArguments
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning.command import main as plan
 from rlkd_trl.rewards import TeacherForcingReward
@@ -144,7 +144,7 @@ def test_a_reward_of_its_own(name, values):
             TeacherForcingReward(None, value="soft", **{name: bad})
 
 
-@pytest.mark.parametrize("flag", ["gpus", "nodes", "num_generations", "prompt_tokens", "teacher_batch_tokens"])
+@pytest.mark.parametrize("flag", ["gpus", "nodes", "num_generations", "max_prompt_length", "teacher_batch_tokens"])
 @pytest.mark.parametrize("bad", [0, -1, 10**30])
 def test_counts_of_the_planner(flag, bad):
     with pytest.raises(InputError, match=f"--{flag} {bad} is out of range: 1 or more"):

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlkd_trl.commands.comparison.arguments import SELECTION, ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell, Method, run_cells
-from rlkd_trl.commands.comparison.statistics import SELECTION, choose_learning_rate
+from rlkd_trl.commands.comparison.statistics import choose_learning_rate
 from rlkd_trl.commands.files_read import FileDigests
 
 
@@ -25,6 +26,22 @@ class Grid:
     select_on: str
     jobs: int
     digests: FileDigests
+
+    @classmethod
+    def of(cls, settings: ComparisonSettings, methods: Sequence[Method]) -> "Grid":
+        """The runs that the flags ask for."""
+        compare = settings.compare
+        return cls(
+            Path(compare.output_dir),
+            methods,
+            compare.budgets(),
+            compare.seeds,
+            compare.learning_rates,
+            flags=settings.run_flags(),
+            select_on=compare.select_on,
+            jobs=compare.jobs,
+            digests=FileDigests(),
+        )
 
     def cell(self, budget: str, method: Method, seed: int, rate: float) -> Cell:
         name = f"seed{seed}" if len(self.learning_rates) == 1 else f"seed{seed}-lr{rate:g}"

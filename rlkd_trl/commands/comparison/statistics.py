@@ -15,17 +15,11 @@ from sacrebleu.metrics import BLEU
 from torch import Tensor
 
 from rlkd_trl.commands.comparison.outcome import Outcome
-from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
 from rlkd_trl.evaluation.metrics import rouge
 
 LEVEL = 0.95
 RETAINED = ("bleu", "rougeL")  # those of which a share of the teacher's value makes sense
 COSTS = ("optimizer_steps", "generated_tokens", "cpu_seconds", "wall_seconds")
-# What a learning rate can be chosen by -> whether lower is better.
-SELECTION = {
-    name: not HIGHER_IS_BETTER[name]
-    for name in ("teacher_nll_per_sequence", "teacher_nll_per_token", "bleu", "rougeL")
-}
 
 
 class Interval(NamedTuple):

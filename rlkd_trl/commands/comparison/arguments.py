@@ -1,0 +1,139 @@
+"""The flags of compare.py, and what of them the training runs get."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
+from rlkd_trl.settings.files import DataPath, PresetPath
+from rlkd_trl.settings.ranges import LARGEST_COUNT, AtLeastTwo, Count, Length, Positive, Range, Seed, check_ranges
+
+BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
+# What a learning rate can be chosen by -> whether lower is better.
+SELECTION = {
+    name: not HIGHER_IS_BETTER[name]
+    for name in ("teacher_nll_per_sequence", "teacher_nll_per_token", "bleu", "rougeL")
+}
+# For every run, unless `--common` says otherwise.
+_QUIET = ("--save_strategy=no", "--disable_tqdm=True")
+# With a budget of tokens or time: the trainer stops when it is spent, and cannot know beforehand at which step.
+_UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup")
+
+
+@dataclass
+class ComparisonArguments:
+    """Comparison"""
+
+    smoke: bool = field(default=False, metadata={"help": "All of it on the embedded demo, in minutes."})
+    methods: list[PresetPath] | None = field(
+        default=None, metadata={"help": "Names in recipes/configs/methods/, or YAML files. Default: all of them."}
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Method to compare with, or warm_start. Default: the first of --methods."}
+    )
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of every method."})
+    max_steps: list[Count] | None = field(default=None, metadata={"help": "Budgets in optimizer steps."})
+    max_generated_tokens: list[Count] | None = field(default=None, metadata={"help": "Budgets in sampled tokens."})
+    max_cpu_seconds: list[Positive] | None = field(default=None, metadata={"help": "Budgets in CPU seconds."})
+    learning_rates: list[Annotated[float, Range(1e-12, 10)]] = field(
+        default_factory=lambda: [5e-4], metadata={"help": "Several: each method's is chosen on --validation_dataset."}
+    )
+    select_on: str = field(
+        default="teacher_nll_per_sequence",
+        metadata={"help": f"What it is chosen by (NLL favours short texts): {', '.join(SELECTION)}."},
+    )
+    common: list[str] | None = field(
+        default=None, metadata={"help": "More flags for every run, as per_device_train_batch_size=64."}
+    )
+    jobs: Annotated[int, Range(1, 1024)] = field(
+        default=1, metadata={"help": "Runs at a time; more than one get one thread each."}
+    )
+    output_dir: str = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
+
+    def __post_init__(self):
+        check_ranges(self)
+        for name in ("seeds", "learning_rates", *BUDGETS):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise InputError(f"--{name} {' '.join(map(str, values))}: one is given twice.")
+        if self.select_on not in SELECTION:
+            raise InputError(f"--select_on {self.select_on}: choose one of {', '.join(SELECTION)}.")
+        if odd := [flag for flag in self.common or [] if not flag.partition("=")[2]]:
+            raise InputError(f"--common {odd[0]} is not of the form name=value, e.g. logging_steps=50.")
+
+    def budgets(self) -> dict[str, str]:
+        """Name to flag, the smallest first: {"max_steps_150": "--max_steps=150"}."""
+        (name,) = [name for name in BUDGETS if getattr(self, name) is not None]
+        return {f"{name}_{value:.15g}": f"--{name}={value:.15g}" for value in sorted(getattr(self, name))}
+
+    def common_flags(self) -> list[str]:
+        """The same for every run."""
+        until_spent = _UNTIL_SPENT if self.max_steps is None else ()
+        return [*_QUIET, *until_spent, *(f"--{flag}" for flag in self.common or [])]
+
+
+@dataclass
+class MeasurementArguments:
+    """Validation and test"""
+
+    validation_dataset: DataPath | None = field(
+        default=None, metadata={"help": "For learning rates. Default with only one: a tenth of --dataset."}
+    )
+    validation_split: str = field(default="train", metadata={"help": "Split of --validation_dataset."})
+    test_dataset: DataPath | None = field(default=None, metadata={"help": "For the tables."})
+    test_split: str = field(default="train", metadata={"help": "Split of --test_dataset."})
+    eval_target_column: str | None = field(
+        default=None, metadata={"help": "Their column with references. Default: --target_column."}
+    )
+    num_samples: AtLeastTwo = field(default=4, metadata={"help": "Sampled outputs for each test input."})
+    num_resamples: Annotated[int, Range(100, LARGEST_COUNT)] = field(
+        default=1000, metadata={"help": "Resamples of the paired bootstrap."}
+    )
+    max_prompt_length: Length = field(
+        default=512, metadata={"help": "Student prompts are cut at this, in training too."}
+    )
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on generated tokens, in training too."})
+    batch_size: Count = field(default=64, metadata={"help": "Test prompts at a time."})
+
+    def __post_init__(self):
+        check_ranges(self)
+
+    def run_flags(self) -> list[str]:
+        """What of this concerns the training runs."""
+        flags = [f"--max_prompt_length={self.max_prompt_length}"]
+        flags.append(f"--max_completion_length={self.max_completion_length}")
+        if self.validation_dataset is not None:
+            flags += [f"--eval_dataset={self.validation_dataset}", f"--eval_split={self.validation_split}"]
+            if self.eval_target_column is not None:
+                flags.append(f"--eval_target_column={self.eval_target_column}")
+        return flags
+
+
+def as_flags(*groups: object) -> list[str]:
+    """What differs from the defaults, as a command line."""
+    flags = []
+    for group in groups:
+        for option in dataclasses.fields(group):
+            value = getattr(group, option.name)
+            if value != option.default:
+                flags += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+@dataclass
+class ComparisonSettings:
+    """All flags of compare.py."""
+
+    data: DataArguments
+    prompts: PromptArguments
+    teacher: TeacherArguments
+    student: StudentArguments
+    compare: ComparisonArguments
+    measurement: MeasurementArguments
+
+    def run_flags(self) -> list[str]:
+        """What every training run gets, beside its method, budget, learning rate and seed."""
+        named = as_flags(self.data, self.prompts, self.teacher, self.student)
+        return [*named, *self.measurement.run_flags(), *self.compare.common_flags()]

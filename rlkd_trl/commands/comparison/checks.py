@@ -1,0 +1,169 @@
+"""What must be right before any run of a comparison begins."""
+
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.arguments import (
+    DataArguments,
+    HeldOutArguments,
+    PromptArguments,
+    StudentArguments,
+    TeacherArguments,
+)
+from rlkd_trl.commands.checks import check_checkpoints
+from rlkd_trl.commands.comparison.arguments import BUDGETS, ComparisonArguments, ComparisonSettings, as_flags
+from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
+from rlkd_trl.commands.data import load_prompts
+from rlkd_trl.commands.demo import DemoRequest, make_demo_models, write_demo_files
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.prompt_lengths import fit_rows
+from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, groups_of
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplates
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Flags of a run, beside those on data, prompts and models, that are not a method's own.
+SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
+# These a preset may set nevertheless: teachers kept in different ways are methods to compare.
+OF_THE_TEACHERS_WEIGHTS = {"teacher_dtype", "teacher_quantization"}
+SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
+
+
+class TrainerConfigs(Mapping):
+    """Recipe to the class of its trainer's settings, which is imported when it is asked for: that takes seconds."""
+
+    def __init__(self, **paths: str):
+        self._paths = paths
+
+    def __getitem__(self, recipe: str) -> type:
+        return pkgutil.resolve_name(self._paths[recipe])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def check_named(settings: ComparisonSettings) -> None:
+    """What must be named, and what cannot go together. Raises `InputError`."""
+    data, compare, test = settings.data, settings.compare, settings.measurement
+    named = {"--dataset": data.dataset, "--test_dataset": test.test_dataset}
+    named |= {"--teacher": settings.teacher.teacher, "--student": settings.student.student}
+    budgets = [f"--{name}" for name in BUDGETS if getattr(compare, name) is not None]
+    if compare.smoke:
+        if given := [flag for flag, value in named.items() if value is not None]:
+            raise InputError(f"--smoke brings its own data and models: leave out {' and '.join(given)}.")
+    elif missing := [flag for flag, value in named.items() if value is None]:
+        raise InputError(f"{' and '.join(missing)} missing. To try this on the embedded demo: --smoke.")
+    if len(budgets) != 1:
+        kinds = ", ".join(f"--{name}" for name in BUDGETS)
+        found = f"there are {' and '.join(budgets)}" if budgets else "there is none"
+        raise InputError(f"One kind of budget is needed, and {found}: give one of {kinds}.")
+    if len(compare.learning_rates) > 1 and test.validation_dataset is None and not compare.smoke:
+        raise InputError("Several --learning_rates need a --validation_dataset to choose on.")
+    if compare.select_on in ("bleu", "rougeL") and not (test.eval_target_column or data.target_column):
+        raise InputError(f"--select_on {compare.select_on} needs references: give --eval_target_column.")
+
+
+def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
+    """The methods named, or all.
+
+    Raises:
+        InputError: One is not there, or twice, or the baseline is not among them.
+    """
+    methods = [find_method(name, recipes) for name in compare.methods or map(str, shipped_presets(recipes))]
+    names = [method.name for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--methods: {twice[0]} is there twice; give the files different names.")
+    if reserved := {"teacher", "warm_start"}.intersection(names):
+        raise InputError(f"--methods: {reserved.pop()} is the name of another line of the table; rename the file.")
+    if compare.baseline not in (None, "warm_start", *names):
+        raise InputError(f"--baseline {compare.baseline}: choose warm_start or one of --methods: {', '.join(names)}.")
+    return methods
+
+
+def check_flags(
+    methods: Sequence[Method],
+    common: Sequence[str],
+    configs: Mapping[str, type],
+    teacher: TeacherArguments,
+) -> None:
+    """Presets and `--common` are flags that the recipes know, and none that is set here.
+
+    common: as name=value. configs: recipe to the class of its settings. teacher: as given to compare.py, whose tests
+    ask it; a preset may only choose the weights' dtype or quantisation where that does not.
+
+    Raises:
+        InputError: As above, a value is refused, or a recipe is not in `configs`.
+    """
+    groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments]
+    set_here = {option.name for group in groups for option in fields(group)}.union(SET_HERE)
+    given = {flag.removeprefix("--") for flag in as_flags(teacher)}
+    set_here -= OF_THE_TEACHERS_WEIGHTS - given
+    for method in methods:
+        recipe = method.recipe.stem
+        if recipe not in configs:
+            raise InputError(f"{method.preset}: {recipe} is none of the recipes to compare: {', '.join(configs)}.")
+        for where, names in (
+            (f"The preset {method.preset}", method.settings()),
+            ("--common", [flag.partition("=")[0] for flag in common]),
+        ):
+            if clash := sorted(set_here.intersection(names)):
+                raise InputError(f"{where} sets {clash[0]}, which compare.py sets for all methods alike.")
+        config = configs[recipe]
+        has_rewards = any(option.name == "reward_weights" for option in fields(config))
+        kind = RewardedSettings if has_rewards else DistillationSettings
+        parser = RecipeParser(*groups_of(kind, config).values(), description="")
+        parser.parse(["--config", str(method.preset), *(f"--{flag}" for flag in common)])
+
+
+def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> "Dataset":
+    """The test rows, once all data sets are found to be good.
+
+    Raises:
+        InputError: One of them is not, or test inputs are among those of training or validation.
+    """
+    data, prompts, test = settings.data, settings.prompts, settings.measurement
+    seen = {"--dataset": load_prompts(data, prompts, templates)}
+    if test.validation_dataset is not None:
+        held_out = HeldOutArguments(test.validation_dataset, test.validation_split, test.eval_target_column)
+        seen["--validation_dataset"] = load_prompts(data, prompts, templates, held_out)
+    held_out = HeldOutArguments(test.test_dataset, test.test_split, test.eval_target_column)
+    rows = load_prompts(data, prompts, templates, held_out)
+    for flag, others in seen.items():
+        if common := set(rows["source"]).intersection(others["source"]):
+            raise InputError(
+                f"{len(common)} test inputs are in {flag} too, e.g. {min(common)!r}: test on inputs that nothing was "
+                "trained or chosen on."
+            )
+    return rows
+
+
+def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> list[dict]:
+    """The test rows with prompts that fit, once data and checkpoints are found to be good. Raises `InputError`."""
+    rows = load_test_rows(settings, templates)
+    check_checkpoints(settings.teacher, settings.student)
+    lengths = {name: getattr(settings.measurement, name) for name in ("max_prompt_length", "max_completion_length")}
+    return list(
+        fit_rows(rows, "Test data", settings.prompts, templates, settings.student, settings.teacher, **lengths)
+    )
+
+
+def use_demo(settings: ComparisonSettings) -> None:
+    """Fills in the demo's data, and a teacher and a warm start of little training; makes them in
+    `--output_dir`/demo."""
+    directory = Path(settings.compare.output_dir) / "demo"
+    files = write_demo_files(directory)
+    settings.data.dataset = files["train"]
+    settings.measurement.validation_dataset = files["validation"]
+    settings.measurement.test_dataset = files["test"]
+    request = DemoRequest(str(directory), asdict(settings.prompts), seed=0, **SMOKE_STEPS)
+    settings.teacher.teacher, settings.student.student = [request.teacher], request.student
+    if not Path(request.student, "config.json").is_file():
+        make_demo_models(request)

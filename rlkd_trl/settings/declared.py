@@ -1,0 +1,232 @@
+"""The fields of a dataclass as its source declares them, without importing its module.
+
+`transformers.TrainingArguments` takes four seconds to import: torch, accelerate, PEFT. For `--help`, and to see that a
+flag is misspelt, its fields are enough. What is read here serves for nothing else: a run has the class itself. What
+the source leaves open (a default that is computed) stays `UNKNOWN`; where a class cannot be read at all, there is no
+sketch of it, and the class itself has to be imported.
+"""
+
+import ast
+import builtins
+import dataclasses
+import enum
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from rlkd_trl.settings.ranges import check_values, ranges_of
+
+# Modules that are imported as they are, since they import little.
+_LIGHT = {*sys.stdlib_module_names, "rlkd_trl.settings.ranges", "rlkd_trl.settings.files", "rlkd_trl.errors"}
+_ENUMS = {"Enum", "StrEnum", "ExplicitEnum"}
+
+
+class _Unknown:
+    """A default that the source computes."""
+
+    def __repr__(self) -> str:
+        return "computed"
+
+
+UNKNOWN = _Unknown()
+
+
+class _CannotRead(Exception):
+    """The source is written in a way that is not read here."""
+
+
+def declared(path: str) -> type | None:
+    """A dataclass with the fields of the one at `package.module.Class`, in the same order, and its bases likewise.
+
+    Its instances check the ranges of their numbers and do nothing else. None where the source cannot be read.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return _class(module, name)
+    except (_CannotRead, OSError, SyntaxError, TypeError, ValueError):
+        return None
+
+
+@cache
+def _source(module: str) -> ast.Module:
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)  # of a package at the top: without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise _CannotRead(module)
+    base = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+    file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _class(module: str, name: str) -> type:
+    """A dataclass made from its source and those of its bases."""
+    node = _statement(module, name)
+    if isinstance(node, ast.ImportFrom):
+        return _class(*_imported(module, node, name))
+    if not isinstance(node, ast.ClassDef):
+        raise _CannotRead(name)
+    bases = tuple(_class(module, base.id) for base in node.bases if isinstance(base, ast.Name))
+    if len(bases) != len(node.bases):
+        raise _CannotRead(name)
+    body = _Names(module)
+    fields = []
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            fields.append((statement.target.id, *_field(statement, body)))
+        else:
+            body.note(statement)
+    namespace = {"__doc__": ast.get_docstring(node), "__post_init__": _check_ranges}
+    namespace["inherited_ranges"] = _inherited_ranges(module, bases)
+    # Fields with and without defaults may stand in any order in a class that is never made by position.
+    return dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace, kw_only=True)
+
+
+def _field(statement: ast.AnnAssign, names: "_Names") -> tuple[object, dataclasses.Field]:
+    """Type and field of `name: type = field(...)` or `name: type = default`."""
+    try:
+        kind = names.evaluate(statement.annotation)
+    except _CannotRead:
+        kind = str  # takes any text
+    value = statement.value
+    is_call = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"
+    if not is_call:
+        return kind, dataclasses.field(default=UNKNOWN if value is None else names.evaluate_or_unknown(value))
+    settings = {word.arg: names.evaluate_or_unknown(word.value) for word in value.keywords if word.arg != "metadata"}
+    for metadata in [
+        word.value for word in value.keywords if word.arg == "metadata" and isinstance(word.value, ast.Dict)
+    ]:
+        items = zip(metadata.keys, metadata.values, strict=True)
+        known = {key.value: names.evaluate_or_unknown(item) for key, item in items if isinstance(key, ast.Constant)}
+        settings["metadata"] = {key: item for key, item in known.items() if item is not UNKNOWN}
+    if settings.get("default_factory") is UNKNOWN:
+        settings["default"] = settings.pop("default_factory")
+    return kind, dataclasses.field(**settings)
+
+
+def _inherited_ranges(module: str, bases: tuple[type, ...]) -> Mapping[str, object]:
+    """A module's `INHERITED_RANGES`, for the fields that its classes have from another library."""
+    try:
+        return _Names(module)["INHERITED_RANGES"]
+    except KeyError:
+        return next((base.inherited_ranges for base in bases), {})
+
+
+def _check_ranges(sketch: object) -> None:
+    values = {name: value for name, value in vars(sketch).items() if value is not UNKNOWN}
+    ranges = {**sketch.inherited_ranges, **ranges_of(type(sketch))}
+    check_values(values, {name: hint for name, hint in ranges.items() if name in values}, prefix="")
+
+
+class _Names(Mapping):
+    """What names stand for in a module, and in a class's body so far; looked up when they are asked for."""
+
+    def __init__(self, module: str):
+        self.module = module
+        self.local: dict[str, object] = {}
+
+    def note(self, statement: ast.stmt) -> None:
+        """A statement of the class's body that is not a field."""
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            self.local[statement.targets[0].id] = self.evaluate_or_unknown(statement.value)
+        else:
+            for inner in ast.walk(statement):  # set under a condition
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                    self.local[inner.id] = UNKNOWN
+
+    def evaluate(self, expression: ast.expr) -> object:
+        code = compile(ast.Expression(expression), self.module, "eval")
+        try:
+            return eval(code, {"__builtins__": {}}, self)
+        except (NameError, KeyError, AttributeError, TypeError) as error:
+            raise _CannotRead(ast.unparse(expression)) from error
+
+    def evaluate_or_unknown(self, expression: ast.expr) -> object:
+        try:
+            return self.evaluate(expression)
+        except _CannotRead:
+            return UNKNOWN
+
+    def __getitem__(self, name: str) -> object:
+        if name in self.local:
+            return self.local[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        try:
+            return _meaning(self.module, name)
+        except _CannotRead as error:
+            raise KeyError(name) from error
+
+    def __iter__(self):
+        return iter(self.local)
+
+    def __len__(self) -> int:
+        return len(self.local)
+
+
+@cache
+def _meaning(module: str, name: str) -> object:
+    """What a name at the top of a module stands for: what it imports, an enumeration, or a constant."""
+    node = _statement(module, name)
+    if isinstance(node, ast.ImportFrom):
+        source, original = _imported(module, node, name)
+        if source in _LIGHT or source.partition(".")[0] in _LIGHT:
+            return getattr(importlib.import_module(source), original)
+        return _meaning(source, original)
+    if isinstance(node, ast.Import):
+        if name in _LIGHT:
+            return importlib.import_module(name)
+        raise _CannotRead(name)
+    names = _Names(module)
+    if isinstance(node, ast.ClassDef):
+        if not {base.id for base in node.bases if isinstance(base, ast.Name)} & _ENUMS:
+            raise _CannotRead(name)
+        members = [s for s in node.body if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)]
+        values = [(member.targets[0].id, names.evaluate(member.value)) for member in members]
+        return enum.Enum(name, values, type=str)
+    if isinstance(node.value, ast.Dict):
+        try:
+            return names.evaluate(node.value)
+        except _CannotRead:  # a table of functions: its keys are what a help text lists
+            return dict.fromkeys(names.evaluate(key) for key in node.value.keys)
+    return names.evaluate(node.value)
+
+
+def _statement(module: str, name: str) -> ast.stmt:
+    """The one that gives a name its meaning at the top of a module."""
+    for node in _source(module).body:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            if any((alias.asname or alias.name) == name for alias in node.names):
+                return node
+        elif isinstance(node, ast.ClassDef):
+            if node.name == name:
+                return node
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return node
+    raise _CannotRead(f"{module}.{name}")
+
+
+def _imported(module: str, node: ast.ImportFrom, name: str) -> tuple[str, str]:
+    """Module and name there of what `from … import` gives a name."""
+    original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
+    parts = module.split(".")
+    package = module if _is_package(module) else ".".join(parts[:-1])
+    source = node.module or ""
+    if node.level:
+        above = package.split(".")[: len(package.split(".")) - (node.level - 1)]
+        source = ".".join([*above, *([node.module] if node.module else [])])
+    return source, original
+
+
+def _is_package(module: str) -> bool:
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    return (
+        bool(spec and spec.submodule_search_locations)
+        and Path(spec.submodule_search_locations[0]).joinpath(*rest).is_dir()
+    )

@@ -1,0 +1,73 @@
+"""Which settings name local files, noted with their fields, and whether what they name is there.
+
+    dataset: DataPath | None = field(default=None, ...)
+
+Parsers of dataclasses, which drop annotations, see a plain `str`. A value may also name something elsewhere: a
+dataset or a checkpoint on the Hub, a reward or templates of the package.
+"""
+
+import dataclasses
+import enum
+import typing
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from rlkd_trl.errors import InputError
+
+
+class Reads(enum.Enum):
+    """What a value names."""
+
+    DATA = "data"
+    CHECKPOINT = "checkpoint"
+    RUN_CHECKPOINT = "checkpoint of a run"
+    TEMPLATES = "templates"
+    REWARD = "reward"
+    PRESET = "preset"
+    JSON = "JSON"
+
+
+DataPath = Annotated[str, Reads.DATA]
+CheckpointPath = Annotated[str, Reads.CHECKPOINT]
+TemplatesPath = Annotated[str, Reads.TEMPLATES]
+RewardPath = Annotated[str, Reads.REWARD]
+PresetPath = Annotated[str, Reads.PRESET]
+# Of transformers.TrainingArguments.
+INHERITED = {
+    "resume_from_checkpoint": Reads.RUN_CHECKPOINT,
+    "deepspeed": Reads.JSON,
+    "fsdp_config": Reads.JSON,
+    "accelerator_config": Reads.JSON,
+}
+
+
+@cache
+def files_read(settings: type) -> dict[str, Reads]:
+    """Of a dataclass, its own and those that it has from transformers: field to what its value names."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    names = [field.name for field in dataclasses.fields(settings)]
+    own = {name: reads for name in names if (reads := _noted(hints[name])) is not None}
+    return {name: reads for name, reads in INHERITED.items() if name in names} | own
+
+
+def require_checkpoint(flag: str, name_or_path: str) -> None:
+    """Fails at once if something that can only be a local directory is not a model checkpoint.
+
+    Raises:
+        InputError: It looks like a path and is missing, or it is a directory without `config.json`.
+    """
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"`{flag} {name_or_path}` is a directory without config.json, so not a model checkpoint.")
+    elif looks_local or path.exists():
+        raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
+
+
+def _noted(hint: object) -> Reads | None:
+    """The note in a type hint: of `Annotated[str, Reads…]` itself, or of a list or an option of it."""
+    if typing.get_origin(hint) is Annotated:
+        return next((note for note in typing.get_args(hint) if isinstance(note, Reads)), None)
+    return next((found for part in typing.get_args(hint) if (found := _noted(part)) is not None), None)
