@@ -27,7 +27,7 @@ NO_FILES = set(
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
     "teacher_placement teacher_offload_path student_revision student_dtype value architecture output strategy "
     "output_dir methods baseline select_on common validation_split test_split critic level ensemble divergence "
-    "sequences signal future report_to".split()
+    "sequences signal future report_to average_reward".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
