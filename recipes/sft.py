@@ -37,11 +37,11 @@ def main() -> None:
     command = CommandLine(SupervisedSettings, description=__doc__, config=CONFIG)
     settings = command.sketch()
     require_files(settings)
+    check_apart("--output_dir", settings.args.output_dir, *vars(settings).values())
     templates = load_templates(settings.prompts)
     pairs = load_pairs(settings, templates)
     settings = command.settings()
     args = settings.args
-    check_apart("--output_dir", args.output_dir, *vars(settings).values())
     check_free(args.output_dir, settings.run, args)
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)

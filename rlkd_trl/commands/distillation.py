@@ -92,19 +92,20 @@ def distil(
 
 
 def check_data(settings: DistillationSettings) -> CheckedData:
-    """What is named, files, templates and rows; of the trainer's settings a sketch is enough.
+    """What is named, files, where the output goes, templates and rows; of the trainer's settings a sketch is enough.
 
     Raises:
         InputError: One of them is wrong; the message names it.
     """
     is_demo(settings)
     require_files(settings)
+    check_apart("--output_dir", settings.args.output_dir, *vars(settings).values())
     templates = load_templates(settings.prompts)
     return CheckedData(templates, *load_train_and_held_out(settings, templates))
 
 
 def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
-    """Where it goes, how the run was launched, rewards, whether the data suits the method, checkpoints, in this order.
+    """How the run was launched, rewards, whether the data suits the method, checkpoints, in this order.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -112,9 +113,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     from rlkd_trl.trainers.checks import check_best_metric, check_prompts, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
-    output_dir = settings.args.output_dir
-    check_apart("--output_dir", output_dir, *vars(settings).values())
-    check_free(output_dir, settings.run, settings.args)
+    check_free(settings.args.output_dir, settings.run, settings.args)
     check_sharding(settings.args)
     if isinstance(settings, RewardedSettings):
         check_rewards(settings.reward, settings.args.reward_weights, settings.args)

@@ -4,10 +4,10 @@ import dataclasses
 import typing
 
 import pytest
-from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
 
 from rlkd_trl.commands import arguments
 from rlkd_trl.commands.comparison import arguments as of_compare
+from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
 from rlkd_trl.settings.files import Reads, files_read
 from rlkd_trl.trainers import config, full_vocabulary_config, supervised_config
 
@@ -26,8 +26,8 @@ NO_FILES = set(
     "dataset_split dataset_config dataset_revision source_column target_column eval_split eval_target_column template "
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
     "teacher_placement teacher_offload_path student_revision student_dtype value architecture output strategy "
-    "output_dir methods baseline select_on common validation_split test_split critic level ensemble divergence "
-    "sequences signal future report_to average_reward".split()
+    "output_dir baseline select_on common validation_split test_split critic level ensemble divergence "
+    "sequences signal future report_to average_reward allowed_special_tokens".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
