@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import invert_distribution
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
-from rlkd_trl.planning.skeletons import THE_WORD, Skeleton, one_word_tokenizer
+from rlkd_trl.planning.skeletons import THE_WORD, CopyingSkeletons, Skeleton, one_word_tokenizer
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 
@@ -125,7 +125,8 @@ def update_bytes(
     """
     with student.mode:
         student.model.requires_grad_(True)
-        policy = Policy(student.model, one_word_tokenizer(), critic=critic)
+        with CopyingSkeletons():  # a separate critic is a copy
+            policy = Policy(student.model, one_word_tokenizer(), critic=critic)
         parameters = list(policy.parameters())
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)

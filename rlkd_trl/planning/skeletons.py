@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -72,6 +73,20 @@ def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
         without += index.nonzero().unbind(dim=1) if is_mask else [index]
     return without
+
+
+class CopyingSkeletons(TorchFunctionMode):
+    """`copy.deepcopy` of models without memory; torch's own copies a storage's bytes, where there are none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            copied = torch.empty_like(tensor)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+        return memo[id(tensor)]
 
 
 @dataclass(frozen=True)

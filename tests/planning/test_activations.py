@@ -5,6 +5,7 @@ gradients and in sampling; the estimate has run the model on fake tensors. Shape
 the encoder, once the decoder, once the cache, and once the LM head takes most.
 """
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rlkd_trl.planning.activations import (
     scoring_bytes,
     update_bytes,
 )
+from rlkd_trl.planning.skeletons import CopyingSkeletons
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from tests.conftest import word_tokenizer
@@ -238,3 +240,14 @@ def test_sampling_where_the_draw_takes_most(tmp_path):
     estimated, cache, measured = sampled("t5-large-vocabulary", (2, 4, 64, 2), tmp_path)
     assert measured > 3 * 128 * 8000 * 4 and cache < 0.1 * measured
     assert_close(estimated, measured)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # torch warns where the bytes of a fake tensor are touched
+def test_a_copied_skeleton_has_weights_of_its_own(tmp_path):
+    skeleton = checkpoint_of(MODELS["t5-tied"](), tmp_path).build(torch.float32)
+    with skeleton.mode, CopyingSkeletons():
+        copied = copy.deepcopy(skeleton.model)
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (skeleton.model, copied)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 10
+    assert copied.lm_head.weight is copied.shared.weight, "tied weights stay tied"
+    assert all(p is not q for p, q in zip(skeleton.model.parameters(), copied.parameters(), strict=True))
