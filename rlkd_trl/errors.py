@@ -1,12 +1,16 @@
 """The one exception for input that the user can correct, and how a command ends on it."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 _FIRST_PROCESS_SPEAKS = 10.0  # seconds
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _HOW_TO_CONTINUE = "To continue: the same command with --resume"
 
 
@@ -45,6 +49,7 @@ def run(main: Callable[[], None]) -> None:
     after SIGTERM. A command that has succeeded, or that all processes have left at the same step, also ends its
     connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
     """
+    _end_with_launcher()
     try:
         main()
     except InputError as error:
@@ -60,6 +65,19 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(130, f"Stopped by Ctrl-C.\n{_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
     _disconnect()
+
+
+def _end_with_launcher() -> None:
+    """On Linux: SIGTERM for this process when the launcher that has started it is gone.
+
+    Accelerate's launcher of a single process passes no signal on, and leaves its process behind.
+    """
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if any(name in launcher for name in (b"accelerate", b"torchrun", b"torch.distributed.run")):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):  # elsewhere than on Linux
+        pass
 
 
 def _end(code: int, message: str) -> NoReturn:

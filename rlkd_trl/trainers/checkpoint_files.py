@@ -103,11 +103,6 @@ def keep_newest(newest: Path, limit: int | None, *, best: str | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def size_of(directory: Path) -> int:
-    """Bytes of all files in it."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as opened:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
@@ -90,6 +91,7 @@ class ResumableTrainer(FiniteTrainer):
         A run that has had all its steps gets no further one.
         """
         checkpoint = self._checked_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        self._check_space()
         with self._stop_request.listening():
             return super().train(checkpoint, *args, **kwargs)
 
@@ -121,6 +123,31 @@ class ResumableTrainer(FiniteTrainer):
         if "train_loss" in logs:  # of the whole run, not of its last part
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`. Raises `CheckpointError` where it cannot be written."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"The model cannot be saved in {output_dir or self.args.output_dir} ({error}). Checkpoints are as "
+                "they were: make room, and continue with --resume."
+            ) from error
+
+    def _check_space(self) -> None:
+        """Raises `InputError` if not even one checkpoint has room: weights, and an Adam's two moments of them."""
+        weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        moments = 2 * sum(w.numel() * w.element_size() for w in self.model.parameters() if w.requires_grad)
+        needed = weights if self.args.save_strategy == SaveStrategy.NO else weights + moments
+        place = Path(self.args.output_dir).absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise InputError(
+                f"output_dir {self.args.output_dir}: a checkpoint takes about {needed / 2**30:.2f} GiB, and "
+                f"{free / 2**30:.2f} GiB are free there: make room, or name another directory."
+            )
 
     # Loading
 

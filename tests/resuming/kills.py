@@ -43,14 +43,14 @@ INSIDE_ROLLOUTS = {
     "eval_strategy": "steps",
     "eval_steps": 4,
     "eval_data": prompts(4, seed=3),
-    "data": prompts(12),
+    "data": prompts(24),
 }
 ADAPTIVE_KL = {"beta": 0.2, "kl_target": 1.0, "kl_horizon": 100.0}
 RUNS = {
     "ppo": ("ppo", {**ADAPTIVE_KL, "early_stop_kl": 0.05}),
     "rloo": ("rloo-token", ADAPTIVE_KL),
     "reinforce": ("reinforce", {"behaviour_sync_steps": 8, "baseline": "min_variance"}),
-    "kd": ("kd", {"lmbda": 0.5, "sequences": "data", "data": pairs(12)}),
+    "kd": ("kd", {"lmbda": 0.5, "sequences": "data", "data": pairs(24)}),
     "all-actions": ("all-actions", {"teacher_mix": 0.3}),
     "sft": ("sft", {}),
 }

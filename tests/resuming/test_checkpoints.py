@@ -1,0 +1,179 @@
+"""Checkpoints are whole, or named and passed over."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from rlkd_trl.errors import CheckpointError, InputError, Interrupted
+from rlkd_trl.trainers import resumable
+from rlkd_trl.trainers.checkpoint_files import newest_whole
+from tests.resuming.kills import make_trainer, same
+from tests.trainers.tiny_runs import build, prompts, snapshot
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The directory of a PPO run with a checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("ppo") / "run"
+    build("ppo", directory, **SAVING).train()
+    return directory
+
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "run_state.pth", "trainer_state.json",
+         "value_head.safetensors", "run.json", "config.json", "tokenizer.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("harm", ["missing", "empty", "truncated", "changed"])
+def test_a_harmed_checkpoint_is_passed_over(name, harm, saved, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    file = directory / "checkpoint-3" / name
+    content = file.read_bytes()
+    if harm == "missing":
+        file.unlink()
+    elif harm == "changed":
+        file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    else:
+        file.write_bytes(b"" if harm == "empty" else content[: len(content) // 2])
+    found, defects = newest_whole(directory)
+    assert found == directory / "checkpoint-2"
+    assert list(defects) == [directory / "checkpoint-3"] and name in defects[directory / "checkpoint-3"]
+    trainer = build("ppo", directory, **SAVING)
+    with pytest.raises(InputError, match=name):
+        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+
+
+def test_training_goes_on_from_the_one_before(saved, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    (directory / "checkpoint-3" / "optimizer.pt").write_bytes(b"torn")
+    trainer = build("ppo", directory, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-3: optimizer.pt has 4 bytes" in capsys.readouterr().out
+    again, whole = (torch.load(d / "checkpoint-3" / "optimizer.pt") for d in (directory, saved))
+    assert same(again, whole), "the torn one is replaced by the same step's"
+
+
+def test_there_is_none_that_is_whole(saved, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    for file in directory.glob("checkpoint-*/optimizer.pt"):
+        file.unlink()
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        build("ppo", directory, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_model_only_is_not_gone_on_from(tmp_path):
+    build("ppo", tmp_path, save_only_model=True, **SAVING).train()
+    with pytest.raises(InputError, match="save_only_model"):
+        build("ppo", tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+def test_a_disk_that_refuses(failures, tmp_path, monkeypatch, capsys):
+    """Once: it is tried again. Always: one clear error, and what was saved before is whole."""
+    monkeypatch.setattr(resumable, "_SECONDS_BETWEEN_ATTEMPTS", 0)
+    trainer, seal, left = build("rloo-token", tmp_path, **SAVING), resumable.seal, [failures]
+
+    def refusing(checkpoint, **kwargs):
+        if trainer.state.global_step >= 2 and left[0] > 0:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        seal(checkpoint, **kwargs)
+
+    monkeypatch.setattr(resumable, "seal", refusing)
+    if failures == 1:
+        trainer.train()
+        assert capsys.readouterr().out.count("trying again") == 1
+        assert newest_whole(tmp_path) == (tmp_path / "checkpoint-3", {})
+        return
+    with pytest.raises(CheckpointError, match=r"Step 2 cannot be saved .*No space left.* intact"):
+        trainer.train()
+    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-1", {})
+
+
+def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1000))
+    with pytest.raises(InputError, match="a checkpoint takes about"):
+        build("rloo-token", tmp_path, **SAVING).train()
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_directory_is_removed_meanwhile(tmp_path):
+    """It is made again: what was in it is gone, what comes is saved."""
+    trainer = build("rloo-token", tmp_path / "run", **SAVING)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    trainer.train()
+    assert newest_whole(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-3"
+
+
+@pytest.mark.parametrize("method", ["ppo", "sft"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(method, signum, tmp_path):
+    """After step 5, inside of a rollout, where nothing would be saved; the resumed run ends as one without."""
+    whole = make_trainer(method, tmp_path / "whole")
+    whole.train()
+    stopped = make_trainer(method, tmp_path / "run")
+    stopped.args.save_steps = 100
+    step = stopped.training_step
+
+    def with_signal(*args):
+        if stopped.state.global_step == 4:
+            os.kill(os.getpid(), signum)
+        return step(*args)
+
+    stopped.training_step = with_signal
+    handler = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match="checkpoint-5") as stop:
+        stopped.train()
+    assert stop.value.signum == signum and signal.getsignal(signum) is handler
+    resumed = make_trainer(method, tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert same(snapshot(resumed.model), snapshot(whole.model))
+    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == [
+        entry["loss"] for entry in whole.state.log_history if "loss" in entry
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_an_evaluation_that_a_signal_put_off_is_made_up_for(strategy, tmp_path):
+    settings = {"eval_strategy": strategy, "eval_steps": 2, "eval_data": prompts(4, seed=3), "data": prompts(8),
+                "max_steps": 4, "save_strategy": "steps", "save_steps": 10}  # fmt: skip
+    whole = build("rloo-token", tmp_path / "whole", **settings)
+    whole.train()
+    stopped = build("rloo-token", tmp_path / "run", **settings)
+    stopped._stop_request.on_any_process = lambda accelerator: signal.SIGTERM if stopped.state.global_step == 2 else 0
+    with pytest.raises(Interrupted):
+        stopped.train()
+    assert not any("eval_tokens" in entry for entry in stopped.state.log_history)
+    resumed = build("rloo-token", tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    evaluated = [
+        [(entry["step"], entry["eval_tokens"]) for entry in trainer.state.log_history if "eval_tokens" in entry]
+        for trainer in (whole, resumed)
+    ]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 2
+
+
+def test_another_beginning_is_refused_where_the_reference_is_it(tmp_path):
+    """The reference of the KL penalty is the student that a run began with, not the one it goes on with."""
+    from tests.conftest import MODELS
+
+    settings = {**SAVING, "beta": 0.1}
+    build("rloo-token", tmp_path, **settings).train()
+    other = build("rloo-token", tmp_path, model=MODELS["t5-tied"](seed=3), **{**settings, "max_steps": 4})
+    with pytest.raises(InputError, match=r"reference\.weights was"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_the_record_is_in_the_checkpoint(saved):
+    record = json.loads((saved / "checkpoint-3" / "run.json").read_text())
+    assert record["trainer"] == "PPOKDTrainer" and record["settings"]["epsilon"] == 0.2
+    assert not {"output_dir", "max_steps", "logging_steps", "save_steps"} & record["settings"].keys()
