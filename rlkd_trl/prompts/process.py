@@ -49,11 +49,13 @@ class _Ended(Exception):
 class _Renderer:
     def __init__(self):
         self._owner = os.getpid()
-        # The package and what it needs, wherever this process found them.
-        path = [str(Path(rlkd_trl.__file__).parents[1]), *sys.path]
+        # The package and what it needs, wherever this process found them, and nothing that lies around.
+        root = str(Path(rlkd_trl.__file__).parents[1])
+        path = [*(os.path.abspath(entry) for entry in sys.path if entry), root]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rlkd_trl.prompts.renderer"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

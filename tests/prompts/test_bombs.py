@@ -181,3 +181,13 @@ def test_a_fork_has_its_own_renderer():
     found = [PromptTemplate("t", "{{ s }}").render({"s": str(n)}) for n in range(50, 100)]
     assert found == [str(n) for n in range(50, 100)]
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_files_that_lie_around_are_not_imported(tmp_path):
+    (tmp_path / "jinja2.py").write_text("open('imported', 'w')")
+    (tmp_path / "pickle.py").write_text("open('imported', 'w')")
+    program = "import os, sys; sys.path.remove(''); os.chdir('WHERE')\nfrom rlkd_trl.prompts import PromptTemplate\n"
+    program += "print(PromptTemplate('t', 'Say {{ s }}').render({'s': 'it'}))"
+    command = [sys.executable, "-c", program.replace("WHERE", str(tmp_path))]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "Say it\n"
+    assert not (tmp_path / "imported").exists()
