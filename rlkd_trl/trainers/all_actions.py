@@ -79,7 +79,9 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean, _ = masked_moments(reward_B, rollout.counted_B, sum_over_ranks=self._sum_over_ranks)
-        self._record({"reward": mean, **completion_metrics(rollout, self._sum_over_ranks)})
+        metrics = {"reward": float(mean), **completion_metrics(rollout, self._sum_over_ranks)}
+        self._record(metrics)
+        self._guard(rollout, metrics)
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print, reward_B=reward_B
         )

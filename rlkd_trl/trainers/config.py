@@ -75,6 +75,13 @@ class RolloutConfig(BaseConfig):
         default=None, metadata={"help": "Stop after this much CPU time (of all processes), if before max_steps."}
     )
     log_completions: bool = field(default=False, metadata={"help": "Print some completions at every log."})
+    guards: bool = field(
+        default=True,
+        metadata={
+            "help": "Warn when length, EOS rate, entropy, repetition or distinct outputs leave the start's range "
+            "while the reward rises."
+        },
+    )
     num_completions_to_print: CountFromZero = field(default=4, metadata={"help": "How many, with log_completions."})
 
     def __post_init__(self):

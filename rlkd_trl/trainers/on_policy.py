@@ -157,6 +157,7 @@ class OnPolicyTrainer(RolloutTrainer):
 
         metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
         self._record(metrics)
+        self._guard(rollout, metrics)
         if kl_B is not None:
             self._record({"beta": self.rollout_state.beta})
             self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)

@@ -43,6 +43,7 @@ from rlkd_trl.trainers.checks import (
 )
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.guards import Guards, repetition_counts
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout import Rollout
@@ -110,6 +111,8 @@ class RolloutTrainer(ResumableTrainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._window_metrics: dict[str, float] = defaultdict(float)
         self._timer = PhaseTimer()
+        self._guards = Guards()
+        self._entropy: dict[str, float] = {}  # of the last optimizer step
         super().__init__(
             model=Policy(model, processing_class, temperature=args.temperature, critic=self.critic_kind),
             args=args,
@@ -244,6 +247,22 @@ class RolloutTrainer(ResumableTrainer):
         self.rollout_state.generated_tokens += int(self._sum_over_ranks(tokens))
         return whole
 
+    def _guard(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+        """Warns of a reward that rises while the completions get worse (see `Guards`)."""
+        if not self.args.guards:
+            return
+        counts = repetition_counts(rollout.completion_ids_BT, rollout.counted_BT)
+        repeated, grams, distinct, count = self._sum_over_ranks(
+            torch.tensor(counts, device=self.accelerator.device)
+        ).tolist()
+        found = {**metrics, **self._entropy, "repetition": repeated / max(grams, 1), "distinct": distinct / count}
+        warnings = self._guards.warnings(found)
+        if warnings:
+            self._record({"guards_raised": len(warnings)})
+        if self.is_world_process_zero():
+            for warning in warnings:
+                logger.warning(f"Step {self.state.global_step}: {warning}.")
+
     def _average_reward(self, rewards_BT: Tensor, rollout: Rollout) -> Tensor:
         """ρ of each completion, `[B]`, reward per token, as `args.average_reward` says; 0 for 'none'.
 
@@ -303,6 +322,7 @@ class RolloutTrainer(ResumableTrainer):
         """Records an optimizer step's metrics, unless it was skipped."""
         if not self.step_is_skipped:
             self._record(self._window_metrics)
+            self._entropy = {name: value for name, value in self._window_metrics.items() if name == "entropy"}
         self._window_metrics.clear()
 
     def _prepare_inputs(self, inputs):
@@ -454,6 +474,8 @@ class RolloutTrainer(ResumableTrainer):
             "unlogged_metrics": dict(self._metrics),
             "unlogged_seconds": dict(self._timer.seconds),
             "sample_table": self.sample_table,
+            "guards": self._guards.history,
+            "entropy_of_last_step": self._entropy,
         }
 
     def load_run_state(self, state: dict[str, object]) -> None:
@@ -462,6 +484,8 @@ class RolloutTrainer(ResumableTrainer):
         self._metrics = defaultdict(list, state["unlogged_metrics"])
         self._timer.seconds = defaultdict(float, state["unlogged_seconds"])
         self.sample_table = state["sample_table"]
+        self._guards.history = state["guards"]
+        self._entropy = state["entropy_of_last_step"]
 
     def is_finished(self) -> bool:
         return super().is_finished() or self.budget_is_spent()

@@ -55,3 +55,22 @@ def test_the_cpu_seconds_of_all_processes_are_the_budget(two_ranks, one_rank):
             cost = results["cost by budget"][budget]
             assert cost["optimizer_steps"] == expected
             assert cost["cpu_seconds"] == pytest.approx(per_step * expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_of_nan_on_one_process_is_skipped_by_both(accumulation, two_ranks):
+    first, second = (results["not finite"][accumulation] for results in two_ranks)
+    for name, skipped in (("skipped", 1), ("stopped", 2)):
+        assert first[name]["steps_skipped"] == second[name]["steps_skipped"] == skipped
+        for one, other in zip(first[name]["weights"], second[name]["weights"], strict=True):
+            assert_same_weights(one, other)
+        assert_same_weights(first[name]["weights"][1], first[name]["weights"][0])
+        assert all(weight.isfinite().all() for weight in first[name]["weights"][-1].values())
+    assert largest_difference(first["skipped"]["weights"][2], first["skipped"]["weights"][1]) > 0
+    assert first["error"] == second["error"] and "stopped at step 3: the last 2 steps were skipped" in first["error"]
+
+
+def test_samples_are_dropped_on_both(two_ranks):
+    """Or the cases above show nothing."""
+    for name in ("ppo-dropped", "rloo-token-dropped"):
+        assert any(entry.get("samples_dropped", 0) > 1 for entry in two_ranks[0][name]["logs"])

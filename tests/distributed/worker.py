@@ -1,5 +1,6 @@
 """Trains every case on the processes it was started with, and writes what it saw: `worker.py OUTPUT_DIR`."""
 
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -10,7 +11,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from tests.trainers.tiny_runs import METHODS, build, pairs, run
+from rlkd_trl.errors import TrainingError
+from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, run, teacher_reward
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
 # would show rounding: plain SGD with momentum.
@@ -33,6 +35,7 @@ class Case:
     gradient_accumulation: int = 1
     settings: tuple = ()
     rows: int = 32
+    has_bad_rewards: bool = False
 
 
 CASES = {
@@ -52,6 +55,8 @@ CASES = {
     "rloo-token-accumulated": Case("rloo-token", "llama", 2),
     "ppo-average-reward": Case("ppo", settings=(("average_reward", "rollout"),)),
     "rloo-token-average-reward": Case("rloo-token", "llama", 2, settings=(("average_reward", "rollout"),)),
+    "ppo-dropped": Case("ppo", settings=(("num_generations", 4),), has_bad_rewards=True),
+    "rloo-token-dropped": Case("rloo-token", "llama", 2, settings=(("num_generations", 4),), has_bad_rewards=True),
     "reinforce": Case("reinforce", settings=(("baseline", "mean"), ("mask_truncated_completions", True))),
     "reinforce-lagging-top-k": Case(
         "reinforce",
@@ -86,12 +91,40 @@ GLOBAL_BATCH = 8
 BUDGETS = (3.0, 3.1, 1e6)
 
 
+def sometimes_nan(prompts, completion_ids, **columns) -> list[float]:
+    return [math.nan if ids[0] % 3 == 0 else 0.0 for ids in completion_ids]
+
+
+def skip(output_dir: Path, accumulation: int) -> dict:
+    """Three steps, of which the second's loss is NaN on the last process only; then as many NaN as stop the run."""
+    state, found = PartialState(), {}
+    for name, bad_steps in (("skipped", {2}), ("stopped", {2, 3})):
+        trainer = build("rloo-token", output_dir / name, max_steps=4, max_skipped_steps=2, num_generations=2,
+                        per_device_train_batch_size=4, gradient_accumulation_steps=accumulation)  # fmt: skip
+        compute_loss = trainer.compute_loss
+
+        def spoiled(*args, trainer=trainer, compute_loss=compute_loss, bad_steps=bad_steps, **kwargs):
+            is_bad = state.process_index == state.num_processes - 1 and trainer.state.global_step + 1 in bad_steps
+            return compute_loss(*args, **kwargs) + (math.nan if is_bad else 0.0)
+
+        trainer.compute_loss = spoiled
+        recorder = Recorder(trainer)
+        trainer.add_callback(recorder)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            found["error"] = str(error)
+        found[name] = {"weights": recorder.weights, "steps_skipped": trainer.steps_skipped}
+    return found
+
+
 def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation: int) -> dict:
     recorder = run(
         case.method,
         output_dir,
         family=case.family,
         data=pairs(case.rows, seed=1),
+        reward=[teacher_reward(case.family), sometimes_nan] if case.has_bad_rewards else None,
         per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
         gradient_accumulation_steps=gradient_accumulation,
         **{**COMMON, **(REWARDED if case.method in METHODS else {}), **dict(case.settings)},
@@ -99,6 +132,7 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
     assert recorder.trainer.accelerator.num_processes == processes
     names = (
         "loss",
+        "samples_dropped",
         "grad_norm",
         "reward",
         "reward_std",
@@ -152,6 +186,7 @@ def main(output_dir: Path) -> None:
         )
         for name, case in CASES.items()
     }
+    results["not finite"] = {accumulation: skip(output_dir / "runs", accumulation) for accumulation in (1, 2)}
     results["cost by budget"] = {budget: spend(output_dir / "runs", cpu_budget=budget) for budget in BUDGETS}
     torch.save(results, output_dir / f"rank{state.process_index}.pt")
     state.wait_for_everyone()

@@ -1,0 +1,72 @@
+"""Guards against a reward that rises while the completions get worse."""
+
+import logging
+
+import pytest
+import torch
+
+from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_counts
+from tests.trainers.tiny_runs import build, run
+
+START = {"reward": -10.0, **dict.fromkeys(GUARDED.values(), 0.5)}
+
+
+def test_left_range():
+    # from 8 to 12, widened by 4: 4 to 16
+    assert left_range([8.0, 12.0, 10.0], [16.5]) == "above"
+    assert left_range([8.0, 12.0, 10.0], [15.9, 16.0]) is None
+    assert left_range([8.0, 12.0, 10.0], [3.9]) == "below"
+    # all alike: widened by a fifth of 10
+    assert left_range([10.0, 10.0], [12.1]) == "above" and left_range([10.0, 10.0], [8.1]) is None
+
+
+def test_repetition_counts():
+    ids_BT = torch.tensor([[5, 5, 5, 5, 5], [6, 7, 8, 6, 7], [6, 7, 8, 9, 9], [4, 9, 9, 9, 9]])
+    mask_BT = torch.tensor([[1] * 5, [1] * 5, [1] * 5, [0] * 5]).bool()
+    # trigrams: 555 three times (two repeat), 678 786 867, 678 789 899: 9 in all; the last completion is left out
+    assert repetition_counts(ids_BT, mask_BT) == (2.0, 9.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize("word, name", GUARDED.items())
+@pytest.mark.parametrize("reward, warned", [(-5.0, True), (-15.0, False)])
+def test_each_guard_speaks_while_the_reward_rises(word, name, reward, warned):
+    guards = Guards()
+    assert not any(guards.warnings(START) for _ in range(8))
+    said = [guards.warnings({**START, "reward": reward, name: 0.05}) for _ in range(40)]
+    found = [line for lines in said for line in lines]
+    assert len(found) == (1 if warned else 0), "not again for a while"
+    if warned:
+        assert found[0].startswith(f"{word} is 0.05, below the start's range (0.5 to 0.5)")
+        assert not any(said[:7]), "as many rollouts as are compared with"
+
+
+def test_they_speak_again_after_a_while():
+    guards = Guards()
+    for _ in range(8):
+        guards.warnings(START)
+    said = [bool(guards.warnings({**START, "reward": 0.0, "entropy": 2.0})) for _ in range(120)]
+    assert [i for i, spoke in enumerate(said) if spoke] == [7, 57, 107]
+
+
+@pytest.mark.parametrize("method", ["ppo", "all-actions"])
+def test_a_run_that_goes_wrong_is_warned_of(method, tmp_path, caplog, monkeypatch):
+    """Its length jumps from the ninth rollout on, while the reward rises."""
+    trainer = build(method, tmp_path, max_steps=17)
+    watched = trainer._guards.warnings
+
+    def going_wrong(metrics):
+        assert {"reward", *GUARDED.values()} - {"entropy"} <= set(metrics)
+        late = trainer.state.global_step >= 8
+        return watched({**metrics, "reward": 5.0 if late else 0.0, "completions/mean_length": 40.0 if late else 5.0})
+
+    monkeypatch.setattr(trainer._guards, "warnings", going_wrong)
+    logging.getLogger("rlkd_trl").propagate = True
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        trainer.train()
+    assert "length is 40, above the start's range (5 to 5)" in caplog.text
+    assert any("guards_raised" in entry for entry in trainer.state.log_history)
+
+
+def test_they_can_be_switched_off(tmp_path):
+    recorder = run("ppo", tmp_path, guards=False)
+    assert not recorder.trainer._guards.history["reference"]
