@@ -43,6 +43,15 @@ def check_weights(model: nn.Module, what: str) -> None:
         )
 
 
+def refuse_float16_weights(model: nn.Module) -> None:
+    """Raises `InputError` for weights in float16 that are to be trained: AdamW's epsilon is 0 in it, and 0 / 0 NaN."""
+    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "Weights in float16 cannot be trained, their updates underflow: load the student in float32 (with --fp16 "
+            "for mixed precision) or bfloat16."
+        )
+
+
 def listed(names: list[str]) -> str:
     """The first few of them."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

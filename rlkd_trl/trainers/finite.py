@@ -59,7 +59,7 @@ class FiniteTrainer(Trainer):
         counted = torch.where(is_finite, loss, 0)
         self._loss_of_step += counted
         if self.accelerator.sync_gradients:
-            if self._skip_unless_finite(loss):
+            if self._skip_unless_finite():
                 counted = counted - self._loss_of_step
             self._loss_of_step = torch.zeros_like(counted)
         return counted
@@ -86,12 +86,12 @@ class FiniteTrainer(Trainer):
         self.model.zero_grad(set_to_none=True)
         self._note_skipped(reason)
 
-    def _skip_unless_finite(self, loss: Tensor) -> bool:
+    def _skip_unless_finite(self) -> bool:
         """Takes the gradients away, before anything reads them, if they or a loss are not finite."""
         scaler = self.accelerator.scaler
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_scaled = scaler is not None and scaler.is_enabled()
-        finite = self._losses_are_finite
+        finite = own_losses = self._losses_are_finite
         if gradients and not is_scaled:  # scaled ones are the scaler's business
             norm = torch.nn.utils.get_total_norm(gradients)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -100,11 +100,10 @@ class FiniteTrainer(Trainer):
         if self._on_all_ranks(finite):
             return False
         if is_scaled:
-            self._note_skipped(f"loss {float(loss)}")
+            self._note_skipped("the loss not finite")
             return True
         names = not_finite((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        found = f"gradients of {listed(names)}" if names else "the gradients' norm"
-        self.skip_step(f"loss {float(loss):.4g}, not finite: {found}")
+        self.skip_step(_reason(names, losses_are_finite=bool(own_losses), norm_is_finite=bool(finite)))
         return True
 
     def _check_engine(self) -> None:
@@ -175,6 +174,16 @@ class FiniteTrainer(Trainer):
     def _last_checkpoint(self) -> str:
         found = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         return f"The last good weights are in {found}." if found else "No checkpoint was saved before (--save_steps)."
+
+
+def _reason(gradients: list[str], *, losses_are_finite: bool, norm_is_finite: bool) -> str:
+    """What of a step was not finite, in words. gradients: the names of those that were not."""
+    found = [] if losses_are_finite else ["the loss"]
+    if gradients:
+        found.append(f"gradients of {listed(gradients)}")
+    elif losses_are_finite:
+        found.append("the loss of another process" if norm_is_finite else "the gradients' norm")
+    return f"{' and '.join(found)} not finite"
 
 
 class _SkippedSteps(TrainerCallback):

@@ -22,7 +22,7 @@ from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.backbone import Backbone
-from rlkd_trl.models.finite import check_weights
+from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation import Completions, MixedWith
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
@@ -98,6 +98,7 @@ class RolloutTrainer(ResumableTrainer):
         model = with_adapters(model, peft_config, seed=args.seed)
         check_sharded_head(model)
         check_weights(model, "The student")
+        refuse_float16_weights(model)
         self.reward_model = reward_model
         teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
         for teacher in teachers:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlkd_trl.models.finite import check_weights
+from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import refuse_t5_in_float16
@@ -76,6 +76,7 @@ class SupervisedTrainer(ResumableTrainer):
         if args.fp16:
             refuse_t5_in_float16(model.config, torch.float16)
         check_weights(model, "The model")
+        refuse_float16_weights(model)
         share_special_tokens([model], processing_class, train_dataset["target"])
         set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         collate = PairCollator(
