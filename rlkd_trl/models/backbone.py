@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.fusion import fuse
+from rlkd_trl.models.fusion import FusedParts
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
@@ -32,6 +32,23 @@ Result = TypeVar("Result")
 _SCALED_HEAD_MODEL_TYPES = {"t5", "longt5", "umt5", "switch_transformers"}
 # Takes cross-attention keys for as many rows as there are queries, unless they come from a cache.
 _SHARES_CACHED_ONLY = {"umt5"}
+
+
+# What other models multiply logits by, as their configs call it: Cohere, Falcon-H1, Muse. Granite divides by
+# `logits_scaling`, HyperCLOVA X multiplies.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+
+
+def _logit_factor(config: PreTrainedConfig) -> float:
+    """What a model multiplies the LM head's output by; 1 in most."""
+    factor = 1.0
+    for name in _FACTORS:
+        factor *= getattr(config, name, None) or 1.0
+    for name in _DIVISORS:
+        value = getattr(config, name, None) or 1.0
+        factor = factor * value if config.model_type.startswith("hyperclovax") else factor / value
+    return factor
 
 
 @dataclass
@@ -70,8 +87,8 @@ class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
     It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others, of
-    which only norms and GELU are exchanged for equal, faster ones (`models.fusion`). With a sharded model every method
-    is a collective operation (see `models.sharding`): all processes call it together.
+    which norms and GELU are exchanged for equal, faster ones in a call (`models.fusion`). With a sharded model
+    every method is a collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
@@ -79,8 +96,8 @@ class Backbone:
     max_slice_elements: int | None = None
 
     def __init__(self, model: PreTrainedModel):
-        fuse(model)
         self.model = model
+        self._fused = FusedParts(model)
         self._apply_head: Callable[[Tensor], Tensor] | None = None  # inside `with_whole_head`
 
     @property
@@ -104,11 +121,19 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where inputs go: of weights that Accelerate has parked, where they are brought for a call."""
+        if self.model.device.type != "meta":
+            return self.model.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next(torch.device(device) for device in devices if device is not None)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in the model's dtype, through the model's own head path."""
         logits = (self._apply_head or self.model.get_output_embeddings())(hidden)
+        factor = _logit_factor(self.model.config.get_text_config())
+        if factor != 1:
+            logits = logits * factor
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -206,7 +231,9 @@ class Backbone:
             raise InputError(f"{model} is not supported: {type(cause).__name__}: {cause}") from cause
         finally:
             self.model.train(was_training)
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        # Activations that int8 layers round, and bfloat16, fall on either side of a step for a different last bit.
+        is_exact = self.model.dtype == torch.float32 and not getattr(self.model, "is_quantized", False)
+        tolerance = 1e-3 if is_exact else 5e-2
         if not error <= tolerance:
             raise InputError(
                 f"{model} is not supported: its logits differ from states × LM head by a relative {error:.2g}."
@@ -220,7 +247,8 @@ class Backbone:
         index_B = torch.zeros(2, dtype=torch.long, device=self.device)
         mask_PS = torch.ones_like(prompt_ids_PS)
         ours_BTV = self.head(self.completion_states(prompt_ids_PS, mask_PS, completion_ids_BT, index_B)).float()
-        theirs_BTV = self._own_logits(prompt_ids_PS.expand(2, -1), completion_ids_BT).float()
+        with self._fused.in_place():  # experts without capacity; norms and GELU are the same
+            theirs_BTV = self._own_logits(prompt_ids_PS.expand(2, -1), completion_ids_BT).float()
         return float((ours_BTV - theirs_BTV).norm() / theirs_BTV.norm())
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
@@ -299,7 +327,8 @@ class EncoderDecoderBackbone(Backbone):
         return hidden_BtD
 
     def _encode(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Tensor:
-        return self.model.get_encoder()(input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS).last_hidden_state
+        with self._fused.in_place():
+            return self.model.get_encoder()(input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS).last_hidden_state
 
     def _decode(
         self, token_ids_Bt: Tensor, encoder_hidden: Tensor, mask: Tensor, prompt_rows: PromptRows | None, **kwargs
@@ -309,7 +338,7 @@ class EncoderDecoderBackbone(Backbone):
         if prompt_rows is not None:
             mask = mask[:, None, None].bool()  # for any number of queries; `[P, S]` would be expanded to T of them
             kwargs["prompt_rows"], context = prompt_rows, shared_cross_attention(decoder)
-        with context:
+        with self._fused.in_place(), context:
             return decoder(
                 input_ids=token_ids_Bt,
                 encoder_hidden_states=encoder_hidden,
@@ -343,13 +372,14 @@ class DecoderOnlyBackbone(Backbone):
     def _read(self, prefix: Prefix, token_ids_Bt: Tensor, mask_Bt: Tensor) -> Tensor:
         prefix.mask = torch.cat([prefix.mask, mask_Bt], dim=1)
         position_ids_Bt = (prefix.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -token_ids_Bt.shape[1] :]
-        hidden_BtD = self.model.base_model(
-            input_ids=token_ids_Bt,
-            attention_mask=prefix.mask,
-            position_ids=position_ids_Bt,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self._fused.in_place():
+            hidden_BtD = self.model.base_model(
+                input_ids=token_ids_Bt,
+                attention_mask=prefix.mask,
+                position_ids=position_ids_Bt,
+                past_key_values=prefix.cache,
+                use_cache=True,
+            ).last_hidden_state
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
 

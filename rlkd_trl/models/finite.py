@@ -12,7 +12,7 @@ _SHOWN = 3
 
 def is_finite(tensor: Tensor) -> bool:
     """No NaN and no infinity. In one pass and without a temporary, which `isfinite().all()` takes thirty times of."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:  # meta: parked, and not at hand
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 

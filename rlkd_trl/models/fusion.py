@@ -1,34 +1,61 @@
-"""Parts of transformers' models in fewer passes over memory, with the same result up to rounding.
+"""Parts of transformers' models as they compute here: in fewer passes over memory, and each row by itself.
 
-They have the parameters and the config that they had: checkpoints are what they were.
+The models stay as they are: parts are exchanged for the length of a call, and parameters, config and checkpoints are
+untouched.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.activations import NewGELUActivation
 
 from rlkd_trl.ops.rms_norm import rms_norm
 
 # By name: importing the classes would import every model. Each computes `rms_norm`; others scale by 1 + weight.
 _RMS_NORMS = {"T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm", "LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
+_NO_LIMIT = 2**62
 
 
-def fuse(model: nn.Module) -> None:
-    """Exchanges, in place, what is slow in training on a CPU and in float32.
+class FusedParts:
+    """A model's parts that are computed otherwise within `with fused.in_place():`, with the same result.
 
-    `gelu_new` of T5 v1.1, T0, Flan-T5 and GPT-2 becomes transformers' fused `gelu_pytorch_tanh`, the same function
-    (Hendrycks & Gimpel 2016, the tanh approximation): one pass instead of eight. Root mean square norms become
-    `rms_norm` where all is float32, and stay as they are elsewhere.
+    `gelu_new` of T5 v1.1, T0, Flan-T5 and GPT-2 becomes torch's fused tanh approximation, the same function (Hendrycks
+    & Gimpel 2016): one pass instead of eight. Root mean square norms become `rms_norm` where all is float32. The
+    experts of Switch Transformers lose their capacity: it drops tokens for what else stands in the batch, so that a
+    completion's scores would depend on its neighbours, and tokens be dropped in training that sampling had kept.
     """
-    for module in list(model.modules()):
-        is_norm = type(module).__name__ in _RMS_NORMS and type(module).__module__.startswith("transformers.")
-        if is_norm and "forward" not in vars(module):  # else it is somebody's, e.g. of a hook that loads the weight
-            module.forward = partial(_norm_forward, module)
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:
-                setattr(module, name, GELUTanh())
+
+    def __init__(self, model: nn.Module):
+        self._forwards: list[tuple[nn.Module, Callable]] = []
+        self._routers: list[nn.Module] = []
+        for module in model.modules():
+            if type(module).__name__ in _RMS_NORMS and type(module).__module__.startswith("transformers."):
+                self._forwards.append((module, partial(_norm_forward, module)))
+            elif type(module) is NewGELUActivation:
+                self._forwards.append((module, partial(F.gelu, approximate="tanh")))
+            if hasattr(module, "expert_capacity"):
+                self._routers.append(module)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A part whose `forward` is somebody's own, e.g. of a hook that loads its weight, stays as it is."""
+        exchanged = [(module, forward) for module, forward in self._forwards if "forward" not in vars(module)]
+        capacities = [router.expert_capacity for router in self._routers]
+        for module, forward in exchanged:
+            vars(module)["forward"] = forward
+        for router in self._routers:
+            router.expert_capacity = _NO_LIMIT
+        try:
+            yield
+        finally:
+            for module, _ in exchanged:
+                del vars(module)["forward"]
+            for router, capacity in zip(self._routers, capacities, strict=True):
+                router.expert_capacity = capacity
 
 
 def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Policy(nn.Module):
         self.backbone = backbone_of(model)
         self.backbone.verify()
         forbidden_V = forbidden_ids_of(model, processing_class)
-        self.register_buffer("forbidden_V", forbidden_V.to(model.device), persistent=False)
+        self.register_buffer("forbidden_V", forbidden_V.to(self.backbone.device), persistent=False)
         self.critic_model = copy.deepcopy(model) if critic == "separate" else None
         self.critic_backbone = backbone_of(self.critic_model) if critic == "separate" else self.backbone
         self.value_head = None

@@ -109,8 +109,9 @@ class Teacher:
         return by_device if self._max_batch_tokens is None else self._max_batch_tokens
 
     def to(self, device: torch.device) -> None:
-        """Moves whole weights; shards stay on the process's device, or where they are parked."""
-        if self._shards is None:
+        """Moves whole weights; shards, and what Accelerate has spread (`device_map`) or parked, stay."""
+        is_parked = any(parameter.is_meta for parameter in self.model.parameters())
+        if self._shards is None and not is_parked and not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
 
     def describe(self) -> str:

@@ -55,12 +55,12 @@ def rows_digest(dataset: Dataset) -> str:
 def model_record(model: nn.Module) -> dict[str, str]:
     """A model's class, and a digest of names, shapes and evenly spaced numbers of its weights.
 
-    Not of all numbers, which would take seconds per billion; training moves them all. Shards of ZeRO-3 are not looked
-    into.
+    Not of all numbers, which would take seconds per billion; training moves them all. Shards of ZeRO-3, and
+    weights that Accelerate has parked, are not looked into.
     """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
+        flat = weight.new_empty(0, device="cpu") if weight.is_meta else weight.detach().flatten()
         some = flat[:: max(1, len(flat) // _NUMBERS_PER_WEIGHT)].cpu().contiguous().view(torch.uint8)
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
     return {"architecture": type(model).__name__, "weights": digest.hexdigest()[:16]}

@@ -1,11 +1,10 @@
 """Fused parts compute what the model's own do."""
 
-import copy
+import contextlib
 
 import accelerate
 import pytest
 import torch
-from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
@@ -15,7 +14,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 from rlkd_trl.models import fusion
-from rlkd_trl.models.fusion import fuse
+from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.fusion import FusedParts
 from tests.conftest import tiny_llama, tiny_t5
 
 NORMS = [T5LayerNorm, MT5LayerNorm, UMT5LayerNorm, LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm]
@@ -37,9 +37,9 @@ def test_a_fused_model_computes_what_it_did(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # norms start at 1, where weights could be forgotten
-    fused = copy.deepcopy(model)
-    fuse(fused)
-    (expected, expected_gradients), (found, gradients) = loss_and_gradients(model), loss_and_gradients(fused)
+    expected, expected_gradients = loss_and_gradients(model)
+    with FusedParts(model).in_place():
+        found, gradients = loss_and_gradients(model)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for parameter, gradient in gradients.items():
@@ -48,28 +48,33 @@ def test_a_fused_model_computes_what_it_did(name):
 
 def test_every_gelu_is_exchanged():
     model = tiny_t5(tied=False)
-    before = sum(isinstance(module, NewGELUActivation) for module in model.modules())
-    fuse(model)
-    assert before == model.config.num_layers + model.config.num_decoder_layers
-    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    gelus = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    assert len(gelus) == model.config.num_layers + model.config.num_decoder_layers
+    with FusedParts(model).in_place():
+        assert all("forward" in vars(module) for module in gelus)
 
 
 def test_it_is_the_tanh_approximation_and_not_the_exact_gelu():
     model = tiny_t5(tied=False)
-    fuse(model)
     x = torch.linspace(-6, 6, 241, dtype=torch.float64)
     by_hand = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    fused = model.encoder.block[0].layer[1].DenseReluDense.act(x)
+    with FusedParts(model).in_place():
+        fused = model.encoder.block[0].layer[1].DenseReluDense.act(x)
     torch.testing.assert_close(fused, by_hand, rtol=1e-12, atol=1e-12)
     assert (torch.nn.functional.gelu(x) - by_hand).abs().max() > 1e-4
 
 
-def test_the_saved_config_names_the_models_own_activation(tmp_path):
-    model = tiny_t5(tied=False)
-    fuse(model)
-    model.save_pretrained(tmp_path)
-    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
-    assert isinstance(loaded.encoder.block[0].layer[1].DenseReluDense.act, NewGELUActivation)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_backbone_leaves_its_model_as_it_was(name):
+    """Before, between and after its calls, and after one that fails."""
+    model = MODELS[name]()
+    before = [(type(module), sorted(vars(module))) for module in model.modules()]
+    backbone = backbone_of(model)
+    ids = torch.tensor([[3, 4]])
+    for completion in (torch.tensor([[5, 6]]), torch.tensor([[10**6, 6]])):
+        with contextlib.suppress(IndexError):
+            backbone.completion_states(ids, torch.ones_like(ids), completion, torch.tensor([0]))
+        assert [(type(module), sorted(vars(module))) for module in model.modules()] == before
 
 
 @pytest.fixture
@@ -93,19 +98,21 @@ def test_every_norm_that_is_named_is_that_function(norm, counted):
     torch.nn.init.normal_(module.weight)
     x = torch.randn(2, 3, 4)
     expected = module(x)
-    fuse(torch.nn.Sequential(module))
-    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+    with FusedParts(torch.nn.Sequential(module)).in_place():
+        torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(counted) == 1
+    module(x)
     assert len(counted) == 1
 
 
 def test_other_dtypes_and_autocast_go_the_models_own_way(counted):
     x = torch.randn(2, 4)
     module = T5LayerNorm(4)
-    fuse(torch.nn.Sequential(module))
     expected = T5LayerNorm(4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module(x), expected(x))
-    assert torch.equal(module.bfloat16()(x.bfloat16()), expected.bfloat16()(x.bfloat16()))
+    with FusedParts(torch.nn.Sequential(module)).in_place():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x), expected(x))
+        assert torch.equal(module.bfloat16()(x.bfloat16()), expected.bfloat16()(x.bfloat16()))
     assert not counted
 
 
@@ -117,25 +124,6 @@ def test_a_forward_that_somebody_has_set_stays():
     expected = model(x)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model[0].weight.is_meta
-    fuse(model)
+    with FusedParts(model).in_place():
+        torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model(x), expected)
-
-
-def test_a_fused_model_can_be_pickled(tmp_path):
-    model = tiny_t5(tied=False)
-    fuse(model)
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    norm, other = (m.decoder.final_layer_norm for m in (model, loaded))
-    torch.nn.init.constant_(other.weight, 3.0)
-    x = torch.randn(2, 16)
-    torch.testing.assert_close(other(x), 3 * norm(x))
-
-
-def test_a_copy_reads_its_own_weights():
-    module = torch.nn.Sequential(T5LayerNorm(4))
-    fuse(module)
-    other = copy.deepcopy(module)
-    torch.nn.init.constant_(other[0].weight, 3.0)
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(other(x), 3 * module(x))
