@@ -11,6 +11,14 @@ from typing import NoReturn
 
 _FIRST_PROCESS_SPEAKS = 10.0  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LAUNCHERS = (
+    "accelerate",
+    "accelerate.commands.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "compare.py",
+    "rlkd-trl",
+)
 _HOW_TO_CONTINUE = "To continue: the same command with --resume"
 
 
@@ -68,16 +76,23 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _end_with_launcher() -> None:
-    """On Linux: SIGTERM for this process when the launcher that has started it is gone.
+    """On Linux: SIGTERM for this process when the launcher, or the comparison, that has started it is gone.
 
     Accelerate's launcher of a single process passes no signal on, and leaves its process behind.
     """
     try:
-        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        if any(name in launcher for name in (b"accelerate", b"torchrun", b"torch.distributed.run")):
+        if _is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    except (OSError, AttributeError):  # elsewhere than on Linux
+    except (OSError, AttributeError, UnicodeDecodeError):  # elsewhere than on Linux
         pass
+
+
+def _is_launcher(words: list[str]) -> bool:
+    """Of a command line: Python with a script, or a module, that starts processes and waits for them."""
+    words = [word for word in words if word != "-m"]
+    if len(words) < 2 or not Path(words[0]).name.startswith("python"):
+        return False
+    return Path(words[1]).name in _LAUNCHERS
 
 
 def _end(code: int, message: str) -> NoReturn:

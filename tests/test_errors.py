@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed
 
-from rlkd_trl.errors import InputError, TrainingError, run
+from rlkd_trl.errors import CheckpointError, InputError, Interrupted, _is_launcher, run
 
 
 def refuse():
@@ -33,3 +33,37 @@ def test_failed_training_is_one_line_and_exit_code_1(capsys):
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 1 and capsys.readouterr().err == "error: it is NaN\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (CheckpointError("no room"), 1, "error: no room\n"),
+        (Interrupted(15, "Stopped after step 3."), 143, "Stopped after step 3.\nTo continue: "),
+        (Interrupted(2, "Stopped after step 3."), 130, "Stopped after step 3.\nTo continue: "),
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C.\nTo continue: "),
+    ],
+)
+def test_what_stops_a_command_ends_in_a_line_or_two(error, code, lines, capsys):
+    def stop():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(stop)
+    said = capsys.readouterr().err
+    assert exit.value.code == code and said.startswith(lines) and said.count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("/usr/bin/python3 /venv/bin/accelerate launch recipes/ppo_kd.py", True),
+        ("/usr/bin/python3 -m torch.distributed.run --nproc_per_node 2 ppo_kd.py", True),
+        ("python recipes/compare.py --smoke", True),
+        ("bash -c accelerate launch recipes/ppo_kd.py", False),
+        ("python notebook.py --config accelerate", False),
+        ("python", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command_line(command, is_one):
+    assert _is_launcher(command.split()) is is_one
