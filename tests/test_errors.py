@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed
 
-from rlkd_trl.errors import CheckpointError, InputError, Interrupted, _is_launcher, run
+from rlkd_trl.errors import CheckpointError, InputError, Interrupted, TrainingError, _is_launcher, run
 
 
 def refuse():
