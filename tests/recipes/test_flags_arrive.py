@@ -1,0 +1,513 @@
+"""Every flag of every recipe arrives where it is read: at the loaders of data, models and teachers, or in the results.
+
+The real commands run, with loaders that note their arguments and a trainer that does not train. A flag that is new
+must get a line in `ARRIVES`, or a test fails. The trainers' own settings: tests/trainers/test_every_setting.py.
+"""
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from rlkd_trl.commands import arguments
+from rlkd_trl.teachers import Teacher
+from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
+
+HUB_ID, HUB_ROWS = "owner/name", word_rows(40, seed=9)
+
+
+@dataclass
+class Seen:
+    """What a command loaded, made and left."""
+
+    output_dir: Path
+    datasets: list[dict] = field(default_factory=list)  # of the Hub
+    loads: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))  # by role
+    teachers: list[dict] = field(default_factory=list)
+    shapes: dict[str, list[torch.Size]] = field(default_factory=lambda: defaultdict(list))  # of prompts, by role
+    trainer: transformers.Trainer | None = None
+    resumed_from: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        return metrics_of(self.output_dir)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.trainer.model
+
+    def hub(self, argument: str) -> str | None:
+        """Of the one data set that was taken from there."""
+        (call,) = self.datasets
+        return call[argument]
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        return self.trainer.data_collator(list(self.trainer.train_dataset))
+
+    @property
+    def outputs(self) -> list[dict]:
+        return read_jsonl(self.output_dir / "outputs.jsonl")
+
+    @property
+    def labels(self) -> list[dict]:
+        return read_jsonl(self.output_dir / "labels.jsonl")
+
+    def prompts(self, held_out: bool = False) -> list[str]:
+        return list((self.trainer.eval_dataset if held_out else self.trainer.train_dataset)["prompt"])
+
+    def widest(self, role: str) -> int:
+        """Tokens of the longest prompt that the teacher or student has read."""
+        return max(shape[1] for shape in self.shapes[role])
+
+    def most_rows(self, role: str) -> int:
+        """Prompts of its largest batch."""
+        return max(shape[0] for shape in self.shapes[role])
+
+    def has_revision(self, role: str, revision: str | None) -> bool:
+        """Whether config, model and tokenizer were all loaded at it. (transformers loads configs anew by itself.)"""
+        kinds = {call["what"] for call in self.loads[role] if call.get("revision") == revision}
+        return kinds == {"config", "model", "tokenizer"}
+
+    def of_model(self, role: str, argument: str) -> object:
+        (call,) = [call for call in self.loads[role] if call["what"] == "model"]
+        return call[argument]
+
+
+@pytest.fixture
+def observe(files, tmp_path, monkeypatch):
+    """Runs a command; what was seen of it."""
+    numbers = iter(range(100))
+
+    def observed(command: str) -> Seen:
+        seen = Seen(tmp_path / f"out{next(numbers)}")
+        original = {
+            "load_dataset": datasets.load_dataset,
+            "auto": transformers.AutoModelForSeq2SeqLM.from_pretrained.__func__,
+            "config": transformers.AutoConfig.from_pretrained,
+            "tokenizer": transformers.AutoTokenizer.from_pretrained,
+            "teacher": Teacher.from_pretrained.__func__,
+        }
+
+        def role(checkpoint) -> str:
+            return next((name for name, path in files.items() if str(path) == str(checkpoint)), str(checkpoint))
+
+        def load_dataset(path, name=None, **kwargs):
+            if path != HUB_ID:
+                return original["load_dataset"](path, name, **kwargs)
+            seen.datasets.append({"name": name, **kwargs})
+            return Dataset.from_list(HUB_ROWS)
+
+        def load_config(name, *args, **kwargs):
+            seen.loads[role(name)].append({"what": "config", **kwargs})
+            return original["config"](name, *args, **{k: v for k, v in kwargs.items() if k != "revision"})
+
+        def load_model(cls, name, *args, **kwargs):
+            seen.loads[role(name)].append({"what": "model", **kwargs})
+            loaded = original["auto"](cls, name, *args, **{k: v for k, v in kwargs.items() if k != "revision"})
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            body = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+            body.register_forward_pre_hook(lambda _, inputs: seen.shapes[role(name)].append(inputs[0].shape))
+            return loaded
+
+        def load_tokenizer(name, *args, **kwargs):
+            seen.loads[role(name)].append({"what": "tokenizer", **kwargs})
+            return original["tokenizer"](name, *args, **{k: v for k, v in kwargs.items() if k != "revision"})
+
+        def load_teacher(cls, name, **kwargs):
+            seen.teachers.append(kwargs)
+            kept = {**kwargs, "placement": "replicated", "offload_path": None}
+            return original["teacher"](cls, name, **kept)
+
+        def train(trainer, resume_from_checkpoint=None, **kwargs):
+            seen.trainer, seen.resumed_from = trainer, resume_from_checkpoint
+
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets, "load_dataset", load_dataset)
+            patch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", classmethod(load_model))
+            patch.setattr(transformers.AutoConfig, "from_pretrained", load_config)
+            patch.setattr(transformers.AutoTokenizer, "from_pretrained", load_tokenizer)
+            patch.setattr(Teacher, "from_pretrained", classmethod(load_teacher))
+            patch.setattr(transformers.Trainer, "train", train)
+            code = run(command.replace("OUT", str(seen.output_dir)))
+        assert code == 0
+        return seen
+
+    return observed
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, checkpoints) -> dict[str, object]:
+    directory, pair = tmp_path_factory.mktemp("flags"), checkpoints["t5-untied"]
+    rows, held_out = (
+        [{**row, "better": f"{row['ref']} w3"} for row in made] for made in (word_rows(30), word_rows(8, seed=1))
+    )
+    return {
+        "teacher": pair.teacher,
+        "student": pair.student,
+        "other": pair.other,
+        "train": write_csv(directory / "train.csv", rows),
+        "test": write_csv(directory / "test.csv", held_out),
+        "templates": write_templates(directory / "t.yaml", one="w3 w4 w5 w6 {{ mr }}", two="{{ mr }} w7"),
+        "renaming": write_templates(directory / "r.yaml", one="w3 w4 w5 w6 {{ meaning }}"),
+    }
+
+
+DISTILLING = ("ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd")
+BASE = {
+    **dict.fromkeys(
+        DISTILLING,
+        f"--teacher {{teacher}} --student {{student}} --dataset {{train}} --eval_dataset {{test}} {COLUMNS} "
+        "--max_completion_length 6 --num_generations 2 --per_device_train_batch_size 8 --max_steps 1 --output_dir OUT",
+    ),
+    "sft": f"--student {{student}} --dataset {{train}} {COLUMNS} --max_steps 1 --output_dir OUT",
+    "new": f"--dataset {{train}} {COLUMNS} --max_steps 1 --d_model 16 --num_heads 2 --output_dir OUT",
+    "pseudo_label": "--teacher {teacher} --dataset {test} --source_column mr --max_completion_length 6 "
+    "--output OUT/labels.jsonl",
+    "evaluate": f"--teacher {{teacher}} --student {{student}} --dataset {{test}} {COLUMNS} --max_completion_length 6 "
+    "--output_dir OUT",
+}
+WITH_REWARDS = ("ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
+WITH_TEACHERS = (*DISTILLING, "pseudo_label", "evaluate")
+WITH_STUDENTS = (*DISTILLING, "sft", "evaluate")
+
+
+def reward(seen: Seen) -> float:
+    return next(iter(seen.metrics.values()))["reward"]
+
+
+def texts(recipe: str, seen: Seen) -> list[str]:
+    """The inputs that the recipe works on."""
+    if recipe == "pseudo_label":
+        return [line["mr"] for line in seen.labels]
+    return [line["prompt"] for line in seen.outputs] if recipe == "evaluate" else seen.prompts()
+
+
+def worked_on(recipe: str, seen: Seen) -> list[str]:
+    return answers(seen) if recipe == "pseudo_label" else texts(recipe, seen)
+
+
+def answers(seen: Seen) -> list[str]:
+    return [line["pseudo_label"] for line in seen.labels]
+
+
+def said(seen: Seen) -> list[str]:
+    return [line["student"] for line in seen.outputs]
+
+
+def targets(recipe: str, seen: Seen) -> list:
+    if recipe == "evaluate":
+        return [line["references"] for line in seen.outputs]
+    return list(seen.trainer.train_dataset["target" if recipe == "sft" else "references"])
+
+
+HUB = f"--dataset {HUB_ID}"
+HUB_TEST = f"--eval_dataset {HUB_ID}"
+ASKED = "--templates {templates}"
+
+# Flag: (recipes, the command line with it, whether it is seen, beside what). `base` is the command without it.
+ARRIVES = {
+    "DataArguments.dataset": (
+        BASE,
+        HUB,
+        lambda r, seen, base: texts(r, seen)[:5] == [row["mr"] for row in HUB_ROWS[:5]],
+    ),
+    "DataArguments.dataset_split": (BASE, f"{HUB} --dataset_split dev", lambda r, seen, _: seen.hub("split") == "dev"),
+    "DataArguments.dataset_config": (BASE, f"{HUB} --dataset_config c", lambda r, seen, _: seen.hub("name") == "c"),
+    "DataArguments.dataset_revision": (
+        BASE,
+        f"{HUB} --dataset_revision v1",
+        lambda r, seen, _: seen.hub("revision") == "v1",
+    ),
+    "DataArguments.source_column": (
+        BASE,
+        "--source_column ref{target}",
+        lambda r, seen, base: worked_on(r, seen) != worked_on(r, base),
+    ),
+    "DataArguments.target_column": (
+        (*DISTILLING, "evaluate", "sft"),
+        "--target_column better",
+        lambda r, seen, base: targets(r, seen) != targets(r, base),
+    ),
+    "DataArguments.max_rows": (
+        BASE,
+        "--max_rows 5",
+        lambda r, seen, _: len(texts(r, seen)) == 5 and (r not in DISTILLING or len(seen.prompts(True)) == 8),
+    ),  # the held-out data are whole
+    "HeldOutArguments.eval_dataset": (DISTILLING, HUB_TEST, lambda r, seen, _: len(seen.prompts(True)) == 40),
+    "HeldOutArguments.eval_split": (
+        DISTILLING,
+        f"{HUB_TEST} --eval_split dev",
+        lambda r, seen, _: seen.hub("split") == "dev",
+    ),
+    "HeldOutArguments.eval_target_column": (
+        DISTILLING,
+        "--eval_target_column better",
+        lambda r, seen, base: seen.metrics["teacher"]["length_ratio"] != base.metrics["teacher"]["length_ratio"],
+    ),
+    "PromptArguments.templates": (
+        WITH_TEACHERS,
+        ASKED,
+        lambda r, seen, base: seen.widest("teacher") > base.widest("teacher"),
+    ),
+    "PromptArguments.template": (
+        WITH_TEACHERS,
+        "--template 'w3 w4 w5 {{{{ mr }}}}'",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 3,
+    ),
+    "PromptArguments.template_names": (
+        WITH_TEACHERS,
+        f"{ASKED} --template_names two",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 1,
+    ),
+    "PromptArguments.rename_columns": (
+        WITH_TEACHERS,
+        "--templates {renaming} --rename_columns mr=meaning",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 4,
+    ),
+    "PromptArguments.student_template": (
+        WITH_STUDENTS,
+        "--student_template 'w9 {{{{ mr }}}}'",
+        lambda r, seen, _: all(t.startswith("w9 ") for t in texts(r, seen)),
+    ),
+    "TeacherArguments.teacher": (
+        WITH_TEACHERS,
+        "--teacher {other}",
+        lambda r, seen, base: "other" in seen.loads and "teacher" not in seen.loads,
+    ),
+    "TeacherArguments.teacher_revision": (
+        WITH_TEACHERS,
+        "--teacher_revision v1",
+        lambda r, seen, _: (
+            seen.has_revision("teacher", "v1") and (r == "pseudo_label" or seen.has_revision("student", None))
+        ),
+    ),
+    "TeacherArguments.teacher_dtype": (
+        WITH_TEACHERS,
+        "--teacher_dtype bfloat16",
+        lambda r, seen, _: seen.of_model("teacher", "dtype") is torch.bfloat16,
+    ),
+    "TeacherArguments.teacher_quantization": (
+        WITH_TEACHERS,
+        "--teacher_quantization int8",
+        lambda r, seen, _: seen.of_model("teacher", "quantization_config").load_in_8bit,
+    ),
+    "TeacherArguments.teacher_placement": (
+        WITH_TEACHERS,
+        "--teacher_placement zero3",
+        lambda r, seen, _: seen.teachers[0]["placement"] == "zero3",
+    ),
+    "TeacherArguments.teacher_offload_path": ((), "", None),  # needs libaio: tests/teachers/test_placement.py
+    "TeacherArguments.teacher_max_prompt_length": (
+        WITH_TEACHERS,
+        "--teacher_max_prompt_length 3 --max_completion_length 2",
+        lambda r, seen, base: seen.widest("teacher") == 3 < base.widest("teacher"),
+    ),
+    "TeacherArguments.teacher_batch_tokens": (
+        (*DISTILLING, "evaluate"),
+        "--teacher_batch_tokens 1",
+        lambda r, seen, base: len(seen.shapes["teacher"]) > len(base.shapes["teacher"]),
+    ),
+    "StudentArguments.student": (
+        WITH_STUDENTS,
+        "--student {other}",
+        lambda r, seen, _: "other" in seen.loads and "student" not in seen.loads,
+    ),
+    "StudentArguments.student_revision": (
+        WITH_STUDENTS,
+        "--student_revision v1",
+        lambda r, seen, _: seen.has_revision("student", "v1") and (r == "sft" or seen.has_revision("teacher", None)),
+    ),
+    "StudentArguments.student_dtype": (
+        WITH_STUDENTS,
+        "--student_dtype bfloat16",
+        lambda r, seen, _: seen.of_model("student", "dtype") is torch.bfloat16,
+    ),
+    "RewardArguments.reward": (WITH_REWARDS, "--reward length", lambda r, seen, base: reward(seen) != reward(base)),
+    "RewardArguments.value": (WITH_REWARDS, "--value expected", lambda r, seen, base: reward(seen) > reward(base)),
+    "RewardArguments.k": (
+        WITH_REWARDS,
+        "--k 3{lam}",
+        lambda r, seen, base: reward(seen) != reward(base),
+    ),
+    "RewardArguments.tau": (
+        WITH_REWARDS,
+        "--value soft --tau 0.01",
+        lambda r, seen, base: reward(seen) == pytest.approx(reward(base), rel=1e-2),
+    ),
+    "TeacherArguments.allowed_special_tokens": ((), "", None),  # tests/models/test_vocabulary.py
+    "RunArguments.overwrite_output_dir": ((), "", None),  # these three: where their refusal is tested
+    "PseudoLabelArguments.overwrite_output_dir": ((), "", None),
+    "EvaluationArguments.overwrite_output_dir": ((), "", None),
+    "RunArguments.resume": (
+        (),
+        "",
+        None,  # tests/recipes: resuming equals not stopping, for every recipe
+    ),
+    "NewModelArguments.architecture": (
+        ("new",),
+        "--architecture llama",
+        lambda r, seen, _: type(seen.model).__name__ == "LlamaForCausalLM",
+    ),
+    "NewModelArguments.d_model": (("new",), "--d_model 24", lambda r, seen, _: seen.model.config.d_model == 24),
+    "NewModelArguments.num_layers": (("new",), "--num_layers 3", lambda r, seen, _: seen.model.config.num_layers == 3),
+    "NewModelArguments.num_heads": (("new",), "--num_heads 4", lambda r, seen, _: seen.model.config.num_heads == 4),
+    "NewModelArguments.d_ff": (("new",), "--d_ff 40", lambda r, seen, _: seen.model.config.d_ff == 40),
+    "NewModelArguments.dropout": (
+        ("new",),
+        "--dropout 0.25",
+        lambda r, seen, _: (
+            {module.p for module in seen.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+        ),
+    ),
+    "NewModelArguments.tokenizer": (
+        ("new",),
+        "--tokenizer {teacher}",
+        lambda r, seen, _: "tokenizer" in {call["what"] for call in seen.loads["teacher"]},
+    ),
+    "NewModelArguments.vocab_size": (
+        ("new",),
+        "--vocab_size 108",
+        lambda r, seen, base: len(seen.trainer.processing_class) < len(base.trainer.processing_class),
+    ),
+    "PseudoLabelArguments.output": (("pseudo_label",), "", lambda r, seen, _: len(seen.labels) == 8),
+    "PseudoLabelArguments.strategy": (
+        ("pseudo_label",),
+        "--strategy sample",
+        lambda r, seen, base: answers(seen) != answers(base),
+    ),
+    "PseudoLabelArguments.num_beams": (
+        ("pseudo_label",),
+        "--strategy beam --num_beams 1",
+        lambda r, seen, base: answers(seen) == answers(base),
+    ),
+    "PseudoLabelArguments.interpolate": (
+        ("pseudo_label",),
+        "--strategy beam --interpolate --target_column ref",
+        lambda r, seen, _: "candidate" in seen.labels[0],
+    ),
+    "PseudoLabelArguments.temperature": (
+        ("pseudo_label",),
+        "--strategy sample --temperature 1e-4",
+        lambda r, seen, base: answers(seen) == answers(base),
+    ),
+    "PseudoLabelArguments.max_completion_length": (
+        ("pseudo_label",),
+        "--max_completion_length 2",
+        lambda r, seen, base: max(len(t.split()) for t in answers(seen)) == 2,
+    ),
+    "PseudoLabelArguments.batch_size": (
+        ("pseudo_label",),
+        "--batch_size 3",
+        lambda r, seen, base: seen.most_rows("teacher") == 3 < base.most_rows("teacher"),
+    ),
+    "PseudoLabelArguments.seed": (
+        ("pseudo_label",),
+        "--strategy sample --seed 5",
+        lambda r, seen, base: answers(seen) != answers(base),
+    ),
+    "EvaluationArguments.output_dir": (("evaluate",), "", lambda r, seen, _: len(seen.outputs) == 8),
+    "EvaluationArguments.max_prompt_length": (
+        ("evaluate",),
+        "--max_prompt_length 3 --max_completion_length 2",
+        lambda r, seen, base: seen.widest("student") == 3,
+    ),
+    "EvaluationArguments.max_completion_length": (
+        ("evaluate",),
+        "--max_completion_length 2",
+        lambda r, seen, _: seen.metrics["student"]["tokens"] <= 2,
+    ),
+    "EvaluationArguments.batch_size": (
+        ("evaluate",),
+        "--batch_size 3",
+        lambda r, seen, base: seen.most_rows("student") == 3 < base.most_rows("student"),
+    ),
+    "EvaluationArguments.sample": (("evaluate",), "--sample", lambda r, seen, base: said(seen) != said(base)),
+    "EvaluationArguments.temperature": (
+        ("evaluate",),
+        "--sample --temperature 1e-4",
+        lambda r, seen, base: said(seen) == said(base),
+    ),
+    "EvaluationArguments.seed": (("evaluate",), "", None),  # test_distillation: test_evaluate_samples_by_its_seed
+    "EvaluationArguments.ibleu": (
+        ("evaluate",),
+        "--ibleu",
+        lambda r, seen, base: "ibleu" in seen.metrics["student"].keys() - base.metrics["student"].keys(),
+    ),
+    "EvaluationArguments.gamma": (("evaluate",), "--gamma 0.5", lambda r, seen, base: reward(seen) > reward(base)),
+    "EvaluationArguments.reward_weights": (
+        ("evaluate",),
+        "--reward_weights 2.5",
+        lambda r, seen, base: reward(seen) == pytest.approx(2.5 * reward(base)),
+    ),
+    # of the trainers' own settings, what a recipe hands on besides
+    "OnPolicyConfig.gamma": (
+        ("ppo_kd", "rloo_kd", "reinforce_kd"),
+        "--gamma 0.5",
+        lambda r, seen, base: reward(seen) > reward(base),
+    ),
+    "OnPolicyConfig.reward_weights": (
+        ("ppo_kd", "rloo_kd", "reinforce_kd"),
+        "--reward_weights 2.5",
+        lambda r, seen, base: reward(seen) == pytest.approx(2.5 * reward(base)),
+    ),
+    "RolloutConfig.max_prompt_length": (
+        DISTILLING,
+        "--max_prompt_length 3",
+        lambda r, seen, base: seen.metrics["before"] != base.metrics["before"],
+    ),
+    "RolloutConfig.max_completion_length": (
+        DISTILLING,
+        "--max_completion_length 2",
+        lambda r, seen, _: max(row["tokens"] for row in seen.metrics.values()) <= 2,
+    ),
+    "SupervisedConfig.max_prompt_length": (
+        ("sft",),
+        "--max_prompt_length 3",
+        lambda r, seen, _: seen.batch()["input_ids"].shape[1] == 3,
+    ),
+    "SupervisedConfig.max_completion_length": (
+        ("sft",),
+        "--max_completion_length 2",
+        lambda r, seen, _: seen.batch()["labels"].shape[1] == 2,
+    ),
+}
+GROUPS = [kind for kind in vars(arguments).values() if dataclasses.is_dataclass(kind)]
+
+
+@pytest.mark.parametrize("kind", GROUPS, ids=lambda kind: kind.__name__)
+def test_every_flag_has_its_line(kind):
+    missing = {f"{kind.__name__}.{option.name}" for option in dataclasses.fields(kind)} - ARRIVES.keys()
+    assert not missing, "say in ARRIVES where they are seen"
+
+
+QUICK = ("ppo_kd", "evaluate", "pseudo_label", "sft", "new")
+
+
+def cases() -> list:
+    return [
+        pytest.param(name, recipe, marks=() if recipe in QUICK else pytest.mark.slow, id=f"{recipe}-{name}")
+        for name, (recipes, _, is_seen) in ARRIVES.items()
+        for recipe in recipes
+        if is_seen is not None
+    ]
+
+
+_BASES: dict[str, Seen] = {}
+
+
+@pytest.mark.parametrize(("name", "recipe"), cases())
+def test_every_flag_arrives(name, recipe, files, observe):
+    _, flags, is_seen = ARRIVES[name]
+    command = f"{'sft' if recipe == 'new' else recipe} {BASE[recipe]}"
+    if recipe not in _BASES:
+        _BASES[recipe] = observe(command.format(**files))
+    target = "" if recipe == "pseudo_label" else " --target_column mr"
+    lam = " --lam 1" if recipe == "ppo_kd" else ""  # of K-step returns
+    seen = observe(f"{command} {flags}".format(**files, lam=lam, target=target))
+    assert is_seen(recipe, seen, _BASES[recipe])
