@@ -1,14 +1,9 @@
 """rlkd_trl: reinforcement-learning knowledge distillation for encoder-decoder and decoder-only language models."""
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-
-# On CPUs it warns on import of a kernel that it could not download, and in int8 at every product of matrices.
-if (_logger := logging.getLogger("bitsandbytes")).level == logging.NOTSET:
-    _logger.setLevel(logging.ERROR)
 
 # Imported on first use: torch and transformers take seconds, and `--help` should not.
 _HOMES = {
@@ -56,3 +51,7 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,6 +1,7 @@
 """The one exception for input that the user can correct, and how a command ends on it."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -58,6 +59,8 @@ def run(main: Callable[[], None]) -> None:
     connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
     """
     _end_with_launcher()
+    # On CPUs it warns on import of a kernel that it could not download, and in int8 at every product of matrices.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except InputError as error:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -119,6 +120,38 @@ def test_public_names(name):
     thing = getattr(rlkd_trl, name)
     assert thing.__name__ == name
     assert thing.__doc__
+
+
+@pytest.mark.parametrize("name", rlkd_trl.__all__)
+def test_signatures_show_every_parameter(name):
+    parameters = inspect.signature(getattr(rlkd_trl, name)).parameters.values()
+    assert len(parameters) >= 2
+    assert not [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def test_a_trainers_signature():
+    found = inspect.signature(rlkd_trl.PPOKDTrainer).parameters
+    names = ["model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class"]
+    assert list(found)[:6] == names
+    assert {name: found[name].kind.name for name in ("peft_config", "callbacks")} == {
+        "peft_config": "KEYWORD_ONLY",
+        "callbacks": "KEYWORD_ONLY",
+    }
+    assert "templates" in inspect.signature(rlkd_trl.KDTrainer).parameters
+
+
+def test_dir_lists_the_public_names():
+    assert dir(rlkd_trl) == sorted([*rlkd_trl.__all__, "__version__"])
+
+
+def test_importing_changes_no_other_librarys_log_level():
+    code = """
+import logging
+before = logging.getLogger("bitsandbytes").level
+import rlkd_trl, rlkd_trl.trainers.ppo
+assert logging.getLogger("bitsandbytes").level == before == logging.NOTSET, logging.getLogger("bitsandbytes").level
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_a_name_that_is_not_there():

@@ -39,7 +39,8 @@ import json, sys
 request = json.load(sys.stdin)
 sys.path[:] = request["path"]
 from rlkd_trl.commands.demo import DemoRequest, train_demo_models
-train_demo_models(DemoRequest(**request["of"]))
+from rlkd_trl.errors import run
+run(lambda: train_demo_models(DemoRequest(**request["of"])))
 """
 
 

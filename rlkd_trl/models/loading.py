@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import pickle
 import textwrap
 from collections.abc import Collection
@@ -172,6 +173,8 @@ def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict
     if quantization == "none":
         return {}
     if quantization == "int8":
+        # It would log a line at every product of matrices.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute_dtype = torch.float32 if dtype is None else dtype
     return {

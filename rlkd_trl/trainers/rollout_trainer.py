@@ -52,6 +52,7 @@ from rlkd_trl.trainers.rollout_metrics import PhaseTimer
 from rlkd_trl.trainers.rollout_sampling import log_probs_in_parts, random_generator, sample_in_parts, uniform_rows
 from rlkd_trl.trainers.run_record import reward_record
 from rlkd_trl.trainers.run_state import RolloutState
+from rlkd_trl.trainers.signatures import whole_signature
 
 logger = logging.get_logger(__name__)
 
@@ -134,6 +135,10 @@ class RolloutTrainer(ResumableTrainer):
             "student": {"architecture": type(model).__name__},
             "reward": reward_record(reward_model, train_dataset),
         }
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = whole_signature(cls, without=("reward_model", "data_collator"))
 
     @property
     def policy(self) -> Policy:

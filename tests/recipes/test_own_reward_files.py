@@ -48,6 +48,6 @@ def test_a_reward_that_fails_ends_in_one_line(body, message, checkpoints, train_
 def test_a_function_without_arguments_is_refused_before_anything_is_loaded(train_csv, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("def mine():\n    return 1.0\n")
-    assert run(f"rloo_kd --teacher nowhere/at/all --reward {file}:mine --output_dir {tmp_path / 'out'} --student x "
+    assert run(f"rloo_kd --teacher nowhere/at-all --reward {file}:mine --output_dir {tmp_path / 'out'} --student x "
                f"--dataset {train_csv} {COLUMNS}") == 2  # fmt: skip
     assert "The reward 'mine' takes (): a reward takes one argument" in capsys.readouterr().err

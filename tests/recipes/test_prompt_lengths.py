@@ -51,7 +51,7 @@ def test_supervised_pairs(long_csv, tmp_path, monkeypatch):
     monkeypatch.setattr(
         supervised.SupervisedTrainer, "train", lambda self, **kwargs: seen.extend(self.train_dataset["prompt"])
     )
-    monkeypatch.setattr(supervised.SupervisedTrainer, "save_model", lambda self: None)
+    monkeypatch.setattr(supervised.SupervisedTrainer, "save_model", lambda self, **_: None)
     templates = write_templates(tmp_path / "t.yaml", one=TEMPLATE)
     flags = f"--templates {templates} --d_model 16 --num_heads 2 --max_prompt_length 9 --output_dir {tmp_path / 'out'}"
     assert run(f"sft --dataset {long_csv} {COLUMNS} {TWO_STEPS} {flags} --vocab_size 400") == 0

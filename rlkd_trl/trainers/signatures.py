@@ -1,0 +1,28 @@
+"""The parameters of a class whose constructors pass what they do not know to those of its bases."""
+
+import inspect
+from inspect import Parameter, Signature
+
+_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+def whole_signature(kind: type, *, without: tuple[str, ...] = ()) -> Signature:
+    """Every parameter of a class's constructor by name, where `*args` and `**kwargs` stand for those of its bases.
+
+    without: parameters of a base that a class between sets.
+    """
+    found: dict[str, Parameter] = {}
+    takes_positions = True
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in _REST and parameter.name not in (*found, *without):
+                by_name = parameter if takes_positions else parameter.replace(kind=Parameter.KEYWORD_ONLY)
+                found[parameter.name] = by_name
+        kinds = {parameter.kind for parameter in parameters}
+        takes_positions = takes_positions and Parameter.VAR_POSITIONAL in kinds
+        if Parameter.VAR_KEYWORD not in kinds:
+            break
+    return Signature(sorted(found.values(), key=lambda parameter: parameter.kind))
