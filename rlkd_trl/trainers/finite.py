@@ -13,6 +13,8 @@ from rlkd_trl.errors import TrainingError
 from rlkd_trl.models.finite import listed, not_finite, weights_of
 
 logger = logging.get_logger(__name__)
+# What a `FiniteTrainer` has counted, by attribute; plain values, for a checkpoint to hold.
+COUNTERS = ("steps_skipped", "_skipped_in_a_row", "_skipped_since_log", "_steps_since_log", "_first_seen")
 
 
 class FiniteTrainer(Trainer):

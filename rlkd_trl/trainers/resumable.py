@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
-from rlkd_trl.trainers.finite import FiniteTrainer
+from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
 
@@ -64,11 +64,14 @@ class ResumableTrainer(FiniteTrainer):
             "loss_since_log": self._tr_loss,
             "loss_until_log": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
+            "skipped": {name: getattr(self, name) for name in COUNTERS},
         }
 
     def load_run_state(self, state: dict[str, object]) -> None:
         """Puts back what `run_state` gave. What Trainer sets to 0 after this, `_Continuation` puts back."""
         self._resumed_state = state
+        for name, count in state["skipped"].items():
+            setattr(self, name, count)
 
     def write_checkpoint(self, directory: Path) -> None:
         """Writes this process's files of a checkpoint into an empty directory."""
