@@ -33,7 +33,7 @@ from rlkd_trl.commands.comparison.checks import (
     use_demo,
 )
 from rlkd_trl.commands.data import load_templates
-from rlkd_trl.commands.run_directory import check_apart, check_writable
+from rlkd_trl.commands.run_directory import check_writable
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import run
 
@@ -58,7 +58,6 @@ def main() -> None:
     methods = find_methods(settings.compare, RECIPES)
     templates = load_templates(settings.prompts)
     check_flags(methods, settings.compare.common or [], CONFIGS, settings.teacher)
-    check_apart("--output_dir", settings.compare.output_dir, *vars(settings).values())
     check_writable("--output_dir", Path(settings.compare.output_dir))
     if settings.compare.smoke:
         use_demo(settings)

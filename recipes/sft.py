@@ -18,7 +18,6 @@ from rlkd_trl.commands.checks import check_student, require_files
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
 from rlkd_trl.commands.run_directory import (
-    check_apart,
     check_free,
     checkpoint_to_resume,
     clear_results,
@@ -37,7 +36,6 @@ def main() -> None:
     command = CommandLine(SupervisedSettings, description=__doc__, config=CONFIG)
     settings = command.sketch()
     require_files(settings)
-    check_apart("--output_dir", settings.args.output_dir, *vars(settings).values())
     templates = load_templates(settings.prompts)
     pairs = load_pairs(settings, templates)
     settings = command.settings()

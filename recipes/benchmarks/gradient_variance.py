@@ -28,6 +28,7 @@ from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -68,7 +69,7 @@ class VarianceArguments:
     num_generations: AtLeastTwo = field(default=4, metadata={"help": "Completions per prompt."})
     max_completion_length: Length = field(default=64, metadata={"help": "Cap on sampled tokens, EOS included."})
     seed: Seed = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
-    output_dir: str = field(default="runs/gradient_variance", metadata={"help": "Where the demo's models go."})
+    output_dir: OutputPath = field(default="runs/gradient_variance", metadata={"help": "Where the demo's models go."})
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):

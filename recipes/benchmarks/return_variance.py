@@ -35,6 +35,7 @@ from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -59,7 +60,7 @@ class VarianceArguments:
     max_completion_length: Length = field(default=48, metadata={"help": "Cap on sampled tokens, EOS included."})
     batch_size: Count = field(default=8, metadata={"help": "Prompts at a time."})
     seed: Seed = field(default=0, metadata={"help": "Seed of the samples, and of the demo's models."})
-    output_dir: str = field(default="runs/return_variance", metadata={"help": "Where the demo's models go."})
+    output_dir: OutputPath = field(default="runs/return_variance", metadata={"help": "Where the demo's models go."})
     results_dir: str = field(default=str(RESULTS), metadata={"help": "Where the two result files go."})
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ Types say what a value is: a number with its range (`settings.ranges`), a path o
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rlkd_trl.settings.files import CheckpointPath, DataPath, RewardPath, TemplatesPath
+from rlkd_trl.settings.files import CheckpointPath, DataPath, OutputPath, RewardPath, TemplatesPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
 
 
@@ -192,7 +192,7 @@ class NewModelArguments:
 class PseudoLabelArguments:
     """Pseudo-labels"""
 
-    output: str | None = field(default=None, metadata={"help": "JSON-lines file to write."})
+    output: OutputPath | None = field(default=None, metadata={"help": "JSON-lines file to write."})
     strategy: str = field(default="greedy", metadata={"help": "greedy, beam or sample."})
     num_beams: Count = field(default=4, metadata={"help": "Beams of --strategy beam."})
     interpolate: bool = field(
@@ -213,7 +213,7 @@ class PseudoLabelArguments:
 class EvaluationArguments:
     """Evaluation"""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
+    output_dir: OutputPath | None = field(default=None, metadata={"help": "Where metrics.json and outputs.jsonl go."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write over the results in --output_dir, if there are any."}
     )

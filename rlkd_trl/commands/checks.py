@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
-from rlkd_trl.commands.run_directory import check_apart, check_not_there
+from rlkd_trl.commands.run_directory import check_not_there
 from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
 from rlkd_trl.data import require_dataset
 from rlkd_trl.errors import InputError
@@ -121,7 +121,6 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
         )
     if Path(labels.output).is_dir():
         raise InputError(f"--output {labels.output} is a directory: name a file in it.")
-    check_apart("--output", labels.output, *vars(settings).values())
     check_not_there("--output", labels.output, overwrite=labels.overwrite_output_dir)
 
 

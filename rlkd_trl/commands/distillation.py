@@ -12,7 +12,7 @@ from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
-from rlkd_trl.commands.run_directory import check_apart, check_free, checkpoint_to_resume, clear_results, is_finished
+from rlkd_trl.commands.run_directory import check_free, checkpoint_to_resume, clear_results, is_finished
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
 from rlkd_trl.prompts import PromptTemplates
@@ -92,14 +92,13 @@ def distil(
 
 
 def check_data(settings: DistillationSettings) -> CheckedData:
-    """What is named, files, where the output goes, templates and rows; of the trainer's settings a sketch is enough.
+    """What is named, files, templates and rows; of the trainer's settings a sketch is enough.
 
     Raises:
         InputError: One of them is wrong; the message names it.
     """
     is_demo(settings)
     require_files(settings)
-    check_apart("--output_dir", settings.args.output_dir, *vars(settings).values())
     templates = load_templates(settings.prompts)
     return CheckedData(templates, *load_train_and_held_out(settings, templates))
 

@@ -59,6 +59,7 @@ class RecipeParser(TrlParser):
         )
         self.add_argument("--help_all", action="store_true", help="Also list every field of TrainingArguments.")
         self._group_by_dataclass(dataclass_types)
+        self.preset: Path | None = None  # of the command line that was parsed
 
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
         """One instance per dataclass.
@@ -73,13 +74,13 @@ class RecipeParser(TrlParser):
             self._show_everything()
             self.print_help()
             sys.exit(0)
-        preset_path, preset = None, {}
+        preset = {}
         if "--config" in argv:
             position = argv.index("--config")
             if position + 1 == len(argv):
                 raise InputError("--config needs the path of a YAML file, or the name of a preset that ships.")
-            preset_path = find_preset(argv[position + 1])
-            preset = read_preset(preset_path)
+            self.preset = find_preset(argv[position + 1])
+            preset = read_preset(self.preset)
             del argv[position : position + 2]
             if "--config" in argv:
                 raise InputError("--config is given twice; put both presets into one file.")
@@ -87,7 +88,7 @@ class RecipeParser(TrlParser):
         if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
             self._set_defaults(demo_preset, read_preset(demo_preset))
         self._drop_replaced(f"--{key}" for key in preset)
-        self._set_defaults(preset_path, preset)
+        self._set_defaults(self.preset, preset)
         self._drop_replaced(arg.split("=")[0] for arg in argv)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
         known, unknown = self.parse_known_args(argv)

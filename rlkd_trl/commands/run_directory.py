@@ -3,14 +3,14 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
 from rlkd_trl.errors import InputError
-from rlkd_trl.settings.files import INHERITED, files_read
+from rlkd_trl.settings.files import INHERITED, files_read, places_written
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -22,17 +22,29 @@ RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "outputs.jsonl"
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
 
 
-def check_apart(flag: str, output: str | Path, *groups: object) -> None:
-    """No input is the output: what the groups' flags read is neither at `output`, nor in it, nor around it.
+def check_apart(groups: Sequence[object], preset: Path | None) -> None:
+    """No input is the output: what a command's flags read is neither at a place that they write, nor in or around it.
 
-    Links are followed. A file may lie in an output directory, unless results have its name.
+    Every command is parsed through this. Links are followed. A file may lie in an output directory, unless results
+    have its name.
+
+    Args:
+        groups: The command's flags, one object of a dataclass for each group.
+        preset: The YAML file that some of them were read from.
 
     Raises:
         InputError: It is; both flags are named.
     """
-    output = Path(output).expanduser()
+    outputs = [(f"--{name}", getattr(group, name)) for group in groups for name in places_written(type(group))]
+    inputs = [*_inputs(groups), *([] if preset is None else [(f"--config {preset}", preset)])]
+    for flag, output in outputs:
+        if output is not None:
+            _check_output_apart(flag, Path(output).expanduser(), inputs)
+
+
+def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Path]]) -> None:
     written_at = output.resolve()
-    for name, path in _inputs(*groups):
+    for name, path in inputs:
         place = path.resolve()
         is_same = written_at == place or (output.exists() and output.samefile(path))
         is_around = path.is_dir() and place in written_at.parents
@@ -45,7 +57,7 @@ def check_apart(flag: str, output: str | Path, *groups: object) -> None:
             )
 
 
-def _inputs(*groups: object) -> Iterator[tuple[str, Path]]:
+def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
     """Flag with value, and path, of all that is there and read: directories as a whole, and single files."""
     for group in groups:
         for name, reads in files_read(type(group)).items():
@@ -96,11 +108,10 @@ def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") ->
 
 
 def check_evaluation_directory(settings: "EvaluationSettings") -> None:
-    """Raises `InputError` if `--output_dir` is what is read, holds results that are to stay, or cannot be written."""
+    """Raises `InputError` if `--output_dir` holds results that are to stay, or cannot be written."""
     output_dir, overwrite = settings.evaluation.output_dir, settings.evaluation.overwrite_output_dir
     if output_dir is None:
         return
-    check_apart("--output_dir", output_dir, *vars(settings).values())
     for name in ("metrics.json", "outputs.jsonl"):
         check_not_there("--output_dir", Path(output_dir) / name, overwrite=overwrite)
 

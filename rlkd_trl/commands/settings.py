@@ -22,6 +22,7 @@ from rlkd_trl.commands.arguments import (
 )
 from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.run_directory import check_apart
 from rlkd_trl.settings.declared import declared
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class CommandLine(Generic[Settings]):
         self.kind, self.description, self.config, self.demo_preset = kind, description, config, demo_preset
 
     def sketch(self) -> Settings:
-        """Raises `InputError` as `check_launch` and `RecipeParser.parse`."""
+        """Raises `InputError` as `check_launch`, `RecipeParser.parse` and `check_apart`."""
         check_launch(os.environ)
         kind = declared(self.config.replace(":", "."))
         if kind is None or "--help_all" in sys.argv:  # the latter shows computed defaults too
@@ -124,14 +125,16 @@ class CommandLine(Generic[Settings]):
         return self._parse(kind)
 
     def settings(self) -> Settings:
-        """Raises `InputError` as `check_launch` and `RecipeParser.parse`."""
+        """Raises `InputError` as `check_launch`, `RecipeParser.parse` and `check_apart`."""
         check_launch(os.environ)
         return self._parse(None if self.config is None else pkgutil.resolve_name(self.config))
 
     def _parse(self, config: type | None) -> Settings:
         groups = groups_of(self.kind, config)
         parser = RecipeParser(*groups.values(), description=self.description)
-        return self.kind(**dict(zip(groups, parser.parse(demo_preset=self.demo_preset), strict=True)))
+        parsed = parser.parse(demo_preset=self.demo_preset)
+        check_apart(parsed, parser.preset)
+        return self.kind(**dict(zip(groups, parsed, strict=True)))
 
 
 def parse_settings(kind: type[Settings], *, description: str, demo_preset: Path | None = None) -> Settings:

@@ -1,4 +1,4 @@
-"""Which settings name local files, noted with their fields, and whether what they name is there.
+"""Which settings name files that are read, and places that are written, noted with their fields.
 
     dataset: DataPath | None = field(default=None, ...)
 
@@ -28,11 +28,19 @@ class Reads(enum.Enum):
     JSON = "JSON"
 
 
+class Writes(enum.Enum):
+    """What is written at the place that a value names."""
+
+    OUTPUT = "output"
+
+
 DataPath = Annotated[str, Reads.DATA]
 CheckpointPath = Annotated[str, Reads.CHECKPOINT]
 TemplatesPath = Annotated[str, Reads.TEMPLATES]
 RewardPath = Annotated[str, Reads.REWARD]
 PresetPath = Annotated[str, Reads.PRESET]
+# Of an output: a file, or a directory of results.
+OutputPath = Annotated[str, Writes.OUTPUT]
 # Of transformers.TrainingArguments.
 INHERITED = {
     "resume_from_checkpoint": Reads.RUN_CHECKPOINT,
@@ -40,6 +48,7 @@ INHERITED = {
     "fsdp_config": Reads.JSON,
     "accelerator_config": Reads.JSON,
 }
+_INHERITED_WRITTEN = "output_dir"
 
 
 @cache
@@ -47,8 +56,16 @@ def files_read(settings: type) -> dict[str, Reads]:
     """Of a dataclass, its own and those that it has from transformers: field to what its value names."""
     hints = typing.get_type_hints(settings, include_extras=True)
     names = [field.name for field in dataclasses.fields(settings)]
-    own = {name: reads for name in names if (reads := _noted(hints[name])) is not None}
+    own = {name: reads for name in names if (reads := _noted(hints[name], Reads)) is not None}
     return {name: reads for name, reads in INHERITED.items() if name in names} | own
+
+
+@cache
+def places_written(settings: type) -> list[str]:
+    """Of a dataclass, its own fields and those from transformers that name where an output goes."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    names = [field.name for field in dataclasses.fields(settings)]
+    return [name for name in names if name == _INHERITED_WRITTEN or _noted(hints[name], Writes) is not None]
 
 
 def require_checkpoint(flag: str, name_or_path: str) -> None:
@@ -66,8 +83,8 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
         raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
 
 
-def _noted(hint: object) -> Reads | None:
-    """The note in a type hint: of `Annotated[str, Reads…]` itself, or of a list or an option of it."""
+def _noted(hint: object, kind: type[enum.Enum]) -> enum.Enum | None:
+    """The note of a kind in a type hint: of `Annotated[str, …]` itself, or of a list or an option of it."""
     if typing.get_origin(hint) is Annotated:
-        return next((note for note in typing.get_args(hint) if isinstance(note, Reads)), None)
-    return next((found for part in typing.get_args(hint) if (found := _noted(part)) is not None), None)
+        return next((note for note in typing.get_args(hint) if isinstance(note, kind)), None)
+    return next((found for part in typing.get_args(hint) if (found := _noted(part, kind)) is not None), None)

@@ -24,6 +24,7 @@ def inputs(checkpoints, train_csv, tmp_path):
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates" / "templates.yaml").write_text("ask: 'Say {{ source }}'\n")
     (tmp_path / "reward.py").write_text("def constant(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "preset.yaml").write_text("batch_size: 2\n")
     (tmp_path / "link").symlink_to(tmp_path / "teacher")
     return tmp_path
 
@@ -57,6 +58,7 @@ OVERWRITING = [
     (f"{LABEL} --output {{i}}/teacher/config.json", "--teacher"),
     (f"{LABEL} --output {{i}}/link/labels.jsonl", "--teacher"),
     (f"{LABEL} --templates {{i}}/templates --output {{i}}/templates/templates.yaml", "--templates"),
+    (f"{LABEL} --config {{i}}/preset.yaml --overwrite_output_dir --output {{i}}/preset.yaml", "--config"),
     (f"{EVALUATE} --output_dir {{i}}/student", "--student"),
     (f"{EVALUATE} --output_dir {{i}}/teacher", "--teacher"),
     (f"{EVALUATE} --output_dir {{i}}/data", "--dataset"),

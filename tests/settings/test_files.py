@@ -1,4 +1,4 @@
-"""Which flags name files: of every dataclass of flags, so that a new flag cannot be forgotten."""
+"""Which flags name files and outputs: of every dataclass of flags, so that a new flag cannot be forgotten."""
 
 import dataclasses
 import typing
@@ -8,7 +8,7 @@ import pytest
 from rlkd_trl.commands import arguments
 from rlkd_trl.commands.comparison import arguments as of_compare
 from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
-from rlkd_trl.settings.files import Reads, files_read
+from rlkd_trl.settings.files import Reads, files_read, places_written
 from rlkd_trl.trainers import config, full_vocabulary_config, supervised_config
 
 MODULES = [arguments, of_compare, config, full_vocabulary_config, supervised_config]
@@ -21,12 +21,12 @@ KINDS = sorted(
     },
     key=lambda kind: kind.__name__,
 )
-# Texts that name no file that is read: names, texts, choices, and places that are written.
+# Texts that name neither a file that is read nor an output: names, texts, choices.
 NO_FILES = set(
     "dataset_split dataset_config dataset_revision source_column target_column eval_split eval_target_column template "
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
-    "teacher_placement teacher_offload_path student_revision student_dtype value architecture output strategy "
-    "output_dir baseline select_on common validation_split test_split critic level ensemble divergence "
+    "teacher_placement teacher_offload_path student_revision student_dtype value architecture strategy "
+    "baseline select_on common validation_split test_split critic level ensemble divergence "
     "sequences signal future report_to average_reward allowed_special_tokens".split()
 )
 # The same of transformers.TrainingArguments.
@@ -49,8 +49,11 @@ def test_every_text_is_known_to_name_a_file_or_not(kind):
     hints = typing.get_type_hints(kind)
     texts = {field.name for field in dataclasses.fields(kind) if field.init and takes_text(hints[field.name])}
     reads = set(files_read(kind))
-    assert not reads & (NO_FILES | INHERITED_NO_FILES)
-    assert texts - reads - NO_FILES - INHERITED_NO_FILES == set(), "say in settings/files.py whether it names a file"
+    written = set(places_written(kind))
+    assert not (reads | written) & (NO_FILES | INHERITED_NO_FILES) and not reads & written
+    assert texts - reads - written - NO_FILES - INHERITED_NO_FILES == set(), (
+        "say in settings/files.py whether it names a file"
+    )
 
 
 def test_there_are_flags_to_test():
@@ -62,6 +65,9 @@ def test_there_are_flags_to_test():
         "test_dataset": Reads.DATA,
     }
     assert files_read(config.PPOKDConfig)["deepspeed"] is Reads.JSON
+    assert places_written(arguments.PseudoLabelArguments) == ["output"]
+    for kind in (config.PPOKDConfig, arguments.EvaluationArguments, of_compare.ComparisonArguments):
+        assert places_written(kind) == ["output_dir"]
 
 
 def test_each_kind_has_its_files():

@@ -7,7 +7,7 @@ from typing import Annotated
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
-from rlkd_trl.settings.files import DataPath, PresetPath
+from rlkd_trl.settings.files import DataPath, OutputPath, PresetPath
 from rlkd_trl.settings.ranges import LARGEST_COUNT, AtLeastTwo, Count, Length, Positive, Range, Seed, check_ranges
 
 BUDGETS = ("max_steps", "max_generated_tokens", "max_cpu_seconds")
@@ -50,7 +50,7 @@ class ComparisonArguments:
     jobs: Annotated[int, Range(1, 1024)] = field(
         default=1, metadata={"help": "Runs at a time; more than one get one thread each."}
     )
-    output_dir: str = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
+    output_dir: OutputPath = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
 
     def __post_init__(self):
         check_ranges(self)
