@@ -97,20 +97,19 @@ def test_every_sampled_token_has_a_gradient(any_model, tokenizer, position):
     policy = Policy(any_model, tokenizer)
     logps_BT = policy(*ragged_inputs(policy)).logps_BT
     parameters = [p for p in any_model.parameters() if p.requires_grad]
-    ours = torch.autograd.grad(logps_BT[1, position], parameters, allow_unused=True)
-    expected = chosen_log_probs(any_model, RAGGED.prompts[0], RAGGED.completions[1])[position]
-    theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
-    norm = torch.cat([g.flatten() for g in ours if g is not None]).norm()
-    assert norm > 1e-2
-    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
-        # A parameter that the token does not depend on may have no gradient in one of the two, and 0 in the other.
-        zero = torch.zeros(())
-        torch.testing.assert_close(
-            (zero if our_gradient is None else our_gradient) + zero,
-            (zero if their_gradient is None else their_gradient) + zero,
-            rtol=1e-3,
-            atol=3e-5,
-        )
+    ours = gradient(logps_BT[1, position], parameters)
+    exact = copy.deepcopy(any_model).double()
+    token = chosen_log_probs(exact, RAGGED.prompts[0], RAGGED.completions[1])[position]
+    expected = gradient(token, [p for p in exact.parameters() if p.requires_grad])
+    assert expected.norm() > 1
+    # float32 rounds activations to a few millionths; norms that are fused here and not there change nothing of that.
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6 * float(expected.norm()))
+
+
+def gradient(value, parameters) -> torch.Tensor:
+    """One flat float64 tensor; 0 where the value does not depend on a parameter."""
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
 def test_samples_come_from_the_distribution_that_forward_returns(any_model, tokenizer):
@@ -149,7 +148,7 @@ def test_top_k_samples_come_from_the_support_that_comes_with_them(any_model, tok
     policy = Policy(any_model, tokenizer, temperature=0.7)
     prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
     index_B = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    uniforms_BT = torch.rand(9, 6, generator=torch.Generator().manual_seed(3))
+    uniforms_BT = torch.rand(9, 6, generator=torch.Generator().manual_seed(8))
     prompts = (prompt_ids, prompt_mask, index_B)
     samples = policy.sample(*prompts, max_completion_length=6, uniforms_BT=uniforms_BT, top_k=top_k)
     output = policy(*prompts, samples.ids_BT, samples.mask_BT, samples.support_BTk)
@@ -182,7 +181,7 @@ def test_a_mixture_of_nothing_but_the_teacher_samples_what_the_teacher_samples(a
     index_B, teachers_index_B = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1])
     settings = {
         "max_completion_length": 6,
-        "uniforms_BT": torch.rand(3, 6, generator=torch.Generator().manual_seed(3)),
+        "uniforms_BT": torch.rand(3, 6, generator=torch.Generator().manual_seed(8)),
     }
     mixed_with = MixedWith(teacher.backbone, *teachers_prompts, teachers_index_B, weight=1.0)
     mixed = policy.sample(*prompts, index_B, mixed_with=mixed_with, **settings)
