@@ -275,8 +275,8 @@ class RLOOKDConfig(ClippedPolicyConfig):
             )
         if self.level == "sequence" and self.baseline == "mean":
             raise InputError(
-                "baseline = 'mean' has no effect with level 'sequence', where leaving one out has left a mean of 0: "
-                "set baseline to 'min_variance' or level to 'token'."
+                "baseline = 'mean' is not for level 'sequence', where the other completions of a prompt are the "
+                "baseline: set baseline to 'none' or 'min_variance', or level to 'token'."
             )
 
 

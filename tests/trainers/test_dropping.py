@@ -109,12 +109,29 @@ def test_the_update_is_the_one_without_the_dropped_samples(method, where, tmp_pa
     assert dirty.trainer.cost().generated_tokens == sum(map(len, GOOD)) + sum(map(len, DROPPED))
 
 
+WITH_AVERAGE = {
+    "ppo": {},
+    "rloo-sequence": {},
+    "rloo-token": {},
+    "reinforce": {"baseline": "none"},
+    "all-actions": {"future_weight": 1.0},
+}
+
+
 @pytest.mark.parametrize("average", ["prompt", "rollout"])
-def test_the_average_reward_is_without_them_too(average, tmp_path):
-    dirty = gradients_of("rloo-token", tmp_path, "reward", with_dropped=True, average_reward=average)
-    clean = gradients_of("rloo-token", tmp_path, "reward", with_dropped=False, average_reward=average)
+@pytest.mark.parametrize("method", WITH_AVERAGE)
+def test_the_average_reward_is_without_them_too(method, average, tmp_path):
+    """Neither the logged average nor any gradient of the others changes."""
+    where = "teacher" if method == "all-actions" else "reward"
+    settings = {"average_reward": average, **WITH_AVERAGE[method]}
+    dirty = gradients_of(method, tmp_path, where, with_dropped=True, **settings)
+    clean = gradients_of(method, tmp_path, where, with_dropped=False, **settings)
+    (log,), (clean_log,) = dirty.logs, clean.logs
+    assert log["samples_dropped"] == 5
+    assert log["average_reward"] == pytest.approx(clean_log["average_reward"], rel=1e-5)
     for name, expected in clean.gradients[0].items():
-        torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+        if expected is not None:
+            torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_prompt_of_which_nothing_is_left(tmp_path):
