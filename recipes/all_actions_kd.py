@@ -22,6 +22,7 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_all_actions.yaml"
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
+        recipe="all_actions_kd",
         config="rlkd_trl.trainers.full_vocabulary_config:AllActionsKDConfig",
         trainer="rlkd_trl.trainers.all_actions:AllActionsKDTrainer",
         title="all-actions policy gradient",

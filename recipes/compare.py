@@ -52,7 +52,7 @@ CONFIGS = TrainerConfigs(
 def main() -> None:
     # Parse, and find out what is wrong with the input before anything runs.
     demo_preset = DEMO_PRESET if "--smoke" in sys.argv else None
-    settings = parse_settings(ComparisonSettings, description=__doc__, demo_preset=demo_preset)
+    settings = parse_settings(ComparisonSettings, description=__doc__, recipe="compare", demo_preset=demo_preset)
     check_named(settings)
     require_files(settings)
     methods = find_methods(settings.compare, RECIPES)

@@ -19,7 +19,7 @@ from rlkd_trl.errors import run
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_settings(EvaluationSettings, description=__doc__)
+    settings = parse_settings(EvaluationSettings, description=__doc__, recipe="evaluate")
     require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
     require_files(settings)
     check_evaluation_directory(settings)

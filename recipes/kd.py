@@ -24,6 +24,7 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_kd.yaml"
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
+        recipe="kd",
         config="rlkd_trl.trainers.full_vocabulary_config:KDConfig",
         trainer="rlkd_trl.trainers.kd:KDTrainer",
         title="distillation on divergences",

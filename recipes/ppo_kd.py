@@ -22,6 +22,7 @@ DEMO_PRESET = Path(__file__).parent / "configs" / "demo_ppo.yaml"
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
+        recipe="ppo_kd",
         config="rlkd_trl.trainers.config:PPOKDConfig",
         trainer="rlkd_trl.trainers.ppo:PPOKDTrainer",
         title="PPO",

@@ -22,7 +22,7 @@ from rlkd_trl.errors import run
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    settings = parse_settings(PseudoLabelSettings, description=__doc__)
+    settings = parse_settings(PseudoLabelSettings, description=__doc__, recipe="pseudo_label")
     data, labels = settings.data, settings.labels
     require(**{"--dataset": data.dataset, "--teacher": settings.teacher.teacher, "--output": labels.output})
     require_files(settings)

@@ -31,6 +31,7 @@ def title(settings: RewardedSettings) -> str:
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
+        recipe="reinforce_kd",
         config="rlkd_trl.trainers.config:ReinforceKDConfig",
         trainer="rlkd_trl.trainers.reinforce:ReinforceKDTrainer",
         title=title,

@@ -28,6 +28,7 @@ def title(settings: RewardedSettings) -> str:
 def main() -> None:
     # Parse, check, build, train, evaluate, save: the same for all methods of distillation.
     distil(
+        recipe="rloo_kd",
         config="rlkd_trl.trainers.config:RLOOKDConfig",
         trainer="rlkd_trl.trainers.rloo:RLOOKDTrainer",
         title=title,

@@ -33,7 +33,7 @@ CONFIG = "rlkd_trl.trainers.supervised_config:SupervisedConfig"
 
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
-    command = CommandLine(SupervisedSettings, description=__doc__, config=CONFIG)
+    command = CommandLine(SupervisedSettings, description=__doc__, recipe="sft", config=CONFIG)
     settings = command.sketch()
     require_files(settings)
     templates = load_templates(settings.prompts)

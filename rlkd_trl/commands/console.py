@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import rlkd_trl
 from rlkd_trl import errors
-from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, RECIPES
+from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, recipe_scripts
 from rlkd_trl.errors import InputError
 
 PROGRAM = "rlkd-trl"
@@ -62,7 +62,7 @@ def _main_of(script: Path) -> Callable[[], None]:
 
 def scripts() -> dict[str, Path]:
     """Command to the script that it runs: the recipes' names, and `plan`."""
-    return {**{path.stem: path for path in sorted(RECIPES.glob("*.py")) if path.stem != "__init__"}, "plan": PLANNER}
+    return {**recipe_scripts(), "plan": PLANNER}
 
 
 def script_of(command: str) -> Path:

@@ -40,6 +40,7 @@ class CheckedInputs(CheckedData):
 
 
 def distil(
+    recipe: str,
     config: str,
     trainer: str,
     *,
@@ -51,6 +52,7 @@ def distil(
     """A distillation recipe, from its command line to a finished output directory.
 
     Args:
+        recipe: Its name, which a preset can have a section for.
         config: The class of the trainer's settings, as "package.module:Class": it is imported when it is needed.
         trainer: The trainer, likewise.
         title: The method as the results call it.
@@ -62,7 +64,7 @@ def distil(
         InputError: Something in the input is wrong.
     """
     # 1 parse, and find out what is wrong with the input before any model is loaded or made.
-    command = CommandLine(kind, description=description, config=config, demo_preset=demo_preset)
+    command = CommandLine(kind, description=description, recipe=recipe, config=config, demo_preset=demo_preset)
     data = check_data(command.sketch())
     settings = command.settings()
     inputs = check(settings, data)

@@ -5,12 +5,13 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trl import TrlParser
 
-from rlkd_trl.commands.presets import find_preset, read_preset
+from rlkd_trl.commands.presets import Preset, find_preset, read_preset
+from rlkd_trl.commands.shipped import recipe_scripts
 from rlkd_trl.errors import InputError
 
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
@@ -44,7 +45,13 @@ class RecipeParser(TrlParser):
     The command line beats the YAML file, which beats the defaults. Unknown keys in either are errors.
     """
 
-    def __init__(self, *dataclass_types, description: str):
+    def __init__(self, *dataclass_types, description: str, recipe: str | None = None):
+        """
+        Args:
+            dataclass_types: Their fields are the flags.
+            description: For `--help`.
+            recipe: Name of the section of a preset that is read beside what stands above its sections.
+        """
         super().__init__(
             dataclass_types,
             description=description,
@@ -59,6 +66,7 @@ class RecipeParser(TrlParser):
         )
         self.add_argument("--help_all", action="store_true", help="Also list every field of TrainingArguments.")
         self._group_by_dataclass(dataclass_types)
+        self._recipe = recipe
         self.preset: Path | None = None  # of the command line that was parsed
 
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
@@ -74,7 +82,7 @@ class RecipeParser(TrlParser):
             self._show_everything()
             self.print_help()
             sys.exit(0)
-        preset = {}
+        preset = Preset({}, {})
         if "--config" in argv:
             position = argv.index("--config")
             if position + 1 == len(argv):
@@ -84,11 +92,10 @@ class RecipeParser(TrlParser):
             del argv[position : position + 2]
             if "--config" in argv:
                 raise InputError("--config is given twice; put both presets into one file.")
-        named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset}
+        named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset.values_for(self._recipe)}
         if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
-            self._set_defaults(demo_preset, read_preset(demo_preset))
-        self._drop_replaced(f"--{key}" for key in preset)
-        self._set_defaults(self.preset, preset)
+            self._read_defaults(demo_preset, read_preset(demo_preset))
+        self._read_defaults(self.preset, preset)
         self._drop_replaced(arg.split("=")[0] for arg in argv)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
         known, unknown = self.parse_known_args(argv)
@@ -108,21 +115,27 @@ class RecipeParser(TrlParser):
     def error(self, message: str):
         raise InputError(message)
 
-    def _set_defaults(self, path: Path | None, preset: dict) -> None:
-        """A preset's values as defaults, each read by argparse as if it stood on the command line."""
+    def _read_defaults(self, path: Path | None, preset: Preset) -> None:
+        """A preset's values as defaults: what is for every recipe, and over it the section of this one."""
+        self._set_defaults(str(path), preset.shared)
+        self._set_defaults(f"{path}, under {self._recipe}", preset.sections.get(self._recipe, {}))
+
+    def _set_defaults(self, where: str, values: Mapping[str, object]) -> None:
+        """Values as defaults, each read by argparse as if it stood on the command line."""
+        self._drop_replaced(f"--{key}" for key in values)
         actions = {
             f"--{action.dest}": action for action in self._actions if f"--{action.dest}" in action.option_strings
         }
-        for key, value in preset.items():
+        for key, value in values.items():
             action = actions.get(f"--{key}")
             if action is None or key in ("config", "help", "help_all"):
-                raise InputError(f"{path}: " + self._unknown("key", str(key)))
+                raise InputError(f"{where}: {self._unknown('key', key, others=recipe_scripts())}")
             if value is None and action.default is None:
                 continue
             try:
                 known, _ = self.parse_known_args(_as_flag(action, value))
             except InputError as error:
-                raise InputError(f"{path}: {key} has the value {value!r}: {error}") from error
+                raise InputError(f"{where}: {key} has the value {value!r}: {error}") from error
             self.set_defaults(**{key: getattr(known, key)})
 
     def _drop_replaced(self, flags: Iterable[str]) -> None:
@@ -133,8 +146,8 @@ class RecipeParser(TrlParser):
                 if f"--{name}" in given:
                     self.set_defaults(**dict.fromkeys(replaced))
 
-    def _unknown(self, kind: str, name: str, prefix: str = "") -> str:
-        known = [action.dest for action in self._actions]
+    def _unknown(self, kind: str, name: str, prefix: str = "", others: Iterable[str] = ()) -> str:
+        known = [*(action.dest for action in self._actions), *others]
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {', '.join(prefix + c for c in close)}?" if close else "see --help_all."
         return f"unknown {kind} {prefix}{name}; {hint}"

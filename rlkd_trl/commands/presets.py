@@ -1,11 +1,23 @@
-"""YAML presets: found by name or path, and read with every doubt an error."""
+"""YAML presets: found by name or path, and read with every doubt an error.
+
+A key is a flag, for every recipe that the file is given to; or the name of a recipe, whose flags stand under it and
+go before those above:
+
+    teacher: [bigscience/T0_3B]
+    learning_rate: 1.0e-5
+    ppo_kd:
+      num_iterations: 2
+    reinforce_kd:
+      top_k: 2
+"""
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from rlkd_trl.commands.shipped import PRESETS
+from rlkd_trl.commands.shipped import PRESETS, recipe_scripts
 from rlkd_trl.errors import InputError
 
 SUFFIXES = (".yaml", ".yml")
@@ -44,12 +56,38 @@ def shipped_presets() -> list[Path]:
     return sorted(PRESETS.rglob("*.yaml"))
 
 
-def read_preset(path: Path) -> dict[str, object]:
-    """Flag to value.
+@dataclass(frozen=True)
+class Preset:
+    """Flags and their values. sections: recipe to the flags that are for it alone."""
+
+    shared: dict[str, object]
+    sections: dict[str, dict[str, object]]
+
+    def values_for(self, recipe: str) -> dict[str, object]:
+        """What one recipe gets of it."""
+        return self.shared | self.sections.get(recipe, {})
+
+
+def read_preset(path: Path) -> Preset:
+    """What a file holds, whether or not a recipe knows its flags.
 
     Raises:
-        InputError: The file cannot be read, is no mapping of texts to values, has a key twice, or expands to too much.
+        InputError: The file cannot be read, is no mapping of texts to values, has a key twice, or expands to too much;
+            or what stands under a recipe's name is no mapping.
     """
+    shared, sections = {}, {}
+    recipes = recipe_scripts()
+    for key, value in _read_mapping(path).items():
+        if key not in recipes:
+            shared[key] = value
+        elif isinstance(value, dict):
+            sections[key] = value
+        else:
+            raise InputError(f"{path}: {key} is a recipe: its flags stand under it, each on a line, not {value!r}.")
+    return Preset(shared, sections)
+
+
+def _read_mapping(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)

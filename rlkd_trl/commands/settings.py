@@ -104,6 +104,7 @@ class CommandLine(Generic[Settings]):
         kind: type[Settings],
         *,
         description: str,
+        recipe: str | None = None,
         config: str | None = None,
         demo_preset: Path | None = None,
     ):
@@ -111,10 +112,12 @@ class CommandLine(Generic[Settings]):
         Args:
             kind: Class of the settings; each field is a group of flags.
             description: The recipe's docstring, for `--help`.
+            recipe: Its name, which a preset can have a section for.
             config: Where the class of the trainer's settings is, as "package.module:Class".
             demo_preset: As in `RecipeParser.parse`.
         """
-        self.kind, self.description, self.config, self.demo_preset = kind, description, config, demo_preset
+        self.kind, self.description, self.recipe = kind, description, recipe
+        self.config, self.demo_preset = config, demo_preset
 
     def sketch(self) -> Settings:
         """Raises `InputError` as `check_launch`, `RecipeParser.parse` and `check_apart`."""
@@ -131,15 +134,17 @@ class CommandLine(Generic[Settings]):
 
     def _parse(self, config: type | None) -> Settings:
         groups = groups_of(self.kind, config)
-        parser = RecipeParser(*groups.values(), description=self.description)
+        parser = RecipeParser(*groups.values(), description=self.description, recipe=self.recipe)
         parsed = parser.parse(demo_preset=self.demo_preset)
         check_apart(parsed, parser.preset)
         return self.kind(**dict(zip(groups, parsed, strict=True)))
 
 
-def parse_settings(kind: type[Settings], *, description: str, demo_preset: Path | None = None) -> Settings:
+def parse_settings(
+    kind: type[Settings], *, description: str, recipe: str | None = None, demo_preset: Path | None = None
+) -> Settings:
     """The command line of a recipe without a trainer. Raises `InputError` as `CommandLine.settings`."""
-    return CommandLine(kind, description=description, demo_preset=demo_preset).settings()
+    return CommandLine(kind, description=description, recipe=recipe, demo_preset=demo_preset).settings()
 
 
 def described(settings: object) -> dict[str, dict]:

@@ -9,3 +9,8 @@ PRESETS = RECIPES / "configs"
 METHODS = PRESETS / "methods"
 ACCELERATE_CONFIGS = _ROOT / "accelerate_configs"
 PLANNER = _PACKAGE / "plan.py"
+
+
+def recipe_scripts() -> dict[str, Path]:
+    """Each recipe's name, `ppo_kd`, with its script."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.py")) if path.stem != "__init__"}

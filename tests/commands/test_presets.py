@@ -1,10 +1,14 @@
 """Presets: found by name or path; whatever is doubtful in a file is one clear error."""
 
 import resource
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from rlkd_trl.commands.comparison.cells import Method
+from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.presets import find_preset, read_preset, shipped_presets
 from rlkd_trl.errors import InputError
 
@@ -102,7 +106,7 @@ def test_a_doubtful_file_is_one_clear_error(text, message, tmp_path):
 
 def test_aliases_of_few_values_are_read(tmp_path):
     path = written(tmp_path / "preset.yaml", "a: &a [1, x]\nb: *a\nc: 2.5\n")
-    assert read_preset(path) == {"a": [1, "x"], "b": [1, "x"], "c": 2.5}
+    assert read_preset(path).shared == {"a": [1, "x"], "b": [1, "x"], "c": 2.5}
 
 
 def test_a_file_that_is_no_text(tmp_path):
@@ -110,3 +114,66 @@ def test_a_file_that_is_no_text(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="Cannot read the preset"):
         read_preset(path)
+
+
+@dataclass
+class Flags:
+    """Some of a recipe's."""
+
+    REPLACED: ClassVar = {"template": ("templates",), "templates": ("template",)}
+    templates: str | None = None
+    template: str | None = None
+    steps: int = 1
+    rate: float = 0.5
+    top_k: int = 0
+
+
+SECTIONS = """
+steps: 2
+templates: many.yaml
+ppo_kd:
+  steps: 3
+  template: "{{ source }}"
+reinforce_kd: {top_k: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("ppo_kd", [], Flags(None, "{{ source }}", 3)),
+        ("ppo_kd", ["--steps", "4", "--templates", "own.yaml"], Flags("own.yaml", None, 4)),
+        ("reinforce_kd", [], Flags("many.yaml", None, 2, top_k=2)),
+        ("kd", [], Flags("many.yaml", None, 2)),  # no section of its own
+        (None, [], Flags("many.yaml", None, 2)),
+    ],
+)
+def test_a_recipe_reads_its_section_over_what_is_for_all(recipe, flags, expected, tmp_path):
+    path = written(tmp_path / "preset.yaml", SECTIONS)
+    assert RecipeParser(Flags, description="", recipe=recipe).parse([f"--config={path}", *flags]) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reinforce_kdd: {top_k: 2}", "preset.yaml: unknown key reinforce_kdd; did you mean reinforce_kd"),
+        ("ppo_kd: {stepz: 2}", "preset.yaml, under ppo_kd: unknown key stepz; did you mean steps"),
+        ("ppo_kd: {steps: x}", "preset.yaml, under ppo_kd: steps has the value 'x'"),
+        ("ppo_kd: {config: other}", "preset.yaml, under ppo_kd: unknown key config"),
+        ("ppo_kd: {ppo_kd: {steps: 2}}", "preset.yaml, under ppo_kd: unknown key ppo_kd"),
+        ("ppo_kd: {steps: 2, steps: 3}", "the key steps stands there twice"),
+        ("ppo_kd: true", "preset.yaml: ppo_kd is a recipe: its flags stand under it, each on a line, not True"),
+        ("kd: [steps]", "kd is a recipe: its flags"),  # in whichever section
+        ("kd:", "kd is a recipe: its flags"),
+    ],
+)
+def test_a_wrong_section_is_an_error(text, message, tmp_path):
+    path = written(tmp_path / "preset.yaml", text)
+    with pytest.raises(InputError, match=message):
+        RecipeParser(Flags, description="", recipe="ppo_kd").parse(["--config", str(path)])
+
+
+def test_a_comparison_takes_the_section_of_a_methods_recipe(tmp_path):
+    path = written(tmp_path / "preset.yaml", SECTIONS)
+    method = Method("own", ROOT / "recipes" / "reinforce_kd.py", path)
+    assert method.settings() == {"steps": 2, "templates": "many.yaml", "top_k": 2}

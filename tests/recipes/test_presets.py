@@ -1,6 +1,7 @@
 """The YAML files that ship: presets of recipes, and ways to launch them."""
 
 import dataclasses
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.presets import read_preset
+from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, groups_of
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning import advice
 from rlkd_trl.prompts import PromptTemplates
-from tests.recipes.command_lines import COLUMNS, ROOT, TWO_STEPS, parsed, run
+from tests.recipes.command_lines import COLUMNS, RECIPES, ROOT, TWO_STEPS, parsed, run
 from tests.trainers.tiny_runs import largest_difference
 
 PRESETS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+REAL_PAIRS = [path for path in PRESETS if not path.stem.startswith("demo_")]
 METHOD_PRESETS = sorted((ROOT / "recipes" / "configs" / "methods").glob("*/*.yaml"))
 METHOD_PRESETS_BY_NAME = {path.stem: path for path in METHOD_PRESETS}
 LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -24,20 +29,22 @@ of_all = pytest.mark.parametrize("preset", [*PRESETS, *METHOD_PRESETS], ids=lamb
 
 
 def recipes_of(preset: Path) -> list[str]:
-    """Those whose docstring or constants name the preset or that its own comment names; a method's is its folder."""
+    """Those that it has a section for or names in its comment, or whose text names it; a method's is its folder."""
     if preset in METHOD_PRESETS:
         return [preset.parent.name]
-    named = re.findall(r"recipes/(\w+)\.py", "\n".join(re.findall("^#.*$", preset.read_text(), re.MULTILINE)))
-    for recipe in sorted((ROOT / "recipes").glob("*.py")):
-        if preset.name in recipe.read_text():
-            named.append(recipe.stem)
-    return sorted(set(named) - {"pseudo_label", "sft"})  # named as the makers of the student
+    text = preset.read_text()
+    named = {recipe for recipe in RECIPES if re.search(rf"^{recipe}:", text, re.MULTILINE)}
+    named |= {*re.findall(r"recipes/(\w+)\.py", "\n".join(re.findall("^#.*$", text, re.MULTILINE)))}
+    named |= {path.stem for path in (ROOT / "recipes").glob("*.py") if preset.name in path.read_text()}
+    return sorted(named - {"pseudo_label", "sft"})  # named as the makers of the student
 
 
 def test_there_are_presets_to_test():
     assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3 and len(METHOD_PRESETS) >= 18
     assert recipes_of(ROOT / "recipes/configs/demo_ppo.yaml") == ["ppo_kd"]
-    assert recipes_of(ROOT / "recipes/configs/t0_3b_t5_base_dailydialog.yaml") == ["ppo_kd", "rloo_kd"]
+    assert len(REAL_PAIRS) == 5
+    for path in REAL_PAIRS:
+        assert recipes_of(path) == ["kd", "ppo_kd", "reinforce_kd", "rloo_kd"], path
 
 
 @of_all
@@ -45,8 +52,38 @@ def test_every_value_of_a_preset_arrives(preset):
     assert recipes_of(preset)
     for recipe in recipes_of(preset):
         settings = parsed(f"{recipe} --config {preset}")
-        for key, value in yaml.safe_load(preset.read_text()).items():
-            assert settings[key] == value, key
+        written = yaml.safe_load(preset.read_text())
+        of_recipes = {name: written.pop(name) for name in RECIPES if name in written}
+        for key, value in (written | of_recipes.get(recipe, {})).items():
+            assert settings[key] == value, (recipe, key)
+
+
+@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd", "kd"])
+@pytest.mark.parametrize(
+    "preset", [path for path in PRESETS if not path.stem.startswith("demo_")], ids=lambda path: path.stem
+)
+def test_the_trainers_settings_accept_a_real_pairs_preset(preset, recipe):
+    """Not only the sketch of them that the flags are read with: what goes together, too."""
+    path, kind = {
+        "ppo_kd": ("rlkd_trl.trainers.config:PPOKDConfig", RewardedSettings),
+        "rloo_kd": ("rlkd_trl.trainers.config:RLOOKDConfig", RewardedSettings),
+        "reinforce_kd": ("rlkd_trl.trainers.config:ReinforceKDConfig", RewardedSettings),
+        "kd": ("rlkd_trl.trainers.full_vocabulary_config:KDConfig", DistillationSettings),
+    }[recipe]
+    groups = groups_of(kind, pkgutil.resolve_name(path))
+    flags = ["--config", str(preset), "--bf16", "false"]  # which this machine need not have
+    settings = dict(
+        zip(groups, RecipeParser(*groups.values(), description="", recipe=recipe).parse(flags), strict=True)
+    )
+    assert settings["teacher"].teacher and settings["student"].student
+    assert settings["args"].learning_rate == 1e-5
+
+
+def test_presets_of_a_real_pair_give_each_recipe_its_own_directory():
+    for preset in PRESETS:
+        written = yaml.safe_load(preset.read_text())
+        directories = [section["output_dir"] for name, section in written.items() if name in RECIPES]
+        assert len(directories) == len(set(directories))
 
 
 # What a demo's preset sets beside the method: sizes, and REINFORCE's cap, which no preset could take back.
@@ -78,14 +115,19 @@ def test_every_method_runs_two_steps(preset, checkpoints, train_csv, tmp_path):
 
 @of_all
 def test_a_misspelt_key_of_a_preset_fails(preset, tmp_path):
-    for line in preset.read_text().splitlines():
-        if not re.match(r"\w+:", line):
+    """At the top, the name of a section, and in every section."""
+    lines = preset.read_text().splitlines()
+    misspelt = tmp_path / "misspelt.yaml"
+    section = None
+    for number, line in enumerate(lines):
+        if not (written := re.match(r"( *)(\w+):", line)):
             continue
-        key = line.split(":")[0]
-        misspelt = tmp_path / "misspelt.yaml"
-        misspelt.write_text(preset.read_text().replace(line, line.replace(key, f"{key}x", 1)))
-        with pytest.raises(InputError, match=f"unknown key {key}x"):
-            parsed(f"{recipes_of(preset)[0]} --config {misspelt}")
+        indent, key = written.groups()
+        section = section if indent else key
+        misspelt.write_text("\n".join([*lines[:number], line.replace(key, f"{key}x", 1), *lines[number + 1 :]]))
+        recipe, where = (section, f", under {section}") if indent else (recipes_of(preset)[0], "")
+        with pytest.raises(InputError, match=f"{misspelt}{where}: unknown key {key}x"):
+            parsed(f"{recipe} --config {misspelt}")
 
 
 @by_name
@@ -100,14 +142,14 @@ def test_the_built_in_templates_of_a_preset_exist(preset):
 @pytest.mark.parametrize("name", ["llmr_t0_3b_t5_base", "t0_3b_t5_base_dailydialog"])
 def test_the_presets_of_llmr_ask_and_reward_as_its_published_files_do(name):
     settings = yaml.safe_load((ROOT / f"recipes/configs/{name}.yaml").read_text())
-    assert settings["value"] == "expected"
+    assert [settings[recipe]["value"] for recipe in ("ppo_kd", "rloo_kd", "reinforce_kd")] == ["expected"] * 3
     (template,) = PromptTemplates.load(settings["templates"], settings["template_names"])
     assert template.render({"source": "How are you?"}) == "The dialogue response of How are you? is:"
 
 
 @pytest.mark.parametrize("name", ["llmr_t0_3b_t5_base", "methods/reinforce_kd/llmr"])
 def test_llmrs_own_presets_have_no_entropy_bonus(name):
-    settings = yaml.safe_load((ROOT / f"recipes/configs/{name}.yaml").read_text())
+    settings = read_preset(ROOT / f"recipes/configs/{name}.yaml").values_for("reinforce_kd")
     assert settings["entropy_coef"] == 0.0, "LLMR's script has none"
 
 

@@ -26,8 +26,8 @@ class Method:
     preset: Path
 
     def settings(self) -> dict:
-        """What the preset holds. Raises `InputError`: it cannot be read, or is no mapping."""
-        return read_preset(self.preset)
+        """What the preset holds for the recipe. Raises `InputError` as `read_preset`."""
+        return read_preset(self.preset).values_for(self.recipe.stem)
 
 
 @dataclass(frozen=True)

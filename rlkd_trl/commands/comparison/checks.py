@@ -119,7 +119,7 @@ def check_flags(
         config = configs[recipe]
         has_rewards = any(option.name == "reward_weights" for option in fields(config))
         kind = RewardedSettings if has_rewards else DistillationSettings
-        parser = RecipeParser(*groups_of(kind, config).values(), description="")
+        parser = RecipeParser(*groups_of(kind, config).values(), description="", recipe=recipe)
         parser.parse(["--config", str(method.preset), *(f"--{flag}" for flag in common)])
 
 
