@@ -66,6 +66,7 @@ def main() -> None:
     from rlkd_trl.commands.comparison.examiner import Examiner
     from rlkd_trl.commands.comparison.grid import Grid
     from rlkd_trl.commands.comparison.results import write_results
+    from rlkd_trl.evaluation.evaluate import check_finite
 
     grid = Grid.of(settings, methods)
     grid.check()
@@ -79,8 +80,9 @@ def main() -> None:
     examiner = Examiner(settings, rows, templates, grid.digests)
     budgets = examiner.summaries(grid, search["chosen"], grid.output_dir)
 
-    # Compare, save, and say by the exit code if a run failed.
+    # Compare, save, and say by the exit code if a run failed, or a test met numbers that are not finite.
     write_results(settings, methods, budgets, search, failures, num_rows=len(rows))
+    check_finite(examiner.not_finite)
     if failures:
         sys.exit(1)
 

@@ -32,8 +32,8 @@ def main() -> None:
     rows = list(fit_rows(rows, "Data", *of_prompts, **lengths))
 
     # Evaluate and report.
-    results, outputs = evaluate_checkpoints(settings, rows, templates)
-    report_evaluation(results, outputs, rows, settings.evaluation.output_dir)
+    results = evaluate_checkpoints(settings, rows, templates)
+    report_evaluation(results, settings.evaluation.output_dir)
 
 
 if __name__ == "__main__":

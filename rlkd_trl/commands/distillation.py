@@ -11,7 +11,7 @@ from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
 from rlkd_trl.commands.run_directory import check_free, checkpoint_to_resume, clear_results, is_finished
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
@@ -62,6 +62,7 @@ def distil(
 
     Raises:
         InputError: Something in the input is wrong.
+        TrainingError: Numbers that are not finite stopped the run, or stand in its results; what there is is saved.
     """
     # 1 parse, and find out what is wrong with the input before any model is loaded or made.
     command = CommandLine(kind, description=description, recipe=recipe, config=config, demo_preset=demo_preset)
@@ -83,13 +84,17 @@ def distil(
     trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
     trainer.run_record["command"] = record
 
-    # 4 train, with the teacher and the student measured before and after.
+    from rlkd_trl.evaluation.evaluate import check_finite
+
+    # 4 train, with the teacher and the student measured before and after; the student is saved as soon as it is there.
     clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
     results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
+    check_finite(results, "Nothing was trained.")
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
+    save_student(trainer, results)
     results["after"] = evaluate(trainer, "after training")
 
-    # 5 save.
+    # 5 report.
     finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
 
 

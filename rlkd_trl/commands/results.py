@@ -11,6 +11,7 @@ from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings,
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
+    from rlkd_trl.evaluation.evaluate import Evaluation
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
@@ -45,19 +46,39 @@ def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
+def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]) -> None:
+    """Writes the trained student, `cost.json`, and in `metrics.json` what is measured so far.
+
+    Whatever fails after training then, an evaluation or the report, has nothing to lose.
+    """
+    from rlkd_trl.evaluation.report import write_metrics
+
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        write_metrics(output_dir / "metrics.json", results)
+    trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
+    trainer.save_cost(output_dir / "cost.json")
+
+
 def finish_run(
     trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
-    """Prints the final table; writes the student, `metrics.json`, `cost.json`, `report.html` and the model card."""
+    """Of a saved student: writes `metrics.json`, prints the final table, writes `report.html` and the model card.
+
+    Raises:
+        TrainingError: All is written, and an evaluation met numbers that are not finite. Nothing is pushed then.
+    """
+    from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
     from rlkd_trl.models.vocabulary import allowed_special_tokens
 
-    trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
     output_dir = Path(trainer.args.output_dir)
-    trainer.save_cost(output_dir / "cost.json")
+    saved = f"The student, metrics.json and report.html are in {output_dir}."
     if not trainer.is_world_process_zero():
+        check_finite(results, saved)
         return
     write_metrics(output_dir / "metrics.json", results)
+    print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n", flush=True)
     write_report(
         output_dir / "report.html",
         title=f"{method}: {output_dir.name}",
@@ -78,8 +99,8 @@ def finish_run(
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
     )
+    check_finite(results, saved)
     mark_finished(output_dir, trainer.state.global_step)
-    print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n")
     print(f"Student, metrics.json and report.html are in {output_dir}.", flush=True)
     if trainer.args.push_to_hub:  # last: all that it may fail on is over
         trainer.push_to_hub()
@@ -87,8 +108,12 @@ def finish_run(
 
 def evaluate_checkpoints(
     settings: EvaluationSettings, rows: list[dict], templates: PromptTemplates | None
-) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
-    """Metrics and outputs of the student and, if one is named, of the teacher. Raises `InputError`."""
+) -> dict[str, dict[str, float]]:
+    """Metrics and outputs of the student and, if one is named, of the teacher, written as they come.
+
+    Raises:
+        InputError: Something in the input is wrong.
+    """
     from rlkd_trl.data import reference_texts
     from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
     from rlkd_trl.models.loading import default_device
@@ -123,6 +148,7 @@ def evaluate_checkpoints(
                 **lengths,
             )
             teacher_completions = found["teacher"].completions
+            _write_evaluation(evaluation.output_dir, found, rows)
     kind = "sampled" if evaluation.sample else "greedy"
     _say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
     found["student"] = evaluate_student(
@@ -137,24 +163,29 @@ def evaluate_checkpoints(
         progress="Evaluating the student",
         **lengths,
     )
-    return {n: e.metrics for n, e in found.items()}, {n: e.outputs for n, e in found.items()}
+    _write_evaluation(evaluation.output_dir, found, rows)
+    return {name: one.metrics for name, one in found.items()}
 
 
-def report_evaluation(
-    results: dict[str, dict[str, float]],
-    outputs: dict[str, list[str]],
-    rows: Sequence[Mapping],
-    output_dir: str | None,
-) -> None:
-    """Prints the table; with a directory, writes `metrics.json` and `outputs.jsonl`."""
-    from rlkd_trl.evaluation.report import all_columns, comparison_table, write_metrics
+def _write_evaluation(output_dir: str | None, found: Mapping[str, "Evaluation"], rows: Sequence[Mapping]) -> None:
+    """With a directory, writes `metrics.json` and `outputs.jsonl` of the models evaluated so far."""
+    from rlkd_trl.evaluation.report import write_metrics
 
-    print(comparison_table(results, all_columns(results)))
     if output_dir is None:
         return
-    write_metrics(Path(output_dir) / "metrics.json", results)
+    write_metrics(Path(output_dir) / "metrics.json", {name: one.metrics for name, one in found.items()})
     with (Path(output_dir) / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
-            line = {"prompt": row["prompt"], **{name: texts[i] for name, texts in outputs.items()}}
+            line = {"prompt": row["prompt"], **{name: one.outputs[i] for name, one in found.items()}}
             file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")
-    print(f"metrics.json and outputs.jsonl are in {output_dir}.")
+
+
+def report_evaluation(results: dict[str, dict[str, float]], output_dir: str | None) -> None:
+    """Prints the table. Raises `TrainingError` if an evaluation met numbers that are not finite."""
+    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.report import all_columns, comparison_table
+
+    print(comparison_table(results, all_columns(results)))
+    if output_dir is not None:
+        print(f"metrics.json and outputs.jsonl are in {output_dir}.", flush=True)
+    check_finite(results)

@@ -96,8 +96,8 @@ def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") ->
     found = finished_files(directory)
     if found:
         raise InputError(
-            f"--output_dir {output_dir} holds a finished run ({found[0].name}). Name another directory; --resume goes "
-            "on with the run, --overwrite_output_dir begins anew and deletes it."
+            f"--output_dir {output_dir} holds the results of a run ({found[0].name}). Name another directory; "
+            "--resume goes on with the run, --overwrite_output_dir begins anew and deletes it."
         )
     checkpoints = checkpoints_in(directory)
     if checkpoints:

@@ -1,5 +1,7 @@
 """How good are a model's outputs: text metrics, what the teacher thinks of them, and the other way round."""
 
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rlkd_trl.data import listed_references
 from rlkd_trl.errors import TrainingError
@@ -20,6 +23,11 @@ from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy
+
+logger = logging.get_logger(__name__)
+
+NOT_FINITE = "samples_not_finite"
+_PROMPT_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ def evaluate_completions(
     `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et al. 2023, "f-Divergence
     Minimization for Sequence-Level Knowledge Distillation". `advance` is called with the number of rows of each batch
     that is scored.
+
+    `samples_not_finite` counts the completions of which the reward, the teacher's NLL or `own_logps_BT` is NaN,
+    infinite or too large for float32's statistics. With any, a warning names a prompt, and `reward` and
+    `teacher_nll_*` are NaN: a mean over the others would look better than the model is. See `check_finite`.
     """
     outputs = decode(completions, tokenizer)
     references = [listed_references(row.get("references")) for row in rows]
@@ -66,24 +78,58 @@ def evaluate_completions(
     }
     metrics["tokens"] = sum(per_input["tokens"]) / len(rows)
     metrics["eos_rate"] = sum(per_input["ended"]) / len(rows)
+    is_usable = {}
+    if own_logps_BT is not None:
+        is_usable["the model's log-probabilities"] = usable_rows(own_logps_BT, completions.mask_BT)
     if reward_model is not None:
-        scored = _reward_per_input(
+        scored, is_usable_of_scores = _reward_per_input(
             rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
         )
         per_input |= scored
+        is_usable |= is_usable_of_scores
         metrics["reward"] = sum(scored["reward"]) / len(rows)
         if reward_model.panels:
             nll = sum(scored["teacher_nll"])
             metrics["teacher_nll_per_token"] = nll / sum(per_input["tokens"])
             metrics["teacher_nll_per_sequence"] = nll / len(rows)
+    metrics[NOT_FINITE] = _count_not_finite(is_usable, rows)
+    if metrics[NOT_FINITE]:
+        metrics |= {name: math.nan for name in metrics if name == "reward" or name.startswith("teacher_nll")}
     return Evaluation(metrics, outputs, completions, per_input)
+
+
+def _count_not_finite(is_usable: Mapping[str, Tensor], rows: Sequence[Mapping[str, object]]) -> int:
+    """How many rows have a number that is not finite; is_usable: `[B]` of each kind of number. Warns of the first."""
+    bad = sorted({b for usable_B in is_usable.values() for b in (~usable_B).nonzero()[:, 0].tolist()})
+    if bad and is_first_process():
+        what = " and ".join(name for name, usable_B in is_usable.items() if not usable_B.all())
+        prompt = textwrap.shorten(str(rows[bad[0]]["prompt"]), _PROMPT_WIDTH)
+        logger.warning(f"{what} not finite for {len(bad)} of {len(rows)} prompts, the first of them {prompt!r}")
+    return len(bad)
+
+
+def check_finite(results: Mapping[str, Mapping[str, float]], consequence: str = "") -> None:
+    """Raises `TrainingError` if evaluations met numbers that are not finite; results: metrics by name of the model.
+
+    `consequence` is a sentence about what has become of the run.
+    """
+    bad = {name: metrics[NOT_FINITE] for name, metrics in results.items() if metrics.get(NOT_FINITE)}
+    if bad:
+        listed = ", ".join(f"{count:.0f} samples of {name!r}" for name, count in bad.items())
+        raise TrainingError(
+            f"The evaluation cannot be relied on: numbers that are not finite in {listed}; the warnings above name "
+            f"the first prompts. {consequence}".rstrip()
+        )
 
 
 def _reward_per_input(
     rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
-) -> dict[str, list[float]]:
-    """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion."""
-    reward, nll = [], []
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion.
+
+    And by name, `[B]`, whether all numbers behind them are finite.
+    """
+    reward, nll, usable = [], [], {"the reward": [], "the teacher's log-probabilities": []}
     for start in range(0, len(rows), batch_size):
         cut = slice(start, start + batch_size)
         inputs = RewardInputs(
@@ -96,13 +142,17 @@ def _reward_per_input(
             student_logps_BT=None if own_logps_BT is None else own_logps_BT[cut],
             forbidden_V=forbidden_V,
         )
-        result = reward_model.rewards(inputs, reward_model.score(inputs))
+        result = reward_model.rewards(inputs, reward_model.score(inputs), allow_not_finite=True)
         mask_BT = inputs.completion_mask_BT
         reward += sequence_sum(result.rewards_BT, mask_BT).tolist()
+        usable["the reward"].append(usable_rows(result.rewards_BT, mask_BT))
         if result.scores is not None:
-            nll += sequence_sum(result.teacher_nll_BT(mask_BT), mask_BT).tolist()
+            nll_BT = result.teacher_nll_BT(mask_BT)
+            nll += sequence_sum(nll_BT, mask_BT).tolist()
+            usable["the teacher's log-probabilities"].append(usable_rows(nll_BT, mask_BT))
         advance(len(inputs.rows))
-    return {"reward": reward, "teacher_nll": nll} if reward_model.panels else {"reward": reward}
+    values = {"reward": reward, "teacher_nll": nll} if reward_model.panels else {"reward": reward}
+    return values, {name: torch.cat(parts) for name, parts in usable.items() if parts}
 
 
 def evaluate_student(
@@ -144,6 +194,10 @@ def evaluate_student(
         )
         nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
         result.metrics["student_nll_of_teacher_per_token"] = float(nll)
+        of_teachers = usable_rows(logps_BT, teacher_completions.mask_BT)
+        result.metrics[NOT_FINITE] += _count_not_finite(
+            {"log-probabilities of the teacher's answers": of_teachers}, rows
+        )
     return result
 
 
@@ -179,16 +233,6 @@ def evaluate_teacher(
     )
 
 
-def _check_own_log_probs(logps_BT: Tensor, mask_BT: Tensor, prompts: Sequence[str]) -> None:
-    """Raises `TrainingError` if a model's probabilities are not finite: it "answers" with nothing, or anything."""
-    bad = (~usable_rows(logps_BT, mask_BT)).nonzero()[:, 0].tolist()
-    if bad:
-        raise TrainingError(
-            "The model cannot be evaluated: its log-probabilities of its own answers are not finite for "
-            f"{len(bad)} of {len(prompts)} prompts, the first of them {prompts[bad[0]]!r}."
-        )
-
-
 def _evaluate_answers(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -220,7 +264,6 @@ def _evaluate_answers(
     with tqdm(total=passes * len(prompts), desc=progress, unit="read", leave=False, disable=is_hidden) as bar:
         completions = joined(_counted(parts, bar.update), pad_id=policy.pad_id)
         own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, advance=bar.update, **lengths)
-        _check_own_log_probs(own_logps_BT, completions.mask_BT, prompts)
         return evaluate_completions(
             rows,
             completions,

@@ -19,6 +19,7 @@ from rlkd_trl import errors
 from rlkd_trl.commands import files_read
 from rlkd_trl.commands.arguments import TeacherArguments
 from rlkd_trl.commands.comparison import results
+from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.conftest import word_tokenizer
@@ -419,6 +420,16 @@ def test_a_broken_off_run_does_not_look_finished(workplace, monkeypatch):
     monkeypatch.setenv("FAIL", "ppo/seed0")
     assert compare(f"{GOOD} --seeds 0", workplace) == 1
     assert not (workplace / "out/max_steps_3/ppo/seed0/cost.json").exists()
+
+
+def test_a_run_without_its_last_evaluation_is_not_done(tmp_path):
+    """A recipe writes what it has measured before training, and the student's cost, before that evaluation."""
+    cell = Cell(None, tmp_path, (), None)
+    (tmp_path / "cost.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"teacher": {}, "before": {}}')
+    assert not cell.is_done
+    (tmp_path / "metrics.json").write_text('{"teacher": {}, "before": {}, "after": {}}')
+    assert cell.is_done
 
 
 @pytest.mark.slow

@@ -171,6 +171,68 @@ def test_what_is_logged_and_saved_may_change(inputs):
     assert sorted(path.name for path in (inputs / "run").glob("checkpoint-*")) == ["checkpoint-3"]
 
 
+# A reward that fails when it reads the held-out prompts for the third time, that is, after training.
+LATE = """
+import math
+SEEN = []
+
+def late(prompts, completions, **kwargs):
+    SEEN.append(tuple(prompts))
+    if SEEN.count(tuple(prompts)) < 3:
+        return [float(1 + len(text)) for text in completions]
+    {does}
+"""
+LATE_CASES = [
+    ("raise ValueError('out of paper')", 2, "out of paper"),
+    ("raise SystemExit", 2, "raised SystemExit"),
+    ("return [math.nan] + [1.0] * (len(prompts) - 1)", 1, "1 samples of 'after'"),
+    ("return [-3e38] * len(prompts)", 1, "8 samples of 'after'"),
+]
+
+
+@pytest.mark.parametrize(("does", "code", "said"), LATE_CASES, ids=["raises", "exits", "nan", "overflows"])
+def test_a_failing_last_evaluation_loses_nothing(does, code, said, inputs, test_csv, capsys):
+    """The student is there, and all that was measured before; what the last evaluation gave is not shown as sound."""
+    (inputs / "late.py").write_text(LATE.format(does=does))
+    command = f"{RLOO} {DISTIL} --eval_dataset {test_csv} --reward {{i}}/late.py:late --output_dir {{i}}/run"
+    assert run(command.format(i=inputs)) == code
+    error = capsys.readouterr().err
+    assert said in error and error.count("error: ") == 1
+    out = inputs / "run"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert min(metrics["before"]["reward"], metrics["teacher"]["reward"]) >= 1
+    assert (out / "model.safetensors").read_bytes() != (inputs / "student" / "model.safetensors").read_bytes()
+    assert json.loads((out / "cost.json").read_text())["optimizer_steps"] == 2
+    assert not (out / "finished.json").exists()
+    if code == 1:
+        assert metrics["after"]["reward"] is None and metrics["after"]["samples_not_finite"] == int(said[0])
+        assert (out / "report.html").is_file() and (out / "README.md").is_file()
+
+
+def test_what_is_not_finite_before_training_is_said_before_training(inputs, capsys):
+    (inputs / "reward.py").write_text("def bad(prompts, **kwargs):\n    return [float('inf')] * len(prompts)\n")
+    assert run(f"{RLOO} {DISTIL} --reward {{i}}/reward.py:bad --output_dir {{i}}/run".format(i=inputs)) == 1
+    error = capsys.readouterr().err
+    assert "3 samples of 'teacher', 3 samples of 'before'" in error and "Nothing was trained." in error
+    assert not (inputs / "run" / "model.safetensors").exists()
+
+
+def test_an_evaluation_that_fails_keeps_what_it_has(inputs, test_csv, capsys):
+    """The teacher's metrics, where the student's cannot be had; both, where they are not finite."""
+    command = f"{EVALUATE.replace('{i}/data', str(test_csv))} --reward {{i}}/late.py:late"
+    late = LATE.replace("< 3", "< 2")
+    (inputs / "late.py").write_text(late.format(does="raise ValueError('out of paper')"))
+    assert run(command.format(i=inputs) + f" --output_dir {inputs}/one") == 2
+    assert "out of paper" in capsys.readouterr().err
+    assert json.loads((inputs / "one" / "metrics.json").read_text())["teacher"]["reward"] >= 1
+    assert "teacher" in json.loads((inputs / "one" / "outputs.jsonl").read_text().splitlines()[0])
+    (inputs / "late.py").write_text(late.format(does="return [math.inf] * len(prompts)"))
+    assert run(command.format(i=inputs) + f" --output_dir {inputs}/two") == 1
+    assert "8 samples of 'student'" in capsys.readouterr().err
+    metrics = json.loads((inputs / "two" / "metrics.json").read_text())
+    assert metrics["student"]["reward"] is None and metrics["student"]["samples_not_finite"] == 8
+
+
 def test_nowhere_to_write(inputs, capsys):
     (inputs / "file").write_text("")
     assert run(f"{SFT} --student {inputs}/student --dataset {inputs}/data --output_dir {inputs}/file/run") == 2

@@ -1,6 +1,7 @@
 """NaN and infinity in a loss or a gradient: the step is skipped whole, many in a row stop the run, nothing is lost."""
 
 import copy
+import logging
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rlkd_trl.errors import InputError, TrainingError
+from rlkd_trl.evaluation.evaluate import check_finite
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 from tests.conftest import MODELS, word_tokenizer
@@ -166,11 +168,31 @@ def test_a_loss_of_nan_is_never_filtered(tmp_path):
         SupervisedConfig(output_dir=str(tmp_path), logging_nan_inf_filter=True)
 
 
-def test_an_evaluation_of_nan_is_an_error(tmp_path):
+def test_an_evaluation_of_nan_shows_it(tmp_path):
     """A student of NaN writes nothing, for which a reward that is a sum of negative numbers is at its best."""
     trainer = build("ppo", tmp_path, eval_data=pairs(3))
-    assert math.isfinite(trainer.evaluate()["eval_reward"])
+    sound = trainer.evaluate()
+    assert math.isfinite(sound["eval_reward"]) and sound["eval_samples_not_finite"] == 0
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"cannot be evaluated: .* not finite for 3 of 3 prompts, the first"):
-        trainer.evaluate()
+    metrics = trainer.evaluate()
+    assert metrics["eval_samples_not_finite"] == 3
+    assert math.isnan(metrics["eval_reward"]) and math.isnan(metrics["eval_teacher_nll_per_token"])
+
+
+def test_an_evaluation_counts_rewards_that_are_not_finite(tmp_path, caplog):
+    """Of seven prompts in batches of two, the ones with w5 and w9: the mean of the others would be 1."""
+
+    def mine(prompts, **columns) -> list[float]:
+        return [{"w5": math.nan, "w9": -math.inf}.get(prompt, 1.0) for prompt in prompts]
+
+    data = pairs(1).from_list([{"prompt": f"w{3 + i}"} for i in range(7)])
+    trainer = build("ppo", tmp_path, reward=[mine], eval_data=data, per_device_eval_batch_size=2)
+    logging.getLogger("rlkd_trl").propagate = True
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        metrics = trainer.evaluate()
+    assert metrics["eval_samples_not_finite"] == 2 and math.isnan(metrics["eval_reward"])
+    assert "the reward not finite for 2 of 7 prompts, the first of them 'w5'" in caplog.text
+    with pytest.raises(TrainingError, match=r"2 samples of 'after'.* Saved"):
+        check_finite({"before": {"samples_not_finite": 0}, "after": {"samples_not_finite": 2}}, "Saved.")
+    check_finite({"teacher": {}, "before": {"samples_not_finite": 0}})

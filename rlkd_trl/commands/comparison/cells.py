@@ -44,7 +44,9 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        return all((self.directory / name).is_file() for name in ("metrics.json", "cost.json"))
+        """Its results are there, those after training too."""
+        have_files = all((self.directory / name).is_file() for name in ("metrics.json", "cost.json"))
+        return have_files and "after" in self.read("metrics.json")
 
     def read(self, name: str) -> dict:
         """One of the JSON files that the run left."""

@@ -38,6 +38,7 @@ class Examiner:
         self.max_prompt_length = test.max_prompt_length
         self.reward_model = load_reward_model(RewardArguments(), teacher, templates, gamma=1.0, weights=None)
         self.digests = digests
+        self.not_finite: dict[str, dict[str, float]] = {}  # metrics by directory, where numbers are not
         self.settings = {
             "rows": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
             "asked": as_flags(prompts, teacher, student),
@@ -58,12 +59,20 @@ class Examiner:
 
     def test_teacher(self, directory: Path) -> Outcome:
         """The outcome of the first teacher, asked through its first template; kept in `directory`."""
-        return kept_outcome(directory, self.settings, self._measure_teacher)
+        return self._noted(directory, kept_outcome(directory, self.settings, self._measure_teacher))
 
     def _test_student(self, directory: Path, student: StudentArguments) -> Outcome:
         tested = self.digests.of_groups(student)
         settings = {**self.settings, "files": {**self.settings["files"], **tested}}
-        return kept_outcome(directory, settings, lambda: self._measure_student(student))
+        return self._noted(directory, kept_outcome(directory, settings, lambda: self._measure_student(student)))
+
+    def _noted(self, directory: Path, outcome: Outcome) -> Outcome:
+        """The outcome, remembered if a number in it is not finite."""
+        from rlkd_trl.evaluation.evaluate import NOT_FINITE
+
+        bad = {kind: found for kind in ("greedy", "sampled") if (found := getattr(outcome, kind)).get(NOT_FINITE)}
+        self.not_finite |= {f"{directory} ({kind})": metrics for kind, metrics in bad.items()}
+        return outcome
 
     def _measure_student(self, student: StudentArguments) -> Outcome:
         from rlkd_trl.evaluation.evaluate import evaluate_student
