@@ -1,5 +1,8 @@
 """How a command ends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch.distributed
 
@@ -67,3 +70,22 @@ def test_what_stops_a_command_ends_in_a_line_or_two(error, code, lines, capsys):
 )
 def test_a_launcher_is_known_by_its_command_line(command, is_one):
     assert _is_launcher(command.split()) is is_one
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise errors.Interrupted(15, 'Stopped.')", 143)])
+def test_the_last_garbage_collection_has_nothing_to_look_at(end, code):
+    """A ring of objects with a finaliser is what it alone can find. After a run it costs seconds."""
+    script = f"""
+from rlkd_trl import errors
+class Ring:
+    def __init__(self): self.itself = self
+    def __del__(self): print("collected")
+ring = Ring()
+def main():
+    {end}
+errors.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == code and ended.stdout == ""
+    as_usual = script.replace("errors.run(main)", "")
+    assert subprocess.run([sys.executable, "-c", as_usual], capture_output=True, text=True).stdout == "collected\n"
