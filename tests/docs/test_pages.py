@@ -1,0 +1,109 @@
+"""README and docs: one hop to every page, every path there, every flag known, every snippet run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlkd_trl.planning import command as planner
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, Snippet, commands, links, recipe_command, snippets
+from tests.recipes.command_lines import parsed, run, word_rows, write_csv, write_templates
+
+SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
+SHELL = [snippet for snippet in SNIPPETS if snippet.language == "sh"]
+PYTHON = [snippet for snippet in SNIPPETS if snippet.language == "python"]
+# Commands of other programs, by their first words.
+OTHERS = ("pip", "pytest", "tensorboard")
+# Checkpoints on the Hub that the pages name -> the tests' own.
+STAND_INS = {
+    "bigscience/T0_3B": "runs/teacher",
+    "bigscience/T0pp": "runs/teacher",
+    "google/t5-v1_1-base": "runs/warm",
+}
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_page_is_one_hop_from_the_readme():
+    assert {ROOT / link for link in links(ROOT / "README.md")} >= set(PAGES[1:])
+    assert len(PAGES) > 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_are_there(page):
+    text = page.read_text()
+    named = re.findall(r"`((?:tests|recipes|accelerate_configs|rlkd_trl|docs)/[\w./]*)`", text)
+    named += re.findall(r"(?<![\w/])recipes/\w+\.py", text)
+    assert all((ROOT / name).exists() for name in named), [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=str)
+def test_snippets_name_their_language(snippet):
+    assert snippet.language in LANGUAGES
+
+
+@pytest.mark.parametrize("snippet", SHELL, ids=str)
+def test_flags_are_known(snippet):
+    """Every command's flags are read by the recipe's own parser, which refuses those that it does not have."""
+    assert commands(snippet)
+    for words in commands(snippet):
+        recipe = recipe_command(words)
+        if recipe is not None:
+            parsed(shlex.join(recipe))
+        elif words[:3] == ["python", "-m", "rlkd_trl.plan"]:
+            planner.parser().parse_args(words[3:])
+        else:
+            assert words[0] in OTHERS, f"what is {words}?"
+
+
+def test_every_flag_mentioned_exists():
+    """Also those in running text."""
+    mentioned = {flag for page in PAGES for flag in re.findall(r"--(\w+)", page.read_text())}
+    assert len(mentioned) > 60
+    assert mentioned <= KNOWN_FLAGS, mentioned - KNOWN_FLAGS
+
+
+# What makes any command of the pages quick, whatever sizes it names: the last of a flag counts.
+_SMALL = {
+    "sft": "--max_steps 2 --d_model 16 --num_layers 1 --num_heads 2 --per_device_train_batch_size 4",
+    "pseudo_label": "--max_completion_length 6",
+    "evaluate": "--max_completion_length 6",
+    "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
+    "--common per_device_train_batch_size=8",
+}
+_SMALL_TRAINING = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 6 --report_to none"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, checkpoints) -> Path:
+    """A directory as the pages presume it: data, templates, `runs/teacher` and `runs/warm`."""
+    write_csv(tmp_path / "train.csv", word_rows(40))
+    write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
+    write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    write_templates(tmp_path / "templates.yaml", create_text_for_me="w3 {{ source }}", coherent_text="{{ source }} w4")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "teacher").symlink_to(checkpoints["t5-untied"].teacher)
+    (tmp_path / "runs" / "warm").symlink_to(checkpoints["t5-untied"].student)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stood_in(text: str) -> str:
+    for name, local in STAND_INS.items():
+        text = text.replace(name, local)
+    return text
+
+
+@pytest.mark.parametrize("snippet", PYTHON, ids=str)
+def test_python_snippets_run(snippet, place):
+    texts = [row["mr"] for row in word_rows(40)]
+    exec(compile(stood_in(snippet.text), str(snippet), "exec"), {"texts": texts})
