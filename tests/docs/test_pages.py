@@ -1,14 +1,18 @@
 """README and docs: one hop to every page, every path there, every flag known, every snippet run."""
 
+import json
 import re
 import shlex
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from rlkd_trl.planning import command as planner
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, Snippet, commands, links, recipe_command, snippets
-from tests.recipes.command_lines import parsed, run, word_rows, write_csv, write_templates
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, commands, links, recipe_command, snippets
+from tests.recipes.command_lines import RECIPES, parsed, run, word_rows, write_csv, write_templates
+from tests.recipes.conftest import Pair
 
 SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
 SHELL = [snippet for snippet in SNIPPETS if snippet.language == "sh"]
@@ -58,6 +62,8 @@ def test_flags_are_known(snippet):
     for words in commands(snippet):
         recipe = recipe_command(words)
         if recipe is not None:
+            while recipe[0].startswith("--"):  # of the launcher
+                recipe = recipe[2:]
             parsed(shlex.join(recipe))
         elif words[:3] == ["python", "-m", "rlkd_trl.plan"]:
             planner.parser().parse_args(words[3:])
@@ -65,36 +71,58 @@ def test_flags_are_known(snippet):
             assert words[0] in OTHERS, f"what is {words}?"
 
 
-def test_every_flag_mentioned_exists():
+def known_flags(capsys) -> set[str]:
+    """Of all recipes and the planner, by their own `--help_all`."""
+    flags = {action.dest for action in planner.parser()._actions}
+    for recipe in (*RECIPES, "compare"):
+        assert run(f"{recipe} --help_all") == 0
+        flags |= set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    return flags
+
+
+def test_every_flag_mentioned_exists(capsys):
     """Also those in running text."""
+    of_other_programs = {"config_file", "num_processes"}  # accelerate's launcher
     mentioned = {flag for page in PAGES for flag in re.findall(r"--(\w+)", page.read_text())}
     assert len(mentioned) > 60
-    assert mentioned <= KNOWN_FLAGS, mentioned - KNOWN_FLAGS
+    unknown = mentioned - of_other_programs - known_flags(capsys)
+    assert not unknown
 
 
 # What makes any command of the pages quick, whatever sizes it names: the last of a flag counts.
-_SMALL = {
+SMALL = {
     "sft": "--max_steps 2 --d_model 16 --num_layers 1 --num_heads 2 --per_device_train_batch_size 4",
     "pseudo_label": "--max_completion_length 6",
     "evaluate": "--max_completion_length 6",
     "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
-    "--common per_device_train_batch_size=8",
+    "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd rloo_token",
 }
-_SMALL_TRAINING = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 6 --report_to none"
+SMALL_TRAINING = "--max_steps 1 --per_device_train_batch_size 8 --num_generations 2 --max_completion_length 6"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, checkpoints) -> Path:
-    """A directory as the pages presume it: data, templates, `runs/teacher` and `runs/warm`."""
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory with the files that the pages presume."""
     write_csv(tmp_path / "train.csv", word_rows(40))
     write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
     write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
     write_templates(tmp_path / "templates.yaml", create_text_for_me="w3 {{ source }}", coherent_text="{{ source }} w4")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "teacher").symlink_to(checkpoints["t5-untied"].teacher)
-    (tmp_path / "runs" / "warm").symlink_to(checkpoints["t5-untied"].student)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def provide(words: list[str], pair: Pair) -> None:
+    """What a command reads and no earlier command of the page has made: teacher, warm start, pseudo-labels."""
+    for flag, name in pairwise(words):
+        missing = Path(name)
+        if missing.exists():
+            continue
+        if flag in ("--teacher", "--student", "--tokenizer"):
+            shutil.copytree(pair.teacher if name == "runs/teacher" else pair.student, missing)
+        elif flag == "--dataset" and missing.suffix == ".jsonl":
+            missing.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"mr": row["mr"], "pseudo_label": row["ref"]} for row in word_rows(40)]
+            missing.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def stood_in(text: str) -> str:
@@ -103,7 +131,28 @@ def stood_in(text: str) -> str:
     return text
 
 
+def runnable(page: Path) -> list[list[str]]:
+    """The page's recipe commands that name a data set or a student; the demo is run in tests/recipes."""
+    shell = [snippet for snippet in SHELL if snippet.page == page]
+    words = [recipe_command(words) for snippet in shell for words in commands(snippet)]
+    return [command for command in words if command is not None and {"--dataset", "--student"} & set(command)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
+def test_commands_run_in_the_order_of_the_page(page, place, checkpoints):
+    for words in runnable(page):
+        words = [word for word in shlex.split(stood_in(shlex.join(words)))]
+        while words[0].startswith("--"):  # of the launcher
+            words = words[2:]
+        provide(words, checkpoints["t5-untied"])
+        small = SMALL.get(words[0], SMALL_TRAINING)
+        assert run(f"{shlex.join(words)} {small}") == 0, words
+
+
 @pytest.mark.parametrize("snippet", PYTHON, ids=str)
-def test_python_snippets_run(snippet, place):
-    texts = [row["mr"] for row in word_rows(40)]
+def test_python_snippets_run(snippet, place, checkpoints):
+    shutil.copytree(checkpoints["t5-untied"].teacher, "runs/teacher")
+    shutil.copytree(checkpoints["t5-untied"].student, "runs/warm")
+    texts = [row["mr"] for row in word_rows(80)]
     exec(compile(stood_in(snippet.text), str(snippet), "exec"), {"texts": texts})

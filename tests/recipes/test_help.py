@@ -8,7 +8,6 @@ import sys
 import pytest
 from transformers import PreTrainedModel
 
-from rlkd_trl.planning import command as plan
 from tests.recipes.command_lines import RECIPES, ROOT, run
 
 DATA = "dataset dataset_split dataset_config source_column target_column max_rows"
@@ -178,18 +177,6 @@ def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
     full = help_of(recipe, capsys, "--help_all")
     assert "--adam_beta1" in full
     assert "--num_generations" in full or recipe == "sft"
-
-
-def test_every_flag_of_the_readme_exists(capsys):
-    flags = {
-        flag for recipe in WITH_HELP for group in flags_by_group(help_of(recipe, capsys)).values() for flag in group
-    }
-    flags |= {"gradient_checkpointing", "help"}
-    flags |= {action.dest for action in plan.parser()._actions}
-    of_other_programs = {"config_file"}  # accelerate's
-    mentioned = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text()))
-    assert len(mentioned) > 30
-    assert mentioned - of_other_programs <= flags
 
 
 def cpu_seconds(*command: str) -> tuple[subprocess.CompletedProcess, float]:
