@@ -17,10 +17,10 @@ PACKAGE = ROOT / "rlkd_trl"
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
 
 # Each may import from those above it, and from itself. Those in one line do not import each other. The text metrics
-# stand with evaluation and need nothing of the package, so that rewards and pseudo-labels may read them.
+# and the layout of tables stand with evaluation and need nothing of the package, for rewards and the planner.
 LAYERS = [
     ["errors"],
-    ["settings", "ops", "prompts", "data", "evaluation.metrics"],
+    ["settings", "ops", "prompts", "data", "evaluation.metrics", "evaluation.tables"],
     ["models"],
     ["teachers", "students"],
     ["rewards", "planning"],

@@ -16,6 +16,8 @@ from statistics import mean
 
 from sacrebleu.metrics import BLEU
 
+from rlkd_trl.evaluation.tables import markdown_table
+
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {"up to 7 slots": range(1, 8), "8 slots": range(8, 9)}
 
@@ -51,13 +53,13 @@ def measures(rows: list[dict]) -> tuple[float, float, float]:
     return found.score, found.bp, mean(len(row["greedy"].split()) for row in rows)
 
 
-def line(name: str, directories: list[Path], *, trained: bool) -> str:
+def cells_of(name: str, directories: list[Path], *, trained: bool) -> list[str]:
     cells = [name, f"{validation_gain(directories):+.1f}" if trained else "–"]
     for slots in GROUPS.values():
         of_seeds = [measures(outputs_of(directory, slots)) for directory in directories]
         bleu, brevity, words = (mean(values) for values in zip(*of_seeds, strict=True))
         cells += [f"{bleu:.1f}", f"{brevity:.2f}", f"{words:.1f}"]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main() -> None:
@@ -69,9 +71,9 @@ def main() -> None:
     found = json.loads((args.results / "comparison.json").read_text(encoding="utf-8"))
     heads = ["BLEU gained, validation"]
     heads += [f"{measure}, {group}" for group in GROUPS for measure in ("BLEU", "brevity penalty", "words")]
-    lines = []
+    sections = []
     for budget, rows in found["budgets"].items():
-        lines += [f"## {budget}", "", f"| model | {' | '.join(heads)} |", "| --- |" + " --: |" * len(heads)]
+        table = []
         for row in rows:
             trained = row["learning_rate"] is not None
             if not trained:  # teacher and warm start
@@ -79,11 +81,11 @@ def main() -> None:
             else:
                 of_method = args.results / budget / row["model"]
                 directories = [of_method / f"seed{seed}-lr{row['learning_rate']:g}" for seed in row["seeds"]]
-            lines.append(line(row["model"], directories, trained=trained))
-        lines.append("")
+            table.append(cells_of(row["model"], directories, trained=trained))
+        sections.append(f"## {budget}\n\n{markdown_table(['model', *heads], table)}\n")
     shares = [share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", "test")]
     text = f"8 slots have {', '.join(shares)}.\n\n"
-    text += "\n".join(lines)
+    text += "\n".join(sections)
     (args.results_dir / "by_slots.md").write_text(text, encoding="utf-8")
     print(text)
 

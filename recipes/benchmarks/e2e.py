@@ -25,6 +25,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rlkd_trl.evaluation.tables import markdown_table
+
 RECIPES = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA_FLAGS = ["--source_column", "mr", "--target_column", "ref"]
@@ -133,15 +135,15 @@ def run_seed(seed: int, work_dir: Path, templates: list[str]) -> dict[str, dict[
 
 def table(per_seed: dict[int, dict[str, dict[str, float]]]) -> str:
     """Mean ± standard deviation over seeds, in Markdown."""
-    lines = ["| model | " + " | ".join(METRICS.values()) + " |", "| --- |" + " --- |" * len(METRICS)]
+    rows = []
     for model in next(iter(per_seed.values())):
         cells = []
         for metric in METRICS:
             values = [results[model][metric] for results in per_seed.values()]
             spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4g}{spread}")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([model, *cells])
+    return markdown_table(["model", *METRICS.values()], rows)
 
 
 def main() -> None:

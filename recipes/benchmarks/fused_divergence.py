@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.ops.all_actions import all_actions_loss, log_ratio_signal, sliced_all_actions_loss
 from rlkd_trl.ops.divergences import DIVERGENCES, TeacherStates, distillation_loss, sliced_divergence
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
@@ -151,19 +152,16 @@ def compare(label: str, memory: dict[int, float], seconds: dict[int, list[float]
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| | slice, logits | plain, MiB | sliced, MiB | memory ratio | plain, CPU s | sliced, CPU s | time ratio | "
-        "range | met |",
-        "| --- |" + " --- |" * 9,
-    ]
+    heads = ["", "slice, logits", "plain, MiB", "sliced, MiB", "memory ratio", "plain, CPU s", "sliced, CPU s"]
+    heads += ["time ratio", "range", "met"]
+    lines = []
     for row in rows:
         ratios = row["time_ratio_per_repetition"]
-        lines.append(
-            f"| {row['case']} | 2^{row['max_elements'].bit_length() - 1} | {row['plain_mib']} | {row['sliced_mib']} | "
-            f"{row['memory_ratio']:.2f} | {row['plain_cpu_s']} | {row['sliced_cpu_s']} | {row['time_ratio']:.2f} | "
-            f"{min(ratios):.2f} – {max(ratios):.2f} | {'yes' if row['met'] else 'no'} |"
-        )
-    return "\n".join(lines)
+        sizes = [f"2^{row['max_elements'].bit_length() - 1}", row["plain_mib"], row["sliced_mib"]]
+        times = [row["plain_cpu_s"], row["sliced_cpu_s"], f"{row['time_ratio']:.2f}"]
+        found = [f"{min(ratios):.2f} – {max(ratios):.2f}", "yes" if row["met"] else "no"]
+        lines.append([row["case"], *map(str, sizes), f"{row['memory_ratio']:.2f}", *map(str, times), *found])
+    return markdown_table(heads, lines)
 
 
 def write_results(by_loss: list[dict], by_slice_size: list[dict], conditions: dict[str, str | int]) -> str:

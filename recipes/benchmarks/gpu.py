@@ -31,6 +31,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, T5Config, T5ForCon
 from workload import EOS, PAD, UNK, Dimensions, Shape, forward_flops, prompt_texts, word_tokenizer
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
+from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.teachers import Teacher
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -227,17 +228,17 @@ def as_markdown(found: dict, shape: Shape) -> str:
         f"{plain['tokens_per_second']:.0f}, with its static cache {static['tokens_per_second']:.0f}. Peak "
         f"{ours['peak_gib']:.1f}, {plain['peak_gib']:.1f} and {static['peak_gib']:.1f} GiB.",
         "",
-        "| teacher | weights, GiB | scored tokens/s | share of matrix rate | peak GiB | s per PPO step | peak GiB |",
-        "| --- |" + " --- |" * 6,
     ]
+    heads = ["teacher", "weights, GiB", "scored tokens/s", "share of matrix rate", "peak GiB"]
+    heads += ["s per PPO step", "peak GiB"]
+    rows = []
     for name, row in found["teachers"].items():
         score, ppo = row["scoring"], row["ppo"]
-        lines.append(
-            f"| {name} | {row['weights_gib']:.1f} | {score['tokens_per_second']:.0f} | "
-            f"{score['share_of_matmul_rate']:.2f} | {score['peak_gib']:.1f} | {ppo['seconds_per_step']:.2f} | "
-            f"{ppo['peak_gib']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        scored = [f"{score['tokens_per_second']:.0f}", f"{score['share_of_matmul_rate']:.2f}"]
+        scored.append(f"{score['peak_gib']:.1f}")
+        trained = [f"{ppo['seconds_per_step']:.2f}", f"{ppo['peak_gib']:.1f}"]
+        rows.append([name, f"{row['weights_gib']:.1f}", *scored, *trained])
+    return "\n".join([*lines, markdown_table(heads, rows)]) + "\n"
 
 
 def has_measurements(directory: Path) -> bool:

@@ -28,6 +28,7 @@ from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
@@ -113,11 +114,11 @@ def columns_of(gradients_RN) -> dict[str, float]:
 
 def table(per_method: dict[str, dict[str, float]]) -> str:
     """One row per method, in Markdown. Where noise hides the signal (an estimate ≤ 0), there is no ratio."""
-    lines = ["| method | variance | signal ‖E g‖² | noise / signal |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, columns in per_method.items():
         ratio = f"{columns['noise_to_signal']:.3g}" if columns["signal"] > 0 else "–"
-        lines.append(f"| {name} | {columns['variance']:.3g} | {columns['signal']:.3g} | {ratio} |")
-    return "\n".join(lines)
+        rows.append([name, f"{columns['variance']:.3g}", f"{columns['signal']:.3g}", ratio])
+    return markdown_table(["method", "variance", "signal ‖E g‖²", "noise / signal"], rows)
 
 
 def measure(panel, student: StudentArguments, rows: list[dict], args: VarianceArguments) -> dict:

@@ -28,6 +28,7 @@ from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, LearningRate, Length, Seed, check_ranges
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -163,18 +164,16 @@ def compare_students(groups: list[object], args: QuantisationArguments) -> dict[
 
 def tables(rewards: dict[str, dict], students: dict[str, dict]) -> str:
     """Markdown: rewards, and students where there are some."""
-    lines = ["| weights | " + " | ".join(REWARD_COLUMNS.values()) + " |", "| --- |" + " --- |" * len(REWARD_COLUMNS)]
-    for name, columns in rewards.items():
-        cells = [f"{columns[key]:,}" if key == "bytes" else f"{columns[key]:.4f}" for key in REWARD_COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows = [
+        [name, *(f"{columns[key]:,}" if key == "bytes" else f"{columns[key]:.4f}" for key in REWARD_COLUMNS)]
+        for name, columns in rewards.items()
+    ]
+    found = [markdown_table(["weights", *REWARD_COLUMNS.values()], rows)]
     if students:
         known = [key for key in STUDENT_COLUMNS if all(key in columns for columns in students.values())]
-        heads = " | ".join(STUDENT_COLUMNS[key] for key in known)
-        lines += ["", f"| student of | {heads} |", "| --- |" + " --- |" * len(known)]
-        for name, columns in students.items():
-            cells = [_with_interval(**columns[key]) for key in known]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows = [[name, *(_with_interval(**columns[key]) for key in known)] for name, columns in students.items()]
+        found.append(markdown_table(["student of", *(STUDENT_COLUMNS[key] for key in known)], rows))
+    return "\n\n".join(found)
 
 
 def _with_interval(mean: float, half_width: float | None) -> str:

@@ -35,6 +35,7 @@ from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
+from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
@@ -148,15 +149,15 @@ def columns_of(term, scores, inputs, num_generations: int) -> dict[str, float]:
 
 def table(per_k: dict[int, dict[str, float]]) -> str:
     """One row per K, in Markdown; variances with their share of the first row's."""
-    lines = ["| K | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    rows = []
     start = next(iter(per_k.values()))
     for k, columns in per_k.items():
         cells = [
             f"{columns[name]:.4g}" + (f" ({columns[name] / start[name]:.0%})" if "variance" in name else "")
             for name in COLUMNS
         ]
-        lines.append(f"| {k} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([str(k), *cells])
+    return markdown_table(["K", *COLUMNS.values()], rows)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.tables import MISSING, markdown_table, number, plain_table
 
 Results = dict[str, dict[str, float]]
 Column = tuple[str, str, str]  # the key in `results`, the heading, the format of its numbers
@@ -35,7 +36,6 @@ EXTRA_COLUMNS: tuple[Column, ...] = (
     ("teacher_nll_per_sequence", "teacher NLL/sequence", ".2f"),
     ("student_nll_of_teacher_per_token", "NLL of teacher's/token", ".4f"),
 )
-MISSING = "–"
 NOT_CHARTED = ("step", "epoch")
 NOT_CHARTED_SUFFIXES = ("_runtime", "_per_second")  # speeds of the machine, which transformers logs
 AUTO_CLASSES = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
@@ -73,14 +73,8 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
 
 def comparison_table(results: Results, columns: Sequence[Column] = DEFAULT_COLUMNS) -> str:
     """Plain-text table, one line per model, for the terminal. A missing, null or NaN value is shown as "–"."""
-    rows = _cells(results, columns)
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    heads, *rows = _cells(results, columns)
+    return plain_table(heads, rows)
 
 
 def all_columns(results: Results) -> tuple[Column, ...]:
@@ -171,9 +165,7 @@ def write_model_card(
         metadata["datasets"] = [dataset]
     metadata["tags"] = ["rlkd_trl", "knowledge-distillation", "generated_from_trainer"]
 
-    header, *body = [[_markdown_cell(cell) for cell in row] for row in _cells(results, DEFAULT_COLUMNS)]
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *body])
+    heads, *rows = [[_one_line(cell) for cell in row] for row in _cells(results, DEFAULT_COLUMNS)]
     # A decoder-only model's output begins with the prompt.
     new = "" if auto_class == "AutoModelForSeq2SeqLM" else ', inputs["input_ids"].shape[1]:'
     skip = not has_content_tokens
@@ -191,7 +183,7 @@ def write_model_card(
         f"# {_one_line(title)}",
         f"{_code(student)}, distilled from the teacher {_code(teacher)} on {_code(dataset)}.\n\n"
         f"Method: {_one_line(method)}. Trained with `rlkd_trl`.",
-        f"## Results\n\n{table}",
+        f"## Results\n\n{markdown_table(heads, rows)}",
         f"## How to use\n\n```python\n{loading}\n```",
     ]
     _write_text(path, "\n\n".join(sections) + "\n")
@@ -232,12 +224,9 @@ def _write_text(path: str | Path, text: str) -> None:
 def _cells(results: Results, columns: Sequence[Column]) -> list[list[str]]:
     """The results as text: the headings, then one row per model."""
 
-    def cell(value: Any, number_format: str) -> str:
-        return format(value, number_format) if _is_number(value) and not math.isnan(value) else MISSING
-
     rows = [["model", *(heading for _, heading, _ in columns)]]
     for name, row in results.items():
-        rows.append([name, *(cell(row.get(key), number_format) for key, _, number_format in columns)])
+        rows.append([name, *(number(row.get(key), number_format) for key, _, number_format in columns)])
     return rows
 
 
@@ -343,10 +332,6 @@ def _chart(number: int, name: str, points: list[tuple[float, float]]) -> str:
 def _one_line(text: str) -> str:
     """Text that cannot leave its line, nor open an HTML tag."""
     return html.escape(" ".join(text.split()), quote=False)
-
-
-def _markdown_cell(text: str) -> str:
-    return _one_line(text).replace("|", "\\|")
 
 
 def _code(text: str) -> str:

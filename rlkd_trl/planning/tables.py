@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rlkd_trl.evaluation.tables import plain_table
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
 
 _GIB = 2**30
@@ -13,7 +14,7 @@ def teacher_table(teachers: Sequence[TeacherBytes]) -> str:
         [t.placement, t.precision, *map(gib, (t.weights, t.gathered, t.scoring)), gib(t.host) if t.host else ""]
         for t in teachers
     ]
-    return table(["placement", "precision", "weights", "gathered", "scoring", "CPU"], rows, labels=2)
+    return plain_table(["placement", "precision", "weights", "gathered", "scoring", "CPU"], rows, labels=2, rule=False)
 
 
 def student_table(students: Sequence[StudentBytes]) -> str:
@@ -21,7 +22,7 @@ def student_table(students: Sequence[StudentBytes]) -> str:
     held = ("weights", "gathered", "gradients", "optimizer", "value_head", "reference")
     heads = (*held, "update", "log_probs", "sampling", "cache")
     rows = [[s.sharding, *(gib(getattr(s, head)) for head in heads)] for s in students]
-    return table(["sharding", *(head.replace("_", " ") for head in heads)], rows, labels=1)
+    return plain_table(["sharding", *(head.replace("_", " ") for head in heads)], rows, rule=False)
 
 
 def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster) -> str:
@@ -31,19 +32,8 @@ def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes
         peaks = [peak_bytes(teacher, student) for student in students]
         cells = [gib(peak) + ("  " if peak <= cluster.usable else " x") for peak in peaks]
         rows.append([teacher.placement, teacher.precision, *cells])
-    return table(["placement", "precision", *(student.sharding + "  " for student in students)], rows, labels=2)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -> str:
-    """Columns as wide as their widest cell; the first `labels` to the left, numbers to the right."""
-    lines = [list(heads), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < labels else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+    return plain_table(
+        ["placement", "precision", *(student.sharding + "  " for student in students)], rows, labels=2, rule=False
     )
 
 

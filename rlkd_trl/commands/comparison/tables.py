@@ -2,10 +2,9 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 
-from rlkd_trl.evaluation.report import MISSING
+from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
 
 # Metric -> heading and the format of its numbers.
 GREEDY = {
@@ -60,7 +59,7 @@ def learning_rate_section(search: Mapping) -> str:
     lines = []
     for method, scores in search["scores"].items():
         chosen = search["chosen"][method]
-        cells = [_number(scores.get(rate), ".4g") for rate in rates]
+        cells = [number(scores.get(rate), ".4g") for rate in rates]
         lines.append([method, *(f"**{c}**" if rate == chosen else c for rate, c in zip(rates, cells, strict=True))])
     better = "lower" if search["lower_is_better"] else "higher"
     introduction = (
@@ -68,7 +67,9 @@ def learning_rate_section(search: Mapping) -> str:
         f"{search['budget']}. The chosen rate, in bold, serves every budget and seed, this one included. "
         f"{_at_the_edge(search['chosen'], rates)}"
     )
-    return f"## Learning rates\n\n{introduction}\n\n{_table(['method', *(f'{rate:g}' for rate in rates)], lines)}"
+    return (
+        f"## Learning rates\n\n{introduction}\n\n{markdown_table(['method', *(f'{rate:g}' for rate in rates)], lines)}"
+    )
 
 
 def _at_the_edge(chosen: Mapping[str, float | None], rates: Sequence[float]) -> str:
@@ -122,15 +123,15 @@ def _interval_table(
     header = ["model", *(["learning rate"] if with_learning_rate else []), *(heading for _, _, heading, _ in shown)]
     lines = []
     for row in rows:
-        line = [_label(row), *([_number(row["learning_rate"], "g")] if with_learning_rate else [])]
+        line = [_label(row), *([number(row["learning_rate"], "g")] if with_learning_rate else [])]
         for kind, metric, _, number_format in shown:
             found = row[kind].get(metric, {})
-            cell = _number(found.get("mean"), number_format)
+            cell = number(found.get("mean"), number_format)
             if found.get("half_width") is not None:
                 cell += f" ± {found['half_width']:{number_format}}"
             line.append(cell)
         lines.append(line)
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _difference_table(rows: Sequence[dict]) -> str:
@@ -147,18 +148,9 @@ def _difference_table(rows: Sequence[dict]) -> str:
             cell = f"{found['difference']:{sign}} [{found['low']:{sign}}, {found['high']:{sign}}]"
             line.append(f"**{cell}**" if found["low"] > 0 or found["high"] < 0 else cell)
         lines.append(line)
-    return _table(["model", *(heading for heading, _ in shown.values())], lines)
+    return markdown_table(["model", *(heading for heading, _ in shown.values())], lines)
 
 
 def _label(row: Mapping) -> str:
     failed = row["failed_seeds"]
     return f"{row['model']} (FAILED: seed {', '.join(map(str, failed))})" if failed else row["model"]
-
-
-def _number(value: float | None, number_format: str) -> str:
-    return MISSING if value is None or math.isnan(value) else format(value, number_format)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
