@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlkd_trl.planning import estimates
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, TeacherBytes, Training, peak_bytes, student_estimates
 from rlkd_trl.planning.skeletons import Checkpoint
@@ -12,6 +13,10 @@ from tests.planning.models import T5_BASE, write_config
 # 1,638,400 + (4,194,304 + 1,073,741,824 + 32,768) + (8,388,608 + 1,073,741,824 + 49,152) + 64 + 32,768
 WIDE = {**T5_BASE, "d_model": 16384, "d_ff": 32768, "num_layers": 1, "num_heads": 1, "vocab_size": 100}
 PARAMETERS = 1_638_400 + 1_077_968_896 + 1_082_179_584 + 64 + 32_768
+# The same with D = A = 64 and F = 96, two matrices in each feed-forward layer:
+# VD = 6,400 (twice if untied), 12DA + 4DF + 5D = 74,048 in layers, 64 relative positions, norms 2D = 128
+SMALL = {**WIDE, "d_model": 64, "d_ff": 96}
+OF_LAYERS, HEAD = 74_048 + 64 + 128, 6_400
 NO_TEACHER = TeacherBytes("replicated", "float32", "none", weights=0, gathered=0, scoring=0, host=0)
 
 
@@ -29,3 +34,33 @@ def test_a_student_in_shards_is_whole_while_it_samples(critic, copies, bf16, ite
     assert zero3.sampling == ddp.sampling + elsewhere
     assert zero3.gathered == 10**9 * itemsize * 3 // 4, "in an update"
     assert peak_bytes(NO_TEACHER, zero3) >= zero3.always_held + elsewhere
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_separate_critics_own_head_is_frozen(tied, tmp_path, monkeypatch):
+    """Which is a matrix of its own only where the head is not tied: no gradient, no moments."""
+    for name, found in (("update_bytes", 0), ("log_prob_bytes", 0), ("sampling_bytes", (0, 0))):
+        monkeypatch.setattr(
+            estimates, name, lambda *args, found=found, **settings: found
+        )  # seconds, and not of interest
+    checkpoint = Checkpoint.of("--student", str(write_config(tmp_path, {**SMALL, "tie_word_embeddings": tied})))
+    workload, cluster = Workload(8, 4, 2, 4, 1, 64), Cluster(gpus=1, nodes=1, gpu_memory=2**30, reserve=0.0)
+    (both,) = student_estimates(checkpoint, workload, cluster, Training(critic="separate", beta=0.1))
+    parameters = OF_LAYERS + (HEAD if tied else 2 * HEAD)
+    trained = 2 * parameters - (0 if tied else HEAD)
+    assert (both.weights, both.gradients, both.optimizer) == (8 * parameters, 4 * trained, 8 * trained)
+    assert both.reference == 4 * parameters, "the student's alone"
+    assert both.value_head == 4 * 4 * 65, "weights and bias, gradients and two moments"
+    (shared,) = student_estimates(checkpoint, workload, cluster, Training())
+    assert (shared.weights, shared.gradients, shared.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert shared.reference == 0
+
+
+def test_a_rollout_is_all_accumulated_micro_batches():
+    """24 completions of 6 prompts; each prompt is 4 · (10 + 6) = 64 padded tokens to the teacher."""
+    one = Workload(10, 6, 4, micro_batch=8, micro_batches=3, teacher_batch_tokens=200)
+    assert (one.sampled_completions, one.forwarded_completions) == (24, 24)
+    assert (one.scored_prompts, one.scoring_batches) == (3, 2), "3 · 64 = 192 of 200"
+    limited = Workload(10, 6, 4, 8, 3, teacher_batch_tokens=10_000, sampling_batch=19, forward_batch=7)
+    assert (limited.sampled_completions, limited.forwarded_completions) == (16, 7), "whole prompts are sampled"
+    assert (limited.scored_prompts, limited.scoring_batches) == (6, 1)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 
 from rlkd_trl.errors import InputError, run
 from rlkd_trl.planning import command as plan
+from rlkd_trl.planning import report
+from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.estimates import Cluster, Training
+from rlkd_trl.planning.tables import gib
 from tests.planning.models import T5_BASE, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +101,44 @@ def test_one_gpu_has_nothing_to_split_and_may_be_too_small(configs, capsys):
     by_head = dict(zip(students[("sharding",)], students[("ddp",)], strict=True))
     assert by_head["value head"] == by_head["reference"] == by_head["gathered"] == "0"
     assert "Nothing fits" in text and "rlkd-trl" not in text
+
+
+def test_every_flag_arrives(monkeypatch):
+    """Memory is in GiB, of 2^30 bytes: 80 of them are 85.9 GB."""
+    found = []
+    monkeypatch.setattr(report, "report", lambda *args: found.extend(args) or "")
+    plan.main(
+        shlex.split(
+            "--teacher T --student S --gpus 4 --nodes 2 --gpu_memory 80 --reserve 0.2 --max_prompt_length 11 "
+            "--max_completion_length 12 --per_device_train_batch_size 6 --gradient_accumulation_steps 5 "
+            "--num_generations 3 --teacher_batch_tokens 13 --sampling_batch_size 14 "
+            "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16"
+        )
+    )
+    assert found == [
+        "T",
+        "S",
+        Workload(
+            prompt_tokens=11,
+            completion_tokens=12,
+            num_generations=3,
+            micro_batch=6,
+            micro_batches=5,
+            teacher_batch_tokens=13,
+            sampling_batch=14,
+            forward_batch=15,
+        ),
+        Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2),
+        Training(student_dtype="bfloat16", bf16=True, critic="separate", beta=0.3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [(0, "0"), (2**30, "1.0"), (10**9, "0.93"), (80 * 2**30, "80.0"), (10**7, "<0.01"), (2**29, "0.50")],
+)
+def test_bytes_are_shown_in_gib(nbytes, shown):
+    assert gib(nbytes) == shown
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import (
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning.skeletons import Checkpoint
-from rlkd_trl.planning.weights import Shares, training_shares, weight_bytes
+from rlkd_trl.planning.weights import Shares, quantisation_workspace_bytes, training_shares, weight_bytes
 from tests.planning.measured import weight_bytes as measured_weight_bytes
 from tests.planning.models import T0_3B, T0_11B, T5_BASE, llama, t5, write_config
 
@@ -88,6 +88,28 @@ def test_weights_of_a_loaded_model(family, dtype, quantization, tmp_path):
     assert weight_bytes(skeleton, quantization) == pytest.approx(measured, rel=0.05)
     if quantization != "none":
         assert measured < 0.8 * weight_bytes(skeleton), "the model must have something to quantise"
+
+
+# By hand, for FAMILIES' T5: V = 200, D = A = 64, F = 160, two layers each, 4 heads. bitsandbytes takes the matrices of
+# attention (8 in the encoder, 16 in the decoder, 64 × 64) and the first of each feed-forward layer (64 × 160; of a
+# gated one both: 8 instead of 4), not its last, nor LM head and embeddings.
+#   all: embeddings 12,800 (twice if untied), attention 24 · 4,096, matrices of feed-forward 10,240 each,
+#   norms 64 · (2 · 2 + 3 · 2 + 2), relative positions 2 · 32 · 4
+#   int8: 4,096 + 4 · 64 = 4,352, and 10,240 + 4 · 160 = 10,880
+#   nf4: 2,048 + 4 · (64 blocks + 16 codes) = 2,368, and 5,120 + 4 · (160 + 16) = 5,824
+TIED_REST, UNTIED_REST = (embeddings * 12_800 + 4 * 10_240 + 768 + 256 for embeddings in (1, 2))
+CONVERTED = {"int8": (4_352, 10_880), "nf4": (2_368, 5_824)}
+
+
+@pytest.mark.parametrize("quantization", CONVERTED)
+@pytest.mark.parametrize(("family", "rest", "wide"), [("t5-tied", TIED_REST, 4), ("t5-untied", UNTIED_REST, 8)])
+def test_quantised_bytes_by_hand(family, rest, wide, quantization, tmp_path):
+    FAMILIES[family]().save_pretrained(tmp_path)
+    skeleton = Checkpoint.of("--teacher", str(tmp_path)).build(torch.bfloat16)
+    attention, feed_forward = CONVERTED[quantization]
+    assert weight_bytes(skeleton) == 2 * (rest + 24 * 4_096 + wide * 10_240)
+    assert weight_bytes(skeleton, quantization) == 2 * rest + 24 * attention + wide * feed_forward
+    assert quantisation_workspace_bytes(skeleton) == 2 * 10_240
 
 
 @pytest.mark.parametrize("tied", [True, False])

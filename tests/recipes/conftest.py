@@ -1,5 +1,6 @@
 """Checkpoints and data for recipes, as directories and files."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ import datasets
 import pytest
 
 from tests.conftest import MODELS, word_tokenizer
-from tests.recipes.command_lines import word_rows, write_csv
+from tests.recipes.command_lines import word_rows, write_csv, write_templates
+from tests.recipes.stand_ins import STAND_IN
 
 
 class Pair(NamedTuple):
@@ -45,3 +47,43 @@ def train_csv(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def test_csv(tmp_path_factory) -> Path:
     return write_csv(tmp_path_factory.mktemp("data") / "test.csv", word_rows(8, seed=1))
+
+
+@pytest.fixture
+def workplace(tmp_path, checkpoints, monkeypatch) -> Path:
+    """The current directory, with stand-ins for two recipes, data and models."""
+    pair = checkpoints["t5-tied"]
+    shutil.copytree(pair.teacher, tmp_path / "teacher")
+    shutil.copytree(pair.student, tmp_path / "student")
+    shutil.copytree(pair.teacher, tmp_path / "other_tokenizer")
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained(tmp_path / "other_tokenizer")
+    write_csv(tmp_path / "data.csv", word_rows(30))
+    write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    write_csv(tmp_path / "answers.csv", [{"mr": row["mr"], "answer": row["ref"]} for row in word_rows(30)])
+    write_templates(tmp_path / "good.yaml", one="w9 {{ mr }}", two="{{ mr }} w4")
+    presets = tmp_path / "recipes" / "configs" / "methods"
+    for name, text in {
+        "ppo_kd/ppo": "num_generations: 4",
+        "rloo_kd/rloo_sequence": "level: sequence",
+        "rloo_kd/misspelt": "levl: sequence",
+        "rloo_kd/out_of_range": "num_generations: 1",
+        "rloo_kd/with_rate": "learning_rate: 1.0e-3",
+        "rloo_kd/in_int8": "teacher_quantization: int8",
+        "rloo_kd/a_list": "- level",
+        "rloo_kd/twice": "level: token",
+        "ppo_kd/twice": "num_generations: 2",
+        "poetry/ode": "num_generations: 2",
+        "pseudo_label/greedy": "strategy: greedy",
+    }.items():
+        (presets / name).parent.mkdir(parents=True, exist_ok=True)
+        (presets / f"{name}.yaml").write_text(text + "\n")
+    for recipe in ("ppo_kd", "rloo_kd", "pseudo_label"):
+        (tmp_path / "recipes" / f"{recipe}.py").write_text(STAND_IN)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls.jsonl"))
+    monkeypatch.setenv("TRAINED", str(pair.other))
+    monkeypatch.delenv("FAIL", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

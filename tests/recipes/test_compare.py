@@ -15,14 +15,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rlkd_trl import errors
 from rlkd_trl.commands import files_read
 from rlkd_trl.commands.arguments import TeacherArguments
-from rlkd_trl.commands.comparison import results
 from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
-from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
     COLUMNS,
     ROOT,
@@ -35,103 +32,7 @@ from tests.recipes.command_lines import (
     write_csv,
     write_templates,
 )
-
-# Stands for a training recipe: notes its call, then fails as FAIL asks ("ppo/seed1"), or leaves a copy of a checkpoint
-# and validation scores that are best at a learning rate of 5e-4 for PPO, 1e-3 for RLOO.
-STAND_IN = """
-import json, os, shutil, sys
-from pathlib import Path
-
-values = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-words = [word for word in sys.argv[1:] if "=" not in word]
-values |= {name: value for name, value in zip(words, words[1:]) if name.startswith("--")}
-here, recipe = Path(values["--output_dir"]), Path(sys.argv[0]).stem
-call = {"recipe": recipe, "place": str(here), "values": values, "threads": os.environ.get("OMP_NUM_THREADS")}
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps(call) + "\\n")
-if os.environ.get("FAIL", "nothing") in str(here):
-    print("first line\\nout of paper", file=sys.stderr)
-    sys.exit(3)
-shutil.copytree(os.environ["TRAINED"], here, dirs_exist_ok=True)
-score = abs(float(values["--learning_rate"]) - {"ppo_kd": 5e-4, "rloo_kd": 1e-3}[recipe])
-after = {"teacher_nll_per_sequence": score, "bleu": 1000 * score}
-(here / "metrics.json").write_text(json.dumps({"after": after}))
-cost = {"optimizer_steps": 4, "generated_tokens": 100, "cpu_seconds": 2.5, "wall_seconds": 3.5}
-(here / "cost.json").write_text(json.dumps(cost))
-"""
-MODELS = "--teacher teacher --student student"
-DATA = f"--dataset data.csv {COLUMNS} --validation_dataset data.csv --test_dataset test.csv"
-SIZES = "--max_completion_length 6 --num_samples 2 --num_resamples 100 --templates good.yaml"
-TWO = "--methods ppo rloo_sequence --seeds 0 1"
-GOOD = f"{MODELS} {DATA} {SIZES} {TWO} --max_steps 3 --output_dir out"
-
-
-@pytest.fixture
-def workplace(tmp_path, checkpoints, monkeypatch) -> Path:
-    """The current directory, with stand-ins for two recipes, data and models."""
-    pair = checkpoints["t5-tied"]
-    shutil.copytree(pair.teacher, tmp_path / "teacher")
-    shutil.copytree(pair.student, tmp_path / "student")
-    shutil.copytree(pair.teacher, tmp_path / "other_tokenizer")
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(["w99"])
-    tokenizer.save_pretrained(tmp_path / "other_tokenizer")
-    write_csv(tmp_path / "data.csv", word_rows(30))
-    write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
-    write_csv(tmp_path / "answers.csv", [{"mr": row["mr"], "answer": row["ref"]} for row in word_rows(30)])
-    write_templates(tmp_path / "good.yaml", one="w9 {{ mr }}", two="{{ mr }} w4")
-    presets = tmp_path / "recipes" / "configs" / "methods"
-    for name, text in {
-        "ppo_kd/ppo": "num_generations: 4",
-        "rloo_kd/rloo_sequence": "level: sequence",
-        "rloo_kd/misspelt": "levl: sequence",
-        "rloo_kd/out_of_range": "num_generations: 1",
-        "rloo_kd/with_rate": "learning_rate: 1.0e-3",
-        "rloo_kd/in_int8": "teacher_quantization: int8",
-        "rloo_kd/a_list": "- level",
-        "rloo_kd/twice": "level: token",
-        "ppo_kd/twice": "num_generations: 2",
-        "poetry/ode": "num_generations: 2",
-        "pseudo_label/greedy": "strategy: greedy",
-    }.items():
-        (presets / name).parent.mkdir(parents=True, exist_ok=True)
-        (presets / f"{name}.yaml").write_text(text + "\n")
-    for recipe in ("ppo_kd", "rloo_kd", "pseudo_label"):
-        (tmp_path / "recipes" / f"{recipe}.py").write_text(STAND_IN)
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls.jsonl"))
-    monkeypatch.setenv("TRAINED", str(pair.other))
-    monkeypatch.delenv("FAIL", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def compare(flags: str, workplace: Path, *, figures: bool = False) -> int:
-    """The exit code of the real recipe among the stand-ins. Drawing takes seconds."""
-    main = main_of("compare")
-    main.__globals__["RECIPES"] = workplace / "recipes"
-    with pytest.MonkeyPatch.context() as patch:
-        if not figures:
-            patch.setattr(results, "write_figures", lambda *args: [])
-        patch.setattr(sys, "argv", ["compare.py", *flags.split()])
-        try:
-            errors.run(main)
-        except SystemExit as exit:
-            return exit.code
-    return 0
-
-
-def calls(workplace: Path) -> list[dict]:
-    log = workplace / "calls.jsonl"
-    return read_jsonl(log) if log.exists() else []
-
-
-def places(workplace: Path) -> list[str]:
-    return [str(Path(call["place"]).relative_to("out")) for call in calls(workplace)]
-
-
-def results_of(workplace: Path) -> dict:
-    return json.loads((workplace / "out" / "comparison.json").read_text())
+from tests.recipes.stand_ins import GOOD, calls, compare, places, results_of
 
 
 @pytest.mark.slow
@@ -378,6 +279,25 @@ def test_what_was_tested_before_is_tested_again_with_other_weights(workplace, ca
     assert compare(flags, workplace) == 0
     out = capsys.readouterr().out
     assert "Testing student" in out and "Testing the teacher" not in out
+
+
+@pytest.mark.parametrize("column", ["mr", "ref"])
+@pytest.mark.slow
+def test_what_was_tested_before_is_tested_again_on_other_test_data(column, workplace, capsys):
+    """Inputs, or references only, under the same name of a file. Nothing is trained for that."""
+    flags = f"{GOOD} --seeds 0 --methods ppo"
+    assert compare(flags, workplace) == 0
+    capsys.readouterr()
+    edited = [
+        {**row, column: other[column]} for row, other in zip(word_rows(8, seed=1), word_rows(8, seed=4), strict=True)
+    ]
+    write_csv(workplace / "test.csv", edited)
+    assert compare(flags, workplace) == 0
+    assert capsys.readouterr().out.count("Testing") == 3 and len(calls(workplace)) == 1
+    for name in ("teacher", "warm_start", "max_steps_3/ppo/seed0"):
+        inputs = read_jsonl(workplace / "out" / name / "test.jsonl")
+        assert [row["prompt"] for row in inputs] == [row["mr"] for row in edited]
+        assert [row["references"] for row in inputs] == [[row["ref"]] for row in edited]
 
 
 @pytest.mark.slow

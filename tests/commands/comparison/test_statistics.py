@@ -4,12 +4,10 @@ import csv
 import math
 import random
 import statistics
-import sys
 
 import pytest
 import torch
 
-from rlkd_trl.commands.comparison.figures import write_figures
 from rlkd_trl.commands.comparison.outcome import Outcome
 from rlkd_trl.commands.comparison.statistics import (
     Entry,
@@ -310,17 +308,3 @@ def test_csv(rows):
     difference = found["longer", "difference", "length_words"]
     assert [float(difference[key]) for key in ("mean", "low", "high")] == pytest.approx([2, 2, 2])
     assert ("base", "cost", "cpu_seconds") in found and ("base", "sampled", "self_bleu") in found
-
-
-@pytest.mark.slow
-def test_figures(rows, tmp_path):
-    paths = write_figures(tmp_path, {"max_steps_150": rows, "max_steps_400": rows})
-    assert [path.name for path in paths] == ["metrics.png", "quality_diversity.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_without_matplotlib_the_figures_are_left_out(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert write_figures(tmp_path, {"max_steps_150": rows}) == []
-    assert 'pip install "rlkd_trl[figures]"' in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
