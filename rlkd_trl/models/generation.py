@@ -1,6 +1,9 @@
 """Sampling completions: K per prompt, the prompt read once, every row on its own random numbers."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,20 +56,33 @@ class MixedWith:
 
 
 class _Reader:
-    """A model and what it has read, one row for each completion that is still being decoded."""
+    """A model and what it has read, one row for each completion that is still being decoded.
 
-    def __init__(self, backbone: Backbone, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, prompt_index_B: Tensor):
-        self.backbone = backbone
-        self.prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+    precision: makes the context that the model computes in.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        prompt_index_B: Tensor,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.backbone, self._precision = backbone, precision
+        with precision():
+            self.prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
 
     def next_logits(self) -> Tensor:
-        return self.backbone.head(self.prefix.hidden_B1D[:, 0]).float()
+        with self._precision():
+            return self.backbone.head(self.prefix.hidden_B1D[:, 0]).float()
 
     def keep(self, rows_b: Tensor) -> None:
         self.prefix = self.prefix.select(rows_b)
 
     def read(self, token_b: Tensor) -> None:
-        self.backbone.extend(self.prefix, token_b[:, None])
+        with self._precision():
+            self.backbone.extend(self.prefix, token_b[:, None])
 
 
 @torch.no_grad()
@@ -104,7 +120,9 @@ def sample_completions(
     readers = [_Reader(backbone, prompt_ids_PS, prompt_mask_PS, prompt_index_B)]
     if mixed_with is not None:
         asked = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
-        readers.append(_Reader(mixed_with.backbone, *asked))
+        # In its own precision, whatever the student's autocast.
+        own_precision = partial(torch.autocast, prompt_ids_PS.device.type, enabled=False)
+        readers.append(_Reader(mixed_with.backbone, *asked, own_precision))
     sharded = any(reader.backbone.is_sharded for reader in readers)
     batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
     eos_E = torch.tensor(eos_ids, device=device)

@@ -70,15 +70,25 @@ def _token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None = None
 ) -> list[list[int]]:
     """Ids with special tokens, cut on the right at `max_length`, and no BOS twice."""
-    encoded = tokenizer(
-        [str(prompt) for prompt in prompts],
-        truncation=max_length is not None,
-        max_length=max_length,
-        add_special_tokens=True,
-        verbose=False,  # no warning of a length that is cut next
-    )
-    bos = tokenizer.bos_token_id
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded["input_ids"]]
+    texts, bos = [str(prompt) for prompt in prompts], tokenizer.bos_token_id
+
+    def encode(texts: list[str], limit: int | None) -> list[list[int]]:
+        return tokenizer(
+            texts,
+            truncation=limit is not None,
+            max_length=limit,
+            add_special_tokens=True,
+            verbose=False,  # no warning of a length that is cut next
+        )["input_ids"]
+
+    prompt_ids = encode(texts, max_length)
+    doubled = [p for p, ids in enumerate(prompt_ids) if bos is not None and ids[:2] == [bos, bos]]
+    if doubled and max_length is not None:  # the BOS that goes makes room for another token
+        for p, ids in zip(doubled, encode([texts[p] for p in doubled], max_length + 1), strict=True):
+            prompt_ids[p] = ids
+    for p in doubled:
+        prompt_ids[p] = prompt_ids[p][1:]
+    return prompt_ids
 
 
 def _measures(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:

@@ -98,3 +98,7 @@ class BaseConfig(TrainingArguments):
         with refusals_are_input_errors():
             super().__post_init__()
         check_optimizer(self)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the account's token: Trainer pickles settings into checkpoints, which are pushed."""
+        return {**vars(self), "hub_token": None}

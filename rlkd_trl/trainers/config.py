@@ -3,6 +3,7 @@
 Names are TRL's where TRL has one. A wrong combination raises `InputError` at construction, before any model is loaded.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -101,6 +102,13 @@ class RolloutConfig(BaseConfig):
             self.metric_for_best_model = self.metric_for_best_model or "reward"
         if self.metric_for_best_model is not None:
             self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
+
+    def _refuse_unused(self, because: str, *names: str) -> None:
+        """Raises `InputError` for a setting that is not the default's and would change nothing."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise InputError(f"{name} = {getattr(self, name)!r} has no effect with {because}: leave it out.")
 
     def _check_average_reward(self) -> None:
         """For the configs that have `average_reward`."""
@@ -272,6 +280,11 @@ class RLOOKDConfig(ClippedPolicyConfig):
             raise InputError(
                 f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
                 "each other and needs at least 2."
+            )
+        if self.level == "sequence":
+            self._refuse_unused(
+                "level 'sequence', where the teacher's V of a prompt is the same for all its completions",
+                "teacher_baseline",
             )
         if self.level == "sequence" and self.baseline == "mean":
             raise InputError(

@@ -1,6 +1,5 @@
 """Settings of the methods whose loss reads the teacher's whole distribution at every state."""
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from rlkd_trl.errors import InputError
@@ -31,13 +30,6 @@ class FullVocabularyConfig(RolloutConfig):
     def _check_choice(self, name: str, known) -> None:
         if getattr(self, name) not in known:
             raise InputError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-
-    def _refuse_unused(self, because: str, *names: str) -> None:
-        """Raises `InputError` for a setting that is not the default's and would change nothing."""
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                raise InputError(f"{name} = {getattr(self, name)!r} has no effect with {because}: leave it out.")
 
 
 @dataclass
@@ -89,6 +81,7 @@ class KDConfig(FullVocabularyConfig):
 
     def _check(self) -> None:
         super()._check()
+        self._refuse_unused("kd, which reads no completions before its updates", "local_rollout_forward_batch_size")
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("sequences", SEQUENCES)
         if self.beta is not None and self.divergence != "jsd":

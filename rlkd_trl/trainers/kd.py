@@ -62,13 +62,13 @@ class KDTrainer(FullVocabularyTrainer):
         draw = torch.rand((), generator=self._rollout_generator(_SOURCE_STREAM))
         source = "student" if draw < args.lmbda else args.sequences
         prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
-        with timer.phase("sample"), self.mixed_precision():
+        with timer.phase("sample"):
             if source == "data":
                 completions = self._targets(rows)
-            elif source == "teacher":
+            elif source == "teacher":  # in its own precision
                 completions = self._teacher_samples(rows)
             else:
-                with self.whole_student():
+                with self.mixed_precision(), self.whole_student():
                     completions = self._sample(self.policy, *prompt_PS)
         rollout = self._rollout_of(prompt_PS, completions)
         if source == "data":

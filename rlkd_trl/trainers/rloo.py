@@ -33,7 +33,7 @@ class RLOOKDTrainer(OnPolicyTrainer):
         whole = args.level == "sequence"
         # Shaped or bootstrapped, a completion's sum differs by V_1, the same for all completions of a prompt; the
         # average per token does not only shift.
-        shaped = args.teacher_baseline and (not whole or args.average_reward != "none")
+        shaped = args.average_reward != "none" if whole else args.teacher_baseline
         rewards_BT = (potential_shaping if shaped else bootstrap_truncated)(
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma
         )

@@ -1,6 +1,5 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
-import copy
 import json
 import textwrap
 from collections import defaultdict
@@ -471,9 +470,7 @@ class RolloutTrainer(ResumableTrainer):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
         self.processing_class.save_pretrained(output_dir)
-        args = copy.copy(self.args)
-        args.hub_token = None  # the file is pushed with the others
-        torch.save(args, output_dir / "training_args.bin")
+        torch.save(self.args, output_dir / "training_args.bin")
 
     def run_state(self) -> dict[str, object]:
         """Also the rollout in use and the place in it, what is measured but not logged yet, and what is spent."""

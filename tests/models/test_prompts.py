@@ -182,6 +182,18 @@ def test_every_prompt_keeps_one_bos(added, text, expected, max_length):
     assert prompt_token_ids(with_bos(added=added), [text, "w9"], max_length=max_length)[0] == expected
 
 
+@pytest.mark.parametrize("max_length", [1, 2, 4, 5, 6, 7])
+def test_a_second_bos_takes_no_room_from_the_cap(max_length):
+    """The tokenizer's and a chat template's; whole, they would be one token more than is read."""
+    tokenizer = with_bos(added=True)
+    found = prompt_token_ids(tokenizer, ["w3 w5 w6 w7 w8 w9", "w5 w6 w7 w8 w9 w10"], max_length=max_length)
+    assert found == [[3, 5, 6, 7, 8, 9][:max_length], [3, 5, 6, 7, 8, 9, 10][:max_length]]
+    if max_length > 3:
+        room = words(5, max_length + 2)  # less the BOS and w4
+        asked = [render("w3 {{ s }} w4", s=words(5, 26))]
+        assert prompt_token_ids(tokenizer, asked, max_length=max_length) == [[3, *ids(room)[:-1], 4]]
+
+
 def test_teacher_and_student_read_the_bos():
     """The reward of a Llama whose tokenizer adds a BOS is that of its plain forward pass over prompts that have it."""
     model, completion = MODELS["llama"](seed=5), [8, 4, 1]

@@ -418,6 +418,7 @@ BAD = [
     ("--methods a_list", "is not a YAML mapping"),
     ("--common seed=3", "--common sets seed, which compare.py sets"),
     ("--common dataset=data.csv", "--common sets dataset, which compare.py sets"),
+    ("--common hub_token=abc", "--common sets hub_token, which would stand in every run's record: log in with"),
     ("--common loging_steps=3", "unknown flag --loging_steps; did you mean --logging_steps"),
     ("--common logging_steps", "--common logging_steps is not of the form name=value"),
     ("--test_dataset nowhere.csv", "nowhere.csv does not exist"),

@@ -1,8 +1,11 @@
 """recipes/sft.py: teachers on references, warm starts on pseudo-labels."""
 
 import json
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, RepoUrl
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -129,3 +132,25 @@ def test_a_checkpoint_in_bfloat16_stays_so(checkpoints, train_csv, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert str(saved.dtype) == "torch.bfloat16"
     assert type(saved) is type(MODELS["llama"]())
+
+
+def test_the_accounts_token_is_in_no_file_of_a_run(checkpoints, train_csv, tmp_path, monkeypatch, capfd):
+    """Checkpoints are pushed while training goes on, each with the settings that Trainer pickles."""
+    sent = []
+
+    def upload_folder(self, *, folder_path, token, **kwargs):
+        sent.append((Path(folder_path).name, token))
+        pushed = Future()
+        pushed.set_result(None)
+        return pushed
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://hf.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    hub = "--push_to_hub True --hub_model_id owner/name --hub_token hf_secret --hub_strategy checkpoint"
+    command = f"sft --student {checkpoints['t5-tied'].student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {hub}"
+    assert run(f"{command} --save_strategy steps --save_steps 1 --output_dir {tmp_path / 'out'}") == 0
+    assert ("checkpoint-1", "hf_secret") in sent and sent[-1] == ("out", "hf_secret"), "the Hub is given it"
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {"out", "checkpoint-2"} <= {file.parent.name for file in files if file.name == "training_args.bin"}
+    assert [file for file in files if b"hf_secret" in file.read_bytes()] == []
+    assert "hf_secret" not in "".join(capfd.readouterr())

@@ -1,9 +1,12 @@
+import io
+
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from rlkd_trl import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
+from rlkd_trl import AllActionsKDConfig, KDConfig, PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
 from rlkd_trl.errors import InputError
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 ALL = [PPOKDConfig, RLOOKDConfig, ReinforceKDConfig]
 CLIPPED = [PPOKDConfig, RLOOKDConfig]
@@ -21,6 +24,15 @@ def config(config_class, tmp_path, **settings):
 def test_checkpointing_under_its_newer_name_is_refused(tmp_path):
     with pytest.raises(InputError, match="checkpointing"):
         config(PPOKDConfig, tmp_path, activation_checkpointing=True)
+
+
+@pytest.mark.parametrize("config_class", [*ALL, KDConfig, AllActionsKDConfig, SupervisedConfig])
+def test_the_hubs_token_is_not_pickled(config_class, tmp_path):
+    settings, file = config_class(output_dir=str(tmp_path), hub_token="hf_secret"), io.BytesIO()
+    torch.save(settings, file)
+    assert b"hf_secret" not in file.getvalue() and settings.hub_token == "hf_secret"
+    file.seek(0)
+    assert torch.load(file, weights_only=False).learning_rate == settings.learning_rate
 
 
 @pytest.mark.parametrize("config_class", ALL)

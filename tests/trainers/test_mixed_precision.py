@@ -16,6 +16,8 @@ RUNS = {
     "kl": ("rloo-token", {"beta": 0.1}),
     "lagging": ("reinforce", {"behaviour_sync_steps": 2, "baseline": "min_variance"}),
     "all-actions-expected": ("all-actions", {"future": "expected"}),
+    "all-actions-mixed": ("all-actions", {"teacher_mix": 0.3}),
+    "kd-on-the-teachers": ("kd", {"lmbda": 0.0, "sequences": "teacher"}),
     "kd-on-data": ("kd", {"lmbda": 0.0, "sequences": "data", "data": pairs(32)}),
 }
 

@@ -114,6 +114,10 @@ def check_flags(
             (f"The preset {method.preset}", method.settings()),
             ("--common", [flag.partition("=")[0] for flag in common]),
         ):
+            if "hub_token" in names:
+                raise InputError(
+                    f"{where} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
+                )
             if clash := sorted(set_here.intersection(names)):
                 raise InputError(f"{where} sets {clash[0]}, which compare.py sets for all methods alike.")
         config = configs[recipe]
