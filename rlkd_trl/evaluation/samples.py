@@ -1,6 +1,6 @@
 """A student's samples and their log-probabilities, for measurements outside of a trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from rlkd_trl.models.answers import joined
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import tokenize_prompts
-from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.rewards import RewardInputs
-from rlkd_trl.students import Policy
+from rlkd_trl.students import Policy, log_probs_in_batches
 
 
 @torch.no_grad()
@@ -30,15 +29,22 @@ def completion_log_probs(
 
     `batch_size` prompts are read at a time; `advance` is called with the number of prompts of each batch that is done.
     """
-    logps, width = [], completions.ids_BT.shape[1]
-    for first in range(0, len(prompts), batch_size):
-        prompt_PS = _tokenized(policy, tokenizer, prompts[first : first + batch_size], max_prompt_length)
-        index_B = _prompt_index(len(prompt_PS[0]), num_generations, policy.backbone.device)
-        rows = slice(first * num_generations, first * num_generations + len(index_B))
-        read = (*prompt_PS, index_B, completions.ids_BT[rows], completions.mask_BT[rows])
-        logps.append(policy(*read, with_entropy=False, with_final_value=False).logps_BT)
-        advance(len(prompt_PS[0]))
-    return pad_columns(logps, width)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for first in range(0, len(prompts), batch_size):
+            ids_PS, mask_PS = _tokenized(policy, tokenizer, prompts[first : first + batch_size], max_prompt_length)
+            index_B = _prompt_index(len(ids_PS), num_generations, policy.backbone.device)
+            rows = slice(first * num_generations, first * num_generations + len(index_B))
+            yield {
+                "prompt_ids_PS": ids_PS,
+                "prompt_mask_PS": mask_PS,
+                "prompt_index_B": index_B,
+                "completion_ids_BT": completions.ids_BT[rows],
+                "completion_mask_BT": completions.mask_BT[rows],
+            }
+            advance(len(ids_PS))
+
+    return log_probs_in_batches(policy, batches(), completions.ids_BT.shape[1])
 
 
 @torch.no_grad()

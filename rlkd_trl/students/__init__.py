@@ -1,6 +1,14 @@
 """Students: policies to sample from and train, and models to start from scratch."""
 
 from rlkd_trl.students.adapters import start_as_identity, with_adapters
-from rlkd_trl.students.policy import Policy, PolicyOutput, frozen_copy, remove_files_of_others
+from rlkd_trl.students.policy import Policy, PolicyOutput, frozen_copy, log_probs_in_batches, remove_files_of_others
 
-__all__ = ["Policy", "PolicyOutput", "frozen_copy", "remove_files_of_others", "start_as_identity", "with_adapters"]
+__all__ = [
+    "Policy",
+    "PolicyOutput",
+    "frozen_copy",
+    "log_probs_in_batches",
+    "remove_files_of_others",
+    "start_as_identity",
+    "with_adapters",
+]

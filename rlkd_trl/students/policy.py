@@ -1,7 +1,7 @@
 """The student as a policy: what it samples, the log-probabilities of that, and a value head for PPO."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.backbone import Result, backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
 from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
-from rlkd_trl.ops.sliced_loss import LossAndMetrics
+from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.settings.ranges import Temperature, check_values
 
 CRITICS = ("none", "shared", "separate")
@@ -27,7 +27,7 @@ _VALUE_HEAD_FILE = "value_head.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 # Of (hidden_ND, head, head_parameters), which `ops.divergences.sliced_divergence` begins with.
-FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], LossAndMetrics | Tensor]
+FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], Result]
 
 
 class PolicyOutput(NamedTuple):
@@ -43,8 +43,8 @@ class Policy(nn.Module):
     """π(y_t | s_t) = softmax(z_t / temperature) over the ids that may be sampled.
 
     One distribution everywhere: `sample` draws from it and `forward` returns its log-probabilities. Dropout is off in
-    both, or the ratio of new to old policy would be noise. `forward` is what distributed wrappers wrap. Sampled with
-    `top_k`, completions come with the k ids that each token was drawn from; with them, `forward` is over those ids.
+    both, or the ratio of new to old policy would be noise. Sampled with `top_k`, completions come with the k ids that
+    each token was drawn from; with them, `forward` is over those ids.
 
     Args:
         model: The student, encoder-decoder or decoder-only.
@@ -54,6 +54,8 @@ class Policy(nn.Module):
     Raises:
         InputError: Unknown critic, unsupported architecture, no EOS, or temperature out of range.
     """
+
+    accepts_loss_kwargs = False  # else `Trainer` takes `**kwargs` for a loss that is divided over the whole step
 
     def __init__(
         self,
@@ -103,6 +105,17 @@ class Policy(nn.Module):
         return super().train(False)
 
     def forward(
+        self, *args: Tensor, function_of_states: FunctionOfStates | None = None, **kwargs
+    ) -> PolicyOutput | Result:
+        """`token_statistics` of completions or, with `function_of_states`, `of_states`, with the same arguments.
+
+        Distributed wrappers, engines and autocast know of a model's `forward` alone: both come through here.
+        """
+        if function_of_states is not None:
+            return self.of_states(function_of_states, *args, **kwargs)
+        return self.token_statistics(*args, **kwargs)
+
+    def token_statistics(
         self,
         prompt_ids_PS: Tensor,
         prompt_mask_PS: Tensor,
@@ -110,28 +123,19 @@ class Policy(nn.Module):
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
         support_BTk: Tensor | None = None,
-        function_of_states: FunctionOfStates | None = None,
+        *,
         with_entropy: bool = True,
         with_final_value: bool = True,
-    ) -> PolicyOutput | LossAndMetrics | Tensor:
+    ) -> PolicyOutput:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
         Without the final value, V(s_{T+1}), nobody reads the last token: for losses, which only want values at tokens.
-        With `function_of_states`, instead what it returns for the N states of real tokens, the LM head and the head's
-        parameters: a loss over the whole vocabulary has to be taken here, inside of a distributed wrapper.
         """
-        prompt = (prompt_ids_PS, prompt_mask_PS)
+        read = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
         need_final_state = with_final_value and self.value_head is not None and self.critic_model is None
-        states_BTD = self.backbone.completion_states(
-            *prompt, completion_ids_BT, prompt_index_B, with_final_state=need_final_state
-        )
+        states_BTD = self.backbone.completion_states(*read, with_final_state=need_final_state)
         states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
-        if function_of_states is not None:
-            return self.backbone.through_whole_head(
-                lambda states_ND: function_of_states(states_ND, self.backbone.head, self.backbone.head_parameters()),
-                states_ND,
-            )
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = self._head_statistics(
             states_ND, *(tensor[completion_mask_BT] for tensor in per_token), with_entropy=with_entropy
@@ -144,16 +148,35 @@ class Policy(nn.Module):
             )
             for values_N in statistics
         )
-        values = None
-        if self.value_head is not None:
-            if self.critic_model is not None:
-                del states_BTD, states_ND  # before the critic's own take as much
-                states_BTD = self.critic_backbone.completion_states(
-                    *prompt, completion_ids_BT, prompt_index_B, with_final_state=with_final_value
-                )
-            with torch.autocast(states_BTD.device.type, enabled=False):
-                values = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
+        if self.value_head is None:
+            return PolicyOutput(logps_BT, entropy_BT, None)
+        if self.critic_model is not None:
+            del states_BTD, states_ND  # before the critic's own take as much
+            states_BTD = self.critic_backbone.completion_states(*read, with_final_state=with_final_value)
+        with torch.autocast(states_BTD.device.type, enabled=False):
+            values = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
         return PolicyOutput(logps_BT, entropy_BT, values)
+
+    def of_states(
+        self,
+        function: FunctionOfStates,
+        prompt_ids_PS: Tensor,
+        prompt_mask_PS: Tensor,
+        prompt_index_B: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+    ) -> Result:
+        """`function` of the N states of real tokens, the LM head and the head's parameters.
+
+        A loss over the whole vocabulary is taken here, while a sharded head is whole.
+        """
+        states_BTD = self.backbone.completion_states(
+            prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B, with_final_state=False
+        )
+        return self.backbone.through_whole_head(
+            lambda states_ND: function(states_ND, self.backbone.head, self.backbone.head_parameters()),
+            states_BTD[completion_mask_BT],
+        )
 
     def _head_statistics(self, states_ND: Tensor, *per_token: Tensor, with_entropy: bool) -> list[Tensor | None]:
         """`_token_statistics` of the N states, in slices of positions."""
@@ -257,6 +280,12 @@ class Policy(nn.Module):
         if not critic_file.is_file():
             raise InputError(f"{checkpoint_dir} has no {_VALUE_HEAD_FILE}: it is not of a student with a critic.")
         self.load_state_dict(load_file(critic_file), strict=False)
+
+
+def log_probs_in_batches(policy: Policy, batches: Iterable[Mapping[str, Tensor]], width: int) -> Tensor:
+    """log π(y_t | s_t) as `[B, width]` of completions that come in batches of `Policy.token_statistics`' arguments."""
+    outputs = (policy(**batch, with_entropy=False, with_final_value=False) for batch in batches)
+    return pad_columns([output.logps_BT for output in outputs], width)
 
 
 def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_adapters: bool) -> None:

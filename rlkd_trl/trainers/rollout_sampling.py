@@ -1,15 +1,14 @@
 """Sampling the completions of a rollout, and reading them again, in parts that fit into memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from rlkd_trl.models.answers import joined
 from rlkd_trl.models.generation import Completions, MixedWith
-from rlkd_trl.ops.masking import pad_columns
-from rlkd_trl.students import Policy, PolicyOutput
+from rlkd_trl.students import Policy, PolicyOutput, log_probs_in_batches
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.rollout import Rollout
 
@@ -68,11 +67,15 @@ def outputs_in_parts(policy: Policy, rollout: Rollout, *, batch_size: int) -> li
 
     Not in the update's micro-batches but in larger parts, which is faster; the last digit may differ for it.
     """
-    count = math.ceil(len(rollout.completion_ids_BT) / batch_size)
-    return [policy(**rollout.micro_batch(i, batch_size).policy_inputs(), with_entropy=False) for i in range(count)]
+    return [policy(**part.policy_inputs(), with_entropy=False) for part in _parts(rollout, batch_size)]
 
 
 def log_probs_in_parts(policy: Policy, rollout: Rollout, *, batch_size: int) -> Tensor:
     """log π(y_t|s_t) of the whole rollout, `[B, T]`."""
-    width = rollout.completion_ids_BT.shape[1]
-    return pad_columns([output.logps_BT for output in outputs_in_parts(policy, rollout, batch_size=batch_size)], width)
+    inputs = (part.policy_inputs() for part in _parts(rollout, batch_size))
+    return log_probs_in_batches(policy, inputs, rollout.completion_ids_BT.shape[1])
+
+
+def _parts(rollout: Rollout, batch_size: int) -> Iterator[Rollout]:
+    for number in range(math.ceil(len(rollout.completion_ids_BT) / batch_size)):
+        yield rollout.micro_batch(number, batch_size)

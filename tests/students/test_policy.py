@@ -82,6 +82,24 @@ def test_without_the_entropy_the_rest_stays(tokenizer):
     torch.testing.assert_close(rest.values, whole.values, rtol=0, atol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("critic", ["none", "shared"])
+def test_a_function_of_states_reads_those_of_real_tokens(any_model, tokenizer, critic):
+    """In the order of the mask, with the head that makes the model's own logits of them."""
+    policy = Policy(any_model, tokenizer, critic=critic)
+    read = {}
+
+    def of_states(states_ND, head, parameters):
+        read.update(logits=head(states_ND), parameters=parameters)
+        return "what it returns"
+
+    assert policy(*ragged_inputs(policy), function_of_states=of_states) == "what it returns"
+    pairs = [(RAGGED.prompts[p], ids) for p, ids in zip(RAGGED.index, RAGGED.completions, strict=True)]
+    expected = torch.cat([plain_forward(any_model, *pair)[0][: len(pair[1])] for pair in pairs])
+    torch.testing.assert_close(read["logits"].double(), expected.double(), rtol=1e-4, atol=1e-4)
+    assert [id(parameter) for parameter in read["parameters"]] == [id(any_model.get_output_embeddings().weight)]
+
+
 def test_allowed_probabilities_add_up_to_one(any_model, tokenizer):
     """The distribution is over every id that may be sampled and nothing else."""
     policy = Policy(any_model, tokenizer, temperature=0.8)

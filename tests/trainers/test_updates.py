@@ -319,6 +319,12 @@ def test_every_pass_of_a_step_reads_the_models_fused(method, tmp_path, monkeypat
     trainer.train()
 
 
+@pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
+def test_trainer_does_not_take_the_policy_for_one_that_divides_its_loss(method, tmp_path):
+    """As it takes any whose `forward` has `**kwargs`: it would then not divide by the accumulation steps."""
+    assert build(method, tmp_path).model_accepts_loss_kwargs is False
+
+
 def test_several_optimizer_steps_share_a_rollout(tmp_path):
     """steps_per_generation 2 × num_iterations 2: four optimizer steps a rollout, the first at ratio 1."""
     recorder = run(
