@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -22,6 +23,7 @@ _LAUNCHERS = (
     "compare.py",
     "rlkd-trl",
 )
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _HOW_TO_CONTINUE = "To continue: the same command with --resume"
 
 
@@ -74,6 +76,12 @@ def run(main: Callable[[], None]) -> None:
         _end(1, f"error: {' '.join(str(error).split())}")
     except CheckpointError as error:
         _end(1, f"error: {' '.join(str(error).split())}")
+    except OSError as error:  # while results are written
+        if error.errno not in _OF_THE_DISK:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        why = f"{place}{error.strerror}: make room, or name another place."
+        _end(1, f"error: {why} {_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
     except Interrupted as interruption:
         _disconnect()
         _end(128 + interruption.signum, f"{interruption}\n{_HOW_TO_CONTINUE}.")

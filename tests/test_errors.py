@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed
@@ -42,6 +43,12 @@ def test_failed_training_is_one_line_and_exit_code_1(capsys):
     ("error", "code", "lines"),
     [
         (CheckpointError("no room"), 1, "error: no room\n"),
+        (
+            OSError(28, "No space left on device", "run/metrics.json"),
+            1,
+            "error: run/metrics.json: No space left on device: make room",
+        ),
+        (OSError(30, "Read-only file system"), 1, "error: Read-only file system: make room, or name another"),
         (Interrupted(15, "Stopped after step 3."), 143, "Stopped after step 3.\nTo continue: "),
         (Interrupted(2, "Stopped after step 3."), 130, "Stopped after step 3.\nTo continue: "),
         (KeyboardInterrupt(), 130, "Stopped by Ctrl-C.\nTo continue: "),
@@ -89,3 +96,8 @@ errors.run(main)
     assert ended.returncode == code and ended.stdout == ""
     as_usual = script.replace("errors.run(main)", "")
     assert subprocess.run([sys.executable, "-c", as_usual], capture_output=True, text=True).stdout == "collected\n"
+
+
+def test_other_errors_of_files_keep_their_traceback():
+    with pytest.raises(FileNotFoundError):
+        run(lambda: Path("nowhere").read_text())

@@ -234,8 +234,8 @@ class ResumableTrainer(FiniteTrainer):
                 break
             if attempt == _SAVE_ATTEMPTS:
                 raise CheckpointError(
-                    f"Step {self.state.global_step} cannot be saved in {output_dir} ({failure}). The checkpoints "
-                    "before it are intact: make room there, and continue with --resume."
+                    f"Step {self.state.global_step} cannot be saved in {output_dir} ({failure}; {_free(output_dir)}). "
+                    f"{_last_before(final)}"
                 )
             if self.is_world_process_zero():
                 print(f"Saving {final} failed ({failure}); trying again.", flush=True)
@@ -288,6 +288,20 @@ class _Continuation(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._trainer._epoch_has_ended = True
+
+
+def _free(directory: Path) -> str:
+    """Torch says of a full disk only that a position in a file is not what it should be."""
+    while not directory.exists():
+        directory = directory.parent
+    return f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB are free"
+
+
+def _last_before(failed: Path) -> str:
+    whole, _ = newest_whole(failed.parent)
+    if whole is None:
+        return "No checkpoint was saved before."
+    return f"{whole.name} is intact: make room, and continue with --resume."
 
 
 def _make_empty(directory: Path) -> None:

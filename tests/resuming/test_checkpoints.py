@@ -94,7 +94,9 @@ def test_a_disk_that_refuses(failures, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("trying again") == 1
         assert newest_whole(tmp_path) == (tmp_path / "checkpoint-3", {})
         return
-    with pytest.raises(CheckpointError, match=r"Step 2 cannot be saved .*No space left.* intact"):
+    with pytest.raises(
+        CheckpointError, match=r"Step 2 cannot be saved .*No space left.*MiB are free.* checkpoint-1 is intact"
+    ):
         trainer.train()
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-1", {})
 
