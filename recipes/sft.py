@@ -34,10 +34,14 @@ CONFIG = "rlkd_trl.trainers.supervised_config:SupervisedConfig"
 def main() -> None:
     # Parse, and find out what is wrong with the input before any model is loaded.
     command = CommandLine(SupervisedSettings, description=__doc__, recipe="sft", config=CONFIG)
-    settings = command.sketch()
-    require_files(settings)
-    templates = load_templates(settings.prompts)
-    pairs = load_pairs(settings, templates)
+    sketch = command.sketch()
+    require_files(sketch)
+    templates = load_templates(sketch.prompts)
+    pairs = load_pairs(sketch, templates)
+
+    from rlkd_trl.trainers.processes import connect_processes
+
+    connect_processes(sketch.args)
     settings = command.settings()
     args = settings.args
     check_free(args.output_dir, settings.run, args)

@@ -66,7 +66,12 @@ def distil(
     """
     # 1 parse, and find out what is wrong with the input before any model is loaded or made.
     command = CommandLine(kind, description=description, recipe=recipe, config=config, demo_preset=demo_preset)
-    data = check_data(command.sketch())
+    sketch = command.sketch()
+    data = check_data(sketch)
+
+    from rlkd_trl.trainers.processes import connect_processes
+
+    connect_processes(sketch.args)
     settings = command.settings()
     inputs = check(settings, data)
 

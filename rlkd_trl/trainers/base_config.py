@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+import torch
 from transformers.training_args import TrainingArguments
 
 from rlkd_trl.errors import InputError
@@ -21,7 +22,7 @@ from rlkd_trl.trainers.inherited_settings import (
     check_optimizer,
     refusals_are_input_errors,
 )
-from rlkd_trl.trainers.processes import start_processes
+from rlkd_trl.trainers.processes import check_timeout
 
 _Steps = Annotated[float, Range(0, LARGEST_COUNT, above=True)]  # below 1: a share of all steps
 
@@ -62,6 +63,9 @@ INHERITED_RANGES = {
 class BaseConfig(TrainingArguments):
     """Defaults of the base class that do not suit this use; every number is checked before anything else happens.
 
+    In launched processes transformers' class connects them with each other when it is made; see
+    `processes.connect_processes` for those on a CPU.
+
     Raises:
         InputError: A number is out of its range, NaN or infinite; a field of the base class is set that is not
             supported (see `inherited_settings`), or that transformers refuses.
@@ -94,7 +98,9 @@ class BaseConfig(TrainingArguments):
             raise InputError("logging_nan_inf_filter must stay False: it would show a loss of NaN as 0.")
         check_ranges(self, prefix="", inherited=INHERITED_RANGES)
         check_inherited(self, self.refused)
-        start_processes(self)
+        # Without it several processes on a machine without accelerators would not synchronise.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_timeout(self)
         with refusals_are_input_errors():
             super().__post_init__()
         check_optimizer(self)

@@ -2,6 +2,7 @@ import io
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from rlkd_trl import AllActionsKDConfig, KDConfig, PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
@@ -157,3 +158,22 @@ def test_the_rest_of_the_range_is_allowed(tmp_path):
 def test_cpu_is_chosen_where_there_is_nothing_else(config_class, tmp_path):
     """Otherwise two CPU processes would train unsynchronised."""
     assert config(config_class, tmp_path).use_cpu is (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize("config_class", ALL)
+def test_a_config_does_not_connect_processes_before_its_base_class_does(config_class, tmp_path, monkeypatch):
+    """transformers' class connects them; whoever wants another timeout on a CPU has to know that it does."""
+    states = []
+    monkeypatch.setattr(PartialState, "__init__", lambda self, *args, **kwargs: states.append(kwargs))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: 1 / 0)  # stop there
+    with pytest.raises(ZeroDivisionError):
+        config(config_class, tmp_path, use_cpu=True)
+    assert states == []
+
+
+def test_a_timeout_that_would_have_no_effect_is_refused(tmp_path, monkeypatch):
+    assert config(PPOKDConfig, tmp_path, ddp_timeout=15, use_cpu=True).ddp_timeout == 15  # one process: nothing waits
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"ddp_timeout = 15 would have no effect.*timedelta\(seconds=15\)"):
+        config(PPOKDConfig, tmp_path, ddp_timeout=15, use_cpu=True)
+    assert not torch.distributed.is_initialized()
