@@ -1,6 +1,8 @@
 """Optimizer steps that NaN and infinity cannot spread by: a step that is not finite is skipped, many stop the run."""
 
 import math
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +16,16 @@ from rlkd_trl.models.finite import listed, not_finite, weights_of
 
 logger = logging.get_logger(__name__)
 # What a `FiniteTrainer` has counted, by attribute; plain values, for a checkpoint to hold.
-COUNTERS = ("steps_skipped", "_skipped_in_a_row", "_skipped_since_log", "_steps_since_log", "_first_seen")
+COUNTERS = (
+    "steps_skipped",
+    "_skipped_in_a_row",
+    "_skipped_since_log",
+    "_steps_since_log",
+    "_dropped_since_log",
+    "_first_seen",
+)
+PROMPTS_SHOWN = 3  # of the samples dropped at one time
+_PROMPT_WIDTH = 200
 
 
 class FiniteTrainer(Trainer):
@@ -35,7 +46,7 @@ class FiniteTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.steps_skipped = 0
         self._skipped_in_a_row = 0
-        self._steps_since_log = self._skipped_since_log = 0
+        self._steps_since_log = self._skipped_since_log = self._dropped_since_log = 0
         self._first_seen = ""
         self._losses_are_finite = torch.ones((), device=self.args.device)
         self._loss_of_step = torch.zeros((), device=self.args.device)
@@ -48,7 +59,12 @@ class FiniteTrainer(Trainer):
         output = super().train(*args, **kwargs)
         if self._stop_reason:
             raise TrainingError(self._stop_reason)
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])  # as it is logged
+
+    def mean_loss(self, total: float) -> float:
+        """The sum of all steps' losses over the steps that were taken, NaN if there is none."""
+        taken = self.state.global_step - self.steps_skipped
+        return total / taken if taken else math.nan
 
     def training_step(self, model: nn.Module, *args, **kwargs) -> Tensor:
         """As Trainer's, but the losses of a skipped step add up to 0: in Trainer's running sum a NaN would stay."""
@@ -73,15 +89,36 @@ class FiniteTrainer(Trainer):
 
     def checked_loss(self, loss: Tensor) -> Tensor:
         """The loss; with DeepSpeed every process raises `TrainingError` if one of them has one that is not finite."""
-        if self.is_deepspeed_enabled and not self._on_all_ranks(torch.isfinite(loss.detach()).float()):
+        if self.is_deepspeed_enabled and not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
             raise TrainingError(
                 f"Training stopped in step {self.state.global_step + 1}, before its update: the loss is "
                 f"{float(loss)}. {self._last_checkpoint()}"
             )
         return loss
 
-    def compute_loss(self, model, *args, **kwargs):
-        return self.checked_loss(super().compute_loss(model, *args, **kwargs))
+    def drop_from_update(self, bad_B: Tensor, kept_B: Tensor, prompt_of: Callable[[int], str]) -> bool:
+        """Of a micro-batch whose loss is not finite on some process: whether the samples that are kept go on alone.
+
+        All processes call it together, each with its own samples. The bad ones are counted, and logged with their
+        prompts. Where a process has none to keep, or nothing is bad on any of them, the step will have to be skipped;
+        of the latter the log names prompts of the micro-batch.
+        """
+        counts = torch.stack([bad_B.sum(), (~kept_B.any()).long()]).float()
+        dropped, without_any = self.accelerator.reduce(counts, reduction="sum").tolist()
+        goes_on = dropped > 0 and not without_any
+        if dropped:
+            what = f"A sample {'is dropped from the update' if goes_on else 'spoils the step'}, its log-probabilities"
+            shown = bad_B.nonzero()[:, 0].tolist()
+        else:
+            what, shown = "The loss of a micro-batch, but no log-probability, is", range(len(bad_B))
+        self.warn_of_prompts(f"{what} not finite", [prompt_of(b) for b in shown[:PROMPTS_SHOWN]])
+        self._dropped_since_log += dropped if goes_on else 0
+        return goes_on
+
+    def warn_of_prompts(self, what: str, prompts: Sequence[str]) -> None:
+        """One line of the log for each of a few prompts."""
+        for prompt in prompts:
+            logger.warning(f"{what}, of the prompt: {textwrap.shorten(prompt, _PROMPT_WIDTH)!r}")
 
     def skip_step(self, reason: str) -> None:
         """The optimizer step in work is left out, for a reason that the log gives; all processes call it together."""
@@ -99,7 +136,7 @@ class FiniteTrainer(Trainer):
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             finite = finite * torch.isfinite(norm).float().to(finite.device)
         self._losses_are_finite = torch.ones_like(finite)
-        if self._on_all_ranks(finite):
+        if self.on_all_ranks(finite):
             return False
         if is_scaled:
             self._note_skipped("the loss not finite")
@@ -117,7 +154,7 @@ class FiniteTrainer(Trainer):
                 f"and DeepSpeed has taken the step. {self._last_checkpoint()}"
             )
 
-    def _on_all_ranks(self, finite: Tensor) -> bool:
+    def on_all_ranks(self, finite: Tensor) -> bool:
         """Whether it is 1 on every process."""
         return float(self.accelerator.reduce(finite.clone(), reduction="sum")) == self.accelerator.num_processes
 
@@ -150,14 +187,19 @@ class FiniteTrainer(Trainer):
         return True
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """`loss` is the mean over the steps taken, NaN if there is none; adds how many were skipped, if any."""
+        """`loss` is the mean over the steps taken, NaN if there is none; adds how many were skipped, if any.
+
+        And how many samples were dropped from updates.
+        """
         if "loss" in logs:
             steps, skipped = self._steps_since_log, self._skipped_since_log
             if skipped:
                 taken = steps - skipped
                 loss = logs["loss"] * steps / taken if taken else math.nan
                 logs = {**logs, "loss": loss, "steps_skipped": float(skipped)}
-            self._steps_since_log = self._skipped_since_log = 0
+            if self._dropped_since_log:
+                logs = {**logs, "samples_dropped": logs.get("samples_dropped", 0.0) + self._dropped_since_log}
+            self._steps_since_log = self._skipped_since_log = self._dropped_since_log = 0
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -165,7 +207,7 @@ class FiniteTrainer(Trainer):
         bad = not_finite(weights_of(self.model))
         finite = torch.tensor(float(not bad), device=self.args.device)
         # Only DeepSpeed's processes may hold different parts; of others a single one may call this.
-        is_whole = self._on_all_ranks(finite) if self.is_deepspeed_enabled else not bad
+        is_whole = self.on_all_ranks(finite) if self.is_deepspeed_enabled else not bad
         if not is_whole:
             raise TrainingError(
                 f"The student's weights are not finite after step {self.state.global_step} ({listed(bad)}) and were "

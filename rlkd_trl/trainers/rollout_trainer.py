@@ -1,7 +1,7 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import json
-import textwrap
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +30,7 @@ from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
 from rlkd_trl.ops.average_reward import average_reward
+from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy, with_adapters
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
@@ -43,6 +44,7 @@ from rlkd_trl.trainers.checks import (
 )
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.finite import PROMPTS_SHOWN
 from rlkd_trl.trainers.guards import Guards, repetition_counts
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.resumable import ResumableTrainer
@@ -54,9 +56,6 @@ from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
 
 logger = logging.get_logger(__name__)
-
-_PROMPTS_SHOWN = 3  # of the samples dropped from one rollout
-_PROMPT_WIDTH = 200
 
 
 class RolloutTrainer(ResumableTrainer):
@@ -240,10 +239,10 @@ class RolloutTrainer(ResumableTrainer):
         if not dropped:
             return rollout
         self._record({"samples_dropped": dropped})
-        for b in (~kept_B).nonzero()[:_PROMPTS_SHOWN, 0].tolist():
+        for b in (~kept_B).nonzero()[:PROMPTS_SHOWN, 0].tolist():
             bad = " and ".join(name for name, usable_B in is_usable_B.items() if not usable_B[b])
-            prompt = textwrap.shorten(str(rows[int(rollout.prompt_index_B[b])]["prompt"]), _PROMPT_WIDTH)
-            logger.warning(f"A sample is dropped, {bad} not finite, of the prompt: {prompt!r}")
+            prompt = str(rows[int(rollout.prompt_index_B[b])]["prompt"])
+            self.warn_of_prompts(f"A sample is dropped, {bad} not finite", [prompt])
         if not kept:
             what = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
             self.rollout_state.lost = f"all {dropped:.0f} samples dropped, {what or 'on other processes'} not finite"
@@ -294,10 +293,47 @@ class RolloutTrainer(ResumableTrainer):
         # Gradients are averaged over processes, and Trainer divides by the accumulation steps: undo both.
         world, accumulation = self.accelerator.num_processes, self.current_gradient_accumulation_steps
         tokens, sequences = state.window_tokens[window] / world, state.window_sequences[window] / world
-        loss, metrics = self.micro_batch_loss(model, inputs, tokens=tokens, sequences=sequences)
-        for name, share in self._mean_over_ranks(metrics).items():
+        loss, shares = self._loss_and_shares(model, inputs, tokens, sequences)
+        if not math.isfinite(shares["loss"]):  # on some process
+            usable = self._usable_part(model, inputs)
+            if usable is not None:
+                lost_2 = _in_loss(inputs) - _in_loss(usable)
+                lost_tokens, lost_sequences = self._sum_over_ranks(lost_2) / world
+                tokens, sequences = (tokens - lost_tokens).clamp(min=1 / world), sequences - lost_sequences
+                loss, shares = self._loss_and_shares(model, usable, tokens, sequences.clamp(min=1 / world))
+        del shares["loss"]
+        for name, share in shares.items():
             self._window_metrics[name] += share
         return self.checked_loss(loss * accumulation)
+
+    def _loss_and_shares(
+        self, model, batch: Rollout, tokens: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`micro_batch_loss`; its metrics, and itself as `loss`, as the mean over processes."""
+        loss, metrics = self.micro_batch_loss(model, batch, tokens=tokens, sequences=sequences)
+        return loss, self._mean_over_ranks({**metrics, "loss": loss.detach().float()})
+
+    def _usable_part(self, model, batch: Rollout) -> Rollout | None:
+        """The micro-batch without samples whose log-probabilities or values, in the student as it is, are not finite.
+
+        They leave the loss and its count of tokens; their rewards stay in what advantages were taken from. None if
+        nothing can be done about it (see `drop_from_update`). All processes call it together.
+        """
+        with torch.no_grad():
+            output = model(**batch.policy_inputs(), with_final_value=False)
+        mask_BT = batch.completion_mask_BT
+        usable_B = usable_rows(output.logps_BT, mask_BT)
+        if output.values is not None:
+            usable_B &= usable_rows(output.values[:, : mask_BT.shape[1]], mask_BT)
+
+        def prompt_of(b: int) -> str:
+            p = batch.prompt_index_B[b]
+            ids = batch.prompt_ids_PS[p][batch.prompt_mask_PS[p].bool()]
+            return self.processing_class.decode(ids, skip_special_tokens=True)
+
+        kept_B = usable_B & batch.counted_B
+        goes_on = self.drop_from_update(batch.counted_B & ~usable_B, kept_B, prompt_of)
+        return batch.dropping(kept_B) if goes_on else None
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
         state, args = self.rollout_state, self.args
@@ -504,3 +540,8 @@ class RolloutTrainer(ResumableTrainer):
             super()._load_best_model()
             return
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
+
+
+def _in_loss(batch: Rollout) -> Tensor:
+    """How many tokens, and how many sequences, are in the loss, `[2]`."""
+    return torch.stack([batch.loss_mask_BT.sum(), batch.loss_mask_BT.any(dim=1).sum()]).float()

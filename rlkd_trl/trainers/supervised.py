@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
@@ -99,6 +99,42 @@ class SupervisedTrainer(ResumableTrainer):
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
         self.run_record["student"] = {"architecture": type(model).__name__}
 
+    def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
+        """As Trainer's, of the pairs whose log-probabilities are finite: the others are dropped, and logged."""
+        if return_outputs:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        loss = Trainer.compute_loss(self, model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        if not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
+            usable = self._usable_pairs(model, inputs)
+            if usable is not None:
+                if num_items_in_batch is not None:
+                    lost = (inputs["labels"] != _IGNORED).sum() - (usable["labels"] != _IGNORED).sum()
+                    num_items_in_batch = num_items_in_batch - self.accelerator.reduce(lost, reduction="sum")
+                loss = Trainer.compute_loss(self, model, usable, num_items_in_batch=num_items_in_batch)
+        return self.checked_loss(loss)
+
+    def _usable_pairs(self, model, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """With an unlabelled copy of a usable pair in the place of each one whose loss is not finite; None if the step
+        cannot go on so (see `drop_from_update`). All processes call it together."""
+        labels = inputs["labels"]
+        with torch.no_grad():
+            outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+        shift = not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder
+        losses_BT = _cross_entropy(outputs.logits, labels, shift=shift, reduction="none").view(len(labels), -1)
+        usable_B = torch.isfinite(losses_BT).all(dim=1)
+
+        def prompt_of(b: int) -> str:
+            is_prompt_S = inputs["attention_mask"][b].bool()
+            if shift:  # the target follows it
+                is_prompt_S = is_prompt_S & (labels[b] == _IGNORED)
+            return self.processing_class.decode(inputs["input_ids"][b][is_prompt_S], skip_special_tokens=True)
+
+        if not self.drop_from_update(~usable_B, usable_B, prompt_of):
+            return None
+        source_B = torch.where(usable_B, torch.arange(len(labels), device=labels.device), usable_B.long().argmax())
+        usable = {name: tensor[source_B] for name, tensor in inputs.items()}
+        return {**usable, "labels": usable["labels"].masked_fill(~usable_B[:, None], _IGNORED)}
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         remove_files_of_others(
@@ -153,10 +189,17 @@ def _summed_cross_entropy(outputs, labels: Tensor, num_items_in_batch: Tensor | 
 
     With `shift`, position t of a decoder-only model predicts label t+1.
     """
-    logits = outputs.logits.float()
+    loss = _cross_entropy(outputs.logits, labels, shift=shift, reduction="sum")
     if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="sum"
-    )
+        labels = labels[:, 1:]
     return loss / ((labels != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, *, shift: bool, reduction: str) -> Tensor:
+    """Of all labels, one after another; 0 where there is none."""
+    logits_BTV = logits_BTV.float()
+    if shift:
+        logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=_IGNORED, reduction=reduction
+    )

@@ -10,7 +10,9 @@ from datasets import Dataset
 from rlkd_trl.errors import TrainingError
 from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
 from rlkd_trl.ops.finite import usable_rows, usable_states
-from tests.conftest import EOS
+from rlkd_trl.trainers.supervised import SupervisedTrainer
+from rlkd_trl.trainers.supervised_config import SupervisedConfig
+from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, Recorder, build, samples_instead, teacher_reward
 
 BAD = 26  # a token that only the samples to be dropped have
@@ -116,6 +118,95 @@ WITH_AVERAGE = {
     "reinforce": {"baseline": "none"},
     "all-actions": {"future_weight": 1.0},
 }
+
+
+def one_step(method: str, output_dir, *, is_spoiled: bool) -> Recorder:
+    """On ten completions, of which the student cannot read the fourth, or of which it is out of the loss."""
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "num_generations": 2, "per_device_train_batch_size": 10}
+    trainer = build(method, output_dir, data=DATA, **settings)
+    samples_instead(trainer, *GOOD[:3], DROPPED[0], *GOOD[4:])
+    if is_spoiled:
+        spoil_student(trainer)
+    else:
+        make_rollout, is_kept_B = trainer.make_rollout, torch.arange(10) != 3
+
+        def without_it(rows):
+            rollout = make_rollout(rows)
+            return rollout.with_(loss_mask_BT=rollout.loss_mask_BT & is_kept_B[:, None])
+
+        trainer.make_rollout = without_it
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder
+
+
+@pytest.mark.parametrize("method", ["rloo-sequence", "rloo-token", "reinforce", "kd"])
+def test_one_step_without_a_sample_that_the_student_cannot_read(method, tmp_path, caplog):
+    """Its log-probabilities are read in the update only: there it leaves the loss, and advantages are as they were."""
+    logging.getLogger("rlkd_trl").propagate = True
+    clean = one_step(method, tmp_path / "clean", is_spoiled=False)
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        dirty = one_step(method, tmp_path / "dirty", is_spoiled=True)
+    for name, expected in clean.gradients[0].items():
+        if expected is not None:
+            torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    ((log,), (clean_log,)) = dirty.logs, clean.logs
+    assert log["samples_dropped"] == 1 and "steps_skipped" not in log and "samples_dropped" not in clean_log
+    assert log["loss"] == pytest.approx(clean_log["loss"], rel=1e-4, abs=1e-6)
+    (said,) = [record.getMessage() for record in caplog.records if "dropped from the update" in record.getMessage()]
+    rollout = dirty.rollouts[0]
+    assert repr(word_tokenizer().decode(rollout.prompt_ids_PS[1], skip_special_tokens=True)) in said
+
+
+def sft_step(family: str, output_dir, rows: list[dict]) -> Recorder:
+    """One step on all rows, of a model that gives NaN where a prompt has the word w26."""
+    model = MODELS[family]()
+
+    def spoil(module, args, kwargs, output):
+        ids = kwargs["input_ids"]
+        is_bad_B = (ids == word_tokenizer().convert_tokens_to_ids("w26")).any(dim=1)
+        output.last_hidden_state = output.last_hidden_state * torch.where(is_bad_B, math.nan, 1.0)[:, None, None]
+        return output
+
+    (model.encoder if model.config.is_encoder_decoder else model.model).register_forward_hook(spoil, with_kwargs=True)
+    args = SupervisedConfig(output_dir=str(output_dir), per_device_train_batch_size=len(rows), max_steps=1,
+                            max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    trainer = SupervisedTrainer(model, args, Dataset.from_list(rows), word_tokenizer())
+    recorder = Recorder(trainer)
+    recorder.on_pre_optimizer_step = lambda *args, **kwargs: recorder.gradients.append(
+        {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    )
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "llama"])
+def test_sft_without_pairs_that_the_model_cannot_read(family, tmp_path, caplog):
+    logging.getLogger("rlkd_trl").propagate = True
+    good = [{"prompt": f"w{3 + i} w{4 + i}", "target": f"w{5 + i} w7 w8"[: 3 + 3 * (i % 2)]} for i in range(5)]
+    bad = [{"prompt": f"w9 w26 w{3 + i}", "target": "w5 w6 w7 w8"} for i in range(2)]
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        dirty = sft_step(family, tmp_path / "dirty", [bad[0], *good[:2], bad[1], *good[2:]])
+    clean = sft_step(family, tmp_path / "clean", good)
+    for name, expected in clean.gradients[0].items():
+        torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    (log,) = dirty.logs
+    assert log["samples_dropped"] == 2 and "steps_skipped" not in log
+    assert log["loss"] == pytest.approx(clean.logs[0]["loss"], rel=1e-4)
+    said = [record.getMessage() for record in caplog.records if "dropped from the update" in record.getMessage()]
+    assert sorted(line.rpartition(": ")[2] for line in said) == ["'w9 w26 w3'", "'w9 w26 w4'"]
+
+
+def test_a_batch_of_nothing_but_bad_pairs_names_its_prompts(tmp_path, caplog):
+    logging.getLogger("rlkd_trl").propagate = True
+    rows = [{"prompt": f"w26 w{3 + i}", "target": "w5"} for i in range(5)]
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        recorder = sft_step("t5-tied", tmp_path, rows)
+    assert recorder.logs[0]["steps_skipped"] == 1 and "samples_dropped" not in recorder.logs[0]
+    said = [record.getMessage() for record in caplog.records if "spoils the step" in record.getMessage()]
+    assert len(said) == 3 and all("of the prompt: 'w26 w" in line for line in said)
 
 
 @pytest.mark.parametrize("average", ["prompt", "rollout"])

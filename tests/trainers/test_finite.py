@@ -31,9 +31,8 @@ def build_any(method: str, output_dir, **settings):
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        logging_steps=1,
         disable_tqdm=True,
-        **{"max_steps": 2, "save_strategy": "no", **settings},
+        **{"max_steps": 2, "logging_steps": 1, "save_strategy": "no", **settings},
     )
     return SupervisedTrainer(MODELS["t5-tied"](), args, data, word_tokenizer())
 
@@ -96,6 +95,29 @@ def test_the_logged_loss_is_the_mean_of_the_steps_taken(tmp_path):
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert log["loss"] == pytest.approx((first + third) / 2, rel=1e-5) and log["steps_skipped"] == 1
+
+
+@pytest.mark.parametrize("method", ["rloo-token", "sft"])
+def test_a_resumed_run_remembers_the_steps_it_skipped(method, tmp_path):
+    """Cut between the two skipped steps, before either is logged: the same logs as the run that was not cut."""
+    settings = {"max_steps": 6, "logging_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    whole = build_any(method, tmp_path / "whole", **settings)
+    Spoiler(whole, {2, 4}, "gradient", math.nan)
+    losses, training_step = [], whole.training_step
+    whole.training_step = lambda *args, **kwargs: losses.append(training_step(*args, **kwargs)) or losses[-1]
+    output = whole.train()
+    resumed = build_any(method, tmp_path / "resumed", **settings)
+    Spoiler(resumed, {2, 4}, "gradient", math.nan)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.steps_skipped == 2
+    assert_same_weights(snapshot(resumed.model), snapshot(whole.model))
+    (log,), (resumed_log,) = ([e for e in t.state.log_history if "loss" in e] for t in (whole, resumed))
+    assert log["steps_skipped"] == 2 and "steps_skipped" in resumed_log
+    assert (resumed_log["loss"], resumed_log["steps_skipped"]) == (log["loss"], log["steps_skipped"])
+    last, resumed_last = whole.state.log_history[-1], resumed.state.log_history[-1]
+    taken = [float(losses[i]) for i in (0, 2, 4, 5)]
+    assert last["train_loss"] == pytest.approx(sum(taken) / 4, rel=1e-5)
+    assert last["train_loss"] == resumed_last["train_loss"] == output.training_loss
 
 
 def test_one_micro_batch_spoils_the_whole_step(tmp_path):
