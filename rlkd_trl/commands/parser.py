@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from rlkd_trl.commands.argparse_internals import HelpFormatter, flags_of, is_switch, sort_into_groups
 from rlkd_trl.commands.presets import Preset, find_preset, read_preset
 from rlkd_trl.commands.shipped import recipe_scripts
 from rlkd_trl.errors import InputError
@@ -55,7 +56,7 @@ class RecipeParser(TrlParser):
         super().__init__(
             dataclass_types,
             description=description,
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             usage="%(prog)s [flags]",
             allow_abbrev=False,
         )
@@ -124,7 +125,7 @@ class RecipeParser(TrlParser):
         """Values as defaults, each read by argparse as if it stood on the command line."""
         self._drop_replaced(f"--{key}" for key in values)
         actions = {
-            f"--{action.dest}": action for action in self._actions if f"--{action.dest}" in action.option_strings
+            f"--{action.dest}": action for action in flags_of(self) if f"--{action.dest}" in action.option_strings
         }
         for key, value in values.items():
             action = actions.get(f"--{key}")
@@ -147,7 +148,7 @@ class RecipeParser(TrlParser):
                     self.set_defaults(**dict.fromkeys(replaced))
 
     def _unknown(self, kind: str, name: str, prefix: str = "", others: Iterable[str] = ()) -> str:
-        known = [*(action.dest for action in self._actions), *others]
+        known = [*(action.dest for action in flags_of(self)), *others]
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {', '.join(prefix + c for c in close)}?" if close else "see --help_all."
         return f"unknown {kind} {prefix}{name}; {hint}"
@@ -164,43 +165,15 @@ class RecipeParser(TrlParser):
             group_of |= dict.fromkeys(inherited, rest)
             group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common)
             group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
-        for action in list(self._optionals._group_actions):
-            if action.dest in group_of:
-                self._optionals._group_actions.remove(action)
-                group_of[action.dest]._group_actions.append(action)
-        self._hidden_help = {id(action): action.help for action in rest._group_actions}
-        for action in rest._group_actions:
-            action.help = argparse.SUPPRESS
         # The recipe's own flags first, TrainingArguments last.
-        self._action_groups = [self._optionals, *own_groups, common, rest]
+        sort_into_groups(self, group_of, [*own_groups, common, rest])
+        self._hidden_help = {id(action): action.help for action in flags_of(rest)}
+        for action in flags_of(rest):
+            action.help = argparse.SUPPRESS
 
     def _show_everything(self) -> None:
-        for action in self._actions:
+        for action in flags_of(self):
             action.help = self._hidden_help.get(id(action), action.help)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line for each flag where it fits, with its default."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=119)
-
-    def _get_help_string(self, action):
-        text = " ".join((action.help or "").split())
-        default = action.default
-        if default in (None, argparse.SUPPRESS) or action.nargs == 0:
-            return text
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        return f"{text} [{shown}]".replace("%", "%%")
-
-    def _format_action_invocation(self, action):
-        # Both --learning_rate and --learning-rate work; one spelling is enough to read.
-        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-        value = "" if action.nargs == 0 else f" {self._format_args(action, 'X')}"
-        return ", ".join(names) + value
-
-    def _format_args(self, action, default_metavar):
-        return {"+": "X …", "*": "X …", "?": "[X]"}.get(action.nargs, action.metavar or "X")
 
 
 def _split_config(arg: str) -> list[str]:
@@ -210,15 +183,12 @@ def _split_config(arg: str) -> list[str]:
 def _as_flag(action: argparse.Action, value) -> list[str]:
     """A YAML value as the command line would have it. Raises `InputError` where it has no such form."""
     flag = f"--{action.dest}"
-    # By name: the function is private to TRL.
-    is_switch = action.nargs == 0 or getattr(action.type, "__name__", "") == "string_to_bool"
     if value is None:
         raise InputError("it is empty; leave the key out.")
-    if isinstance(value, bool) != is_switch:
-        wanted = (
-            "true or false is wanted" if is_switch else 'true or false is not wanted; quote it if text is meant ("no")'
-        )
-        raise InputError(f"{wanted}.")
+    if is_switch(action) and not isinstance(value, bool):
+        raise InputError("true or false is wanted.")
+    if isinstance(value, bool) and not is_switch(action):
+        raise InputError('true or false is not wanted; quote it if text is meant ("no").')
     if action.nargs == 0:
         return [flag] if value else []
     if isinstance(value, list):

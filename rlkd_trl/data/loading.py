@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.data.broken_files import check_encoding, problem_of, twice_in_header
+from rlkd_trl.data.datasets_errors import configurations_named_in, splits_named_in
 from rlkd_trl.data.directories import check_directory, check_saved
 from rlkd_trl.errors import InputError
 
@@ -165,7 +166,7 @@ def _load_directory(path: Path, split: str) -> Dataset:
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise InputError(f"{path} holds no data files; it needs files of one of: {EXTENSIONS}.") from error
     except Exception as error:
-        if splits := _splits_named_in(error):
+        if splits := splits_named_in(error):
             raise _unknown_split(str(path), split, splits) from error
         raise InputError(f"{path} could not be read: {_reason(error)}") from error
 
@@ -176,10 +177,9 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
     try:
         return load_dataset(dataset, config, split=split, revision=revision)
     except Exception as error:
-        if splits := _splits_named_in(error):
+        if splits := splits_named_in(error):
             raise _unknown_split(dataset, split, splits) from error
-        if configs := re.search(r"available configs: \[(.*)\]", str(error)):
-            names = configs.group(1).replace("'", "")
+        if names := configurations_named_in(error):
             raise InputError(
                 f"Dataset {dataset} has several configurations; choose one with --dataset_config: {names}."
             ) from error
@@ -192,12 +192,6 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
 
 def _unknown_split(dataset: str, split: str, available: str) -> InputError:
     return InputError(f"Split {split!r} is not in {dataset}; its splits are: {available}.")
-
-
-def _splits_named_in(error: Exception) -> str:
-    """The splits that `datasets` lists in its error about an unknown split ("train, test"); "" for other errors."""
-    match = re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error))
-    return match.group(1).replace("'", "") if match else ""
 
 
 def _reason(error: BaseException) -> str:

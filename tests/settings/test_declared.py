@@ -9,6 +9,7 @@ import sys
 import pytest
 import transformers
 
+from rlkd_trl.commands.argparse_internals import flags_of
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.declared import UNKNOWN, declared
@@ -43,7 +44,7 @@ def flags(kind: type) -> dict[str, tuple]:
             action.choices and [str(choice) for choice in action.choices],
             action.help,
         )
-        for action in RecipeParser(kind, description="")._actions
+        for action in flags_of(RecipeParser(kind, description=""))
     }
 
 
@@ -145,7 +146,7 @@ def test_what_a_source_may_hold(package):
     assert fields["colour"].metadata["help"] == "One of x, y."
     assert fields["guessed"].default is UNKNOWN
     assert fields["several"].default_factory() == [1, 2]
-    actions = {action.dest: action for action in RecipeParser(kind, description="")._actions}
+    actions = {action.dest: action for action in flags_of(RecipeParser(kind, description=""))}
     assert actions["colour"].choices == ["red", "blue"]
     assert actions["several"].nargs == "+"
 
