@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.fusion import FusedParts
 from rlkd_trl.models.generation_config import completion_start_ids
+from rlkd_trl.models.private_apis import execution_device, whole_shape
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
 
@@ -107,8 +108,7 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """D, the width of the states that the LM head reads."""
-        weight = self.model.get_output_embeddings().weight
-        return getattr(weight, "ds_shape", weight.shape)[-1]  # ds_shape: of a weight whose data is elsewhere
+        return whole_shape(self.model.get_output_embeddings().weight)[-1]
 
     def head_parameters(self) -> list[torch.nn.Parameter]:
         """The LM head's parameters; tied embeddings are among them."""
@@ -122,11 +122,8 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where inputs go: of weights that Accelerate has parked, where they are brought for a call."""
-        if self.model.device.type != "meta":
-            return self.model.device
-        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
-        devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        return next(torch.device(device) for device in devices if device is not None)
+        parked = execution_device(self.model) if self.model.device.type == "meta" else None
+        return parked or self.model.device
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in the model's dtype, through the model's own head path."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.private_apis import own_shard, quantisation_scales
 
 _SHOWN = 3
 
@@ -28,9 +29,9 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Buffers are left out: some architectures keep −inf in masks.
     """
     for name, parameter in model.named_parameters():
-        yield name, getattr(parameter, "ds_tensor", parameter).detach()
-        scales = (getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None))
-        yield from ((name, scale) for scale in scales if scale is not None)
+        shard = own_shard(parameter)
+        yield name, (parameter if shard is None else shard).detach()
+        yield from ((name, scale) for scale in quantisation_scales(parameter))
 
 
 def check_weights(model: nn.Module, what: str) -> None:

@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import settings_not_used
+from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
 from rlkd_trl.models.sharding import is_first_process, loading_shards
 from rlkd_trl.settings.files import require_checkpoint
 
@@ -107,11 +108,7 @@ def load_model(
     if not_used and is_first_process():
         settings = ", ".join(f"{name} = {str(value)[:40]}" for name, value in not_used.items())
         print(f"{name_or_path}: of its generation config, not used: {settings}.", flush=True)
-    for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes would take a kernel that computes in bfloat16 whatever was asked for,
-        # and only shapes that are multiples of 32.
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+    compute_in_the_dtype_asked_for(model)
     return model
 
 
@@ -143,11 +140,10 @@ def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str 
 
 def _weight_names(name_or_path: str, revision: str | None) -> set[str]:
     """Names of the weights in a checkpoint's safetensors; none where it has other files."""
-    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **flags)
+    index = checkpoint_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is not None:
         return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    file = cached_file(name_or_path, SAFE_WEIGHTS_NAME, revision=revision, **flags)
+    file = checkpoint_file(name_or_path, SAFE_WEIGHTS_NAME, revision)
     if file is None:
         return set()
     with safe_open(file, framework="pt") as weights:
@@ -194,9 +190,8 @@ def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revis
     own_names = type(tokenizer).vocab_files_names.values()
     if not own_names:  # bytes or characters, as ByT5's
         return True
-    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return any(
-        cached_file(name_or_path, name, revision=revision, **flags) is not None
+        checkpoint_file(name_or_path, name, revision) is not None
         for name in dict.fromkeys(("tokenizer.json", *own_names, "tokenizer.model", "tekken.json"))
     )
 

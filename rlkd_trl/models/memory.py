@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from rlkd_trl.models.private_apis import own_shard, quantisation_scales, scales_of_layers
+
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers that this process holds, tied ones once, scales of quantised weights included.
@@ -12,18 +14,14 @@ def held_bytes(model: nn.Module) -> int:
     parameter too while it is gathered.
     """
     weights = [part for weight in [*model.parameters(), *model.buffers()] for part in _parts(weight)]
-    # bitsandbytes' int8 layers take their scales over from the weight when they are first used.
-    scales = [getattr(getattr(module, "state", None), "SCB", None) for module in model.modules()]
-    held = {id(tensor): tensor for tensor in [*weights, *scales] if isinstance(tensor, Tensor)}
+    held = {id(tensor): tensor for tensor in [*weights, *scales_of_layers(model)]}
     return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
-def _parts(weight: Tensor) -> Iterator[Tensor | None]:
+def _parts(weight: Tensor) -> Iterator[Tensor]:
     """A weight's own data, its ZeRO-3 shard, and bitsandbytes' scales: all that has memory of its own."""
     yield weight
-    yield getattr(weight, "ds_tensor", None)
-    yield getattr(weight, "SCB", None)  # int8: one scale per row
-    state = getattr(weight, "quant_state", None)  # nf4: one scale per block, themselves quantised or not
-    while state is not None:
-        yield from (state.absmax, state.code, state.offset)
-        state = getattr(state, "state2", None)
+    shard = own_shard(weight)
+    if shard is not None:
+        yield shard
+    yield from quantisation_scales(weight)

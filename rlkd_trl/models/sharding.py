@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
-from transformers.integrations import deepspeed as integration
+from transformers.integrations import HfDeepSpeedConfig
+
+from rlkd_trl.models.private_apis import is_zero3_parameter, tying_weights_by, without_deepspeed_settings
 
 # Marks parameters that `gathered` holds.
 _HELD = "is_held_whole"
@@ -21,7 +23,7 @@ _HELD = "is_held_whole"
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether calls of this model gather weights: ZeRO-3 has its parameters, and `gathered` does not hold them all."""
-    return any(hasattr(p, "ds_id") and not getattr(p, _HELD, False) for p in model.parameters())
+    return any(is_zero3_parameter(p) and not getattr(p, _HELD, False) for p in model.parameters())
 
 
 def is_first_process() -> bool:
@@ -42,7 +44,7 @@ def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
 
     It does not keep ZeRO-3's own hooks from dropping them after a module's call.
     """
-    shards = list(dict.fromkeys(parameter for parameter in parameters if hasattr(parameter, "ds_id")))
+    shards = list(dict.fromkeys(parameter for parameter in parameters if is_zero3_parameter(parameter)))
     if not shards:
         yield
         return
@@ -78,18 +80,14 @@ def loading_shards(config: dict | None) -> Iterator[None]:
     With None it loads whole models, also in a run whose own settings name ZeRO-3: those are then sharded by the
     trainer, or not at all.
     """
-    # transformers looks the settings up in a weak reference of its own.
-    before = integration._hf_deepspeed_config_weak_ref
-    tie_weights = PreTrainedModel.tie_weights
-    integration.unset_hf_deepspeed_config()
-    alive = None if config is None else integration.HfDeepSpeedConfig(config)
-    if alive is not None:
-        PreTrainedModel.tie_weights = _tie_gathered_weights(tie_weights)
-    try:
-        yield
-    finally:
-        PreTrainedModel.tie_weights = tie_weights
-        integration._hf_deepspeed_config_weak_ref = before
+    with without_deepspeed_settings():
+        if config is None:
+            yield
+            return
+        alive = HfDeepSpeedConfig(config)  # transformers finds it for as long as somebody holds it
+        with tying_weights_by(_tie_gathered_weights):
+            yield
+        del alive
 
 
 def _tie_gathered_weights(tie_weights: Callable) -> Callable:

@@ -4,8 +4,7 @@ Cross-attention looks at every source token whatever the query's position. The q
 can therefore stand in one row, as if they were one longer completion, beside that prompt's keys and values.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rlkd_trl.models.private_apis import attention_name, with_attention
 
 _NAME = "rlkd_shared_prompts"
 
@@ -84,14 +85,9 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 def can_share(decoder: PreTrainedModel) -> bool:
     """Whether its attention is transformers' SDPA, which may be replaced; eager attention is each model's own."""
-    return decoder.config._attn_implementation == "sdpa"
+    return attention_name(decoder) == "sdpa"
 
 
-@contextmanager
-def shared_cross_attention(decoder: PreTrainedModel) -> Iterator[None]:
+def shared_cross_attention(decoder: PreTrainedModel) -> AbstractContextManager[None]:
     """Lets the decoder take `prompt_rows`, with encoder states, mask and cross-attention cache of P prompts."""
-    decoder.config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = "sdpa"
+    return with_attention(decoder, _NAME)

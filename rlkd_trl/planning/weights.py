@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from rlkd_trl.models.private_apis import modules_kept_in_float32
 from rlkd_trl.planning.skeletons import Skeleton
 
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
@@ -46,7 +47,7 @@ def quantisation_workspace_bytes(skeleton: Skeleton) -> int:
 def _quantised(skeleton: Skeleton) -> list[nn.Module]:
     """The layers that transformers hands to bitsandbytes: linear ones, but for the LM head and what stays exact."""
     model = skeleton.model
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(modules_kept_in_float32(model)))
     return [
         module
         for name, module in model.named_modules()

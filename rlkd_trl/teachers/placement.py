@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import DTYPES, check_dtype, check_quantization
 from rlkd_trl.models.memory import held_bytes
+from rlkd_trl.models.private_apis import without_compiled_communication
 
 PLACEMENTS = ("replicated", "zero3", "offload")
 
@@ -169,12 +170,9 @@ def _can_lock(size: int) -> bool:
 
 def start_process_group() -> None:
     """Makes sure that there are processes to shard over: those that were launched, or this one alone."""
-    import deepspeed
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.accelerator.is_available():
-        # A minute of compiling, where there is a compiler, for a reduction that sharding does not use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_compiled_communication()
     launched = torch.distributed.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if torch.distributed.is_initialized() or launched:
         return

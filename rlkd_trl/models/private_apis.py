@@ -1,0 +1,134 @@
+"""What the package uses of other libraries without their promise to keep it, one function each.
+
+Nothing public does these things. `tests/models/test_private_apis.py` names the versions that they were seen with, and
+says which of them a newer version lacks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.utils import cached_file
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """Which of transformers' attention functions the model calls, e.g. "sdpa" or "eager"."""
+    return model.config._attn_implementation
+
+
+@contextmanager
+def with_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within it the model calls the attention function that is registered as `name`.
+
+    The public `set_attn_implementation` looks for the name on the Hub, and through all submodules, in every call.
+    """
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextmanager
+def without_deepspeed_settings() -> Iterator[None]:
+    """Within it `from_pretrained` does not know of the DeepSpeed settings of the run, which it shards models by.
+
+    transformers looks them up in a weak reference of its own, and has a public function to forget them, but none to
+    ask for them.
+    """
+    before = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = before
+
+
+@contextmanager
+def tying_weights_by(around: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Within it every model's `tie_weights` is `around` of the library's.
+
+    On the class: `from_pretrained` makes the model and ties its weights, so that no instance is at hand before.
+    """
+    tie_weights = PreTrainedModel.tie_weights
+    PreTrainedModel.tie_weights = around(tie_weights)
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = tie_weights
+
+
+def checkpoint_file(name_or_path: str, name: str, revision: str | None) -> str | None:
+    """Where a file of a checkpoint is, downloaded if need be; None if there is none, or no connection to ask."""
+    return cached_file(
+        name_or_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def modules_kept_in_float32(model: PreTrainedModel) -> set[str]:
+    """Names of modules that transformers neither quantises nor loads in float16."""
+    return set(model._keep_in_fp32_modules or ())
+
+
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Where Accelerate brings parked weights for a call; None without its hooks."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), None)
+
+
+def is_zero3_parameter(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has cut it into shards."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 holds elsewhere."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def own_shard(parameter: Tensor) -> Tensor | None:
+    """What this process holds of a parameter of ZeRO-3; None if it has not cut it."""
+    return getattr(parameter, "ds_tensor", None)
+
+
+def without_compiled_communication() -> None:
+    """Keeps DeepSpeed from a minute of compiling at its start, for a reduction that sharding does not use."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def quantisation_scales(weight: Tensor) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside a quantised weight: int8's scale per row; nf4's per block, quantised or not."""
+    if getattr(weight, "SCB", None) is not None:
+        yield weight.SCB
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        parts = (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+        yield from (part for part in parts if isinstance(part, Tensor))
+        state = getattr(state, "state2", None)
+
+
+def scales_of_layers(model: nn.Module) -> Iterator[Tensor]:
+    """The scales that bitsandbytes' int8 layers take over from their weights when they are first used."""
+    scales = (getattr(getattr(module, "state", None), "SCB", None) for module in model.modules())
+    return (scale for scale in scales if scale is not None)
+
+
+def compute_in_the_dtype_asked_for(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit layers from a kernel of CPUs with AVX512-BF16.
+
+    It computes in bfloat16 whatever was asked for, and only shapes that are multiples of 32.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
