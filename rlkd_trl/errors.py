@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
+LAUNCHER = "RLKD_TRL_LAUNCHER"  # in the environment of processes whose launcher says itself which one was killed
 _FIRST_PROCESS_SPEAKS = 10.0  # seconds
+_LAUNCHER_ENDS_OTHERS = 10.0  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LAUNCHERS = (
     "accelerate",
@@ -22,6 +25,7 @@ _LAUNCHERS = (
     "torch.distributed.run",
     "compare.py",
     "rlkd-trl",
+    "rlkd_trl",
 )
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _HOW_TO_CONTINUE = "To continue: the same command with --resume"
@@ -54,12 +58,31 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+class Peers(Protocol):
+    """All processes of a run, as far as their end is concerned."""
+
+    def is_first_to_speak(self) -> bool:
+        """True in one process only, the first that asks."""
+
+    def missing(self, error: Exception) -> str | None:
+        """Which processes the others cannot go on without, in words; None if `error` did not come of that."""
+
+
+_peers: Peers | None = None
+
+
+def connected_to(peers: Peers) -> None:
+    """From here on this process is one of several, and one of them speaks when they end."""
+    global _peers
+    _peers = peers
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command. What the user can do something about ends in a line or two on stderr, without a traceback.
 
     Exit codes: 2 for input to be corrected, 1 for training that numbers have spoilt or a checkpoint that
-    could not be written, 130 after Ctrl-C and 143
-    after SIGTERM. A command that has succeeded, or that all processes have left at the same step, also ends its
+    could not be written, or another process that is missing, 130 after Ctrl-C and 143 after SIGTERM. Of several
+    processes one speaks. A command that has succeeded, or that all processes have left at the same step, also ends its
     connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
     """
     _end_with_launcher()
@@ -87,6 +110,10 @@ def run(main: Callable[[], None]) -> None:
         _end(128 + interruption.signum, f"{interruption}\n{_HOW_TO_CONTINUE}.")
     except KeyboardInterrupt:
         _end(130, f"Stopped by Ctrl-C.\n{_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
+    except Exception as error:
+        if _peers is None:
+            raise
+        _end_of_several(error, _peers)
     _disconnect()
 
 
@@ -127,11 +154,42 @@ def _disconnect() -> None:
 def _refuse(error: InputError) -> NoReturn:
     """Says what is wrong with the input, and exits with code 2."""
     is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-    if is_one_of_several and os.environ.get("RANK") != "0":
+    if _peers is not None and not _peers.is_first_to_speak():
+        _wait_for_end(2)
+    if _peers is None and is_one_of_several and os.environ.get("RANK") != "0":
         # Most often all processes find the same: the first one speaks, and its launcher then ends the others.
         time.sleep(_FIRST_PROCESS_SPEAKS)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if is_one_of_several:
-        sys.stdout.flush()
-        os._exit(2)  # at once: the end of a connection may wait for the others
+        _leave(2)
     sys.exit(2)
+
+
+def _end_of_several(error: Exception, peers: Peers) -> NoReturn:
+    """After an error that only this process may have met, or that the end of another one has caused."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends those who are left
+    missing = peers.missing(error)
+    # A process that ends for a reason says it; what the others then meet is not worth a word.
+    is_said_by_launcher = missing is not None and "has ended" in missing and LAUNCHER in os.environ
+    if is_said_by_launcher or not peers.is_first_to_speak():
+        _wait_for_end(1)
+    if missing is None:
+        traceback.print_exception(error)
+    else:
+        why = f"{missing}; the others cannot go on. {_HOW_TO_CONTINUE}, if a checkpoint was saved before."
+        print(f"error: {' '.join(why.split())}", file=sys.stderr, flush=True)
+    _leave(1)
+
+
+def _wait_for_end(code: int) -> NoReturn:
+    """Says nothing: the launcher has met the end of another process, with its code, and now ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_LAUNCHER_ENDS_OTHERS)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: the end of a connection may wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

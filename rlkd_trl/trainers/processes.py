@@ -1,15 +1,25 @@
-"""How training processes find each other and how long they wait for each other."""
+"""How training processes find each other, how long they wait, and which of them is missing when the others fail."""
 
 import os
+import socket
+import time
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env, str_to_bool
 from transformers import TrainingArguments
 
+from rlkd_trl import errors
 from rlkd_trl.errors import InputError
+
+_STORE_PATIENCE = timedelta(seconds=10)
+_ROLL_CALL = 5.0  # seconds; who waits for a missing process gives up at about the same time
+_OF_CONNECTIONS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket timeout")
 
 # As accelerate counts processes on a CPU.
 _NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -47,3 +57,89 @@ def wait_for_all() -> None:
     """Until every launched process is here; at once where there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def register_process() -> None:
+    """Of several connected processes: lets this one's end be told apart from the others' (see `errors.run`)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # Without the store, which a launcher of another kind may keep elsewhere, a run does all but this.
+        with suppress(torch.distributed.DistError, KeyError):
+            errors.connected_to(Processes(os.environ))
+
+
+class Processes:
+    """All processes of a run, as this one knows them through the store by which they have found each other.
+
+    torchrun and accelerate keep it in the launcher, where it outlives any of them.
+
+    Raises:
+        torch.distributed.DistError: The store is not where the environment says.
+    """
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        self._store = torch.distributed.PrefixStore(
+            "rlkd_trl",
+            torch.distributed.TCPStore(
+                environment["MASTER_ADDR"],
+                int(environment["MASTER_PORT"]),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=_STORE_PATIENCE,
+            ),
+        )
+        self._host = socket.gethostname()
+        self._store.set(f"process/{self.rank}", f"{os.getpid()} {self._host}")
+
+    def is_first_to_speak(self) -> bool:
+        """True in one process only, the first that asks."""
+        try:
+            return self._store.add("spoken", 1) == 1
+        except torch.distributed.DistError:
+            return self.rank == 0
+
+    def missing(self, error: Exception) -> str | None:
+        """Which processes the others cannot go on without, in words; None if `error` did not come of that."""
+        is_of_connection = isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_CONNECTIONS)
+        )
+        if not is_of_connection:
+            return None
+        try:
+            found = {rank: state for rank in self._others() if (state := self._state_of(rank)) is not None}
+            found = found or dict.fromkeys(self._absent(), "has not come to where the others wait for it")
+        except torch.distributed.DistError:
+            return f"the process that keeps the connection of all, process 0 as a rule, does not answer ({error})"
+        if not found:
+            return f"the connection between the processes has failed: {error}"
+        return "; ".join(f"process {rank} {state}" for rank, state in found.items())
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _state_of(self, rank: int) -> str | None:
+        """Why a process of this machine can do nothing, in words; None if it runs, or runs elsewhere."""
+        if not self._store.check([f"process/{rank}"]):
+            return None
+        pid, host = self._store.get(f"process/{rank}").decode().split(maxsplit=1)
+        if host != self._host or not Path("/proc/self/stat").is_file():
+            return None
+        try:
+            state = (
+                Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            )
+        except OSError:
+            state = "X"
+        if state in "XZ":
+            return f"(pid {pid}) has ended, killed or for want of memory"
+        return f"(pid {pid}) is stopped (SIGSTOP)" if state in "Tt" else None
+
+    def _absent(self) -> list[int]:
+        """The processes that do not say, in a few seconds, that they have come to the same failure."""
+        self._store.set(f"failed/{self.rank}", "")
+        end = time.monotonic() + _ROLL_CALL
+        absent = self._others()
+        while absent and time.monotonic() < end:
+            absent = [rank for rank in absent if not self._store.check([f"failed/{rank}"])]
+            time.sleep(0.1)
+        return absent
