@@ -138,8 +138,8 @@ def _is_launcher(words: list[str]) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    """Of several processes, the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    """Of several processes, one speaks."""
+    if os.environ.get("RANK", "0") == "0" if _peers is None else _peers.is_first_to_speak():
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -1,5 +1,7 @@
 """How a command ends."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
+from rlkd_trl import errors
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted, TrainingError, _is_launcher, run
 
 
@@ -101,3 +104,65 @@ errors.run(main)
 def test_other_errors_of_files_keep_their_traceback():
     with pytest.raises(FileNotFoundError):
         run(lambda: Path("nowhere").read_text())
+
+
+class Ended(BaseException):
+    """Stands in for the end of the process."""
+
+
+class FakePeers:
+    def __init__(self, is_first: bool, missing: str | None):
+        self._is_first, self._missing = is_first, missing
+
+    def is_first_to_speak(self) -> bool:
+        return self._is_first
+
+    def missing(self, error: Exception) -> str | None:
+        return self._missing
+
+
+def end_of_one_of_two(error: Exception, peers: FakePeers, monkeypatch) -> int:
+    """The exit code."""
+
+    def main():
+        raise error
+
+    def leave(code):
+        raise Ended(code)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(errors, "_peers", None)
+    monkeypatch.setattr(errors, "_LAUNCHER_ENDS_OTHERS", 0.0)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    errors.connected_to(peers)
+    try:
+        with pytest.raises(Ended) as ended:
+            run(main)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return ended.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "missing", "code", "said"),
+    [
+        (InputError("not this"), None, 2, "error: not this\n"),
+        (RuntimeError("gloo"), "process 0 has ended", 1, "error: process 0 has ended; the others cannot go on."),
+        (KeyError("own"), None, 1, "Traceback (most recent call last)"),
+    ],
+)
+def test_of_several_processes_the_first_speaks(error, missing, code, said, monkeypatch, capsys):
+    assert end_of_one_of_two(error, FakePeers(True, missing), monkeypatch) == code
+    assert capsys.readouterr().err.startswith(said)
+    assert end_of_one_of_two(error, FakePeers(False, missing), monkeypatch) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_the_launcher_says_itself_which_process_was_killed(monkeypatch, capsys):
+    monkeypatch.setenv(errors.LAUNCHER, "rlkd-trl")
+    assert end_of_one_of_two(RuntimeError("gloo"), FakePeers(True, "process 0 (pid 7) has ended"), monkeypatch) == 1
+    assert capsys.readouterr().err == ""
+    assert end_of_one_of_two(RuntimeError("gloo"), FakePeers(True, "process 0 is stopped"), monkeypatch) == 1
+    assert capsys.readouterr().err.startswith("error: process 0 is stopped;")

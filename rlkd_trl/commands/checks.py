@@ -10,6 +10,7 @@ from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
 from rlkd_trl.data import require_dataset
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import Reads, files_read, require_checkpoint
+from rlkd_trl.settings.hub import require_on_hub
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import OnPolicyConfig
@@ -35,13 +36,15 @@ def is_demo(settings: DistillationSettings) -> bool:
 
 
 def require_files(settings: object) -> None:
-    """Raises `InputError` for a flag whose value can only be a local dataset or checkpoint, and is not there."""
+    """Raises `InputError` for a flag whose data or checkpoint is neither here nor to be had from the Hub."""
     for group in vars(settings).values():
         for name, reads in files_read(type(group)).items():
             value = getattr(group, name)
             for path in value if isinstance(value, list) else [value]:
                 if path is not None and reads is Reads.DATA:
                     require_dataset(path)
+                    if not Path(path).expanduser().exists():
+                        require_on_hub(f"--{name}", path, "dataset")
                 elif path is not None and reads is Reads.CHECKPOINT:
                     require_checkpoint(f"--{name}", path)
 

@@ -4,11 +4,14 @@ import ast
 import difflib
 import importlib.util
 import logging
+import os
+import signal
 import subprocess
 import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +21,7 @@ from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, recipe_script
 from rlkd_trl.errors import InputError
 
 PROGRAM = "rlkd-trl"
+_SAID_BY_PROCESS = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of `errors.run`
 _HELP = """usage: {program} [launcher's flags] COMMAND [flags]
 
 {commands}
@@ -101,7 +105,9 @@ def launch(argv: list[str]) -> NoReturn:
         InputError: A flag that the launcher does not have, no command, or no such configuration.
     """
     # As TRL's own console command does.
+    import torch.distributed.run  # noqa: F401  all loggers of the launcher
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = launch_command_parser()
@@ -109,17 +115,37 @@ def launch(argv: list[str]) -> NoReturn:
     arguments = parser.parse_args(argv)
     arguments.training_script = str(script_of(arguments.training_script))
     arguments.config_file = _config_file(arguments)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say it in thirty lines
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed.elastic"):  # it would say in thirty lines what is said here in one
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[errors.LAUNCHER] = PROGRAM
     try:
         launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:  # of wrong input the process itself has said what it is
-            print(f"error: process {rank} ended with code {failure.exitcode}.", file=sys.stderr, flush=True)
+        if failure.exitcode not in _SAID_BY_PROCESS:
+            print(f"error: process {rank} {_end_in_words(failure.exitcode)}.", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+    except SignalException as interruption:  # which the processes have got too, and obeyed
+        sys.exit(128 + interruption.sigval)
+    except subprocess.CalledProcessError as error:  # of a single process
+        if error.returncode < 0:
+            print(f"error: the process {_end_in_words(error.returncode)}.", file=sys.stderr, flush=True)
+        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+    except KeyboardInterrupt:  # a single process has got it too
+        with suppress(ChildProcessError, KeyboardInterrupt):
+            os.wait()
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0)
+
+
+def _end_in_words(code: int) -> str:
+    """How a process ended that could not say it itself; negative codes are signals."""
+    if code > 0:
+        return f"ended with code {code}"
+    why = ": the machine's memory may not suffice" if -code == signal.SIGKILL else ""
+    killed = f"was killed by signal {-code} ({signal.Signals(-code).name}){why}"
+    return f"{killed}. To continue: the same command with --resume, if a checkpoint was saved before"
 
 
 def _config_file(arguments: Namespace) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.hub import require_on_hub
 
 
 class Reads(enum.Enum):
@@ -69,10 +70,11 @@ def places_written(settings: type) -> list[str]:
 
 
 def require_checkpoint(flag: str, name_or_path: str) -> None:
-    """Fails at once if something that can only be a local directory is not a model checkpoint.
+    """Fails at once if a model checkpoint is neither a local directory nor to be had from the Hub.
 
     Raises:
-        InputError: It looks like a path and is missing, or it is a directory without `config.json`.
+        InputError: It looks like a path and is missing, it is a directory without `config.json`, or the Hub does not
+            have it, or cannot be reached (see `require_on_hub`).
     """
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
@@ -81,6 +83,8 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
             raise InputError(f"`{flag} {name_or_path}` is a directory without config.json, so not a model checkpoint.")
     elif looks_local or path.exists():
         raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
+    else:
+        require_on_hub(flag, name_or_path)
 
 
 def _noted(hint: object, kind: type[enum.Enum]) -> enum.Enum | None:

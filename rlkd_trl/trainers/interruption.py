@@ -17,14 +17,15 @@ class StopRequest:
     """The first signal to stop that this process has got, if any.
 
     A second Ctrl-C in a run of one's own ends it at once. A launcher passes signals on that its processes have already
-    got from the terminal, and ends by itself those that take too long: there, repetitions count for nothing.
+    got from the terminal, or ends, which is a SIGTERM for them, and ends by itself those that take too long: such
+    repetitions count for nothing.
     """
 
     def __init__(self):
         self.signum = 0
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum and "LOCAL_RANK" not in os.environ:
+        if self.signum and signum == signal.SIGINT and "LOCAL_RANK" not in os.environ:
             raise KeyboardInterrupt
         self.signum = max(self.signum, signum)
 

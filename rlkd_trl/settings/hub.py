@@ -1,0 +1,61 @@
+"""The first contact with the Hugging Face Hub, which fails within seconds where libraries would try for a minute."""
+
+from functools import cache
+from typing import Literal
+
+from rlkd_trl.errors import InputError
+
+_PATIENCE = 5.0  # seconds, to connect and for an answer each
+# A file that nearly every repository of the kind has; another answer than "no such repository" is good enough.
+_PROBED = {"model": "config.json", "dataset": "README.md"}
+
+
+@cache
+def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = "model") -> None:
+    """Asks the Hub once, without retries, for a repository that is not in the local cache.
+
+    Nothing is asked in offline mode (HF_HUB_OFFLINE). What is in the cache can be loaded without a connection.
+
+    Raises:
+        InputError: There is no such repository, it is gated or private, or the Hub cannot be reached.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    file = _PROBED[kind]
+    what = f"{flag} {repo_id}"
+    try:
+        if constants.is_offline_mode() or try_to_load_from_cache(
+            repo_id, file, cache_dir=constants.HF_HUB_CACHE, repo_type=kind
+        ):
+            return
+        get_hf_file_metadata(hf_hub_url(repo_id, file, repo_type=kind), timeout=_PATIENCE)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return
+    except HFValidationError as error:
+        raise InputError(f"{what} is neither a local path nor a possible Hub id: {error}") from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{what} is gated on the Hub: accept its terms on {constants.ENDPOINT}/{repo_id}, and log in with "
+            "hf auth login or HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{what} is not here, and there is no {kind} of that name on the Hub ({constants.ENDPOINT}): check the "
+            "spelling, or, if it is private, log in with hf auth login or HF_TOKEN."
+        ) from error
+    except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
+        raise InputError(
+            f"{what} is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
+            f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,0 +1,155 @@
+"""Two processes of a recipe, and one of them, or the launcher, is killed, stopped or interrupted."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import ENVIRONMENT, ROOT
+from tests.recipes.command_lines import COLUMNS, SAMPLING
+
+pytestmark = pytest.mark.slow
+
+CPU_2 = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+LAUNCHERS = {
+    "rlkd-trl": "python -m rlkd_trl --num_processes 2 rloo_kd",
+    "accelerate": f"accelerate launch --config_file {CPU_2} {ROOT}/recipes/rloo_kd.py",
+}
+TIMEOUT = 8  # --ddp_timeout
+FAILING_REWARD = """
+import os, torch
+
+def failing(inputs):
+    if os.environ["RANK"] == "1":
+        raise ValueError("no such key")
+    return torch.zeros(inputs.completion_ids_BT.shape)
+"""
+
+
+@dataclass
+class Ended:
+    """code: exit code. seconds: from the fault to the launcher's end. errors: stderr."""
+
+    code: int
+    seconds: float
+    errors: str
+    orphans: list[int]
+
+    @property
+    def messages(self) -> list[str]:
+        return re.findall(r"^(?:error: |Stopped )[^\n]*", self.errors, flags=re.MULTILINE)
+
+
+class Run:
+    """A recipe that would go on for hours."""
+
+    def __init__(self, launcher: str, pair, data, directory: Path, more: str = ""):
+        self.output_dir, self._errors = directory / "out", directory / "stderr"
+        flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {data} {COLUMNS} {SAMPLING}"
+        flags += f" --max_steps 1000000 --per_device_train_batch_size 8 --save_steps 2 --save_total_limit 2 {more}"
+        flags += f" --ddp_timeout {TIMEOUT} --output_dir {self.output_dir} --disable_tqdm True"
+        program, *words = f"{LAUNCHERS[launcher]} {flags}".split()
+        # The launcher waits so long for a process that it has told to end, and then kills it: a stopped one, say.
+        environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "12"}
+        self._launcher = subprocess.Popen(
+            [str(Path(sys.executable).with_name(program)), *words],
+            cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=self._errors.open("w"),
+        )  # fmt: skip
+
+    def wait_for_a_checkpoint(self) -> None:
+        end = time.monotonic() + 150
+        while not (self.output_dir / "checkpoint-2").is_dir():
+            assert self._launcher.poll() is None and time.monotonic() < end, self._errors.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def processes(self) -> dict[int, int]:
+        """Rank to pid."""
+        found = {}
+        children = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children").read_text().split()
+        for pid in children:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(v.removeprefix(b"RANK=")): int(pid) for v in variables if v.startswith(b"RANK=")}
+        return found
+
+    def fault(self, signum: int, rank: int | None) -> Ended:
+        """rank: who gets the signal; None is the launcher."""
+        processes = self.processes()
+        assert sorted(processes) == [0, 1]
+        start = time.monotonic()
+        os.kill(self._launcher.pid if rank is None else processes[rank], signum)
+        return self.end(start, list(processes.values()))
+
+    def end(self, start: float, pids: list[int]) -> Ended:
+        code = self._launcher.wait(90)
+        seconds = time.monotonic() - start
+        time.sleep(0.5)
+        orphans = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        return Ended(code, seconds, self._errors.read_text(), orphans)
+
+    def clean(self) -> None:
+        for pid in [*self.processes().values(), self._launcher.pid] if self._launcher.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        self._launcher.wait()
+
+
+@pytest.fixture
+def start(checkpoints, train_csv, tmp_path):
+    runs = []
+
+    def started(launcher: str, more: str = "") -> Run:
+        runs.append(Run(launcher, checkpoints["t5-tied"], train_csv, tmp_path, more))
+        return runs[0]
+
+    yield started
+    for run in runs:
+        run.clean()
+
+
+# Of what accelerate's launcher says itself, which ends by a traceback, nothing can be kept from here.
+@pytest.mark.parametrize(("launcher", "tracebacks"), [("rlkd-trl", 0), ("accelerate", 1)])
+@pytest.mark.parametrize(
+    ("signum", "rank", "said"),
+    [
+        (signal.SIGKILL, 1, r"error: process 1 (was killed by signal 9|\(pid \d+\) has ended)"),
+        (signal.SIGKILL, 0, r"error: process 0 (was killed by signal 9|\(pid \d+\) has ended)"),
+        (signal.SIGSTOP, 1, r"error: process 1 \(pid \d+\) is stopped \(SIGSTOP\)"),
+    ],
+)
+def test_the_others_end_with_one_message_that_names_it(signum, rank, said, launcher, tracebacks, start):
+    run = start(launcher)
+    run.wait_for_a_checkpoint()
+    ended = run.fault(signum, rank)
+    assert len(ended.messages) == 1 and re.match(said, ended.messages[0]), ended.errors[-3000:]
+    assert ended.errors.count("Traceback") == tracebacks
+    assert ended.code == (1 if launcher == "accelerate" or signum == signal.SIGSTOP else 128 + signum)
+    assert ended.orphans == []
+    assert ended.seconds < (40 if signum == signal.SIGSTOP else 20)
+
+
+@pytest.mark.parametrize(("launcher", "tracebacks"), [("rlkd-trl", 0), ("accelerate", 1)])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_leaves_a_checkpoint(signum, launcher, tracebacks, start):
+    run = start(launcher)
+    run.wait_for_a_checkpoint()
+    ended = run.fault(signum, None)
+    assert len(ended.messages) == 1 and "To continue: the same command with --resume" in ended.errors
+    step = int(re.match(r"Stopped after step (\d+); .* holds all of it", ended.messages[0]).group(1))
+    assert (run.output_dir / f"checkpoint-{step}" / "manifest.json").is_file()
+    assert ended.errors.count("Traceback") == tracebacks
+    assert ended.code == (1 if launcher == "accelerate" else 128 + signum)
+    assert ended.orphans == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_reward_that_raises_in_one_process_ends_both_at_once(launcher, start, tmp_path):
+    (tmp_path / "own.py").write_text(FAILING_REWARD)
+    ended = start(launcher, f"--reward {tmp_path}/own.py:failing --ddp_timeout 600").end(time.monotonic(), [])
+    assert len(ended.messages) == 1 and "raised ValueError: no such key" in ended.messages[0], ended.errors[-3000:]
+    assert ended.errors.count("Traceback") == (0 if launcher == "rlkd-trl" else 1)
+    assert ended.code == (2 if launcher == "rlkd-trl" else 1)

@@ -1,0 +1,135 @@
+"""The first contact with the Hub: a local server with the Hub's answers stands in for it."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.settings.files import require_checkpoint
+from rlkd_trl.settings.hub import require_on_hub
+from tests.recipes.command_lines import run
+
+# What the Hub answers by owner: status, and the code that it sends in a header.
+ANSWERS = {
+    "there": (200, None),
+    "nobody": (401, "RepoNotFound"),
+    "gone": (404, "RepoNotFound"),
+    "gated": (403, "GatedRepo"),
+    "gated-stranger": (401, "GatedRepo"),
+    "bare": (404, "EntryNotFound"),
+    "broken": (503, None),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        status, code = ANSWERS[self.path.removeprefix("/datasets").split("/")[1]]
+        self.send_response(status)
+        if code is not None:
+            self.send_header("X-Error-Code", code)
+        for name, value in {"X-Repo-Commit": "0" * 40, "ETag": '"e"', "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def use_endpoint(endpoint: str, cache, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    require_on_hub.cache_clear()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Paths that were asked for."""
+    asked = []
+    server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"asked": asked}))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    use_endpoint(f"http://127.0.0.1:{server.server_port}", tmp_path / "cache", monkeypatch)
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("owner", ["there", "bare"])
+def test_what_is_on_the_hub_is_asked_for_once(owner, kind, hub):
+    for _ in range(2):
+        require_on_hub("--teacher", f"{owner}/x", kind)
+    assert len(hub) == 1
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize(
+    ("owner", "what"),
+    [
+        ("nobody", "there is no {} of that name on the Hub"),
+        ("gone", "there is no {} of that name on the Hub"),
+        ("gated", "is gated on the Hub: accept its terms"),
+        ("gated-stranger", "is gated on the Hub: accept its terms"),
+        ("broken", "cannot be reached"),
+    ],
+)
+def test_one_request_and_one_sentence(owner, what, kind, hub):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=what.format(kind)) as caught:
+        require_on_hub("--student", f"{owner}/x", kind)
+    assert str(caught.value).startswith(f"--student {owner}/x ") and "\n" not in str(caught.value)
+    assert len(hub) == 1 and time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("rloo_kd --teacher nobody/t --student there/s --dataset there/d", "--teacher nobody/t"),
+        ("kd --teacher there/t --student nobody/s --dataset there/d", "--student nobody/s"),
+        ("ppo_kd --teacher there/t --student there/s --dataset nobody/d", "--dataset nobody/d"),
+        ("pseudo_label --teacher nobody/t --dataset there/d --output o.jsonl", "--teacher nobody/t"),
+        ("evaluate --student nobody/s --dataset there/d", "--student nobody/s"),
+        ("sft --tokenizer nobody/t --dataset there/d --output_dir o", "--tokenizer nobody/t"),
+    ],
+)
+def test_recipes_name_the_flag_before_anything_is_loaded(command, flag, hub, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(command) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag} ")
+
+
+def test_without_a_network_it_takes_seconds(tmp_path, monkeypatch):
+    use_endpoint("http://127.0.0.1:9", tmp_path, monkeypatch)  # nobody listens there
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"^--teacher gogle/flan .* cannot be reached"):
+        require_checkpoint("--teacher", "gogle/flan")
+    assert time.monotonic() - start < 5
+
+
+def test_what_is_in_the_cache_needs_no_network(tmp_path, monkeypatch):
+    use_endpoint("http://127.0.0.1:9", tmp_path, monkeypatch)
+    repository = tmp_path / "models--google--flan"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert huggingface_hub.try_to_load_from_cache("google/flan", "config.json", cache_dir=tmp_path)
+    require_checkpoint("--teacher", "google/flan")
+
+
+def test_nothing_is_asked_in_offline_mode(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    require_checkpoint("--teacher", "nobody/x")
+    assert hub == []
