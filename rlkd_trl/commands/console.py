@@ -107,6 +107,7 @@ def launch(argv: list[str]) -> NoReturn:
     # As TRL's own console command does.
     import torch.distributed.run  # noqa: F401  all loggers of the launcher
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -118,9 +119,9 @@ def launch(argv: list[str]) -> NoReturn:
     for name in [*logging.root.manager.loggerDict]:
         if name.startswith("torch.distributed.elastic"):  # it would say in thirty lines what is said here in one
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[errors.LAUNCHER] = PROGRAM
     try:
-        launch_command(arguments)
+        with patch_environment(**{errors.LAUNCHER: PROGRAM}):
+            launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode not in _SAID_BY_PROCESS:

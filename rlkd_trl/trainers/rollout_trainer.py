@@ -109,7 +109,7 @@ class RolloutTrainer(ResumableTrainer):
         set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics: dict[str, list[float]] = {}  # since the last log: sum and count
         self._window_metrics: dict[str, float] = defaultdict(float)
         self._timer = PhaseTimer()
         self._guards = Guards()
@@ -435,7 +435,7 @@ class RolloutTrainer(ResumableTrainer):
         """Adds the means of everything recorded since the last log."""
         is_training_log = "loss" in logs
         if is_training_log:
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
+            logs = {**logs, **{name: total / count for name, (total, count) in self._metrics.items()}}
             self._metrics.clear()
         super().log(logs, start_time)
         if self.args.log_completions and is_training_log and self.is_world_process_zero():
@@ -450,7 +450,8 @@ class RolloutTrainer(ResumableTrainer):
 
     def _record(self, metrics: dict[str, Tensor | float]) -> None:
         for name, value in metrics.items():
-            self._metrics[name].append(float(value))
+            total, count = self._metrics.get(name, (0.0, 0))
+            self._metrics[name] = [total + float(value), count + 1]
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -523,7 +524,7 @@ class RolloutTrainer(ResumableTrainer):
     def load_run_state(self, state: dict[str, object]) -> None:
         super().load_run_state(state)
         self.rollout_state = RolloutState.of_saved(state["rollout_state"], self.accelerator.device)
-        self._metrics = defaultdict(list, state["unlogged_metrics"])
+        self._metrics = state["unlogged_metrics"]
         self._timer.seconds = defaultdict(float, state["unlogged_seconds"])
         self.sample_table = state["sample_table"]
         self._guards.history = state["guards"]
