@@ -101,7 +101,7 @@ def run(main: Callable[[], None]) -> None:
         _end(1, f"error: {' '.join(str(error).split())}")
     except OSError as error:  # while results are written
         if error.errno not in _OF_THE_DISK:
-            raise
+            _end_unexpectedly(error)
         place = f"{error.filename}: " if error.filename else ""
         why = f"{place}{error.strerror}: make room, or name another place."
         _end(1, f"error: {why} {_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
@@ -111,9 +111,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(130, f"Stopped by Ctrl-C.\n{_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
     except Exception as error:
-        if _peers is None:
-            raise
-        _end_of_several(error, _peers)
+        _end_unexpectedly(error)
     _disconnect()
 
 
@@ -165,13 +163,15 @@ def _refuse(error: InputError) -> NoReturn:
     sys.exit(2)
 
 
-def _end_of_several(error: Exception, peers: Peers) -> NoReturn:
-    """After an error that only this process may have met, or that the end of another one has caused."""
+def _end_unexpectedly(error: Exception) -> NoReturn:
+    """With a traceback; of several processes, one speaks, and of one that is missing a line."""
+    if _peers is None:
+        raise error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends those who are left
-    missing = peers.missing(error)
+    missing = _peers.missing(error)
     # A process that ends for a reason says it; what the others then meet is not worth a word.
     is_said_by_launcher = missing is not None and "has ended" in missing and LAUNCHER in os.environ
-    if is_said_by_launcher or not peers.is_first_to_speak():
+    if is_said_by_launcher or not _peers.is_first_to_speak():
         _wait_for_end(1)
     if missing is None:
         traceback.print_exception(error)
