@@ -22,7 +22,7 @@ from rlkd_trl.trainers.inherited_settings import (
     check_optimizer,
     refusals_are_input_errors,
 )
-from rlkd_trl.trainers.processes import check_timeout, register_process
+from rlkd_trl.trainers.processes import check_timeout
 
 _Steps = Annotated[float, Range(0, LARGEST_COUNT, above=True)]  # below 1: a share of all steps
 
@@ -103,7 +103,6 @@ class BaseConfig(TrainingArguments):
         check_timeout(self)
         with refusals_are_input_errors():
             super().__post_init__()
-        register_process()
         check_optimizer(self)
 
     def __getstate__(self) -> dict[str, object]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def connect_processes(args: TrainingArguments) -> None:
         warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     if args.use_cpu or not torch.accelerator.is_available():
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
+        register_process()
 
 
 def check_timeout(args: TrainingArguments) -> None:
@@ -60,11 +62,16 @@ def wait_for_all() -> None:
 
 
 def register_process() -> None:
-    """Of several connected processes: lets this one's end be told apart from the others' (see `errors.run`)."""
+    """Of several processes, once they are connected: one speaks when they end (see `errors.run`)."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         # Without the store, which a launcher of another kind may keep elsewhere, a run does all but this.
         with suppress(torch.distributed.DistError, KeyError):
-            errors.connected_to(Processes(os.environ))
+            _register()
+
+
+@cache
+def _register() -> None:
+    errors.connected_to(Processes(os.environ))
 
 
 class Processes:

@@ -17,6 +17,7 @@ from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
 from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
 from rlkd_trl.trainers.interruption import StopRequest
+from rlkd_trl.trainers.processes import register_process
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
 
 _SAVE_ATTEMPTS = 3
@@ -38,6 +39,7 @@ class ResumableTrainer(FiniteTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        register_process()
         self.run_record: dict[str, object] = {
             "trainer": type(self).__name__,
             "processes": self.args.world_size,
