@@ -123,15 +123,19 @@ def check_complete(missing: Collection[str], what: str) -> None:
 
 
 def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str | None) -> set[str]:
-    """Embeddings that are not in the checkpoint while the head tied to them is.
+    """Of a head and embeddings that transformers ties, the one whose own weight the checkpoint has lost.
 
-    A checkpoint of tied weights holds the embeddings. One that holds another weight for the head, as T0's, had
-    embeddings of its own: where they are missing, transformers takes the head for them, without a word.
+    transformers 5 ties every T5, and takes the one for the other without a word where one is missing. A checkpoint of
+    tied weights holds the embeddings. One that holds another weight for the head, as T0's, had embeddings of its own;
+    one whose config says that they are not tied, as transformers 4 wrote it for T0, had a head of its own.
     """
     names = _weight_names(name_or_path, revision)
     head, tied = "lm_head.weight", model.all_tied_weights_keys
-    if head not in names or head not in tied:
+    if not names or head not in tied:
         return set()
+    if head not in names:
+        as_written, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+        return {head} if as_written.get("tie_word_embeddings") is False else set()
     group = {tied[head], *(name for name, source in tied.items() if source == tied[head])} - {head}
     # A checkpoint may have been saved without the head's model around it, and its names without the prefix.
     without_prefix = {name.removeprefix(f"{model.base_model_prefix}.") for name in group}

@@ -12,6 +12,7 @@ import threading
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -365,6 +366,26 @@ def test_an_incomplete_checkpoint_is_refused(checkpoints, name, part, named, qua
     directory = without(checkpoints[name], tmp_path / "copy", part)
     with pytest.raises(InputError, match=rf"is incomplete: \d+ of its weights.*{re.escape(named)}"):
         load_model(directory, quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "LongT5"])
+def test_a_t5_that_has_lost_only_its_own_head_is_refused(family, quantization, tmp_path):
+    """As T0's files, whose config says that the head is not the embeddings, which transformers would take for it."""
+    if quantization == "int8":
+        pytest.importorskip("bitsandbytes")
+    sizes = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, decoder_start_token_id=0)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().flip(1).clone())
+    model.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": False}))
+    load_model(str(tmp_path / "whole"), quantization=quantization)
+    with pytest.raises(
+        InputError, match=r"is incomplete: 1 of its weights are not in the checkpoint \(lm_head\.weight\)"
+    ):
+        load_model(without(tmp_path / "whole", tmp_path / "copy", "lm_head"), quantization=quantization)
 
 
 def test_a_missing_file_of_weights_is_named(tmp_path):
