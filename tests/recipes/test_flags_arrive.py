@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
 
 from rlkd_trl.commands import arguments
 from rlkd_trl.teachers import Teacher
@@ -126,6 +127,7 @@ def observe(files, tmp_path, monkeypatch):
 
         def train(trainer, resume_from_checkpoint=None, **kwargs):
             seen.trainer, seen.resumed_from = trainer, resume_from_checkpoint
+            return TrainOutput(0, 0.0, {"train_loss": 0.0})
 
         with monkeypatch.context() as patch:
             patch.setattr(datasets, "load_dataset", load_dataset)

@@ -12,9 +12,9 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     T5ForConditionalGeneration,
-    Trainer,
 )
 
+from rlkd_trl.trainers.supervised import SupervisedTrainer
 from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, run, word_rows, write_csv, write_templates
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
@@ -87,7 +87,7 @@ def test_every_reference_of_a_row_is_learnt(checkpoints, tmp_path, monkeypatch):
     data, seen = tmp_path / "data.jsonl", []
     rows = [{"mr": "w3 w4", "ref": ["w5", "w6 w7"]}, {"mr": "w8", "ref": ["w9"]}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(Trainer, "train", lambda trainer, *_, **__: seen.extend(trainer.train_dataset.to_list()))
+    monkeypatch.setattr(SupervisedTrainer, "train", lambda trainer, **_: seen.extend(trainer.train_dataset.to_list()))
     flags = f"--student {checkpoints['t5-tied'].student} --output_dir {tmp_path / 'out'}"
     assert run(f"sft --dataset {data} {COLUMNS} {TWO_STEPS} {flags}") == 0
     assert [(pair["prompt"], pair["target"]) for pair in seen] == [("w3 w4", "w5"), ("w3 w4", "w6 w7"), ("w8", "w9")]
