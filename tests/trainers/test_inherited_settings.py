@@ -70,9 +70,9 @@ def on_the_command_line(name: str) -> str:
     return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
-def refused_fields(configs):
+def refused_fields(configs, quick=lambda name: True):
     return [
-        pytest.param(config, name, id=f"{config.__name__}-{name}")
+        pytest.param(config, name, id=f"{config.__name__}-{name}", marks=() if quick(name) else pytest.mark.slow)
         for config in configs
         for name in REFUSED_BY[config]
         if name in FIELDS
@@ -91,7 +91,11 @@ def test_what_is_not_supported_is_refused_by_name(config, name, tmp_path):
         config(output_dir=str(tmp_path), **{name: other_value(name)})
 
 
-@pytest.mark.parametrize(("config", "name"), refused_fields([PPOKDConfig, SupervisedConfig]))
+# Flags of a yes or no are parsed alike: of them the quick suite tries one.
+@pytest.mark.parametrize(
+    ("config", "name"),
+    refused_fields([PPOKDConfig, SupervisedConfig], quick=lambda name: name in (*OTHER_VALUES, "use_liger_kernel")),
+)
 def test_it_is_refused_on_the_command_line_too(config, name):
     command = "sft --output_dir out" if config is SupervisedConfig else "ppo_kd --teacher t --output_dir out"
     with pytest.raises(InputError, match=name):
@@ -196,6 +200,19 @@ CHANGES_THE_WEIGHTS = {
 }
 
 
+_TRAINED: dict[str, dict[str, torch.Tensor]] = {}  # weights by kind and settings, which several cases share
+
+
+def trained(kind: str, settings: dict, output_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights that these settings lead to."""
+    key = f"{kind} {sorted(settings.items())}"
+    if key not in _TRAINED:
+        trainer = BUILDERS[kind](output_dir, **settings)
+        trainer.train()
+        _TRAINED[key] = snapshot(trainer.model)
+    return _TRAINED[key]
+
+
 # Where the trainers on rollouts have code of their own; the rest is the base class's for both.
 OWN_ON_ROLLOUTS = ("gradient_accumulation_steps", "num_train_epochs", "bf16", "seed", "data_seed", "learning_rate")
 
@@ -209,11 +226,8 @@ OWN_ON_ROLLOUTS = ("gradient_accumulation_steps", "num_train_epochs", "bf16", "s
     ],
 )
 def test_it_changes_what_is_learnt(kind, name, tmp_path):
-    weights = []
-    for i, settings in enumerate(CHANGES_THE_WEIGHTS[name]):
-        trainer = BUILDERS[kind](tmp_path / str(i), **settings)
-        trainer.train()
-        weights.append(snapshot(trainer.model))
+    one, other = CHANGES_THE_WEIGHTS[name]
+    weights = trained(kind, one, tmp_path / "one"), trained(kind, other, tmp_path / "other")
     assert largest_difference(*weights) > 1e-5
 
 
@@ -345,9 +359,8 @@ def test_supervised_training_takes_it(name, tmp_path):
     trainer = supervised_trainer(tmp_path, optim="sgd", **WORKS_SUPERVISED[name])
     trainer.train()
     assert steps_logged(trainer) == [1, 2]
-    plain = supervised_trainer(tmp_path, optim="sgd")
-    plain.train()
-    differs = largest_difference(snapshot(trainer.model), snapshot(plain.model)) > 1e-5
+    plain = trained("supervised", {"optim": "sgd"}, tmp_path / "plain")
+    differs = largest_difference(snapshot(trainer.model), plain) > 1e-5
     assert differs == (name == "train_sampling_strategy")
     if name == "include_num_input_tokens_seen":
         assert trainer.state.num_input_tokens_seen == 2 * 2 * 3  # steps × pairs × (two words and EOS)
