@@ -1,6 +1,7 @@
 """Tiny models and a word-level tokenizer, so that no test needs a network or a minute."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -118,6 +119,25 @@ MODELS = {
     "llama": lambda seed=0: tiny_llama(seed=seed),
     "glm": lambda seed=0: tiny_glm(seed=seed),
 }
+
+
+MOST_WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` alone, which is all tests, takes a process for each core where pytest-xdist is installed; as with -n.
+
+    Tests of one file stay in one process: they share models, runs and launches. `pytest -n 0` is one process again,
+    and so is a command that names files or directories.
+    """
+    is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    is_asked = getattr(config.option, "numprocesses", 0) is not None  # 0: not installed
+    if is_asked or not is_whole_suite or hasattr(config, "workerinput") or config.option.usepdb:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > 1:
+        config.option.numprocesses, config.option.dist = min(cores, MOST_WORKERS), "loadfile"
 
 
 @pytest.fixture(scope="module", autouse=True)
