@@ -40,7 +40,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkd_trl.ops.masking import masked_sum
+from rlkd_trl.ops.masking import masked, masked_sum
 
 AVERAGES = ("none", "prompt", "rollout")
 
@@ -90,7 +90,7 @@ def _sum_of_others(numbers_B: Tensor, num_generations: int) -> Tensor:
 
 def differential_rewards(rewards_BT: Tensor, mask_BT: Tensor, average_reward_B: Tensor) -> Tensor:
     """r_t − ρ on the real tokens, `[B, T]`, 0 behind the mask."""
-    return torch.where(mask_BT, rewards_BT - average_reward_B[:, None], torch.zeros_like(rewards_BT))
+    return masked(rewards_BT - average_reward_B[:, None], mask_BT)
 
 
 def differential_advantages(

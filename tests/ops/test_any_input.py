@@ -55,6 +55,7 @@ TOKENWISE = {
     "masked_whiten": lambda x, y, v, m, e: masking.masked_whiten(x, m),
     "average_reward": lambda x, y, v, m, e: average_reward.average_reward(x, m),
     "average_reward of the others": lambda x, y, v, m, e: average_reward.average_reward(x, m, num_generations=K),
+    "differential_rewards": lambda x, y, v, m, e: average_reward.differential_rewards(x, m, v[:, 0].nan_to_num(0, 0, 0)),
     "future_returns": lambda x, y, v, m, e: all_actions.future_returns(x, m, length_normalization=True),
     "future_advantages": lambda x, y, v, m, e: all_actions.future_advantages(x, m, num_generations=K),
     "mixture_importance": lambda x, y, v, m, e: all_actions.mixture_importance(-x.abs(), -y.abs(), m, weight=0.2),
