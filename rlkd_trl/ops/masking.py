@@ -29,7 +29,7 @@ def state_mask(mask_BT: Tensor, ended_B: Tensor) -> Tensor:
 
     A completion of n tokens visits s_1 .. s_n; a truncated one also stops in s_{n+1}, from which it would go on.
     """
-    mask_B1 = torch.ones_like(mask_BT[:, :1])
+    mask_B1 = mask_BT.new_ones(len(mask_BT), 1)
     follows_real_token_BT1 = torch.cat([mask_B1, mask_BT], dim=1)
     return follows_real_token_BT1 & ~(after_last_token(mask_BT) & ended_B[:, None])
 

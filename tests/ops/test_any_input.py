@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlkd_trl.ops import advantages, all_actions, average_reward, divergences, lm_head, losses, masking, rewards
 from rlkd_trl.ops.finite import usable_rows
+from rlkd_trl.ops.rms_norm import rms_norm
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
@@ -55,7 +56,7 @@ TOKENWISE = {
     "masked_whiten": lambda x, y, v, m, e: masking.masked_whiten(x, m),
     "average_reward": lambda x, y, v, m, e: average_reward.average_reward(x, m),
     "average_reward of the others": lambda x, y, v, m, e: average_reward.average_reward(x, m, num_generations=K),
-    "differential_rewards": lambda x, y, v, m, e: average_reward.differential_rewards(x, m, v[:, 0].nan_to_num(0, 0, 0)),
+    "differential_rewards": lambda x, y, v, m, e: average_reward.differential_rewards(x, m, v[:, 0]),
     "future_returns": lambda x, y, v, m, e: all_actions.future_returns(x, m, length_normalization=True),
     "future_advantages": lambda x, y, v, m, e: all_actions.future_advantages(x, m, num_generations=K),
     "mixture_importance": lambda x, y, v, m, e: all_actions.mixture_importance(-x.abs(), -y.abs(), m, weight=0.2),
@@ -176,3 +177,124 @@ def test_divergences_of_extreme_logits(name, case):
     assert found_N.isfinite().all() and (found_N >= -1e-4).all()
     found_N.sum().backward()
     assert student_NV.grad.isfinite().all()
+
+
+@QUICK
+@given(case=logits(1))
+def test_log_probabilities_of_a_support(case):
+    """Over the first two of V ids, of which the first is the chosen one, against float64."""
+    (z_NV,), _, chosen_N = case
+    z_NV.requires_grad_()
+    support_Nk = torch.arange(2).expand(len(z_NV), 2)
+    logps_N, entropy_N = lm_head.support_log_probs(z_NV, chosen_N, support_Nk, temperature=0.5)
+    reference_N2 = (z_NV.detach()[:, :2].double() / 0.5).log_softmax(-1)
+    torch.testing.assert_close(logps_N.detach().double(), reference_N2[:, 0], rtol=1e-5, atol=1e-5)
+    entropy_of_reference_N = -(reference_N2.exp() * reference_N2).sum(-1)
+    torch.testing.assert_close(entropy_N.detach().double(), entropy_of_reference_N, rtol=1e-5, atol=1e-5)
+    (logps_N.sum() + entropy_N.sum()).backward()
+    assert z_NV.grad.isfinite().all() and (z_NV.grad[:, 2:] == 0).all()
+
+
+@QUICK
+@given(case=logits(2), weight=st.sampled_from([1e-3, 0.2, 0.9]), extra=st.integers(0, 2))
+def test_log_probabilities_of_a_mixture(case, weight, extra):
+    """A distribution over the ids that are allowed and that both heads have, whatever stands on the others."""
+    (student_NV, teacher_NV), forbidden_V, _ = case
+    teacher_NU = torch.cat([teacher_NV, torch.full((len(teacher_NV), extra), math.nan)], dim=1)
+    found_NV = lm_head.mixture_log_probs(
+        torch.where(forbidden_V, math.nan, student_NV), teacher_NU, weight=weight, forbidden_V=forbidden_V
+    )
+    assert found_NV.shape == student_NV.shape and (found_NV[:, forbidden_V] == -math.inf).all()
+    p_NV, q_NV = (z.double().masked_fill(forbidden_V, -math.inf).softmax(-1) for z in (teacher_NV, student_NV))
+    expected_NV = weight * p_NV + (1 - weight) * q_NV
+    torch.testing.assert_close(found_NV.double().exp(), expected_NV, rtol=1e-5, atol=1e-7)
+
+
+@QUICK
+@given(rows=st.integers(0, 3), seed=st.integers(0, 999), scale=st.sampled_from([0.0, 1e-12, 1.0, 1e12, 1e18]))
+def test_rms_norm_of_any_scale(rows, seed, scale):
+    x_ND, weight_D = numbers((rows, 5), seed, scale).requires_grad_(), numbers((5,), seed + 1).requires_grad_()
+    found_ND = rms_norm(x_ND, weight_D, 1e-6)
+    x = x_ND.detach().double()
+    expected_ND = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight_D.detach().double()
+    torch.testing.assert_close(found_ND.detach().double(), expected_ND, rtol=1e-5, atol=1e-7)
+    found_ND.sum().backward()
+    assert x_ND.grad.isfinite().all() and weight_D.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
+@QUICK
+@given(
+    case=logits(3),
+    ensemble=st.sampled_from(list(divergences.ENSEMBLES)),
+    alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([0.5, 4.0]),
+)
+def test_distillation_of_extreme_logits(name, case, ensemble, alpha, temperature):
+    (one_NV, other_NV, student_NV), forbidden_V, labels_N = case
+    student_NV.requires_grad_()
+    loss, metrics = divergences.distillation_loss(
+        student_NV,
+        [one_NV, other_NV],
+        torch.full((len(student_NV),), 0.25),
+        labels_N,
+        divergence=divergences.DIVERGENCES[name],
+        temperature=temperature,
+        alpha=alpha,
+        ensemble=divergences.ENSEMBLES[ensemble],
+        forbidden_V=forbidden_V,
+    )
+    assert loss.isfinite() and loss >= -1e-3 and all(value.isfinite() for value in metrics.values())
+    loss.backward()
+    assert student_NV.grad.isfinite().all() and (student_NV.grad[:, forbidden_V] == 0).all()
+
+
+def _sliced_divergence(hidden_ND, head, weight_VD, teacher_ND, weights_N, chosen_N, max_elements):
+    # What has no weight is left out, whatever stands there.
+    hidden_ND, teacher_ND = (torch.where(weights_N[:, None] > 0, x, math.nan) for x in (hidden_ND, teacher_ND))
+    teachers = [divergences.TeacherStates(teacher_ND, head)]
+    of_states = (hidden_ND, head, [weight_VD], teachers, weights_N, chosen_N)
+    settings = {"divergence": divergences.jsd, "alpha": 0.5, "vocab_size": 4, "max_elements": max_elements}
+    return divergences.sliced_divergence(*of_states, **settings)
+
+
+def _sliced_all_actions(hidden_ND, head, weight_VD, teacher_ND, weights_N, chosen_N, max_elements):
+    teachers = [divergences.TeacherStates(teacher_ND, head)]
+    futures_N, old_logps_N = hidden_ND.detach()[:, 0], torch.full((len(hidden_ND),), -1.0)
+    return all_actions.sliced_all_actions_loss(
+        *(hidden_ND, head, [weight_VD], teachers, weights_N, chosen_N, futures_N, old_logps_N),
+        teacher_signal=all_actions.log_ratio_signal,
+        subtract_log_pi=True,
+        vocab_size=4,
+        epsilon=0.2,
+        max_elements=max_elements,
+    )
+
+
+@pytest.mark.parametrize("sliced", [_sliced_divergence, _sliced_all_actions])
+@QUICK
+@given(kept_N=st.lists(st.booleans(), max_size=4), seed=st.integers(0, 999), scale=st.sampled_from([0.0, 1.0, 30.0]))
+def test_losses_in_slices(sliced, kept_N, seed, scale):
+    """Finite, and the same in one slice as in as many as there are positions: none, or none of any weight, too."""
+    N = len(kept_N)
+    weights_N, found = torch.tensor(kept_N, dtype=torch.float32) / max(N, 1), []
+    for max_elements in (1, 1000):
+        hidden_ND, weight_VD = (
+            numbers((N, 3), seed, scale).requires_grad_(),
+            numbers((4, 3), seed + 1).requires_grad_(),
+        )
+        loss, metrics = sliced(
+            hidden_ND,
+            lambda states_ND, weight_VD=weight_VD: states_ND @ weight_VD.T,
+            weight_VD,
+            numbers((N, 3), seed + 2, scale),
+            weights_N,
+            torch.zeros(N, dtype=torch.long),
+            max_elements,
+        )
+        loss.backward()
+        found.append([loss.detach(), hidden_ND.grad, weight_VD.grad, *metrics.values()])
+    assert all(tensor.isfinite().all() for tensor in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert (found[0][1][weights_N == 0] == 0).all()
