@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,13 +80,12 @@ def _load_file(path: Path, split: str) -> Dataset:
             f"Split {split!r} is not in {path}: a single file has the one split 'train'. Give the file of "
             "that split, or a directory with one file for each split."
         )
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; it needs a header and rows.")
     check_encoding(path)
     if twice := twice_in_header(path):
         raise InputError(f"{path} has the column `{twice}` twice: rename or remove one of them in its header.")
-    with _no_progress_bars() if size < QUIET_BELOW_BYTES else nullcontext():
+    with _quiet_if_small([path]):
         try:
             rows = load_dataset(
                 FILE_FORMATS[path.suffix.lower()],
@@ -158,9 +157,11 @@ def _load_directory(path: Path, split: str) -> Dataset:
 
     try:
         check_directory(path, tuple(FILE_FORMATS))
-        for file in data_files(str(path)):
+        files = data_files(str(path))
+        for file in files:
             check_encoding(file)
-        return load_dataset(str(path), split=split, cache_dir=_cache_for_content(data_files(str(path))))
+        with _quiet_if_small(files):
+            return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
     except InputError:
         raise
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
@@ -205,10 +206,12 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_progress_bars():
+def _quiet_if_small(files: Sequence[Path]) -> Iterator[None]:
+    """No progress bars of `datasets` while it reads these files, unless they are large."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled():
+    is_large = sum(file.stat().st_size for file in files) >= QUIET_BELOW_BYTES
+    if is_large or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

@@ -94,6 +94,9 @@ def test_progress_bars_are_quiet_for_small_files_and_left_as_they_were(tmp_path,
 
     before = are_progress_bars_disabled()
     load_rows(write(tmp_path / "a.csv", "mr,ref\na,b\n"))
+    (tmp_path / "directory").mkdir()
+    write(tmp_path / "directory" / "train.csv", "mr,ref\na,b\n")
+    assert len(load_rows(str(tmp_path / "directory"))) == 1
     fails("could not be read", write(tmp_path / "b.csv", 'mr,ref\n"a,b\n'))
     assert are_progress_bars_disabled() == before
     assert "Generating" not in capfd.readouterr().err

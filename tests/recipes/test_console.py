@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -106,15 +107,21 @@ def test_a_script_is_known_by_its_file_name():
 # The package as users get it
 
 
+def _sources(root: Path) -> Path:
+    """A copy of what the package is built from, which building writes into."""
+    sources = root / "sources"
+    for name in ("rlkd_trl", "recipes", "accelerate_configs", "docs"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    return sources
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A new environment's directory of programs: the built wheel, and this environment's packages beside it."""
     root = tmp_path_factory.mktemp("wheel")
-    sources = root / "sources"
-    for name in ("rlkd_trl", "recipes", "accelerate_configs"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
+    sources = _sources(root)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
     _run([*pip, "wheel", "--no-build-isolation", *offline, "-w", str(root), str(sources)], root)
@@ -155,6 +162,45 @@ def test_a_wheel_brings_everything(installed, tmp_path):
     presets = {path.relative_to(recipes) for path in recipes.rglob("*.yaml")}
     assert presets == {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
     assert not (recipes / "benchmarks").exists()
+
+
+@pytest.mark.slow
+def test_a_source_archive_brings_what_the_package_is_built_from(tmp_path):
+    build = "import setuptools.build_meta as backend; print(backend.build_sdist('..'))"
+    said = _run([sys.executable, "-c", build], _sources(tmp_path))
+    with tarfile.open(tmp_path / said.splitlines()[-1]) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [ROOT / name for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE")]
+    for folder, endings in {
+        "rlkd_trl": (".py", ".yaml"),
+        "recipes": (".py", ".yaml"),
+        "accelerate_configs": (".yaml",),
+        "docs": (".md",),
+    }.items():
+        of_folder = [path for path in (ROOT / folder).rglob("*") if path.suffix in endings]
+        assert of_folder
+        wanted += of_folder
+    assert {str(path.relative_to(ROOT)) for path in wanted if "results" not in path.parts} <= found
+
+
+# The embedded demo as `rlkd-trl ppo_kd` starts it, but for the minutes in which its models learn something.
+SHORT_DEMO = """
+import sys
+from functools import partial
+from rlkd_trl.commands import console, demo
+demo.DemoRequest = partial(demo.DemoRequest, teacher_steps=5, student_steps=5, pseudo_labelled_inputs=16)
+sys.argv = ["rlkd-trl", *sys.argv[1:]]
+console.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_the_demo(installed, tmp_path):
+    flags = "ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20"
+    _run([str(installed / "python"), "-c", SHORT_DEMO, *flags.split()], tmp_path)
+    found = tmp_path / "runs" / "demo_ppo"
+    assert list(json.loads((found / "metrics.json").read_text())) == ["teacher", "before", "after"]
+    assert (found / "model.safetensors").is_file() and (found / "report.html").is_file()
 
 
 @pytest.mark.slow
