@@ -65,6 +65,21 @@ def defect_of(checkpoint: str | Path) -> str | None:
     return None
 
 
+def state_of(output_dir: str | Path) -> str:
+    """For a user whose checkpoint could not be written: the room that is left, and what is there to continue from.
+
+    Of a full disk torch says only that a position in a file is not what it should be.
+    """
+    directory = Path(output_dir).absolute()
+    while not directory.exists():
+        directory = directory.parent
+    room = f"There, {shutil.disk_usage(directory).free / 2**20:.1f} MiB are free"
+    whole, _ = newest_whole(output_dir)
+    if whole is None:
+        return f"{room}, and no checkpoint was saved before."
+    return f"{room}, and {whole.name} is intact: make room, and continue with --resume."
+
+
 def seal(checkpoint: Path, *, resumable: bool) -> None:
     """Brings all files to the disk, and writes the manifest of them."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)

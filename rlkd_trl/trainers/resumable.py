@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
-from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal
+from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal, state_of
 from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.processes import register_process
@@ -235,10 +235,7 @@ class ResumableTrainer(FiniteTrainer):
             if failure is None:
                 break
             if attempt == _SAVE_ATTEMPTS:
-                raise CheckpointError(
-                    f"Step {self.state.global_step} cannot be saved in {output_dir} ({failure}; {_free(output_dir)}). "
-                    f"{_last_before(final)}"
-                )
+                raise CheckpointError(f"{final} cannot be saved ({failure}). {state_of(output_dir)}")
             if self.is_world_process_zero():
                 print(f"Saving {final} failed ({failure}); trying again.", flush=True)
             time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
@@ -252,19 +249,27 @@ class ResumableTrainer(FiniteTrainer):
         staged = final.parent / STAGING / final.name
         return (
             self._failure(lambda: _make_empty(staged), self.args.should_save)
-            or self._failure(lambda: self.write_checkpoint(staged), True)
+            or self._failure(lambda: self.write_checkpoint(staged), True, waits_inside=self.is_deepspeed_enabled)
             or self._failure(lambda: seal(staged, resumable=not self.args.save_only_model), self.args.should_save)
             or self._failure(lambda: publish(staged, final), self.args.should_save)
         )
 
-    def _failure(self, work, is_my_part: bool) -> str | None:
-        """Does `work` on the processes whose part it is; every process gets the same answer, when all are done."""
+    def _failure(self, work, is_my_part: bool, *, waits_inside: bool = False) -> str | None:
+        """Does `work` on the processes whose part it is; every process gets the same answer, when all are done.
+
+        Raises:
+            CheckpointError: In `work` the processes wait for each other, and this one, which fails, is waited for.
+        """
         failure = None
         if is_my_part:
             try:
                 work()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                if waits_inside:
+                    raise CheckpointError(
+                        f"A checkpoint cannot be saved ({failure}). {state_of(self.args.output_dir)}"
+                    ) from error
         return next((found for found in gather_object([failure]) if found is not None), None)
 
     def _export_callbacks(self) -> None:
@@ -290,20 +295,6 @@ class _Continuation(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._trainer._epoch_has_ended = True
-
-
-def _free(directory: Path) -> str:
-    """Torch says of a full disk only that a position in a file is not what it should be."""
-    while not directory.exists():
-        directory = directory.parent
-    return f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB are free"
-
-
-def _last_before(failed: Path) -> str:
-    whole, _ = newest_whole(failed.parent)
-    if whole is None:
-        return "No checkpoint was saved before."
-    return f"{whole.name} is intact: make room, and continue with --resume."
 
 
 def _make_empty(directory: Path) -> None:

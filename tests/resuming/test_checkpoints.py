@@ -95,10 +95,31 @@ def test_a_disk_that_refuses(failures, tmp_path, monkeypatch, capsys):
         assert newest_whole(tmp_path) == (tmp_path / "checkpoint-3", {})
         return
     with pytest.raises(
-        CheckpointError, match=r"Step 2 cannot be saved .*No space left.*MiB are free.* checkpoint-1 is intact"
+        CheckpointError, match=r"checkpoint-2 cannot be saved .*No space left.*MiB are free.* checkpoint-1 is intact"
     ):
         trainer.train()
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-1", {})
+
+
+def test_a_process_that_others_wait_for_ends_at_once(tmp_path, monkeypatch):
+    """With DeepSpeed they gather weights while they save: one that would try again leaves them waiting for good."""
+    trainer, tries = build("rloo-token", tmp_path, **SAVING), []
+
+    def refusing(directory):
+        tries.append(directory)
+        raise OSError(28, "No space left on device")
+
+    def save(*args):
+        if trainer.state.global_step == 2:
+            trainer.is_deepspeed_enabled = True
+            monkeypatch.setattr(trainer, "write_checkpoint", refusing)
+        return whole_save(*args)
+
+    whole_save = trainer._save_checkpoint
+    monkeypatch.setattr(trainer, "_save_checkpoint", save)
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-1 is intact"):
+        trainer.train()
+    assert len(tries) == 1
 
 
 def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
