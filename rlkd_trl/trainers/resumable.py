@@ -265,7 +265,8 @@ class ResumableTrainer(FiniteTrainer):
             try:
                 work()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-                failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of `save_model`
+                failure = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
                 if waits_inside:
                     raise CheckpointError(
                         f"A checkpoint cannot be saved ({failure}). {state_of(self.args.output_dir)}"

@@ -34,7 +34,7 @@ INSIDE_ROLLOUTS = {
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,
     "num_iterations": 2,
-    "max_steps": 10,
+    "max_steps": 6,
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 2,
