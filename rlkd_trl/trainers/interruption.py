@@ -27,7 +27,7 @@ class StopRequest:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT and "LOCAL_RANK" not in os.environ:
             raise KeyboardInterrupt
-        self.signum = max(self.signum, signum)
+        self.signum = self.signum or signum
 
     @contextmanager
     def listening(self) -> Iterator[None]:

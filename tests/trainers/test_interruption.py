@@ -1,0 +1,29 @@
+"""Which signals are noted, and which end a run at once."""
+
+import signal
+
+import pytest
+
+from rlkd_trl.trainers.interruption import StopRequest
+
+
+def test_the_end_of_a_launcher_after_ctrl_c_is_no_second_ctrl_c(monkeypatch):
+    """Accelerate's launcher of a single process ends at once on Ctrl-C, and its end is a SIGTERM for the process."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    request = StopRequest()
+    with request.listening():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_of_several_repeats_signals(signum, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    request = StopRequest()
+    with request.listening():
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)
+    assert request.signum == signum
