@@ -131,43 +131,43 @@ def _draw_trail(rng: random.Random) -> dict[str, str]:
 
 
 def _draw_references(rng: random.Random, trail: dict[str, str]) -> list[str]:
-    wanted = _choice(rng, range(MIN_REFERENCES, MAX_REFERENCES + 1))
+    num_references = _choice(rng, range(MIN_REFERENCES, MAX_REFERENCES + 1))
     references: dict[str, None] = {}  # a set that keeps order
-    while len(references) < wanted:
+    while len(references) < num_references:
         references[_describe(rng, trail)] = None
     return list(references)
 
 
 def _describe(rng: random.Random, trail: dict[str, str]) -> str:
     """One reference: an opening sentence about the name, then the other attributes, one or two to a sentence."""
-    rest = [attribute for attribute in trail if attribute != "name"]
-    opening, told = _opening(rng, trail, rest)
-    rest = [attribute for attribute in rest if attribute not in told]
+    attributes = [attribute for attribute in trail if attribute != "name"]
+    opening, stated = _opening(rng, trail, attributes)
+    attributes = [attribute for attribute in attributes if attribute not in stated]
     sentences = [opening]
-    while rest:
-        pair, rest = (rest[:2], rest[2:]) if rng.random() < 0.7 else (rest[:1], rest[1:])
+    while attributes:
+        pair, attributes = (attributes[:2], attributes[2:]) if rng.random() < 0.7 else (attributes[:1], attributes[1:])
         sentences.append(_following(rng, trail, pair))
     return " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
 
 
-def _opening(rng: random.Random, trail: dict[str, str], rest: list[str]) -> tuple[str, set[str]]:
+def _opening(rng: random.Random, trail: dict[str, str], attributes: list[str]) -> tuple[str, set[str]]:
     """The first sentence and the attributes it states: type and difficulty, often the one that comes next."""
     name = trail["name"]
     if "type" not in trail and "difficulty" not in trail:
-        told = rest[:2]  # "Fox Ridge covers 5 km and passes a stone bridge"
-        return f"{name} {' and '.join(_predicate(rng, a, trail[a]) for a in told)}", set(told)
+        stated = attributes[:2]  # "Fox Ridge covers 5 km and passes a stone bridge"
+        return f"{name} {' and '.join(_predicate(rng, a, trail[a]) for a in stated)}", set(stated)
 
-    told = {"type"} & set(rest)
-    noun = _choice(rng, WORDS["type"][trail["type"]]) if told else _choice(rng, ("trail", "hike"))
-    if "difficulty" in trail and (not told or rng.random() < 0.6):
-        told.add("difficulty")
+    stated = {"type"} & set(attributes)
+    noun = _choice(rng, WORDS["type"][trail["type"]]) if stated else _choice(rng, ("trail", "hike"))
+    if "difficulty" in trail and (not stated or rng.random() < 0.6):
+        stated.add("difficulty")
         noun = f"{_choice(rng, WORDS['difficulty'][trail['difficulty']])} {noun}"
     noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
-    others = [attribute for attribute in rest if attribute not in told]
-    if others and rng.random() < 0.5:
-        return f"{name} is {noun} that {_predicate(rng, others[0], trail[others[0]])}", told | {others[0]}
-    return _choice(rng, ("{} is {}", "{} is known as {}")).format(name, noun), told
+    remaining = [attribute for attribute in attributes if attribute not in stated]
+    if remaining and rng.random() < 0.5:
+        return f"{name} is {noun} that {_predicate(rng, remaining[0], trail[remaining[0]])}", stated | {remaining[0]}
+    return _choice(rng, ("{} is {}", "{} is known as {}")).format(name, noun), stated
 
 
 def _following(rng: random.Random, trail: dict[str, str], attributes: list[str]) -> str:

@@ -12,7 +12,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
-    """That all that `datasets` would read for this directory is in it, and data in one of the formats.
+    """Checks that all files that `datasets` would read for this directory are in it and in one of the formats.
 
     `datasets` follows the `data_files` of a README's or `.huggingface.yaml`'s YAML, to other directories and to the
     network, and symbolic links.
@@ -20,9 +20,9 @@ def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
     Raises:
         InputError: Something lies outside, or is in a format that is not read here (pickles, archives).
     """
-    for where in _paths_in_yaml(path):
-        if "://" in where or "::" in where or PurePosixPath(where).is_absolute() or _climbs(where):
-            raise _outside(path, where)
+    for name in _paths_in_yaml(path):
+        if "://" in name or "::" in name or PurePosixPath(name).is_absolute() or _climbs(name):
+            raise _outside(path, name)
     from datasets import load_dataset_builder
 
     for file in _resolved_files(load_dataset_builder(str(path)).config.data_files):
@@ -71,7 +71,7 @@ def _paths_in_yaml(path: Path) -> Iterator[str]:
 
 
 def _texts(value: object, seen: set[int]) -> Iterator[str]:
-    """`seen`: YAML's aliases can repeat one object without end."""
+    """All texts in a value. `seen`: ids of lists and mappings so far; YAML's aliases can make one hold itself."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list) and id(value) not in seen:
@@ -84,8 +84,9 @@ def _resolved_files(data_files: object) -> list[str]:
     return [str(file) for files in (data_files or {}).values() for file in files]
 
 
-def _climbs(where: str) -> bool:
-    return ".." in (*PurePosixPath(where).parts, *PureWindowsPath(where).parts) or PureWindowsPath(where).is_absolute()
+def _climbs(name: str) -> bool:
+    """Whether a path leaves its directory, on Linux or on Windows."""
+    return ".." in (*PurePosixPath(name).parts, *PureWindowsPath(name).parts) or PureWindowsPath(name).is_absolute()
 
 
 def _check_inside(path: Path, file: Path) -> None:
@@ -95,8 +96,8 @@ def _check_inside(path: Path, file: Path) -> None:
         raise _outside(path, str(file))
 
 
-def _outside(path: Path, where: str) -> InputError:
+def _outside(path: Path, name: str) -> InputError:
     return InputError(
-        f"{path} names data outside of itself, {where!r}: copy the files into the directory, or name them with their "
+        f"{path} names data outside of itself, {name!r}: copy the files into the directory, or name them with their "
         "own path."
     )

@@ -126,10 +126,10 @@ def data_files(dataset: str) -> list[Path]:
     if path.is_file():
         return [path]
     if _is_saved_to_disk(path):  # `datasets` keeps what it computes from the rows beside them, as cache-….arrow
-        found = [file for file in path.rglob("*") if not file.name.startswith("cache-")]
+        files = [file for file in path.rglob("*") if not file.name.startswith("cache-")]
     else:
-        found = [file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS]
-    return sorted(file for file in found if file.is_file())
+        files = [file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS]
+    return sorted(file for file in files if file.is_file())
 
 
 def _is_saved_to_disk(path: Path) -> bool:

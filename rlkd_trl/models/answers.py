@@ -124,7 +124,7 @@ def _beam_search(
             num_return_sequences=num_beams if all_beams else 1,
             synced_gpus=is_sharded(model),
         )
-    given = len(completion_start_ids(model)) if model.config.is_encoder_decoder else ids_PS.shape[1]
-    ids_BT = output_ids[:, given:]
+    start = len(completion_start_ids(model)) if model.config.is_encoder_decoder else ids_PS.shape[1]
+    ids_BT = output_ids[:, start:]
     mask_BT, ended_B = completion_mask(ids_BT, config.eos_token_id)
     return Completions(torch.where(mask_BT, ids_BT, config.pad_token_id), mask_BT, ended_B)

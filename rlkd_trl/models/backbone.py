@@ -42,7 +42,7 @@ _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 def _logit_factor(config: PreTrainedConfig) -> float:
-    """What a model multiplies the LM head's output by; 1 in most."""
+    """The constant by which a model multiplies the LM head's output; 1 in most models."""
     factor = 1.0
     for name in _FACTORS:
         factor *= getattr(config, name, None) or 1.0
@@ -121,7 +121,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: of weights that Accelerate has parked, where they are brought for a call."""
+        """The device for inputs: the weights' own, or where Accelerate brings parked weights for a call."""
         parked = execution_device(self.model) if self.model.device.type == "meta" else None
         return parked or self.model.device
 
@@ -268,7 +268,7 @@ class EncoderDecoderBackbone(Backbone):
         return logits if bias is None else logits + bias.squeeze(0)
 
     def _start_Bn(self, like_BT: Tensor) -> Tensor:
-        """What the decoder is given before a completion's first token, for each row of `like_BT`."""
+        """The decoder's start tokens, once for each row of `like_BT`."""
         return like_BT.new_tensor(completion_start_ids(self.model)).expand(len(like_BT), -1)
 
     def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:

@@ -34,12 +34,12 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, scale) for scale in quantisation_scales(parameter))
 
 
-def check_weights(model: nn.Module, what: str) -> None:
+def check_weights(model: nn.Module, model_name: str) -> None:
     """Raises `InputError` if a weight is NaN or infinite."""
     bad = not_finite(weights_of(model))
     if bad:
         raise InputError(
-            f"{what} has weights that are NaN or infinite, in {listed(bad)}: it was destroyed in training or in "
+            f"{model_name} has weights that are NaN or infinite, in {listed(bad)}: it was destroyed in training or in "
             "saving; use an older checkpoint."
         )
 
@@ -54,6 +54,6 @@ def refuse_float16_weights(model: nn.Module) -> None:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of them."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

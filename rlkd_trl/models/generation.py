@@ -119,10 +119,10 @@ def sample_completions(
         )
     readers = [_Reader(backbone, prompt_ids_PS, prompt_mask_PS, prompt_index_B)]
     if mixed_with is not None:
-        asked = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
+        prompts = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
         # In its own precision, whatever the student's autocast.
-        own_precision = partial(torch.autocast, prompt_ids_PS.device.type, enabled=False)
-        readers.append(_Reader(mixed_with.backbone, *asked, own_precision))
+        without_autocast = partial(torch.autocast, prompt_ids_PS.device.type, enabled=False)
+        readers.append(_Reader(mixed_with.backbone, *prompts, without_autocast))
     sharded = any(reader.backbone.is_sharded for reader in readers)
     batch_size, device = prompt_index_B.shape[0], prompt_ids_PS.device
     eos_E = torch.tensor(eos_ids, device=device)
@@ -133,9 +133,9 @@ def sample_completions(
     for t in range(max_completion_length):
         logits_bV = _next_logits(readers, mixed_with, forbidden_V, temperature)
         if top_k:
-            kept = logits_bV.topk(top_k, dim=-1)
-            support_BTk[row_b, t] = kept.indices
-            logits_bV = torch.full_like(logits_bV, -torch.inf).scatter(-1, kept.indices, kept.values)
+            likeliest = logits_bV.topk(top_k, dim=-1)
+            support_BTk[row_b, t] = likeliest.indices
+            logits_bV = torch.full_like(logits_bV, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
         if uniforms_BT is None:
             token_b = logits_bV.argmax(dim=-1)
         else:

@@ -30,7 +30,7 @@ _NOT_USED = (
 
 
 def completion_start_ids(model: PreTrainedModel) -> list[int]:
-    """What an encoder-decoder model's decoder has read before a completion's first token, nothing of it sampled.
+    """The tokens that an encoder-decoder model's decoder reads before a completion's first token; none is sampled.
 
     The decoder-start token; then, in BART, mBART, M2M100 and NLLB, the forced BOS, which may be a language's code.
     Without a decoder-start token it is BOS, as in transformers' `generate`.
@@ -42,15 +42,15 @@ def completion_start_ids(model: PreTrainedModel) -> list[int]:
 
 
 def _id_of(model: PreTrainedModel, name: str) -> int | None:
-    """From the generation config, or from the config."""
-    found = getattr(model.generation_config, name, None)
-    return getattr(model.config, name, None) if found is None else found
+    """The token id of this name in the generation config, or else in the config."""
+    token_id = getattr(model.generation_config, name, None)
+    return getattr(model.config, name, None) if token_id is None else token_id
 
 
 def plain_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int
 ) -> GenerationConfig:
-    """With it, plain `generate` gives what greedy decoding here gives, and with `num_beams` what beam search does.
+    """The config by which plain `generate` writes what greedy decoding here, or beam search (`num_beams`), does.
 
     Completions have at most `max_completion_length` tokens, EOS included; ids that are never sampled are
     `bad_words_ids`, which a forced BOS is exempt from at its place, as from no other processor.
@@ -81,19 +81,19 @@ def set_trained_generation_config(
 
 
 def settings_not_used(config: GenerationConfig) -> dict[str, object]:
-    """What of a checkpoint's generation config changes its own distribution, and is not used here."""
+    """The settings of a checkpoint's generation config that change its distribution and are not used here, by name."""
     neutral = (None, 0, 1, [], {})
     is_of_a_trained_checkpoint = hasattr(config, ALLOWED_SPECIAL_TOKENS)  # whose bad words are the vocabulary's rule
-    found = {} if is_of_a_trained_checkpoint else {name: getattr(config, name, None) for name in _NOT_USED}
-    return {name: value for name, value in found.items() if value not in neutral}
+    settings = {} if is_of_a_trained_checkpoint else {name: getattr(config, name, None) for name in _NOT_USED}
+    return {name: value for name, value in settings.items() if value not in neutral}
 
 
 @contextmanager
 def generating_by(config: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
     """Within it `model.generate` has `config` and nothing of the model's own, which would fill in what is None."""
     base = base_of(model)
-    own, base.generation_config = base.generation_config, config
+    config_before, base.generation_config = base.generation_config, config
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config = config_before

@@ -85,7 +85,7 @@ def check_lengths(
     max_completion_length: int,
     prompt_flag: str = "max_prompt_length",
 ) -> None:
-    """That the model has positions for each prompt, cut as it will be, and a completion of the greatest length.
+    """Checks that the model has positions for each prompt, cut as it will be, and a completion of the greatest length.
 
     The prompts are looked at only where the two caps alone do not say so.
 

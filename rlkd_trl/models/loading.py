@@ -100,8 +100,8 @@ def load_model(
             **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
         )
     missing = {*info["missing_keys"], *_lost_tied_weights(model, name_or_path, revision)}
-    own = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
-    check_complete(own, f"The model {name_or_path!r}")
+    untied = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
+    check_complete(untied, f"The model {name_or_path!r}")
     check_weights(model, f"The model {name_or_path!r}")
     refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
     not_used = settings_not_used(model.generation_config) if model.can_generate() else {}
@@ -112,13 +112,13 @@ def load_model(
     return model
 
 
-def check_complete(missing: Collection[str], what: str) -> None:
+def check_complete(missing: Collection[str], model_name: str) -> None:
     """Raises `InputError`, with the names of weights that a checkpoint lacks: they would be random numbers."""
     if missing:
         names = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise InputError(
-            f"{what} is incomplete: {len(missing)} of its weights are not in the checkpoint ({names}), and would be "
-            "random numbers. Copy or download it again."
+            f"{model_name} is incomplete: {len(missing)} of its weights are not in the checkpoint ({names}), and "
+            "would be random numbers. Copy or download it again."
         )
 
 
@@ -190,7 +190,7 @@ def default_device() -> torch.device:
 
 
 def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:
-    """Whether the tokenizer was read from files: transformers 5 makes one of a few tokens up where there are none."""
+    """Whether the tokenizer was read from files; without any, transformers 5 makes one up, of a few tokens."""
     own_names = type(tokenizer).vocab_files_names.values()
     if not own_names:  # bytes or characters, as ByT5's
         return True
@@ -206,12 +206,12 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
 
-def _from_pretrained(auto_class, name_or_path: str, what: str, **kwargs):
+def _from_pretrained(auto_class, name_or_path: str, part: str, **kwargs):
     require_checkpoint("model", name_or_path)
     try:
         return auto_class.from_pretrained(name_or_path, **kwargs)
     except _LOADING_ERRORS as error:
         # In one line: what to do (a token, access, a connection) often stands in the second.
         reason = textwrap.shorten(str(error), 500) or type(error).__name__
-        where = "" if Path(name_or_path).is_dir() else " (no directory here, so taken for a Hub id)"
-        raise InputError(f"Could not load the {what} of {name_or_path!r}{where}: {reason}") from error
+        hint = "" if Path(name_or_path).is_dir() else " (no directory here, so taken for a Hub id)"
+        raise InputError(f"Could not load the {part} of {name_or_path!r}{hint}: {reason}") from error

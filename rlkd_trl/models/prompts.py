@@ -92,7 +92,7 @@ def _token_ids(
 
 
 def _measures(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
-    """What `prompts.shortened` measures texts with."""
+    """The functions by which `prompts.shortened` counts tokens and finds where they end."""
 
     def token_ends(text: str) -> list[int]:
         if not tokenizer.is_fast:  # which does not tell where its tokens end

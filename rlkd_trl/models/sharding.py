@@ -27,7 +27,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_first_process() -> bool:
-    """Of the launched processes, the one that speaks and writes; known before they have found each other."""
+    """Whether this is the launched process that prints and writes; works before the process group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

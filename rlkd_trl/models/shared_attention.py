@@ -84,7 +84,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 def can_share(decoder: PreTrainedModel) -> bool:
-    """Whether its attention is transformers' SDPA, which may be replaced; eager attention is each model's own."""
+    """Whether the decoder's attention is transformers' SDPA: that may be replaced, a model's own eager one not."""
     return attention_name(decoder) == "sdpa"
 
 

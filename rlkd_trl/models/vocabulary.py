@@ -82,10 +82,10 @@ def allow_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """
     tokens = list(tokens)
     check_special_tokens(tokenizer, tokens)
-    known = allowed_special_tokens(model)
-    together = list(dict.fromkeys([*known, *tokens]))
-    if together != known:
-        setattr(base_of(model).generation_config, ALLOWED_SPECIAL_TOKENS, together)
+    allowed_before = allowed_special_tokens(model)
+    allowed = list(dict.fromkeys([*allowed_before, *tokens]))
+    if allowed != allowed_before:
+        setattr(base_of(model).generation_config, ALLOWED_SPECIAL_TOKENS, allowed)
 
 
 def share_special_tokens(

@@ -55,11 +55,11 @@ def leave_one_out(scores: Tensor, num_generations: int, *, kept_B: Tensor | None
     if kept_B is None:
         others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / (num_generations - 1)
         return (grouped - others_mean).flatten(0, 1)
-    kept = kept_B.view(-1, num_generations, *[1] * (scores.dim() - 1))
-    grouped = masked(grouped, kept)
-    others = kept.sum(dim=1, keepdim=True) - 1
-    others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
-    return masked(grouped - others_mean, kept & (others > 0)).flatten(0, 1)
+    kept_PK = kept_B.view(-1, num_generations, *[1] * (scores.dim() - 1))
+    grouped = masked(grouped, kept_PK)
+    num_others = kept_PK.sum(dim=1, keepdim=True) - 1
+    others_mean = (grouped.sum(dim=1, keepdim=True) - grouped) / num_others.clamp(min=1)
+    return masked(grouped - others_mean, kept_PK & (num_others > 0)).flatten(0, 1)
 
 
 def token_leave_one_out(

@@ -174,7 +174,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _blocks(rows_NV: Tensor) -> Iterator[slice]:
-    """Of so many positions as make a block of logits."""
+    """Slices of consecutive rows, each of at most `_BLOCK_ELEMENTS` logits but at least one row."""
     N, V = rows_NV.shape
     size = max(1, (_BLOCK_ELEMENTS_CPU if rows_NV.device.type == "cpu" else _BLOCK_ELEMENTS) // V)
     return (slice(first, first + size) for first in range(0, N, size))
@@ -227,7 +227,7 @@ def mixture_log_probs(
 
 
 def slices_needed(positions: int, vocab_size: int, max_elements: int = MAX_SLICE_ELEMENTS) -> int:
-    """In how many slices `map_head_slices` takes N positions; at least one."""
+    """The number of slices in which `map_head_slices` takes N positions; at least one."""
     return max(1, math.ceil(positions / max(1, max_elements // vocab_size)))
 
 

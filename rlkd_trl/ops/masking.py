@@ -57,8 +57,8 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of the entries where `mask` is True, over everything or over `dim`."""
-    kept = masked(x, mask)
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+    masked_x = masked(x, mask)
+    return masked_x.sum() if dim is None else masked_x.sum(dim=dim)
 
 
 def masked_moments(

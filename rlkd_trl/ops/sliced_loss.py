@@ -92,9 +92,9 @@ class _SlicedLoss(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _refuse_other_parameters(logits_nV: Tensor, known: Sequence[Tensor]) -> None:
-    """Without this check, a parameter that the caller forgot would silently stay as it is."""
-    known_nodes = {torch.autograd.graph.get_gradient_edge(x).node for x in known if x.requires_grad}
+def _refuse_other_parameters(logits_nV: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Raises `ValueError` if the logits depend on a weight that is not in `parameters`: it would get no gradient."""
+    known_nodes = {torch.autograd.graph.get_gradient_edge(x).node for x in parameters if x.requires_grad}
     seen, stack = set(), [logits_nV.grad_fn]
     while stack:
         node = stack.pop()

@@ -43,7 +43,7 @@ def ask_renderer(*request: object) -> object:
 
 
 class _Ended(Exception):
-    """The renderer is no more; the message says of what."""
+    """The renderer's process has ended; the message gives the reason."""
 
 
 class _Renderer:
@@ -65,7 +65,7 @@ class _Renderer:
 
     @property
     def belongs_here(self) -> bool:
-        """Not to the process of which this one is a fork."""
+        """Whether this process started the renderer; a fork of that process did not."""
         return self._owner == os.getpid()
 
     def ask(self, request: tuple) -> dict[str, object]:

@@ -106,8 +106,8 @@ def select_entries(entries: list[TemplateEntry], names: str | Sequence[str], fil
     for name in names:
         if name not in available:
             close = difflib.get_close_matches(name, available)
-            rest = [other for other in available if other not in close]
-            raise InputError(f"{file} has no template '{name}'; it has: {', '.join(close + rest)}.")
+            not_close = [other_name for other_name in available if other_name not in close]
+            raise InputError(f"{file} has no template '{name}'; it has: {', '.join(close + not_close)}.")
         if available.count(name) > 1:
             raise InputError(f"{file} has {available.count(name)} templates named '{name}'; rename them in the file.")
         if list(names).count(name) > 1:
@@ -125,23 +125,23 @@ def _short_entry(file: Path, name: object, text: object) -> TemplateEntry:
 
 
 def _entry(file: Path, key: object, fields: object) -> TemplateEntry:
-    where = f"{file}, template id {key}"
+    place = f"{file}, template id {key}"
     if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected a mapping with 'name' and 'jinja', found {type(fields).__name__}.")
+        raise InputError(f"{place}: expected a mapping with 'name' and 'jinja', found {type(fields).__name__}.")
     for field in ("name", "jinja"):
         if not isinstance(fields.get(field), str):
             raise InputError(
-                f"{where}: '{field}' must be text, found {_SHORT.repr(fields.get(field))}; put it in quotes."
+                f"{place}: '{field}' must be text, found {_SHORT.repr(fields.get(field))}; put it in quotes."
             )
     answer_choices = fields.get("answer_choices")
     if not isinstance(answer_choices, str | None):
-        raise InputError(f"{where}: 'answer_choices' must be text or null, found {_SHORT.repr(answer_choices)}.")
+        raise InputError(f"{place}: 'answer_choices' must be text or null, found {_SHORT.repr(answer_choices)}.")
     metadata = fields.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise InputError(f"{where}: 'metadata' must be a mapping, found {_SHORT.repr(metadata)}.")
+        raise InputError(f"{place}: 'metadata' must be a mapping, found {_SHORT.repr(metadata)}.")
     original_task = metadata.get("original_task")
     if not isinstance(original_task, bool | None):
-        raise InputError(f"{where}: 'original_task' must be true or false, found {_SHORT.repr(original_task)}.")
+        raise InputError(f"{place}: 'original_task' must be true or false, found {_SHORT.repr(original_task)}.")
     return TemplateEntry(
         name=fields["name"],
         jinja=fields["jinja"],

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _bound_this_process() -> None:
-    """Memory; and neither files nor processes, which templates have no way to make anyhow."""
+    """Limits memory, and forbids files and processes, which templates have no way to make anyhow."""
     if resource is None:
         return
     limits = {
@@ -73,7 +73,7 @@ def _answer(request: tuple) -> dict[str, object]:
 
 
 def _set_timer(seconds: float) -> None:
-    """After so much CPU time the kernel ends this process."""
+    """Has the kernel end this process after so many seconds of CPU time; 0 takes that back."""
     if resource is not None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

@@ -173,9 +173,9 @@ def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:
 
     Looks into `{% if %}`; statements of other kinds are kept whole, which can only keep too much. Changes `body`.
     """
-    kept = []
+    statements = []
     for node in body:
-        kept.append(node)
+        statements.append(node)
         ended = False
         if isinstance(node, nodes.Output):
             texts = [isinstance(child, nodes.TemplateData) and SEPARATOR in child.data for child in node.nodes]
@@ -190,8 +190,8 @@ def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:
             node.else_, else_ended = _before_separator(node.else_)
             ended = else_ended and all(endings)
         if ended:
-            return kept, True
-    return kept, False
+            return statements, True
+    return statements, False
 
 
 def missing_value(column: str) -> Undefined:

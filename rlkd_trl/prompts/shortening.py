@@ -111,7 +111,7 @@ def can_fit(
     token_ends: Callable[[str], Sequence[int]],
     max_length: int,
 ) -> bool:
-    """Whether `shortened` has anything to return: one rendering, with one token of each variable."""
+    """Whether the prompt fits with one token of each variable: if not, `shortened` has nothing to return."""
     cuts = _Cuts(prompt.variables, token_ends)
     for leaves_out in (True, False):
         try:
@@ -158,13 +158,13 @@ class _Cuts:
         self.most = len(self.names) * max(self._tokens.values(), default=0)
 
     def with_about(self, fewer: int) -> int:
-        """The number of the cut that leaves so many fewer tokens in the variables than they have."""
-        wanted = sum(self._tokens.values()) - fewer
+        """The number of the cut that leaves the variables `fewer` tokens less than they have."""
+        tokens_left = sum(self._tokens.values()) - fewer
         numbers = range(self.least, self.most + 1)
-        return self.least - 1 + bisect.bisect_right(numbers, wanted, key=self._tokens_left)
+        return self.least - 1 + bisect.bisect_right(numbers, tokens_left, key=self._tokens_left)
 
     def at(self, number: int, leaves_out: bool) -> dict[str, object]:
-        """The variables that cut `number` changes. leaves_out: without what lists have behind the cut."""
+        """The variables that cut `number` shortens. leaves_out: drop a list's items that lie behind the cut."""
         limits = self._limits(number)
         return {
             name: _cut(value, iter(self._ends[name]), _Budget(limits[name]), leaves_out)
@@ -173,8 +173,8 @@ class _Cuts:
         }
 
     def _limits(self, number: int) -> dict[str, int]:
-        each, remainder = divmod(number, max(1, len(self.names)))
-        return {name: each + (i < remainder) for i, name in enumerate(self.names)}
+        tokens_each, remainder = divmod(number, max(1, len(self.names)))
+        return {name: tokens_each + (i < remainder) for i, name in enumerate(self.names)}
 
     def _tokens_left(self, number: int) -> int:
         return sum(min(self._tokens[name], limit) for name, limit in self._limits(number).items())
@@ -207,17 +207,20 @@ def _longest_fitting(
 
 
 class _Budget:
+    """How many tokens of a variable may still be used."""
+
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def take(self, wanted: int) -> int:
-        taken = min(wanted, self.tokens)
+    def take(self, tokens: int) -> int:
+        """As many of these tokens as are left, which then are used up."""
+        taken = min(tokens, self.tokens)
         self.tokens -= taken
         return taken
 
 
 def _cut(value: object, ends: Iterator[list[int]], budget: _Budget, leaves_out: bool) -> object:
-    """A copy with its first texts as far as the budget of tokens goes; `ends` has each text's places to cut at."""
+    """A copy whose texts, in order, are as long as the budget allows; `ends` has the places where each may be cut."""
     if isinstance(value, str):
         places = next(ends)
         taken = budget.take(len(places))
@@ -226,13 +229,13 @@ def _cut(value: object, ends: Iterator[list[int]], budget: _Budget, leaves_out: 
         return {key: _cut(item, ends, budget, leaves_out) for key, item in value.items()}
     if not isinstance(value, list | tuple):
         return value
-    kept = []
+    shortened_items = []
     for item in value:
         is_behind = budget.tokens == 0
         shorter = _cut(item, ends, budget, leaves_out)
-        if not (leaves_out and is_behind and kept):
-            kept.append(shorter)
-    return kept
+        if not (leaves_out and is_behind and shortened_items):
+            shortened_items.append(shorter)
+    return shortened_items
 
 
 def _texts(value: object) -> list[str]:

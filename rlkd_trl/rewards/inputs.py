@@ -43,17 +43,17 @@ class RewardInputs:
 
     def of_completion(self, b: int) -> "RewardInputs":
         """The same with one of the completions only."""
-        one = slice(b, b + 1)
+        row = slice(b, b + 1)
         return replace(
             self,
             rows=[self.rows[int(self.prompt_index_B[b])]],
-            prompt_index_B=torch.zeros_like(self.prompt_index_B[one]),
-            completion_ids_BT=self.completion_ids_BT[one],
-            completion_mask_BT=self.completion_mask_BT[one],
-            ended_B=self.ended_B[one],
-            completions=None if self.completions is None else self.completions[one],
-            student_logps_BT=None if self.student_logps_BT is None else self.student_logps_BT[one],
-            scores=None if self.scores is None else self.scores.rows(one),
+            prompt_index_B=torch.zeros_like(self.prompt_index_B[row]),
+            completion_ids_BT=self.completion_ids_BT[row],
+            completion_mask_BT=self.completion_mask_BT[row],
+            ended_B=self.ended_B[row],
+            completions=None if self.completions is None else self.completions[row],
+            student_logps_BT=None if self.student_logps_BT is None else self.student_logps_BT[row],
+            scores=None if self.scores is None else self.scores.rows(row),
         )
 
     def column(self, name: str) -> list[object]:

@@ -60,8 +60,8 @@ def function_reward(
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        where = _first_failing(function, inputs, type(error))
-        raise _error(function, name, f"raised {_shown(error, function)}, {where}") from error
+        place = _first_failing(function, inputs, type(error))
+        raise _error(function, name, f"raised {_shown(error, function)}, {place}") from error
     scores = _as_tensor(result, function, name, mask_BT).to(mask_BT.device)
     is_per_completion = scores.shape == mask_BT.shape[:1]
     if is_per_completion:
@@ -77,8 +77,8 @@ def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> Tea
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        given = ", ".join(["the teachers", *settings])
-        raise _error(kind, None, f"cannot be made of {given}: {type(error).__name__}: {error}") from error
+        arguments = ", ".join(["the teachers", *settings])
+        raise _error(kind, None, f"cannot be made of {arguments}: {type(error).__name__}: {error}") from error
 
 
 def teacher_reward(
@@ -115,7 +115,7 @@ def _result(function: Callable, inputs: RewardInputs) -> object:
 
 
 def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
-    """What TRL passes, and `ended`; data columns of these names give way. Only what the function accepts."""
+    """What TRL passes, and `ended`, in place of data columns of the same names; only what the function accepts."""
     arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
     arguments |= {
         "prompts": inputs.column("prompt"),
@@ -127,8 +127,8 @@ def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
     for name, parameter in parameters.items():
         is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if is_named and parameter.default is parameter.empty and name not in arguments:
-            known = ", ".join(arguments)
-            raise _error(function, None, f"needs the argument {name!r}; what it gets by name here is: {known}")
+            available = ", ".join(arguments)
+            raise _error(function, None, f"needs the argument {name!r}; what it gets by name here is: {available}")
     if _takes_any_keyword(function):
         return arguments
     return {key: arguments[key] for key in parameters if key in arguments}
@@ -137,14 +137,14 @@ def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
 def _as_tensor(result: object, function: Callable, name: str, mask_BT: Tensor) -> Tensor:
     if isinstance(result, Tensor):
         return result.detach().float()
-    wanted = f"it must return one number per completion, {len(mask_BT)} here, in a list or tensor"
+    expected = f"it must return one number per completion, {len(mask_BT)} here, in a list or tensor"
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
-        raise _error(function, name, f"returned {_short(result)}; {wanted}")
+        raise _error(function, name, f"returned {_short(result)}; {expected}")
     try:
         # A TRL reward function may return None for a sample it does not apply to: no reward.
         return torch.tensor([0.0 if score is None else float(score) for score in result])
     except (TypeError, ValueError, OverflowError) as error:
-        raise _error(function, name, f"returned {_short(result)}; {wanted} ({error})") from error
+        raise _error(function, name, f"returned {_short(result)}; {expected} ({error})") from error
 
 
 def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor, allow_not_finite: bool) -> None:
@@ -163,11 +163,11 @@ def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor, al
 # What went wrong, in words
 
 
-def _error(reward: object, name: str | None, what: str) -> InputError:
-    """A sentence that begins with the reward's name and ends with its file."""
+def _error(reward: object, name: str | None, problem: str) -> InputError:
+    """The error "The reward NAME PROBLEM. It is in FILE."; `name` None takes the function's or the class's."""
     name = getattr(reward, "__name__", type(reward).__name__) if name is None else name
     file = _file_of(reward)
-    return InputError(f"The reward {name!r} {what}." + (f" It is in {file}." if file else ""))
+    return InputError(f"The reward {name!r} {problem}." + (f" It is in {file}." if file else ""))
 
 
 def _file_of(reward: object) -> str | None:
@@ -179,10 +179,11 @@ def _file_of(reward: object) -> str | None:
 
 
 def _shown(error: BaseException, reward: object) -> str:
-    """What was raised, and the innermost line of the reward's own file on the way there."""
+    """The error in words, with the innermost line of the reward's own file that led to it."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == _file_of(reward)] or list(frames)
-    return f"{type(error).__name__}: {error} (line {own[-1].lineno} of {own[-1].filename})"
+    frames_of_reward = [frame for frame in frames if frame.filename == _file_of(reward)]
+    innermost = (frames_of_reward or list(frames))[-1]
+    return f"{type(error).__name__}: {error} (line {innermost.lineno} of {innermost.filename})"
 
 
 def _first_failing(function: Callable, inputs: RewardInputs, kind: type[BaseException]) -> str:
@@ -221,7 +222,7 @@ def _takes_any_keyword(function: Callable) -> bool:
 
 
 def _wait_for(awaitable: Awaitable[list[float]]) -> list[float]:
-    """In a thread of its own: in a notebook, this one already runs an event loop."""
+    """The awaited result, from a new thread: in a notebook the current one already runs an event loop."""
 
     async def wait() -> list[float]:
         return await awaitable

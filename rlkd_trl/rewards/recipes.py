@@ -177,14 +177,14 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise InputError(f"`--reward {spec}`: {path} failed: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if _is_teacher_reward(found):
-        return found
-    if not callable(found) or isinstance(found, type):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) or _is_teacher_reward(value)]
-        raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(known)}.")
-    check_signature(found)
-    return found
+    reward = getattr(module, name, None)
+    if _is_teacher_reward(reward):
+        return reward
+    if not callable(reward) or isinstance(reward, type):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) or _is_teacher_reward(value)]
+        raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(names)}.")
+    check_signature(reward)
+    return reward
 
 
 def _is_teacher_reward(value: object) -> bool:

@@ -131,7 +131,7 @@ class TeacherReward:
         return RenderedPrompt(written({}), {i: message["content"] for i, message in enumerate(prompt)}, written)
 
     def _inputs(self, rows: list[dict], completions_ids: list[list[int]]) -> RewardInputs:
-        """One completion per row; one without EOS at its end counts as truncated."""
+        """Rewards' inputs for one completion per row; a completion without EOS at its end counts as truncated."""
         teacher = self.panel.scorers[0].teacher
         eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
         lengths = [len(ids) for ids in completions_ids]
@@ -240,13 +240,13 @@ def _checked(prompt: object, index: int) -> str:
 
 def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[TeacherReward]) -> list[TeacherScores]:
     """The panel's scores with every statistic that any of `terms` reads."""
-    wanted: dict[str, object] = {"expected": False, "tau": None}
+    statistics: dict[str, object] = {"expected": False, "tau": None}
     for term in terms:
         for name, value in term.wanted_statistics().items():
             if value:
-                if name == "tau" and wanted["tau"] not in (None, value):
-                    raise InputError(f"Two reward terms want different tau: {wanted['tau']} and {value}.")
-                wanted[name] = value
+                if name == "tau" and statistics["tau"] not in (None, value):
+                    raise InputError(f"Two reward terms want different tau: {statistics['tau']} and {value}.")
+                statistics[name] = value
     return panel.score(
         inputs.rows,
         inputs.prompt_index_B,
@@ -254,18 +254,18 @@ def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[Teach
         inputs.completion_mask_BT,
         inputs.ended_B,
         forbidden_V=inputs.forbidden_V if any(term.reads_allowed_logsumexp for term in terms) else None,
-        **wanted,
+        **statistics,
     )
 
 
 def _panel(model, processing_class, templates: PromptTemplates | None) -> TeacherPanel:
-    def teacher(one) -> Teacher:
-        if isinstance(one, Teacher):
-            return one
-        if isinstance(one, str):
-            return Teacher.from_pretrained(one)
+    def teacher(model_or_name) -> Teacher:
+        if isinstance(model_or_name, Teacher):
+            return model_or_name
+        if isinstance(model_or_name, str):
+            return Teacher.from_pretrained(model_or_name)
         if processing_class is None:
             raise InputError("A loaded teacher model needs its tokenizer: pass `processing_class`.")
-        return Teacher(one, processing_class)
+        return Teacher(model_or_name, processing_class)
 
     return TeacherPanel([teacher(m) for m in (model if isinstance(model, list | tuple) else [model])], templates)

@@ -52,11 +52,11 @@ def declared(path: str) -> type | None:
 
 @cache
 def _source(module: str) -> ast.Module:
-    top, *rest = module.split(".")
+    top, *submodules = module.split(".")
     spec = importlib.util.find_spec(top)  # of a package at the top: without importing it
     if spec is None or not spec.submodule_search_locations:
         raise _CannotRead(module)
-    base = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+    base = Path(spec.submodule_search_locations[0]).joinpath(*submodules)
     file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -100,8 +100,8 @@ def _field(statement: ast.AnnAssign, names: "_Names") -> tuple[object, dataclass
         word.value for word in value.keywords if word.arg == "metadata" and isinstance(word.value, ast.Dict)
     ]:
         items = zip(metadata.keys, metadata.values, strict=True)
-        known = {key.value: names.evaluate_or_unknown(item) for key, item in items if isinstance(key, ast.Constant)}
-        settings["metadata"] = {key: item for key, item in known.items() if item is not UNKNOWN}
+        values = {key.value: names.evaluate_or_unknown(item) for key, item in items if isinstance(key, ast.Constant)}
+        settings["metadata"] = {key: item for key, item in values.items() if item is not UNKNOWN}
     if settings.get("default_factory") is UNKNOWN:
         settings["default"] = settings.pop("default_factory")
     return kind, dataclasses.field(**settings)
@@ -224,9 +224,9 @@ def _imported(module: str, node: ast.ImportFrom, name: str) -> tuple[str, str]:
 
 
 def _is_package(module: str) -> bool:
-    top, *rest = module.split(".")
+    top, *submodules = module.split(".")
     spec = importlib.util.find_spec(top)
     return (
         bool(spec and spec.submodule_search_locations)
-        and Path(spec.submodule_search_locations[0]).joinpath(*rest).is_dir()
+        and Path(spec.submodule_search_locations[0]).joinpath(*submodules).is_dir()
     )

@@ -54,16 +54,16 @@ _INHERITED_WRITTEN = "output_dir"
 
 @cache
 def files_read(settings: type) -> dict[str, Reads]:
-    """Of a dataclass, its own and those that it has from transformers: field to what its value names."""
+    """The fields of a dataclass, its own and transformers', whose values name something to read; and what that is."""
     hints = typing.get_type_hints(settings, include_extras=True)
     names = [field.name for field in dataclasses.fields(settings)]
-    own = {name: reads for name in names if (reads := _noted(hints[name], Reads)) is not None}
-    return {name: reads for name, reads in INHERITED.items() if name in names} | own
+    declared_here = {name: reads for name in names if (reads := _noted(hints[name], Reads)) is not None}
+    return {name: reads for name, reads in INHERITED.items() if name in names} | declared_here
 
 
 @cache
 def places_written(settings: type) -> list[str]:
-    """Of a dataclass, its own fields and those from transformers that name where an output goes."""
+    """The fields of a dataclass, its own and transformers', whose values name the place of an output."""
     hints = typing.get_type_hints(settings, include_extras=True)
     names = [field.name for field in dataclasses.fields(settings)]
     return [name for name in names if name == _INHERITED_WRITTEN or _noted(hints[name], Writes) is not None]
@@ -88,7 +88,7 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
 
 
 def _noted(hint: object, kind: type[enum.Enum]) -> enum.Enum | None:
-    """The note of a kind in a type hint: of `Annotated[str, …]` itself, or of a list or an option of it."""
+    """The note of this kind in a type hint: in `Annotated[str, …]` itself, or in a list or a union that holds it."""
     if typing.get_origin(hint) is Annotated:
         return next((note for note in typing.get_args(hint) if isinstance(note, kind)), None)
-    return next((found for part in typing.get_args(hint) if (found := _noted(part, kind)) is not None), None)
+    return next((note for inner in typing.get_args(hint) if (note := _noted(inner, kind)) is not None), None)

@@ -92,21 +92,21 @@ def check_values(values: Mapping[str, object], ranges: Mapping[str, object], *, 
         for number in value if isinstance(value, list | tuple) else [value]:
             is_fraction = kind is int and isinstance(number, Real) and not isinstance(number, Integral)
             if is_fraction or number not in valid:
-                whole = "a whole number, " if is_fraction else ""
-                raise InputError(f"{_as_written(prefix, name, value)} is out of range: {whole}{valid}.")
+                kind_wanted = "a whole number, " if is_fraction else ""
+                raise InputError(f"{_as_written(prefix, name, value)} is out of range: {kind_wanted}{valid}.")
 
 
 def _as_written(prefix: str, name: str, value: object) -> str:
-    """A flag, or an argument of a config, with its value."""
+    """A flag, or an argument of a config, with its value, as the user writes it."""
     if not prefix:
         return f"{name} = {value}"
     return f"{prefix}{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _range_in(hint: object) -> tuple[Range, type] | None:
-    """The range in a type hint: of `Annotated[int, Range(..)]` itself, or of a list or an option of it."""
+    """Range and number type in a type hint: of `Annotated[int, Range(..)]`, or of one in a list or a union."""
     if typing.get_origin(hint) is Annotated:
         kind, *notes = typing.get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]
         return (ranges[0], kind) if ranges else None
-    return next((found for part in typing.get_args(hint) if (found := _range_in(part))), None)
+    return next((range_and_type for inner in typing.get_args(hint) if (range_and_type := _range_in(inner))), None)

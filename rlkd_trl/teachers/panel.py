@@ -15,10 +15,10 @@ from rlkd_trl.teachers.teacher import Teacher
 
 @dataclass(frozen=True)
 class Scorer:
-    """One teacher asked in one way: with template number `question`."""
+    """One teacher asked through one template, the panel's `template_index`-th from 0."""
 
     teacher: Teacher
-    question: int
+    template_index: int
     weight: float
 
 
@@ -44,11 +44,11 @@ class TeacherPanel:
         if not all(0 < weight < math.inf for weight in teacher_weights):
             raise InputError(f"The teachers' weights must be positive, for an average; got {teacher_weights}.")
         self.templates = templates
-        questions = 1 if templates is None else len(templates)
+        num_templates = 1 if templates is None else len(templates)
         self.scorers = [
-            Scorer(teacher, question, weight / sum(teacher_weights) / questions)
+            Scorer(teacher, template_index, weight / sum(teacher_weights) / num_templates)
             for teacher, weight in zip(teachers, teacher_weights, strict=True)
-            for question in range(questions)
+            for template_index in range(num_templates)
         ]
 
     @property
@@ -56,7 +56,7 @@ class TeacherPanel:
         return [scorer.weight for scorer in self.scorers]
 
     def questions(self, row: Mapping[str, object]) -> list[str]:
-        """What the teachers are asked about a data row: one prompt per template.
+        """The prompts by which the teachers are asked about a data row, one per template.
 
         Without templates, `row["prompt"]` itself. A row of nothing but a prompt is bound to the templates' one input
         column; see `question_columns` for the rest.
@@ -89,7 +89,7 @@ class TeacherPanel:
         """
         return [
             scorer.teacher.score(
-                *asked,
+                *prompts,
                 completion_ids_BT,
                 completion_mask_BT,
                 ended_B,
@@ -97,7 +97,7 @@ class TeacherPanel:
                 tau=tau,
                 forbidden_V=forbidden_V,
             )
-            for scorer, asked in self._asked(rows, prompt_index_B)
+            for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
         ]
 
     def states(
@@ -109,17 +109,17 @@ class TeacherPanel:
     ) -> list[Tensor]:
         """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as `score`."""
         return [
-            scorer.teacher.states(*asked, completion_ids_BT, completion_mask_BT)
-            for scorer, asked in self._asked(rows, prompt_index_B)
+            scorer.teacher.states(*prompts, completion_ids_BT, completion_mask_BT)
+            for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
         ]
 
-    def _asked(
+    def _distinct_prompts(
         self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor
     ) -> Iterator[tuple[Scorer, tuple[list[str], Tensor]]]:
-        """Each scorer with its distinct questions and, for every completion, which of them it answers."""
-        questions = [self.questions(row) for row in rows]
+        """Each scorer with its distinct prompts, and the index of the one that each completion answers, `[B]`."""
+        prompts_of_rows = [self.questions(row) for row in rows]
         for scorer in self.scorers:
-            asked = [of_row[scorer.question] for of_row in questions]
-            place = {question: i for i, question in enumerate(dict.fromkeys(asked))}
-            place_P = torch.tensor([place[question] for question in asked], device=prompt_index_B.device)
-            yield scorer, (list(place), place_P[prompt_index_B])
+            prompts_P = [prompts[scorer.template_index] for prompts in prompts_of_rows]
+            index_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts_P))}
+            index_P = torch.tensor([index_of[prompt] for prompt in prompts_P], device=prompt_index_B.device)
+            yield scorer, (list(index_of), index_P[prompt_index_B])

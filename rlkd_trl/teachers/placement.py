@@ -114,18 +114,18 @@ class Placement:
 
     @cached_property
     def _directory(self) -> TemporaryDirectory:
-        """In `offload_path`: one for each teacher and process, since DeepSpeed empties what it is given at start."""
+        """A directory in `offload_path` of this teacher and process alone: DeepSpeed empties it at start."""
         return TemporaryDirectory(prefix="teacher-", dir=self.offload_path)
 
     def describe(self, model: PreTrainedModel) -> str:
         """One line: where the weights are, their dtype and quantisation, and the bytes of them on this process."""
         dtype = str(model.dtype).removeprefix("torch.")
-        where = {
+        place = {
             "replicated": "replicated",
             "zero3": "sharded (zero3)",
             "offload": f"sharded, parked in {self.offload_path or 'CPU memory'}",
         }[self.placement]
-        return f"{where}, {dtype}, {_quantization_of(model)}, {held_bytes(model):,} bytes of weights on this process"
+        return f"{place}, {dtype}, {_quantization_of(model)}, {held_bytes(model):,} bytes of weights on this process"
 
 
 class ShardedModel(nn.Module):
@@ -182,7 +182,7 @@ def start_process_group() -> None:
 
 
 def _quantization_of(model: PreTrainedModel) -> str:
-    """As the model itself says, not as the flags did: a checkpoint may have been saved quantised."""
+    """The model's quantisation in words, from its config: a checkpoint may have been saved quantised."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return "not quantised"

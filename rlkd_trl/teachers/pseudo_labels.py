@@ -42,13 +42,13 @@ def pseudo_labels(
             raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")
     candidates_per_row = num_beams if interpolate else 1
     names = panel.templates.names if panel.templates is not None else [None]
-    asked = [panel.questions(row) for row in rows]
-    for number, name in enumerate(names):
-        questions = [of_row[number] for of_row in asked]
+    prompts_of_rows = [panel.questions(row) for row in rows]
+    for template_index, template_name in enumerate(names):
+        prompts_P = [prompts[template_index] for prompts in prompts_of_rows]
         batches = answer_prompts(
             teacher.model,
             teacher.processing_class,
-            questions,
+            prompts_P,
             max_prompt_length=teacher.max_prompt_length,
             num_beams=num_beams,
             all_beams=interpolate,
@@ -59,7 +59,8 @@ def pseudo_labels(
             texts = decode(completions, teacher.processing_class)
             for first in range(0, len(texts), candidates_per_row):
                 row = next(remaining)
-                label = {key: value for key, value in row.items() if key not in leave_out} | {"template": name}
+                label = {key: value for key, value in row.items() if key not in leave_out}
+                label["template"] = template_name
                 if interpolate:
                     candidates = texts[first : first + num_beams]
                     rank = nearest_candidate(candidates, listed_references(row["references"]))

@@ -26,7 +26,7 @@ class TeacherScores:
     allowed_logsumexp: Tensor | None = None
 
     def rows(self, selected: slice) -> "TeacherScores":
-        """Those of some of the completions."""
+        """The scores of the selected completions."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return TeacherScores(**{name: None if v is None else v[selected] for name, v in values.items()})
 
@@ -35,7 +35,7 @@ def mean_scores(scores: Sequence[TeacherScores], weights: Sequence[float]) -> Te
     """Each statistic's weighted mean over scorers (teachers and templates); None where one of them lacks it."""
     means = {}
     for field in fields(TeacherScores):
-        values = [getattr(one, field.name) for one in scores]
+        values = [getattr(scores_of_one, field.name) for scores_of_one in scores]
         is_there = all(value is not None for value in values)
         means[field.name] = sum(w * v for w, v in zip(weights, values, strict=True)) if is_there else None
     return TeacherScores(**means)

@@ -104,7 +104,7 @@ class Teacher:
 
     @property
     def max_batch_tokens(self) -> int:
-        """As given, or for the device that the model is on now."""
+        """The limit that was given, or else the default for the device that the model is on now."""
         by_device = _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
         return by_device if self._max_batch_tokens is None else self._max_batch_tokens
 
@@ -264,9 +264,9 @@ class Teacher:
     def _batches(self, prompt_ids: list[list[int]], members: list[Tensor], lengths_B: Tensor) -> Iterator[list[int]]:
         """Prompt indices, sorted by length, cut so that a batch's padded tokens stay within the budget."""
         completion_tokens = [int(lengths_B[rows].max()) if len(rows) else 0 for rows in members]
-        asked = [p for p in range(len(prompt_ids)) if len(members[p])]
+        prompts = [p for p in range(len(prompt_ids)) if len(members[p])]
         batch: list[int] = []
-        for p in sorted(asked, key=lambda p: (len(prompt_ids[p]), completion_tokens[p])):
+        for p in sorted(prompts, key=lambda p: (len(prompt_ids[p]), completion_tokens[p])):
             candidate = [*batch, p]
             source = max(len(prompt_ids[q]) for q in candidate)
             target = max(completion_tokens[q] for q in candidate)
@@ -285,8 +285,8 @@ class Teacher:
         chosen_bT1 = torch.cat([ids_bT, torch.zeros_like(ids_bT[:, :1])], dim=1)
 
         def of_slice(logits_nV: Tensor, chosen_n: Tensor) -> tuple[Tensor | None, ...]:
-            found = logit_statistics(logits_nV, chosen_n, expected=into.expected is not None, tau=tau)
-            return *found, None if forbidden_V is None else allowed_logsumexp(logits_nV, forbidden_V)
+            statistics = logit_statistics(logits_nV, chosen_n, expected=into.expected is not None, tau=tau)
+            return *statistics, None if forbidden_V is None else allowed_logsumexp(logits_nV, forbidden_V)
 
         statistics = map_head_slices(
             self.backbone.head,

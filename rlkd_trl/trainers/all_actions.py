@@ -96,7 +96,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         """The teacher, asked its own questions, for a slice of this device's prompts."""
         scorer = self.panel.scorers[self._turn]
         backbone = scorer.teacher.backbone
-        questions = [self.panel.questions(row)[scorer.question] for row in rows]
+        questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
         ids_PS, mask_PS = self._tokenized(
             backbone, questions, scorer.teacher.max_prompt_length, scorer.teacher.processing_class
         )

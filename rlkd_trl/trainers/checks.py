@@ -193,7 +193,7 @@ def check_positions(
                     "The teacher",
                     position_limits(teacher.model),
                     teacher.processing_class,
-                    (panel.questions(row)[scorer.question] for row in rows),
+                    (panel.questions(row)[scorer.template_index] for row in rows),
                     max_prompt_length=teacher.max_prompt_length,
                     max_completion_length=args.max_completion_length,
                     prompt_flag="the teacher's max_prompt_length",

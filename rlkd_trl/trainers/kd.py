@@ -109,7 +109,7 @@ class KDTrainer(FullVocabularyTrainer):
         number = self._rollout_number % len(self.panel.scorers)
         scorer = self.panel.scorers[number]
         sampler, tokenizer = self._samplers[id(scorer.teacher)], scorer.teacher.processing_class
-        questions = [self.panel.questions(row)[scorer.question] for row in rows]
+        questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
         prompt_PS = self._tokenized(sampler.backbone, questions, scorer.teacher.max_prompt_length, tokenizer)
         return self._sample(sampler, *prompt_PS)
 

@@ -236,7 +236,7 @@ def test_teachers_times_templates(tokenizer):
     panel = TeacherPanel(teachers, templates_of("w3 {{ x }}", "w4 {{ x }}"), teacher_weights=[3, 1])
     # 3/4 and 1/4, each over two templates.
     assert panel.weights == pytest.approx([0.375, 0.375, 0.125, 0.125])
-    assert [(s.teacher, s.question) for s in panel.scorers] == [(t, q) for t in teachers for q in (0, 1)]
+    assert [(s.teacher, s.template_index) for s in panel.scorers] == [(t, q) for t in teachers for q in (0, 1)]
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0]])

@@ -1,7 +1,5 @@
 """A teacher's scores are the statistics of its own full logits, however they were batched."""
 
-import functools
-
 import pytest
 import torch
 
@@ -161,11 +159,10 @@ def test_expected_and_soft_only_on_request(tokenizer):
 
 
 @pytest.mark.parametrize("rows_per_slice", [1, 4])
-def test_the_head_sees_each_existing_state_once_in_slices(any_model, tokenizer, monkeypatch, rows_per_slice):
+def test_the_head_sees_each_existing_state_once_in_slices(any_model, tokenizer, rows_per_slice):
     """So no [B, T, V] tensor exists; and neither padding nor the state after EOS costs anything."""
     teacher = Teacher(any_model, tokenizer)
-    sliced = functools.partial(map_head_slices, max_elements=rows_per_slice * PADDED_VOCAB)
-    monkeypatch.setattr(teacher_module, "map_head_slices", sliced)
+    teacher.backbone.max_slice_elements = rows_per_slice * PADDED_VOCAB
     calls = count_rows(any_model.get_output_embeddings())
     scores = score(teacher)
     # Tokens, and one more state for each of the three truncated completions: 3+1+5+1+5+2+2 + 3 = 22.
