@@ -128,7 +128,7 @@ def _end_with_launcher() -> None:
 
 
 def _is_launcher(words: list[str]) -> bool:
-    """Of a command line: Python with a script, or a module, that starts processes and waits for them."""
+    """Whether a command line is Python with a script, or a module, that starts processes and waits for them."""
     words = [word for word in words if word != "-m"]
     if len(words) < 2 or not Path(words[0]).name.startswith("python"):
         return False
@@ -136,7 +136,7 @@ def _is_launcher(words: list[str]) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    """Of several processes, one speaks."""
+    """Ends this process with `code`; of several processes one prints the message."""
     if os.environ.get("RANK", "0") == "0" if _peers is None else _peers.is_first_to_speak():
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -136,9 +136,9 @@ def check_rewards(
     from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
     for name in reward.reward:
-        found = load_reward(name)
+        loaded = load_reward(name)
         if args is not None:
-            check_log_ratio(found, args)
+            check_log_ratio(loaded, args)
     if reward.value not in VALUES:
         raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
     if weights is not None and len(weights) != len(reward.reward):

@@ -56,7 +56,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def _main_of(script: Path) -> Callable[[], None]:
-    """A script's own main function."""
+    """The `main` function of a script."""
     spec = importlib.util.spec_from_file_location(f"rlkd_trl_command_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -70,23 +70,23 @@ def scripts() -> dict[str, Path]:
 
 
 def script_of(command: str) -> Path:
-    """Raises `InputError` with what may be meant."""
-    known = scripts()
-    if command not in known:
-        close = difflib.get_close_matches(command, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(known)}."
+    """The script that a command runs. Raises `InputError` with the commands that may be meant."""
+    script_of_command = scripts()
+    if command not in script_of_command:
+        close = difflib.get_close_matches(command, script_of_command, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(script_of_command)}."
         raise InputError(f"there is no command {command!r}; {hint}")
-    return known[command]
+    return script_of_command[command]
 
 
 def help_text() -> str:
     """All commands, each with the first sentence of its script."""
     from rlkd_trl.commands.presets import shipped_presets
 
-    known = scripts()
-    width = max(map(len, known))
+    script_of_command = scripts()
+    width = max(map(len, script_of_command))
     lines = []
-    for name, path in known.items():
+    for name, path in script_of_command.items():
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines.append(f"    {name:{width}}  {textwrap.shorten(docstring.splitlines()[0], 99, placeholder=' …')}")
     names = [preset.stem for preset in shipped_presets() if not preset.stem.startswith("demo_")]
@@ -161,13 +161,13 @@ def _config_file(arguments: Namespace) -> str | None:
         name = "multi_gpu" if torch.accelerator.is_available() else "cpu_2_processes"
     if Path(name).is_file():
         return name
-    known = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
+    shipped = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
     stem = Path(name).stem if Path(name).suffix == ".yaml" else name
-    if stem not in known:
-        close = difflib.get_close_matches(stem, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"those that ship are: {', '.join(sorted(known))}."
+    if stem not in shipped:
+        close = difflib.get_close_matches(stem, shipped, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"those that ship are: {', '.join(sorted(shipped))}."
         raise InputError(f"--config_file {name} is neither a file nor the name of a configuration; {hint}")
-    return str(known[stem])
+    return str(shipped[stem])
 
 
 def _refuse(message: str) -> NoReturn:

@@ -85,10 +85,10 @@ def make_demo_models(request: DemoRequest) -> None:
         outcome.unlink(missing_ok=True)
     wait_for_all()  # so that nobody reads the outcome of an earlier run
     if is_first_process():
-        found = _train_apart(request)
+        result = _train_apart(request)
         outcome.parent.mkdir(parents=True, exist_ok=True)
         written = outcome.with_suffix(".new")
-        written.write_text(found, encoding="utf-8")
+        written.write_text(result, encoding="utf-8")
         written.replace(outcome)
     # By the file, not by the connection, whose timeout may be shorter than the training.
     deadline = time.monotonic() + _WAIT_SECONDS
@@ -96,8 +96,8 @@ def make_demo_models(request: DemoRequest) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"The first process left no {outcome} in {_WAIT_SECONDS:.0f} seconds.")
         time.sleep(0.2)
-    if (found := outcome.read_text(encoding="utf-8")) != "done":
-        raise RuntimeError(found)
+    if (result := outcome.read_text(encoding="utf-8")) != "done":
+        raise RuntimeError(result)
 
 
 def _train_apart(request: DemoRequest) -> str:
@@ -107,8 +107,8 @@ def _train_apart(request: DemoRequest) -> str:
     # Models of this size are slower on several threads, above all where others use the cores too.
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", _TRAIN]
-    given = json.dumps({"path": sys.path, "of": asdict(request)})
-    code = subprocess.run(command, input=given, text=True, env=environment).returncode
+    request_json = json.dumps({"path": sys.path, "of": asdict(request)})
+    code = subprocess.run(command, input=request_json, text=True, env=environment).returncode
     return "done" if code == 0 else f"The demo's models could not be trained: their process ended with code {code}."
 
 

@@ -39,10 +39,10 @@ class FileDigests:
         self._known: dict[Path, str] = {}
 
     def of_flags(self, values: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """By "--flag value", for each value of a flag that names something local."""
-        named = [(flag, value) for flag in READ_BY_FLAG for value in values.get(flag, [])]
-        files = {f"{flag} {value}": FILES_OF[READ_BY_FLAG[flag]](value) for flag, value in named}
-        return {name: self.of_files(found) for name, found in files.items() if found}
+        """The digest of each value of a flag that names something local, by "--flag value"."""
+        flags_with_values = [(flag, value) for flag in READ_BY_FLAG for value in values.get(flag, [])]
+        files = {f"{flag} {value}": FILES_OF[READ_BY_FLAG[flag]](value) for flag, value in flags_with_values}
+        return {name: self.of_files(paths) for name, paths in files.items() if paths}
 
     def of_groups(self, *groups: object) -> dict[str, str]:
         """The same for groups of flags."""
@@ -54,7 +54,7 @@ class FileDigests:
         return self.of_flags(values)
 
     def of_files(self, files: Sequence[Path]) -> str:
-        """Of what one or more files hold, and their names below the directory that they share."""
+        """The digest of the files' contents and of their names below the directory that they share."""
         shared = os.path.commonpath(files)
         digest = hashlib.sha256()
         for file in files:
@@ -84,7 +84,7 @@ def file_digest(file: Path) -> str:
 
 
 def checkpoint_files(name_or_path: str | Path) -> list[Path]:
-    """Those of a local checkpoint directory, sorted; none for a Hub id."""
+    """The model files of a local checkpoint directory, sorted; none for a Hub id."""
     files = Path(name_or_path).glob("*")
     return sorted(file for file in files if _is_any_of(file, CHECKPOINT_FILES) and file.is_file())
 
@@ -100,18 +100,18 @@ def _template_files(spec: str) -> list[Path]:
 
 
 def _reward_files(spec: str) -> list[Path]:
-    """Of path/to/file.py:function; a name is a reward of the package."""
+    """The file of path/to/file.py:function; none for the name of a reward of the package."""
     file = Path(spec.rpartition(":")[0])
     return [file] if file.is_file() else []
 
 
 def _preset_files(spec: str) -> list[Path]:
-    """Of a path; a name is a preset of the package."""
+    """The file of a preset given by its path; none for the name of a preset of the package."""
     file = Path(spec)
     return [file] if file.suffix in (".yaml", ".yml") and file.is_file() else []
 
 
-# Of what a value names: the local files, none where it names something elsewhere.
+# The local files behind a value; none where it names something elsewhere.
 FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
     Reads.DATA: data_files,
     Reads.TEMPLATES: _template_files,

@@ -77,16 +77,16 @@ def load_reward_model(
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
     from rlkd_trl.rewards.own_rewards import construct
 
-    found = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
+    loaded = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
     panel = load_panel(teacher, templates)
     terms = []
-    for one in found:
-        if isinstance(one, type) and issubclass(one, TeacherForcingReward):
-            terms.append(construct(one, panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
-        elif isinstance(one, type) and issubclass(one, TeacherReward):
-            terms.append(construct(one, panel))
+    for term in loaded:
+        if isinstance(term, type) and issubclass(term, TeacherForcingReward):
+            terms.append(construct(term, panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
+        elif isinstance(term, type) and issubclass(term, TeacherReward):
+            terms.append(construct(term, panel))
         else:
-            terms.append(one)
+            terms.append(term)
     return RewardModel(terms, weights, panel=panel)
 
 

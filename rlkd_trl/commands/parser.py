@@ -71,14 +71,14 @@ class RecipeParser(TrlParser):
         self.preset: Path | None = None  # of the command line that was parsed
 
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
-        """One instance per dataclass.
+        """Reads a command line: one instance of each dataclass.
 
         `demo_preset` is a YAML file of defaults for a run where neither the command line nor a preset names a teacher.
 
         Raises:
             InputError: Unknown flag or YAML key, a value of the wrong type or out of range, an unreadable preset.
         """
-        argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
+        argv = [word for arg in (sys.argv[1:] if argv is None else argv) for word in _split_config(arg)]
         if "--help_all" in argv:
             self._show_everything()
             self.print_help()
@@ -99,12 +99,12 @@ class RecipeParser(TrlParser):
         self._read_defaults(self.preset, preset)
         self._drop_replaced(arg.split("=")[0] for arg in argv)
         # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
-        known, unknown = self.parse_known_args(argv)
+        parsed, unknown = self.parse_known_args(argv)
         if unknown and not unknown[0].startswith("-"):
             raise InputError(f"unexpected argument {unknown[0]!r}; every setting is a --flag, see --help.")
         if unknown:
             raise InputError(self._unknown("flag", unknown[0].split("=")[0].lstrip("-"), prefix="--"))
-        values = vars(known)
+        values = vars(parsed)
         try:
             return tuple(
                 kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
@@ -134,41 +134,41 @@ class RecipeParser(TrlParser):
             if value is None and action.default is None:
                 continue
             try:
-                known, _ = self.parse_known_args(_as_flag(action, value))
+                parsed, _ = self.parse_known_args(_as_flag(action, value))
             except InputError as error:
                 raise InputError(f"{where}: {key} has the value {value!r}: {error}") from error
-            self.set_defaults(**{key: getattr(known, key)})
+            self.set_defaults(**{key: getattr(parsed, key)})
 
     def _drop_replaced(self, flags: Iterable[str]) -> None:
         """A preset's values that these flags stand in for (`REPLACED` of a dataclass) count no more."""
-        given = set(flags)
+        given_flags = set(flags)
         for kind in self.dataclass_types:
             for name, replaced in getattr(kind, "REPLACED", {}).items():
-                if f"--{name}" in given:
+                if f"--{name}" in given_flags:
                     self.set_defaults(**dict.fromkeys(replaced))
 
     def _unknown(self, kind: str, name: str, prefix: str = "", others: Iterable[str] = ()) -> str:
-        known = [*(action.dest for action in flags_of(self)), *others]
-        close = difflib.get_close_matches(name, known, n=3)
+        names = [*(action.dest for action in flags_of(self)), *others]
+        close = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {', '.join(prefix + c for c in close)}?" if close else "see --help_all."
         return f"unknown {kind} {prefix}{name}; {hint}"
 
     def _group_by_dataclass(self, dataclass_types) -> None:
         """Sorts the flags into one help group per dataclass, and those of TrainingArguments into two of their own."""
-        common = self.add_argument_group("Training (the usual fields of transformers.TrainingArguments)")
-        rest = self.add_argument_group("Training (all other fields of transformers.TrainingArguments)")
+        common_fields = self.add_argument_group("Training (the usual fields of transformers.TrainingArguments)")
+        other_fields = self.add_argument_group("Training (all other fields of transformers.TrainingArguments)")
         group_of, own_groups = {}, []
         for kind in dataclass_types:
             group = self.add_argument_group(kind.__doc__.splitlines()[0].rstrip("."))
             own_groups.append(group)
             inherited = _inherited_training_fields(kind)
-            group_of |= dict.fromkeys(inherited, rest)
-            group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common)
+            group_of |= dict.fromkeys(inherited, other_fields)
+            group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common_fields)
             group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
         # The recipe's own flags first, TrainingArguments last.
-        sort_into_groups(self, group_of, [*own_groups, common, rest])
-        self._hidden_help = {id(action): action.help for action in flags_of(rest)}
-        for action in flags_of(rest):
+        sort_into_groups(self, group_of, [*own_groups, common_fields, other_fields])
+        self._hidden_help = {id(action): action.help for action in flags_of(other_fields)}
+        for action in flags_of(other_fields):
             action.help = argparse.SUPPRESS
 
     def _show_everything(self) -> None:

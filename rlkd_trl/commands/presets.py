@@ -35,13 +35,15 @@ def find_preset(name: str) -> Path:
     if path.is_file():
         return path
     shipped = shipped_presets()
-    found = [preset for preset in shipped if preset.stem == (path.stem if path.suffix in SUFFIXES else path.name)]
+    of_this_name = [
+        preset for preset in shipped if preset.stem == (path.stem if path.suffix in SUFFIXES else path.name)
+    ]
     is_name = path.name == name
-    if is_name and len(found) == 1:
-        return found[0]
-    if is_name and found:
-        raise InputError(f"--config {name}: there are several; give a path: {', '.join(map(str, found))}.")
-    if found:
+    if is_name and len(of_this_name) == 1:
+        return of_this_name[0]
+    if is_name and of_this_name:
+        raise InputError(f"--config {name}: there are several; give a path: {', '.join(map(str, of_this_name))}.")
+    if of_this_name:
         raise InputError(f"Cannot read the preset {name}: no such file. One of this name ships: --config {path.stem}.")
     if path.suffix in SUFFIXES or not is_name or path.exists():
         raise InputError(f"Cannot read the preset {name}: no such file.")
@@ -52,7 +54,7 @@ def find_preset(name: str) -> Path:
 
 
 def shipped_presets() -> list[Path]:
-    """Those of `recipes/configs/` and of `recipes/configs/methods/RECIPE/`."""
+    """The presets in `recipes/configs/` and `recipes/configs/methods/RECIPE/`."""
     return sorted(PRESETS.rglob("*.yaml"))
 
 
@@ -127,7 +129,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+def _expanded_size(node: yaml.Node, size_of: dict[int, int]) -> int:
     """Values under a node, with each alias counted as what it stands for.
 
     Raises:
@@ -135,11 +137,11 @@ def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if known.get(id(node)) == 0:  # entered and not left
+    if size_of.get(id(node)) == 0:  # entered and not left
         raise yaml.composer.ComposerError(None, None, "an alias stands within what it stands for", node.start_mark)
-    if id(node) not in known:
-        known[id(node)] = 0
+    if id(node) not in size_of:
+        size_of[id(node)] = 0
         is_list = isinstance(node, yaml.SequenceNode)
-        children = node.value if is_list else [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
-    return known[id(node)]
+        children = node.value if is_list else [child for pair in node.value for child in pair]
+        size_of[id(node)] = 1 + sum(_expanded_size(child, size_of) for child in children)
+    return size_of[id(node)]

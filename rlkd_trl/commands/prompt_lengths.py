@@ -56,11 +56,11 @@ def fit_rows(
 
 
 def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
-    """What the student reads of a data row: `--student_template` with its columns, or the bare source."""
+    """The student's prompt of a data row: `--student_template` with its columns, or the bare source."""
     if template is None:
         return row["prompt"]
-    own = PromptTemplate("student_template", template)
-    return own.render({name: value for name, value in row.items() if name != "references"})
+    prompt_template = PromptTemplate("student_template", template)
+    return prompt_template.render({name: value for name, value in row.items() if name != "references"})
 
 
 def _fit_student_prompts(
@@ -160,7 +160,7 @@ def _naming(place: str) -> Iterator[None]:
 
 
 def _say(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:
-    """One line, from the first process; nothing where nothing is longer."""
+    """Prints, on the first process, how many prompts were shortened and by how much; nothing if none was."""
     from rlkd_trl.models.sharding import is_first_process
 
     if excess and is_first_process():

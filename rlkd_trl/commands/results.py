@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _say(line: str) -> None:
-    """Prints it on the first process."""
+    """Prints a line on the first process."""
     from rlkd_trl.models.sharding import is_first_process
 
     if is_first_process():
@@ -125,7 +125,7 @@ def evaluate_checkpoints(
     model.to(default_device())
     allow_special_tokens(model, tokenizer, settings.teacher.allowed_special_tokens or [])
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
-    found, reward_model, teacher_completions = {}, None, None
+    evaluations, reward_model, teacher_completions = {}, None, None
     share_special_tokens([model], tokenizer, reference_texts(rows))
     if settings.teacher.teacher is not None:
         reward_model = load_reward_model(
@@ -139,7 +139,7 @@ def evaluate_checkpoints(
         share_special_tokens([model, *teachers], tokenizer)
         if reward_model.panels:
             _say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
-            found["teacher"] = evaluate_teacher(
+            evaluations["teacher"] = evaluate_teacher(
                 tokenizer,
                 rows,
                 reward_model,
@@ -147,11 +147,11 @@ def evaluate_checkpoints(
                 progress="Evaluating the teacher",
                 **lengths,
             )
-            teacher_completions = found["teacher"].completions
-            _write_evaluation(evaluation.output_dir, found, rows)
+            teacher_completions = evaluations["teacher"].completions
+            _write_evaluation(evaluation.output_dir, evaluations, rows)
     kind = "sampled" if evaluation.sample else "greedy"
     _say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
-    found["student"] = evaluate_student(
+    evaluations["student"] = evaluate_student(
         Policy(model, tokenizer, temperature=evaluation.temperature),
         tokenizer,
         rows,
@@ -163,20 +163,24 @@ def evaluate_checkpoints(
         progress="Evaluating the student",
         **lengths,
     )
-    _write_evaluation(evaluation.output_dir, found, rows)
-    return {name: one.metrics for name, one in found.items()}
+    _write_evaluation(evaluation.output_dir, evaluations, rows)
+    return {name: evaluation.metrics for name, evaluation in evaluations.items()}
 
 
-def _write_evaluation(output_dir: str | None, found: Mapping[str, "Evaluation"], rows: Sequence[Mapping]) -> None:
+def _write_evaluation(
+    output_dir: str | None, evaluations: Mapping[str, "Evaluation"], rows: Sequence[Mapping]
+) -> None:
     """With a directory, writes `metrics.json` and `outputs.jsonl` of the models evaluated so far."""
     from rlkd_trl.evaluation.report import write_metrics
 
     if output_dir is None:
         return
-    write_metrics(Path(output_dir) / "metrics.json", {name: one.metrics for name, one in found.items()})
+    write_metrics(
+        Path(output_dir) / "metrics.json", {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    )
     with (Path(output_dir) / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
-            line = {"prompt": row["prompt"], **{name: one.outputs[i] for name, one in found.items()}}
+            line = {"prompt": row["prompt"], **{name: one.outputs[i] for name, one in evaluations.items()}}
             file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")
 
 

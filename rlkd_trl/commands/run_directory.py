@@ -50,10 +50,10 @@ def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Pat
         is_around = path.is_dir() and place in written_at.parents
         is_in = written_at in place.parents and (path.is_dir() or path.name in RESULTS)
         if is_same or is_around or is_in:
-            where = "is" if is_same else "lies in" if is_around else "holds"
+            relation = "is" if is_same else "lies in" if is_around else "holds"
             raise InputError(
-                f"{flag} {output} {where} what {name} reads, which would be overwritten: name another place for the "
-                "output."
+                f"{flag} {output} {relation} what {name} reads, which would be overwritten: name another place for "
+                "the output."
             )
 
 
@@ -64,10 +64,10 @@ def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
             if name in INHERITED:  # a checkpoint in the run's own directory may be gone on from
                 continue
             value = getattr(group, name) or []
-            for one in [value] if isinstance(value, str) else value:
-                path = Path(one).expanduser()
-                paths = [path] if path.exists() else FILES_OF[reads](one)
-                yield from ((f"--{name} {one}", path) for path in paths)
+            for text in [value] if isinstance(value, str) else value:
+                path = Path(text).expanduser()
+                paths = [path] if path.exists() else FILES_OF[reads](text)
+                yield from ((f"--{name} {text}", path) for path in paths)
 
 
 def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") -> None:
@@ -93,10 +93,10 @@ def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") ->
     named = args.resume_from_checkpoint
     if named is not None and directory.resolve() in Path(named).resolve().parents:
         return
-    found = finished_files(directory)
-    if found:
+    finished = finished_files(directory)
+    if finished:
         raise InputError(
-            f"--output_dir {output_dir} holds the results of a run ({found[0].name}). Name another directory; "
+            f"--output_dir {output_dir} holds the results of a run ({finished[0].name}). Name another directory; "
             "--resume goes on with the run, --overwrite_output_dir begins anew and deletes it."
         )
     checkpoints = checkpoints_in(directory)
@@ -117,7 +117,7 @@ def check_evaluation_directory(settings: "EvaluationSettings") -> None:
 
 
 def finished_files(directory: Path) -> list[Path]:
-    """What a finished run has left: results and the model."""
+    """The files that a finished run has left in the directory: results and the model."""
     return [path for pattern in (*RESULTS, *_WEIGHTS) for path in sorted(directory.glob(pattern))]
 
 
@@ -182,9 +182,9 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
         return named
     if not run.resume:
         return None
-    found, defects = newest_whole(output_dir)
+    newest, defects = newest_whole(output_dir)
     passed_over = [f"{path} is not whole ({defect})" for path, defect in defects.items()]
-    if found is None:
+    if newest is None:
         raise InputError(
             f"--resume: there is no whole checkpoint in {output_dir}: {'; '.join(passed_over)}. Begin anew with "
             "--overwrite_output_dir."
@@ -193,8 +193,8 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
         )
     if is_first_process():
         for defect in passed_over:
-            print(f"{defect}; going on from {found}.", flush=True)
-    return str(found)
+            print(f"{defect}; going on from {newest}.", flush=True)
+    return str(newest)
 
 
 def is_finished(checkpoint: str | None, args: "TrainingArguments") -> bool:

@@ -34,7 +34,7 @@ Settings = TypeVar("Settings")
 
 @dataclass
 class DistillationSettings:
-    """Of a method without a reward of its own."""
+    """Settings of a training method without a reward of its own."""
 
     data: DataArguments
     held_out: HeldOutArguments
@@ -47,14 +47,14 @@ class DistillationSettings:
 
 @dataclass
 class RewardedSettings(DistillationSettings):
-    """Of a method on rewards: PPO, RLOO, REINFORCE."""
+    """Settings of a method that learns from rewards: PPO, RLOO, REINFORCE."""
 
     reward: RewardArguments
 
 
 @dataclass
 class SupervisedSettings:
-    """Of supervised training."""
+    """Settings of supervised training."""
 
     data: DataArguments
     prompts: PromptArguments
@@ -66,7 +66,7 @@ class SupervisedSettings:
 
 @dataclass
 class PseudoLabelSettings:
-    """Of pseudo-labelling."""
+    """Settings of pseudo-labelling."""
 
     data: DataArguments
     prompts: PromptArguments
@@ -76,7 +76,7 @@ class PseudoLabelSettings:
 
 @dataclass
 class EvaluationSettings:
-    """Of evaluation."""
+    """Settings of an evaluation."""
 
     data: DataArguments
     prompts: PromptArguments

@@ -102,9 +102,11 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> float:
         _check_texts(f"samples of row {row}", texts)
         if len(texts) < 2:
             raise InputError(f"samples, row {row} (counting from 0) has one sample; self_bleu compares two or more.")
-        others = [[*texts[:k], *texts[k + 1 :]] for k in range(len(texts))]
-        of_row = [metric.sentence_score(text, rest).score for text, rest in zip(texts, others, strict=True)]
-        scores.append(math.fsum(of_row) / len(of_row))
+        other_samples = [[*texts[:k], *texts[k + 1 :]] for k in range(len(texts))]
+        scores_of_row = [
+            metric.sentence_score(text, rest).score for text, rest in zip(texts, other_samples, strict=True)
+        ]
+        scores.append(math.fsum(scores_of_row) / len(scores_of_row))
     return math.fsum(scores) / len(scores)
 
 
@@ -190,9 +192,9 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
             raise InputError(f"{name}, row {row} (counting from 0): {text!r} is not a string.")
 
 
-def _check_same_length(outputs: Sequence[str], name: str, other: Sequence) -> None:
-    if len(outputs) != len(other):
-        raise InputError(f"There are {len(outputs)} outputs but {len(other)} {name}; give one per output.")
+def _check_same_length(outputs: Sequence[str], name: str, texts: Sequence) -> None:
+    if len(outputs) != len(texts):
+        raise InputError(f"There are {len(outputs)} outputs but {len(texts)} {name}; give one per output.")
 
 
 def _check_references(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -101,8 +101,8 @@ def write_report(
     All text is escaped: completions are shown, never interpreted.
     """
     listed = {key for key, _, _ in DEFAULT_COLUMNS}
-    others = {key: None for row in results.values() for key, value in row.items() if _is_number(value)}
-    columns = [*DEFAULT_COLUMNS, *((key, key, ".4g") for key in others if key not in listed)]
+    numbers = {key: None for row in results.values() for key, value in row.items() if _is_number(value)}
+    columns = [*DEFAULT_COLUMNS, *((key, key, ".4g") for key in numbers if key not in listed)]
     keys = list({key: None for sample in samples for key in sample})
     sample_rows = [[_sample_cell(sample.get(key)) for key in keys] for sample in samples]
     sample_table = '<p class="note">No samples were given.</p>'

@@ -48,13 +48,13 @@ class Workload:
 
     @property
     def sampled_completions(self) -> int:
-        """Decoded at a time: whole prompts, and no more than a rollout has."""
-        whole = max(1, self.sampling_batch // self.num_generations) * self.num_generations
-        return min(whole, self.micro_batch * self.micro_batches)
+        """How many completions are decoded at a time: those of whole prompts, and no more than a rollout has."""
+        whole_prompts = max(1, self.sampling_batch // self.num_generations) * self.num_generations
+        return min(whole_prompts, self.micro_batch * self.micro_batches)
 
     @property
     def forwarded_completions(self) -> int:
-        """Read for their log-probabilities at a time."""
+        """How many completions are read for their log-probabilities at a time."""
         return min(self.forward_batch, self.micro_batch * self.micro_batches)
 
     @property
@@ -66,7 +66,7 @@ class Workload:
 
     @property
     def scoring_batches(self) -> int:
-        """In one rollout."""
+        """How many batches the teacher scores in one rollout."""
         return -(-self.micro_batch * self.micro_batches // (self.num_generations * self.scored_prompts))
 
 
@@ -199,7 +199,7 @@ class _Batch:
 
     @classmethod
     def of_completions(cls, workload: Workload, completions: int) -> "_Batch":
-        """With as many prompts as they need."""
+        """Completions with as many prompts as they need."""
         return cls.of(workload, prompts=-(-completions // workload.num_generations), completions=completions)
 
     def texts(self) -> list[str]:
@@ -216,10 +216,10 @@ class _Batch:
 class _LiveBytes(TorchDispatchMode):
     """Bytes of storages that were created inside of it and still exist, and the most there ever were."""
 
-    def __init__(self, known: Iterable[Tensor]):
+    def __init__(self, tensors_before: Iterable[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in tensors_before)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -262,9 +262,9 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 @contextmanager
-def counted(known: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
-    """Bytes that exist beyond those of `known` tensors: `now`, and `peak`, the most there ever were."""
-    with _LiveBytes(known) as live:
+def counted(tensors_before: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
+    """Bytes that exist beyond those of `tensors_before`: `now`, and `peak`, the most there ever were."""
+    with _LiveBytes(tensors_before) as live:
         if fused_attention:
             with _FusedAttention():
                 yield live

@@ -58,7 +58,7 @@ class Choice:
 def fitting_choices(
     teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster
 ) -> list[Choice]:
-    """For each preferred way to hold the teacher, best first, the least sharded student that fits beside it."""
+    """Each preferred way to hold the teacher, best first, with the least sharded student that fits beside it."""
     choices = []
     for placement, precision in _PREFERENCES:
         for teacher in teachers:
@@ -75,25 +75,25 @@ def advice(
     choices = fitting_choices(teachers, students, cluster)
     if not choices:
         return _nothing_fits(teachers, students, cluster)
-    best, *others = choices
-    whole = _whole_in_bfloat16(teachers)
-    reasons = _reasons(best, others, teachers, whole, cluster, workload)
+    best_choice, *other_choices = choices
+    whole_teacher = _whole_in_bfloat16(teachers)
+    reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload)
     bullets = [textwrap.fill(reason, 118, initial_indent="- ", subsequent_indent="  ") for reason in reasons]
-    return "\n".join([f"Recommended:\n    {best.command}", *bullets])
+    return "\n".join([f"Recommended:\n    {best_choice.command}", *bullets])
 
 
 def _reasons(
-    best: Choice,
-    others: Sequence[Choice],
+    best_choice: Choice,
+    other_choices: Sequence[Choice],
     teachers: Sequence[TeacherBytes],
-    whole: TeacherBytes,
+    whole_teacher: TeacherBytes,
     cluster: Cluster,
     workload: Workload,
 ) -> list[str]:
-    teacher, student = best.teacher, best.student
+    teacher, student = best_choice.teacher, best_choice.student
     total, usable = gib(peak_bytes(teacher, student)), gib(cluster.usable)
     reasons = [f"{total} of the {usable} GiB that may be used on each GPU."]
-    gathered = whole.weights - whole.weights // cluster.ranks
+    gathered = whole_teacher.weights - whole_teacher.weights // cluster.ranks
     traffic = f"{gib(gathered)} GiB for each of the {workload.scoring_batches} scoring batches of a rollout"
     if teacher.placement == "replicated" and cluster.ranks > 1:
         reasons.append(
@@ -107,10 +107,11 @@ def _reasons(
     elif teacher.placement == "offload":
         reasons.append(
             f"Not even a share of the teacher fits: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
-            f"and {gib(whole.weights)} GiB pass over the bus for each of the {workload.scoring_batches} scoring "
-            "batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens makes fewer batches."
+            f"and {gib(whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
+            "scoring batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens "
+            "makes fewer batches."
         )
-    reasons += _costs(best, others, teachers, cluster)
+    reasons += _costs(best_choice, other_choices, teachers, cluster)
     if student.sharding != "ddp":
         reasons.append(f"The student is sharded by {student.sharding}, the least sharding with which this fits.")
     if cluster.nodes > 1:
@@ -121,16 +122,18 @@ def _reasons(
     return reasons
 
 
-def _costs(best: Choice, others: Sequence[Choice], teachers: Sequence[TeacherBytes], cluster: Cluster) -> list[str]:
-    """What the teacher's precision does to the rewards, and what to run to avoid it."""
-    teacher, student = best.teacher, best.student
+def _costs(
+    best_choice: Choice, other_choices: Sequence[Choice], teachers: Sequence[TeacherBytes], cluster: Cluster
+) -> list[str]:
+    """Sentences on what the teacher's precision does to the rewards, and what to run to avoid it."""
+    teacher, student = best_choice.teacher, best_choice.student
     error = LOGIT_ERRORS[teacher.precision]
     if teacher.quantization == "none":
         exact = next(t for t in teachers if (t.placement, t.dtype) == (teacher.placement, "float32"))
         fits = peak_bytes(exact, student) <= cluster.usable
         alternative = "float32 fits too (--teacher_dtype float32), slower" if fits else "float32 does not fit"
         return [f"bfloat16 moves logits by about {error:.1%} (a random small T5); {alternative}."]
-    unquantised = [choice for choice in others if choice.teacher.quantization == "none"]
+    unquantised = [choice for choice in other_choices if choice.teacher.quantization == "none"]
     reasons = [
         f"{teacher.quantization} CHANGES THE REWARDS: logits move by about {error:.0%} (a random small T5; bfloat16: "
         f"{LOGIT_ERRORS['bfloat16']:.1%}). Its kernels can be slower than bfloat16's. Compare rewards and speed on "

@@ -114,7 +114,7 @@ def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Clust
 
 
 def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluster) -> Iterator[TeacherBytes]:
-    scoring, whole = scoring_bytes(teacher, workload), weight_bytes(teacher)
+    scoring, all_weights = scoring_bytes(teacher, workload), weight_bytes(teacher)
     for _, quantization in (precision for precision in PRECISIONS if precision[0] == dtype):
         workspace = quantisation_workspace_bytes(teacher) if quantization != "none" else 0
         yield TeacherBytes(
@@ -127,7 +127,7 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
             host=0,
         )
     itemsize = teacher.model.dtype.itemsize
-    share = whole // cluster.ranks
+    share = all_weights // cluster.ranks
     if cluster.ranks > 1:
         gathered = gathered_bytes(teacher.num_parameters, itemsize, cluster.ranks)
         yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0)

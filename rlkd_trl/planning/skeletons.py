@@ -67,12 +67,12 @@ class ShapesOnly(FakeTensorMode):
 
 
 def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Each real mask as the positions that it holds, whose number then is known; as torch's own kernel does."""
-    without: list[Tensor | None] = []
+    """Replaces real masks by the positions where they are True, as torch's own kernel does: their number is known."""
+    unmasked: list[Tensor | None] = []
     for index in indices:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-        without += index.nonzero().unbind(dim=1) if is_mask else [index]
-    return without
+        unmasked += index.nonzero().unbind(dim=1) if is_mask else [index]
+    return unmasked
 
 
 class CopyingSkeletons(TorchFunctionMode):
@@ -114,7 +114,7 @@ THE_WORD = "word"
 
 
 def one_word_tokenizer() -> PreTrainedTokenizerFast:
-    """For models of any vocabulary, where which words there are does not matter: a text has as many ids as words."""
+    """A tokenizer that gives a text as many ids as it has words; for memory, which ids does not matter."""
     tokenizer = Tokenizer(WordLevel({"</s>": 0, THE_WORD: 1}, unk_token=THE_WORD))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
@@ -122,7 +122,7 @@ def one_word_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a model without its weights."""
+    """A model without its weights: its config, and whether its LM head is tied to its embeddings."""
 
     config: PreTrainedConfig
     head_is_tied: bool
@@ -157,7 +157,7 @@ class Checkpoint:
 
 
 def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
-    """The config, and what stands in its file."""
+    """The config, and the settings that its file holds."""
     require_checkpoint(flag, name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
@@ -168,15 +168,15 @@ def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
 
 
 def _check_is_language_model(config: PreTrainedConfig, flag: str, name: str) -> None:
-    kind, what = type(config), f"`{flag} {name}` (model type {config.model_type!r})"
+    config_class, model_name = type(config), f"`{flag} {name}` (model type {config.model_type!r})"
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     is_encoder = (
-        kind in MODEL_FOR_MASKED_LM_MAPPING
+        config_class in MODEL_FOR_MASKED_LM_MAPPING
         and not config.is_encoder_decoder
         and not getattr(config, "is_decoder", False)
     )
-    if kind not in mapping or is_encoder:
-        raise InputError(f"{what} is neither an encoder-decoder nor a decoder-only language model.")
+    if config_class not in mapping or is_encoder:
+        raise InputError(f"{model_name} is neither an encoder-decoder nor a decoder-only language model.")
 
 
 def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -> bool:
@@ -195,7 +195,7 @@ def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -
 
 
 def _weight_names(directory: Path) -> set[str]:
-    """Of all tensors in a directory's safetensors files, read from their headers."""
+    """The names of all tensors in a directory's safetensors files, read from their headers."""
     names: set[str] = set()
     for file in directory.glob("*.safetensors") if directory.is_dir() else []:
         with safe_open(file, framework="pt") as tensors:

@@ -38,6 +38,6 @@ def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes
 
 
 def gib(nbytes: int) -> str:
-    """With as many digits as an estimate deserves; what is there, but small, is not 0."""
+    """Bytes in GiB, with as many digits as an estimate deserves; less than 0.01 is not shown as 0."""
     value = nbytes / _GIB
     return "0" if nbytes == 0 else "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}"

@@ -47,11 +47,11 @@ def quantisation_workspace_bytes(skeleton: Skeleton) -> int:
 def _quantised(skeleton: Skeleton) -> list[nn.Module]:
     """The layers that transformers hands to bitsandbytes: linear ones, but for the LM head and what stays exact."""
     model = skeleton.model
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(modules_kept_in_float32(model)))
+    not_converted = HfQuantizer.get_modules_to_not_convert(model, None, list(modules_kept_in_float32(model)))
     return [
         module
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, not_converted)
     ]
 
 
@@ -70,7 +70,7 @@ class Shares:
 
 
 def live_bytes(num_parameters: int, itemsize: int) -> int:
-    """Of the weights that ZeRO-3 has on a GPU at a time while it computes."""
+    """Bytes of weights that ZeRO-3 has on a GPU at a time while it computes."""
     return min(num_parameters, MAX_LIVE_PARAMETERS) * itemsize
 
 

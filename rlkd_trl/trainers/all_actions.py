@@ -89,7 +89,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
 
     @property
     def _turn(self) -> int:
-        """The scorer that is mixed into this rollout's samples: they take turns."""
+        """The scorer that is mixed into this rollout's samples; scorers take turns."""
         return self._rollout_number % len(self.panel.scorers)
 
     def _mixture(self, rows: list[dict]) -> Callable[[slice], MixedWith]:
@@ -161,7 +161,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
 
     @property
     def _signal_settings(self) -> dict:
-        """What makes g of the teachers' and the student's logits, for the ops that go over all actions."""
+        """The arguments by which the ops over all actions make g of the teachers' and the student's logits."""
         return {
             "teacher_signal": self._teacher_signal,
             "subtract_log_pi": self.args.signal == "log_ratio",

@@ -24,7 +24,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """All that are named as checkpoints, whole or not, the newest first; a whole one that lacks only its place too."""
+    """All directories named as checkpoints, the newest first, also broken ones and whole ones not yet published."""
     places = [Path(output_dir), Path(output_dir) / STAGING]
     found = [path for place in places for path in place.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)

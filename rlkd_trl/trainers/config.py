@@ -93,7 +93,7 @@ class RolloutConfig(BaseConfig):
         self._check()
 
     def _choose_metric(self) -> None:
-        """What the best checkpoint, or a schedule on a plateau, goes by: the reward, unless a metric is named."""
+        """Sets the metric for the best checkpoint, or a schedule that watches one: the reward, unless it is named."""
         keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
         if keeps_the_best and self.eval_strategy == "no":
             raise InputError("The best checkpoint is found by evaluating: set eval_strategy to steps or epoch.")
@@ -111,7 +111,7 @@ class RolloutConfig(BaseConfig):
                 raise InputError(f"{name} = {getattr(self, name)!r} has no effect with {because}: leave it out.")
 
     def _check_average_reward(self) -> None:
-        """For the configs that have `average_reward`."""
+        """Checks `average_reward`, in the configs that have it."""
         if self.average_reward not in AVERAGES:
             raise InputError(f"average_reward = {self.average_reward!r}: choose one of {', '.join(AVERAGES)}.")
         if self.average_reward == "prompt" and self.num_generations < 2:

@@ -84,7 +84,7 @@ class FiniteTrainer(Trainer):
 
     @property
     def step_is_skipped(self) -> bool:
-        """Whether the optimizer step in work has turned out not finite."""
+        """Whether the current optimizer step has turned out not finite."""
         return self._step_is_bad
 
     def checked_loss(self, loss: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class FiniteTrainer(Trainer):
             )
 
     def on_all_ranks(self, finite: Tensor) -> bool:
-        """Whether it is 1 on every process."""
+        """Whether `finite`, 1 or 0, is 1 on every process."""
         return float(self.accelerator.reduce(finite.clone(), reduction="sum")) == self.accelerator.num_processes
 
     def _note_skipped(self, reason: str) -> None:
@@ -167,7 +167,7 @@ class FiniteTrainer(Trainer):
             logger.warning(f"Step {step} is skipped: {reason}.")
 
     def _end_of_step(self) -> bool:
-        """Counts; whether the run is to stop."""
+        """Counts a finished step as taken or skipped, and returns whether the run is to stop."""
         scaler = self.accelerator.scaler
         if self.accelerator.optimizer_step_was_skipped and scaler is not None and scaler.get_scale() <= 1:
             self._note_skipped("gradients that overflow float16 at a scale of 1")
@@ -216,18 +216,22 @@ class FiniteTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _last_checkpoint(self) -> str:
-        found = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-        return f"The last good weights are in {found}." if found else "No checkpoint was saved before (--save_steps)."
+        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        return (
+            f"The last good weights are in {checkpoint}."
+            if checkpoint
+            else "No checkpoint was saved before (--save_steps)."
+        )
 
 
 def _reason(gradients: list[str], *, losses_are_finite: bool, norm_is_finite: bool) -> str:
-    """What of a step was not finite, in words. gradients: the names of those that were not."""
-    found = [] if losses_are_finite else ["the loss"]
+    """What was not finite in a step, in words. gradients: the names of the weights whose gradients were not."""
+    what_was_bad = [] if losses_are_finite else ["the loss"]
     if gradients:
-        found.append(f"gradients of {listed(gradients)}")
+        what_was_bad.append(f"gradients of {listed(gradients)}")
     elif losses_are_finite:
-        found.append("the loss of another process" if norm_is_finite else "the gradients' norm")
-    return f"{' and '.join(found)} not finite"
+        what_was_bad.append("the loss of another process" if norm_is_finite else "the gradients' norm")
+    return f"{' and '.join(what_was_bad)} not finite"
 
 
 class _SkippedSteps(TrainerCallback):

@@ -54,7 +54,7 @@ class Guards:
         self.history: dict[str, dict[str, list[float]]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """What has left the start's range while the mean reward has risen above its own; `metrics` are a rollout's."""
+        """Warnings of what has left the start's range while the mean reward rose; `metrics` are one rollout's."""
         for since in self.history["rollouts_since_warning"].values():
             since[0] += 1
         for name in ("reward", *GUARDED.values()):

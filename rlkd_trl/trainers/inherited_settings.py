@@ -133,7 +133,7 @@ def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
 
 @contextmanager
 def refusals_are_input_errors() -> Iterator[None]:
-    """What transformers' own checks of settings raise, as `InputError`."""
+    """Raises what transformers' own checks of settings raise as `InputError`."""
     try:
         yield
     except InputError:
@@ -164,11 +164,11 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
-    """One like the run's, of a single weight."""
+    """An optimizer like the run's, of a single weight."""
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-    without = copy.copy(args)
-    without.optim_args = None
-    if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(without)[1]:
+    without_optim_args = copy.copy(args)
+    without_optim_args.optim_args = None
+    if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(without_optim_args)[1]:
         raise InputError("it has no effect with this optimizer; leave it out.")
     return optimizer_class([torch.nn.Parameter(torch.zeros(1))], **settings)
 
@@ -178,12 +178,12 @@ def _made(args: TrainingArguments, name: str, settings: str, make):
     try:
         return make()
     except Exception as error:
-        what = f"{name} = {getattr(args, name).value}, {settings} = {getattr(args, settings)}"
-        raise InputError(f"{what}: {error}") from error
+        values_set = f"{name} = {getattr(args, name).value}, {settings} = {getattr(args, settings)}"
+        raise InputError(f"{values_set}: {error}") from error
 
 
 def _is_set(value: object, default: object) -> bool:
-    """Whether a value is another than the default, or than what `TrainingArguments` itself makes of the default."""
+    """Whether a value differs from the default, and from what `TrainingArguments` itself makes of the default."""
     if isinstance(value, AcceleratorConfig):
         return value != AcceleratorConfig()
     if default is dataclasses.MISSING:  # an empty list or dictionary

@@ -197,7 +197,7 @@ class OnPolicyTrainer(RolloutTrainer):
             return rollout, self._log_probs(self.reference, rollout)
 
     def _as_reference(self) -> AbstractContextManager:
-        """In which `reference` is the initial policy: a copy always is, the student is without its adapters."""
+        """A context where `reference` is the initial policy: a copy always is, the student is without adapters."""
         return self.reference.model.disable_adapter() if self.reference is self.model else nullcontext()
 
     # Step 5
@@ -216,7 +216,7 @@ class OnPolicyTrainer(RolloutTrainer):
         return loss, {**metrics, **entropy_metrics}
 
     def _close_window(self) -> None:
-        """Also stops this rollout's updates if they went too far."""
+        """As the base class's; also stops this rollout's updates if they went too far."""
         kl, limit = self._window_metrics["approx_kl"], self.args.early_stop_kl
         self.rollout_state.stopped = limit is not None and kl > limit
         super()._close_window()
@@ -244,16 +244,16 @@ class OnPolicyTrainer(RolloutTrainer):
 
 
 def _usable(rollout: Rollout, result: RewardResult) -> dict[str, Tensor]:
-    """`[B]` of each kind of number that the update reads: whether all of a completion's are finite."""
+    """For each kind of number that the update reads, by name: whether all of a completion's are finite, `[B]`."""
     mask_BT = rollout.completion_mask_BT
     states_BT1 = state_mask(mask_BT, rollout.ended_B)
-    found = {f"the reward {name}": usable_rows(term_BT, mask_BT) for name, term_BT in result.terms.items()}
-    found["the sum of rewards"] = usable_rows(rollout.rewards_BT, mask_BT)
-    found["the teacher's V"] = usable_rows(rollout.potentials_BT1, states_BT1)
+    is_usable_B = {f"the reward {name}": usable_rows(term_BT, mask_BT) for name, term_BT in result.terms.items()}
+    is_usable_B["the sum of rewards"] = usable_rows(rollout.rewards_BT, mask_BT)
+    is_usable_B["the teacher's V"] = usable_rows(rollout.potentials_BT1, states_BT1)
     if result.scores is not None:
-        found["the teacher's log-probabilities"] = usable_rows(result.teacher_nll_BT(mask_BT), mask_BT)
+        is_usable_B["the teacher's log-probabilities"] = usable_rows(result.teacher_nll_BT(mask_BT), mask_BT)
     if rollout.old_logps_BT is not None:
-        found["the student's log-probabilities"] = usable_rows(rollout.old_logps_BT, mask_BT)
+        is_usable_B["the student's log-probabilities"] = usable_rows(rollout.old_logps_BT, mask_BT)
     if rollout.old_values_BT1 is not None:
-        found["the critic's values"] = usable_rows(rollout.old_values_BT1, states_BT1)
-    return found
+        is_usable_B["the critic's values"] = usable_rows(rollout.old_values_BT1, states_BT1)
+    return is_usable_B

@@ -56,7 +56,7 @@ def check_timeout(args: TrainingArguments) -> None:
 
 
 def wait_for_all() -> None:
-    """Until every launched process is here; at once where there is one."""
+    """Waits until every launched process has called this; a single process goes on at once."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -105,7 +105,7 @@ class ResumableTrainer(FiniteTrainer):
         return self.state.global_step >= self.state.max_steps
 
     def _run_epoch(self, *args, **kwargs):
-        """Nothing, if all steps are done: Trainer would look only after one more."""
+        """Does nothing if all steps are done: Trainer would notice only after one more step."""
         if self.is_finished():
             self.control.should_training_stop = True
             return
@@ -156,29 +156,29 @@ class ResumableTrainer(FiniteTrainer):
 
     # Loading
 
-    def _checked_checkpoint(self, asked: str | bool | None) -> str | None:
+    def _checked_checkpoint(self, resume_from: str | bool | None) -> str | None:
         """The checkpoint's path; with True, of the newest whole one. Raises `InputError`."""
-        if not asked:
+        if not resume_from:
             return None
-        if asked is True:
-            found, defects = newest_whole(self.args.output_dir)
+        if resume_from is True:
+            checkpoint, defects = newest_whole(self.args.output_dir)
             if self.is_world_process_zero():
                 for path, defect in defects.items():
                     print(f"Skipping {path}: {defect}.", flush=True)
-            if found is None:
+            if checkpoint is None:
                 raise InputError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         else:
-            found, defect = Path(asked), defect_of(asked)
+            checkpoint, defect = Path(resume_from), defect_of(resume_from)
             if defect is not None:
-                raise InputError(f"A run cannot be resumed from {asked}: {defect}.")
-        check_same_run(found, self.run_record)
-        if found.parent.name == STAGING:  # all that it lacked was its name
-            staged, found = found, found.parent.parent / found.name
+                raise InputError(f"A run cannot be resumed from {resume_from}: {defect}.")
+        check_same_run(checkpoint, self.run_record)
+        if checkpoint.parent.name == STAGING:  # all that it lacked was its name
+            staged, checkpoint = checkpoint, checkpoint.parent.parent / checkpoint.name
             self.accelerator.wait_for_everyone()
-            failure = self._failure(lambda: publish(staged, found), self.args.should_save)
+            failure = self._failure(lambda: publish(staged, checkpoint), self.args.should_save)
             if failure is not None:
-                raise CheckpointError(f"{staged} cannot be renamed to {found} ({failure}).")
-        return str(found)
+                raise CheckpointError(f"{staged} cannot be renamed to {checkpoint} ({failure}).")
+        return str(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
@@ -245,7 +245,7 @@ class ResumableTrainer(FiniteTrainer):
             keep_newest(final, self.args.save_total_limit, best=self.state.best_model_checkpoint)
 
     def _failure_to_save(self, final: Path) -> str | None:
-        """Saves, on all processes; why it failed on any of them, in words."""
+        """Saves on all processes; returns why that failed on any of them, in words, or None."""
         staged = final.parent / STAGING / final.name
         return (
             self._failure(lambda: _make_empty(staged), self.args.should_save)
@@ -271,7 +271,7 @@ class ResumableTrainer(FiniteTrainer):
                     raise CheckpointError(
                         f"A checkpoint cannot be saved ({failure}). {state_of(self.args.output_dir)}"
                     ) from error
-        return next((found for found in gather_object([failure]) if found is not None), None)
+        return next((reason for reason in gather_object([failure]) if reason is not None), None)
 
     def _export_callbacks(self) -> None:
         """The state of callbacks that have one into Trainer's, as it does before it saves that."""
@@ -279,7 +279,10 @@ class ResumableTrainer(FiniteTrainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {name: found if len(found) > 1 else found[0] for name, found in states.items()}
+        self.state.stateful_callbacks = {
+            name: states_of_kind if len(states_of_kind) > 1 else states_of_kind[0]
+            for name, states_of_kind in states.items()
+        }
 
 
 class _Continuation(TrainerCallback):

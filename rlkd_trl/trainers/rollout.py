@@ -97,7 +97,7 @@ class Rollout:
         return replace(Rollout(**cut), prompt_index_B=prompt_index_b - first)
 
     def dropping(self, kept_B: Tensor) -> "Rollout":
-        """Without the completions where `kept_B` is False, whose numbers no arithmetic may touch.
+        """The rollout without the completions where `kept_B` is False, whose numbers no arithmetic may touch.
 
         A kept completion stands in for each of them, of the same prompt if there is one, else with its own prompt, out
         of the loss: so the update's forward pass does not read what was not finite. Without any, numbers become 0.
@@ -146,7 +146,7 @@ class Rollout:
         return Completions(self.completion_ids_BT, self.completion_mask_BT, self.ended_B)
 
     def policy_inputs(self) -> dict[str, Tensor]:
-        """What the policy's forward pass takes."""
+        """The arguments of the policy's forward pass."""
         inputs = {
             "prompt_ids_PS": self.prompt_ids_PS,
             "prompt_mask_PS": self.prompt_mask_PS,

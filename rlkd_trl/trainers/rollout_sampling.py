@@ -14,7 +14,7 @@ from rlkd_trl.trainers.rollout import Rollout
 
 
 def random_generator(seed: int, rollout_number: int, *, stream: int = 0) -> torch.Generator:
-    """Of one rollout's random numbers, on the CPU, the same on every process; another `stream` for another use."""
+    """A CPU generator of one rollout's random numbers, the same on every process; each use has its own `stream`."""
     # Torch's CPU generator reads the lowest 32 bits of a seed only; the factor spreads streams over them.
     return torch.Generator().manual_seed(seed * 1_000_003 + rollout_number + stream * 2_654_435_761)
 

@@ -194,7 +194,7 @@ class RolloutTrainer(ResumableTrainer):
         prompt_mask_PS: Tensor,
         mixed_with: Callable[[slice], MixedWith] | None = None,
     ) -> Completions:
-        """See `sample_in_parts`."""
+        """Completions of this device's prompts (see `sample_in_parts`)."""
         prompt_index_B = self._prompt_index(len(prompt_ids_PS))
         uniforms_BT = self._uniforms(len(prompt_index_B))
         return sample_in_parts(
@@ -229,7 +229,7 @@ class RolloutTrainer(ResumableTrainer):
         return log_probs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
 
     def _dropping(self, rollout: Rollout, rows: list[dict], is_usable_B: dict[str, Tensor]) -> Rollout:
-        """Without the completions of which something is not usable, by its name: counted, and logged with prompts.
+        """The rollout without the completions of which any number is not usable; these are counted, and some logged.
 
         If no process has any left, the rollout is lost, and its optimizer steps are skipped.
         """
@@ -244,13 +244,15 @@ class RolloutTrainer(ResumableTrainer):
             prompt = str(rows[int(rollout.prompt_index_B[b])]["prompt"])
             self.warn_of_prompts(f"A sample is dropped, {bad} not finite", [prompt])
         if not kept:
-            what = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
-            self.rollout_state.lost = f"all {dropped:.0f} samples dropped, {what or 'on other processes'} not finite"
-        whole = rollout.dropping(kept_B)
+            reasons = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
+            self.rollout_state.lost = (
+                f"all {dropped:.0f} samples dropped, {reasons or 'on other processes'} not finite"
+            )
+        remaining = rollout.dropping(kept_B)
         # Stand-ins were not generated; what they stand for was.
-        tokens = rollout.completion_mask_BT.sum() - whole.completion_mask_BT.sum()
+        tokens = rollout.completion_mask_BT.sum() - remaining.completion_mask_BT.sum()
         self.rollout_state.generated_tokens += int(self._sum_over_ranks(tokens))
-        return whole
+        return remaining
 
     def _guard(self, rollout: Rollout, metrics: dict[str, float]) -> None:
         """Warns of a reward that rises while the completions get worse (see `Guards`)."""
@@ -260,8 +262,8 @@ class RolloutTrainer(ResumableTrainer):
         repeated, grams, distinct, count = self._sum_over_ranks(
             torch.tensor(counts, device=self.accelerator.device)
         ).tolist()
-        found = {**metrics, **self._entropy, "repetition": repeated / max(grams, 1), "distinct": distinct / count}
-        warnings = self._guards.warnings(found)
+        measured = {**metrics, **self._entropy, "repetition": repeated / max(grams, 1), "distinct": distinct / count}
+        warnings = self._guards.warnings(measured)
         if warnings:
             self._record({"guards_raised": len(warnings)})
         if self.is_world_process_zero():
@@ -510,7 +512,7 @@ class RolloutTrainer(ResumableTrainer):
         torch.save(self.args, output_dir / "training_args.bin")
 
     def run_state(self) -> dict[str, object]:
-        """Also the rollout in use and the place in it, what is measured but not logged yet, and what is spent."""
+        """Adds the rollout in use and the place in it, metrics that are not logged yet, and what the run has cost."""
         return {
             **super().run_state(),
             "rollout_state": self.rollout_state.saved(),

@@ -39,13 +39,13 @@ _DIFFERENCES_SHOWN = 3
 
 
 def settings_of(args: TrainingArguments) -> dict[str, object]:
-    """All settings that a resumed run must have the same, in JSON's types."""
+    """The settings that must be the same in a resumed run, in JSON's types."""
     settings = json.loads(json.dumps(args.to_dict(), default=str))
     return {name: value for name, value in settings.items() if not any(fnmatch(name, may) for may in _MAY_CHANGE)}
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """Of all that the rows hold, in their order."""
+    """A digest of all that the rows hold, in their order."""
     digest = hashlib.sha256()
     for rows in dataset.iter(_ROWS_AT_A_TIME):
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
@@ -89,12 +89,12 @@ def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
     """
     saved = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record))
-    found = [difference for part in now for difference in _differences(saved.get(part), now[part], part)]
-    if found:
-        more = f" (and {len(found) - _DIFFERENCES_SHOWN} more)" if len(found) > _DIFFERENCES_SHOWN else ""
+    differences = [difference for part in now for difference in _differences(saved.get(part), now[part], part)]
+    if differences:
+        more = f" (and {len(differences) - _DIFFERENCES_SHOWN} more)" if len(differences) > _DIFFERENCES_SHOWN else ""
         raise InputError(
-            f"{checkpoint} is of another run: {'; '.join(found[:_DIFFERENCES_SHOWN])}{more}. Continue it with what it "
-            "was begun with, or begin anew in another output_dir."
+            f"{checkpoint} is of another run: {'; '.join(differences[:_DIFFERENCES_SHOWN])}{more}. Continue it with what "
+            "it was begun with, or begin anew in another output_dir."
         )
 
 

@@ -32,7 +32,7 @@ class RolloutState:
     window_sequences: list[Tensor] | None = None
 
     def saved(self) -> dict[str, object]:
-        """All of it as tensors and plain values."""
+        """The whole state as tensors and plain values."""
         state = {item.name: getattr(self, item.name) for item in fields(self)}
         if self.rollout is not None:
             state["rollout"] = {item.name: getattr(self.rollout, item.name) for item in fields(Rollout)}
@@ -40,7 +40,7 @@ class RolloutState:
 
     @classmethod
     def of_saved(cls, state: dict[str, object], device: torch.device) -> "RolloutState":
-        """What `saved` gave, with its tensors on the device."""
+        """The state that `saved` returned, with its tensors on the device."""
         state = {name: send_to_device(value, device) for name, value in state.items()}
         if state["rollout"] is not None:
             state["rollout"] = Rollout(**state["rollout"])

@@ -11,18 +11,18 @@ def whole_signature(kind: type, *, without: tuple[str, ...] = ()) -> Signature:
 
     without: parameters of a base that a class between sets.
     """
-    found: dict[str, Parameter] = {}
+    parameters_by_name: dict[str, Parameter] = {}
     takes_positions = True
     for base in kind.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
         for parameter in parameters:
-            if parameter.kind not in _REST and parameter.name not in (*found, *without):
+            if parameter.kind not in _REST and parameter.name not in (*parameters_by_name, *without):
                 by_name = parameter if takes_positions else parameter.replace(kind=Parameter.KEYWORD_ONLY)
-                found[parameter.name] = by_name
+                parameters_by_name[parameter.name] = by_name
         kinds = {parameter.kind for parameter in parameters}
         takes_positions = takes_positions and Parameter.VAR_POSITIONAL in kinds
         if Parameter.VAR_KEYWORD not in kinds:
             break
-    return Signature(sorted(found.values(), key=lambda parameter: parameter.kind))
+    return Signature(sorted(parameters_by_name.values(), key=lambda parameter: parameter.kind))

@@ -162,8 +162,8 @@ class PairCollator:
         pad = padding_id(self.tokenizer)
         if self.start_ids is not None:
             input_ids, attention_mask = _pad_right(prompts, pad)
-            given = len(self.start_ids) - 1  # positions that predict what is given too
-            labels, _ = _pad_right([[_IGNORED] * given + ids for ids in targets], _IGNORED)
+            num_given = len(self.start_ids) - 1  # positions that predict what is given too
+            labels, _ = _pad_right([[_IGNORED] * num_given + ids for ids in targets], _IGNORED)
             decoder_input_ids, _ = _pad_right([[*self.start_ids, *ids[:-1]] for ids in targets], pad)
             return {
                 "input_ids": input_ids,

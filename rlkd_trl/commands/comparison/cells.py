@@ -49,7 +49,7 @@ class Cell:
         return have_files and "after" in self.read("metrics.json")
 
     def read(self, name: str) -> dict:
-        """One of the JSON files that the run left."""
+        """The content of one of the JSON files that the run left."""
         return json.loads((self.directory / name).read_text(encoding="utf-8"))
 
     def record(self) -> dict:
@@ -66,14 +66,14 @@ class Cell:
 
     def check(self) -> None:
         """Raises `InputError` if the directory holds the results of another command, or of other files."""
-        wanted = self.record()  # of every cell: the digests are taken here, before anything runs
+        record = self.record()  # of every cell: the digests are taken here, before anything runs
         if not self.is_done:
             return
-        found = self.read("command.json") if (self.directory / "command.json").is_file() else {}
-        found.setdefault("files", {})
-        if found != wanted:
+        recorded = self.read("command.json") if (self.directory / "command.json").is_file() else {}
+        recorded.setdefault("files", {})
+        if recorded != record:
             raise InputError(
-                f"{self.directory} holds the results of {_first_difference(found, wanted)}. "
+                f"{self.directory} holds the results of {_first_difference(recorded, record)}. "
                 "Give another --output_dir, undo the change, or delete the directory."
             )
 
@@ -134,14 +134,16 @@ def find_method(name: str, recipes: Path) -> Method:
         if not preset.is_file():
             raise InputError(f"--methods {name}: there is no such file.")
     else:
-        known = shipped_presets(recipes)
-        found = [preset for preset in known if preset.stem == name]
-        if not found:
-            names = ", ".join(preset.stem for preset in known)
+        presets = shipped_presets(recipes)
+        presets_of_name = [preset for preset in presets if preset.stem == name]
+        if not presets_of_name:
+            names = ", ".join(preset.stem for preset in presets)
             raise InputError(f"--methods {name}: no such method; give one of {names}, or the path of a YAML file.")
-        if len(found) > 1:
-            raise InputError(f"--methods {name}: there are several; give a path: {', '.join(map(str, found))}.")
-        (preset,) = found
+        if len(presets_of_name) > 1:
+            raise InputError(
+                f"--methods {name}: there are several; give a path: {', '.join(map(str, presets_of_name))}."
+            )
+        (preset,) = presets_of_name
     recipe = recipes / f"{preset.resolve().parent.name}.py"
     if not recipe.is_file():
         raise InputError(f"{preset}: its directory is to be named for a recipe, and there is no {recipe}.")
@@ -149,21 +151,21 @@ def find_method(name: str, recipes: Path) -> Method:
 
 
 def shipped_presets(recipes: Path) -> list[Path]:
-    """All method presets beside the recipes."""
+    """The method presets beside the recipes."""
     return sorted((recipes / "configs" / "methods").glob("*/*.yaml"))
 
 
-def _first_difference(found: dict, wanted: dict) -> str:
-    """In words: "another command: it had --seed 1, now --seed 2"."""
+def _first_difference(recorded: dict, record: dict) -> str:
+    """The first difference of two runs' records in words: "another command: it had --seed 1, now --seed 2"."""
     for key in ("recipe", "preset"):
-        if found.get(key) != wanted[key]:
-            return f"another command: its {key} was {found.get(key)}, now {wanted[key]}"
-    old, new = found["flags"], wanted["flags"]
+        if recorded.get(key) != record[key]:
+            return f"another command: its {key} was {recorded.get(key)}, now {record[key]}"
+    old, new = recorded["flags"], record["flags"]
     if old != new:
         name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
         was, now = (f"{name} {flags[name]}" if name in flags else f"no {name}" for flags in (old, new))
         return f"another command: it had {was}, now {now}"
-    old, new = found.get("files", {}), wanted["files"]
+    old, new = recorded.get("files", {}), record["files"]
     name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
     return f"other files, {name}: " + (
         "its files have changed since" if name in old else "its record has none of them"

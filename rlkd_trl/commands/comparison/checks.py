@@ -51,20 +51,20 @@ class TrainerConfigs(Mapping):
 
 
 def check_named(settings: ComparisonSettings) -> None:
-    """What must be named, and what cannot go together. Raises `InputError`."""
+    """Raises `InputError` if a flag is missing that must be given, or flags are given that cannot go together."""
     data, compare, test = settings.data, settings.compare, settings.measurement
     named = {"--dataset": data.dataset, "--test_dataset": test.test_dataset}
     named |= {"--teacher": settings.teacher.teacher, "--student": settings.student.student}
     budgets = [f"--{name}" for name in BUDGETS if getattr(compare, name) is not None]
     if compare.smoke:
-        if given := [flag for flag, value in named.items() if value is not None]:
-            raise InputError(f"--smoke brings its own data and models: leave out {' and '.join(given)}.")
+        if named_too := [flag for flag, value in named.items() if value is not None]:
+            raise InputError(f"--smoke brings its own data and models: leave out {' and '.join(named_too)}.")
     elif missing := [flag for flag, value in named.items() if value is None]:
         raise InputError(f"{' and '.join(missing)} missing. To try this on the embedded demo: --smoke.")
     if len(budgets) != 1:
         kinds = ", ".join(f"--{name}" for name in BUDGETS)
-        found = f"there are {' and '.join(budgets)}" if budgets else "there is none"
-        raise InputError(f"One kind of budget is needed, and {found}: give one of {kinds}.")
+        number_given = f"there are {' and '.join(budgets)}" if budgets else "there is none"
+        raise InputError(f"One kind of budget is needed, and {number_given}: give one of {kinds}.")
     if len(compare.learning_rates) > 1 and test.validation_dataset is None and not compare.smoke:
         raise InputError("Several --learning_rates need a --validation_dataset to choose on.")
     if compare.select_on in ("bleu", "rougeL") and not (test.eval_target_column or data.target_column):
@@ -104,22 +104,22 @@ def check_flags(
     """
     groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments]
     set_here = {option.name for group in groups for option in fields(group)}.union(SET_HERE)
-    given = {flag.removeprefix("--") for flag in as_flags(teacher)}
-    set_here -= OF_THE_TEACHERS_WEIGHTS - given
+    given_flags = {flag.removeprefix("--") for flag in as_flags(teacher)}
+    set_here -= OF_THE_TEACHERS_WEIGHTS - given_flags
     for method in methods:
         recipe = method.recipe.stem
         if recipe not in configs:
             raise InputError(f"{method.preset}: {recipe} is none of the recipes to compare: {', '.join(configs)}.")
-        for where, names in (
+        for source, names in (
             (f"The preset {method.preset}", method.settings()),
             ("--common", [flag.partition("=")[0] for flag in common]),
         ):
             if "hub_token" in names:
                 raise InputError(
-                    f"{where} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
+                    f"{source} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
                 )
             if clash := sorted(set_here.intersection(names)):
-                raise InputError(f"{where} sets {clash[0]}, which compare.py sets for all methods alike.")
+                raise InputError(f"{source} sets {clash[0]}, which compare.py sets for all methods alike.")
         config = configs[recipe]
         has_rewards = any(option.name == "reward_weights" for option in fields(config))
         kind = RewardedSettings if has_rewards else DistillationSettings
@@ -140,8 +140,8 @@ def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | No
         seen["--validation_dataset"] = load_prompts(data, prompts, templates, held_out)
     held_out = HeldOutArguments(test.test_dataset, test.test_split, test.eval_target_column)
     rows = load_prompts(data, prompts, templates, held_out)
-    for flag, others in seen.items():
-        if common := set(rows["source"]).intersection(others["source"]):
+    for flag, rows_seen in seen.items():
+        if common := set(rows["source"]).intersection(rows_seen["source"]):
             raise InputError(
                 f"{len(common)} test inputs are in {flag} too, e.g. {min(common)!r}: test on inputs that nothing was "
                 "trained or chosen on."

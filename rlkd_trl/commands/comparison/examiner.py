@@ -101,13 +101,16 @@ class Examiner:
         )
 
     def summaries(self, grid: Grid, chosen: Mapping[str, float | None], output_dir: Path) -> dict[str, list[dict]]:
-        """By budget the lines of the tables: the teacher, the warm start, and each method at its learning rate."""
+        """The lines of the tables, by budget: the teacher, the warm start, and each method at its learning rate."""
         of_teacher = self.test_teacher(output_dir / "teacher")
         of_warm_start = self.test_warm_start(output_dir / "warm_start")
-        known = [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
+        given_models = [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
         return {
             budget: summarise(
-                [*known, *(self._of_method(grid, budget, method, chosen[method.name]) for method in grid.methods)],
+                [
+                    *given_models,
+                    *(self._of_method(grid, budget, method, chosen[method.name]) for method in grid.methods),
+                ],
                 teacher=of_teacher,
                 baseline=self.baseline or grid.methods[0].name,
                 num_resamples=self.num_resamples,

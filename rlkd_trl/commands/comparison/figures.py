@@ -44,11 +44,11 @@ def draw_metrics(path: Path, budgets: Budgets) -> Path:
     for ax, metric in zip(axes, metrics, strict=False):
         for number, (budget, rows) in enumerate(budgets.items()):
             shift = 0.6 * ((number + 0.5) / len(budgets) - 0.5)
-            found = [(i, row["greedy"][metric]) for i, row in enumerate(rows) if metric in row["greedy"]]
+            intervals = [(i, row["greedy"][metric]) for i, row in enumerate(rows) if metric in row["greedy"]]
             ax.errorbar(
-                [interval["mean"] for _, interval in found],
-                [i + shift for i, _ in found],
-                xerr=[interval["half_width"] or math.nan for _, interval in found],
+                [interval["mean"] for _, interval in intervals],
+                [i + shift for i, _ in intervals],
+                xerr=[interval["half_width"] or math.nan for _, interval in intervals],
                 fmt="o",
                 capsize=2,
                 label=budget,

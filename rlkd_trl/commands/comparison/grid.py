@@ -64,7 +64,7 @@ class Grid:
         rate, nothing is run. What fails is added to `failures`.
         """
         budget, seed, rates = next(iter(self.budgets)), self.seeds[0], self.learning_rates
-        found = {
+        outcome = {
             "budget": budget,
             "seed": seed,
             "select_on": self.select_on,
@@ -74,7 +74,7 @@ class Grid:
             "chosen": {method.name: rates[0] for method in self.methods},
         }
         if len(rates) == 1:
-            return found
+            return outcome
         cells = {
             method.name: {rate: self.cell(budget, method, seed, rate) for rate in rates} for method in self.methods
         }
@@ -82,10 +82,10 @@ class Grid:
         for name, by_rate in cells.items():
             done = {rate: cell for rate, cell in by_rate.items() if cell.is_done}
             scores = {rate: cell.read("metrics.json")["after"].get(self.select_on) for rate, cell in done.items()}
-            found["scores"][name] = {rate: scores.get(rate) for rate in rates}
-            found["cost"][name] = {rate: cell.read("cost.json") for rate, cell in done.items()}
-            found["chosen"][name] = choose_learning_rate(scores, lower_is_better=SELECTION[self.select_on])
-        return found
+            outcome["scores"][name] = {rate: scores.get(rate) for rate in rates}
+            outcome["cost"][name] = {rate: cell.read("cost.json") for rate, cell in done.items()}
+            outcome["chosen"][name] = choose_learning_rate(scores, lower_is_better=SELECTION[self.select_on])
+        return outcome
 
     def train(self, chosen: Mapping[str, float | None], failures: dict[Path, str]) -> None:
         """Runs every budget, method and seed at the chosen rates. What fails is added to `failures`."""

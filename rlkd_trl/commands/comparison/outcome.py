@@ -55,10 +55,10 @@ def kept_outcome(directory: Path, settings: Mapping[str, object], make: Callable
     """
     metrics_file, inputs_file = directory / _METRICS_FILE, directory / _INPUTS_FILE
     if metrics_file.is_file():
-        kept = json.loads(metrics_file.read_text(encoding="utf-8"))
-        if kept["settings"] == settings:
+        saved = json.loads(metrics_file.read_text(encoding="utf-8"))
+        if saved["settings"] == settings:
             inputs = [json.loads(line) for line in inputs_file.read_text(encoding="utf-8").split("\n")[:-1]]
-            return Outcome(_with_nan(kept["greedy"]), _with_nan(kept["sampled"]), inputs)
+            return Outcome(_with_nan(saved["greedy"]), _with_nan(saved["sampled"]), inputs)
         metrics_file.unlink()
     outcome = make()
     directory.mkdir(parents=True, exist_ok=True)
@@ -69,5 +69,5 @@ def kept_outcome(directory: Path, settings: Mapping[str, object], make: Callable
 
 
 def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """JSON's null, which stands for NaN."""
+    """The metrics with NaN where JSON has null."""
     return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -112,8 +112,8 @@ def input_statistics(inputs: Sequence[Mapping]) -> dict[str, Tensor]:
 
 def _bleu_statistics(output: str, references: Sequence[str]) -> list[int]:
     """Correct 1- to 4-grams, all 1- to 4-grams, the output's length, the nearest reference's (Post 2018)."""
-    found = BLEU().corpus_score([output], [[reference] for reference in references])
-    return [*found.counts, *found.totals, found.sys_len, found.ref_len]
+    score = BLEU().corpus_score([output], [[reference] for reference in references])
+    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
 def score_of_sums(metric: str, sums_BD: Tensor) -> Tensor:
@@ -141,7 +141,9 @@ def system_scores(outcomes: Sequence[Outcome], weights_BN: Tensor) -> dict[str, 
     """
     per_seed = [input_statistics(outcome.inputs) for outcome in outcomes]
     return {
-        metric: torch.stack([score_of_sums(metric, weights_BN @ found[metric]) for found in per_seed]).mean(dim=0)
+        metric: torch.stack([score_of_sums(metric, weights_BN @ statistics[metric]) for statistics in per_seed]).mean(
+            dim=0
+        )
         for metric in per_seed[0]
     }
 
@@ -171,7 +173,7 @@ def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_
     of_baseline = scores.get(baseline, {})
     rows = []
     for entry in entries:
-        own = {} if entry.name == baseline else scores.get(entry.name, {})
+        of_entry = {} if entry.name == baseline else scores.get(entry.name, {})
         greedy = [outcome.greedy for outcome in entry.outcomes]
         retained = [
             {name: 100 * metrics[name] / teacher.greedy[name] for name in RETAINED if teacher.greedy.get(name)}
@@ -188,8 +190,8 @@ def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_
                 "retention": _over_seeds(retained),
                 "cost": _over_seeds([{name: cost[name] for name in COSTS} for cost in entry.costs]),
                 "difference": {
-                    metric: paired_difference(own[metric], of_baseline[metric])._asdict()
-                    for metric in sorted(own.keys() & of_baseline.keys())
+                    metric: paired_difference(of_entry[metric], of_baseline[metric])._asdict()
+                    for metric in sorted(of_entry.keys() & of_baseline.keys())
                 },
             }
         )
@@ -198,8 +200,8 @@ def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_
 
 def _over_seeds(per_seed: Sequence[Mapping[str, float]]) -> dict[str, dict]:
     names = set.intersection(*map(set, per_seed)) if per_seed else set()
-    found = {}
+    intervals = {}
     for name in sorted(names):
         values = [metrics[name] for metrics in per_seed]
-        found[name] = {**mean_interval(values)._asdict(), "values": values}
-    return found
+        intervals[name] = {**mean_interval(values)._asdict(), "values": values}
+    return intervals

@@ -73,13 +73,15 @@ def learning_rate_section(search: Mapping) -> str:
 
 
 def _at_the_edge(chosen: Mapping[str, float | None], rates: Sequence[float]) -> str:
-    """Which choices the grid does not bracket, in a sentence."""
-    found = []
+    """A sentence that names the learning rates chosen at an edge of the grid, which does not bracket them."""
+    sentences = []
     for edge, rate in (("lowest", rates[0]), ("highest", rates[-1])):
         names = [method for method, choice in chosen.items() if choice == rate]
         if names:
-            found.append(f"{', '.join(names)} at the {edge}")
-    return f"Not bracketed by the grid: {'; '.join(found)} rate." if found else "The grid brackets every choice."
+            sentences.append(f"{', '.join(names)} at the {edge}")
+    return (
+        f"Not bracketed by the grid: {'; '.join(sentences)} rate." if sentences else "The grid brackets every choice."
+    )
 
 
 def failure_section(failures: Mapping[str, str]) -> str:
@@ -99,13 +101,13 @@ def csv_text(budgets: Mapping[str, Sequence[dict]]) -> str:
         for row in rows:
             same = {"budget": budget, "model": row["model"], "learning_rate": row["learning_rate"]}
             for kind in ("greedy", "sampled", "retention", "cost"):
-                for metric, found in row[kind].items():
-                    mean, half = found["mean"], found["half_width"]
+                for metric, numbers in row[kind].items():
+                    mean, half = numbers["mean"], numbers["half_width"]
                     ends = {} if half is None else {"low": mean - half, "high": mean + half}
-                    values = " ".join(map(str, found["values"]))
+                    values = " ".join(map(str, numbers["values"]))
                     writer.writerow({**same, "kind": kind, "metric": metric, "mean": mean, **ends, "values": values})
-            for metric, found in row["difference"].items():
-                ends = {"mean": found["difference"], "low": found["low"], "high": found["high"]}
+            for metric, numbers in row["difference"].items():
+                ends = {"mean": numbers["difference"], "low": numbers["low"], "high": numbers["high"]}
                 writer.writerow({**same, "kind": "difference", "metric": metric, **ends})
     return text.getvalue()
 
@@ -113,7 +115,7 @@ def csv_text(budgets: Mapping[str, Sequence[dict]]) -> str:
 def _interval_table(
     rows: Sequence[dict], parts: Sequence[tuple[str, Headings]], *, with_learning_rate: bool = False
 ) -> str:
-    """Mean ± half-width; metrics that no row has are left out."""
+    """A table of mean ± half-width; metrics that no row has are left out."""
     shown = [
         (kind, metric, heading, number_format)
         for kind, headings in parts
@@ -125,10 +127,10 @@ def _interval_table(
     for row in rows:
         line = [_label(row), *([number(row["learning_rate"], "g")] if with_learning_rate else [])]
         for kind, metric, _, number_format in shown:
-            found = row[kind].get(metric, {})
-            cell = number(found.get("mean"), number_format)
-            if found.get("half_width") is not None:
-                cell += f" ± {found['half_width']:{number_format}}"
+            interval = row[kind].get(metric, {})
+            cell = number(interval.get("mean"), number_format)
+            if interval.get("half_width") is not None:
+                cell += f" ± {interval['half_width']:{number_format}}"
             line.append(cell)
         lines.append(line)
     return markdown_table(header, lines)
@@ -140,13 +142,13 @@ def _difference_table(rows: Sequence[dict]) -> str:
     for row in rows:
         line = [_label(row)]
         for metric, (_, number_format) in shown.items():
-            found = row["difference"].get(metric)
-            if found is None:
+            difference = row["difference"].get(metric)
+            if difference is None:
                 line.append(MISSING)
                 continue
             sign = f"+{number_format}"
-            cell = f"{found['difference']:{sign}} [{found['low']:{sign}}, {found['high']:{sign}}]"
-            line.append(f"**{cell}**" if found["low"] > 0 or found["high"] < 0 else cell)
+            cell = f"{difference['difference']:{sign}} [{difference['low']:{sign}}, {difference['high']:{sign}}]"
+            line.append(f"**{cell}**" if difference["low"] > 0 or difference["high"] < 0 else cell)
         lines.append(line)
     return markdown_table(["model", *(heading for heading, _ in shown.values())], lines)
 
