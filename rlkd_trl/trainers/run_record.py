@@ -93,8 +93,8 @@ def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
     if differences:
         more = f" (and {len(differences) - _DIFFERENCES_SHOWN} more)" if len(differences) > _DIFFERENCES_SHOWN else ""
         raise InputError(
-            f"{checkpoint} is of another run: {'; '.join(differences[:_DIFFERENCES_SHOWN])}{more}. Continue it with what "
-            "it was begun with, or begin anew in another output_dir."
+            f"{checkpoint} is of another run: {'; '.join(differences[:_DIFFERENCES_SHOWN])}{more}. Continue it with "
+            "what it was begun with, or begin anew in another output_dir."
         )
 
 
