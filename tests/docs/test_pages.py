@@ -126,9 +126,10 @@ def provide(words: list[str], pair: Pair) -> None:
 
 
 def stood_in(text: str) -> str:
+    """With the tests' own checkpoints, and one step of training."""
     for name, local in STAND_INS.items():
         text = text.replace(name, local)
-    return text
+    return re.sub(r"\bmax_steps=\d+", "max_steps=1", text)
 
 
 def runnable(page: Path) -> list[list[str]]:
