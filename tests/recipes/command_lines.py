@@ -13,6 +13,7 @@ import pytest
 
 from rlkd_trl import errors
 from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.settings import CommandLine
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
@@ -70,6 +71,7 @@ def parsed(command: str) -> dict[str, object]:
 
     recipe, *flags = shlex.split(command)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CommandLine, "sketch", CommandLine.settings)  # not what is read before the trainer's imports
         patch.setattr(RecipeParser, "parse", parse_and_stop)
         patch.setattr(sys, "argv", [f"{recipe}.py", *flags])
         with pytest.raises(_Parsed):

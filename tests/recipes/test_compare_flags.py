@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 from datasets import Dataset
 
@@ -175,6 +176,7 @@ def observe(workplace, monkeypatch):
 
     for name in ("evaluate_student", "evaluate_teacher"):
         monkeypatch.setattr(evaluate, name, functools.partial(noted_evaluation, getattr(evaluate, name)))
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)  # the Hub is not asked for it
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(statistics, "resample_weights", noted_weights)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -130,6 +131,7 @@ def observe(files, tmp_path, monkeypatch):
             return TrainOutput(0, 0.0, {"train_loss": 0.0})
 
         with monkeypatch.context() as patch:
+            patch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)  # the Hub is not asked for it
             patch.setattr(datasets, "load_dataset", load_dataset)
             patch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", classmethod(load_model))
             patch.setattr(transformers.AutoConfig, "from_pretrained", load_config)
