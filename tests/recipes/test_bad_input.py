@@ -122,7 +122,7 @@ SETTING_CASES = [
     (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
     (("ppo_kd",), "--k 2", "k = 2 gives K-step returns, which PPO can only use whole: set lam to 1 (it is 0.95)"),
     (("ppo_kd",), "--baseline mean", "baseline = 'mean' has no effect with normalize_advantages"),
-    (("rloo_kd",), "--baseline mean", "baseline = 'mean' has no effect with level 'sequence'"),
+    (("rloo_kd",), "--baseline mean", "baseline = 'mean' is not for level 'sequence'"),
     (DISTILLED, "--num_generations 3", "8 completions per device"),
     (("ppo_kd", "rloo_kd", "kd", "all_actions_kd"), "--top_k 5", "top_k=5"),
     (("reinforce_kd",), "--top_k 1", "top_k = 1: 0 samples from all tokens"),
