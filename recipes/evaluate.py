@@ -8,7 +8,7 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, require, require_files
+from rlkd_trl.commands.checks import check_checkpoints, check_rewards, refuse_unused, require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
@@ -25,6 +25,7 @@ def main() -> None:
     check_evaluation_directory(settings)
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)
+    refuse_unused(settings.evaluation, "temperature", unless=settings.evaluation.sample, needs="--sample")
     check_rewards(settings.reward, settings.evaluation.reward_weights)
     check_checkpoints(settings.teacher, settings.student)
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)

@@ -14,7 +14,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
-from rlkd_trl.commands.checks import check_student, require_files
+from rlkd_trl.commands.checks import check_new_model, check_student, require_files
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.loading import load_or_make_model
 from rlkd_trl.commands.run_directory import (
@@ -22,6 +22,7 @@ from rlkd_trl.commands.run_directory import (
     checkpoint_to_resume,
     clear_results,
     is_finished,
+    leaves_no_empty_directory,
     mark_finished,
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
@@ -36,6 +37,7 @@ def main() -> None:
     command = CommandLine(SupervisedSettings, description=__doc__, recipe="sft", config=CONFIG)
     sketch = command.sketch()
     require_files(sketch)
+    check_new_model(sketch)
     templates = load_templates(sketch.prompts)
     pairs = load_pairs(sketch, templates)
 
@@ -47,7 +49,7 @@ def main() -> None:
     check_free(args.output_dir, settings.run, args)
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
-    check_student(settings.student)
+    check_student(settings.student, fp16=args.fp16)
     if is_finished(checkpoint, args):
         return
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
@@ -55,14 +57,17 @@ def main() -> None:
     # Build.
     from rlkd_trl.trainers.supervised import SupervisedTrainer
 
-    model, tokenizer = load_or_make_model(settings.student, settings.new, pairs, seed=args.seed)
-    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    with leaves_no_empty_directory(args.output_dir):
+        model, tokenizer = load_or_make_model(settings.student, settings.new, pairs, seed=args.seed)
+        print(
+            f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True
+        )
+        dataset = pairs_within(pairs, tokenizer, max_prompt_length=args.max_prompt_length)
+        trainer = SupervisedTrainer(model, args, dataset, tokenizer)
+    trainer.run_record["command"] = record
 
     # Train and save.
     clear_results(args.output_dir, goes_on=checkpoint is not None)
-    dataset = pairs_within(pairs, tokenizer, max_prompt_length=args.max_prompt_length)
-    trainer = SupervisedTrainer(model, args, dataset, tokenizer)
-    trainer.run_record["command"] = record
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)
     mark_finished(args.output_dir, trainer.state.global_step)

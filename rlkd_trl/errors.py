@@ -80,6 +80,8 @@ def connected_to(peers: Peers) -> None:
 def run(main: Callable[[], None]) -> None:
     """Runs a command. What the user can do something about ends in a line or two on stderr, without a traceback.
 
+    With `--debug` on the command line the traceback stands before them.
+
     Exit codes: 2 for input to be corrected, 1 for training that numbers have spoilt or a checkpoint that
     could not be written, or another process that is missing, 130 after Ctrl-C and 143 after SIGTERM. Of several
     processes one speaks. A command that has succeeded, or that all processes have left at the same step, also ends its
@@ -138,8 +140,15 @@ def _is_launcher(words: list[str]) -> bool:
 def _end(code: int, message: str) -> NoReturn:
     """Ends this process with `code`; of several processes one prints the message."""
     if os.environ.get("RANK", "0") == "0" if _peers is None else _peers.is_first_to_speak():
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    """On stderr; with `--debug`, after the traceback of the exception that is being handled."""
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    print(message, file=sys.stderr, flush=True)
 
 
 def _disconnect() -> None:
@@ -157,7 +166,7 @@ def _refuse(error: InputError) -> NoReturn:
     if _peers is None and is_one_of_several and os.environ.get("RANK") != "0":
         # Most often all processes find the same: the first one speaks, and its launcher then ends the others.
         time.sleep(_FIRST_PROCESS_SPEAKS)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    _say(f"error: {' '.join(str(error).split())}")
     if is_one_of_several:
         _leave(2)
     sys.exit(2)

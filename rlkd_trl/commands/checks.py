@@ -1,12 +1,13 @@
 """What is found wrong with a command's input before any model is loaded. A check makes nothing."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.run_directory import check_not_there
-from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings
+from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings, SupervisedSettings
 from rlkd_trl.data import require_dataset
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import Reads, files_read, require_checkpoint
@@ -14,6 +15,13 @@ from rlkd_trl.settings.hub import require_on_hub
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import OnPolicyConfig
+
+# Flags about what is on the Hub, and the flags that name it.
+_OF_THE_HUB = {
+    ("dataset_revision", "dataset_config"): ("dataset", "eval_dataset", "validation_dataset", "test_dataset"),
+    ("teacher_revision",): ("teacher",),
+    ("student_revision",): ("student",),
+}
 
 
 def is_demo(settings: DistillationSettings) -> bool:
@@ -36,7 +44,10 @@ def is_demo(settings: DistillationSettings) -> bool:
 
 
 def require_files(settings: object) -> None:
-    """Raises `InputError` for a flag whose data or checkpoint is neither here nor to be had from the Hub."""
+    """Raises `InputError` for a flag whose data or checkpoint is neither here nor to be had from the Hub.
+
+    For a revision of something that is here, too.
+    """
     for group in vars(settings).values():
         for name, reads in files_read(type(group)).items():
             value = getattr(group, name)
@@ -47,6 +58,48 @@ def require_files(settings: object) -> None:
                         require_on_hub(f"--{name}", path, "dataset")
                 elif path is not None and reads is Reads.CHECKPOINT:
                     require_checkpoint(f"--{name}", path)
+    _check_revisions(settings)
+
+
+def _check_revisions(settings: object) -> None:
+    """Raises `InputError` for a revision, or a configuration, of what is here and not on the Hub."""
+    groups = vars(settings).values()
+    for options, wanted in _OF_THE_HUB.items():
+        named = [value for group in groups for value in _values(group, wanted)]
+        if not named or not all(Path(value).expanduser().exists() for value in named):
+            continue
+        for group in groups:
+            for option in options:
+                if (value := getattr(group, option, None)) is not None:
+                    raise InputError(
+                        f"--{option} {value} is for what is on the Hub, and {', '.join(named)} is here: leave it out."
+                    )
+
+
+def _values(group: object, names: Sequence[str]) -> list[str]:
+    values = [getattr(group, name, None) for name in names]
+    return [one for value in values for one in (value if isinstance(value, list) else [value]) if one is not None]
+
+
+def refuse_unused(group: object, *names: str, unless: bool, needs: str) -> None:
+    """Raises `InputError` for a flag that is set and would change nothing, `unless` what it needs is set too."""
+    for option in fields(group):
+        value = getattr(group, option.name)
+        if option.name in names and value != option.default and not unless:
+            raise InputError(f"--{option.name} {value} has no effect without {needs}: give that, or leave it out.")
+
+
+def check_new_model(settings: SupervisedSettings) -> None:
+    """Raises `InputError` if a student is named, and sizes or a tokenizer for a new model as well."""
+    if settings.student.student is None:
+        return
+    for option in fields(settings.new):
+        value = getattr(settings.new, option.name)
+        if value != option.default:
+            raise InputError(
+                f"--{option.name} {value} is for a new model, and --student {settings.student.student} names one that "
+                "there is: leave out one of them."
+            )
 
 
 def require(**flags: object) -> None:
@@ -56,8 +109,10 @@ def require(**flags: object) -> None:
             raise InputError(f"{flag} is needed here.")
 
 
-def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> None:
+def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, fp16: bool = False) -> None:
     """Teacher and student exist, share a tokenizer and have an embedding for each token; before weights are read.
+
+    fp16: whether the student is trained in mixed precision with float16.
 
     Raises:
         InputError: They do not; the message names what differs.
@@ -67,7 +122,7 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
     from rlkd_trl.models.vocabulary import check_same_tokenizer, check_special_tokens
 
     check_teacher(teacher)
-    check_student(student)
+    check_student(student, fp16=fp16)
     student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
     check_special_tokens(student_tokenizer, teacher.allowed_special_tokens or [])
     config = load_config(student.student, revision=student.student_revision)
@@ -80,7 +135,7 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments) -> N
 
 def check_teacher(teacher: TeacherArguments) -> None:
     """The teachers are checkpoints or may be Hub ids, have an EOS, can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, check_quantization, load_tokenizer
+    from rlkd_trl.models.loading import check_dtype, check_precision, check_quantization, load_config, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
@@ -89,17 +144,23 @@ def check_teacher(teacher: TeacherArguments) -> None:
     Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
     for name in teacher.teacher or []:
         require_checkpoint("--teacher", name)
+        check_precision(load_config(name, revision=teacher.teacher_revision), teacher.teacher_dtype)
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
 
 
-def check_student(student: StudentArguments) -> None:
-    """A named student is a checkpoint or may be a Hub id, and has an EOS; the dtype is known. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, load_tokenizer
+def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
+    """A named student is a language model with an EOS, and its precision is known and suits it. Raises `InputError`.
+
+    fp16: as in `check_checkpoints`.
+    """
+    from rlkd_trl.models.loading import check_dtype, check_precision, load_config, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
 
     check_dtype(student.student_dtype)
     if student.student is not None:
         require_checkpoint("--student", student.student)
+        config = load_config(student.student, revision=student.student_revision)
+        check_precision(config, student.student_dtype, fp16=fp16)
         require_eos(load_tokenizer(student.student, revision=student.student_revision))
 
 
@@ -117,6 +178,8 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
         tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
         check_special_tokens(tokenizer, teacher.allowed_special_tokens)
     check_strategy(labels.strategy)
+    refuse_unused(labels, "num_beams", unless=labels.strategy == "beam", needs="--strategy beam")
+    refuse_unused(labels, "temperature", unless=labels.strategy == "sample", needs="--strategy sample")
     if labels.interpolate and (labels.strategy != "beam" or settings.data.target_column is None):
         raise InputError(
             "--interpolate takes the teacher's beam that is nearest to the references: it needs --strategy beam and "
@@ -132,16 +195,20 @@ def check_rewards(
 ) -> None:
     """The rewards exist, with as many weights, a known V, and fit the trainer's settings. Raises `InputError`."""
     from rlkd_trl.ops.rewards import VALUES
-    from rlkd_trl.rewards import load_reward
+    from rlkd_trl.rewards import TeacherForcingReward, load_reward
     from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
-    for name in reward.reward:
-        loaded = load_reward(name)
-        if args is not None:
-            check_log_ratio(loaded, args)
+    rewards = [load_reward(name) for name in reward.reward]
+    for loaded in rewards if args is not None else []:
+        check_log_ratio(loaded, args)
     if reward.value not in VALUES:
         raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
+    has_value = any(isinstance(loaded, type) and issubclass(loaded, TeacherForcingReward) for loaded in rewards)
+    refuse_unused(reward, "value", "k", unless=has_value, needs="--reward teacher_forcing")
+    refuse_unused(reward, "tau", unless=has_value and reward.value == "soft", needs="--value soft")
     if weights is not None and len(weights) != len(reward.reward):
         raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
+    if weights and not any(weights):
+        raise InputError(f"--reward_weights {' '.join(map(str, weights))}: all are 0, so nothing is rewarded.")
     if args is not None:
         check_k_step(reward.k, args)

@@ -1,10 +1,11 @@
 """The data of a recipe: rows, prompts and pairs from parsed flags, checked before any model is loaded."""
 
 import random
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
-from rlkd_trl.commands.prompt_lengths import fit_prompts, student_prompt
+from rlkd_trl.commands.prompt_lengths import fit_prompts, naming, student_prompt
 from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
     as_references,
@@ -15,9 +16,10 @@ from rlkd_trl.data import (
     require_columns,
     require_no_blanks,
     require_text,
+    require_two_columns,
 )
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplates, question_columns
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +79,11 @@ def load_prompts(
             grouped = grouped.remove_columns("source")
         grouped = grouped.add_column("source", grouped["prompt"][:])
     if prompts.student_template is not None:
-        texts = [str(student_prompt(prompts.student_template, row)) for row in grouped]
+        require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
+        texts = []
+        for i, row in enumerate(grouped):
+            with naming(f"Row {i + 1}"):
+                texts.append(str(student_prompt(prompts.student_template, row)))
         grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
     check_templates(templates, grouped)
     return grouped
@@ -94,7 +100,18 @@ def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
     """Renders every row through every template. Raises `InputError`, naming the first that fails."""
     if templates is None:
         return
+    for template in templates:
+        require_variable(template.name, template.input_variables)
     templates.validate(question_columns(templates, row) for row in rows)
+
+
+def require_variable(name: str, variables: Collection[str]) -> None:
+    """Raises `InputError` for a template that reads no column: every row would be asked the same."""
+    if not variables:
+        raise InputError(
+            f"Template '{name}' reads no column of the data, so every row would get the same prompt: put one in, as "
+            "in 'Summarise: {{ source }}'."
+        )
 
 
 def load_train_and_held_out(
@@ -110,6 +127,8 @@ def load_train_and_held_out(
         raise InputError("--eval_dataset needs --dataset; the demo has held-out data of its own.")
     if held_out.eval_target_column is not None and held_out.eval_dataset is None:
         raise InputError("--eval_target_column names a column of --eval_dataset: give that too.")
+    if held_out.eval_split != HeldOutArguments.eval_split and held_out.eval_dataset is None:
+        raise InputError(f"--eval_split {held_out.eval_split} is a split of --eval_dataset: give that too.")
     train = load_prompts(data, prompts, templates)
     if held_out.eval_dataset is not None or data.dataset is None:
         test = load_prompts(data, prompts, templates, held_out)
@@ -136,18 +155,24 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     if target is None:
         raise InputError("--target_column is needed here.")
     require_columns(rows, source_column=source, target_column=target)
+    require_two_columns(source, target)
     if data.max_rows is not None:
         rows = rows.select(range(min(data.max_rows, len(rows))))
     require_no_blanks(rows[source], source)
+    if prompts.student_template is not None:
+        require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
+    for template in templates or []:
+        require_variable(template.name, template.input_variables)
     pairs = []
     for i, row in enumerate(rows):
         require_text(row[source], source, i)
         columns = {name: value for name, value in row.items() if name not in (target, "references")}
         columns = {**columns, "source": row[source], "prompt": row[source]}
-        if templates is not None:
-            questions = templates.render(question_columns(templates, columns))
-        else:
-            questions = [student_prompt(prompts.student_template, columns)]
+        with naming(f"Row {i + 1}"):
+            if templates is not None:
+                questions = templates.render(question_columns(templates, columns))
+            else:
+                questions = [student_prompt(prompts.student_template, columns)]
         # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
         answers = [""] if row[target] == "" else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]

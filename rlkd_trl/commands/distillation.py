@@ -12,7 +12,13 @@ from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
-from rlkd_trl.commands.run_directory import check_free, checkpoint_to_resume, clear_results, is_finished
+from rlkd_trl.commands.run_directory import (
+    check_free,
+    checkpoint_to_resume,
+    clear_results,
+    is_finished,
+    leaves_no_empty_directory,
+)
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
 from rlkd_trl.prompts import PromptTemplates
@@ -85,16 +91,17 @@ def distil(
     if is_finished(inputs.checkpoint, settings.args):
         return
 
-    # 3 build.
-    trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
-    trainer.run_record["command"] = record
-
     from rlkd_trl.evaluation.evaluate import check_finite
 
-    # 4 train, with the teacher and the student measured before and after; the student is saved as soon as it is there.
+    # 3 build, and measure the teacher and the student, which asks the reward for the first time.
+    with leaves_no_empty_directory(settings.args.output_dir):
+        trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
+        trainer.run_record["command"] = record
+        results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
+        check_finite(results, "Nothing was trained.")
+
+    # 4 train, and measure the student again, which is saved as soon as it is there.
     clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
-    check_finite(results, "Nothing was trained.")
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
     save_student(trainer, results)
     results["after"] = evaluate(trainer, "after training")
@@ -134,7 +141,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
         check_targets(data.train, settings.args)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not is_demo(settings):
-        check_checkpoints(settings.teacher, settings.student)
+        check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16)
     return CheckedInputs(**vars(data), checkpoint=checkpoint)
 
 

@@ -15,8 +15,10 @@ from rlkd_trl.commands.presets import Preset, find_preset, read_preset
 from rlkd_trl.commands.shipped import recipe_scripts
 from rlkd_trl.errors import InputError
 
+_DEBUG = "Show the traceback of an error."
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [
+    "debug",
     "output_dir",
     "max_steps",
     "num_train_epochs",
@@ -66,6 +68,7 @@ class RecipeParser(TrlParser):
             help="YAML file with any of the flags below, or one that ships.",
         )
         self.add_argument("--help_all", action="store_true", help="Also list every field of TrainingArguments.")
+        self._add_debug()
         self._group_by_dataclass(dataclass_types)
         self._recipe = recipe
         self.preset: Path | None = None  # of the command line that was parsed
@@ -116,6 +119,14 @@ class RecipeParser(TrlParser):
     def error(self, message: str):
         raise InputError(message)
 
+    def _add_debug(self) -> None:
+        """`--debug`, which `errors.run` obeys. TrainingArguments has a flag of this name, with values: as without."""
+        of_trainer = self._option_string_actions.get("--debug")
+        if of_trainer is None:
+            self.add_argument("--debug", action="store_true", help=_DEBUG)
+            return
+        of_trainer.nargs, of_trainer.help = "*", f"{_DEBUG} With values: {of_trainer.help}"
+
     def _read_defaults(self, path: Path | None, preset: Preset) -> None:
         """A preset's values as defaults: what is for every recipe, and over it the section of this one."""
         self._set_defaults(str(path), preset.shared)
@@ -129,7 +140,9 @@ class RecipeParser(TrlParser):
         }
         for key, value in values.items():
             action = actions.get(f"--{key}")
-            if action is None or key in ("config", "help", "help_all"):
+            if key in ("config", "help", "help_all", "debug"):
+                raise InputError(f"{where}: {key} is for the command line only; leave the key out.")
+            if action is None:
                 raise InputError(f"{where}: {self._unknown('key', key, others=recipe_scripts())}")
             if value is None and action.default is None:
                 continue

@@ -31,9 +31,14 @@ def find_preset(name: str) -> Path:
     Raises:
         InputError: There is no such file and no such name, or several presets have it.
     """
+    if not name.strip():
+        raise InputError("--config is empty: name a YAML file, or a preset that ships.")
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # the name is too long
+        raise InputError(f"Cannot read the preset {name[:60]}…: {error.strerror}.") from error
     shipped = shipped_presets()
     of_this_name = [
         preset for preset in shipped if preset.stem == (path.stem if path.suffix in SUFFIXES else path.name)
@@ -45,6 +50,8 @@ def find_preset(name: str) -> Path:
         raise InputError(f"--config {name}: there are several; give a path: {', '.join(map(str, of_this_name))}.")
     if of_this_name:
         raise InputError(f"Cannot read the preset {name}: no such file. One of this name ships: --config {path.stem}.")
+    if path.is_dir():
+        raise InputError(f"Cannot read the preset {name}: it is a directory; name a file in it.")
     if path.suffix in SUFFIXES or not is_name or path.exists():
         raise InputError(f"Cannot read the preset {name}: no such file.")
     names = sorted({preset.stem for preset in shipped})
@@ -106,6 +113,8 @@ def _read_mapping(path: Path) -> dict[str, object]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
         raise InputError(f"Cannot read the preset {path}: {error.problem or error.context}{line}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"Cannot read the preset {path}: {error}. Save it as UTF-8.") from error
     except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # ValueError: e.g. a 32nd of January
         raise InputError(f"Cannot read the preset {path}: {str(error).splitlines()[0]}") from error
 

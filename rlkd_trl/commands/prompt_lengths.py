@@ -40,7 +40,7 @@ def fit_rows(
     tokenizer = load_tokenizer(student.student, revision=student.student_revision)
     if max_prompt_length is not None:
         rows = _fit_student_prompts(rows, data_name, prompts.student_template, tokenizer, max_prompt_length)
-    with _naming(data_name):
+    with naming(data_name):
         check_lengths(
             "The student",
             position_limits_of_config(load_config(student.student, revision=student.student_revision)),
@@ -88,7 +88,7 @@ def fit_prompts(
     for i, length in enumerate(_lengths(tokenizer, prompts)):
         if length > max_length:
             excess.append(length - max_length)
-            with _naming(f"{data_name}, row {i + 1}"):
+            with naming(f"{data_name}, row {i + 1}"):
                 fitting[i] = str(shorten(tokenizer, prompts[i], max_length))
     _say(f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess)
     return fitting
@@ -116,7 +116,7 @@ def check_questions(
     max_length = teacher.teacher_max_prompt_length
     tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
     for name in teacher.teacher:
-        with _naming(data_name):
+        with naming(data_name):
             check_lengths(
                 "The teacher",
                 position_limits_of_config(load_config(name, revision=teacher.teacher_revision)),
@@ -133,7 +133,7 @@ def check_questions(
     for i, length in enumerate(_lengths(tokenizer, longest)):
         if length > max_length:
             excess.append(length - max_length)
-            with _naming(f"{data_name}, row {i + 1}"):
+            with naming(f"{data_name}, row {i + 1}"):
                 for question in _questions(templates, rows[i]) if templates is not None else []:
                     check_can_fit(tokenizer, question, max_length)
     questions = f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are"
@@ -152,7 +152,7 @@ def _lengths(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iter
 
 
 @contextmanager
-def _naming(place: str) -> Iterator[None]:
+def naming(place: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:

@@ -4,12 +4,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.settings.files import INHERITED, files_read, places_written
 
 if TYPE_CHECKING:
@@ -141,6 +142,23 @@ def check_writable(flag: str, directory: Path) -> None:
         raise InputError(
             f"{flag} {directory} cannot be written to ({error.strerror}): name another place, or make room."
         ) from error
+
+
+@contextmanager
+def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
+    """An input error that only a loaded model, or a reward's first call, brings to light leaves no directory behind.
+
+    Trainer makes it when it is built; one that was there, or holds something, stays.
+    """
+    directory = Path(output_dir)
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        yield
+    except (InputError, TrainingError):
+        with suppress(OSError):  # it holds something, or is not there
+            for place in made:
+                place.rmdir()
+        raise
 
 
 def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:

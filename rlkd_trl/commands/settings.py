@@ -24,6 +24,7 @@ from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.run_directory import check_apart
 from rlkd_trl.settings.declared import declared
+from rlkd_trl.settings.files import check_names
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import RolloutConfig
@@ -120,7 +121,7 @@ class CommandLine(Generic[Settings]):
         self.config, self.demo_preset = config, demo_preset
 
     def sketch(self) -> Settings:
-        """Raises `InputError` as `check_launch`, `RecipeParser.parse` and `check_apart`."""
+        """Raises `InputError` as `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`."""
         check_launch(os.environ)
         kind = declared(self.config.replace(":", "."))
         if kind is None or "--help_all" in sys.argv:  # the latter shows computed defaults too
@@ -128,7 +129,7 @@ class CommandLine(Generic[Settings]):
         return self._parse(kind)
 
     def settings(self) -> Settings:
-        """Raises `InputError` as `check_launch`, `RecipeParser.parse` and `check_apart`."""
+        """Raises `InputError` as `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`."""
         check_launch(os.environ)
         return self._parse(None if self.config is None else pkgutil.resolve_name(self.config))
 
@@ -136,6 +137,8 @@ class CommandLine(Generic[Settings]):
         groups = groups_of(self.kind, config)
         parser = RecipeParser(*groups.values(), description=self.description, recipe=self.recipe)
         parsed = parser.parse(demo_preset=self.demo_preset)
+        for group in parsed:
+            check_names(group)
         check_apart(parsed, parser.preset)
         return self.kind(**dict(zip(groups, parsed, strict=True)))
 

@@ -14,6 +14,7 @@ from rlkd_trl.data.loading import (
     require_dataset,
     require_no_blanks,
     require_text,
+    require_two_columns,
 )
 from rlkd_trl.data.tokenizer import train_tokenizer
 
@@ -31,5 +32,6 @@ __all__ = [
     "require_dataset",
     "require_no_blanks",
     "require_text",
+    "require_two_columns",
     "train_tokenizer",
 ]

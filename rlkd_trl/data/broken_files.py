@@ -10,6 +10,16 @@ from pathlib import Path
 
 from rlkd_trl.errors import InputError
 
+# How files begin that are no text.
+_NO_TEXT = {
+    b"\x1f\x8b": "is compressed with gzip: unpack it",
+    b"PK\x03\x04": "is a ZIP archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
+    b"BZh": "is compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "is compressed with xz: unpack it",
+    b"PAR1": "is a Parquet file: give it the ending .parquet",
+}
+
 
 def check_encoding(path: Path) -> None:
     """Raises `InputError` if a CSV, JSON or JSONL file is not UTF-8: in JSON, rows would fail when they are read."""
@@ -20,6 +30,11 @@ def check_encoding(path: Path) -> None:
         block = file.read(2**20)
         if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise InputError(f"{path} is UTF-16: save it as UTF-8, e.g. `iconv -f utf-16 -t utf-8`.")
+        for beginning, problem in _NO_TEXT.items():
+            if block.startswith(beginning):
+                raise InputError(f"{path} {problem}.")
+        if b"\0" in block:
+            raise InputError(f"{path} holds zero bytes, so it is no text: give a file of UTF-8.")
         while block:
             try:
                 decoder.decode(block)

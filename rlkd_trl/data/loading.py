@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def _load_file(path: Path, split: str) -> Dataset:
 
     if path.suffix.lower() not in FILE_FORMATS:
         raise InputError(f"Dataset {path} has an extension that is not known; use one of: {EXTENSIONS}.")
+    _check_slice(split)
     if split.split("[")[0] != "train":
         raise InputError(
             f"Split {split!r} is not in {path}: a single file has the one split 'train'. Give the file of "
@@ -143,7 +145,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
-        raise InputError(f"{path} could not be read: {_reason(error)}") from error
+        raise InputError(f"{path} could not be read: {_reason(error)}. Save or copy it again.") from error
     splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
         raise _unknown_split(str(path), split, ", ".join(splits))
@@ -160,6 +162,7 @@ def _load_directory(path: Path, split: str) -> Dataset:
         files = data_files(str(path))
         for file in files:
             check_encoding(file)
+        _check_slice(split)
         with _quiet_if_small(files):
             return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
     except InputError:
@@ -169,6 +172,8 @@ def _load_directory(path: Path, split: str) -> Dataset:
     except Exception as error:
         if splits := splits_named_in(error):
             raise _unknown_split(str(path), split, splits) from error
+        if "corresponds to no data" in str(error):
+            raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
         raise InputError(f"{path} could not be read: {_reason(error)}") from error
 
 
@@ -191,6 +196,12 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
         ) from error
 
 
+def _check_slice(split: str) -> None:
+    """Raises `InputError` for a slice of a split that `datasets` would not understand."""
+    if "[" in split and not re.fullmatch(r"[\w.+-]+(\[-?\d*%?:-?\d*%?\](\(\w+\))?[\w.+-]*)+", split):
+        raise InputError(f"Split {split!r} is no slice of rows; write one as train[:100], train[50:] or train[:10%].")
+
+
 def _unknown_split(dataset: str, split: str, available: str) -> InputError:
     return InputError(f"Split {split!r} is not in {dataset}; its splits are: {available}.")
 
@@ -207,18 +218,21 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_if_small(files: Sequence[Path]) -> Iterator[None]:
-    """No progress bars of `datasets` while it reads these files, unless they are large."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    """What `datasets` logs while it reads files is what it raises, too; bars are for large ones, on a terminal."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     is_large = sum(file.stat().st_size for file in files) >= QUIET_BELOW_BYTES
-    if is_large or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    level = logging.get_verbosity()
+    hides_bars = not are_progress_bars_disabled() and not (is_large and sys.stderr.isatty())
+    logging.set_verbosity(logging.CRITICAL)
+    if hides_bars:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(level)
+        if hides_bars:
+            enable_progress_bars()
 
 
 def require_columns(rows: Dataset, **flags: str | None) -> None:
@@ -231,6 +245,12 @@ def require_columns(rows: Dataset, **flags: str | None) -> None:
         if column is not None and column not in rows.column_names:
             columns = ", ".join(rows.column_names)
             raise InputError(f"`--{flag} {column}` is not in the data; its columns are: {columns}.")
+
+
+def require_two_columns(source_column: str, target_column: str | None) -> None:
+    """Raises `InputError` if sources and targets are one column."""
+    if source_column == target_column:
+        raise InputError(f"`--target_column {target_column}` is the source column too; name another or leave it out.")
 
 
 def group_by_source(rows: Dataset, source_column: str, target_column: str | None = None) -> Dataset:
@@ -253,8 +273,7 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     from datasets import List, Value
 
     require_columns(rows, source_column=source_column, target_column=target_column)
-    if source_column == target_column:
-        raise InputError(f"`--target_column {target_column}` is the source column too; name another or leave it out.")
+    require_two_columns(source_column, target_column)
     if "prompt" in rows.column_names and "prompt" not in (source_column, target_column):
         raise InputError(
             f"The data has a column `prompt` besides the source column `{source_column}`, and the source text goes by "

@@ -3,14 +3,20 @@
 import importlib.util
 import json
 import logging
-import pickle
+import sys
 import textwrap
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -21,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights
@@ -41,9 +48,6 @@ _SHOWN = 3  # names in a message
 # int8: LLM.int8 (Dettmers et al. 2022). nf4: 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA").
 QUANTIZATIONS = ("none", "int8", "nf4")
 
-# Missing or unreachable, malformed, lacking a library, of another shape, and cut short in either format of weights.
-_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError)
-
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; its pad token is set to EOS where it has none (as decoder-only models do).
@@ -60,8 +64,30 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
 
 
 def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """A checkpoint's config, without its weights. Raises `InputError` if there is none."""
-    return _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
+    """A checkpoint's config, without its weights.
+
+    Raises:
+        InputError: There is none, or it is not a language model's that completes prompts.
+    """
+    config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
+    check_language_model(config, repr(name_or_path))
+    return config
+
+
+def check_language_model(config: PreTrainedConfig, what: str) -> None:
+    """Raises `InputError` unless the config is an encoder-decoder's or a decoder-only language model's."""
+    kind = type(config)
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    is_encoder = (
+        kind in MODEL_FOR_MASKED_LM_MAPPING
+        and not config.is_encoder_decoder
+        and not getattr(config, "is_decoder", False)
+    )
+    if kind not in mapping or is_encoder:
+        raise InputError(
+            f"{what} (model type {config.model_type!r}) is neither an encoder-decoder nor a decoder-only language "
+            "model: give one of T5's, BART's, Llama's or a like kind."
+        )
 
 
 def load_model(
@@ -200,6 +226,11 @@ def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revis
     )
 
 
+def check_precision(config: PreTrainedConfig, dtype: str, *, fp16: bool = False) -> None:
+    """Raises `InputError` as `refuse_t5_in_float16`, for a name of a dtype, and for mixed precision in float16."""
+    refuse_t5_in_float16(config, torch.float16 if fp16 else config.dtype if dtype == "auto" else DTYPES[dtype])
+
+
 def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
     """Raises `InputError`: T5's feed-forward layers overflow."""
     if dtype == torch.float16 and "t5" in config.model_type:
@@ -209,9 +240,53 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
 def _from_pretrained(auto_class, name_or_path: str, part: str, **kwargs):
     require_checkpoint("model", name_or_path)
     try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
-    except _LOADING_ERRORS as error:
-        # In one line: what to do (a token, access, a connection) often stands in the second.
-        reason = textwrap.shorten(str(error), 500) or type(error).__name__
-        hint = "" if Path(name_or_path).is_dir() else " (no directory here, so taken for a Hub id)"
-        raise InputError(f"Could not load the {part} of {name_or_path!r}{hint}: {reason}") from error
+        with _quietly_unless_loaded():
+            return auto_class.from_pretrained(name_or_path, **kwargs)
+    except Exception as error:  # of a damaged file: whatever its content makes of any library
+        is_here = Path(name_or_path).is_dir()
+        hint = "" if is_here else " (no directory here, so taken for a Hub id)"
+        remedy = " If the files are damaged, copy or download them again." if is_here else ""
+        raise InputError(f"Could not load the {part} of {name_or_path!r}{hint}: {_reason(error)}{remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line: what to do (a token, access, a connection) often stands in the second."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "its architecture is code of its own in the checkpoint, which is not run here. Use a checkpoint of an "
+            "architecture that transformers has."
+        )
+    if "weights_only" in text or "Weights only load failed" in text:
+        return (
+            "its weights are a pickle that holds more than tensors, and could run code. Save it again with "
+            "`save_pretrained`, as safetensors."
+        )
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says. Copy or save the two together again."
+    is_told = isinstance(error, OSError | ValueError | ImportError) and text
+    return textwrap.shorten(text if is_told else f"{type(error).__name__}: {text}", 500)
+
+
+@contextmanager
+def _quietly_unless_loaded() -> Iterator[None]:
+    """Holds back what transformers logs of a checkpoint until it is loaded: of one that is refused, one message.
+
+    Progress bars are for terminals.
+    """
+    logger, held = logging.getLogger("transformers"), MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    handlers, shows_bars = logger.handlers[:], transformers_logging.is_progress_bar_enabled()
+    logger.handlers = [held]
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            yield
+    finally:
+        logger.handlers = handlers
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+    for record in held.buffer:
+        logger.handle(record)
+    for warning in warned:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

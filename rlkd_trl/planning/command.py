@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
+    flags.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     flags.add_argument("--bf16", action="store_true", help="Train in mixed precision.")
     return flags
 

@@ -20,9 +20,6 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -32,7 +29,7 @@ from transformers import (
 )
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.loading import require_checkpoint
+from rlkd_trl.models.loading import check_language_model, require_checkpoint
 
 # Integer tensors of up to so many elements keep their values.
 _MAX_REAL_ELEMENTS = 2**20
@@ -135,7 +132,7 @@ class Checkpoint:
             InputError: It cannot be read, or is not of a language model that completes prompts.
         """
         config, as_written = _read_config(flag, name_or_path)
-        _check_is_language_model(config, flag, name_or_path)
+        check_language_model(config, f"`{flag} {name_or_path}`")
         return cls(config, _head_is_tied(config, as_written, Path(name_or_path)))
 
     @cached_property
@@ -161,22 +158,10 @@ def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
     require_checkpoint(flag, name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
-    except (OSError, ValueError) as error:  # missing, unreachable or private; malformed or of an unknown model type
+    except Exception as error:  # missing, unreachable or private; malformed in any way, or of an unknown model type
         hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise InputError(f"Could not read the config of `{flag} {name_or_path}`: {reason}{hint}") from error
-
-
-def _check_is_language_model(config: PreTrainedConfig, flag: str, name: str) -> None:
-    config_class, model_name = type(config), f"`{flag} {name}` (model type {config.model_type!r})"
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    is_encoder = (
-        config_class in MODEL_FOR_MASKED_LM_MAPPING
-        and not config.is_encoder_decoder
-        and not getattr(config, "is_decoder", False)
-    )
-    if config_class not in mapping or is_encoder:
-        raise InputError(f"{model_name} is neither an encoder-decoder nor a decoder-only language model.")
 
 
 def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -> bool:

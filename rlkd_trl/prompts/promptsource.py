@@ -73,7 +73,9 @@ def read_entries(file: Path) -> list[TemplateEntry]:
     """
     try:
         document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_PromptsourceLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, impossible dates
+    except RecursionError as error:
+        raise InputError(f"{file} cannot be read: its brackets are nested too deeply. {SHORT_FORM}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, impossible dates
         raise InputError(f"{file} cannot be read as promptsource YAML: {_one_line(error)}. {SHORT_FORM}") from error
     if isinstance(document, list) and document:
         document = {f"template_{number}": text for number, text in enumerate(document, start=1)}

@@ -299,9 +299,9 @@ class PromptTemplates(Sequence[PromptTemplate]):
         """Render every row, to find out early.
 
         Raises:
-            InputError: a row cannot be rendered; the message names it (counting from 0) and the template.
+            InputError: a row cannot be rendered; the message names it (counting from 1) and the template.
         """
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows, start=1):
             try:
                 self.render(row)
             except InputError as error:

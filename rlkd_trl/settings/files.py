@@ -69,6 +69,22 @@ def places_written(settings: type) -> list[str]:
     return [name for name in names if name == _INHERITED_WRITTEN or _noted(hints[name], Writes) is not None]
 
 
+def check_names(group: object) -> None:
+    """Raises `InputError` for an empty or impossible name of what a dataclass's fields read, or of an output."""
+    for name in (*files_read(type(group)), *places_written(type(group))):
+        value = getattr(group, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if not isinstance(path, str):  # None, or DeepSpeed's settings as a mapping
+                continue
+            if not path.strip():
+                raise InputError(f"--{name} is empty: name something, or leave it out.")
+            try:
+                Path(path).exists()
+            except (OSError, ValueError) as error:  # too long, a zero byte
+                reason = getattr(error, "strerror", None) or str(error)
+                raise InputError(f"--{name} {path[:60]}… cannot be a path ({reason}): name another.") from error
+
+
 def require_checkpoint(flag: str, name_or_path: str) -> None:
     """Fails at once if a model checkpoint is neither a local directory nor to be had from the Hub.
 

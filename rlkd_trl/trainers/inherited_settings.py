@@ -6,14 +6,18 @@ since it would be ignored, or end the run half-way.
 
 import copy
 import dataclasses
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
 from huggingface_hub import get_token
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, is_flytekit_available
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rlkd_trl.errors import InputError
@@ -114,6 +118,11 @@ _REFUSED_OPTIMIZERS = {
 }
 
 
+_MAPPINGS = ("lr_scheduler_kwargs", "deepspeed", "fsdp_config", "accelerator_config", "gradient_checkpointing_kwargs")
+# Of those whose package has another name.
+_PACKAGES_OF_REPORTERS = {"azure_ml": "azureml-core", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
+
+
 def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
     """Raises `InputError` for a field of `TrainingArguments` that is set and would be ignored or fail.
 
@@ -127,6 +136,8 @@ def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
         if family in str(getattr(args.optim, "value", args.optim)):
             raise InputError(f"optim = {args.optim} is not supported: {reason}. adamw_torch_fused is the default.")
     _check_reporters(args.report_to)
+    _check_json(args)
+    _check_launch(args)
     if args.push_to_hub and args.hub_token is None and get_token() is None:
         raise InputError("push_to_hub needs an account: log in with `hf auth login`, or give hub_token.")
 
@@ -138,7 +149,7 @@ def refusals_are_input_errors() -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(str(error)) from error
 
 
@@ -192,6 +203,43 @@ def _is_set(value: object, default: object) -> bool:
     return value != getattr(default, "value", default) and (bool(value) or default is True)
 
 
+def _check_json(args: TrainingArguments) -> None:
+    """Raises `InputError` for a mapping, given as JSON or as a file of it, that is none, and for odd `optim_args`."""
+    for name in _MAPPINGS:
+        value = getattr(args, name, None)
+        if not isinstance(value, str):
+            continue
+        is_inline = value.lstrip().startswith("{")
+        if not is_inline and not Path(value).is_file():
+            if value.endswith(".json"):
+                raise InputError(f"{name} = {value}: there is no such file.")
+            continue
+        try:
+            found = json.loads(value if is_inline else Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{name} = {value} is not JSON ({error}): give a mapping, or a file of one.") from error
+        if not isinstance(found, dict):
+            raise InputError(f'{name} = {value} holds {found!r}: a mapping is wanted, as {{"name": 1}}.')
+    if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
+        raise InputError(f"optim_args = {args.optim_args}: write name=value, several of them separated by commas.")
+
+
+def _check_launch(args: TrainingArguments) -> None:
+    """Raises `InputError` for FSDP in one process, and for a compiler that there is not."""
+    if args.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise InputError(
+            f"fsdp = {args.fsdp} shards over several processes, and this is one: start them with accelerate launch or "
+            "rlkd-trl --num_processes N, or leave it out."
+        )
+    for name, known in (
+        ("torch_compile_backend", [backend.lower() for backend in DynamoBackend.list()]),
+        ("torch_compile_mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]),
+    ):
+        value = getattr(args, name)
+        if value is not None and value.lower() not in known:
+            raise InputError(f"{name} = {value}: choose one of {', '.join(known)}.")
+
+
 def _check_reporters(report_to: str | list[str] | None) -> None:
     names = [report_to] if isinstance(report_to, str) else report_to or []
     for name in names:
@@ -199,5 +247,12 @@ def _check_reporters(report_to: str | list[str] | None) -> None:
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"report_to = {name}: choose none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
-        if name != "flyte" and name not in get_available_reporting_integrations():
-            raise InputError(f"report_to = {name} needs a package that is not installed: pip install {name}.")
+        is_there = is_flytekit_available() if name == "flyte" else name in get_available_reporting_integrations()
+        if name == "kubeflow" and not is_there:
+            raise InputError(
+                "report_to = kubeflow is for jobs that Kubeflow Trainer starts, with KUBEFLOW_TRAINER_SERVER_URL in "
+                "their environment: leave it out."
+            )
+        if not is_there:
+            package = _PACKAGES_OF_REPORTERS.get(name, name)
+            raise InputError(f"report_to = {name} needs a package that is not installed: pip install {package}.")

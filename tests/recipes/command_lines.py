@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from rlkd_trl import errors
+from rlkd_trl.commands import console
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.settings import CommandLine
+from rlkd_trl.planning import command
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
@@ -38,15 +40,19 @@ REWARDED_METHODS = [name for name in METHODS if name not in ("kd", "all-actions"
 
 
 def main_of(recipe: str) -> Callable[[], None]:
+    if recipe == "plan":
+        return command.main
+    if recipe == "rlkd-trl":
+        return console.main
     spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 
 
-def run(command: str) -> int:
+def run(line: str) -> int:
     """The exit code, in this process: a new one would spend seconds on its imports."""
-    recipe, *flags = shlex.split(command)
+    recipe, *flags = shlex.split(line)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{recipe}.py", *flags])
         try:
@@ -60,7 +66,7 @@ class _Parsed(BaseException):
     """Ends a recipe once its flags are parsed."""
 
 
-def parsed(command: str) -> dict[str, object]:
+def parsed(line: str) -> dict[str, object]:
     """All settings by name, as the recipe's own parser reads them. Raises what the parser raises."""
     groups = []
     parse = RecipeParser.parse
@@ -69,7 +75,7 @@ def parsed(command: str) -> dict[str, object]:
         groups.extend(parse(*args, **kwargs))
         raise _Parsed
 
-    recipe, *flags = shlex.split(command)
+    recipe, *flags = shlex.split(line)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CommandLine, "sketch", CommandLine.settings)  # not what is read before the trainer's imports
         patch.setattr(RecipeParser, "parse", parse_and_stop)
