@@ -18,7 +18,6 @@ from rlkd_trl.errors import InputError
 _DEBUG = "Show the traceback of an error."
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [
-    "debug",
     "output_dir",
     "max_steps",
     "num_train_epochs",
@@ -121,7 +120,7 @@ class RecipeParser(TrlParser):
 
     def _add_debug(self) -> None:
         """`--debug`, which `errors.run` obeys. TrainingArguments has a flag of this name, with values: as without."""
-        of_trainer = self._option_string_actions.get("--debug")
+        of_trainer = next((action for action in flags_of(self) if action.dest == "debug"), None)
         if of_trainer is None:
             self.add_argument("--debug", action="store_true", help=_DEBUG)
             return
@@ -178,6 +177,7 @@ class RecipeParser(TrlParser):
             group_of |= dict.fromkeys(inherited, other_fields)
             group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common_fields)
             group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
+        group_of.pop("debug", None)  # obeyed by every command, it stands with --help
         # The recipe's own flags first, TrainingArguments last.
         sort_into_groups(self, group_of, [*own_groups, common_fields, other_fields])
         self._hidden_help = {id(action): action.help for action in flags_of(other_fields)}

@@ -159,7 +159,7 @@ def test_a_recipe_reads_its_section_over_what_is_for_all(recipe, flags, expected
         ("reinforce_kdd: {top_k: 2}", "preset.yaml: unknown key reinforce_kdd; did you mean reinforce_kd"),
         ("ppo_kd: {stepz: 2}", "preset.yaml, under ppo_kd: unknown key stepz; did you mean steps"),
         ("ppo_kd: {steps: x}", "preset.yaml, under ppo_kd: steps has the value 'x'"),
-        ("ppo_kd: {config: other}", "preset.yaml, under ppo_kd: unknown key config"),
+        ("ppo_kd: {config: other}", "preset.yaml, under ppo_kd: config is for the command line only"),
         ("ppo_kd: {ppo_kd: {steps: 2}}", "preset.yaml, under ppo_kd: unknown key ppo_kd"),
         ("ppo_kd: {steps: 2, steps: 3}", "the key steps stands there twice"),
         ("ppo_kd: true", "preset.yaml: ppo_kd is a recipe: its flags stand under it, each on a line, not True"),

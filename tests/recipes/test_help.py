@@ -156,7 +156,7 @@ def help_of(recipe: str, capsys, flag: str = "--help") -> str:
 @pytest.mark.parametrize("recipe", WITH_HELP)
 def test_flags_stand_in_groups_by_concern(recipe, capsys):
     found = flags_by_group(help_of(recipe, capsys))
-    assert {"help", "config", "help_all"} == found.pop("options")
+    assert {"help", "config", "help_all", "debug"} == found.pop("options")
     for heading, flags in GROUPS[recipe].items():
         (matching,) = [group for group in found if heading in group]
         assert set(flags.split()) <= found.pop(matching)
