@@ -3,9 +3,9 @@
     python -m tests.resuming.kills --methods ppo rloo reinforce kd all-actions sft --kills 20 --processes 1
 
 A run is a process of its own (two with --processes 2), forked from this one so that nothing is imported again, and
-killed by SIGKILL: at random moments of its life, and, every third time, at a call by which a checkpoint is written. It
-is resumed from the newest whole checkpoint, or begun anew where there is none, and may be killed again. Prints one
-line of JSON per method.
+killed by SIGKILL: after a random part of its CPU time, and, every third time, at a call by which a checkpoint is
+written. It is resumed from the newest whole checkpoint, or begun anew where there is none, and may be killed again.
+Prints one line of JSON per method.
 """
 
 import argparse
@@ -143,25 +143,36 @@ def start(method: str, output_dir: Path, processes: int, killed_at: int | None =
     return ids
 
 
-def run_to_end(ids: list[int], *, kill_after: float | None, started: Path) -> bool:
-    """Whether the processes have ended by themselves with success; if any of them dies, the others are killed."""
-    deadline = None
-    alive, codes = set(ids), []
+def run_to_end(ids: list[int], *, kill_after: float | None, started: Path) -> tuple[bool, float]:
+    """Whether the processes have ended by themselves with success, and the CPU seconds of training of the first.
+
+    It is killed after `kill_after` of these, whatever else the machine has to do. If one dies, the others are killed.
+    """
+    alive, codes, to_be_killed = set(ids), [], False
+    before, spent = None, 0.0
     while alive:
+        if ids[0] in alive and started.exists():
+            now = _cpu_seconds(ids[0])
+            before = now if before is None else before
+            spent = max(spent, now - before)
+            to_be_killed |= kill_after is not None and spent >= kill_after
+        if to_be_killed:
+            for process in alive:
+                os.kill(process, signal.SIGKILL)
         for process in list(alive):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 alive.discard(process)
                 codes.append(status)
-                if status:
-                    deadline = time.monotonic()
-        if kill_after is not None and deadline is None and started.exists():
-            deadline = time.monotonic() + kill_after
-        if alive and deadline is not None and time.monotonic() >= deadline:
-            for process in alive:
-                os.kill(process, signal.SIGKILL)
+                to_be_killed |= status != 0
         time.sleep(0.003)
-    return not any(codes)
+    return not any(codes), spent
+
+
+def _cpu_seconds(process: int) -> float:
+    """User and system time, from Linux's table of processes; 0 of one that has ended."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def same(one, other) -> bool:
@@ -186,10 +197,10 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as root:
         whole = Path(root) / "whole" / "run"
         whole.parent.mkdir()
-        began = time.monotonic()
-        if not run_to_end(start(method, whole, processes), kill_after=None, started=whole.parent / "started"):
+        ids = start(method, whole, processes)
+        ended, seconds = run_to_end(ids, kill_after=None, started=whole.parent / "started")
+        if not ended:
             raise RuntimeError((whole.parent / "log0.txt").read_text()[-3000:])
-        seconds = time.monotonic() - began
         expected = [torch.load(whole.parent / f"rank{rank}.pt") for rank in range(processes)]
         survived, failures, deaths = 0, [], 0
         for number in range(kills):
@@ -199,20 +210,19 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
             for _ in range(rng.choice([1, 1, 2])):
                 aimed = number % 3 == 2
                 killed_at = rng.randint(1, 120) if aimed else None
-                kill_after = None if aimed else rng.uniform(0, 0.8 * seconds)
+                kill_after = None if aimed else rng.uniform(0, 0.9 * seconds)
                 (directory / "started").unlink(missing_ok=True)
                 ids = start(method, directory / "run", processes, killed_at)
-                ended = run_to_end(ids, kill_after=kill_after, started=directory / "started")
+                ended, _ = run_to_end(ids, kill_after=kill_after, started=directory / "started")
                 deaths += not ended
                 left = sorted(path.name for path in (directory / "run").glob("checkpoint-*"))
-                moments.append(f"call {killed_at}" if aimed else f"{kill_after:.2f} s, {left}")
+                moments.append(f"call {killed_at}" if aimed else f"{kill_after:.2f} CPU s, {left}")
                 if ended:
                     break
             for file in directory.glob("rank*.pt"):
                 file.unlink()
-            ended = run_to_end(
-                start(method, directory / "run", processes), kill_after=None, started=directory / "none"
-            )
+            ids = start(method, directory / "run", processes)
+            ended, _ = run_to_end(ids, kill_after=None, started=directory / "none")
             files = [directory / f"rank{rank}.pt" for rank in range(processes)]
             if not ended or not all(file.is_file() for file in files):
                 failures.append([moments, (directory / "log0.txt").read_text()[-1500:]])

@@ -30,7 +30,7 @@ def survive(method: str, kills: int, processes: int = 1) -> dict:
 def test_killed_at_random_moments(method, kills):
     found = survive(method, kills)
     assert found["failures"] == [] and found["bit_identical"] == kills
-    assert found["kills"] >= 1, "nothing was killed"
+    assert found["kills"] >= kills // 2, "few were killed"
 
 
 @pytest.mark.slow
