@@ -38,6 +38,7 @@ from transformers import TrainerCallback
 from workload import Dimensions, Shape, prompt_texts, random_t5, resident_mib, word_tokenizer
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
+from rlkd_trl.evaluation.tables import markdown_table
 
 MODEL = Dimensions(d_model=16, d_ff=32, heads=2, layers=1, d_kv=8)
 SHAPE = Shape(prompt_tokens=8, completion_tokens=6, prompts=4, samples=2, vocabulary=64)
@@ -176,9 +177,8 @@ def main() -> None:
         trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         names = list(of_processes[0])
-        print("\n| process | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-        for rank, figures in enumerate(of_processes):
-            print(f"| {rank} | " + " | ".join(str(figures[name]) for name in names) + " |")
+        rows = [[str(rank), *(str(figures[name]) for name in names)] for rank, figures in enumerate(of_processes)]
+        print(f"\n{markdown_table(['process', *names], rows)}")
         for line in grown:
             print(f"{line['bytes_per_step']:8.1f} bytes per step  {line['line']}")
         versions = {name: version(name) for name in ("torch", "transformers")}

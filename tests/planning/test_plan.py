@@ -169,8 +169,12 @@ def test_bad_input_is_one_line_and_exit_code_2(command, message, configs, capsys
 
 
 def test_without_the_hub_a_local_directory_is_asked_for(configs, monkeypatch):
-    """What becomes of the Hub's error; whether there is a network here does not matter."""
+    """What becomes of an error behind the first contact; whether there is a network here does not matter."""
+    from huggingface_hub import constants
+
     from rlkd_trl.planning import skeletons
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def unreachable(name):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")

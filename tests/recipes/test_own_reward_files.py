@@ -45,9 +45,10 @@ def test_a_reward_that_fails_ends_in_one_line(body, message, checkpoints, train_
         assert "on the prompt 'w" in errors[0]
 
 
-def test_a_function_without_arguments_is_refused_before_anything_is_loaded(train_csv, tmp_path, capsys):
+def test_a_function_without_arguments_is_refused_before_anything_is_loaded(train_csv, tmp_path, capsys, checkpoints):
+    pair = checkpoints["t5-tied"]
     file = tmp_path / "mine.py"
     file.write_text("def mine():\n    return 1.0\n")
-    assert run(f"rloo_kd --teacher nowhere/at-all --reward {file}:mine --output_dir {tmp_path / 'out'} --student x "
-               f"--dataset {train_csv} {COLUMNS}") == 2  # fmt: skip
+    assert run(f"rloo_kd --teacher {pair.teacher} --reward {file}:mine --output_dir {tmp_path / 'out'} "
+               f"--student {pair.student} --dataset {train_csv} {COLUMNS}") == 2  # fmt: skip
     assert "The reward 'mine' takes (): a reward takes one argument" in capsys.readouterr().err

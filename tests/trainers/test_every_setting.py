@@ -104,12 +104,12 @@ OF_METHOD = {
 # What a method refuses, since it would change nothing: kd reads no completions before its updates; the teacher's V of
 # a prompt is the same for all its completions, and leaving one out takes it away.
 REFUSED = {("kd", "local_rollout_forward_batch_size"), ("rloo-sequence", "teacher_baseline")}
-# Only warns: tests/trainers/test_guards.py.
-WARNINGS = {"guards"}
+# Without an effect on a run in which nothing is amiss: tests/trainers/test_guards.py, tests/trainers/test_finite.py.
+IN_TROUBLE = {"guards", "max_skipped_steps"}
 
 
 def own_settings(method: str) -> list[str]:
-    elsewhere = WARNINGS | TRUNCATED_SAMPLING - ({"top_k"} if method == "reinforce" else set())
+    elsewhere = IN_TROUBLE | TRUNCATED_SAMPLING - ({"top_k"} if method == "reinforce" else set())
     names = (option.name for option in dataclasses.fields(EVERY_METHOD[method][1]))
     return [name for name in names if name not in INHERITED | elsewhere]
 
