@@ -1,7 +1,7 @@
 r"""Evaluation: a student's outputs against references and in the eyes of its teacher, beside the teacher's own.
 
     python recipes/evaluate.py --student runs/ppo --teacher runs/teacher --dataset test.csv --source_column mr \
-        --target_column ref --templates templates.yaml --output_dir runs/ppo/test
+        --target_column ref --templates templates.yaml --output_dir runs/ppo_test
 
 BLEU, ROUGE, distinct-n, length, (with `--ibleu`) iBLEU for paraphrase; the teacher's NLL of the student's outputs and
 the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 2023, "f-Divergence Minimization for

@@ -134,7 +134,7 @@ def launch(argv: list[str]) -> NoReturn:
             print(f"error: the process {_end_in_words(error.returncode)}.", file=sys.stderr, flush=True)
         sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
     except KeyboardInterrupt:  # a single process has got it too
-        with suppress(ChildProcessError, KeyboardInterrupt):
+        with suppress(ChildProcessError, AttributeError, KeyboardInterrupt):  # no os.wait on Windows
             os.wait()
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)

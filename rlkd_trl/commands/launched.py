@@ -22,7 +22,8 @@ def check_launch(environment: Mapping[str, str]) -> None:
         )
     # Accelerate's launcher of single processes names an address where more were asked for, and starts one.
     is_of_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if is_of_accelerate and "MASTER_ADDR" in environment and not any(name in environment for name in _SIZES):
+    is_addressed = "MASTER_ADDR" in environment and "MASTER_PORT" in environment
+    if is_of_accelerate and is_addressed and not any(name in environment for name in _SIZES):
         raise InputError(
             "accelerate launch was asked for several processes and has started one (with --cpu, or without GPUs, "
             "it does so): give it --config_file accelerate_configs/cpu_2_processes.yaml, or start with rlkd-trl "

@@ -47,7 +47,7 @@ def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Pat
     written_at = output.resolve()
     for name, path in inputs:
         place = path.resolve()
-        is_same = written_at == place or (output.exists() and output.samefile(path))
+        is_same = written_at == place or (output.exists() and path.exists() and output.samefile(path))
         is_around = path.is_dir() and place in written_at.parents
         is_in = written_at in place.parents and (path.is_dir() or path.name in RESULTS)
         if is_same or is_around or is_in:
@@ -59,7 +59,7 @@ def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Pat
 
 
 def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
-    """Flag with value, and path, of all that is there and read: directories as a whole, and single files."""
+    """Flag with value, and path, of all that is read: directories as a whole, and single files."""
     for group in groups:
         for name, reads in files_read(type(group)).items():
             if name in INHERITED:  # a checkpoint in the run's own directory may be gone on from
@@ -94,13 +94,13 @@ def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") ->
     named = args.resume_from_checkpoint
     if named is not None and directory.resolve() in Path(named).resolve().parents:
         return
-    finished = finished_files(directory)
+    finished, checkpoints = finished_files(directory), checkpoints_in(directory)
     if finished:
+        to_go_on = "--resume goes on with the run, " if checkpoints else ""
         raise InputError(
             f"--output_dir {output_dir} holds the results of a run ({finished[0].name}). Name another directory; "
-            "--resume goes on with the run, --overwrite_output_dir begins anew and deletes it."
+            f"{to_go_on}--overwrite_output_dir begins anew and deletes it."
         )
-    checkpoints = checkpoints_in(directory)
     if checkpoints:
         raise InputError(
             f"--output_dir {output_dir} holds {checkpoints[0].name} of a run that did not finish: --resume goes on "

@@ -27,9 +27,14 @@ def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
 
     for file in _resolved_files(load_dataset_builder(str(path)).config.data_files):
         _check_inside(path, Path(file))
-        suffixes = [suffix.lower() for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
-        if not suffixes or suffixes[-1] not in extensions:
+        if data_suffix(Path(file)) not in extensions:
             raise InputError(f"{path} has data in {Path(file).name}, which is not read: use {', '.join(extensions)}.")
+
+
+def data_suffix(file: Path) -> str:
+    """ ".csv" of a.csv and of a.csv.gz; "" if there is none."""
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
 
 
 def check_saved(path: Path) -> None:
@@ -44,10 +49,9 @@ def check_saved(path: Path) -> None:
         _check_inside(path, path / split)
         try:
             state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
-            names = [item["filename"] for item in [*state["_data_files"], *(state.get("_indices_data_files") or [])]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        for name in map(str, names):
+        except (OSError, ValueError, RecursionError):
+            continue  # reading it says what is wrong
+        for name in _texts(state, set()):  # whatever its key: a name that is not there now is no other place
             _check_inside(path, path / split / name)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.data.broken_files import check_encoding, problem_of, twice_in_header
 from rlkd_trl.data.datasets_errors import configurations_named_in, splits_named_in
-from rlkd_trl.data.directories import check_directory, check_saved
+from rlkd_trl.data.directories import COMPRESSED, check_directory, check_saved, data_suffix
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def data_files(dataset: str) -> list[Path]:
     if _is_saved_to_disk(path):  # `datasets` keeps what it computes from the rows beside them, as cache-….arrow
         files = [file for file in path.rglob("*") if not file.name.startswith("cache-")]
     else:
-        files = [file for file in path.rglob("*") if file.suffix.lower() in FILE_FORMATS]
+        files = [file for file in path.rglob("*") if data_suffix(file) in FILE_FORMATS]
     return sorted(file for file in files if file.is_file())
 
 
@@ -161,7 +161,8 @@ def _load_directory(path: Path, split: str) -> Dataset:
         check_directory(path, tuple(FILE_FORMATS))
         files = data_files(str(path))
         for file in files:
-            check_encoding(file)
+            if file.suffix.lower() not in COMPRESSED:
+                check_encoding(file)
         _check_slice(split)
         with _quiet_if_small(files):
             return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))

@@ -123,9 +123,14 @@ def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Iter
 
 
 def check_embedding_rows(who: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raises `InputError` if the tokenizer has ids for which the model has no embedding."""
+    """Raises `InputError` if the tokenizer has ids for which the model has no embedding.
+
+    Special tokens count if the model is fed them, for padding or as the end: others are neither in texts nor sampled
+    (bart-large-cnn has no row for `<mask>`).
+    """
     rows = config.get_text_config().vocab_size
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    unused = set(tokenizer.all_special_tokens) - {tokenizer.pad_token, tokenizer.eos_token}
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows and token not in unused}
     if beyond:
         token = min(beyond, key=beyond.get)
         raise InputError(

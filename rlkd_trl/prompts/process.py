@@ -73,11 +73,14 @@ class _Renderer:
         try:
             self._process.stdin.write(len(body).to_bytes(4, "big") + body)
             self._process.stdin.flush()
-            answers = self._process.stdout
-            if os.name == "posix" and not select.select([answers], [], [], bounds.WALL_SECONDS)[0]:
+            answers, wait = self._process.stdout, threading.Timer(bounds.WALL_SECONDS, self._process.kill)
+            if os.name != "posix":  # where `select` takes sockets only
+                wait.start()
+            elif not select.select([answers], [], [], bounds.WALL_SECONDS)[0]:
                 self._process.kill()
             header = answers.read(4)
             answer = answers.read(int.from_bytes(header, "big"))
+            wait.cancel()
         except BrokenPipeError:
             answer = b""
         if not answer:
@@ -91,7 +94,7 @@ class _Renderer:
     def _reason(self) -> str:
         code = self._process.wait()
         atexit.unregister(self.end)
-        if code in (-signal.SIGKILL, -getattr(signal, "SIGPROF", 0)):
+        if code in (-getattr(signal, "SIGKILL", -1), -getattr(signal, "SIGPROF", -1)):  # Windows has neither
             return f"takes more than {bounds.CPU_SECONDS:g} s of CPU time"
         return f"ends the process that runs it (exit code {code})"
 

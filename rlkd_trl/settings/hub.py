@@ -1,6 +1,7 @@
 """The first contact with the Hugging Face Hub, which fails within seconds where libraries would try for a minute."""
 
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from rlkd_trl.errors import InputError
@@ -19,7 +20,7 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
     Raises:
         InputError: There is no such repository, it is gated or private, or the Hub cannot be reached.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -31,9 +32,7 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
     file = _PROBED[kind]
     what = f"{flag} {repo_id}"
     try:
-        if constants.is_offline_mode() or try_to_load_from_cache(
-            repo_id, file, cache_dir=constants.HF_HUB_CACHE, repo_type=kind
-        ):
+        if constants.is_offline_mode() or _is_cached(repo_id, file, kind):
             return
         get_hf_file_metadata(hf_hub_url(repo_id, file, repo_type=kind), timeout=_PATIENCE)
     except (EntryNotFoundError, RevisionNotFoundError):
@@ -55,6 +54,15 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
             f"{what} is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
             f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
         ) from error
+
+
+def _is_cached(repo_id: str, file: str, kind: str) -> bool:
+    """In any revision: which one is wanted is asked for later, and may be in the cache alone."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind) / "snapshots"
+    return any(snapshots.glob(f"*/{file}"))
 
 
 def _one_line(error: Exception) -> str:

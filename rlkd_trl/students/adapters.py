@@ -30,5 +30,9 @@ def with_adapters(
 
 
 def start_as_identity(peft_config: PeftConfig) -> bool:
-    """Whether the model computes with the new adapters what it computes without them, and with its own weights."""
-    return getattr(peft_config, "init_lora_weights", None) in (True, "gaussian")
+    """Whether the model computes with the new adapters what it computes without them, and with its own weights.
+
+    And goes on computing that without them: with `bias` PEFT trains biases of the model itself.
+    """
+    is_identity = getattr(peft_config, "init_lora_weights", None) in (True, "gaussian")
+    return is_identity and getattr(peft_config, "bias", "none") == "none"

@@ -99,7 +99,13 @@ def publish(staged: Path, final: Path) -> None:
         replaced = staged.parent / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    staged.rename(final)
+        try:
+            staged.rename(final)
+        except OSError:
+            replaced.rename(final)
+            raise
+    else:
+        staged.rename(final)
     _to_disk(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from rlkd_trl.errors import TrainingError
 from rlkd_trl.models.finite import listed, not_finite, weights_of
+from rlkd_trl.trainers.checkpoint_files import newest_whole
 
 logger = logging.get_logger(__name__)
 # What a `FiniteTrainer` has counted, by attribute; plain values, for a checkpoint to hold.
@@ -56,6 +56,7 @@ class FiniteTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As Trainer's. Raises `TrainingError` if too many steps in a row were not finite."""
+        self._stop_reason = ""
         output = super().train(*args, **kwargs)
         if self._stop_reason:
             raise TrainingError(self._stop_reason)
@@ -216,7 +217,7 @@ class FiniteTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _last_checkpoint(self) -> str:
-        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        checkpoint, _ = newest_whole(self.args.output_dir)
         return (
             f"The last good weights are in {checkpoint}."
             if checkpoint

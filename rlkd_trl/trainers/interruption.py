@@ -35,6 +35,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self.signum = 0
         before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
         try:
             yield

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -141,8 +142,10 @@ class ResumableTrainer(FiniteTrainer):
 
     def _check_space(self) -> None:
         """Raises `InputError` if not even one checkpoint has room: weights, and an Adam's two moments of them."""
+        trained = sum(w.numel() * w.element_size() for w in self.model.parameters() if w.requires_grad)
+        has_adapters = any(isinstance(module, PeftModel) for module in self.model.modules())  # saved without the rest
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
-        moments = 2 * sum(w.numel() * w.element_size() for w in self.model.parameters() if w.requires_grad)
+        weights, moments = trained if has_adapters else weights, 2 * trained
         needed = weights if self.args.save_strategy == SaveStrategy.NO else weights + moments
         place = Path(self.args.output_dir).absolute()
         while not place.exists():
@@ -247,9 +250,10 @@ class ResumableTrainer(FiniteTrainer):
     def _failure_to_save(self, final: Path) -> str | None:
         """Saves on all processes; returns why that failed on any of them, in words, or None."""
         staged = final.parent / STAGING / final.name
+        waits_inside = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return (
             self._failure(lambda: _make_empty(staged), self.args.should_save)
-            or self._failure(lambda: self.write_checkpoint(staged), True, waits_inside=self.is_deepspeed_enabled)
+            or self._failure(lambda: self.write_checkpoint(staged), True, waits_inside=waits_inside)
             or self._failure(lambda: seal(staged, resumable=not self.args.save_only_model), self.args.should_save)
             or self._failure(lambda: publish(staged, final), self.args.should_save)
         )

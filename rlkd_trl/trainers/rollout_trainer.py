@@ -238,7 +238,7 @@ class RolloutTrainer(ResumableTrainer):
         dropped, kept = self._sum_over_ranks(torch.stack([(~kept_B).sum(), kept_B.sum()]).float()).tolist()
         if not dropped:
             return rollout
-        self._record({"samples_dropped": dropped})
+        self._dropped_since_log += dropped
         for b in (~kept_B).nonzero()[:PROMPTS_SHOWN, 0].tolist():
             bad = " and ".join(name for name, usable_B in is_usable_B.items() if not usable_B[b])
             prompt = str(rows[int(rollout.prompt_index_B[b])]["prompt"])

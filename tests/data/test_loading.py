@@ -1,5 +1,6 @@
 """Loading rows from files, directories and the Hub: what works, and what the errors say."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from rlkd_trl.data import group_by_source, load_rows
+from rlkd_trl.data import data_files, group_by_source, load_rows
 from rlkd_trl.errors import InputError
 
 E2E = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e"
@@ -300,14 +301,15 @@ def test_links_and_cards_within_are_fine(tmp_path):
     assert load_rows(str(snapshot)).to_list() == [{"mr": "open", "ref": "open"}]
 
 
+@pytest.mark.parametrize("beside", [{}, {"_indices_data_files": [{}]}, {"_indices_data_files": 1}])
 @pytest.mark.parametrize("inside", ["dataset_dict.json", "state.json"])
-def test_what_save_to_disk_wrote_cannot_lead_outside(tmp_path, inside):
+def test_what_save_to_disk_wrote_cannot_lead_outside(tmp_path, inside, beside):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "outside")
     DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "data")
     if inside == "dataset_dict.json":
         write(tmp_path / "data" / inside, json.dumps({"splits": ["../outside"]}))
     else:
-        state = json.loads((tmp_path / "data" / "train" / inside).read_text())
+        state = json.loads((tmp_path / "data" / "train" / inside).read_text()) | beside
         state["_data_files"][0]["filename"] = "../../outside/" + state["_data_files"][0]["filename"]
         write(tmp_path / "data" / "train" / inside, json.dumps(state))
     fails("names data outside of itself", tmp_path / "data")
@@ -330,3 +332,11 @@ def test_pickles_archives_and_scripts_are_not_read(tmp_path, name):
     if name != "script.py":
         fails("extension that is not known", tmp_path / "data" / name)
     assert not made.exists()
+
+
+def test_compressed_files_of_a_directory_count_as_its_data(tmp_path):
+    """By which a comparison sees that they have changed."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl.gz").write_bytes(gzip.compress(b'{"mr": "a", "ref": "b"}\n'))
+    assert load_rows(str(tmp_path / "data")).to_list() == [{"mr": "a", "ref": "b"}]
+    assert data_files(str(tmp_path / "data")) == [tmp_path / "data" / "train.jsonl.gz"]

@@ -668,6 +668,7 @@ OUTPUT_CASES = [
     (("pseudo_label",), "--output data.csv", "--output data.csv is what --dataset data.csv reads, which would be"),
     (("pseudo_label",), "--output data.csv --overwrite_output_dir", "is what --dataset data.csv reads"),
     (("pseudo_label",), "--templates good.yaml --output good.yaml", "is what --templates good.yaml reads"),
+    (SOME_DISTILLED, "--templates builtin:summarization --output_dir out_there", "summarization"),
     (("pseudo_label",), "--output teacher/labels.jsonl", "lies in what --teacher teacher reads"),
     (("pseudo_label",), "--output ''", "--output is empty: name something, or leave it out"),
     (("pseudo_label",), "--output a_file/labels.jsonl", "--output a_file cannot be written to (Not a directory)"),

@@ -32,6 +32,7 @@ after = {"teacher_nll_per_sequence": score, "bleu": 1000 * score}
 (here / "metrics.json").write_text(json.dumps({"after": after}))
 cost = {"optimizer_steps": 4, "generated_tokens": 100, "cpu_seconds": 2.5, "wall_seconds": 3.5}
 (here / "cost.json").write_text(json.dumps(cost))
+(here / "finished.json").write_text("{}")
 """
 MODELS = "--teacher teacher --student student"
 DATA = f"--dataset data.csv {COLUMNS} --validation_dataset data.csv --test_dataset test.csv"

@@ -348,7 +348,9 @@ def test_a_run_without_its_last_evaluation_is_not_done(tmp_path):
     (tmp_path / "cost.json").write_text("{}")
     (tmp_path / "metrics.json").write_text('{"teacher": {}, "before": {}}')
     assert not cell.is_done
-    (tmp_path / "metrics.json").write_text('{"teacher": {}, "before": {}, "after": {}}')
+    (tmp_path / "metrics.json").write_text('{"teacher": {}, "before": {}, "after": {"reward": null}}')
+    assert not cell.is_done, "written, but not found sound"
+    (tmp_path / "finished.json").write_text("{}")
     assert cell.is_done
 
 

@@ -129,6 +129,15 @@ def test_what_is_in_the_cache_needs_no_network(tmp_path, monkeypatch):
     require_checkpoint("--teacher", "google/flan")
 
 
+def test_a_revision_in_the_cache_needs_no_network(tmp_path, monkeypatch):
+    """Also where no other is there, not even the main branch."""
+    use_endpoint("http://127.0.0.1:9", tmp_path, monkeypatch)
+    snapshot = tmp_path / "models--google--pinned" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    require_checkpoint("--teacher", "google/pinned")
+
+
 def test_nothing_is_asked_in_offline_mode(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     require_checkpoint("--teacher", "nobody/x")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.errors import InputError
@@ -26,6 +26,10 @@ _UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup
 class ComparisonArguments:
     """Comparison"""
 
+    # Given on the command line, a budget puts a preset's (as --smoke's) of another kind out of force.
+    REPLACED: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: tuple(other for other in BUDGETS if other != name) for name in BUDGETS
+    }
     smoke: bool = field(default=False, metadata={"help": "All of it on the embedded demo, in minutes."})
     methods: list[PresetPath] | None = field(
         default=None, metadata={"help": "Names in recipes/configs/methods/, or YAML files. Default: all of them."}

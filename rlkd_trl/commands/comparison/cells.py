@@ -11,9 +11,11 @@ from pathlib import Path
 
 from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.presets import read_preset
+from rlkd_trl.commands.run_directory import FINISHED
 from rlkd_trl.errors import InputError
 from rlkd_trl.trainers.checkpoint_files import newest_whole
 
+_RESULTS = ("metrics.json", "cost.json", FINISHED)
 _STDERR_LINES = 15  # of a failed run, shown
 
 
@@ -44,9 +46,8 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        """Its results are there, those after training too."""
-        have_files = all((self.directory / name).is_file() for name in ("metrics.json", "cost.json"))
-        return have_files and "after" in self.read("metrics.json")
+        """It has left all its results, and found them sound: the last of these files says so."""
+        return all((self.directory / name).is_file() for name in _RESULTS)
 
     def read(self, name: str) -> dict:
         """The content of one of the JSON files that the run left."""
@@ -81,7 +82,7 @@ class Cell:
         """Runs the recipe in a process of its own; None, or the end of its stderr if it failed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # A run that breaks off must not look finished by what an earlier one left.
-        for name in ("metrics.json", "cost.json", "test.json"):
+        for name in (*_RESULTS, "test.json"):
             (self.directory / name).unlink(missing_ok=True)
         command, record = self.directory / "command.json", json.dumps(self.record(), indent=2) + "\n"
         # What an earlier attempt at the same run has saved is its beginning.
@@ -98,7 +99,7 @@ class Cell:
         if code == 0 and self.is_done:
             return None
         tail = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-_STDERR_LINES:])
-        missing = "" if code else " without leaving metrics.json and cost.json"
+        missing = "" if code else " without leaving all its results"
         return f"{self.method.recipe.name} ended with exit code {code}{missing}:\n{tail}"
 
 
