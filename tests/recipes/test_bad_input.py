@@ -180,7 +180,7 @@ def test_launched_with_fsdp(recipe, workplace, monkeypatch, capfd):
         ),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many in the environment is no number of processes: unset it"),
         (  # what `accelerate launch --cpu --num_processes 2` leaves to its one process
-            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "was asked for several processes and has started one",
         ),
     ],
