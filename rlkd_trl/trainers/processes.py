@@ -20,6 +20,7 @@ from rlkd_trl.errors import InputError
 
 _STORE_PATIENCE = timedelta(seconds=10)
 _ROLL_CALL = 5.0  # seconds; who waits for a missing process gives up at about the same time
+_ABSENT = "has not come to where the others wait for it"
 _OF_CONNECTIONS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket timeout")
 
 # As accelerate counts processes on a CPU.
@@ -114,7 +115,8 @@ class Processes:
             return None
         try:
             found = {rank: state for rank in self._others() if (state := self._state_of(rank)) is not None}
-            found = found or dict.fromkeys(self._absent(), "has not come to where the others wait for it")
+            # Once more after the wait: one that is being killed closes its connections before it is seen to be gone.
+            found = found or {rank: self._state_of(rank) or _ABSENT for rank in self._absent()}
         except torch.distributed.DistError:
             return f"the process that keeps the connection of all, process 0 as a rule, does not answer ({error})"
         if not found:

@@ -224,8 +224,9 @@ def load_best(mode: str, teacher: Teacher, output_dir: Path, world: int) -> dict
         **{f"{kind}_steps": 1 for kind in ("eval", "save")},
         load_best_model_at_end=True,
         metric_for_best_model="reward",
-        greater_is_better=False,  # with this learning rate it rises: the best is not the last
     )
+    # With this learning rate it rises. By the lowest, which a config would refuse, the best is not the last.
+    trainer.args.greater_is_better = False
     trainer.train()
     evaluation = trainer.evaluate()
     trainer.save_model()

@@ -23,7 +23,7 @@ OTHERS = ("pip", "pytest", "tensorboard")
 STAND_INS = {
     "bigscience/T0_3B": "runs/teacher",
     "bigscience/T0pp": "runs/teacher",
-    "google/t5-v1_1-base": "runs/warm",
+    "google/t5-v1_1-base": "runs/base",
 }
 
 
@@ -107,6 +107,7 @@ def place(tmp_path, monkeypatch) -> Path:
     write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
     write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
     write_templates(tmp_path / "templates.yaml", create_text_for_me="w3 {{ source }}", coherent_text="{{ source }} w4")
+    shutil.copytree(ROOT / "recipes" / "rewards", tmp_path / "recipes" / "rewards")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

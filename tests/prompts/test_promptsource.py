@@ -157,7 +157,7 @@ def test_the_short_form(tmp_path, text, names, prompts):
         ("just text", "is not a promptsource file: .* The shortest file is"),
         ("a: x {{ s }}\na: y", "the key 'a' is there twice"),
         ("templates: {1: {name: n, jinja: x}, 1: {name: m, jinja: y}}", "the key '1' is there twice"),
-        (f"a: &a {'[' * 3000}", "cannot be read as promptsource YAML"),
+        (f"a: &a {'[' * 3000}", "cannot be read: its brackets are nested too deeply"),
     ],
 )
 def test_short_files_that_do_not_fit(tmp_path, text, message):

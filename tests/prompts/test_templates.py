@@ -132,7 +132,7 @@ def test_validate_names_template_and_row():
     templates = PromptTemplates(TWO)
     templates.validate([])
     templates.validate([{"doc": "a"}, {"doc": "b"}])
-    with pytest.raises(InputError, match=r"^Row 1: Template 'short' asks for column 'doc'; the row has: text"):
+    with pytest.raises(InputError, match=r"^Row 2: Template 'short' asks for column 'doc'; the row has: text"):
         templates.validate([{"doc": "a"}, {"text": "b"}])
 
 

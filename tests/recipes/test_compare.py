@@ -112,8 +112,8 @@ def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
             assert {"bleu", "rougeL", "teacher_nll_per_sequence", "reward", "eos_rate"} <= shown.keys()
         draws = []
         for seed in (0, 1):
-            assert run(f"evaluate --student {student} {flags} --sample --seed {seed} --output_dir sampled") == 0
-            draws.append(metrics_of(workplace / "sampled")["student"])
+            assert run(f"evaluate --student {student} {flags} --sample --seed {seed} --output_dir sampled{seed}") == 0
+            draws.append(metrics_of(workplace / f"sampled{seed}")["student"])
         for metric in ("bleu", "distinct2", "teacher_nll_per_sequence"):
             expected = (draws[0][metric] + draws[1][metric]) / 2
             assert rows[name]["sampled"][metric]["mean"] == pytest.approx(expected, rel=1e-5)

@@ -17,7 +17,7 @@ import transformers
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
-from rlkd_trl.commands import arguments
+from rlkd_trl.commands import arguments, checks
 from rlkd_trl.teachers import Teacher
 from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
 
@@ -132,6 +132,7 @@ def observe(files, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)  # the Hub is not asked for it
+            patch.setattr(checks, "_check_revisions", lambda settings: None)  # local files stand for those of the Hub
             patch.setattr(datasets, "load_dataset", load_dataset)
             patch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", classmethod(load_model))
             patch.setattr(transformers.AutoConfig, "from_pretrained", load_config)

@@ -55,7 +55,7 @@ def test_a_recipe_passes_each_step_once_until_it_trains(recipe, checkpoints, tra
     steps = [(room, function) for caller, room, function in calls if caller == "distil"]
     names = [function for _, function in steps]
     assert len(names) == len(set(names)), "a step is passed twice"
-    assert names[1:3] == ["sketch", "check_data"] and names[-2:] == ["evaluate", "check_finite"]
+    assert names[1:3] == ["sketch", "check_data"] and names[-3:] == ["evaluate", "check_finite", "clear_results"]
     assert names.index("connect_processes") < names.index("settings") < names.index("build")
     elsewhere = [room for room, _ in groupby(room for room, _ in steps) if room != "commands"]
     assert elsewhere == ["trainers", "evaluation"], "each other room is entered once, and left"

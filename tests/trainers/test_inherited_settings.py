@@ -122,7 +122,7 @@ def test_settings_that_are_filled_in_can_be_given_again(config, tmp_path):
         ({"optim": "adamw_torch_npu_fused"}, "optim = adamw_torch_npu_fused, optim_args = None: .*torch_npu"),
         ({"optim": "adamw_quick"}, "adamw_quick"),
         ({"optim_args": "momentum=0.9"}, "optim_args = momentum=0.9: it has no effect with this optimizer"),
-        ({"optim": "sgd", "optim_args": "momentum"}, "optim = sgd, optim_args = momentum: "),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args = momentum: write name=value"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type = cosine_with_min_lr, lr_scheduler_kwargs"),
         ({"lr_scheduler_kwargs": {"speed": 2}}, "lr_scheduler_kwargs = {'speed': 2}: .*speed"),
         ({"tf32": True, "use_cpu": True}, "tf32"),
