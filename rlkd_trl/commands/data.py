@@ -173,8 +173,9 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
                 questions = templates.render(question_columns(templates, columns))
             else:
                 questions = [student_prompt(prompts.student_template, columns)]
-        # A teacher may have answered nothing; an empty cell of a CSV file is None, not this.
-        answers = [""] if row[target] == "" else as_references(row[target], target, i)
+        # A teacher may have answered nothing, or blanks; an empty cell of a CSV file is None, not this.
+        is_silent = isinstance(row[target], str) and not row[target].strip()
+        answers = [""] if is_silent else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
     empty_targets([pair["target"] for pair in pairs])
     return pairs

@@ -92,7 +92,7 @@ OF_METHOD = {
     ("ppo", "normalize_advantages"): (False, LEARNS, {}),
     ("ppo", "missing_eos_penalty"): (5.0, LEARNS, {"normalize_advantages": False}),
     ("rloo-sequence", "normalize_advantages"): (True, LEARNS, {"max_grad_norm": 0.0}),
-    ("rloo-sequence", "epsilon"): (1e-6, LEARNS, {"num_iterations": 3, "max_grad_norm": 0.0}),
+    ("rloo-sequence", "epsilon"): (0.9, LEARNS, {"num_iterations": 2}),  # at 0.2 all is clipped
     ("rloo-token", "level"): ("sequence", LEARNS, {}),
     ("reinforce", "return_denom"): (10.0, LEARNS, {**PLAIN_DESCENT, "learning_rate": 0.03}),
     ("kd", "beta"): (0.1, LEARNS, {"divergence": "jsd"}),
