@@ -104,16 +104,16 @@ def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
     rows = {row["model"]: row for row in results_of(workplace)["budgets"]["max_steps_3"]}
     flags = f"--teacher teacher --dataset test.csv {COLUMNS} --templates good.yaml --max_completion_length 6"
     for name, student in {"warm_start": "student", "ppo": os.environ["TRAINED"]}.items():
-        assert run(f"evaluate --student {student} {flags} --output_dir greedy") == 0
-        found = metrics_of(workplace / "greedy")
+        assert run(f"evaluate --student {student} {flags} --output_dir greedy_{name}") == 0
+        found = metrics_of(workplace / f"greedy_{name}")
         for model, metrics in ((name, found["student"]), ("teacher", found["teacher"])):
             shown = {metric: interval["mean"] for metric, interval in rows[model]["greedy"].items()}
             assert shown == pytest.approx({key: metrics[key] for key in shown}, rel=1e-5), model
             assert {"bleu", "rougeL", "teacher_nll_per_sequence", "reward", "eos_rate"} <= shown.keys()
         draws = []
         for seed in (0, 1):
-            assert run(f"evaluate --student {student} {flags} --sample --seed {seed} --output_dir sampled{seed}") == 0
-            draws.append(metrics_of(workplace / f"sampled{seed}")["student"])
+            assert run(f"evaluate --student {student} {flags} --sample --seed {seed} --output_dir {name}{seed}") == 0
+            draws.append(metrics_of(workplace / f"{name}{seed}")["student"])
         for metric in ("bleu", "distinct2", "teacher_nll_per_sequence"):
             expected = (draws[0][metric] + draws[1][metric]) / 2
             assert rows[name]["sampled"][metric]["mean"] == pytest.approx(expected, rel=1e-5)
