@@ -50,12 +50,13 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Samples of the student, the teachers' states along them, and the future's advantages."""
         args, timer = self.args, self._timer
-        prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
+        prompt_PS = self.sampling.student_prompts(self.policy, rows)
         with timer.phase("sample"), self.mixed_precision():
             with self.whole_student():
-                completions = self._sample(self.policy, *prompt_PS, self._mixture(rows) if args.teacher_mix else None)
-            rollout = self._rollout_of(prompt_PS, completions)
-            rollout = rollout.with_(old_logps_BT=self._log_probs(self.policy, rollout))
+                mixed_with = self._mixture(rows) if args.teacher_mix else None
+                completions = self.sampling.completions(self.policy, *prompt_PS, self._rollout_number, mixed_with)
+            rollout = self.sampling.rollout_of(prompt_PS, completions)
+            rollout = rollout.with_(old_logps_BT=self.sampling.log_probs(self.policy, rollout))
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
             rollout = rollout.with_(rewards_BT=self._with_teachers_heads(partial(self._signals, rollout)))
@@ -80,7 +81,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean, _ = masked_moments(reward_B, rollout.counted_B, sum_over_ranks=self._sum_over_ranks)
         metrics = {"reward": float(mean), **completion_metrics(rollout, self._sum_over_ranks)}
-        self._record(metrics)
+        self._metrics.record(metrics)
         self._guard(rollout, metrics)
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print, reward_B=reward_B
@@ -97,12 +98,12 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         scorer = self.panel.scorers[self._turn]
         backbone = scorer.teacher.backbone
         questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
-        ids_PS, mask_PS = self._tokenized(
+        ids_PS, mask_PS = self.sampling.tokenized(
             backbone, questions, scorer.teacher.max_prompt_length, scorer.teacher.processing_class
         )
 
         def of_prompts(part: slice) -> MixedWith:
-            index_B = self._prompt_index(len(ids_PS[part]))
+            index_B = self.sampling.prompt_index(len(ids_PS[part]))
             return MixedWith(backbone, ids_PS[part], mask_PS[part], index_B, self.args.teacher_mix)
 
         return of_prompts

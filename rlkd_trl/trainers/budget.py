@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
@@ -30,6 +31,26 @@ class BudgetMeter(TrainerCallback):
     def __init__(self, trainer: "RolloutTrainer"):
         self._trainer = trainer
 
+    def cost(self) -> Cost:
+        """See `RolloutTrainer.cost`; all processes call it together."""
+        trainer, spent = self._trainer, self._trainer.rollout_state
+        cpu_seconds = torch.tensor(spent.cpu_seconds, device=trainer.accelerator.device)
+        return Cost(
+            optimizer_steps=trainer.state.global_step,
+            generated_tokens=spent.generated_tokens,
+            cpu_seconds=float(trainer.accelerator.reduce(cpu_seconds, reduction="sum")),
+            wall_seconds=spent.wall_seconds,
+        )
+
+    def is_spent(self) -> bool:
+        """Whether `max_generated_tokens` or `max_cpu_seconds` are used up; every process gets the same answer."""
+        args, spent = self._trainer.args, False
+        if args.max_generated_tokens is not None:
+            spent = self._trainer.rollout_state.generated_tokens >= args.max_generated_tokens
+        if args.max_cpu_seconds is not None:
+            spent |= self.cost().cpu_seconds >= args.max_cpu_seconds
+        return spent
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.process_time(), time.perf_counter()
 
@@ -38,5 +59,5 @@ class BudgetMeter(TrainerCallback):
         spent.cpu_seconds += now[0] - self._last[0]
         spent.wall_seconds += now[1] - self._last[1]
         self._last = now
-        if self._trainer.budget_is_spent():
+        if self.is_spent():
             control.should_training_stop = True

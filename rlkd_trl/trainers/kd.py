@@ -59,9 +59,9 @@ class KDTrainer(FullVocabularyTrainer):
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Sequences for this device's prompts, and the teachers' states along them."""
         args, timer = self.args, self._timer
-        draw = torch.rand((), generator=self._rollout_generator(_SOURCE_STREAM))
+        draw = torch.rand((), generator=self.sampling.generator(self._rollout_number, stream=_SOURCE_STREAM))
         source = "student" if draw < args.lmbda else args.sequences
-        prompt_PS = self._tokenized(self.policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
+        prompt_PS = self.sampling.student_prompts(self.policy, rows)
         with timer.phase("sample"):
             if source == "data":
                 completions = self._targets(rows)
@@ -69,8 +69,8 @@ class KDTrainer(FullVocabularyTrainer):
                 completions = self._teacher_samples(rows)
             else:
                 with self.mixed_precision(), self.whole_student():
-                    completions = self._sample(self.policy, *prompt_PS)
-        rollout = self._rollout_of(prompt_PS, completions)
+                    completions = self.sampling.completions(self.policy, *prompt_PS, self._rollout_number)
+        rollout = self.sampling.rollout_of(prompt_PS, completions)
         if source == "data":
             rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))
         with timer.phase("score"):
@@ -79,7 +79,9 @@ class KDTrainer(FullVocabularyTrainer):
                 rollout = self._dropping(rollout, rows, self._usable_states(rollout))
                 if self.rollout_state.lost:
                     return rollout
-        self._record({**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"})
+        self._metrics.record(
+            {**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"}
+        )
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print
         )
@@ -88,7 +90,7 @@ class KDTrainer(FullVocabularyTrainer):
     def _targets(self, rows: list[dict]) -> Completions:
         """`num_generations` of each row's targets, drawn with replacement."""
         K, device = self.args.num_generations, self.accelerator.device
-        draws_B = self._uniforms(len(rows) * K)[:, 0].tolist()
+        draws_B = self.sampling.uniforms(len(rows) * K, self._rollout_number)[:, 0].tolist()
         texts = [row["references"] for row in rows for _ in range(K)]
         drawn = [targets[int(draw * len(targets))] for targets, draw in zip(texts, draws_B, strict=True)]
         ids = [
@@ -110,8 +112,8 @@ class KDTrainer(FullVocabularyTrainer):
         scorer = self.panel.scorers[number]
         sampler, tokenizer = self._samplers[id(scorer.teacher)], scorer.teacher.processing_class
         questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
-        prompt_PS = self._tokenized(sampler.backbone, questions, scorer.teacher.max_prompt_length, tokenizer)
-        return self._sample(sampler, *prompt_PS)
+        prompt_PS = self.sampling.tokenized(sampler.backbone, questions, scorer.teacher.max_prompt_length, tokenizer)
+        return self.sampling.completions(sampler, *prompt_PS, self._rollout_number)
 
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor

@@ -30,7 +30,6 @@ from rlkd_trl.trainers.checks import checked_reward_model
 from rlkd_trl.trainers.config import OnPolicyConfig
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import rollout_metrics, sample_table
-from rlkd_trl.trainers.rollout_sampling import outputs_in_parts
 from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 from rlkd_trl.trainers.run_record import model_record
 
@@ -114,9 +113,9 @@ class OnPolicyTrainer(RolloutTrainer):
 
         whole_student = self.whole_student() if policy is self.policy else nullcontext()
         with timer.phase("sample"), self.mixed_precision(), whole_student:
-            prompt_PS = self._tokenized(policy.backbone, [row["prompt"] for row in rows], args.max_prompt_length)
-            completions = self._sample(policy, *prompt_PS)  # 1 sample
-            rollout = self._rollout_of(prompt_PS, completions)
+            prompt_PS = self.sampling.student_prompts(policy, rows)
+            completions = self.sampling.completions(policy, *prompt_PS, self._rollout_number)  # 1 sample
+            rollout = self.sampling.rollout_of(prompt_PS, completions)
         with timer.phase("log_probs"), self.mixed_precision():
             rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
         inputs = RewardInputs(
@@ -156,10 +155,10 @@ class OnPolicyTrainer(RolloutTrainer):
         rollout = self.advantages(rollout)  # 4 advantage
 
         metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
-        self._record(metrics)
+        self._metrics.record(metrics)
         self._guard(rollout, metrics)
         if kl_B is not None:
-            self._record({"beta": self.rollout_state.beta})
+            self._metrics.record({"beta": self.rollout_state.beta})
             self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)
         return rollout
 
@@ -186,7 +185,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if not self._needs_old_log_probs():
             return rollout, None
         width = rollout.completion_ids_BT.shape[1]
-        old = outputs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
+        old = self.sampling.outputs(policy, rollout)
         rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
         if old[0].values is not None:
             values_BT1 = pad_columns([output.values for output in old], width + 1)
@@ -194,7 +193,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.reference is None:
             return rollout, None
         with self._as_reference():
-            return rollout, self._log_probs(self.reference, rollout)
+            return rollout, self.sampling.log_probs(self.reference, rollout)
 
     def _as_reference(self) -> AbstractContextManager:
         """A context where `reference` is the initial policy: a copy always is, the student is without adapters."""

@@ -67,7 +67,7 @@ class PPOKDTrainer(OnPolicyTrainer):
         explained = explained_variance(
             values_BT1[:, :-1], returns_BT, loss_mask_BT, sum_over_ranks=self._sum_over_ranks
         )
-        self._record({"explained_variance": explained})
+        self._metrics.record({"explained_variance": explained})
         self._track_returns(returns_BT, loss_mask_BT)
         advantages_BT = self._minus_baseline(rollout, advantages_BT)
         if args.normalize_advantages:

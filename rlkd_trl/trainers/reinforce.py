@@ -57,7 +57,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
         if lag == 0:
             with self.whole_student():
                 self.behaviour.model.load_state_dict(student.model.state_dict())
-        self._record({"behaviour_lag": lag})
+        self._metrics.record({"behaviour_lag": lag})
         return self.behaviour
 
     def _needs_old_log_probs(self) -> bool:
@@ -78,7 +78,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
     def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
         if self.behaviour is None:
             return super()._sampled_log_probs(rollout)
-        logps_BT = self._log_probs(self.policy, rollout)
+        logps_BT = self.sampling.log_probs(self.policy, rollout)
         return logps_BT, (logps_BT - rollout.old_logps_BT).exp().clamp(max=self.args.ratio_cap or math.inf)
 
     def policy_loss(

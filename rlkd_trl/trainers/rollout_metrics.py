@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,25 @@ def completion_metrics(rollout: Rollout, sum_over_ranks: Callable[[Tensor], Tens
 def _counts(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """This device's completions and tokens."""
     return rollout.counted_B.sum().float(), rollout.counted_BT.sum().float()
+
+
+class RunningMeans:
+    """Means by name of all that was recorded since they were last taken. `sums`, of plain values, is all its state."""
+
+    def __init__(self):
+        self.sums: dict[str, list[float]] = {}  # of each name: sum and count
+
+    def record(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Adds one value to each of these names."""
+        for name, value in metrics.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + float(value), count + 1]
+
+    def take(self) -> dict[str, float]:
+        """The means; the next ones begin anew."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
 
 
 class PhaseTimer:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,39 +18,30 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.trainer.utils import print_prompt_completions_sample
 
-from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
-from rlkd_trl.models.backbone import Backbone
-from rlkd_trl.models.finite import check_weights, refuse_float16_weights
-from rlkd_trl.models.generation import Completions, MixedWith
-from rlkd_trl.models.generation_config import set_trained_generation_config
-from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
-from rlkd_trl.models.prompts import tokenize_prompts
 from rlkd_trl.models.sharding import is_sharded, whole
-from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
 from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.rewards import RewardModel
-from rlkd_trl.students import Policy, with_adapters
+from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
 from rlkd_trl.trainers.checks import (
     check_best_metric,
     check_held_out,
-    check_positions,
     check_prompts,
-    check_sharded_head,
     check_sharding,
 )
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.finite import PROMPTS_SHOWN
 from rlkd_trl.trainers.guards import Guards, repetition_counts
+from rlkd_trl.trainers.preparation import prepare_student, teachers_of
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout import Rollout
-from rlkd_trl.trainers.rollout_metrics import PhaseTimer
-from rlkd_trl.trainers.rollout_sampling import log_probs_in_parts, random_generator, sample_in_parts, uniform_rows
+from rlkd_trl.trainers.rollout_metrics import PhaseTimer, RunningMeans
+from rlkd_trl.trainers.rollout_sampling import RolloutSampling
 from rlkd_trl.trainers.run_record import reward_record
 from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
@@ -88,28 +79,13 @@ class RolloutTrainer(ResumableTrainer):
         check_held_out(eval_dataset)
         check_best_metric(args, eval_dataset, has_teacher=bool(reward_model.panels))
         check_sharding(args)
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model)
-        if processing_class is None:
-            raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
-        if args.fp16:
-            refuse_t5_in_float16(model.config, torch.float16)
-        model = with_adapters(model, peft_config, seed=args.seed)
-        check_sharded_head(model)
-        check_weights(model, "The student")
-        refuse_float16_weights(model)
+        model, processing_class = prepare_student(
+            model, processing_class, peft_config, reward_model, args, [train_dataset, eval_dataset]
+        )
         self.reward_model = reward_model
-        teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
-        for teacher in teachers:
-            check_same_tokenizer(processing_class, teacher.processing_class)
-        check_positions(model, processing_class, reward_model, args, [train_dataset, eval_dataset])
-        targets = reference_texts(train_dataset, eval_dataset)
-        share_special_tokens([model, *(teacher.model for teacher in teachers)], processing_class, targets)
-        set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
-        self._metrics: dict[str, list[float]] = {}  # since the last log: sum and count
+        self._metrics = RunningMeans()  # since the last log
         self._window_metrics: dict[str, float] = defaultdict(float)
         self._timer = PhaseTimer()
         self._guards = Guards()
@@ -125,9 +101,11 @@ class RolloutTrainer(ResumableTrainer):
         )
         if self.is_deepspeed_enabled:  # which moves the model only when training begins
             self.model.to(self.accelerator.device)
-        for teacher in teachers:
+        for teacher in teachers_of(reward_model):
             teacher.to(self.accelerator.device)
-        self.add_callback(BudgetMeter(self))
+        self.sampling = RolloutSampling(args, processing_class, self.accelerator)
+        self._budget = BudgetMeter(self)
+        self.add_callback(self._budget)
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
         self.run_record |= {
             "student": {"architecture": type(model).__name__},
@@ -172,61 +150,7 @@ class RolloutTrainer(ResumableTrainer):
         """The loss of one micro-batch, divided by the optimizer step's count of tokens or sequences."""
         raise NotImplementedError
 
-    # Sampling
-
-    def _tokenized(
-        self,
-        backbone: Backbone,
-        texts: list[str],
-        max_length: int | None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and mask `[P, S]`, by the student's tokenizer unless another is given."""
-        ids_PS, mask_PS = tokenize_prompts(
-            tokenizer or self.processing_class, texts, padding_side=backbone.padding_side, max_length=max_length
-        )
-        return ids_PS.to(self.accelerator.device), mask_PS.to(self.accelerator.device)
-
-    def _sample(
-        self,
-        policy: Policy,
-        prompt_ids_PS: Tensor,
-        prompt_mask_PS: Tensor,
-        mixed_with: Callable[[slice], MixedWith] | None = None,
-    ) -> Completions:
-        """Completions of this device's prompts (see `sample_in_parts`)."""
-        prompt_index_B = self._prompt_index(len(prompt_ids_PS))
-        uniforms_BT = self._uniforms(len(prompt_index_B))
-        return sample_in_parts(
-            policy, prompt_ids_PS, prompt_mask_PS, prompt_index_B, uniforms_BT, self.args, mixed_with
-        )
-
-    def _prompt_index(self, num_prompts: int) -> Tensor:
-        prompts = torch.arange(num_prompts, device=self.accelerator.device)
-        return prompts.repeat_interleave(self.args.num_generations)
-
-    def _uniforms(self, batch_size: int) -> Tensor:
-        """This device's rows of the rollout's random numbers, which depend on the seed and the rollout's number only:
-        there is no generator's state that a resumed run would need."""
-        rows = uniform_rows(
-            batch_size,
-            self.args.max_completion_length,
-            self._rollout_generator(),
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        return rows.to(self.accelerator.device)
-
-    def _rollout_generator(self, stream: int = 0) -> torch.Generator:
-        return random_generator(self.args.seed, self._rollout_number, stream=stream)
-
-    def _rollout_of(self, prompt_PS: tuple[Tensor, Tensor], completions: Completions) -> Rollout:
-        prompt_index_B = self._prompt_index(len(prompt_PS[0]))
-        return Rollout.of(*prompt_PS, prompt_index_B, completions, mask_truncated=self.args.mask_truncated_completions)
-
-    def _log_probs(self, policy: Policy, rollout: Rollout) -> Tensor:
-        """log π(y_t|s_t) of the whole rollout, `[B, T]`."""
-        return log_probs_in_parts(policy, rollout, batch_size=self.args.local_rollout_forward_batch_size)
+    # For `make_rollout`
 
     def _dropping(self, rollout: Rollout, rows: list[dict], is_usable_B: dict[str, Tensor]) -> Rollout:
         """The rollout without the completions of which any number is not usable; these are counted, and some logged.
@@ -265,7 +189,7 @@ class RolloutTrainer(ResumableTrainer):
         measured = {**metrics, **self._entropy, "repetition": repeated / max(grams, 1), "distinct": distinct / count}
         warnings = self._guards.warnings(measured)
         if warnings:
-            self._record({"guards_raised": len(warnings)})
+            self._metrics.record({"guards_raised": len(warnings)})
         if self.is_world_process_zero():
             for warning in warnings:
                 logger.warning(f"Step {self.state.global_step}: {warning}.")
@@ -281,7 +205,7 @@ class RolloutTrainer(ResumableTrainer):
         if rollout.completion_rewards_BT is not None:
             rewards_BT = rewards_BT - rollout.completion_rewards_BT
         of_rollout_B = average_reward(rewards_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
-        self._record({"average_reward": of_rollout_B[0]})
+        self._metrics.record({"average_reward": of_rollout_B[0]})
         if args.average_reward == "rollout":
             return of_rollout_B
         return average_reward(rewards_BT, mask_BT, num_generations=args.num_generations)
@@ -359,13 +283,13 @@ class RolloutTrainer(ResumableTrainer):
         if state.micro_step % args.gradient_accumulation_steps == 0 and self._window_metrics:
             self._close_window()
         if state.micro_step % self._micro_steps_per_rollout == 0:
-            self._record(self._timer.reset(tokens=int(state.rollout.completion_mask_BT.sum())))
+            self._metrics.record(self._timer.reset(tokens=int(state.rollout.completion_mask_BT.sum())))
         return loss
 
     def _close_window(self) -> None:
         """Records an optimizer step's metrics, unless it was skipped."""
         if not self.step_is_skipped:
-            self._record(self._window_metrics)
+            self._metrics.record(self._window_metrics)
             self._entropy = {name: value for name, value in self._window_metrics.items() if name == "entropy"}
         self._window_metrics.clear()
 
@@ -399,27 +323,9 @@ class RolloutTrainer(ResumableTrainer):
         loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
         return self.accelerator.prepare(loader)
 
-    # Budget
-
     def cost(self) -> Cost:
         """What the run has taken up to its last optimizer step, earlier parts of a resumed run included."""
-        state = self.rollout_state
-        cpu = torch.tensor(state.cpu_seconds, device=self.accelerator.device)
-        return Cost(
-            optimizer_steps=self.state.global_step,
-            generated_tokens=state.generated_tokens,
-            cpu_seconds=float(self._sum_over_ranks(cpu)),
-            wall_seconds=state.wall_seconds,
-        )
-
-    def budget_is_spent(self) -> bool:
-        """`max_generated_tokens` or `max_cpu_seconds` are used up; every process gets the same answer."""
-        args, spent = self.args, False
-        if args.max_generated_tokens is not None:
-            spent = self.rollout_state.generated_tokens >= args.max_generated_tokens
-        if args.max_cpu_seconds is not None:
-            spent |= self.cost().cpu_seconds >= args.max_cpu_seconds
-        return spent
+        return self._budget.cost()
 
     def save_cost(self, path: Path) -> None:
         """Writes `cost` as JSON."""
@@ -437,8 +343,7 @@ class RolloutTrainer(ResumableTrainer):
         """Adds the means of everything recorded since the last log."""
         is_training_log = "loss" in logs
         if is_training_log:
-            logs = {**logs, **{name: total / count for name, (total, count) in self._metrics.items()}}
-            self._metrics.clear()
+            logs = {**logs, **self._metrics.take()}
         super().log(logs, start_time)
         if self.args.log_completions and is_training_log and self.is_world_process_zero():
             names = [name for name in ("reward",) if self.sample_table and name in self.sample_table[0]]
@@ -449,11 +354,6 @@ class RolloutTrainer(ResumableTrainer):
                 None,
                 self.state.global_step,
             )
-
-    def _record(self, metrics: dict[str, Tensor | float]) -> None:
-        for name, value in metrics.items():
-            total, count = self._metrics.get(name, (0.0, 0))
-            self._metrics[name] = [total + float(value), count + 1]
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -516,7 +416,7 @@ class RolloutTrainer(ResumableTrainer):
         return {
             **super().run_state(),
             "rollout_state": self.rollout_state.saved(),
-            "unlogged_metrics": dict(self._metrics),
+            "unlogged_metrics": dict(self._metrics.sums),
             "unlogged_seconds": dict(self._timer.seconds),
             "sample_table": self.sample_table,
             "guards": self._guards.history,
@@ -526,14 +426,14 @@ class RolloutTrainer(ResumableTrainer):
     def load_run_state(self, state: dict[str, object]) -> None:
         super().load_run_state(state)
         self.rollout_state = RolloutState.of_saved(state["rollout_state"], self.accelerator.device)
-        self._metrics = state["unlogged_metrics"]
+        self._metrics.sums = state["unlogged_metrics"]
         self._timer.seconds = defaultdict(float, state["unlogged_seconds"])
         self.sample_table = state["sample_table"]
         self._guards.history = state["guards"]
         self._entropy = state["entropy_of_last_step"]
 
     def is_finished(self) -> bool:
-        return super().is_finished() or self.budget_is_spent()
+        return super().is_finished() or self._budget.is_spent()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)

@@ -1,0 +1,65 @@
+"""The student, made ready for training, and everything that is checked before training begins."""
+
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkd_trl.data import reference_texts
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.finite import check_weights, refuse_float16_weights
+from rlkd_trl.models.generation_config import set_trained_generation_config
+from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
+from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
+from rlkd_trl.rewards import RewardModel
+from rlkd_trl.students import with_adapters
+from rlkd_trl.teachers import Teacher
+from rlkd_trl.trainers.checks import check_positions, check_sharded_head
+from rlkd_trl.trainers.config import RolloutConfig
+
+
+def prepare_student(
+    model: PreTrainedModel | str,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    reward_model: RewardModel,
+    args: RolloutConfig,
+    datasets: Sequence[Dataset | None],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student, loaded and with its adapters, and its tokenizer; both checked against teachers and data.
+
+    Its generation config becomes that of its checkpoints, and it shares with the teachers which special tokens are
+    content, by the references in the data (see `models.vocabulary`).
+
+    Raises:
+        InputError: A loaded student without its tokenizer, tokenizers that differ, prompts and completions beyond a
+            model's positions, T5 with fp16, weights that are not finite or in float16, `peft_config` for a student
+            with adapters, adapters on an LM head that ZeRO-3 shards.
+    """
+    if isinstance(model, str):
+        processing_class = processing_class or load_tokenizer(model)
+        model = load_model(model)
+    if processing_class is None:
+        raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+    if args.fp16:
+        refuse_t5_in_float16(model.config, torch.float16)
+    model = with_adapters(model, peft_config, seed=args.seed)
+    check_sharded_head(model)
+    check_weights(model, "The student")
+    refuse_float16_weights(model)
+    teachers = teachers_of(reward_model)
+    for teacher in teachers:
+        check_same_tokenizer(processing_class, teacher.processing_class)
+    check_positions(model, processing_class, reward_model, args, datasets)
+    share_special_tokens(
+        [model, *(teacher.model for teacher in teachers)], processing_class, reference_texts(*datasets)
+    )
+    set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
+    return model, processing_class
+
+
+def teachers_of(reward_model: RewardModel) -> list[Teacher]:
+    """The teacher of each of the reward's scorers."""
+    return [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
