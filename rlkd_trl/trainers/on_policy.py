@@ -108,17 +108,44 @@ class OnPolicyTrainer(RolloutTrainer):
     @torch.no_grad()
     def make_rollout(self, rows: list[dict]) -> Rollout:
         """Samples, scores, rewards and advantages for this device's prompts."""
-        args, timer = self.args, self._timer
-        policy = self.sampling_policy()
+        rollout, reference_logps_BT = self._sampled(rows)  # 1 sample
+        inputs = self._reward_inputs(rollout, rows)
+        with self._timer.phase("score"):
+            scores = self.reward_model.score(inputs)  # 2 score
+            result = self.reward_model.rewards(inputs, scores, allow_not_finite=True)  # 3 reward
+        rollout, kl_B = self._rewarded(rollout, result, reference_logps_BT)
+        self.sample_table = sample_table(
+            rows,
+            inputs.completions,
+            rollout,
+            self.args.num_completions_to_print,
+            reward_B=sequence_sum(result.rewards_BT, rollout.completion_mask_BT),
+        )
+        rollout = self._dropping(rollout, rows, _usable(rollout, result))
+        if self.rollout_state.lost:
+            return rollout
+        rollout = self.advantages(rollout)  # 4 advantage
+        metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
+        self._metrics.record(metrics)
+        self._guard(rollout, metrics)
+        if kl_B is not None:
+            self._metrics.record({"beta": self.rollout_state.beta})
+            self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)
+        return rollout
 
+    def _sampled(self, rows: list[dict]) -> tuple[Rollout, Tensor | None]:
+        """Completions of the rows' prompts with the student's log-probabilities, and the reference's, where needed."""
+        policy = self.sampling_policy()
         whole_student = self.whole_student() if policy is self.policy else nullcontext()
-        with timer.phase("sample"), self.mixed_precision(), whole_student:
+        with self._timer.phase("sample"), self.mixed_precision(), whole_student:
             prompt_PS = self.sampling.student_prompts(policy, rows)
-            completions = self.sampling.completions(policy, *prompt_PS, self._rollout_number)  # 1 sample
+            completions = self.sampling.completions(policy, *prompt_PS, self._rollout_number)
             rollout = self.sampling.rollout_of(prompt_PS, completions)
-        with timer.phase("log_probs"), self.mixed_precision():
-            rollout, reference_logps_BT = self._student_log_probs(policy, rollout)
-        inputs = RewardInputs(
+        with self._timer.phase("log_probs"), self.mixed_precision():
+            return self._student_log_probs(policy, rollout)
+
+    def _reward_inputs(self, rollout: Rollout, rows: list[dict]) -> RewardInputs:
+        return RewardInputs(
             rows=rows,
             prompt_index_B=rollout.prompt_index_B,
             completion_ids_BT=rollout.completion_ids_BT,
@@ -128,41 +155,27 @@ class OnPolicyTrainer(RolloutTrainer):
             student_logps_BT=rollout.old_logps_BT,
             forbidden_V=self.policy.forbidden_V,
         )
-        with timer.phase("score"):
-            scores = self.reward_model.score(inputs)  # 2 score
-            result = self.reward_model.rewards(inputs, scores, allow_not_finite=True)  # 3 reward
+
+    def _rewarded(
+        self, rollout: Rollout, result: RewardResult, reference_logps_BT: Tensor | None
+    ) -> tuple[Rollout, Tensor | None]:
+        """The rollout with its rewards, less the penalties for KL and truncation; and the KL in nats, `[B]`."""
         rewards_BT, completion_rewards_BT, kl_B = result.rewards_BT, result.completion_rewards_BT, None
         if reference_logps_BT is not None:
             kl_BT = kl_penalty(rollout.old_logps_BT, reference_logps_BT, rollout.completion_mask_BT)
             rewards_BT, kl_B = rewards_BT - self.rollout_state.beta * kl_BT, kl_BT.sum(dim=1)
-        if args.missing_eos_penalty is not None:
-            penalties_BT = args.missing_eos_penalty * rollout.truncated_last_token_BT()
+        if self.args.missing_eos_penalty is not None:
+            penalties_BT = self.args.missing_eos_penalty * rollout.truncated_last_token_BT()
             rewards_BT, completion_rewards_BT = rewards_BT - penalties_BT, completion_rewards_BT - penalties_BT
         rollout = rollout.with_(
             rewards_BT=rewards_BT,
             completion_rewards_BT=completion_rewards_BT,
             potentials_BT1=result.potentials_BT1,
         )
-
-        reward_B = sequence_sum(result.rewards_BT, rollout.completion_mask_BT)
-        self.sample_table = sample_table(
-            rows, inputs.completions, rollout, args.num_completions_to_print, reward_B=reward_B
-        )
-        rollout = self._dropping(rollout, rows, _usable(rollout, result))
-        if self.rollout_state.lost:
-            return rollout
-
-        rollout = self.advantages(rollout)  # 4 advantage
-
-        metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
-        self._metrics.record(metrics)
-        self._guard(rollout, metrics)
-        if kl_B is not None:
-            self._metrics.record({"beta": self.rollout_state.beta})
-            self._adapt_beta(metrics["kl"], num_samples=len(kl_B) * self.accelerator.num_processes)
-        return rollout
+        return rollout, kl_B
 
     def _adapt_beta(self, kl: float, *, num_samples: int) -> None:
+        """Moves `beta` towards a KL of `kl_target` nats per completion, where that is set."""
         args, state = self.args, self.rollout_state
         if args.kl_target is not None:
             state.beta = adaptive_kl_coefficient(

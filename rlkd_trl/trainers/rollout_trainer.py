@@ -262,10 +262,11 @@ class RolloutTrainer(ResumableTrainer):
         return batch.dropping(kept_B) if goes_on else None
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
+        """One micro-batch of the rollout in use, of which the first micro-batch makes the next: `inputs` are rows."""
         state, args = self.rollout_state, self.args
         if state.rollout is None or state.micro_step % self._micro_steps_per_rollout == 0:
             state.lost = ""
-            state.rollout = self.make_rollout(inputs)
+            state.rollout = self.make_rollout(inputs)  # 1 sample, 2 score, 3 reward, 4 advantage
             state.stopped = bool(state.lost)
             self._count_windows(state.rollout)
         if state.stopped:
@@ -278,7 +279,7 @@ class RolloutTrainer(ResumableTrainer):
                 state.micro_step % args.steps_per_generation, args.per_device_train_batch_size
             )
             with self._timer.phase("update"):
-                loss = super().training_step(model, batch, num_items_in_batch)
+                loss = super().training_step(model, batch, num_items_in_batch)  # 5 update
         state.micro_step += 1
         if state.micro_step % args.gradient_accumulation_steps == 0 and self._window_metrics:
             self._close_window()
