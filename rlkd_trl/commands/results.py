@@ -52,11 +52,12 @@ def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]
     Whatever fails after training then, an evaluation or the report, has nothing to lose.
     """
     from rlkd_trl.evaluation.report import write_metrics
+    from rlkd_trl.trainers.trainer_internals import save_without_push
 
     output_dir = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         write_metrics(output_dir / "metrics.json", results)
-    trainer.save_model(_internal_call=True)  # the push to the Hub, if any, comes when all files are there
+    save_without_push(trainer, output_dir)  # that, if any, comes when all files are there
     trainer.save_cost(output_dir / "cost.json")
 
 

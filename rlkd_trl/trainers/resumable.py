@@ -20,6 +20,14 @@ from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.processes import register_process
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
+from rlkd_trl.trainers.trainer_internals import (
+    end_step,
+    loss_sums,
+    push_checkpoint,
+    save_training_state,
+    save_without_push,
+    set_loss_sums,
+)
 
 _SAVE_ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 2.0
@@ -64,9 +72,7 @@ class ResumableTrainer(FiniteTrainer):
             "evaluation_is_due": self._evaluation_is_due,
             "end_of_epoch_is_due": not self._epoch_has_ended
             and (float(self.state.epoch).is_integer() or self.control.should_training_stop),
-            "loss_since_log": self._tr_loss,
-            "loss_until_log": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
+            **loss_sums(self),
             "skipped": {name: getattr(self, name) for name in COUNTERS},
         }
 
@@ -78,11 +84,9 @@ class ResumableTrainer(FiniteTrainer):
 
     def write_checkpoint(self, directory: Path) -> None:
         """Writes this process's files of a checkpoint into an empty directory."""
-        self.save_model(str(directory), _internal_call=True)
+        save_without_push(self, directory)
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(directory))
-            self._save_scaler(str(directory))
-            self._save_rng_state(str(directory))
+            save_training_state(self, directory)
             torch.save(self.run_state(), directory / self._run_state_file)
         if self.args.should_save:
             self._export_callbacks()
@@ -127,7 +131,7 @@ class ResumableTrainer(FiniteTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "train_loss" in logs:  # of the whole run, not of its last part
-            logs["train_loss"] = self.mean_loss(self._total_loss_scalar)
+            logs["train_loss"] = self.mean_loss(loss_sums(self)["loss_until_log"])
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -199,21 +203,10 @@ class ResumableTrainer(FiniteTrainer):
         state, self._resumed_state = self._resumed_state, {}
         if not state:
             return
-        self._tr_loss = state["loss_since_log"].to(self.args.device)
-        self._total_loss_scalar = state["loss_until_log"]
-        self._globalstep_last_logged = state["last_logged_step"]
+        set_loss_sums(self, state)
 
         def end_of_step() -> None:
-            self._maybe_log_save_evaluate(
-                self._tr_loss,
-                state["grad_norm"],
-                self.model_wrapped,
-                None,
-                int(self.state.epoch),
-                None,
-                time.time(),
-                learning_rate=state["learning_rate"],
-            )
+            end_step(self, grad_norm=state["grad_norm"], learning_rate=state["learning_rate"])
 
         if state["evaluation_is_due"]:
             self.control.should_evaluate = True
@@ -227,7 +220,7 @@ class ResumableTrainer(FiniteTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint of all processes; while the disk refuses, it is tried again a few times."""
-        output_dir = Path(self._get_output_dir(trial=trial))
+        output_dir = Path(self.args.output_dir)
         final = output_dir / f"checkpoint-{self.state.global_step}"
         self.store_flos()
         best = output_dir / f"checkpoint-{self.state.best_global_step}"
@@ -243,7 +236,7 @@ class ResumableTrainer(FiniteTrainer):
                 print(f"Saving {final} failed ({failure}); trying again.", flush=True)
             time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+            push_checkpoint(self, final)
         if self.args.should_save:
             keep_newest(final, self.args.save_total_limit, best=self.state.best_model_checkpoint)
 
