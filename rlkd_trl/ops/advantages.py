@@ -43,8 +43,11 @@ def leave_one_out(scores: Tensor, num_generations: int, *, kept_B: Tensor | None
     """R_i − mean_{j≠i} R_j among the K samples of each prompt (Ahmadian et al. 2024, "Back to Basics", RLOO).
 
     `scores` is `[B]` (sequence rewards) or `[B, T]` (position by position), B = P · K with the K samples of a prompt
-    next to each other; K ≥ 2. Where `kept_B` is False a sample is in no mean; it gets 0 itself, as does one whose
-    others are all left out. Returns the shape it was given.
+    next to each other. Samples where `kept_B` is False are left out of every mean and get 0, as does a sample all of
+    whose others are left out. Returns the shape of `scores`.
+
+    Raises:
+        ValueError: K < 2, or B is not a multiple of K.
     """
     if num_generations < 2 or scores.shape[0] % num_generations:
         raise ValueError(
@@ -73,8 +76,8 @@ def token_leave_one_out(
     """RLOO at token level: A_{t,i} = G_{t,i} − mean_{j≠i} G_{t,j}, with G the return-to-go.
 
     Meant for rewards after `potential_shaping` with the teacher's V_t, which makes the returns of different samples
-    comparable at the same t. A sample that has already ended contributes 0, the return of a finished episode; the
-    baseline never depends on sample i's own actions, so the gradient stays unbiased. `kept_B` as in `leave_one_out`.
+    comparable at the same t. A sample that has already ended contributes 0, the return of a finished episode. The
+    baseline does not depend on sample i's own actions, so the gradient stays unbiased. `kept_B` as in `leave_one_out`.
     Returns `[B, T]`, 0 behind the mask.
     """
     returns_BT = return_to_go(rewards_BT, mask_BT, gamma=gamma)
@@ -105,14 +108,14 @@ def min_variance_baseline(
     Greensmith, Bartlett & Baxter 2004, §4; Peters & Schaal 2008, "Reinforcement Learning of Motor Skills with Policy
     Gradients", §3.1.1, there for each component of the gradient. A token's term of the gradient is
     ρ ∇log π (G − b); its expectation does not depend on b, so its variance is least where E[ρ² ‖∇log π‖² (G − b)²]
-    is: at this b. Terms of different tokens are taken as uncorrelated. `ratios_BT` are ρ = π / behaviour, 1 by
-    default.
+    is least, which is at this b. Terms of different tokens are taken as uncorrelated. `ratios_BT` are
+    ρ = π / behaviour, 1 by default.
 
     The norm is that of the gradient in the logits z, since the one in the parameters would take a backward pass per
     token: ‖∂ log π(y) / ∂z‖² = (1 − π(y))² + Σ_{v≠y} π(v)². The sum lies between 0 and (1 − π(y))², so (1 − π(y))²,
     which is used here, is the norm up to a factor between 1 and 2 (exactly 2 with two actions, where it cancels).
-    A token that the policy was certain of has no gradient, and no weight. Expectations are over the real tokens of
-    the rollout; 0 if none has any weight.
+    A token that the policy was certain of (π = 1) has no gradient, and so no weight. Expectations are over the real
+    tokens of the rollout; the baseline is 0 if no token has any weight.
     """
     logps_BT = masked(logps_BT, mask_BT)
     weights_BT = torch.expm1(logps_BT) ** 2
@@ -140,7 +143,7 @@ def explained_variance(
     return masked(1.0 - residual / total, total > 0)
 
 
-_SMALLEST_STD = 1e-4
+_SMALLEST_STD = 1e-4  # where all returns are alike
 
 
 def normalize(values: Tensor, mean: float, variance: float) -> Tensor:

@@ -32,9 +32,9 @@ The future can use the whole vocabulary too. With ḡ(s) = Σ_a π(a|s) g(s, a),
 
 since y_i is drawn from π(·|s_i) once s_i is given. So F̄_t = Σ_{i>t} γ^{i−t} ḡ(s_i) may stand for F_t at every w and γ:
 the same expected gradient, without the noise of what y_i earned in its state (as expected SARSA has it for values; van
-Seijen et al. 2009, "A Theoretical and Empirical Analysis of Expected Sarsa"). In all the variance is lower wherever it
-was measured; it must be where one step is left. Neither holds with length normalisation, whose divisor depends on y_i,
-nor for samples of a mixture with the teacher.
+Seijen et al. 2009, "A Theoretical and Empirical Analysis of Expected Sarsa"). With one step left the variance is lower
+by this argument; with more it was lower wherever we measured it (docs/results.md). Neither holds with length
+normalisation, whose divisor depends on y_i, nor for samples of a mixture with the teacher.
 """
 
 import math
@@ -44,11 +44,11 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.ops.advantages import leave_one_out, return_to_go
-from rlkd_trl.ops.divergences import TeacherStates, log_probs, mean_of_probabilities
+from rlkd_trl.ops.divergences import TeacherStates, log_probs, mean_of_probabilities, teacher_logits
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, map_head_slices
 from rlkd_trl.ops.masking import masked
 from rlkd_trl.ops.rewards import VALUES
-from rlkd_trl.ops.sliced_loss import LossAndMetrics, sliced_loss
+from rlkd_trl.ops.sliced_loss import LossAndMetrics, weighted_sliced_loss
 
 
 def future_returns(
@@ -56,8 +56,8 @@ def future_returns(
 ) -> Tensor:
     """F_t = Σ_{i>t} γ^{i−t} g_i, `[B, T]`, 0 at and behind the last token.
 
-    With `length_normalization` divided by the number of tokens after t (Gu et al. 2024, "MiniLLM", R^Norm_{t+1}), so
-    that short completions are not preferred for having less to lose.
+    With `length_normalization` it is divided by the number of tokens after t (Gu et al. 2024, "MiniLLM",
+    R^Norm_{t+1}): signals are mostly negative, and their sum would favour short completions.
     """
     returns_BT = return_to_go(signals_BT, mask_BT, gamma=gamma)
     future_BT = gamma * torch.nn.functional.pad(returns_BT[:, 1:], (0, 1))
@@ -70,9 +70,9 @@ def future_returns(
 def future_advantages(
     futures_BT: Tensor, mask_BT: Tensor, *, num_generations: int, kept_B: Tensor | None = None
 ) -> Tensor:
-    """F_t minus the mean F_t of the prompt's other samples at the same t; of a finished one that is 0. `[B, T]`.
+    """F_t minus the mean F_t of the prompt's other samples at the same t, `[B, T]`, 0 behind the mask.
 
-    `kept_B` as in `ops.advantages.leave_one_out`.
+    A sample that has ended before t counts with F_t = 0. `kept_B` as in `ops.advantages.leave_one_out`.
     """
     advantages_BT = leave_one_out(masked(futures_BT, mask_BT), num_generations, kept_B=kept_B)
     return masked(advantages_BT, mask_BT)
@@ -102,7 +102,8 @@ def log_ratio_signal(
 ) -> Tensor:
     """The teacher's part of g = log p − log π, `[N, V]`: log p over the ids that the student may sample.
 
-    V is the smallest vocabulary among the teachers' and `forbidden_V`; what lies beyond is a padded row of some.
+    V is the smallest of the teachers' vocabularies and `len(forbidden_V)`: ids beyond it are padding rows of the
+    larger LM heads.
     """
     sizes = [logits_NV.shape[-1] for logits_NV in teacher_logits_KNV]
     V = min(sizes if forbidden_V is None else [*sizes, len(forbidden_V)])
@@ -151,20 +152,21 @@ def all_actions_loss(
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> LossAndMetrics:
-    """Σ_n w_n [ −Σ_a π(a|s) g(s, a) − A_n log π(y|s) ], the gradient of whose parts the module derives.
+    """Σ_n w_n [ −Σ_a π(a|s) g(s, a) − A_n log π(y|s) ]; the module's docstring derives the gradient of both parts.
 
-    π = softmax(z / temperature) over the ids that are not forbidden, as it is sampled from.
+    π = softmax(z / temperature) over the ids that are not forbidden: the distribution that is sampled from.
 
     Args:
-        teacher_signal_NV: g, or, with `subtract_log_pi`, the part of it to which −log π is added.
-        weights_N: Of each position, e.g. mask / number of tokens, times an importance weight.
+        teacher_signal_NV: g, or with `subtract_log_pi` the teacher's part of it, to which −log π is added.
+        weights_N: The weight w_n of each position, e.g. mask / number of tokens, times an importance weight.
         futures_N: A = w (F_t − b_t), a constant.
         old_logps_N: log π(y|s) of the policy that the rollout was made with. A log π is taken as the ratio
             ρ = π / π_old times A, whose gradient is the same at π = π_old; with `epsilon` PPO's clipped surrogate
             min(ρ A, clip(ρ, 1−ε, 1+ε) A) (Schulman et al. 2017, eq. 7), for further passes over one rollout.
 
     Returns:
-        The loss; Σ w_n of −Σ_a π g as `immediate`, of the entropy as `entropy`, and of (ρ − 1) − log ρ as `approx_kl`.
+        The loss and three metrics, each a sum Σ_n w_n (…): `immediate` of −Σ_a π g, `entropy` of π's entropy, and
+        `approx_kl` of (ρ − 1) − log ρ.
     """
     expected_N, entropy_N, logps_NV = _expected_signal(
         student_logits_NV,
@@ -219,42 +221,40 @@ def sliced_all_actions_loss(
     max_elements: int = MAX_SLICE_ELEMENTS,
     **settings,
 ) -> LossAndMetrics:
-    """`all_actions_loss` of student and teacher states, slice by slice: `[N, V]` is never held, of any model.
+    """`all_actions_loss` of student and teacher states, slice by slice: no model's whole `[N, V]` is ever in memory.
 
-    `teacher_signal` makes the signal of the teachers' logits and weights; `settings` go to `all_actions_loss`. For the
-    rest see `ops.divergences.sliced_divergence`.
+    `teacher_signal` takes the teachers' logits and weights and returns the signal; `settings` go to
+    `all_actions_loss`. The other arguments are those of `ops.divergences.sliced_divergence`.
     """
-    # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow.
-    mean_weight = weights_N.detach().abs().sum() / max(1, len(weights_N))
-    mean_weight = mean_weight.clamp(min=torch.finfo(weights_N.dtype).tiny)
 
     def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
         signal_nV = _signal_of_states(teachers, teacher_hidden_KnD, teacher_signal)
         return all_actions_loss(student_logits_nV, signal_nV, weights_n, chosen_n, futures_n, old_logps_n, **settings)
 
-    per_position = [weights_N / mean_weight, chosen_N, futures_N, old_logps_N]
-    loss, metrics = sliced_loss(
+    return weighted_sliced_loss(
         head,
         head_parameters,
         hidden_ND,
         per_slice,
-        *per_position,
+        weights_N,
+        chosen_N,
+        futures_N,
+        old_logps_N,
         *(teacher.hidden_ND for teacher in teachers),
         vocab_size=vocab_size,
         max_elements=max_elements,
     )
-    return mean_weight * loss, {name: mean_weight * value for name, value in metrics.items()}
 
 
+@torch.no_grad()
 def _signal_of_states(
     teachers: Sequence[TeacherStates],
     hidden_KnD: Sequence[Tensor],
     teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
 ) -> Tensor:
-    """The teachers' signal in a slice of positions, in their own precision, whatever the student's autocast."""
-    with torch.no_grad(), torch.autocast(hidden_KnD[0].device.type, enabled=False):
-        logits_KnV = [teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, hidden_KnD, strict=True)]
-        return teacher_signal(logits_KnV, [teacher.weight for teacher in teachers])
+    """The teachers' signal in a slice of positions, outside of the student's autocast."""
+    with torch.autocast(hidden_KnD[0].device.type, enabled=False):
+        return teacher_signal(teacher_logits(teachers, hidden_KnD), [teacher.weight for teacher in teachers])
 
 
 @torch.no_grad()
@@ -270,7 +270,10 @@ def expected_signals(
     forbidden_V: Tensor | None = None,
     max_elements: int = MAX_SLICE_ELEMENTS,
 ) -> Tensor:
-    """ḡ(s) = Σ_a π(a|s) g(s, a) in N states, `[N]` float32, in slices of positions; arguments as the sliced loss."""
+    """ḡ(s) = Σ_a π(a|s) g(s, a) in N states, `[N]` float32, in slices of positions.
+
+    The arguments are those of `sliced_all_actions_loss` and `all_actions_loss`.
+    """
 
     def per_slice(student_logits_nV: Tensor, *teacher_hidden_KnD: Tensor) -> tuple[Tensor]:
         expected_n, _, _ = _expected_signal(

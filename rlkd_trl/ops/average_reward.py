@@ -1,4 +1,4 @@
-"""Average reward: the best text per token, whatever its length.
+"""Average reward: an objective that prefers the best reward per token, whatever the completion's length.
 
 Where rewards are mostly negative (a teacher's log-probabilities; q_t − V_t ≤ 0), every further token costs something,
 and their sum is greatest where the text is shortest. The objective here is reward per token instead. With each
@@ -20,11 +20,11 @@ differential rewards learns differential values. A constant added to every rewar
 A loss that is divided by the number of tokens has E[T] in its denominator already. With a discount γ < 1 this is
 reward centring as in Naik et al.: the discounted objective, less the part that only depends on the length.
 
-What is centred. r_t are the rewards of single tokens after everything that is added to each token: KL penalty first,
-then the shaping by the teacher's V, since it is the shaped reward q_t − V_t whose average is worth having (of
-r_t = q_t − V_{t+1} the sum holds V_1, earned once, so that its average would prefer short texts). What a completion
-earns once (a reward function's single number, the penalty for a missing EOS) is in the sum but not in ρ: it keeps
-its price in units of reward per completion, and does not become cheaper in a longer one.
+What is centred. r_t is the reward of one token after everything that is added to each token: the KL penalty, and the
+shaping by the teacher's V. The average is taken of the shaped reward q_t − V_t: the sum of the unshaped
+r_t = q_t − V_{t+1} holds V_1, which is earned once, so that its average per token would prefer short texts. What a
+completion earns once (a reward function's single number, the penalty for a missing EOS) is in the sum but not in ρ,
+and so keeps its price per completion, whatever the length.
 
 A completion that was cut off at the length cap counts with the tokens that it has and what they have earned. Without a
 critic this assumes that it would have gone on earning ρ per token (a differential value of 0 where it was cut); a
@@ -54,9 +54,9 @@ def average_reward(
 ) -> Tensor:
     """ρ = Σ r / Σ T, reward per real token, for every completion, `[B]`.
 
-    Over all completions (of all ranks, with `sum_over_ranks`); or, with `num_generations` K, over the K − 1 others of
-    its prompt, which lie next to each other. Where none of the others has a token, over the completion itself, whose
-    differential rewards then sum to 0.
+    The average is over all completions (of all ranks, with `sum_over_ranks`); or, with `num_generations` K, over the
+    K − 1 others of the completion's prompt, which are next to each other. Where none of the others has a token it is
+    over the completion itself, whose differential rewards then sum to 0.
 
     Raises:
         ValueError: K < 2, or B is not a multiple of K.
@@ -98,9 +98,9 @@ def differential_advantages(
 ) -> Tensor:
     """A(r − ρ_i) = A(r) − ρ_i A(1), `[B, T]`, for advantages A that are linear in the rewards.
 
-    `advantages_of` maps `[B, T]` rewards to `[B, T]` advantages that compare completion i with others. Here the
-    others' rewards are centred by ρ_i as well; by ρ_j of their own, which with leave-one-out depends on completion i,
-    they would be no baseline, and the gradient biased.
+    `advantages_of` maps `[B, T]` rewards to `[B, T]` advantages that compare completion i with others. The others'
+    rewards are centred by ρ_i too. Centred by their own ρ_j, which with leave-one-out depends on completion i, they
+    would depend on i's actions: no baseline any more, and a biased gradient.
     """
     ones_BT = mask_BT.to(rewards_BT.dtype)
     return advantages_of(rewards_BT) - average_reward_B[:, None] * advantages_of(ones_BT)

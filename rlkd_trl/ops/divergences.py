@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
-from rlkd_trl.ops.sliced_loss import sliced_loss
+from rlkd_trl.ops.sliced_loss import LossAndMetrics, weighted_sliced_loss
 
 
 def log_probs(logits_NV: Tensor, *, temperature: float = 1.0, forbidden_V: Tensor | None = None) -> Tensor:
@@ -78,9 +78,10 @@ def jsd(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, beta: float = 0.5
 def tvd(teacher_logps_NV: Tensor, student_logps_NV: Tensor) -> Tensor:
     """Total variation distance ½ Σ_v |p − q|, in [0, 1] (Wen et al. 2023, "f-Divergence Minimization", TVD).
 
-    Its gradient does not vanish as q tends to p; at q = p it is 0. There counts as equal what differs by rounding, of
-    which one model read in two batches has some, and whose sign alone would make a gradient of full size: log p and
-    log q within 256 units of the last place of 1 (3e-5 in float32).
+    Its gradient does not shrink as q tends to p, only at q = p is it 0. Rounding must not hide that: the same model,
+    read in two batches, differs from itself in the last digits, and the sign of such a difference alone would make a
+    gradient of full size. So log p and log q count as equal if they are within 256 units in the last place of 1
+    (3e-5 in float32).
     """
     rounding = 256 * torch.finfo(student_logps_NV.dtype).eps
     differ_NV = (teacher_logps_NV - student_logps_NV).abs() > rounding
@@ -90,7 +91,7 @@ def tvd(teacher_logps_NV: Tensor, student_logps_NV: Tensor) -> Tensor:
 def skew_kl(teacher_logps_NV: Tensor, student_logps_NV: Tensor, *, skew: float = 0.1) -> Tensor:
     """KL(p ‖ α p + (1−α) q) with α = `skew` (Ko et al. 2024, "DistiLLM", SKL; α = 0.1 there).
 
-    At most −log α, however little mass q puts where p has some. α = 0 is forward KL.
+    It is at most −log α, even where q is almost 0 and p is not. α = 0 is forward KL.
     """
     _check_skew(skew)
     if skew == 0:
@@ -213,8 +214,8 @@ def distillation_loss(
     Args:
         teacher_logits_KNV: K tensors `[N, V']`. Head rows beyond the smallest V' or V are padding: they are left out,
             as forbidden ids are, on both sides.
-        weights_N: Of each position, e.g. mask / number of tokens in the batch. Constants. All N logits must be
-            finite: take positions that do not count out beforehand.
+        weights_N: The weight w_n of each position, e.g. mask / number of tokens in the batch; constants. The logits of
+            all N positions must be finite, also where the weight is 0: leave such positions out beforehand.
         labels_N: Hard labels, needed for alpha < 1; allowed ids.
         forbidden_V: True on ids that are left out; at least as long as the smallest vocabulary.
 
@@ -263,6 +264,13 @@ class TeacherStates(NamedTuple):
     weight: float = 1.0
 
 
+@torch.no_grad()
+def teacher_logits(teachers: Sequence[TeacherStates], hidden_KnD: Sequence[Tensor]) -> list[Tensor]:
+    """Each teacher's logits `[n, V']` of n of its states; in its own precision, whatever the student's autocast."""
+    with torch.autocast(hidden_KnD[0].device.type, enabled=False):
+        return [teacher.head(hidden_nD) for teacher, hidden_nD in zip(teachers, hidden_KnD, strict=True)]
+
+
 def sliced_divergence(
     hidden_ND: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -278,8 +286,8 @@ def sliced_divergence(
     ensemble: Callable[..., Tensor] = mean_of_probabilities,
     forbidden_V: Tensor | None = None,
     max_elements: int = MAX_SLICE_ELEMENTS,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`distillation_loss` of student and teacher states, slice by slice: `[N, V]` is never held, of any model.
+) -> LossAndMetrics:
+    """`distillation_loss` of student and teacher states, slice by slice: no model's whole `[N, V]` is ever in memory.
 
     Positions with weight 0 are left out, whatever stands there (NaN, a label of −100). Gradients reach `hidden_ND`
     and `head_parameters` (see `sliced_loss`), never a teacher.
@@ -292,26 +300,16 @@ def sliced_divergence(
         vocab_size: Columns of the student's logits, for the size of a slice.
         max_elements: Logits in a slice; memory is a few times that.
     """
-    # Weights of mean 1 inside and their mean outside: gradients of a half-precision head must not underflow before
-    # a loss scaler can lift them.
     kept_N = weights_N.nonzero().squeeze(-1)
-    weights_N = weights_N[kept_N]
-    mean_weight = weights_N.sum() / max(1, len(kept_N))
-    per_position = [weights_N / mean_weight, *(teacher.hidden_ND[kept_N] for teacher in teachers)]
-    per_position += [] if labels_N is None else [labels_N[kept_N]]
+    labels_n = [] if labels_N is None else [labels_N[kept_N]]
 
-    def per_slice(student_logits_nV, weights_n, *others_n):
-        # The teacher in its own precision, whatever the student's autocast.
-        with torch.no_grad(), torch.autocast(student_logits_nV.device.type, enabled=False):
-            teacher_logits_KnV = [
-                teacher.head(teacher_hidden_nD)
-                for teacher, teacher_hidden_nD in zip(teachers, others_n[: len(teachers)], strict=True)
-            ]
+    def per_slice(student_logits_nV, weights_n, *states_and_labels_n):
+        hidden_KnD, labels_n = states_and_labels_n[: len(teachers)], states_and_labels_n[len(teachers) :]
         return distillation_loss(
             student_logits_nV,
-            teacher_logits_KnV,
+            teacher_logits(teachers, hidden_KnD) if teachers else [],
             weights_n,
-            None if labels_N is None else others_n[-1],
+            *labels_n,
             divergence=divergence,
             temperature=temperature,
             alpha=alpha,
@@ -320,13 +318,14 @@ def sliced_divergence(
             forbidden_V=forbidden_V,
         )
 
-    loss, metrics = sliced_loss(
+    return weighted_sliced_loss(
         head,
         head_parameters,
         hidden_ND[kept_N],
         per_slice,
-        *per_position,
+        weights_N[kept_N],
+        *(teacher.hidden_ND[kept_N] for teacher in teachers),
+        *labels_n,
         vocab_size=vocab_size,
         max_elements=max_elements,
     )
-    return mean_weight * loss, {name: mean_weight * value for name, value in metrics.items()}

@@ -19,16 +19,17 @@ from rlkd_trl.ops.masking import masked
 
 # 2**24 float32 logits: 64 MiB. At V = 32,128 that is 522 positions a slice.
 MAX_SLICE_ELEMENTS = 2**24
-# On a CPU a slice of 8 MiB stays in the cache between the head and the statistics. Not where slices are recomputed.
+# On a CPU 8 MiB: such a slice stays in the cache from the head to the statistics. Used without gradients only: with
+# them each slice is computed a second time, and many small slices would cost more.
 _MAX_SLICE_ELEMENTS_CPU = 2**21
-# Several passes over the same logits are taken 16 MiB at a time, so that what they need besides is little; on a CPU
-# 2 MiB, which stay in the cache.
+# Where several passes go over the same logits, they take a block of 16 MiB at a time, which bounds the memory for
+# intermediate results; on a CPU 2 MiB, which stay in the cache.
 _BLOCK_ELEMENTS = 2**22
 _BLOCK_ELEMENTS_CPU = 2**19
-# In place of −∞: its product with a probability of 0 is 0.
+# Stands for −∞: its product with a probability of 0 is 0, not NaN.
 _LOWEST = torch.finfo(torch.float32).min / 2
-# Below e^−75 of the largest, a probability may be a subnormal number, with which a CPU is several times slower: it is
-# 0 in the softmax. log π of the chosen id is exact.
+# A probability below e^−75 of the largest may be a subnormal float, which makes a CPU several times slower; in the
+# softmax it is set to 0. log π of the chosen id is not affected.
 _LEAST_LOG_PROB = -75.0
 
 
@@ -48,8 +49,10 @@ class LogitStatistics(NamedTuple):
 
 
 class TokenLogProbs(NamedTuple):
-    """log π(y) and the entropy −Σ_v π_v log π_v, in nats, at N positions: each `[N]` float32. The entropy may be None,
-    where it is not asked for."""
+    """log π(y) and the entropy −Σ_v π_v log π_v, in nats, at N positions: each `[N]` float32.
+
+    The entropy is None where the caller did not want it.
+    """
 
     logps: Tensor
     entropy: Tensor | None
@@ -66,7 +69,7 @@ def logit_statistics(
         # Around the mean: softmax sums to 1 only up to rounding, which a large common offset would magnify.
         expected_N = (z_NV.softmax(dim=-1) * (z_NV - mean_N[:, None])).sum(dim=-1) + mean_N
     z_max_N = z_NV.amax(dim=-1)
-    # log Σ exp z = max z − log softmax(z)[argmax]: that softmax is one pass where `logsumexp` takes four.
+    # log Σ exp z = max z − log softmax(z)[argmax]: torch's log-softmax is one pass over z, its `logsumexp` four.
     log_softmax_max_N = z_NV.log_softmax(dim=-1).amax(dim=-1)
     return LogitStatistics(
         chosen=z_NV.gather(-1, chosen_N[:, None]).squeeze(-1),
@@ -79,9 +82,10 @@ def logit_statistics(
 
 
 def allowed_logsumexp(logits_NV: Tensor, forbidden_V: Tensor) -> Tensor:
-    """log Σ exp z over the ids that are not forbidden, `[N]` float32; rows beyond `forbidden_V` are padding.
+    """log Σ_v exp z_v over the ids that are not forbidden, `[N]` float32; ids beyond `forbidden_V` are padding.
 
-    z_y less this is log p(y) renormalised over what may be sampled, as `token_log_probs` has it for the student.
+    z_y minus this is log p(y) over the ids that may be sampled, for the teacher what `token_log_probs` is for the
+    student.
     """
     V = min(logits_NV.shape[-1], len(forbidden_V))
     z_NV = logits_NV[:, :V].float().masked_fill(forbidden_V[:V], -torch.inf)
@@ -102,18 +106,19 @@ def token_log_probs(
     `forbidden_V` (bool) marks ids that are never sampled, e.g. T5's sentinels and its padded vocabulary rows. A
     forbidden `chosen` id gets a log-probability of about −2e38, not an error.
 
-    `overwrite`: π, and its gradient in the backward pass, take the memory of float32 logits instead of new memory. For
-    logits that nothing else reads, not even the gradient of what made them; the backward pass can then be taken once.
+    With `overwrite`, π and later its gradient are written over float32 logits instead of into new memory. Then nothing
+    else may read the logits, not even the backward pass of the operation that made them, and there can be one backward
+    pass only.
     """
     return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite))
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """`token_log_probs`; keeps π alone for the backward pass, where autograd would keep each step's `[N, V]`.
+    """`token_log_probs`, which keeps only π for the backward pass; autograd would keep an `[N, V]` for each operation.
 
     ∂ log π(y) / ∂z_v = (1[v = y] − π_v) / temperature,   ∂H / ∂z_v = −π_v (log π_v + H) / temperature
 
-    A block of positions at a time: π of a block is all that it needs besides the logits.
+    Both passes work on a block of positions at a time, so that beside the logits they need memory for one block.
     """
 
     @staticmethod
@@ -130,7 +135,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 z_nV.div_(temperature)
             if forbidden_ids is not None:
                 z_nV.index_fill_(-1, forbidden_ids, _LOWEST)
-            # Relative to the largest, so that nothing is lost where logits have a large common offset.
+            # Relative to the largest, so that a large common offset of the logits costs no digits.
             z_nV.sub_(z_nV.amax(dim=-1, keepdim=True))
             z_chosen_n = z_nV.gather(-1, chosen_N[block, None]).squeeze(-1)
             threshold_(z_nV, _LEAST_LOG_PROB, _LOWEST)
@@ -195,12 +200,12 @@ def support_log_probs(
     the expectation as it is. Other choices do not have these properties:
 
     - π(y) / b_S(y) with π over the whole vocabulary (the papers' code) estimates Σ_{y∈S} A ∇π(y), as if all other
-      tokens were worth 0. It is π(S) < 1 at π = b, and any constant c added to A adds c ∇π(S): where returns are
-      negative, as teacher-forcing rewards are, it moves probability out of S to tokens that nobody looked at.
+      tokens were worth 0. At π = b this ratio is π(S) < 1, and any constant c added to A adds c ∇π(S): where returns
+      are negative, as teacher-forcing rewards are, it moves probability out of S to tokens that were never scored.
     - S as the top k of the current π is another set than the one sampled from: tokens of b's S that have left it
       would get probability 0, and tokens that entered it are never sampled (no ratio can make up for that).
 
-    π(S), the probability of S as a whole, gets no gradient from π_S, in either direction, from its entropy neither.
+    Neither log π_S nor its entropy has a gradient that raises or lowers π(S), the probability of S as a whole.
     """
     z_Nk = logits_NV.float().gather(-1, support_Nk) / temperature
     logps_Nk = z_Nk.log_softmax(dim=-1)
@@ -212,11 +217,11 @@ def support_log_probs(
 def mixture_log_probs(
     student_NV: Tensor, teacher_NU: Tensor, *, weight: float, forbidden_V: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """log p̃ over the ids v that both heads have, `[N, min(V, U)]` float32; −inf on forbidden ones.
+    """log p̃ over the C = min(V, U) ids that both LM heads have, `[N, C]` float32; −inf on forbidden ones.
 
     p̃(v) = weight · p(v) + (1 − weight) · q(v), with p = softmax(teacher's z / temperature) and q that of the student,
-    each renormalised over those of these ids that are not forbidden: the teacher-mixed sampling of MiniLLM (Gu et al.
-    2024, §2.2; weight is the paper's α, 0.2). A T5's head has rows beyond its tokenizer, not the same number in all.
+    both over the C ids without the forbidden ones: the teacher-mixed sampling of MiniLLM (Gu et al. 2024, §2.2; weight
+    is the paper's α, 0.2). V and U differ between T5 models of one tokenizer, by padding rows behind its last id.
     """
     common = min(student_NV.shape[-1], teacher_NU.shape[-1])
     q_NC, p_NC = (
@@ -244,9 +249,10 @@ def map_head_slices(
 
     `head` maps `[n, D]` hidden states to `[n, V]` logits; `per_position` tensors are `[N, ...]`, sliced alongside. At
     most about `max_elements` logits exist at a time (by default `MAX_SLICE_ELEMENTS`, or fewer where that is faster),
-    in the backward pass too: with several slices each is recomputed there instead of stored. `num_slices` applies the
-    head exactly so often, to nothing at last if need be: for processes that have to apply it equally often, with
-    gradients. It is at least `slices_needed`.
+    in the backward pass too: with several slices each is recomputed there instead of stored.
+
+    `num_slices`, at least `slices_needed`, is how many times the head is applied, the last times to zero positions if
+    there are too few. Processes that share a sharded head must all apply it equally often, with gradients.
 
     Returns one `[N]` tensor (or None) per output of `per_slice`.
     """

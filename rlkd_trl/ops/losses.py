@@ -86,12 +86,13 @@ def policy_gradient_loss(
 
     −Σ_t w_t log π(y_t|s_t) / denominator,  w_t = clip( min(ρ_t, ratio_cap) A_t, ±weight_clip ),  ρ_t = π / b.
 
-    w_t is a constant, the ratio in it too, as in the first commit of Hao, Liu & Mou 2022's code (not in later ones).
-    Since ρ ∇log π = ∇ρ, nothing is lost by that: the gradient is the one of −Σ ρ_t A_t. It makes a difference where
-    w_t is cut: a constant w_t goes on pushing with the cut weight, where PPO's clipped ratio stops. The ratio is per
-    token; that states are visited as often as b, not π, visits them is not corrected for (there neither).
+    w_t is a constant, including the ratio in it, as in the first commit of Hao, Liu & Mou 2022's code (not in later
+    ones). Since ρ ∇log π = ∇ρ, the gradient is still that of −Σ ρ_t A_t wherever w_t is not cut. Where it is cut, the
+    gradient keeps the cut weight, while PPO's clipped ratio has none. The ratio is per token, as in that code: it does
+    not correct for b visiting other states than π would.
 
-    The logged loss is the expression itself; it is no measure of progress. clip_fraction: tokens whose w_t was cut.
+    The loss is the expression itself, which is no measure of progress. `clip_fraction` is the share of tokens whose
+    w_t was cut.
     """
     log_ratio_BT = masked((logps_BT - behaviour_logps_BT).detach(), mask_BT)
     ratio_BT = log_ratio_BT.exp()
@@ -128,8 +129,9 @@ def clipped_value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """½ Σ_t max( (V_t − G_t)², (clip(V_t, V_old ± c) − G_t)² ) / denominator.
 
-    The value clipping of PPO's reference code; `cliprange_value` c is in the values' units, None does not clip.
-    `old_values_BT` are the values at sampling time; `returns_BT` the targets A_t + V_old.
+    This is the value clipping of PPO's reference code (OpenAI Baselines, `ppo2`). `cliprange_value`, c, is in the
+    values' units; with None nothing is clipped. `old_values_BT` are the values at sampling time, `returns_BT` the
+    targets G = A + V_old.
     """
     denominator = mask_BT.sum().clamp(min=1) if denominator is None else denominator
     values_BT, old_values_BT, returns_BT = (

@@ -51,7 +51,7 @@ def pad_columns(parts: list[Tensor], width: int, *, value: float = 0.0) -> Tenso
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where `mask` is True, 0 elsewhere, in value and in gradient, whatever stands there: NaN too."""
+    """`x` where `mask` is True and 0 elsewhere, in value and in gradient; what stands elsewhere may be NaN."""
     return torch.where(mask, x, 0)
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean_d x_d² + ε) · w over the last dimension, `[..., D]` (Zhang & Sennrich 2019, eq. 4).
 
-    Keeps x and one number per position for the backward pass, where autograd would keep each step's `[..., D]`.
+    For the backward pass it keeps x and one number per position; autograd would keep several tensors `[..., D]`.
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x_ND, weight_D, eps)
@@ -16,7 +16,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _reciprocal_root_mean_square(x_ND: Tensor, eps: float) -> Tensor:
-    """`[..., 1]`."""
+    """1 / √(mean_d x_d² + ε), `[..., 1]`."""
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
     return norm_N1.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
 

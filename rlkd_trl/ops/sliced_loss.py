@@ -32,7 +32,10 @@ def sliced_loss(
     have N rows, are sliced alongside and are constants. Gradients reach `hidden_ND` and those of `head_parameters`
     that require one, which must be all that the head depends on; a parameter that is used elsewhere too (tied
     embeddings) gets the sum of both. At most about `max_elements` logits of `vocab_size` columns exist at a time, in
-    each of the tensors that `per_slice` makes. The gradient can be taken once: it has none of its own.
+    each of the tensors that `per_slice` makes. There is no gradient of the gradient.
+
+    Returns:
+        The loss, a scalar, and the summed metrics; see `weighted_sliced_loss` for weights per position.
 
     Raises:
         ValueError: The head depends on a trainable parameter that is not in `head_parameters`.
@@ -52,7 +55,39 @@ def sliced_loss(
     return loss, metrics
 
 
+def weighted_sliced_loss(
+    head: Callable[[Tensor], Tensor],
+    head_parameters: Iterable[Tensor],
+    hidden_ND: Tensor,
+    per_slice: Callable[..., LossAndMetrics],
+    weights_N: Tensor,
+    *per_position: Tensor,
+    vocab_size: int,
+    max_elements: int = MAX_SLICE_ELEMENTS,
+) -> LossAndMetrics:
+    """`sliced_loss` of Σ_n w_n ℓ_n, linear in the weights w_n ≥ 0, which `per_slice` takes after the logits.
+
+    `per_slice` gets weights with a mean of 1, and the result is multiplied by their true mean: 1 / (tokens in the
+    batch) would make gradients of a half-precision head underflow before a loss scaler can lift them.
+    """
+    mean_weight = weights_N.detach().sum() / max(1, len(weights_N))
+    mean_weight = mean_weight.clamp(min=torch.finfo(weights_N.dtype).tiny)
+    loss, metrics = sliced_loss(
+        head,
+        head_parameters,
+        hidden_ND,
+        per_slice,
+        weights_N / mean_weight,
+        *per_position,
+        vocab_size=vocab_size,
+        max_elements=max_elements,
+    )
+    return mean_weight * loss, {name: mean_weight * value for name, value in metrics.items()}
+
+
 class _SlicedLoss(torch.autograd.Function):
+    """The loop of `sliced_loss`: loss, metrics and gradients of one slice at a time."""
+
     @staticmethod
     def forward(ctx, loss_of_slice, slices, metrics, with_gradient, hidden_ND, *parameters):
         """`metrics` is filled in place."""
