@@ -34,13 +34,13 @@ def answer_prompts(
 ) -> Iterator[Completions]:
     """Completions of `batch_size` prompts at a time, in the prompts' order, each as wide as its longest.
 
-    Only ids that a student may sample are generated, by what `models.generation_config` reads of the checkpoint's
-    generation config. `temperature` and `seed` are for strategy "sample", `num_beams`
-    for "beam", which is transformers' own beam search with its length normalisation. With `all_beams` it gives the
-    `num_beams` candidates of each prompt, best first, before those of the next prompt.
+    Only ids that a student may sample are generated; `models.generation_config` says what is read of the checkpoint's
+    generation config. `temperature` and `seed` are for strategy "sample", `num_beams` for "beam", which is
+    transformers' own beam search with its length normalisation. With `all_beams` each batch holds all `num_beams`
+    candidates of its first prompt, best first, then those of its second, and so on.
 
     Raises:
-        InputError: Unknown strategy, or `all_beams` of another than "beam".
+        InputError: Unknown strategy, or `all_beams` with another strategy than "beam".
     """
     check_strategy(strategy)
     if all_beams and strategy != "beam":
@@ -105,7 +105,8 @@ def _joined_supports(batches: list[Completions], width: int) -> Tensor:
 def decode(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The completions' texts, without the EOS that ends them.
 
-    Any other special token in them is content (see `vocabulary.forbidden_ids`), and stays.
+    All other special tokens stay in the text: a model writes only those that are content (see
+    `vocabulary.forbidden_ids`).
     """
     rows = zip(completions.ids_BT, completions.mask_BT, completions.ended_B.tolist(), strict=True)
     texts_ids = [ids[mask][:-1] if ended else ids[mask] for ids, mask, ended in rows]

@@ -2,11 +2,12 @@
 
 K completions of a prompt have the prompt in common. Both families compute that common part once, in `prefill`, and
 keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
-read what every completion starts with), the self-attention keys and values of a decoder-only one. `Prefix.select`
-gives each completion its prompt (a copy of its cache's rows, or only their number where the cache is never written
-to: see `shared_attention`) and `extend` reads completion tokens on top: so are completions sampled. Teacher scoring
-and the training forward pass read whole completions by `completion_states`, which is made of these calls, except that
-an encoder-decoder model with shared cross-attention reads them in one call without a cache.
+read its start tokens), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each completion
+its prompt: a copy of the prompt's rows of the cache, or just their index where nothing writes to them (see
+`shared_attention`). `extend` then reads completion tokens. Sampling uses these three calls.
+
+Teacher scoring and the training forward pass read whole completions with `completion_states`. It makes the same calls,
+except that an encoder-decoder model with shared cross-attention reads a completion in one call, without a cache.
 """
 
 from collections.abc import Callable
@@ -31,12 +32,11 @@ Result = TypeVar("Result")
 # T5's descendants that may multiply the decoder's output by d_model**-0.5 before the LM head. In transformers 5, t5
 # and longt5 do as `scale_decoder_outputs` says, umt5 and switch_transformers as `tie_word_embeddings`, mt5 never.
 _SCALED_HEAD_MODEL_TYPES = {"t5", "longt5", "umt5", "switch_transformers"}
-# Takes cross-attention keys for as many rows as there are queries, unless they come from a cache.
+# Its attention wants one row of cross-attention keys for each row of queries, unless the keys come from a cache.
 _SHARES_CACHED_ONLY = {"umt5"}
 
-
-# What other models multiply logits by, as their configs call it: Cohere, Falcon-H1, Muse. Granite divides by
-# `logits_scaling`, HyperCLOVA X multiplies.
+# The config fields by which other models scale their logits. Factors: Cohere, Falcon-H1, Muse. Divisors: Granite and
+# others; HyperCLOVA X has a divisor's name for a factor.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
@@ -58,8 +58,8 @@ class Prefix:
 
     cache: keys and values. mask: attention mask over the source tokens (encoder-decoder, `[B, S]`) or over every
     cached position (decoder-only, `[B, S+t]`). hidden_B1D: the last position's state, from which the next token is
-    predicted. encoder_hidden_BSD: only for encoder-decoder models. prompt_rows: where it is set, mask, encoder states
-    and the cross-attention cache have one row per prompt, and this says whose they are.
+    predicted. encoder_hidden_BSD: only for encoder-decoder models. prompt_rows: if set, mask, encoder states and the
+    cross-attention cache have one row per prompt instead of one per completion, and this maps completions to them.
     """
 
     cache: Cache
@@ -87,13 +87,13 @@ class Prefix:
 class Backbone:
     """A causal continuation model: `prefill` reads prompts, `extend` reads completion tokens, `head` gives logits.
 
-    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others, of
-    which norms and GELU are exchanged for equal, faster ones in a call (`models.fusion`). With a sharded model
-    every method is a collective operation (see `models.sharding`): all processes call it together.
+    It holds no parameters of its own: `model` is a plain `PreTrainedModel`, trained, frozen or sharded by others.
+    During a call, and only then, its norms and GELUs are replaced by equal, faster ones (`models.fusion`). With a
+    sharded model every method is a collective operation (see `models.sharding`): all processes call it together.
     """
 
     padding_side: str
-    # Logits of the head that exist at a time, without gradients; None: as many as is fast on the device.
+    # How many logits may exist at a time in passes without gradients; None: as many as is fast on the device.
     max_slice_elements: int | None = None
 
     def __init__(self, model: PreTrainedModel):
@@ -135,20 +135,20 @@ class Backbone:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def with_whole_head(self, work: Callable[[], Result]) -> Result:
-        """`work()`, in which a sharded model's head can be applied any number of times, another on every process.
+        """`work()`, inside which each process may apply a sharded model's head as often as it needs to.
 
-        To ZeRO-3 it is one call of the head's module, which gathers the weight before and drops it after. Not for
-        work that wants gradients of the head.
+        For ZeRO-3 this is one call of the head's module: it gathers the weight before `work` and drops it after. Not
+        for work that needs the head's gradients.
         """
         results: list[Result] = []
         self.through_whole_head(lambda: results.append(work()))
         return results[0]
 
     def through_whole_head(self, work: Callable[..., Result], *states: Tensor) -> Result:
-        """As `with_whole_head`, of `work(*states)`, which may give gradients to the states and the head.
+        """As `with_whole_head`, for `work(*states)` that may give gradients to the states and the head.
 
-        If it does, it has to take them in the forward pass (see `ops.sliced_loss`): ZeRO-3 gathers the weight a second
-        time in the backward pass, once on every process.
+        Such work must compute its gradients in the forward pass (see `ops.sliced_loss`), because in the backward pass
+        ZeRO-3 gathers the weight once more on every process, and no more often than that.
         """
         if not self.is_sharded:
             return work(*states)
@@ -161,11 +161,11 @@ class Backbone:
             self._apply_head = None
 
     def prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
-        """Reads the prompts, once each.
+        """Reads each prompt once; the rows of the prefix are the P prompts.
 
         Raises:
-            InputError: The model checkpoints gradients in training mode, where transformers drops the key/value cache,
-                and with it the prompt, without an error.
+            InputError: The model uses gradient checkpointing in training mode. transformers then drops the key/value
+                cache, and with it the prompt, without an error.
         """
         self._refuse_gradient_checkpointing()
         return self._prefill(prompt_ids_PS, prompt_mask_PS)
@@ -206,7 +206,8 @@ class Backbone:
         if read_BT.shape[1] == 0:
             if not self.is_sharded:
                 return first_B1D
-            # Other processes may have longer completions, and each must call the decoder twice, forward and backward.
+            # Other processes may have longer completions, for which they call the decoder a second time, forward and
+            # backward; this one must do so too.
             return first_B1D + 0 * self.extend(prefix, completion_ids_BT)
         return torch.cat([first_B1D, self.extend(prefix, read_BT)], dim=1)
 
@@ -228,7 +229,7 @@ class Backbone:
             raise InputError(f"{model} is not supported: {type(cause).__name__}: {cause}") from cause
         finally:
             self.model.train(was_training)
-        # Activations that int8 layers round, and bfloat16, fall on either side of a step for a different last bit.
+        # In bfloat16, and where int8 layers round activations, a difference in the last bit can become a whole step.
         is_exact = self.model.dtype == torch.float32 and not getattr(self.model, "is_quantized", False)
         tolerance = 1e-3 if is_exact else 5e-2
         if not error <= tolerance:
@@ -244,11 +245,12 @@ class Backbone:
         index_B = torch.zeros(2, dtype=torch.long, device=self.device)
         mask_PS = torch.ones_like(prompt_ids_PS)
         ours_BTV = self.head(self.completion_states(prompt_ids_PS, mask_PS, completion_ids_BT, index_B)).float()
-        with self._fused.in_place():  # experts without capacity; norms and GELU are the same
+        with self._fused.in_place():  # for experts: with their capacity they would drop tokens that ours keep
             theirs_BTV = self._own_logits(prompt_ids_PS.expand(2, -1), completion_ids_BT).float()
         return float((ours_BTV - theirs_BTV).norm() / theirs_BTV.norm())
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
+        """Logits `[B, T+1, V]` of the model's own forward pass."""
         raise NotImplementedError
 
 
@@ -275,7 +277,7 @@ class EncoderDecoderBackbone(Backbone):
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
         P, shares = len(prompt_ids_PS), can_share(self.model.get_decoder())
         prefix = Prefix(
-            # Not sized by the config, whose `num_layers` is the encoder's depth.
+            # Without the config, whose `num_layers` is the encoder's depth, not the decoder's.
             cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             mask=prompt_mask_PS,
             hidden_B1D=encoder_hidden_PSD[:, :0],
@@ -295,7 +297,7 @@ class EncoderDecoderBackbone(Backbone):
         *,
         with_final_state: bool = True,
     ) -> Tensor:
-        """As in the base class, in one call of the decoder, which needs no cache: it reads the start tokens too.
+        """As in the base class, but in one call of the decoder, which reads start tokens and completion together.
 
         Raises:
             InputError: As `prefill`.
@@ -330,10 +332,10 @@ class EncoderDecoderBackbone(Backbone):
     def _decode(
         self, token_ids_Bt: Tensor, encoder_hidden: Tensor, mask: Tensor, prompt_rows: PromptRows | None, **kwargs
     ) -> Tensor:
-        """States `[B, t, D]`; encoder states and mask have one row per prompt where `prompt_rows` says whose."""
+        """States `[B, t, D]`; with `prompt_rows`, encoder states and mask have one row per prompt."""
         decoder, context = self.model.get_decoder(), nullcontext()
         if prompt_rows is not None:
-            mask = mask[:, None, None].bool()  # for any number of queries; `[P, S]` would be expanded to T of them
+            mask = mask[:, None, None].bool()  # fits any number of queries; a `[P, S]` mask would be expanded to T
             kwargs["prompt_rows"], context = prompt_rows, shared_cross_attention(decoder)
         with self._fused.in_place(), context:
             return decoder(
@@ -391,7 +393,7 @@ def backbone_of(model: PreTrainedModel | PeftModel) -> Backbone:
     A PEFT model is read through the base model that its adapters sit in.
 
     Raises:
-        InputError: A PEFT model whose adapter is a learned prompt: it lives outside the base model.
+        InputError: A PEFT model whose adapter is a learned prompt, which is not part of the base model.
     """
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:

@@ -12,8 +12,8 @@ _SHOWN = 3
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity. In one pass and without a temporary, which `isfinite().all()` takes thirty times of."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:  # meta: parked, and not at hand
+    """Whether there is no NaN and no infinity, from the tensor's extremes: without `isfinite`'s temporary tensor."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:  # meta: offloaded, not readable
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
@@ -24,9 +24,9 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by name: of quantised ones the scales too, of those that ZeRO-3 has cut this process's part.
+    """Each parameter with its name: with its scales if it is quantised, as this process's shard if ZeRO-3 has cut it.
 
-    Buffers are left out: some architectures keep −inf in masks.
+    Buffers are left out, as some architectures keep masks with −inf in them.
     """
     for name, parameter in model.named_parameters():
         shard = own_shard(parameter)
@@ -45,7 +45,7 @@ def check_weights(model: nn.Module, model_name: str) -> None:
 
 
 def refuse_float16_weights(model: nn.Module) -> None:
-    """Raises `InputError` for weights in float16 that are to be trained: AdamW's epsilon is 0 in it, and 0 / 0 NaN."""
+    """Raises `InputError` for trainable weights in float16: there AdamW's epsilon of 1e-8 is 0, and 0 / 0 is NaN."""
     if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
         raise InputError(
             "Weights in float16 cannot be trained, their updates underflow: load the student in float32 (with --fp16 "

@@ -1,7 +1,7 @@
-"""Parts of transformers' models as they compute here: in fewer passes over memory, and each row by itself.
+"""Replacements for parts of transformers' models: faster norms and GELUs, and experts that treat each row by itself.
 
-The models stay as they are: parts are exchanged for the length of a call, and parameters, config and checkpoints are
-untouched.
+The models stay as they are: a part is replaced for the length of a call only, and parameters, config and checkpoints
+are untouched.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,13 @@ _NO_LIMIT = 2**62
 
 
 class FusedParts:
-    """A model's parts that are computed otherwise within `with fused.in_place():`, with the same result.
+    """A model's parts that have a replacement, in use inside `with fused.in_place():`.
 
     `gelu_new` of T5 v1.1, T0, Flan-T5 and GPT-2 becomes torch's fused tanh approximation, the same function (Hendrycks
-    & Gimpel 2016): one pass instead of eight. Root mean square norms become `rms_norm` where all is float32. The
-    experts of Switch Transformers lose their capacity: it drops tokens for what else stands in the batch, so that a
-    completion's scores would depend on its neighbours, and tokens be dropped in training that sampling had kept.
+    & Gimpel 2016) in one pass over memory instead of eight. Root mean square norms become `rms_norm` where input and
+    weight are float32. The experts of Switch Transformers lose their capacity limit, which drops tokens depending on
+    the rest of the batch: a completion's scores would depend on its neighbours, and training would drop tokens that
+    sampling had kept.
     """
 
     def __init__(self, model: nn.Module):
@@ -42,7 +43,7 @@ class FusedParts:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """A part whose `forward` is somebody's own, e.g. of a hook that loads its weight, stays as it is."""
+        """Within it the replacements compute. A part whose `forward` was replaced already, e.g. by a hook, is kept."""
         exchanged = [(module, forward) for module, forward in self._forwards if "forward" not in vars(module)]
         capacities = [router.expert_capacity for router in self._routers]
         for module, forward in exchanged:

@@ -1,4 +1,4 @@
-"""Sampling completions: K per prompt, the prompt read once, every row on its own random numbers."""
+"""Sampling completions: K per prompt, the prompt read once, each completion with random numbers of its own."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,16 +15,18 @@ from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.ops.lm_head import mixture_log_probs
 from rlkd_trl.ops.masking import completion_mask
 
-# Finished rows are dropped from the decode batch once they are this share of it; dropping copies the cache.
+# Finished rows leave the batch when they are more than this share of it; not one by one, as that copies the cache.
 _DROP_FINISHED_SHARE = 0.25
-_BLOCK = 128  # ids; T5's 32,128 are 251 blocks
+_BLOCK = 128  # ids per block in `invert_distribution`; T5's 32,128 ids are 251 blocks
 
 
 @dataclass(frozen=True)
 class Completions:
-    """ids_BT: completion tokens, padded with the pad id. mask_BT: up to and with EOS. ended_B: has an EOS.
+    """B completions of at most T tokens.
 
-    support_BTk: the k ids that each token was sampled from, in top-k sampling; anything behind the mask.
+    ids_BT: token ids, padded with the pad id. mask_BT: True up to and including the first EOS. ended_B: whether there
+    is an EOS. support_BTk: with top-k sampling, the k ids that each token was sampled from; meaningless behind the
+    mask.
     """
 
     ids_BT: Tensor
@@ -35,7 +37,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class MixedWith:
-    """A teacher to draw tokens from besides the student: it reads its own prompts and the same completion tokens.
+    """A teacher whose distribution is mixed with the student's: it reads its own prompts and the same completions.
 
     Completion b continues the teacher's prompt `prompt_index_B[b]`, padded on its backbone's side. `weight` is the
     teacher's share of the mixture, 0 to 1. Model and tensors are on the student's device.
@@ -56,9 +58,9 @@ class MixedWith:
 
 
 class _Reader:
-    """A model and what it has read, one row for each completion that is still being decoded.
+    """A model and what it has read: one row for each completion that is still being decoded.
 
-    precision: makes the context that the model computes in.
+    precision: returns the context manager in which the model computes.
     """
 
     def __init__(
@@ -74,13 +76,16 @@ class _Reader:
             self.prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
 
     def next_logits(self) -> Tensor:
+        """Logits `[b, V]` of each row's next token, in float32."""
         with self._precision():
             return self.backbone.head(self.prefix.hidden_B1D[:, 0]).float()
 
     def keep(self, rows_b: Tensor) -> None:
+        """Drops all other rows."""
         self.prefix = self.prefix.select(rows_b)
 
     def read(self, token_b: Tensor) -> None:
+        """Reads one more token per row."""
         with self._precision():
             self.backbone.extend(self.prefix, token_b[:, None])
 
@@ -103,11 +108,11 @@ def sample_completions(
 ) -> Completions:
     """Completion b of prompt `prompt_index_B[b]`, token by token, from softmax(z / temperature) over allowed ids.
 
-    Each token is drawn by inverting the distribution function at `uniforms_BT[b, t]` in [0, 1): a row's sample
-    depends on its own numbers alone, not on what else is in the batch, on which rank it is, or on who has finished.
-    With `top_k`, from the k likeliest of these, renormalised. With `mixed_with`, from the mixture of both models at
-    this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is greedy. With a sharded model, all
-    processes call this together, and decode until the last of them has finished.
+    Each token is drawn by inverting the cumulative distribution at `uniforms_BT[b, t]` in [0, 1). So a completion
+    depends on its own random numbers alone, not on the rest of the batch, on the process it is sampled in, or on which
+    others have finished. With `top_k`, it is drawn from the k likeliest allowed ids, renormalised; with `mixed_with`,
+    from the mixture of both models at this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is
+    greedy. With a sharded model, all processes call this together, and decode until the last of them has finished.
 
     Raises:
         InputError: `top_k` with `mixed_with`.
@@ -120,7 +125,7 @@ def sample_completions(
     readers = [_Reader(backbone, prompt_ids_PS, prompt_mask_PS, prompt_index_B)]
     if mixed_with is not None:
         prompts = (mixed_with.prompt_ids_PS, mixed_with.prompt_mask_PS, mixed_with.prompt_index_B)
-        # In its own precision, whatever the student's autocast.
+        # The teacher computes in its own dtype, also where the student computes under autocast.
         without_autocast = partial(torch.autocast, prompt_ids_PS.device.type, enabled=False)
         readers.append(_Reader(mixed_with.backbone, *prompts, without_autocast))
     sharded = any(reader.backbone.is_sharded for reader in readers)
@@ -168,11 +173,11 @@ def _next_logits(
     readers: list[_Reader], mixed_with: MixedWith | None, forbidden_V: Tensor, temperature: float
 ) -> Tensor:
     """z `[b, V]`, −inf on forbidden ids, such that softmax(z / temperature) is the distribution to draw from."""
-    logits_bV, *teacher = [reader.next_logits() for reader in readers]
+    logits_bV, *teacher_logits = [reader.next_logits() for reader in readers]
     if mixed_with is None:
-        return logits_bV.masked_fill_(forbidden_V, -torch.inf)  # in place: the logits are nobody else's
+        return logits_bV.masked_fill_(forbidden_V, -torch.inf)  # in place, as nothing else reads these logits
     return temperature * mixture_log_probs(
-        logits_bV, *teacher, weight=mixed_with.weight, forbidden_V=forbidden_V, temperature=temperature
+        logits_bV, *teacher_logits, weight=mixed_with.weight, forbidden_V=forbidden_V, temperature=temperature
     )
 
 
@@ -191,7 +196,7 @@ def invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 def _search(weights_BN: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
     """The first n with target < Σ_{m≤n} w_m, or the last with w_n > 0; and target − Σ_{m<n} w_m."""
-    # A parallel sum (on GPUs) rounds each entry in its own way: it may fall, and may rise over a weight of 0.
+    # On GPUs the entries of a cumulative sum are rounded independently: it may fall, or rise where a weight is 0.
     sums_BN = torch.where(weights_BN > 0, weights_BN.cumsum(dim=-1), 0).cummax(dim=-1).values
     last_B1 = (sums_BN < sums_BN[:, -1:]).sum(dim=-1, keepdim=True)
     n_B1 = torch.searchsorted(sums_BN, target_B[:, None], right=True).minimum(last_B1)

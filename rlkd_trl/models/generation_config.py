@@ -1,10 +1,10 @@
-"""What of a checkpoint's generation config is read here, and what a trained checkpoint's says.
+"""Which settings of a checkpoint's generation config are used, and which ones a trained checkpoint gets.
 
-Read are the ids that open a completion (`decoder_start_token_id`, `forced_bos_token_id`), those that end one
-(`eos_token_id`), and the special tokens that are content (`models.vocabulary`), by greedy decoding, sampling and beam
-search alike. Everything else in it changes the distribution that is trained and scored (repetition_penalty,
-no_repeat_ngram_size, min_length, forced_eos_token_id, ...), or how one is decoded (temperature, num_beams, ...), and
-is not used: a policy's samples come from its own distribution, and the flags say how to decode.
+Greedy decoding, sampling and beam search use the same three: the ids that open a completion (`decoder_start_token_id`,
+`forced_bos_token_id`), those that end one (`eos_token_id`), and the special tokens that are content
+(`models.vocabulary`). All others are ignored. Some would change the distribution that is trained and scored
+(repetition_penalty, no_repeat_ngram_size, min_length, forced_eos_token_id, ...), and a policy's samples must come from
+its own distribution; the others say how to decode (temperature, num_beams, ...), which flags do here.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ from rlkd_trl.models.vocabulary import (
     padding_id,
 )
 
-# What makes other distributions of a model's own. `suppress_tokens` and the like are the vocabulary's rule here.
+# Settings that change the model's distribution. Instead of `suppress_tokens` and its like there is one rule of what
+# may be sampled, `models.vocabulary.forbidden_ids`.
 _NOT_USED = (
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias"),
@@ -32,8 +33,8 @@ _NOT_USED = (
 def completion_start_ids(model: PreTrainedModel) -> list[int]:
     """The tokens that an encoder-decoder model's decoder reads before a completion's first token; none is sampled.
 
-    The decoder-start token; then, in BART, mBART, M2M100 and NLLB, the forced BOS, which may be a language's code.
-    Without a decoder-start token it is BOS, as in transformers' `generate`.
+    First the decoder-start token (BOS where there is none, as in transformers' `generate`); then, in BART, mBART,
+    M2M100 and NLLB, the forced BOS, which may be a language code.
     """
     start = _id_of(model, "decoder_start_token_id")
     start = _id_of(model, "bos_token_id") if start is None else start
@@ -50,10 +51,10 @@ def _id_of(model: PreTrainedModel, name: str) -> int | None:
 def plain_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int
 ) -> GenerationConfig:
-    """The config by which plain `generate` writes what greedy decoding here, or beam search (`num_beams`), does.
+    """The config with which plain `generate` gives the same outputs as greedy decoding here.
 
-    Completions have at most `max_completion_length` tokens, EOS included; ids that are never sampled are
-    `bad_words_ids`, which a forced BOS is exempt from at its place, as from no other processor.
+    Completions have at most `max_completion_length` tokens, EOS included. Ids that are never sampled are
+    `bad_words_ids`, because of all settings that forbid ids only this one lets a forced BOS through.
     """
     forbidden = forbidden_ids_of(model, tokenizer).nonzero()[:, 0].tolist()
     is_encoder_decoder = model.config.is_encoder_decoder
@@ -74,23 +75,23 @@ def plain_generation_config(
 def set_trained_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int
 ) -> None:
-    """Gives a model in training the config that its checkpoints are to have: `plain_generation_config`."""
+    """Gives a model, before it is trained, the generation config of its checkpoints: `plain_generation_config`."""
     config = plain_generation_config(model, tokenizer, max_completion_length=max_completion_length)
     setattr(config, ALLOWED_SPECIAL_TOKENS, allowed_special_tokens(model))
     base_of(model).generation_config = config
 
 
 def settings_not_used(config: GenerationConfig) -> dict[str, object]:
-    """The settings of a checkpoint's generation config that change its distribution and are not used here, by name."""
+    """The settings of a checkpoint's generation config that change its distribution and are ignored here, by name."""
     neutral = (None, 0, 1, [], {})
-    is_of_a_trained_checkpoint = hasattr(config, ALLOWED_SPECIAL_TOKENS)  # whose bad words are the vocabulary's rule
-    settings = {} if is_of_a_trained_checkpoint else {name: getattr(config, name, None) for name in _NOT_USED}
+    was_trained_here = hasattr(config, ALLOWED_SPECIAL_TOKENS)  # then `bad_words_ids` is our own rule
+    settings = {} if was_trained_here else {name: getattr(config, name, None) for name in _NOT_USED}
     return {name: value for name, value in settings.items() if value not in neutral}
 
 
 @contextmanager
 def generating_by(config: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
-    """Within it `model.generate` has `config` and nothing of the model's own, which would fill in what is None."""
+    """Within it `model.generate` uses `config` alone; the model's own config would fill in what is None in it."""
     base = base_of(model)
     config_before, base.generation_config = base.generation_config, config
     try:

@@ -1,4 +1,4 @@
-"""How long a model's inputs may be, and whether it knows every token: what would else end in an IndexError mid-run."""
+"""Checks, before a run, of what would end in an IndexError in the middle of it: positions and embedding rows."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from rlkd_trl.models.prompts import prompt_lengths
 
 _BATCH_SIZE = 1000  # texts that are tokenised at a time
 
-# GPT-2 and GPT-Neo, OpenAI-GPT, BART, OPT and their relatives, BERT and ProphetNet. In GPT-J and CodeGen
-# `embed_positions` is a buffer of rotations. M2M100 and XGLM have one called `weights`, which grows as needed.
+# The names of position tables in GPT-2 and GPT-Neo, OpenAI-GPT, BART, OPT and their relatives, BERT and ProphetNet; in
+# GPT-J and CodeGen `embed_positions` is a buffer of rotations. The table of M2M100 and XGLM is called `weights` and
+# grows as needed, so it is no limit.
 _TABLE = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")
 
 
 @dataclass(frozen=True)
 class PositionLimits:
-    """Tokens that a model has positions for; None where there is no end (T5's relative positions, rotary, ALiBi).
+    """How many tokens a model has positions for; None: no limit (T5's relative positions, rotary, ALiBi).
 
-    is_shared: prompt and completion stand in one sequence, a decoder-only model's, of `prompt` tokens.
+    is_shared: True for decoder-only models, whose prompt and completion share one sequence of `prompt` tokens.
     """
 
     prompt: int | None
@@ -40,14 +41,14 @@ class PositionLimits:
     is_shared: bool
 
     def longest_prompt(self, max_completion_length: int) -> int | None:
-        """The longest prompt that leaves room for such a completion; may be less than 1."""
+        """The longest prompt that leaves room for a completion of this length, in tokens; may be less than 1."""
         if self.is_shared and self.prompt is not None:
             return self.prompt - max_completion_length
         return self.prompt
 
 
 def position_limits(model: PreTrainedModel) -> PositionLimits:
-    """The sizes of the model's tables of positions, less the rows that are skipped (2 in OPT and BART)."""
+    """The sizes of the model's position tables, less the rows that are not positions (the first 2 in OPT and BART)."""
     sizes = {"encoder": None, "decoder": None}
     for name, size in _tables(model):
         side = "encoder" if model.config.is_encoder_decoder and ".encoder." in f".{name}" else "decoder"
@@ -59,7 +60,7 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
 
 
 def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
-    """The same before any weights are read, from a model without memory."""
+    """`position_limits` before any weights are read, from a model on the meta device."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         return position_limits(auto_class.from_config(config))
@@ -85,16 +86,16 @@ def check_lengths(
     max_completion_length: int,
     prompt_flag: str = "max_prompt_length",
 ) -> None:
-    """Checks that the model has positions for each prompt, cut as it will be, and a completion of the greatest length.
+    """Checks that the model has positions for each prompt, cut to `max_prompt_length`, and the longest completion.
 
-    The prompts are looked at only where the two caps alone do not say so.
+    The prompts are read only if the two caps alone do not already fit.
 
     Args:
-        who: "The teacher", "The student".
-        prompt_flag: the name of `max_prompt_length` for this model.
+        who: "The teacher" or "The student", for the message.
+        prompt_flag: The name that `max_prompt_length` has for this model, for the message.
 
     Raises:
-        InputError: It has not; the message has the numbers, and the row counted from 1.
+        InputError: There are too few positions; the message has the numbers, and the row counted from 1.
     """
     room = limits.completion if limits.completion is None or not limits.is_shared else limits.completion - 1
     if room is not None and max_completion_length > room:
@@ -125,8 +126,8 @@ def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Iter
 def check_embedding_rows(who: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Raises `InputError` if the tokenizer has ids for which the model has no embedding.
 
-    Special tokens count if the model is fed them, for padding or as the end: others are neither in texts nor sampled
-    (bart-large-cnn has no row for `<mask>`).
+    Special tokens count only if the model reads them, as padding or as EOS: all others are neither in texts nor
+    sampled (bart-large-cnn has no row for `<mask>`).
     """
     rows = config.get_text_config().vocab_size
     unused = set(tokenizer.all_special_tokens) - {tokenizer.pad_token, tokenizer.eos_token}

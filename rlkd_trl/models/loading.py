@@ -101,9 +101,9 @@ def load_model(
     """An encoder-decoder or decoder-only language model, whichever its config says.
 
     `dtype` is one of `DTYPES`; "auto" takes the checkpoint's own. `quantization` is one of `QUANTIZATIONS`: the
-    weights of linear layers inside of blocks are quantised while loading; the LM head, embeddings, norms and, in T5,
-    the feed-forward layers' output stay in `dtype`. `zero3` is a DeepSpeed config of stage 3: each process then keeps
-    its shard of every weight, from the moment it is read.
+    weights of linear layers inside the blocks are quantised while loading; the LM head, embeddings, norms and, in T5,
+    the output layers of the feed-forward blocks stay in `dtype`. `zero3` is a DeepSpeed config of stage 3: each
+    process then holds only its shard of every weight, already while the checkpoint is read.
 
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
@@ -129,7 +129,7 @@ def load_model(
     untied = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
     check_complete(untied, f"The model {name_or_path!r}")
     check_weights(model, f"The model {name_or_path!r}")
-    refuse_t5_in_float16(config, model.dtype)  # "auto" reads the weights where the config does not say
+    refuse_t5_in_float16(config, model.dtype)  # "auto" takes the weights' dtype where the config names none
     not_used = settings_not_used(model.generation_config) if model.can_generate() else {}
     if not_used and is_first_process():
         settings = ", ".join(f"{name} = {str(value)[:40]}" for name, value in not_used.items())
@@ -149,11 +149,12 @@ def check_complete(missing: Collection[str], model_name: str) -> None:
 
 
 def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str | None) -> set[str]:
-    """Of a head and embeddings that transformers ties, the one whose own weight the checkpoint has lost.
+    """The name of an LM head or embedding that transformers ties to the other, but whose own weight is lost; or none.
 
-    transformers 5 ties every T5, and takes the one for the other without a word where one is missing. A checkpoint of
-    tied weights holds the embeddings. One that holds another weight for the head, as T0's, had embeddings of its own;
-    one whose config says that they are not tied, as transformers 4 wrote it for T0, had a head of its own.
+    transformers 5 ties head and embeddings of every T5: where one of them is missing it silently takes the other. That
+    is right for a checkpoint of tied weights, which holds the embeddings only. But a checkpoint that holds a weight
+    for the head, as T0's do, must also have embeddings; and one whose config says that the two are not tied, as
+    transformers 4 wrote it for T0, must also have a head.
     """
     names = _weight_names(name_or_path, revision)
     head, tied = "lm_head.weight", model.all_tied_weights_keys
@@ -163,7 +164,7 @@ def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str 
         as_written, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         return {head} if as_written.get("tie_word_embeddings") is False else set()
     group = {tied[head], *(name for name, source in tied.items() if source == tied[head])} - {head}
-    # A checkpoint may have been saved without the head's model around it, and its names without the prefix.
+    # A checkpoint of the model without its head names the weights without this prefix.
     without_prefix = {name.removeprefix(f"{model.base_model_prefix}.") for name in group}
     return set() if names & (group | without_prefix) else {tied[head]}
 
@@ -195,11 +196,11 @@ def check_quantization(quantization: str) -> None:
 
 
 def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict[str, BitsAndBytesConfig]:
-    """Arguments of `from_pretrained`; `dtype` is what products are computed in."""
+    """Arguments of `from_pretrained`; `dtype` is the one that quantised layers compute in."""
     if quantization == "none":
         return {}
     if quantization == "int8":
-        # It would log a line at every product of matrices.
+        # Otherwise it logs a line at every matrix product.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute_dtype = torch.float32 if dtype is None else dtype
@@ -216,23 +217,23 @@ def default_device() -> torch.device:
 
 
 def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:
-    """Whether the tokenizer was read from files; without any, transformers 5 makes one up, of a few tokens."""
-    own_names = type(tokenizer).vocab_files_names.values()
-    if not own_names:  # bytes or characters, as ByT5's
+    """Whether the tokenizer was read from files; without any, transformers 5 invents one of a few tokens."""
+    vocabulary_files = type(tokenizer).vocab_files_names.values()
+    if not vocabulary_files:  # its tokens are bytes or characters, as ByT5's
         return True
     return any(
         checkpoint_file(name_or_path, name, revision) is not None
-        for name in dict.fromkeys(("tokenizer.json", *own_names, "tokenizer.model", "tekken.json"))
+        for name in dict.fromkeys(("tokenizer.json", *vocabulary_files, "tokenizer.model", "tekken.json"))
     )
 
 
 def check_precision(config: PreTrainedConfig, dtype: str, *, fp16: bool = False) -> None:
-    """Raises `InputError` as `refuse_t5_in_float16`, for a name of a dtype, and for mixed precision in float16."""
+    """`refuse_t5_in_float16` for the name of a dtype, or for mixed precision in float16. Raises `InputError`."""
     refuse_t5_in_float16(config, torch.float16 if fp16 else config.dtype if dtype == "auto" else DTYPES[dtype])
 
 
 def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Raises `InputError`: T5's feed-forward layers overflow."""
+    """Raises `InputError` for a T5 in float16, whose feed-forward layers would overflow."""
     if dtype == torch.float16 and "t5" in config.model_type:
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
@@ -242,15 +243,15 @@ def _from_pretrained(auto_class, name_or_path: str, part: str, **kwargs):
     try:
         with _quietly_unless_loaded():
             return auto_class.from_pretrained(name_or_path, **kwargs)
-    except Exception as error:  # of a damaged file: whatever its content makes of any library
-        is_here = Path(name_or_path).is_dir()
-        hint = "" if is_here else " (no directory here, so taken for a Hub id)"
-        remedy = " If the files are damaged, copy or download them again." if is_here else ""
+    except Exception as error:  # a damaged file can make any of the libraries raise anything
+        is_local = Path(name_or_path).is_dir()
+        hint = "" if is_local else " (no directory here, so taken for a Hub id)"
+        remedy = " If the files are damaged, copy or download them again." if is_local else ""
         raise InputError(f"Could not load the {part} of {name_or_path!r}{hint}: {_reason(error)}{remedy}") from error
 
 
 def _reason(error: Exception) -> str:
-    """In one line: what to do (a token, access, a connection) often stands in the second."""
+    """Why loading failed, in one line. All lines of the error count: the second often says what to do."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -264,15 +265,15 @@ def _reason(error: Exception) -> str:
         )
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says. Copy or save the two together again."
-    is_told = isinstance(error, OSError | ValueError | ImportError) and text
-    return textwrap.shorten(text if is_told else f"{type(error).__name__}: {text}", 500)
+    explains_itself = isinstance(error, OSError | ValueError | ImportError) and text
+    return textwrap.shorten(text if explains_itself else f"{type(error).__name__}: {text}", 500)
 
 
 @contextmanager
 def _quietly_unless_loaded() -> Iterator[None]:
-    """Holds back what transformers logs of a checkpoint until it is loaded: of one that is refused, one message.
+    """Holds back what transformers logs and warns about a checkpoint until it is loaded.
 
-    Progress bars are for terminals.
+    If loading fails, the user sees our one message only. Progress bars are shown on a terminal only.
     """
     logger, held = logging.getLogger("transformers"), MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     handlers, shows_bars = logger.handlers[:], transformers_logging.is_progress_bar_enabled()

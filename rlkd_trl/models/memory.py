@@ -8,10 +8,10 @@ from rlkd_trl.models.private_apis import own_shard, quantisation_scales, scales_
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers that this process holds, tied ones once, scales of quantised weights included.
+    """Bytes of the parameters and buffers that this process holds, with the scales of quantised weights.
 
-    Of a parameter that ZeRO-3 has cut into shards that is this process's shard, wherever it is parked, and the whole
-    parameter too while it is gathered.
+    Tied weights count once. Of a parameter that ZeRO-3 has cut into shards this process's shard counts, on whatever
+    device it is, and the whole parameter as well while it is gathered.
     """
     weights = [part for weight in [*model.parameters(), *model.buffers()] for part in _parts(weight)]
     held = {id(tensor): tensor for tensor in [*weights, *scales_of_layers(model)]}
@@ -19,7 +19,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def _parts(weight: Tensor) -> Iterator[Tensor]:
-    """A weight's own data, its ZeRO-3 shard, and bitsandbytes' scales: all that has memory of its own."""
+    """Everything of a weight that takes memory: its data, its ZeRO-3 shard, and bitsandbytes' scales."""
     yield weight
     shard = own_shard(weight)
     if shard is not None:

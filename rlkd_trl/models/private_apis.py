@@ -1,7 +1,7 @@
-"""What the package uses of other libraries without their promise to keep it, one function each.
+"""Every private attribute or function of another library that this room uses, each behind one function.
 
-Nothing public does these things. `tests/models/test_private_apis.py` names the versions that they were seen with, and
-says which of them a newer version lacks.
+The libraries have no public way to do these things. `tests/models/test_private_apis.py` names the versions with which
+they were seen to work, and fails with the name of what a newer version lacks.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,9 +50,9 @@ def without_deepspeed_settings() -> Iterator[None]:
 
 @contextmanager
 def tying_weights_by(around: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Within it every model's `tie_weights` is `around` of the library's.
+    """Within it every model's `tie_weights` is replaced by `around(tie_weights)`.
 
-    On the class: `from_pretrained` makes the model and ties its weights, so that no instance is at hand before.
+    It is replaced on the class, because `from_pretrained` makes the model and ties its weights in one call.
     """
     tie_weights = PreTrainedModel.tie_weights
     PreTrainedModel.tie_weights = around(tie_weights)
@@ -63,7 +63,7 @@ def tying_weights_by(around: Callable[[Callable], Callable]) -> Iterator[None]:
 
 
 def checkpoint_file(name_or_path: str, name: str, revision: str | None) -> str | None:
-    """Where a file of a checkpoint is, downloaded if need be; None if there is none, or no connection to ask."""
+    """The path of a checkpoint's file, downloaded if necessary; None if there is none, or the Hub is unreachable."""
     return cached_file(
         name_or_path,
         name,
@@ -79,36 +79,37 @@ def modules_kept_in_float32(model: PreTrainedModel) -> set[str]:
 
 
 def execution_device(model: nn.Module) -> torch.device | None:
-    """Where Accelerate brings parked weights for a call; None without its hooks."""
+    """The device to which Accelerate's hooks bring offloaded weights during a call; None without hooks."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def is_zero3_parameter(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has cut it into shards."""
+    """Whether DeepSpeed's ZeRO-3 has split the parameter into shards."""
     return hasattr(parameter, "ds_id")
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, also of one that ZeRO-3 holds elsewhere."""
+    """The shape of the whole parameter, also where this process holds only a shard of it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def own_shard(parameter: Tensor) -> Tensor | None:
-    """What this process holds of a parameter of ZeRO-3; None if it has not cut it."""
+    """This process's shard of a ZeRO-3 parameter; None for any other parameter."""
     return getattr(parameter, "ds_tensor", None)
 
 
 def without_compiled_communication() -> None:
-    """Keeps DeepSpeed from a minute of compiling at its start, for a reduction that sharding does not use."""
+    """Keeps DeepSpeed from compiling, for about a minute at its start, a reduction that sharding does not use."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def quantisation_scales(weight: Tensor) -> Iterator[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight: int8's scale per row; nf4's per block, quantised or not."""
+    """The scales that bitsandbytes keeps beside a quantised weight: int8's per row; nf4's per block, and those of
+    the scales themselves where these are quantised too."""
     if getattr(weight, "SCB", None) is not None:
         yield weight.SCB
     state = getattr(weight, "quant_state", None)
@@ -125,9 +126,9 @@ def scales_of_layers(model: nn.Module) -> Iterator[Tensor]:
 
 
 def compute_in_the_dtype_asked_for(model: nn.Module) -> None:
-    """Keeps bitsandbytes' 4-bit layers from a kernel of CPUs with AVX512-BF16.
+    """Keeps bitsandbytes' 4-bit layers from using their kernel for CPUs with AVX512-BF16.
 
-    It computes in bfloat16 whatever was asked for, and only shapes that are multiples of 32.
+    That kernel computes in bfloat16, whatever dtype was asked for, and only shapes that are multiples of 32.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -24,12 +24,12 @@ def prompt_token_ids(
 ) -> list[list[int]]:
     """Ids of each prompt with the tokenizer's special tokens, at most `max_length` of them.
 
-    A prompt that a template rendered (`RenderedPrompt`) keeps the template's words: its documents are cut. Any other
-    text loses its end. Where a chat template has written the BOS that the tokenizer adds too, one of them is kept.
+    A too long prompt from a template (`RenderedPrompt`) keeps the template's words, and its documents are cut; any
+    other text is cut at its end. Where both a chat template and the tokenizer have put a BOS, one of them is dropped.
 
     Raises:
-        InputError: A prompt has no tokens, so that nothing could predict a completion's first one; or a template's own
-            words are more than `max_length` tokens.
+        InputError: A prompt has no tokens, so that there is no state to predict a completion's first token from; or a
+            template's own words are more than `max_length` tokens.
     """
     if max_length is None or not any(isinstance(prompt, RenderedPrompt) for prompt in prompts):
         prompt_ids = _token_ids(tokenizer, prompts, max_length)
@@ -56,9 +56,10 @@ def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) ->
 
 
 def check_can_fit(tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, max_length: int) -> None:
-    """Raises `InputError` if `shorten` would; costs one rendering."""
-    if not can_fit(prompt, max_length=max_length, **_measures(tokenizer)):
-        raise cannot_fit(prompt, max_length=max_length, **_measures(tokenizer))
+    """Raises `InputError` if `shorten` would raise it, in the time of one rendering."""
+    measures = _measures(tokenizer)
+    if not can_fit(prompt, max_length=max_length, **measures):
+        raise cannot_fit(prompt, max_length=max_length, **measures)
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
@@ -69,7 +70,7 @@ def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None = None
 ) -> list[list[int]]:
-    """Ids with special tokens, cut on the right at `max_length`, and no BOS twice."""
+    """Ids with special tokens, cut on the right at `max_length`, with at most one BOS at the start."""
     texts, bos = [str(prompt) for prompt in prompts], tokenizer.bos_token_id
 
     def encode(texts: list[str], limit: int | None) -> list[list[int]]:
@@ -78,12 +79,12 @@ def _token_ids(
             truncation=limit is not None,
             max_length=limit,
             add_special_tokens=True,
-            verbose=False,  # no warning of a length that is cut next
+            verbose=False,  # no warning about the length, which is checked elsewhere
         )["input_ids"]
 
     prompt_ids = encode(texts, max_length)
     doubled = [p for p, ids in enumerate(prompt_ids) if bos is not None and ids[:2] == [bos, bos]]
-    if doubled and max_length is not None:  # the BOS that goes makes room for another token
+    if doubled and max_length is not None:  # dropping one BOS makes room for another token
         for p, ids in zip(doubled, encode([texts[p] for p in doubled], max_length + 1), strict=True):
             prompt_ids[p] = ids
     for p in doubled:
@@ -95,7 +96,7 @@ def _measures(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
     """The functions by which `prompts.shortened` counts tokens and finds where they end."""
 
     def token_ends(text: str) -> list[int]:
-        if not tokenizer.is_fast:  # which does not tell where its tokens end
+        if not tokenizer.is_fast:  # it cannot tell where its tokens end: any character may be the last
             return list(range(1, len(text) + 1))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = sorted({end for start, end in encoded["offset_mapping"] if end > start})
@@ -105,7 +106,7 @@ def _measures(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
 
 
 def target_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> list[int]:
-    """A completion's ids with exactly one EOS, cut to `max_length` (EOS is then lost, as when sampling)."""
+    """A target's ids with one EOS at the end, cut to `max_length`: like a sample, a target that is cut has no EOS."""
     ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id][:max_length]
 
@@ -113,7 +114,7 @@ def target_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, max_lengt
 def pad_prompts(prompt_ids: Sequence[Sequence[int]], *, padding_side: str, pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask `[P, S]`, padded on the "right" (encoder-decoder) or "left" (decoder-only).
 
-    The mask comes from the lengths: the pad id may stand inside a prompt.
+    The mask is made from the lengths, not from the ids: the pad id may occur in a prompt.
     """
     width = max(map(len, prompt_ids))
     ids_PS = torch.full((len(prompt_ids), width), pad_id)

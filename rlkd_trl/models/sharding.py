@@ -1,8 +1,8 @@
 """Models whose weights DeepSpeed's ZeRO-3 has cut into one shard per process (Rajbhandari et al. 2020).
 
 A weight is gathered from all processes when the module that owns it is called, and dropped after the call. Every
-process must therefore make the same calls in the same order: where the amount of work differs, the processes agree on
-the largest, and those with less of it make up the number.
+process must therefore make the same calls in the same order. Where the amount of work differs, the processes agree on
+the largest number of calls, and those with less work fill up with calls whose results nobody uses.
 """
 
 import os
@@ -17,12 +17,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rlkd_trl.models.private_apis import is_zero3_parameter, tying_weights_by, without_deepspeed_settings
 
-# Marks parameters that `gathered` holds.
+# The attribute that marks parameters inside `gathered`.
 _HELD = "is_held_whole"
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether calls of this model gather weights: ZeRO-3 has its parameters, and `gathered` does not hold them all."""
+    """Whether calls of this model gather weights: ZeRO-3 has sharded some that are not inside `gathered` now."""
     return any(is_zero3_parameter(p) and not getattr(p, _HELD, False) for p in model.parameters())
 
 
@@ -40,9 +40,9 @@ def largest_of_all(count: int, device: torch.device) -> int:
 
 @contextmanager
 def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Within it every process holds these parameters whole, to be read only; all processes enter and leave together.
+    """Within it every process holds these parameters whole, for reading only; all processes enter and leave together.
 
-    It does not keep ZeRO-3's own hooks from dropping them after a module's call.
+    ZeRO-3's hooks still drop a weight after a call of its module; see `whole`.
     """
     shards = list(dict.fromkeys(parameter for parameter in parameters if is_zero3_parameter(parameter)))
     if not shards:
@@ -62,7 +62,7 @@ def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
 
 @contextmanager
 def whole(engine: nn.Module) -> Iterator[None]:
-    """Within it every process holds a ZeRO-3 engine's whole model, for work without gradients; nothing is gathered."""
+    """Within it every process holds a ZeRO-3 engine's whole model, for work without gradients: no call gathers."""
     from trl.models.utils import add_hooks, remove_hooks
 
     with gathered(engine.parameters()):
@@ -77,8 +77,8 @@ def whole(engine: nn.Module) -> Iterator[None]:
 def loading_shards(config: dict | None) -> Iterator[None]:
     """Within it `from_pretrained` gives each process its shard of every weight, as the DeepSpeed `config` says.
 
-    With None it loads whole models, also in a run whose own settings name ZeRO-3: those are then sharded by the
-    trainer, or not at all.
+    With None it loads whole models, also in a run whose own settings name ZeRO-3: the trainer then shards the student,
+    and nobody the other models.
     """
     with without_deepspeed_settings():
         if config is None:
@@ -91,10 +91,10 @@ def loading_shards(config: dict | None) -> Iterator[None]:
 
 
 def _tie_gathered_weights(tie_weights: Callable) -> Callable:
-    """`PreTrainedModel.tie_weights` with the weights in question at hand.
+    """`PreTrainedModel.tie_weights`, called while the weights that it compares are gathered.
 
     transformers 5 ties every T5's head to its embeddings unless the checkpoint has different values for them (as T0's
-    and Flan-T5's have), and takes ZeRO-3's empty placeholders for equal.
+    and Flan-T5's have). ZeRO-3's empty placeholders would compare as equal.
     """
 
     def tie(model: PreTrainedModel, *args, **kwargs) -> None:

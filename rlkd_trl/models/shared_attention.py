@@ -1,7 +1,7 @@
 """Cross-attention over prompts that several completions share, without a copy of keys and values for each.
 
-Cross-attention looks at every source token whatever the query's position. The queries of all completions of a prompt
-can therefore stand in one row, as if they were one longer completion, beside that prompt's keys and values.
+A query of cross-attention sees every source token, whatever its own position. So the queries of all completions of a
+prompt can be put into one row, as if they were one longer completion, for one copy of the prompt's keys and values.
 """
 
 from contextlib import AbstractContextManager
@@ -20,10 +20,10 @@ _NAME = "rlkd_shared_prompts"
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Which prompt each of B completions continues, and where its queries stand in `[P, K]` places.
+    """Which prompt each of B completions continues, and where its queries go in a grid of `[P, K]` places.
 
-    prompt_index_B: 0 .. P − 1. per_prompt: K, the most completions that a prompt has. place_B: p · K + k for the k-th
-    completion of prompt p, or None where that is 0 .. B − 1, so that nothing has to move.
+    prompt_index_B: the prompt, 0 to P − 1. per_prompt: K, the largest number of completions of one prompt. place_B:
+    p · K + k for the k-th completion of prompt p; None where that is 0 .. B − 1, and nothing has to be moved.
     """
 
     prompt_index_B: Tensor
@@ -45,7 +45,7 @@ class PromptRows:
         return cls(prompt_index_B, num_prompts, per_prompt, None if in_place else place_B)
 
     def gather(self, query_BHTd: Tensor) -> Tensor:
-        """`[B, H, T, d]` to `[P, H, K · T, d]`, zeros in the places of completions that a prompt lacks."""
+        """`[B, H, T, d]` to `[P, H, K · T, d]`; zeros where a prompt has fewer than K completions."""
         _, H, T, d = query_BHTd.shape
         P, K = self.num_prompts, self.per_prompt
         if self.place_B is not None:
@@ -69,8 +69,8 @@ def _attention(
     prompt_rows: PromptRows | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA; where keys and values are of prompts, with the completions' queries gathered by prompt."""
-    if prompt_rows is None or module.is_causal:  # in a decoder, what is not causal is cross-attention
+    """transformers' SDPA attention; with `prompt_rows`, cross-attention gathers the queries by prompt."""
+    if prompt_rows is None or module.is_causal:  # in a decoder, attention that is not causal is cross-attention
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
     # T5 gives its cross-attention a position bias of zeros, so it may be left out.
     output_PQHd, _ = sdpa_attention_forward(
@@ -84,7 +84,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 def can_share(decoder: PreTrainedModel) -> bool:
-    """Whether the decoder's attention is transformers' SDPA: that may be replaced, a model's own eager one not."""
+    """Whether the decoder uses transformers' SDPA attention, which can be replaced; a model's own eager one cannot."""
     return attention_name(decoder) == "sdpa"
 
 

@@ -28,7 +28,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `InputError` for a tokenizer without EOS, with which no target ends and no model learns to stop."""
+    """Raises `InputError` for a tokenizer without EOS: no target would end, and no model would learn to stop."""
     if tokenizer.eos_token_id is None:
         name = f" of {tokenizer.name_or_path!r}" if tokenizer.name_or_path else ""
         raise InputError(
@@ -38,7 +38,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding, always behind a mask: the pad token, else EOS, else 0. Nothing ever reads it."""
+    """The id that fills padding: the pad token's, else EOS's, else 0. Nothing reads it, as padding is masked."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(index for index in ids if index is not None)
 
@@ -46,12 +46,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def forbidden_ids(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: list[int], content: Collection[str] = ()
 ) -> Tensor:
-    """`[V]` bool, True on ids that are never sampled. The one rule of what may be: in training, scoring, evaluation.
+    """`[V]` bool, True on ids that are never sampled: the one rule for training, scoring and evaluation.
 
-    Sampled may be every token that is not special, EOS, and the special tokens in `content` (the relation markers of
-    an information-extraction model, say). Never: the LM-head rows without a token (T5 pads 32,100 tokens to 32,128
-    rows), T5's `<extra_id_*>` sentinels, padding and the unknown token, and all other special tokens, with a role or
-    without (Llama 3's reserved ones).
+    May be sampled: every token that is not special, EOS, and the special tokens in `content` (for example the relation
+    markers of an information-extraction model). Never sampled: LM-head rows without a token (T5 pads 32,100 tokens to
+    32,128 rows), T5's `<extra_id_*>` sentinels, the padding and unknown tokens, and all other special tokens, also
+    those without a role (such as Llama 3's reserved ones).
     """
     vocab = tokenizer.get_vocab()
     never = {index for token, index in vocab.items() if _SENTINEL.fullmatch(token)}
@@ -91,7 +91,11 @@ def allow_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 def share_special_tokens(
     models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> None:
-    """Gives students and teachers one support: what any of them may write, and what occurs in the target `texts`."""
+    """Lets all models write the same special tokens: those that any of them may write, and those in target `texts`.
+
+    Raises:
+        InputError: As `check_special_tokens`.
+    """
     tokens = [token for model in models for token in allowed_special_tokens(model)]
     tokens += special_tokens_in(tokenizer, texts)
     for model in models:
@@ -111,9 +115,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[st
 
 
 def special_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """The special tokens that target texts spell out, in alphabetical order; EOS, and what is never content, left out.
+    """The special tokens that occur in target texts, sorted, without EOS and those that are never content.
 
-    They are looked for as text, which is how tokenizers find them.
+    They are searched for as text, which is how tokenizers find them.
     """
     never = {tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token}
     candidates = [token for token in _special_tokens(tokenizer) - never if not _SENTINEL.fullmatch(token)]
@@ -134,9 +138,9 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Teacher scores are per student token, so both must mean the same by an id.
+    """Checks that an id is the same token for both, since the teacher scores the student's tokens one by one.
 
-    The tokenizers are compared, not `config.vocab_size`: t5-base and T0 share a tokenizer but differ in LM-head rows.
+    Tokenizers are compared, not `config.vocab_size`: t5-base and T0 share a tokenizer but differ in LM-head rows.
 
     Raises:
         InputError: Their vocabularies or EOS ids differ; the message shows where.
