@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Imported on first use: torch and transformers take seconds, and `--help` should not.
+# The module of each public name, imported when the name is first used: torch and transformers take seconds.
 _HOMES = {
     "AllActionsKDConfig": "rlkd_trl.trainers.full_vocabulary_config",
     "AllActionsKDTrainer": "rlkd_trl.trainers.all_actions",

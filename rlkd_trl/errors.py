@@ -1,4 +1,4 @@
-"""What ends a command early, input that the user can correct before all, and how each end looks from outside."""
+"""The errors that end a command early, and how the user sees them: a line or two on stderr, and an exit code."""
 
 import atexit
 import ctypes
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-LAUNCHER = "RLKD_TRL_LAUNCHER"  # in the environment of processes whose launcher says itself which one was killed
-_FIRST_PROCESS_SPEAKS = 10.0  # seconds
-_LAUNCHER_ENDS_OTHERS = 10.0  # seconds
+LAUNCHER = "RLKD_TRL_LAUNCHER"  # an environment variable: set if the launcher reports killed processes itself
+_FIRST_PROCESS_SPEAKS = 10.0  # seconds that the other processes leave the first one to print its message
+_LAUNCHER_ENDS_OTHERS = 10.0  # seconds in which a launcher ends the others after one of its processes has ended
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LAUNCHERS = (
     "accelerate",
@@ -27,7 +27,7 @@ _LAUNCHERS = (
     "rlkd-trl",
     "rlkd_trl",
 )
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _HOW_TO_CONTINUE = "To continue: the same command with --resume"
 
 
@@ -40,9 +40,9 @@ class InputError(ValueError):
 
 
 class TrainingError(Exception):
-    """Training or evaluation has come upon numbers that are not finite and cannot go on.
+    """Training or evaluation cannot go on, because numbers have become NaN or infinite.
 
-    The message says what was not finite, where it was seen first, and where the last good weights are.
+    The message says which numbers, where they were seen first, and where the last good weights are.
     """
 
 
@@ -51,7 +51,7 @@ class CheckpointError(OSError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has stopped a run, and all that it had done is saved. signum: the signal."""
+    """A signal has stopped a run, after everything it had done was saved. signum: the signal's number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -59,50 +59,50 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Peers(Protocol):
-    """All processes of a run, as far as their end is concerned."""
+    """What a process of several needs to know when it ends: whether it prints, and whether another has died."""
 
     def is_first_to_speak(self) -> bool:
-        """True in one process only, the first that asks."""
+        """True for the first process that asks, False for all others."""
 
     def missing(self, error: Exception) -> str | None:
-        """Which processes the others cannot go on without, in words; None if `error` did not come of that."""
+        """The processes that have died, in words, if that is the cause of `error`; else None."""
 
 
 _peers: Peers | None = None
 
 
 def connected_to(peers: Peers) -> None:
-    """From here on this process is one of several, and one of them speaks when they end."""
+    """Tells this module that the process is one of several, of which only one prints an error."""
     global _peers
     _peers = peers
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command. What the user can do something about ends in a line or two on stderr, without a traceback.
+    """Runs a command. An error that the user can act on ends in a line or two on stderr, without a traceback.
 
-    With `--debug` on the command line the traceback stands before them.
+    With `--debug` on the command line the traceback is printed before them.
 
-    Exit codes: 2 for input to be corrected, 1 for training that numbers have spoilt or a checkpoint that
-    could not be written, or another process that is missing, 130 after Ctrl-C and 143 after SIGTERM. Of several
-    processes one speaks. A command that has succeeded, or that all processes have left at the same step, also ends its
-    connection to other processes: torch's threads for it may otherwise abort the interpreter's exit.
+    Exit codes: 2 for input to be corrected; 1 if numbers are not finite, a checkpoint could not be written, or another
+    process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several processes only one prints. When a command
+    succeeds, or all processes leave it at the same step, it also closes the connection between the processes, whose
+    threads could otherwise abort the interpreter on its way out.
     """
     _end_with_launcher()
-    # Else the interpreter's last act is to look for garbage among half a million objects: 1.4 seconds of CPU.
+    # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
     atexit.register(gc.freeze)
-    # On CPUs it warns on import of a kernel that it could not download, and in int8 at every product of matrices.
+    # On CPUs it warns when imported, of a kernel that it could not download, and in int8 at every matrix product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except InputError as error:
         _refuse(error)
-    except TrainingError as error:  # which all processes raise together
+    except TrainingError as error:  # raised by all processes together
         _disconnect()
         _end(1, f"error: {' '.join(str(error).split())}")
     except CheckpointError as error:
         _end(1, f"error: {' '.join(str(error).split())}")
     except OSError as error:  # while results are written
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _DISK_ERRORS:
             _end_unexpectedly(error)
         place = f"{error.filename}: " if error.filename else ""
         why = f"{place}{error.strerror}: make room, or name another place."
@@ -118,9 +118,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _end_with_launcher() -> None:
-    """On Linux: SIGTERM for this process when the launcher, or the comparison, that has started it is gone.
+    """On Linux: makes the kernel send SIGTERM to this process when the launcher or comparison that started it ends.
 
-    Accelerate's launcher of a single process passes no signal on, and leaves its process behind.
+    Accelerate's launcher of a single process does not pass signals on, so that its process would go on without it.
     """
     try:
         if _is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")):
@@ -130,7 +130,7 @@ def _end_with_launcher() -> None:
 
 
 def _is_launcher(words: list[str]) -> bool:
-    """Whether a command line is Python with a script, or a module, that starts processes and waits for them."""
+    """Whether a command line runs one of the Python scripts or modules that start processes and wait for them."""
     words = [word for word in words if word != "-m"]
     if len(words) < 2 or not Path(words[0]).name.startswith("python"):
         return False
@@ -138,33 +138,34 @@ def _is_launcher(words: list[str]) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    """Ends this process with `code`; of several processes one prints the message."""
+    """Ends this process with exit code `code`; only one of several processes prints the message."""
     if os.environ.get("RANK", "0") == "0" if _peers is None else _peers.is_first_to_speak():
         _say(message)
     sys.exit(code)
 
 
 def _say(message: str) -> None:
-    """On stderr; with `--debug`, after the traceback of the exception that is being handled."""
+    """Prints the message on stderr; with `--debug`, after the traceback of the exception being handled."""
     if "--debug" in sys.argv:
         traceback.print_exc()
     print(message, file=sys.stderr, flush=True)
 
 
 def _disconnect() -> None:
-    distributed = sys.modules.get("torch.distributed")  # unless nothing has needed torch
+    """Closes the connection to the other processes, if there is one."""
+    distributed = sys.modules.get("torch.distributed")  # None if torch was never imported
     is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if is_connected and distributed.get_world_size() > 1:
         distributed.destroy_process_group()
 
 
 def _refuse(error: InputError) -> NoReturn:
-    """Says what is wrong with the input, and exits with code 2."""
+    """Prints what is wrong with the input, and exits with code 2."""
     is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
     if _peers is not None and not _peers.is_first_to_speak():
         _wait_for_end(2)
     if _peers is None and is_one_of_several and os.environ.get("RANK") != "0":
-        # Most often all processes find the same: the first one speaks, and its launcher then ends the others.
+        # Most often all processes find the same mistake. Then the first one prints it, and the launcher ends the rest.
         time.sleep(_FIRST_PROCESS_SPEAKS)
     _say(f"error: {' '.join(str(error).split())}")
     if is_one_of_several:
@@ -173,12 +174,12 @@ def _refuse(error: InputError) -> NoReturn:
 
 
 def _end_unexpectedly(error: Exception) -> NoReturn:
-    """With a traceback; of several processes, one speaks, and of one that is missing a line."""
+    """Ends with a traceback, printed by one of several processes; with one line if another process has died."""
     if _peers is None:
         raise error
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends those who are left
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a launcher sends when one process has ended
     missing = _peers.missing(error)
-    # A process that ends for a reason says it; what the others then meet is not worth a word.
+    # If another process has ended by an error of its own, it has printed that; the consequences need no message.
     is_said_by_launcher = missing is not None and "has ended" in missing and LAUNCHER in os.environ
     if is_said_by_launcher or not _peers.is_first_to_speak():
         _wait_for_end(1)
@@ -191,14 +192,14 @@ def _end_unexpectedly(error: Exception) -> NoReturn:
 
 
 def _wait_for_end(code: int) -> NoReturn:
-    """Says nothing: the launcher has met the end of another process, with its code, and now ends this one."""
+    """Waits, silently, for the launcher to end this process, as another one has ended with the right exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_LAUNCHER_ENDS_OTHERS)
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """At once: the end of a connection may wait for the others."""
+    """Ends this process at once, without closing the connection, which might wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What fits on the GPUs: bytes of teacher, student and training on each, before anything is started.
+"""Estimates how many bytes teacher, student and training take on each GPU, before anything is started.
 
 `rlkd-trl plan` or `python -m rlkd_trl.plan`; see rlkd_trl/planning/command.py.
 """

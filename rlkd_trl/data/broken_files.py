@@ -1,4 +1,4 @@
-"""What is wrong with a file that could not be read: the line, and what to do about it."""
+"""Finds out why a data file cannot be read: in which line, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlkd_trl.errors import InputError
 
-# How files begin that are no text.
+# The first bytes of files that are not text, and what to do with them.
 _NO_TEXT = {
     b"\x1f\x8b": "is compressed with gzip: unpack it",
     b"PK\x03\x04": "is a ZIP archive: unpack it",
@@ -22,7 +22,7 @@ _NO_TEXT = {
 
 
 def check_encoding(path: Path) -> None:
-    """Raises `InputError` if a CSV, JSON or JSONL file is not UTF-8: in JSON, rows would fail when they are read."""
+    """Raises `InputError` if a CSV, JSON or JSONL file is not UTF-8; otherwise JSON rows would fail in mid-run."""
     if path.suffix.lower() == ".parquet":
         return
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
@@ -59,13 +59,13 @@ def problem_of(path: Path) -> str | None:
 
 
 def twice_in_header(path: Path) -> str | None:
-    """A column that a CSV file's header has twice."""
+    """The first column that a CSV file's header names twice, or None."""
     if path.suffix.lower() != ".csv":
         return None
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         try:
             header = next(csv.reader(file), [])
-        except csv.Error:  # a field of more than 128 KiB; whoever reads the file says what is wrong
+        except csv.Error:  # a field of more than 128 KiB; the error is raised when the rows are read
             return None
     return next((name for name, count in Counter(header).items() if count > 1), None)
 

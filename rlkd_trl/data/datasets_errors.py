@@ -1,4 +1,4 @@
-"""What `datasets` says only in the texts of its errors."""
+"""Names that the library `datasets` gives only in the texts of its errors."""
 
 import re
 

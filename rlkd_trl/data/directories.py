@@ -1,4 +1,4 @@
-"""Directories of data: what a file in them says about others may not lead out of them."""
+"""Directories of data: no file in them may make `datasets` read a file outside of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
-    """Checks that all files that `datasets` would read for this directory are in it and in one of the formats.
+    """Checks that all files that `datasets` would read for this directory are in it, and in one of the formats.
 
-    `datasets` follows the `data_files` of a README's or `.huggingface.yaml`'s YAML, to other directories and to the
-    network, and symbolic links.
+    `datasets` would follow symbolic links, and the `data_files` in the YAML of a README or `.huggingface.yaml`, to
+    other directories and to the network.
 
     Raises:
-        InputError: Something lies outside, or is in a format that is not read here (pickles, archives).
+        InputError: A file lies outside, or is in a format that is not read here (pickles, archives).
     """
     for name in _paths_in_yaml(path):
         if "://" in name or "::" in name or PurePosixPath(name).is_absolute() or _climbs(name):
@@ -32,31 +32,31 @@ def check_directory(path: Path, extensions: tuple[str, ...]) -> None:
 
 
 def data_suffix(file: Path) -> str:
-    """ ".csv" of a.csv and of a.csv.gz; "" if there is none."""
+    """The file's ending without that of a compression: ".csv" for a.csv and a.csv.gz; "" if there is none."""
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
 def check_saved(path: Path) -> None:
-    """The same for a directory that `save_to_disk` wrote. Raises `InputError`."""
+    """Checks a directory that `save_to_disk` wrote as `check_directory` does. Raises `InputError`."""
     try:
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
     except FileNotFoundError:
         splits = ["."]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # reading it says what is wrong
+        return  # loading the directory will say what is wrong
     for split in map(str, splits):
         _check_inside(path, path / split)
         try:
             state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            continue  # reading it says what is wrong
-        for name in _texts(state, set()):  # whatever its key: a name that is not there now is no other place
+            continue  # loading the directory will say what is wrong
+        for name in _texts(state, set()):  # every text, under whatever key, as if it were a file's name
             _check_inside(path, path / split / name)
 
 
 def _paths_in_yaml(path: Path) -> Iterator[str]:
-    """Every text in the `configs` of the directory's card."""
+    """Every text in the `configs` of the directory's dataset card, as each may be a path."""
     import yaml
 
     for name in ("README.md", ".huggingface.yaml"):
@@ -75,7 +75,7 @@ def _paths_in_yaml(path: Path) -> Iterator[str]:
 
 
 def _texts(value: object, seen: set[int]) -> Iterator[str]:
-    """All texts in a value. `seen`: ids of lists and mappings so far; YAML's aliases can make one hold itself."""
+    """All texts in a value. seen: ids of lists and mappings visited; YAML aliases can make one contain itself."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list) and id(value) not in seen:
@@ -89,12 +89,12 @@ def _resolved_files(data_files: object) -> list[str]:
 
 
 def _climbs(name: str) -> bool:
-    """Whether a path leaves its directory, on Linux or on Windows."""
+    """Whether a relative path leads out of its directory, on Linux or on Windows."""
     return ".." in (*PurePosixPath(name).parts, *PureWindowsPath(name).parts) or PureWindowsPath(name).is_absolute()
 
 
 def _check_inside(path: Path, file: Path) -> None:
-    # A snapshot in the Hub's cache is made of links to its neighbour `blobs`.
+    # A snapshot in the Hub's cache consists of links into the directory `blobs` beside `snapshots`.
     root = path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else path
     if "://" in str(file) or not file.resolve().is_relative_to(root.resolve()):
         raise _outside(path, str(file))

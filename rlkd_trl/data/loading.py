@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EXTENSIONS = ", ".join(FILE_FORMATS)
-QUIET_BELOW_BYTES = 16 * 2**20  # files that are read faster than a progress bar is looked at
+QUIET_BELOW_BYTES = 16 * 2**20  # smaller files are read too fast for a progress bar to be of use
 
-# "name" or "owner/name"; whatever else is given can only be a path.
+# "name" or "owner/name"; anything else can only be a path.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -64,7 +64,7 @@ def load_rows(
 
 
 def require_dataset(dataset: str) -> None:
-    """Raises `InputError` if what can only be a path, for its ending or since it is no Hub id, is not there."""
+    """Raises `InputError` if a dataset's name can only be a path (by its ending, or as no Hub id) and is absent."""
     path = Path(dataset).expanduser()
     is_path = path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset
     if is_path and not path.exists():
@@ -100,13 +100,13 @@ def _load_file(path: Path, split: str) -> Dataset:
                 raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
             reason = "; ".join(filter(None, (_reason(error), problem_of(path))))
             raise InputError(f"{path} could not be read: {reason}") from error
-    if "__index_level_0__" in rows.column_names:  # pandas took the surplus field for an index and shifted the rest
+    if "__index_level_0__" in rows.column_names:  # pandas took the extra field for an index and shifted the others
         raise InputError(f"{path} has rows with more fields than its header; quote the fields that contain commas.")
     return rows
 
 
 def _cache_for_content(files: list[Path]) -> str:
-    """A cache directory for these files as they are now; `datasets` itself looks at their modification times only."""
+    """A cache directory for the files' present content; `datasets` itself goes by their modification times only."""
     from datasets import config
 
     return str(Path(config.HF_DATASETS_CACHE) / f"content-{content_digest(files)[:16]}")
@@ -123,11 +123,11 @@ def content_digest(files: Sequence[Path]) -> str:
 
 
 def data_files(dataset: str) -> list[Path]:
-    """The local files that `load_rows` takes this dataset's rows from, sorted; none for the id of one on the Hub."""
+    """The local files from which `load_rows` reads this dataset, sorted; an empty list for a dataset on the Hub."""
     path = Path(dataset).expanduser()
     if path.is_file():
         return [path]
-    if _is_saved_to_disk(path):  # `datasets` keeps what it computes from the rows beside them, as cache-….arrow
+    if _is_saved_to_disk(path):  # beside the rows `datasets` keeps what it computed from them, as cache-….arrow
         files = [file for file in path.rglob("*") if not file.name.startswith("cache-")]
     else:
         files = [file for file in path.rglob("*") if data_suffix(file) in FILE_FORMATS]
@@ -208,7 +208,7 @@ def _unknown_split(dataset: str, split: str, available: str) -> InputError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; `datasets` puts the parser's own words in the cause."""
+    """The first line of the error, or of its cause, where `datasets` puts the message of a format's parser."""
     from datasets.exceptions import DatasetGenerationError
 
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
@@ -219,7 +219,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_if_small(files: Sequence[Path]) -> Iterator[None]:
-    """What `datasets` logs while it reads files is what it raises, too; bars are for large ones, on a terminal."""
+    """Within it `datasets` logs nothing, since it also raises what it logs; large files get a bar on a terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     is_large = sum(file.stat().st_size for file in files) >= QUIET_BELOW_BYTES
@@ -300,13 +300,14 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
 
 
 def reference_texts(*datasets: Dataset | Mapping[str, Dataset] | Iterable[Mapping] | None) -> Iterator[str]:
-    """All texts in a column `references`, of data sets, dictionaries of them, and lists of rows; None has none."""
+    """All texts in the columns `references` of datasets, dictionaries of datasets, and lists of rows; None counts as
+    empty."""
     for dataset in datasets:
         if isinstance(dataset, Mapping):
             yield from reference_texts(*dataset.values())
             continue
         columns = getattr(dataset, "column_names", None)
-        if columns is not None:  # a data set reads one column faster than its rows
+        if columns is not None:  # a `Dataset` reads one column faster than whole rows
             column = dataset["references"] if "references" in columns else []
         else:
             column = (row.get("references") for row in dataset or [])
@@ -320,7 +321,7 @@ def listed_references(references: str | Iterable[str] | None) -> list[str]:
 
 
 def as_references(target, column: str, index: int) -> list[str]:
-    """A target, one text or several, as a list. Raises `InputError` if it is none of these, or blank."""
+    """A target, one text or several, as a list. Raises `InputError` if it is something else, or blank."""
     references = list(target) if isinstance(target, (list, tuple)) else [target]
     if not references:
         raise InputError(f"Row {index + 1}: column `{column}` holds an empty list; drop the row or fill it in.")
@@ -330,7 +331,7 @@ def as_references(target, column: str, index: int) -> list[str]:
 
 
 def require_no_blanks(values: Sequence, column: str) -> None:
-    """Raises `InputError` if values are None or blank texts; it says how many, and which are the first."""
+    """Raises `InputError` if any values are None or blank texts, with their number and the first few rows."""
     blank = [i + 1 for i, value in enumerate(values) if _is_blank(value)]
     if blank:
         rows = f"{', '.join(map(str, blank[:5]))}{', …' if blank[5:] else ''}"

@@ -1,8 +1,8 @@
-"""Which way each metric of an evaluation is better: the one place that says so."""
+"""Whether a higher or a lower value of each metric is better, in one table."""
 
 from rlkd_trl.errors import InputError
 
-# True: higher is better; False: lower; None: neither as such (a text can be too long and too short).
+# True: higher is better. False: lower is better. None: neither, as a text can be too long or too short.
 HIGHER_IS_BETTER: dict[str, bool | None] = {
     "bleu": True,
     "rouge1": True,
@@ -24,12 +24,12 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
 
 
 def base_metric(name: str) -> str:
-    """The metric that a name in a log stands for: `bleu` of `bleu`, `eval_bleu` and `eval_dev_bleu`.
+    """The metric that a name in a log stands for: `bleu` for `bleu`, `eval_bleu` and `eval_dev_bleu`.
 
-    The middle part is the name of one of several evaluation sets.
+    In the last one, `dev` is the name of one of several evaluation sets.
 
     Raises:
-        InputError: It is none of `HIGHER_IS_BETTER`.
+        InputError: The name stands for none of `HIGHER_IS_BETTER`.
     """
     stripped = name.removeprefix("eval_")
     if stripped in HIGHER_IS_BETTER:
@@ -41,11 +41,11 @@ def base_metric(name: str) -> str:
 
 
 def greater_is_better(name: str, given: bool | None = None) -> bool:
-    """Whether a higher value of the metric is better; `given` is what the user says, if anything.
+    """Whether a higher value of the metric is better. given: the user's own answer, if there is one.
 
     Raises:
-        InputError: `given` contradicts what the metric means, it has no direction and none is given, or the metric is
-            unknown.
+        InputError: The metric is unknown; `given` contradicts its direction; or it has no direction, and the user has
+            given none.
     """
     direction = HIGHER_IS_BETTER[base_metric(name)]
     if direction is None and given is None:

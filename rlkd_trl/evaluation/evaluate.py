@@ -1,4 +1,4 @@
-"""How good are a model's outputs: text metrics, what the teacher thinks of them, and the other way round."""
+"""Measures a model's outputs: text metrics, the teacher's scores of them, and the student's of the teacher's."""
 
 import math
 import textwrap
@@ -32,10 +32,11 @@ _PROMPT_WIDTH = 200
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: name to value. outputs: one text per row. completions: the same as tokens, in row order.
+    """The outputs of a model for the N rows of an evaluation, and their metrics.
 
-    per_input: what the metrics are means of, one value per row: `tokens`, `ended` (0 or 1), and with a reward model
-    `reward` and `teacher_nll` (of the whole sequence, in nats).
+    metrics: each metric's value by name. outputs: the N texts. completions: the same outputs as tokens. per_input: the
+    values that some metrics are means of, N each: `tokens`, `ended` (0 or 1), and with a reward model `reward` and
+    `teacher_nll`, both of the whole completion, the latter in nats.
     """
 
     metrics: dict[str, float]
@@ -56,17 +57,22 @@ def evaluate_completions(
     with_ibleu: bool = False,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
-    """Text metrics against `references`, and the reward model's view of one completion per row.
+    """All metrics of one completion per row: text metrics against `references`, and the reward model's.
 
-    `with_ibleu` compares with each row's `source` (`prompt` where there is none) too. Adds `reward` (mean sequence
-    reward), `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, `tokens` (mean, EOS included) and
-    `eos_rate`. The teacher's NLL of the student's outputs is the likelihood risk of Wen et al. 2023, "f-Divergence
-    Minimization for Sequence-Level Knowledge Distillation". `advance` is called with the number of rows of each batch
-    that is scored.
+    Beside `text_metrics` there are `tokens` (mean, EOS included) and `eos_rate`; with a reward model `reward` (the
+    mean over sequences); and with a teacher `teacher_nll_per_token` and `teacher_nll_per_sequence` in nats, which are
+    the likelihood risk of Wen et al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation".
 
-    `samples_not_finite` counts the completions of which the reward, the teacher's NLL or `own_logps_BT` is NaN,
-    infinite or too large for float32's statistics. With any, a warning names a prompt, and `reward` and
-    `teacher_nll_*` are NaN: a mean over the others would look better than the model is. See `check_finite`.
+    `samples_not_finite` counts the completions whose reward, teacher NLL or `own_logps_BT` is NaN, infinite or too
+    large for float32's statistics. If there are any, a warning names a prompt, and `reward` and `teacher_nll_*` are
+    NaN, because a mean over the others would look better than the model is. See `check_finite`.
+
+    Args:
+        rows: The N data rows, each with a `prompt`.
+        own_logps_BT: The model's log-probabilities of its completions, for rewards that read them.
+        forbidden_V: True on ids that the model may not sample.
+        with_ibleu: Also compare each output with its row's `source`, or `prompt` where there is none.
+        advance: Called with the number of rows of each batch that has been scored.
     """
     outputs = decode(completions, tokenizer)
     references = [listed_references(row.get("references")) for row in rows]
@@ -99,7 +105,10 @@ def evaluate_completions(
 
 
 def _count_not_finite(is_usable: Mapping[str, Tensor], rows: Sequence[Mapping[str, object]]) -> int:
-    """How many rows have a number that is not finite; is_usable: `[B]` of each kind of number. Warns of the first."""
+    """The number of rows with a number that is not finite, with a warning that names the first of them.
+
+    is_usable: for each kind of number, by its name, whether it is finite in each row, `[B]`.
+    """
     bad = sorted({b for usable_B in is_usable.values() for b in (~usable_B).nonzero()[:, 0].tolist()})
     if bad and is_first_process():
         what = " and ".join(name for name, usable_B in is_usable.items() if not usable_B.all())
@@ -109,9 +118,9 @@ def _count_not_finite(is_usable: Mapping[str, Tensor], rows: Sequence[Mapping[st
 
 
 def check_finite(results: Mapping[str, Mapping[str, float]], consequence: str = "") -> None:
-    """Raises `TrainingError` if evaluations met numbers that are not finite; results: metrics by name of the model.
+    """Raises `TrainingError` if evaluations met numbers that are not finite.
 
-    `consequence` is a sentence about what has become of the run.
+    results: each model's metrics by its name. consequence: a sentence for the message about what was saved.
     """
     bad = {name: metrics[NOT_FINITE] for name, metrics in results.items() if metrics.get(NOT_FINITE)}
     if bad:
@@ -125,9 +134,9 @@ def check_finite(results: Mapping[str, Mapping[str, float]], consequence: str = 
 def _reward_per_input(
     rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """`reward` and, with a teacher, `teacher_nll`: one value per row, over the whole completion.
+    """`reward` and, with a teacher, `teacher_nll` of each row's whole completion; and whether they are finite.
 
-    And by name, `[B]`, whether all numbers behind them are finite.
+    The latter is, by the name of each kind of number, `[B]`.
     """
     reward, nll, usable = [], [], {"the reward": [], "the teacher's log-probabilities": []}
     for start in range(0, len(rows), batch_size):
@@ -165,91 +174,26 @@ def evaluate_student(
     max_completion_length: int,
     batch_size: int = 64,
     seed: int | None = None,
+    prompts: Sequence[str] | None = None,
     teacher_completions: Completions | None = None,
     with_ibleu: bool = False,
     progress: str | None = None,
 ) -> Evaluation:
-    """`evaluate_completions` of the student's own greedy (or, with `seed`, sampled) outputs.
+    """`evaluate_completions` of a model's own outputs.
 
-    `progress` stands before a bar on the first process; None shows none. With `teacher_completions` (one per row),
-    also `student_nll_of_teacher_per_token`: the coverage risk of Wen et al.
+    Args:
+        policy: The student, or any other model to be measured.
+        rows: The N data rows, each with a `prompt`.
+        seed: Of samples at the policy's temperature; without it decoding is greedy.
+        prompts: What the model reads, one text per row; by default each row's `prompt`.
+        teacher_completions: One per row; with them there is also `student_nll_of_teacher_per_token`, the coverage risk
+            of Wen et al., in nats.
+        with_ibleu: As `evaluate_completions`.
+        progress: The label of a progress bar on the first process; None shows no bar.
     """
-    prompts = [row["prompt"] for row in rows]
-    result = _evaluate_answers(
-        policy,
-        tokenizer,
-        prompts,
-        rows,
-        reward_model,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-        with_ibleu=with_ibleu,
-        progress=progress,
-    )
-    if teacher_completions is not None:
-        logps_BT = completion_log_probs(
-            policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
-        )
-        nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
-        result.metrics["student_nll_of_teacher_per_token"] = float(nll)
-        of_teachers = usable_rows(logps_BT, teacher_completions.mask_BT)
-        result.metrics[NOT_FINITE] += _count_not_finite(
-            {"log-probabilities of the teacher's answers": of_teachers}, rows
-        )
-    return result
-
-
-def evaluate_teacher(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, object]],
-    reward_model: RewardModel,
-    *,
-    max_completion_length: int,
-    batch_size: int = 64,
-    seed: int | None = None,
-    with_ibleu: bool = False,
-    progress: str | None = None,
-) -> Evaluation:
-    """The first teacher's greedy (or, with `seed`, sampled) answers, asked through its first template.
-
-    `progress` stands before a bar on the first process; None shows none.
-    """
-    panel = reward_model.panels[0]
-    teacher = panel.scorers[0].teacher
-    return _evaluate_answers(
-        Policy(teacher.model, tokenizer),
-        tokenizer,
-        [panel.questions(row)[0] for row in rows],
-        rows,
-        reward_model,
-        max_prompt_length=teacher.max_prompt_length,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-        with_ibleu=with_ibleu,
-        progress=progress,
-    )
-
-
-def _evaluate_answers(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    rows: Sequence[Mapping[str, object]],
-    reward_model: RewardModel | None,
-    *,
-    max_prompt_length: int | None,
-    max_completion_length: int,
-    batch_size: int,
-    seed: int | None,
-    with_ibleu: bool,
-    progress: str | None,
-) -> Evaluation:
-    """`evaluate_completions` of a model's greedy or sampled answers to `prompts`, its own way to ask about `rows`."""
+    prompts = [row["prompt"] for row in rows] if prompts is None else prompts
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
-    parts = answer_prompts(
+    answers = answer_prompts(
         policy.model,
         tokenizer,
         prompts,
@@ -262,9 +206,9 @@ def _evaluate_answers(
     passes = 2 if reward_model is None else 3  # answers, their log-probabilities, rewards
     is_hidden = progress is None or not is_first_process()
     with tqdm(total=passes * len(prompts), desc=progress, unit="read", leave=False, disable=is_hidden) as bar:
-        completions = joined(_counted(parts, bar.update), pad_id=policy.pad_id)
+        completions = joined(_counted(answers, bar.update), pad_id=policy.pad_id)
         own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, advance=bar.update, **lengths)
-        return evaluate_completions(
+        result = evaluate_completions(
             rows,
             completions,
             tokenizer,
@@ -275,9 +219,41 @@ def _evaluate_answers(
             with_ibleu=with_ibleu,
             advance=bar.update,
         )
+    if teacher_completions is not None:
+        logps_BT = completion_log_probs(
+            policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
+        )
+        nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
+        result.metrics["student_nll_of_teacher_per_token"] = float(nll)
+        is_usable_B = usable_rows(logps_BT, teacher_completions.mask_BT)
+        result.metrics[NOT_FINITE] += _count_not_finite(
+            {"log-probabilities of the teacher's answers": is_usable_B}, rows
+        )
+    return result
+
+
+def evaluate_teacher(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, object]],
+    reward_model: RewardModel,
+    **settings,
+) -> Evaluation:
+    """`evaluate_student` for the first teacher, asked through its first template; `settings` go there."""
+    panel = reward_model.panels[0]
+    teacher = panel.scorers[0].teacher
+    return evaluate_student(
+        Policy(teacher.model, tokenizer),
+        tokenizer,
+        rows,
+        reward_model,
+        prompts=[panel.questions(row)[0] for row in rows],
+        max_prompt_length=teacher.max_prompt_length,
+        **settings,
+    )
 
 
 def _counted(parts: Iterable[Completions], advance: Callable[[int], object]) -> Iterator[Completions]:
+    """The parts; `advance` is called with the number of completions in each when the next one is wanted."""
     for part in parts:
         yield part
         advance(len(part.ids_BT))

@@ -1,8 +1,7 @@
 """Text metrics: how close outputs are to their references, how varied, how long.
 
-Pure functions on strings. `outputs[i]` is one completion, `references[i]` the list of texts that it may match
-(several, and not the same number in every row), `sources[i]` the text that it was made from.
-Wherever a word is counted here, a word is what whitespace separates.
+Pure functions on strings. `outputs[i]` is one completion, `references[i]` the list of texts that it may match (their
+number may differ between rows), `sources[i]` the text that it was made from. Words are what whitespace separates.
 """
 
 import math
@@ -57,7 +56,7 @@ def rouge(
 
     Raises InputError: as `bleu`.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK, which training should not wait for
+    from rouge_score.rouge_scorer import RougeScorer  # here, as it imports NLTK, which takes long
 
     _check_references(outputs, references)
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=use_stemmer)
@@ -201,7 +200,7 @@ def _check_references(outputs: Sequence[str], references: Sequence[Sequence[str]
     _check_texts("outputs", outputs)
     _check_same_length(outputs, "references", references)
     for row, texts in enumerate(references):
-        # A bare string would be read as one reference per character, and score nonsense without a word.
+        # A string would be read as one reference per character, and the score would silently be nonsense.
         if isinstance(texts, str):
             raise InputError(f"references, row {row} (counting from 0) is one string; give a list: [{texts[:40]!r}].")
         if len(texts) == 0:

@@ -1,6 +1,6 @@
-"""What a run leaves for people: `metrics.json`, a table for the terminal, `report.html`, a model card.
+"""Writes a run's results for people: `metrics.json`, a table for the terminal, `report.html`, a model card.
 
-`results` is, throughout, one row per model: `{"student before": {"bleu": 12.3, ...}, "teacher": {...}}`.
+Everywhere here, `results` holds each model's metrics: `{"student before": {"bleu": 12.3, ...}, "teacher": {...}}`.
 """
 
 import html
@@ -19,7 +19,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number, plain_table
 
 Results = dict[str, dict[str, float]]
-Column = tuple[str, str, str]  # the key in `results`, the heading, the format of its numbers
+Column = tuple[str, str, str]  # a metric's name, the column's heading, the format of its numbers
 
 DEFAULT_COLUMNS: tuple[Column, ...] = (
     ("bleu", "BLEU", ".2f"),
@@ -29,7 +29,7 @@ DEFAULT_COLUMNS: tuple[Column, ...] = (
     ("length_words", "length (words)", ".1f"),
     ("distinct2", "distinct-2", ".3f"),
 )
-# Shown where any model has them.
+# Shown only if a model has them.
 EXTRA_COLUMNS: tuple[Column, ...] = (
     ("ibleu", "iBLEU", ".2f"),
     ("length_ratio", "length ratio", ".2f"),
@@ -150,9 +150,10 @@ def write_model_card(
 ) -> None:
     """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it and let it write.
 
-    method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". No license is stated: only the author can.
-    has_content_tokens: special tokens are part of its texts, and stay when they are decoded.
-    `base_model` and `datasets` are stated for Hub ids ("owner/name"), never for local paths.
+    method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". has_content_tokens: whether special tokens
+    are part of the model's texts, so that the example must keep them when it decodes. The metadata name `base_model`
+    and `datasets` if these are Hub ids ("owner/name"), not if they are local paths; they name no license, which only
+    the author can choose.
 
     Raises InputError: `auto_class` is none of `AUTO_CLASSES`.
     """
@@ -214,7 +215,7 @@ def _write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A lone surrogate, which some data sets hold, cannot be encoded: it is written as its \uXXXX escape.
+        # A lone surrogate, which some datasets contain, cannot be encoded; it is written as its \uXXXX escape.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(temporary, path)
     finally:
@@ -234,7 +235,7 @@ def _cells(results: Results, columns: Sequence[Column]) -> list[list[str]]:
 
 
 def _escape(text: str) -> str:
-    # Control characters are not allowed in HTML, whatever their escape.
+    # HTML does not allow control characters, even if they are escaped.
     return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]", "\ufffd", text))
 
 
@@ -330,12 +331,12 @@ def _chart(number: int, name: str, points: list[tuple[float, float]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text that cannot leave its line, nor open an HTML tag."""
+    """The text on one line, and escaped so that it cannot open an HTML tag."""
     return html.escape(" ".join(text.split()), quote=False)
 
 
 def _code(text: str) -> str:
-    """A code span in more backticks than the text has in a row, so that the text cannot end it."""
+    """A Markdown code span, delimited by more backticks than the text has in a row, so that it cannot end the span."""
     text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if "`" in text else ""

@@ -25,9 +25,10 @@ def completion_log_probs(
     batch_size: int = 64,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """log π(y_t | s_t) of `num_generations` completions per prompt, next to each other, `[B, T]`; 0 behind the mask.
+    """log π(y_t | s_t) of completions, `[B, T]`; 0 behind the mask.
 
-    `batch_size` prompts are read at a time; `advance` is called with the number of prompts of each batch that is done.
+    `completions` are `num_generations` for each prompt, those of a prompt next to each other. `batch_size` prompts are
+    read at a time, and `advance` is called with the number of prompts of each batch that is done.
     """
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -59,7 +60,7 @@ def sampled_inputs(
     batch_size: int,
     seed: int,
 ) -> RewardInputs:
-    """`num_generations` completions of every row's prompt, `batch_size` prompts at a time."""
+    """`num_generations` samples for every row's prompt, as inputs for rewards; `batch_size` prompts at a time."""
     generator = torch.Generator().manual_seed(seed)
     prompts, device = [row["prompt"] for row in rows], policy.backbone.device
     parts = []

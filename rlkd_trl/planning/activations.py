@@ -1,10 +1,11 @@
 """Peak bytes of activations, counted while the package's own classes run on fake tensors.
 
-No formula of layers and heads, which another architecture or a change to these classes would make wrong: what autograd
-keeps, what a cache copies, and what an attention mask takes is seen as it is created and released. `Teacher.score` and
-`Policy` run as they are. Sampling is the exception: `sample_completions` goes through Python once per token, which on
-fake tensors takes ten times as long (t5-base and 64 tokens: 99 s in place of 9 s). Here all tokens but the last are
-read at once, which leaves the same cache; a test holds the result to `sample_completions` on the same fake tensors.
+There is no formula of layers and heads, which another architecture or a change to these classes would make wrong: what
+autograd keeps, a cache copies or an attention mask takes is counted when it is created and released. `Teacher.score`
+and `Policy` run as they are. Sampling is the exception, because `sample_completions` loops over tokens in Python,
+which takes ten times as long on fake tensors (t5-base and 64 tokens: 99 s instead of 9 s). Here all tokens but the
+last are read in one call, which leaves the same cache; a test compares with `sample_completions` on the same fake
+tensors.
 """
 
 import weakref
@@ -29,12 +30,12 @@ from rlkd_trl.teachers import Teacher
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank reads and writes.
+    """The sizes of what one rank reads and writes.
 
-    prompt_tokens: S. completion_tokens: T. num_generations: K, completions per prompt. micro_batch: completions that
-    are learnt from at a time. micro_batches: in a rollout. teacher_batch_tokens: the scoring batch's budget (see
-    `Teacher`). sampling_batch: completions decoded at a time. forward_batch: completions read without gradients at a
-    time.
+    prompt_tokens: S, per prompt. completion_tokens: T, per completion. num_generations: K, completions per prompt.
+    micro_batch: completions in a micro-batch of the update. micro_batches: micro-batches in a rollout.
+    teacher_batch_tokens: the most padded tokens in a scoring batch (see `Teacher`). sampling_batch: completions
+    decoded at a time. forward_batch: completions read without gradients at a time.
     """
 
     prompt_tokens: int
@@ -48,7 +49,7 @@ class Workload:
 
     @property
     def sampled_completions(self) -> int:
-        """How many completions are decoded at a time: those of whole prompts, and no more than a rollout has."""
+        """How many completions are decoded at a time: all those of some prompts, and no more than a rollout has."""
         whole_prompts = max(1, self.sampling_batch // self.num_generations) * self.num_generations
         return min(whole_prompts, self.micro_batch * self.micro_batches)
 
@@ -136,10 +137,10 @@ def update_bytes(
         with counted(known, fused_attention) as live:
             with autocast:
                 output = policy(*batch.policy_inputs(), with_final_value=False)
-                loss = output.logps_BT.sum() + output.entropy_BT.sum()  # of every output that has a gradient
+                loss = output.logps_BT.sum() + output.entropy_BT.sum()  # a loss that needs every output's gradient
                 if output.values is not None:
                     loss = loss + output.values.square().mean()
-            del output  # as in a trainer, where it is a function's local variable
+            del output  # a trainer does not hold it during the backward pass either
             loss.backward()
         student.model.zero_grad(set_to_none=True)
     return live.peak
@@ -162,16 +163,16 @@ def sampling_bytes(
                 return logits_BV
 
             prefix = backbone.prefill(*batch.prompt).select(batch.prompt_index_B)
-            # The last token is not read, and those before the one before it at once, of which only the cache stays:
-            # one by one they peak lower.
+            # All tokens but the last two are read in one call, of which only the cache is kept: read one by one they
+            # peak lower than the last step, so the peak of this call does not count.
             peak = live.peak
             if batch.completion_ids_BT.shape[1] > 2:
                 backbone.extend(prefix, batch.completion_ids_BT[:, 2:])
                 prefix.hidden_B1D = prefix.hidden_B1D.clone()  # without the other tokens' states
             live.peak = live.now
             logits_BV = draw()
-            if batch.completion_ids_BT.shape[1] > 1:
-                backbone.extend(prefix, batch.completion_ids_BT[:, :1])  # while the logits before it still exist
+            if batch.completion_ids_BT.shape[1] > 1:  # the last token but one; the last is never read
+                backbone.extend(prefix, batch.completion_ids_BT[:, :1])  # while the previous logits still exist
             del logits_BV
             cache = live.now
             draw()
@@ -180,7 +181,7 @@ def sampling_bytes(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts and completions of full length, but for one padded position, which calls for masks."""
+    """Prompts and completions of full length, except for one padded position, so that models need attention masks."""
 
     prompt: tuple[Tensor, Tensor]
     prompt_index_B: Tensor
@@ -214,7 +215,7 @@ class _Batch:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of storages that were created inside of it and still exist, and the most there ever were."""
+    """Counts the bytes of storages created inside it: `now`, those that still exist, and `peak`, the most so far."""
 
     def __init__(self, tensors_before: Iterable[Tensor]):
         super().__init__()
@@ -240,7 +241,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention by the memory-efficient kernel, which a GPU takes also for T5's masks with a gradient."""
+    """Computes attention with the memory-efficient kernel, which GPUs also use for T5's masks that need a gradient."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -251,7 +252,7 @@ class _FusedAttention(TorchFunctionMode):
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:  # the kernel adds its mask
+        if attn_mask.dtype == torch.bool:  # the kernel adds its mask to the scores
             attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
     needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -263,7 +264,7 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 @contextmanager
 def counted(tensors_before: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
-    """Bytes that exist beyond those of `tensors_before`: `now`, and `peak`, the most there ever were."""
+    """Counts bytes beyond those of `tensors_before`, see `_LiveBytes`; fused_attention: as on a GPU."""
     with _LiveBytes(tensors_before) as live:
         if fused_attention:
             with _FusedAttention():

@@ -1,4 +1,4 @@
-"""Which of the estimates to run, as flags, and why in words."""
+"""Recommends one of the estimated configurations, as flags, with the reasons in words."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
 from rlkd_trl.planning.tables import gib
 
-# Those of accelerate_configs/ by the student's sharding.
+# The file in accelerate_configs/ for each sharding of the student.
 ACCELERATE_CONFIGS = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 ONE_GPU_CONFIG = "single_gpu"
 SEVERAL_NODES_CONFIG = "zero3_multi_node"
 
-# In order of preference: what leaves the rewards as they are and moves no weights comes first, nf4 last.
+# In order of preference. A teacher that is exact and communicates nothing comes first, nf4, the least exact, last.
 _PREFERENCES = (
     ("replicated", "bfloat16"),
     ("replicated", "int8"),
@@ -21,13 +21,13 @@ _PREFERENCES = (
     ("offload", "bfloat16"),
     ("replicated", "nf4"),
 )
-# ‖logits − float32's‖ / ‖float32's‖ of a two-layer T5 with random weights; measured in tests/planning/test_advice.py.
+# ‖logits − float32's‖ / ‖float32's‖ for a two-layer T5 with random weights; tests/planning/test_advice.py measures it.
 LOGIT_ERRORS = {"bfloat16": 0.009, "int8": 0.02, "nf4": 0.18}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A teacher's and a student's way that fit together, and the command-line flags that select them."""
+    """A way to hold the teacher and a way to shard the student that fit together, and the flags that select them."""
 
     teacher: TeacherBytes
     student: StudentBytes
@@ -125,7 +125,7 @@ def _reasons(
 def _costs(
     best_choice: Choice, other_choices: Sequence[Choice], teachers: Sequence[TeacherBytes], cluster: Cluster
 ) -> list[str]:
-    """Sentences on what the teacher's precision does to the rewards, and what to run to avoid it."""
+    """Sentences on what the teacher's precision does to the rewards, and on what else could be run."""
     teacher, student = best_choice.teacher, best_choice.student
     error = LOGIT_ERRORS[teacher.precision]
     if teacher.quantization == "none":

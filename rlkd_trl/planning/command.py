@@ -1,4 +1,4 @@
-r"""What fits on the GPUs: bytes of teacher, student and training on each, before anything is downloaded or started.
+r"""Estimates the bytes of teacher, student and training on each GPU, before anything is downloaded or started.
 
     rlkd-trl plan --teacher bigscience/T0 --student google-t5/t5-base --gpus 4 --gpu_memory 80
 
@@ -17,7 +17,7 @@ _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")
 _GIB = Annotated[float, Range(0, 1e6, above=True)]
 
-# Those that recipes have too have the recipes' ranges.
+# Flags that recipes have too have the same ranges there.
 _RANGES = {
     "gpus": Count,
     "nodes": Count,
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags. Those that recipes have too have the recipes' names and defaults."""
+    """The command's flags. Those that recipes have too have the same names and defaults there."""
     flags = _Parser(
         prog="rlkd-trl plan",
         description=__doc__,
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the tables and the advice. Raises `InputError`."""
     flags = parser().parse_args(argv)
     _check(flags)
-    # Only now: torch and transformers take seconds, which `--help` and a wrong flag should not.
+    # Imported only now: torch and transformers take seconds, for which `--help` and a wrong flag should not wait.
     import transformers
 
     from rlkd_trl.planning.activations import Workload

@@ -1,4 +1,4 @@
-"""Bytes on each rank: of the teacher for every placement and precision, of the student for every sharding."""
+"""The bytes on each rank: the teacher's for every placement and precision, the student's for every sharding."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from rlkd_trl.planning.weights import (
 )
 from rlkd_trl.teachers.placement import PLACEMENTS
 
-# (dtype, quantization); bitsandbytes' matrices cannot be split, so those are for replicated teachers only.
+# (dtype, quantization). Quantised matrices cannot be split, so int8 and nf4 are for replicated teachers only.
 PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "nf4"))
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpus: on each node. gpu_memory: bytes of each. reserve: share of them that stays free."""
+    """The machines. gpus: on each node. gpu_memory: bytes on each GPU. reserve: the share of it that stays free."""
 
     gpus: int
     nodes: int
@@ -42,7 +42,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Training:
-    """The student's settings that memory depends on, named as the recipes name them."""
+    """The student's settings on which memory depends, with the recipes' names."""
 
     student_dtype: str = "float32"
     bf16: bool = False
@@ -52,7 +52,10 @@ class Training:
 
 @dataclass(frozen=True)
 class TeacherBytes:
-    """One way to hold the teacher. host: a node's CPU memory. Other fields are a rank's bytes on its GPU."""
+    """The bytes of one way to hold the teacher: on a rank's GPU, or for `host` in a node's CPU memory.
+
+    weights: held throughout. gathered: other ranks' weights while it computes. scoring: activations.
+    """
 
     placement: str
     dtype: str
@@ -69,10 +72,11 @@ class TeacherBytes:
 
 @dataclass(frozen=True)
 class StudentBytes:
-    """One way to shard the student; all are a rank's bytes on its GPU.
+    """The bytes of one way to shard the student, on a rank's GPU.
 
-    gathered: of other ranks' weights, while it learns or reads completions. log_probs: of reading them without
-    gradients. sampling: with all of other ranks' weights, which ZeRO-3 gathers for it. cache: of the sampling, at its
+    weights, gradients, optimizer, value_head, reference: held throughout. gathered: other ranks' weights, while it
+    learns or reads completions. update, log_probs, sampling: activations of these phases; sampling includes all
+    weights of other ranks, which ZeRO-3 gathers for it. cache: the part of sampling that is its key/value cache at the
     end.
     """
 
@@ -94,7 +98,7 @@ class StudentBytes:
 
 
 def peak_bytes(teacher: TeacherBytes, student: StudentBytes) -> int:
-    """What a rank holds throughout, and the largest of the four phases."""
+    """What a rank holds throughout plus the largest of the four phases, in bytes."""
     phases = (
         teacher.gathered + teacher.scoring,
         student.gathered + max(student.update, student.log_probs),
@@ -104,7 +108,7 @@ def peak_bytes(teacher: TeacherBytes, student: StudentBytes) -> int:
 
 
 def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Cluster) -> list[TeacherBytes]:
-    """Every placement × precision that exists, by placement; those of one rank without ZeRO-3."""
+    """Every placement with every precision that it supports, sorted by placement; ZeRO-3 only on several ranks."""
     estimates = [
         estimate
         for dtype in ("float32", "bfloat16")
@@ -131,7 +135,7 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
     if cluster.ranks > 1:
         gathered = gathered_bytes(teacher.num_parameters, itemsize, cluster.ranks)
         yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0)
-    # Its own share, too, comes to the GPU only where it is gathered.
+    # A rank's own share comes to the GPU only when it is gathered, too.
     live = live_bytes(teacher.num_parameters, itemsize)
     yield TeacherBytes("offload", dtype, "none", 0, live, scoring, host=share * cluster.gpus)
 
@@ -139,7 +143,7 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
 def student_estimates(
     checkpoint: Checkpoint, workload: Workload, cluster: Cluster, training: Training
 ) -> list[StudentBytes]:
-    """Every sharding of the student; on one rank only the one without any."""
+    """Every sharding of the student; on one rank only "ddp", which shards nothing."""
     student = checkpoint.build(DTYPES[training.student_dtype])
     itemsize, copies = student.model.dtype.itemsize, 2 if training.critic == "separate" else 1
     update = update_bytes(student, workload, critic=training.critic, bf16=training.bf16)

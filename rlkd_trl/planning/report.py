@@ -1,4 +1,4 @@
-"""All of the planner's output: what was asked, three tables, the advice."""
+"""The planner's whole output: what was asked for, three tables, the advice."""
 
 import textwrap
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_tab
 
 @contextmanager
 def _explained(flag: str) -> Iterator[None]:
+    """Turns the failure of a model on fake tensors into an `InputError`."""
     try:
         yield
-    except Exception as error:  # whatever an architecture does that fake tensors, or this package, cannot
-        # The check of a model's forward pass, the first to run it, gives what failed as the cause of its own error.
+    except Exception as error:  # an architecture may do anything that fake tensors, or this package, cannot
+        # `Backbone.verify`, which runs the model first, raises an error of its own with the failure as its cause.
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
             raise
@@ -28,7 +29,11 @@ def _explained(flag: str) -> Iterator[None]:
 
 
 def report(teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training) -> str:
-    """Raises `InputError` as `Checkpoint.of`, for both before anything is computed."""
+    """The planner's output for two checkpoints, as text.
+
+    Raises:
+        InputError: As `Checkpoint.of`, before anything is computed; or a model cannot be run on fake tensors.
+    """
     teacher_checkpoint = Checkpoint.of("--teacher", teacher)
     student_checkpoint = Checkpoint.of("--student", student)
     with _explained(f"--teacher {teacher}"):

@@ -31,15 +31,16 @@ from transformers import (
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import check_language_model, require_checkpoint
 
-# Integer tensors of up to so many elements keep their values.
+# Integer tensors with more elements than this have no values.
 _MAX_REAL_ELEMENTS = 2**20
 
 
 class ShapesOnly(FakeTensorMode):
-    """Floating-point tensors have a shape and no memory; small integer ones, such as masks and row numbers, are real.
+    """Within it floating-point tensors have a shape but no memory; small integer ones, such as masks, are real.
 
-    So code may branch on which rows belong to which prompt, and on whether there is padding, and pick out the entries
-    under a mask. Of a tensor without memory a number that Python reads is 0, a truth value True: weights pass checks.
+    So code can depend on which rows belong to which prompt and on where there is padding, and can select entries by a
+    mask. If Python reads a number from a tensor without memory it gets 0, or True for a bool, with which weights pass
+    the checks for NaN.
     """
 
     def __init__(self):
@@ -64,7 +65,7 @@ class ShapesOnly(FakeTensorMode):
 
 
 def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Replaces real masks by the positions where they are True, as torch's own kernel does: their number is known."""
+    """Replaces real masks by the positions where they are True, so that the number of selected entries is known."""
     unmasked: list[Tensor | None] = []
     for index in indices:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
@@ -73,7 +74,7 @@ def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 
 class CopyingSkeletons(TorchFunctionMode):
-    """`copy.deepcopy` of models without memory; torch's own copies a storage's bytes, where there are none."""
+    """Within it `copy.deepcopy` works on models without memory, which have no bytes for torch to copy."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
@@ -95,7 +96,7 @@ class Skeleton:
 
     @property
     def num_parameters(self) -> int:
-        """Tied weights counted once."""
+        """The number of parameters; tied weights count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -126,7 +127,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, flag: str, name_or_path: str) -> "Checkpoint":
-        """Reads a directory's or a Hub id's config.json; `flag` is named in errors.
+        """Reads the config.json of a directory or Hub id; errors name `flag`.
 
         Raises:
             InputError: It cannot be read, or is not of a language model that completes prompts.
@@ -137,11 +138,11 @@ class Checkpoint:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Tied weights counted once."""
+        """The number of parameters; tied weights count once."""
         return self.build(torch.float32).num_parameters
 
     def build(self, dtype: torch.dtype) -> Skeleton:
-        """The model in this dtype, in eval mode."""
+        """The model without memory, in this dtype and in eval mode."""
         auto_class = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
         with ShapesOnly() as mode:
             model = auto_class.from_config(self.config, dtype=dtype).eval()
@@ -154,22 +155,22 @@ class Checkpoint:
 
 
 def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
-    """The config, and the settings that its file holds."""
+    """The config as transformers reads it, and the settings as they stand in its file."""
     require_checkpoint(flag, name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
-    except Exception as error:  # missing, unreachable or private; malformed in any way, or of an unknown model type
+    except Exception as error:  # it may be missing, unreachable, private, malformed, or of an unknown model type
         hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise InputError(f"Could not read the config of `{flag} {name_or_path}`: {reason}{hint}") from error
 
 
 def _head_is_tied(config: PreTrainedConfig, as_written: dict, directory: Path) -> bool:
-    """Whether LM head and embeddings are one matrix, which for T5 only a checkpoint's weights tell.
+    """Whether LM head and embeddings are one matrix, for which T5's config is not enough.
 
-    Whatever its file says, transformers 5 makes `tie_word_embeddings` true for T5 and mT5, and unties those whose
-    weights hold two matrices. Without weights the file decides, or, where transformers 5 has written it, that models
-    with two (v1.1, T0, Flan) do not scale the decoder's outputs.
+    For T5 and mT5, transformers 5 always sets `tie_word_embeddings` to true, and then unties models whose checkpoint
+    holds two matrices. If the weights are not at hand, the file of an older transformers still says so; in one written
+    by transformers 5, models with two matrices (v1.1, T0, Flan) are those that do not scale the decoder's outputs.
     """
     names = _weight_names(directory)
     if names and config.is_encoder_decoder:

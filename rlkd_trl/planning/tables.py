@@ -9,7 +9,7 @@ _GIB = 2**30
 
 
 def teacher_table(teachers: Sequence[TeacherBytes]) -> str:
-    """One line for each placement and precision; "CPU" is a node's, everything else a GPU's."""
+    """A line for each placement and precision; "CPU" is memory of a node, everything else of a GPU."""
     rows = [
         [t.placement, t.precision, *map(gib, (t.weights, t.gathered, t.scoring)), gib(t.host) if t.host else ""]
         for t in teachers
@@ -26,7 +26,7 @@ def student_table(students: Sequence[StudentBytes]) -> str:
 
 
 def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster) -> str:
-    """The peak of every teacher beside every student, marked where it does not fit."""
+    """The peak for every teacher with every student, marked with "x" where it does not fit."""
     rows = []
     for teacher in teachers:
         peaks = [peak_bytes(teacher, student) for student in students]
@@ -38,6 +38,6 @@ def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes
 
 
 def gib(nbytes: int) -> str:
-    """Bytes in GiB, with as many digits as an estimate deserves; less than 0.01 is not shown as 0."""
+    """Bytes in GiB, with two or three significant digits; less than 0.01 GiB is "<0.01"."""
     value = nbytes / _GIB
     return "0" if nbytes == 0 else "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}"

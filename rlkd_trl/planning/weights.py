@@ -1,4 +1,4 @@
-"""Bytes of weights: whole, quantised by bitsandbytes' rules, shared out over ranks by DDP and ZeRO."""
+"""The bytes of weights: whole, quantised as bitsandbytes does it, and split over ranks by DDP and ZeRO."""
 
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ _NF4_CODES = 16  # each quantised matrix has its own table of them, in float32
 
 
 def weight_bytes(skeleton: Skeleton, quantization: str = "none") -> int:
-    """Weights and buffers in the skeleton's dtype, tied ones once; those that bitsandbytes converts as it stores them.
+    """Bytes of weights and buffers in the skeleton's dtype; tied ones count once.
 
-    int8: one byte a weight, and a float32 scale for each output. nf4: half a byte, a float32 scale for each block of
-    64, and a table of 16 codes.
+    Matrices that bitsandbytes converts count as it stores them. int8: one byte per weight, and a float32 scale per
+    output. nf4: half a byte per weight, a float32 scale per block of 64, and a table of 16 codes per matrix.
     """
     total = sum(tensor.nbytes for tensor in skeleton.tensors())
     for module in _quantised(skeleton) if quantization != "none" else []:
@@ -40,12 +40,12 @@ def weight_bytes(skeleton: Skeleton, quantization: str = "none") -> int:
 
 
 def quantisation_workspace_bytes(skeleton: Skeleton) -> int:
-    """The largest converted matrix in 16 bits, which is what a product with it may take beside the stored one."""
+    """Bytes of the largest quantised matrix in 16 bits, which a product with it may need besides the stored one."""
     return max((2 * module.weight.numel() for module in _quantised(skeleton)), default=0)
 
 
 def _quantised(skeleton: Skeleton) -> list[nn.Module]:
-    """The layers that transformers hands to bitsandbytes: linear ones, but for the LM head and what stays exact."""
+    """The layers that bitsandbytes converts: linear ones, except the LM head and those kept in float32."""
     model = skeleton.model
     not_converted = HfQuantizer.get_modules_to_not_convert(model, None, list(modules_kept_in_float32(model)))
     return [
@@ -59,7 +59,8 @@ def _quantised(skeleton: Skeleton) -> list[nn.Module]:
 class Shares:
     """What a rank holds of a model in training, in bytes.
 
-    elsewhere: the weights that only other ranks hold. gathered: of those, on this rank while it learns.
+    elsewhere: the weights that only other ranks hold. gathered: the part of those that is on this rank while it
+    learns.
     """
 
     weights: int
@@ -75,7 +76,7 @@ def live_bytes(num_parameters: int, itemsize: int) -> int:
 
 
 def gathered_bytes(num_parameters: int, itemsize: int, ranks: int) -> int:
-    """Those of `live_bytes` that come from other ranks."""
+    """The part of `live_bytes` that comes from other ranks."""
     live = live_bytes(num_parameters, itemsize)
     return live - live // ranks
 
@@ -83,9 +84,9 @@ def gathered_bytes(num_parameters: int, itemsize: int, ranks: int) -> int:
 def training_shares(
     sharding: str, *, trained: int, frozen: int, itemsize: int, ranks: int, bf16: bool = False
 ) -> Shares:
-    """`trained` and `frozen` parameters of `itemsize` bytes, under AdamW.
+    """A rank's shares of a model with `trained` and `frozen` parameters of `itemsize` bytes each, under AdamW.
 
-    bf16: mixed precision, which DDP does by autocast over the weights as they are, and DeepSpeed on weights in
+    bf16: mixed precision. DDP keeps the weights as they are and computes under autocast; DeepSpeed has its weights in
     bfloat16.
     """
     if sharding == "ddp":

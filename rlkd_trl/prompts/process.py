@@ -1,4 +1,4 @@
-"""Templates are run in a process of their own, with bounds on time and memory that hold (see `prompts.renderer`)."""
+"""Runs templates in a separate process, whose time and memory the kernel bounds (see `prompts.renderer`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from rlkd_trl.prompts import bounds
 
 
 class RenderingError(Exception):
-    """A template did not render. kind: "missing column" (the message is its name), "security", "syntax", "error" (what
-    it raised), or "bounds" (it took more time or memory than a prompt may)."""
+    """A template did not render.
+
+    kind: "missing column" (the message is the column's name), "security" or "syntax", "error" (the message is what the
+    template raised), or "bounds" (it took more time or memory than a prompt may). line: of a syntax error.
+    """
 
     def __init__(self, kind: str, message: str, line: int | None = None):
         super().__init__(message)
@@ -27,7 +30,7 @@ class RenderingError(Exception):
 
 
 def ask_renderer(*request: object) -> object:
-    """The result of a request to the renderer, which is started by the first one. Raises `RenderingError`."""
+    """The renderer's answer to a request; the first request starts the renderer. Raises `RenderingError`."""
     global _renderer
     with _lock:
         if _renderer is None or not _renderer.belongs_here:
@@ -47,9 +50,11 @@ class _Ended(Exception):
 
 
 class _Renderer:
+    """The renderer's process and the pipes to it."""
+
     def __init__(self):
         self._owner = os.getpid()
-        # The package and what it needs, wherever this process found them, and nothing that lies around.
+        # It imports from the same places as this process, but not from whatever its working directory holds.
         root = str(Path(rlkd_trl.__file__).parents[1])
         path = [*(os.path.abspath(entry) for entry in sys.path if entry), root]
         self._process = subprocess.Popen(
@@ -59,22 +64,23 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us; the renderer ends when its input does
+            start_new_session=True,  # Ctrl-C does not reach it; it ends when its input is closed
         )
         atexit.register(self.end)
 
     @property
     def belongs_here(self) -> bool:
-        """Whether this process started the renderer; a fork of that process did not."""
+        """Whether this process started the renderer; False in a fork, which shares the pipes with its parent."""
         return self._owner == os.getpid()
 
     def ask(self, request: tuple) -> dict[str, object]:
+        """Sends a request and waits for the answer. Raises `_Ended`."""
         body = pickle.dumps((bounds.CPU_SECONDS, *request), protocol=pickle.HIGHEST_PROTOCOL)
         try:
             self._process.stdin.write(len(body).to_bytes(4, "big") + body)
             self._process.stdin.flush()
             answers, wait = self._process.stdout, threading.Timer(bounds.WALL_SECONDS, self._process.kill)
-            if os.name != "posix":  # where `select` takes sockets only
+            if os.name != "posix":  # on Windows `select` takes sockets only
                 wait.start()
             elif not select.select([answers], [], [], bounds.WALL_SECONDS)[0]:
                 self._process.kill()
@@ -92,6 +98,7 @@ class _Renderer:
         return answer
 
     def _reason(self) -> str:
+        """Why the process has ended, in words, from its exit code."""
         code = self._process.wait()
         atexit.unregister(self.end)
         if code in (-getattr(signal, "SIGKILL", -1), -getattr(signal, "SIGPROF", -1)):  # Windows has neither
@@ -99,6 +106,7 @@ class _Renderer:
         return f"ends the process that runs it (exit code {code})"
 
     def end(self) -> None:
+        """Ends the process, if this process started it."""
         if not self.belongs_here:
             return
         atexit.unregister(self.end)

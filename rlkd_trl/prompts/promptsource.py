@@ -1,4 +1,4 @@
-"""Files of templates: promptsource's YAML, or the short form, which is a mapping of name to jinja text, or a list."""
+"""Reads template files: promptsource's YAML, or a short form, which is a mapping of names to Jinja texts or a list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlkd_trl.errors import InputError
 FILE_NAME = "templates.yaml"
 SHORT_FORM = """The shortest file is a line for each template, name: "text", e.g. short: "Summarise: {{ source }}"."""
 
-_SHORT = reprlib.Repr()  # for messages: YAML's aliases can make a value that would fill the memory when written out
+_SHORT = reprlib.Repr()  # for messages: a value with many YAML aliases, written out in full, could fill the memory
 _SHORT.maxlevel = 2
 
 
@@ -90,7 +90,9 @@ def read_entries(file: Path) -> list[TemplateEntry]:
 
 
 def select_entries(entries: list[TemplateEntry], names: str | Sequence[str], file: Path) -> list[TemplateEntry]:
-    """The entries meant by `names`: "all" for those of the original task, or names, in a list or separated by commas.
+    """The chosen entries, in the order of `names`, which is a list or a comma-separated text.
+
+    "all" chooses every template of the original task, in the file's order.
 
     Raises:
         InputError: a name is unknown, ambiguous or repeated, or nothing is chosen.

@@ -8,13 +8,13 @@ from rlkd_trl.prompts.templates import PromptTemplates
 
 
 def question_columns(templates: PromptTemplates, row: Mapping[str, object]) -> dict[str, object]:
-    """The columns of a data row that templates may read.
+    """The columns of a data row that templates may read: all but the references.
 
-    All but the references; and where the templates all read one and the same column which the row lacks, the row's
-    source text under that name.
+    If all templates read one and the same column and the row has no column of that name, the row's source text gets
+    it.
     """
     columns = {name: value for name, value in row.items() if name != "references"}
-    # With several input columns there is no such name; rendering then says which column is missing.
+    # Templates that read several columns have no `source_variable`; if one is missing, rendering will say so.
     with contextlib.suppress(InputError):
         columns.setdefault(templates.source_variable, row.get("source", row["prompt"]))
     return columns

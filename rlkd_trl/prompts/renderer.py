@@ -1,11 +1,11 @@
-"""The process that runs templates: `python -m rlkd_trl.prompts.renderer`, spoken to by `prompts.process`.
+"""The process that runs templates, `python -m rlkd_trl.prompts.renderer`; `prompts.process` starts it and asks it.
 
-A template is a program that may come from anywhere, and the sandbox does not bound its time or memory: one C call can
-take hours (`9 ** 9 ** 9`). Here the kernel bounds both, whatever a template does: too much memory is an allocation
-that fails, too much time the end of this process.
+A template is a program that may come from anywhere, and the sandbox does not bound its time or memory: a single call
+of C code can take hours (`9 ** 9 ** 9`). Here the kernel bounds both, whatever a template does. Too much memory makes
+an allocation fail; too much CPU time ends this process.
 
-Each message is its length in 4 bytes and a body. Requests are pickles, from our own process; answers are JSON, since
-nothing that comes out of here is trusted.
+A message is its length in 4 bytes, then its body. Requests are pickles, as they come from our own process. Answers are
+JSON, as nothing that this process writes is trusted.
 """
 
 import json
@@ -22,7 +22,7 @@ from rlkd_trl.prompts.bounds import MEMORY_BYTES
 
 try:
     import resource
-except ImportError:  # Windows: time is bounded by the other process alone
+except ImportError:  # on Windows, where only the asking process bounds the time
     resource = None
 
 SHOWN_CHARACTERS = 500  # of an error's message
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _bound_this_process() -> None:
-    """Limits memory, and forbids files and processes, which templates have no way to make anyhow."""
+    """Limits memory, and forbids writing files and starting processes, for which the sandbox has no way either."""
     if resource is None:
         return
     limits = {
@@ -49,7 +49,7 @@ def _bound_this_process() -> None:
         resource.RLIMIT_NPROC: 0,
     }
     for kind, limit in limits.items():
-        with suppress(ValueError, OSError):  # a lower limit is in force
+        with suppress(ValueError, OSError):  # a lower limit is already in force
             resource.setrlimit(kind, (limit, limit))
 
 
@@ -73,7 +73,7 @@ def _answer(request: tuple) -> dict[str, object]:
 
 
 def _set_timer(seconds: float) -> None:
-    """Has the kernel end this process after so many seconds of CPU time; 0 takes that back."""
+    """Asks the kernel to end this process after so many seconds of CPU time; 0 cancels that."""
     if resource is not None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -90,13 +90,13 @@ def _variables(jinja: str) -> list[list[str]]:
 def _render(
     jinja: str, answer_choices: str | None, values: dict[str, object], seed: str, until_separator: bool
 ) -> list[str]:
-    """The parts of the text between its `|||`; with `until_separator` only the first, and nothing behind it is run."""
+    """The rendered text, split at its `|||`; with `until_separator` only the first part, and the rest is not run."""
     compiled = sandbox.compile_jinja(jinja)
     with sandbox.seeded_choice(seed):
         if answer_choices is not None and "answer_choices" in compiled.variables:
             try:
                 choices = sandbox.compile_jinja(answer_choices).parts(values)
-            except sandbox.MissingColumn as error:  # matters only if the template comes to use the choices
+            except sandbox.MissingColumn as error:  # an error only if the template uses the choices
                 values["answer_choices"] = sandbox.missing_value(str(error))
             else:
                 values["answer_choices"] = [choice.strip() for choice in choices]

@@ -1,8 +1,8 @@
-"""Runs the jinja text of a template, which may come from anywhere, in a sandbox and only as far as it is needed.
+"""Runs a template's Jinja text, which may come from anywhere, in a sandbox and only as far as it is needed.
 
-The sandbox keeps templates away from Python's internals, files and the network. It also refuses the cheapest ways to
-exhaust the machine (huge ranges, repetitions, powers and outputs), to say so in words; what bounds time and memory is
-the process that this runs in, `prompts.renderer`.
+The sandbox keeps templates away from Python's internals, files and the network. It also refuses the simplest ways to
+exhaust the machine (huge ranges, repetitions, powers and outputs), so that there is an error message for them. What
+really bounds time and memory is the process in which this runs, `prompts.renderer`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jinja2.runtime import Context, Undefined, missing
 from jinja2.sandbox import SandboxedEnvironment
 
 WRITTEN_SEPARATOR = "|||"
-# What stands for a template's own "|||" while it renders. Rows cannot contain it, so a "|||" in the data is text. It
-# has no letters and no spaces, so that filters such as `upper` and `trim` leave it alone.
+# Stands for a template's own "|||" while it renders. Data cannot contain it, so a "|||" in the data remains plain
+# text. It has no letters and no spaces, so that filters such as `upper` and `trim` do not change it.
 SEPARATOR = f"\ue000{secrets.randbelow(10**18):018d}\ue001"
 
-MAX_CHARACTERS = 10_000_000  # of one rendering; also the most elements that a `*` may build
+MAX_CHARACTERS = 10_000_000  # in one rendering; also the largest number of elements that a `*` may make
 MAX_POWER_BITS = 10_000
 
 _random: ContextVar[random.Random] = ContextVar("_random")
@@ -38,7 +38,7 @@ class MissingColumn(jinja2.UndefinedError):
 
 
 class _Undefined(jinja2.StrictUndefined):
-    """Raises on every use, also inside a printed list (`repr`), so that nothing absent can shape a prompt unseen."""
+    """A missing value, which raises on every use, also inside a printed list (`repr`): no prompt can hide a gap."""
 
     __slots__ = ()
     __repr__ = Undefined._fail_with_undefined_error
@@ -50,6 +50,8 @@ class _Undefined(jinja2.StrictUndefined):
 
 
 class _PromptEnvironment(SandboxedEnvironment):
+    """Jinja's sandbox, which also refuses huge repetitions and powers."""
+
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left, right):
@@ -65,9 +67,10 @@ class _PromptEnvironment(SandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-# Because it takes the context, jinja evaluates nothing while it compiles: templates run only when rendered.
+# Since it takes the context, Jinja evaluates nothing when it compiles a template, only when it renders it.
 @jinja2.pass_context
 def _printable(context: Context, value: object) -> object:
+    """A value that the template prints; raises for None and NaN, which are columns without a value."""
     if isinstance(value, Undefined) or not _is_empty(value):
         return value
     empty = sorted(str(name) for name, column in context.get_all().items() if _is_empty(column))
@@ -113,11 +116,11 @@ def seeded_choice(seed: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CompiledJinja:
+    """A parsed Jinja text. variables: the columns that it reads. input_variables: those it may read before `|||`."""
+
     template: jinja2.Template
     variables: frozenset[str]
-    """What the text reads from the row."""
     input_variables: frozenset[str]
-    """What it may read before its `|||`."""
 
     def input_part(self, values: Mapping[str, object]) -> str:
         """The text before `|||`. What comes after it is not run, so it may use columns that the row lacks."""
@@ -155,9 +158,9 @@ def compile_jinja(source: str) -> CompiledJinja:
 
 
 def _mark_separators(parent: nodes.Node) -> None:
-    """Put SEPARATOR for each `|||` that the template prints: in its text, and in literals as in `join("|||")`.
+    """Replaces each `|||` that the template prints by SEPARATOR: in its text, and in literals as in `join("|||")`.
 
-    A literal that is passed to a method or compared (`text.split("|||")`) is about the data, and stays.
+    A literal that is compared or passed to a method (`text.split("|||")`) is about the data, and is kept.
     """
     for node in parent.iter_child_nodes():
         if isinstance(node, nodes.TemplateData):
@@ -171,7 +174,8 @@ def _mark_separators(parent: nodes.Node) -> None:
 def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:
     """The statements that can run before a separator in the text, and whether they always reach one.
 
-    Looks into `{% if %}`; statements of other kinds are kept whole, which can only keep too much. Changes `body`.
+    It looks into `{% if %}`; other kinds of statements are kept whole, so it may keep too much but never too little.
+    Changes `body`.
     """
     statements = []
     for node in body:

@@ -1,4 +1,4 @@
-"""Prompts that are too long lose the end of their documents, never the words of their template."""
+"""Shortens prompts that are too long: it cuts the ends of their documents, never the words of their template."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ SHOWN_CHARACTERS = 60
 
 
 class RenderedPrompt(str):
-    """A prompt's text that still knows what it was rendered from, and so can be rendered from less.
+    """A prompt's text together with what it was rendered from, so that it can be rendered again from shorter values.
 
-    variables: what the template read from the data row. Their texts, those in lists and mappings included, are what
-    `shortened` may cut. `render` takes replacements for some of them and returns the text with those. Pickled, it is
-    plain text.
+    variables: the values that the template read from the data row. `shortened` may cut the texts in them, also those
+    in lists and mappings. When pickled it becomes plain text.
     """
 
     __slots__ = ("_render", "variables")
@@ -29,7 +28,7 @@ class RenderedPrompt(str):
         return prompt
 
     def render(self, replaced: Mapping[str, object]) -> str:
-        """The text with some variables replaced. Raises `InputError` where the template fails on them."""
+        """The text with some variables replaced. Raises `InputError` if the template fails on the new values."""
         return self._render(replaced)
 
     def __reduce__(self):
@@ -37,7 +36,7 @@ class RenderedPrompt(str):
 
 
 class ShortenedText(str):
-    """The beginning of a text, as a template's variable: it prints what is left, and answers questions of the whole.
+    """The beginning of a text, as a template's variable: it prints as the beginning, but compares as the whole text.
 
     `if`, `length`, `in` and `==` see the whole text, so that a template's conditions take the same branch as before.
     """
@@ -75,16 +74,16 @@ def shortened(
     token_ends: Callable[[str], Sequence[int]],
     max_length: int,
 ) -> str:
-    """The longest rendering of at most `max_length` tokens, from variables that end earlier.
+    """The longest rendering of at most `max_length` tokens, from variables whose ends are cut off.
 
-    All variables are cut to one common number of tokens, so that the longest are cut first, and every one keeps at
-    least one token. In a list, what lies behind the cut is left out; where the template needs it, it is blank. A
-    search that begins where the excess says the cut must be takes two or three renderings.
+    All variables are cut to one common number of tokens, so that the longest are cut first, and each keeps at least
+    one token. Items of a list behind the cut are left out, or blank if the template fails without them. The search for
+    the best cut starts from the number of tokens that are too many, and takes two or three renderings.
 
     Args:
-        prompt: of more than `max_length` tokens.
-        count_tokens: tokens of a text, special tokens included.
-        token_ends: the places in a text at which it may be cut, in ascending order, the last at its end.
+        prompt: A prompt of more than `max_length` tokens.
+        count_tokens: Counts a text's tokens, special tokens included.
+        token_ends: Returns the places at which a text may be cut, in ascending order, the last one at its end.
 
     Raises:
         InputError: The template's own words and one token of each variable are too many.
@@ -111,7 +110,7 @@ def can_fit(
     token_ends: Callable[[str], Sequence[int]],
     max_length: int,
 ) -> bool:
-    """Whether the prompt fits with one token of each variable: if not, `shortened` has nothing to return."""
+    """Whether `shortened` can succeed: whether the prompt fits with one token of each variable."""
     cuts = _Cuts(prompt.variables, token_ends)
     for leaves_out in (True, False):
         try:
@@ -122,7 +121,7 @@ def can_fit(
 
 
 def cannot_fit(prompt: RenderedPrompt, count_tokens, token_ends, max_length: int) -> InputError:
-    """The error for a prompt whose template's own words are too many; it shows the row by its longest text."""
+    """The error for a prompt whose template alone is too long; to identify the row it shows the longest text in it."""
     cuts = _Cuts(prompt.variables, token_ends)
     try:
         least = f"{count_tokens(prompt.render(cuts.at(cuts.least, leaves_out=False)))} tokens"
@@ -142,10 +141,9 @@ def _beginning(prompt: RenderedPrompt) -> str:
 
 
 class _Cuts:
-    """All ways to cut a prompt's variables, from one token of each (`least`) to all (`most`), one token after another.
+    """All ways to cut a prompt's V variables, numbered from `least` (one token of each) to `most` (all tokens).
 
-    Cut number n leaves each variable n // V tokens of its own, V the number of variables, and the first n % V of them
-    one more.
+    Cut number n keeps n // V tokens of each variable, and one more of the first n % V variables.
     """
 
     def __init__(self, variables: Mapping[str, object], token_ends: Callable[[str], Sequence[int]]):
@@ -158,13 +156,13 @@ class _Cuts:
         self.most = len(self.names) * max(self._tokens.values(), default=0)
 
     def with_about(self, fewer: int) -> int:
-        """The number of the cut that leaves the variables `fewer` tokens less than they have."""
+        """The number of the cut that takes about `fewer` tokens away from the variables."""
         tokens_left = sum(self._tokens.values()) - fewer
         numbers = range(self.least, self.most + 1)
         return self.least - 1 + bisect.bisect_right(numbers, tokens_left, key=self._tokens_left)
 
     def at(self, number: int, leaves_out: bool) -> dict[str, object]:
-        """The variables that cut `number` shortens. leaves_out: drop a list's items that lie behind the cut."""
+        """The new values of the variables that cut `number` shortens. leaves_out: drop list items behind the cut."""
         limits = self._limits(number)
         return {
             name: _cut(value, iter(self._ends[name]), _Budget(limits[name]), leaves_out)
@@ -183,7 +181,7 @@ class _Cuts:
 def _longest_fitting(
     prompt: RenderedPrompt, cuts: _Cuts, excess: int, leaves_out: bool, fits: Callable[[str], bool]
 ) -> tuple[str | None, bool]:
-    """The rendering of the largest cut that fits, or None; and whether the template has failed on a cut."""
+    """The rendering with the largest cut number that fits, or None; and whether the template failed on some cut."""
     best, failed = None, False
     fitting, too_long = cuts.least - 1, cuts.most
     number, step = cuts.with_about(excess), 1
@@ -207,20 +205,20 @@ def _longest_fitting(
 
 
 class _Budget:
-    """How many tokens of a variable may still be used."""
+    """How many tokens of a variable may still be kept."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
     def take(self, tokens: int) -> int:
-        """As many of these tokens as are left, which then are used up."""
+        """Uses up to so many tokens of the budget, and returns how many."""
         taken = min(tokens, self.tokens)
         self.tokens -= taken
         return taken
 
 
 def _cut(value: object, ends: Iterator[list[int]], budget: _Budget, leaves_out: bool) -> object:
-    """A copy whose texts, in order, are as long as the budget allows; `ends` has the places where each may be cut."""
+    """A copy of a value whose texts are cut to the budget, in order; `ends` gives each text's places for a cut."""
     if isinstance(value, str):
         places = next(ends)
         taken = budget.take(len(places))
@@ -239,7 +237,7 @@ def _cut(value: object, ends: Iterator[list[int]], budget: _Budget, leaves_out: 
 
 
 def _texts(value: object) -> list[str]:
-    """The texts in a value, in the order in which `_cut` comes to them."""
+    """The texts in a value, in the order in which `_cut` cuts them."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

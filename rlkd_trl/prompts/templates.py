@@ -21,30 +21,31 @@ BUILTIN_PREFIX = "builtin:"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A jinja text `input ||| target`, rendered in a sandbox with the columns of a row as its variables.
+    """A Jinja text `input ||| target`, rendered in a sandbox with the columns of a row as its variables.
 
-    Jinja as in promptsource: the global `zip`, the filters `most_frequent` and `choice`, and `answer_choices` as a
+    As in promptsource there are the global `zip`, the filters `most_frequent` and `choice`, and `answer_choices` as a
     list. `choice` is not random here: it depends on the template and on what its input reads from the row, so that a
-    prompt is the same every time. A "|||" or jinja syntax in the row's values is plain text.
+    prompt is the same every time. A "|||" or Jinja syntax in the row's values is plain text.
+
+    name, jinja: the template's name and text. answer_choices: the Jinja text of the possible answers, separated by
+    `|||`; the template sees them as a list. original_task: False for promptsource's templates that turn the task
+    around, e.g. from the summary to the article. origin: the file that it came from, for error messages.
 
     Raises:
-        InputError: the jinja text is not valid.
+        InputError: the Jinja text is not valid.
     """
 
     name: str
     jinja: str
     answer_choices: str | None = None
-    """Jinja text of the possible answers, separated by `|||`; the template sees them as a list."""
     original_task: bool = True
-    """False for promptsource's templates that turn the task around, e.g. from the summary to the article."""
     origin: str | None = field(default=None, compare=False)
-    """The file it came from, for error messages."""
 
     def __post_init__(self) -> None:
         for text in (self.jinja, self.answer_choices or ""):
             try:
                 _variables_of(text)
-            except RenderingError as error:  # jinja's, or Python's about the generated code
+            except RenderingError as error:  # from Jinja, or from Python about the code that Jinja generates
                 if error.kind == "bounds":
                     raise InputError(f"{self._described} {error} to be read.") from error
                 line = "" if error.line is None else f", line {error.line}"
@@ -63,8 +64,8 @@ class PromptTemplate:
     def render(self, row: Mapping[str, object]) -> RenderedPrompt:
         """The prompt: the text before `|||`, stripped.
 
-        The target part is not run, so its columns may be missing. Take the human reference out of the row: then no
-        template can show it to the teacher. The prompt can be shortened later on; its draws of `choice` stay.
+        The target part is not run, so its columns may be missing. Remove the human reference from the row, so that no
+        template can show it to the teacher. If the prompt is shortened later, its draws of `choice` stay the same.
 
         Raises:
             InputError: the input uses a column that the row lacks, the template fails or does something that the
@@ -78,7 +79,7 @@ class PromptTemplate:
         return RenderedPrompt(self._input(row), read, render)
 
     def _input(self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None) -> str:
-        """`choosing_for`: the row that fixes the draws of `choice`, if it is another. Raises `InputError`."""
+        """The prompt. choosing_for: the row that fixes the draws of `choice`; default `row`. Raises `InputError`."""
         hint = ", or leave this template out if that is the human reference: a prompt must not show it"
         with self._explained(row, hint):
             [prompt] = self._parts(row, choosing_for, until_separator=True)
@@ -115,7 +116,7 @@ class PromptTemplate:
     def _parts(
         self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None, until_separator: bool
     ) -> list[str]:
-        """The rendered text, split at its `|||`, or only what is before. Raises `RenderingError`."""
+        """The rendered text, split at its `|||`; or only the part before it. Raises `RenderingError`."""
         values = {column: plain_value(column, value) for column, value in row.items() if column in self.variables}
         choosing_for = row if choosing_for is None else choosing_for
         read = [(column, choosing_for[column]) for column in sorted(self.input_variables) if column in choosing_for]
@@ -145,7 +146,7 @@ class PromptTemplate:
 
 
 class _Variables(NamedTuple):
-    """What a jinja text reads from the row: anywhere, and before its `|||`."""
+    """The columns that a Jinja text reads: anywhere in it, and before its `|||`."""
 
     anywhere: frozenset[str]
     in_input: frozenset[str]
@@ -153,17 +154,17 @@ class _Variables(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _variables_of(jinja: str) -> _Variables:
-    """Parses and compiles, running nothing. Raises `RenderingError`."""
+    """The columns of a Jinja text, which is parsed and compiled but not run. Raises `RenderingError`."""
     return _Variables(*map(frozenset, ask_renderer("variables", jinja)))
 
 
 class PromptTemplates(Sequence[PromptTemplate]):
     """The templates through which a teacher is asked, and how columns are renamed for them.
 
-    `rename` maps columns to template variables, e.g. `{"mr": "meaning_representation"}`. A row keeps its columns and
-    gains the aliases. The single templates (`templates[0]`) know nothing of it.
+    `rename` maps columns to template variables, e.g. `{"mr": "meaning_representation"}`: the row gets the new names in
+    addition to its own. It does not apply to a single template taken from the set (`templates[0]`).
 
-    A plain text among the templates is the Jinja of one, named after its place: "template_1".
+    A plain text in `templates` is taken as a template's Jinja text; its name is its place, e.g. "template_1".
 
     Raises:
         InputError: there are no templates, or one is not valid Jinja.
@@ -287,7 +288,7 @@ class PromptTemplates(Sequence[PromptTemplate]):
         return [template.render(row) for template in self]
 
     def render_source(self, text: str) -> list[RenderedPrompt]:
-        """One prompt per template, with `text` as the one column that their inputs read; `rename` plays no part.
+        """One prompt per template, with `text` as the one column that their inputs read; `rename` is not used.
 
         Raises:
             InputError: as `source_variable` and `PromptTemplate.render`.
@@ -296,7 +297,7 @@ class PromptTemplates(Sequence[PromptTemplate]):
         return [template.render({variable: text}) for template in self]
 
     def validate(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """Render every row, to find out early.
+        """Renders every row, so that errors are found early.
 
         Raises:
             InputError: a row cannot be rendered; the message names it (counting from 1) and the template.

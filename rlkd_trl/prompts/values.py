@@ -1,4 +1,4 @@
-"""A row's values as templates get them."""
+"""Converts a row's values into those that templates work with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UnusableValue:
-    """What stands for an object that is no value of a prompt (an image, say): in a template it raises when used."""
+    """Stands for an object that no prompt can hold, e.g. an image: a template that uses it raises `reason`."""
 
     reason: str
 
@@ -19,7 +19,7 @@ class UnusableValue:
 
 
 def _in_a_template(reason: str) -> object:
-    """Called where a template is about to run."""
+    """Called when the value is unpickled in the process that runs templates."""
     from rlkd_trl.prompts.sandbox import unusable_value
 
     return unusable_value(reason)
@@ -28,7 +28,7 @@ def _in_a_template(reason: str) -> object:
 def plain_value(column: str, value: object) -> object:
     """A copy of a row's value that a template may use and change: text, numbers, dates, None, lists and mappings.
 
-    Arrays and tensors become lists. Any other object becomes an `UnusableValue`.
+    Arrays and tensors become lists; any other object becomes an `UnusableValue`. column: for its message.
     """
     if hasattr(value, "tolist"):  # numpy, torch
         value = value.tolist()

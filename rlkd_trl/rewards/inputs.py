@@ -15,20 +15,20 @@ class RewardInputs:
 
     A completion has n ≤ T real tokens, its first EOS included; `completion_mask_BT` is True on them.
 
-    rows: data row of each of the P prompts (`prompt`, and every other column).
+    rows: the data row of each of the P prompts (`prompt`, and every other column).
     prompt_index_B: completion b answers prompt `prompt_index_B[b]`; see `column`.
-    completion_ids_BT: the student's token ids; what stands behind the mask means nothing.
+    completion_ids_BT: the student's token ids; meaningless behind the mask.
     ended_B: whether the completion ended with EOS; the others were cut off at the length cap.
-    completions: decoded texts, B of them.
-    student_logps_BT: log π(y_t | s_t) under the distribution that was sampled, without gradient; None where no reward
-        reads it (see `TeacherReward`) and it would cost a forward pass.
-    forbidden_V: True on ids outside of that distribution.
-    scores: what the teacher says of each token, from its raw logits z_t `[V]` in the state s_t in which y_t was
-        chosen: `scores.chosen` z_t[y_t] `[B, T]`; `scores.mean`, `scores.max` and `scores.logsumexp` over the
-        vocabulary, `[B, T+1]`, the last of them in the state after a completion that was cut off (see
-        `TeacherScores`). So log p(y_t) is `scores.chosen - scores.logsumexp[:, :-1]`. Of several teachers or
-        templates, each statistic's weighted mean; a reward that is not linear in them is better a `TeacherReward`,
-        of which the mean is taken over rewards. None where the rewards have no teacher.
+    completions: the B decoded texts.
+    student_logps_BT: log π(y_t | s_t) under the distribution that was sampled from, without gradient; None if no
+        reward reads it (see `TeacherReward`), as computing it can take a forward pass.
+    forbidden_V: True on ids that are not in that distribution.
+    scores: statistics of the teacher's raw logits z_t `[V]` in the state s_t, in which y_t was chosen:
+        `scores.chosen`, z_t[y_t], is `[B, T]`; `scores.mean`, `scores.max` and `scores.logsumexp`, over the
+        vocabulary, are `[B, T+1]`, where column T+1 is the state after a completion that was cut off (see
+        `TeacherScores`). So log p(y_t) is `scores.chosen - scores.logsumexp[:, :-1]`. With several teachers or
+        templates, each statistic is a weighted mean over them; a reward that is not linear in the statistics should be
+        a `TeacherReward`, whose rewards are averaged instead. None if the rewards have no teacher.
     """
 
     rows: Sequence[Mapping[str, object]]
@@ -42,7 +42,7 @@ class RewardInputs:
     scores: TeacherScores | None = None
 
     def of_completion(self, b: int) -> "RewardInputs":
-        """The same with one of the completions only."""
+        """The inputs of completion b alone."""
         row = slice(b, b + 1)
         return replace(
             self,
@@ -57,7 +57,7 @@ class RewardInputs:
         )
 
     def column(self, name: str) -> list[object]:
-        """A data column, once per completion."""
+        """The values of a data column for the B completions, each the value of its prompt's row."""
         return [self.rows[p][name] for p in self.prompt_index_B.tolist()]
 
     def token_lists(self) -> list[list[int]]:

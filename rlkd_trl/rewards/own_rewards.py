@@ -1,6 +1,7 @@
 """Reward functions and classes that users write: how they are called, and what they may return.
 
-Whatever they do wrong ends in one `InputError` that names the reward and its file; the rest of a run is in order.
+Whatever they do wrong becomes an `InputError` that names the reward and its file, so that the user can see that the
+mistake is in the reward and not in this package.
 """
 
 import asyncio
@@ -20,11 +21,12 @@ from rlkd_trl.rewards.teacher_rewards import TeacherReward
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.scores import TeacherScores
 
-# A function with one of these parameters, or any keyword, follows TRL's protocol.
+# A function that has one of these parameters, or takes any keyword (`**kwargs`), follows TRL's protocol.
 _TRL_NAMES = ("prompts", "completions", "completion_ids")
 
 
 def follows_trl_protocol(function: Callable) -> bool:
+    """Whether the function takes TRL's keyword arguments, rather than one `RewardInputs`."""
     return _takes_any_keyword(function) or any(name in _parameters(function) for name in _TRL_NAMES)
 
 
@@ -49,10 +51,10 @@ def check_signature(function: Callable) -> None:
 def function_reward(
     name: str, function: Callable, inputs: RewardInputs, allow_not_finite: bool = False
 ) -> tuple[Tensor, bool]:
-    """A function's scores as `[B, T]`, 0 behind the mask, and whether it gave one per completion.
+    """A function's scores as `[B, T]`, 0 behind the mask, and whether it returned one score per completion.
 
     Raises:
-        InputError: It raised or called `sys.exit`, or did not return one number per completion or token.
+        InputError: The function raised or called `sys.exit`, or did not return one number per completion or token.
     """
     mask_BT = inputs.completion_mask_BT
     try:
@@ -71,7 +73,7 @@ def function_reward(
 
 
 def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> TeacherReward:
-    """An instance on the teachers of `panel`. Raises `InputError` if the class wants other arguments, or fails."""
+    """An instance of the class for the teachers of `panel`. Raises `InputError` if the constructor fails."""
     try:
         return kind(panel, **settings)
     except InputError:
@@ -88,10 +90,10 @@ def teacher_reward(
     inputs: RewardInputs,
     allow_not_finite: bool = False,
 ) -> Tensor:
-    """A `TeacherReward`'s `[B, T]`, the weighted mean over its panel's scorers.
+    """A `TeacherReward`'s rewards `[B, T]`, the weighted mean over its panel's scorers.
 
     Raises:
-        InputError: A class that is not of this package raised, called `sys.exit`, or returned something else.
+        InputError: A user's class raised, called `sys.exit`, or returned something else than rewards.
     """
     if type(reward).__module__.startswith("rlkd_trl."):
         return reward.mean_over_scorers(scores, inputs)
@@ -103,11 +105,12 @@ def teacher_reward(
         raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
     for rewards_BT in rewards:
         _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT, allow_not_finite)
-    mean_BT = sum(weight * one_BT.detach() for weight, one_BT in zip(reward.panel.weights, rewards, strict=True))
+    mean_BT = sum(w * rewards_BT.detach() for w, rewards_BT in zip(reward.panel.weights, rewards, strict=True))
     return masked(mean_BT.float(), inputs.completion_mask_BT)
 
 
 def _result(function: Callable, inputs: RewardInputs) -> object:
+    """What the function returns, called by its own protocol and awaited if it is asynchronous."""
     if not follows_trl_protocol(function):
         return function(inputs)
     result = function(**_trl_arguments(function, inputs))
@@ -115,7 +118,7 @@ def _result(function: Callable, inputs: RewardInputs) -> object:
 
 
 def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
-    """What TRL passes, and `ended`, in place of data columns of the same names; only what the function accepts."""
+    """The keyword arguments that the function accepts: those of TRL, `ended`, and data columns of other names."""
     arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
     arguments |= {
         "prompts": inputs.column("prompt"),
@@ -141,7 +144,7 @@ def _as_tensor(result: object, function: Callable, name: str, mask_BT: Tensor) -
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise _error(function, name, f"returned {_short(result)}; {expected}")
     try:
-        # A TRL reward function may return None for a sample it does not apply to: no reward.
+        # As in TRL, a function may return None for a sample that it does not apply to; such a sample gets no reward.
         return torch.tensor([0.0 if score is None else float(score) for score in result])
     except (TypeError, ValueError, OverflowError) as error:
         raise _error(function, name, f"returned {_short(result)}; {expected} ({error})") from error
@@ -164,7 +167,7 @@ def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor, al
 
 
 def _error(reward: object, name: str | None, problem: str) -> InputError:
-    """The error "The reward NAME PROBLEM. It is in FILE."; `name` None takes the function's or the class's."""
+    """The error "The reward NAME PROBLEM. It is in FILE."; without a name it is the function's or the class's."""
     name = getattr(reward, "__name__", type(reward).__name__) if name is None else name
     file = _file_of(reward)
     return InputError(f"The reward {name!r} {problem}." + (f" It is in {file}." if file else ""))
@@ -187,7 +190,7 @@ def _shown(error: BaseException, reward: object) -> str:
 
 
 def _first_failing(function: Callable, inputs: RewardInputs, kind: type[BaseException]) -> str:
-    """The first completion of the batch on which the function fails alone, too."""
+    """The first completion on which the function also fails by itself, in words; the batch if there is none."""
     for b in range(len(inputs.completion_ids_BT)):
         try:
             _result(function, inputs.of_completion(b))
@@ -222,7 +225,7 @@ def _takes_any_keyword(function: Callable) -> bool:
 
 
 def _wait_for(awaitable: Awaitable[list[float]]) -> list[float]:
-    """The awaited result, from a new thread: in a notebook the current one already runs an event loop."""
+    """The awaited result, from a new thread, because in a notebook the current thread already runs an event loop."""
 
     async def wait() -> list[float]:
         return await awaitable

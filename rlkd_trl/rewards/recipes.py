@@ -42,9 +42,13 @@ REWARDS: dict[str, type[TeacherReward] | Callable] = {
 
 @dataclass(frozen=True)
 class RewardResult:
-    """rewards_BT: the weighted sum. completion_rewards_BT: the part of it from terms that give each completion one
-    number, which is on its last token. potentials_BT1: the same sum of the terms' potentials. terms: each unweighted
-    term `[B, T]` by name. scores: the first panel's scores, one per scorer, None without a teacher."""
+    """The rewards of a batch, and what they are made of.
+
+    rewards_BT: the weighted sum of all terms. completion_rewards_BT: the part of it from terms that give one number
+    per completion, which stands on the last token. potentials_BT1: the same weighted sum of the terms' potentials.
+    terms: each term by name, unweighted, `[B, T]`. scores: the first panel's scores, one per scorer, None without a
+    teacher; scorer_weights: the scorers' weights.
+    """
 
     rewards_BT: Tensor
     completion_rewards_BT: Tensor
@@ -62,17 +66,22 @@ class RewardResult:
 
 
 class RewardModel:
-    """A weighted sum of reward terms; each teacher panel is asked once, whatever number of terms reads it.
+    """A weighted sum of reward terms. A teacher panel scores a batch once, however many terms read its scores.
 
-    `panel` is asked even if no term reads it, for the teacher's NLL in logs and evaluations.
+    `panel` scores even if no term reads it, for the teacher's NLL in logs and evaluations.
 
-    A term is a `TeacherReward`, or a function with TRL's protocol (of the keyword arguments `prompts`, `completions`,
-    `completion_ids`, `ended` and the data's columns, those that it accepts; returns B floats, placed on the last
-    token; may be asynchronous), or a function of one `RewardInputs` that returns a tensor `[B, T]` (per token) or
-    `[B]` (on the last token). The latter reads the first panel's statistics in `RewardInputs.scores`.
+    A term is one of:
+
+    - a `TeacherReward`;
+    - a function of one `RewardInputs`, whose `scores` are the first panel's, that returns a tensor `[B, T]` (per
+      token) or `[B]` (which is put on the last token);
+    - a function with TRL's protocol: it gets those of the keyword arguments `prompts`, `completions`,
+      `completion_ids`, `ended` and the data's columns that it accepts, and returns B floats, which are put on the last
+      tokens. It may be asynchronous.
 
     Raises:
-        InputError: No term, as many weights as terms are not given, or a function takes other arguments.
+        InputError: There is no term, the number of weights is not that of the terms, or a function takes other
+            arguments than these.
     """
 
     def __init__(
@@ -95,21 +104,21 @@ class RewardModel:
 
     @property
     def panels(self) -> list[TeacherPanel]:
-        """The distinct teacher panels, `panel` and those behind the terms, in order."""
+        """The distinct teacher panels: `panel`, then those that the terms read."""
         panels = [] if self._panel is None else [self._panel]
         panels += [term.panel for term in self.teacher_terms]
         return list({id(panel): panel for panel in panels}.values())
 
     @property
     def reads_student_log_probs(self) -> bool:
-        """Whether a term reads `RewardInputs.student_logps_BT`, as any function of `RewardInputs` may."""
+        """Whether a term may read `RewardInputs.student_logps_BT`; a function of `RewardInputs` always may."""
         return any(
             term.reads_student_log_probs if isinstance(term, TeacherReward) else not follows_trl_protocol(term)
             for term, _ in self.terms.values()
         )
 
     def score(self, inputs: RewardInputs) -> dict[int, list[TeacherScores]]:
-        """Asks every panel once; the teacher's only appearance. Keys are the panels' ids."""
+        """Every panel's scores of the batch, by `id(panel)`. No other method calls a teacher."""
         return {
             id(panel): score_panel(panel, inputs, [term for term in self.teacher_terms if term.panel is panel])
             for panel in self.panels
@@ -118,9 +127,12 @@ class RewardModel:
     def rewards(
         self, inputs: RewardInputs, scores: dict[int, list[TeacherScores]], *, allow_not_finite: bool = False
     ) -> RewardResult:
-        """The weighted sum of all terms, from scores that `score` returned.
+        """The weighted sum of all terms, from the scores that `score` returned.
 
-        NaN or infinity in a term of one's own is an error, unless `allow_not_finite`: a trainer drops the sample.
+        With `allow_not_finite`, a user's term may be NaN or infinite for some completions: trainers drop these.
+
+        Raises:
+            InputError: A user's term fails, returns other shapes, or NaN or infinity without `allow_not_finite`.
         """
         batch_size, length = inputs.completion_ids_BT.shape
         device = inputs.completion_ids_BT.device
@@ -167,11 +179,11 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
         )
     if not Path(path).is_file():
         raise InputError(f"`--reward {spec}`: there is no file {path}.")
-    # The whole path, so that a file called json.py, or two called reward.py, replace no other module.
+    # The module's name holds the whole path, so that neither a file json.py nor a second reward.py hides a module.
     module_name = re.sub(r"\W", "_", str(Path(path).resolve()))
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses, and pickle, look the module of a class up there
+    sys.modules[module_name] = module  # where dataclasses and pickle look up the module of a class
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -192,6 +204,7 @@ def _is_teacher_reward(value: object) -> bool:
 
 
 def _distinct_names(terms: Sequence[Callable]) -> list[str]:
+    """The terms' names; a second "length" is "length_2"."""
     names: list[str] = []
     for term in terms:
         name = getattr(term, "__name__", type(term).__name__)

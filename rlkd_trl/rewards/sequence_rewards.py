@@ -10,7 +10,7 @@ from rlkd_trl.evaluation.metrics import bleu, rouge
 
 
 def length(prompts, completions, completion_ids, **columns) -> list[float]:
-    """Number of tokens, EOS included. With a negative weight, a length penalty."""
+    """Number of tokens, EOS included; with a negative weight it is a length penalty."""
     return [float(len(ids)) for ids in completion_ids]
 
 

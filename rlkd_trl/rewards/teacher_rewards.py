@@ -1,7 +1,7 @@
-"""Rewards that a teacher gives, one number per token.
+"""Rewards from a teacher's scores, one number per token.
 
-Each class names one equation of `rlkd_trl.ops.rewards` and the statistics it reads. An instance is a valid TRL reward
-function too: `GRPOTrainer(reward_funcs=[TeacherForcingReward(...)])` gets the sequence sums.
+Each class stands for one equation of `rlkd_trl.ops.rewards` and names the statistics that it reads. An instance is
+also a TRL reward function: `GRPOTrainer(reward_funcs=[TeacherForcingReward(...)])` gets each completion's sum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,16 @@ from rlkd_trl.teachers.teacher import Teacher
 
 
 class TeacherReward:
-    """A per-token reward read off a teacher's scores, averaged over teachers and templates.
+    """A per-token reward computed from a teacher's scores, averaged over teachers and templates.
 
     Args:
-        model: A `Teacher`, a loaded model, a checkpoint's directory or Hub id, or a list of any of these, or a
-            ready `TeacherPanel`.
-        processing_class: The teacher's tokenizer; not needed where `model` brings its own.
-        templates: The ways to ask; without any, the teacher reads the student's prompt as it is.
+        model: A `Teacher`, a loaded model, a checkpoint's directory or Hub id, a list of any of these, or a
+            `TeacherPanel`.
+        processing_class: The teacher's tokenizer; needed only for a loaded model.
+        templates: How the teacher is asked; without templates it reads the student's prompt as it is.
+
+    Raises:
+        InputError: As `Teacher` and `TeacherPanel`, or a loaded model comes without its tokenizer.
     """
 
     # Whether `rewards` reads `RewardInputs.student_logps_BT`; False can save the trainers a forward pass.
@@ -48,7 +51,7 @@ class TeacherReward:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "rewards" in vars(cls):  # a new `rewards` may read what the one that it replaces did not
+        if "rewards" in vars(cls):  # a subclass's `rewards` may read what its base's does not
             cls.reads_student_log_probs = vars(cls).get("reads_student_log_probs", True)
 
     def __init__(
@@ -65,7 +68,7 @@ class TeacherReward:
         return type(self).__name__
 
     def wanted_statistics(self) -> dict[str, object]:
-        """Arguments for `TeacherPanel.score` beyond the completions."""
+        """The statistics that `rewards` reads beyond the default: `expected` and `tau` of `Teacher.score`."""
         return {}
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
@@ -73,7 +76,7 @@ class TeacherReward:
         raise NotImplementedError
 
     def potentials(self, scores: TeacherScores) -> Tensor:
-        """`[B, T+1]` Φ(s_t) for potential-based shaping; 0 where the reward implies none."""
+        """Φ(s_t) for potential-based shaping, `[B, T+1]`; 0 if the reward implies no potential."""
         return torch.zeros_like(scores.mean)
 
     def score_tokens(self, prompts: list[str], completions_ids: list[list[int]]) -> list[Tensor]:
@@ -81,6 +84,9 @@ class TeacherReward:
 
         `prompts[i]` is the source text that completion i answers; equal prompts are read once. A completion whose
         last id is not EOS counts as truncated.
+
+        Raises:
+            InputError: The numbers of prompts and completions differ, or a prompt is not text.
         """
         if len(prompts) != len(completions_ids):
             raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
@@ -93,10 +99,13 @@ class TeacherReward:
     def __call__(self, prompts, completions=None, completion_ids=None, **kwargs) -> list[float]:
         """TRL's reward-function protocol: one sum per completion. Extra columns reach the templates.
 
-        A completion without EOS at its end was cut off: its last token's reward is bootstrapped, as the trainers here
-        do it, by γ Φ(s_{n+1}) (`ops.rewards.bootstrap_truncated`). For the teacher-forcing reward that takes the
-        −γ V(s_{n+1}) away, by which a completion would lose for being longer than the cap. `score_tokens` gives the
-        rewards without it.
+        A completion without EOS at its end was cut off. Then γ Φ(s_{n+1}) is added to its last token's reward, as the
+        trainers here do it (`ops.rewards.bootstrap_truncated`). For the teacher-forcing reward this cancels the
+        −γ V(s_{n+1}), which would punish a completion for reaching the length cap. `score_tokens` returns the rewards
+        without this correction.
+
+        Raises:
+            InputError: There are no `completion_ids`, or a prompt is neither text nor a conversation.
         """
         if completion_ids is None:
             raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
@@ -119,7 +128,7 @@ class TeacherReward:
         return sequence_sum(rewards_BT, mask_BT).tolist()
 
     def _text(self, prompt: str | list[dict[str, str]], index: int) -> str:
-        """A conversational prompt as text, through the teacher's own chat template."""
+        """A prompt as text; a conversation is written with the teacher's chat template."""
         if not isinstance(prompt, list):
             return _checked(prompt, index)
         tokenizer = self.panel.scorers[0].teacher.processing_class
@@ -131,7 +140,7 @@ class TeacherReward:
         return RenderedPrompt(written({}), {i: message["content"] for i, message in enumerate(prompt)}, written)
 
     def _inputs(self, rows: list[dict], completions_ids: list[list[int]]) -> RewardInputs:
-        """Rewards' inputs for one completion per row; a completion without EOS at its end counts as truncated."""
+        """The `RewardInputs` of one completion per row; without EOS at its end a completion counts as truncated."""
         teacher = self.panel.scorers[0].teacher
         eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
         lengths = [len(ids) for ids in completions_ids]
@@ -159,11 +168,11 @@ class TeacherForcingReward(TeacherReward):
     """r_t = q_t − γ V_{t+1} (Hao, Liu & Mou 2022; Li, Hao & Mou 2024, "LLMR").
 
     Args:
-        value: V is the "max" of the centred logits (Hao 2022), their "expected" value under the teacher's softmax
-            (LLMR), or "soft" = τ logsumexp(f/τ), for which the reward is a shaped log-likelihood at τ = 1.
-        gamma: Discount γ. Use the trainer's.
-        k: Steps of KETCHUP's K-step return (Fan et al. 2026); 1 is the one-step reward.
-        tau: Temperature of value="soft".
+        value: V is the "max" of the centred logits f (Hao 2022), their "expected" value under the teacher's softmax
+            (LLMR), or "soft", τ logsumexp(f/τ), with which the reward is a shaped log-likelihood at τ = 1.
+        gamma: The discount γ, 0 to 1; use that of the trainer.
+        k: The number of steps in KETCHUP's K-step return (Fan et al. 2026); 1 is the one-step reward.
+        tau: The temperature τ of value="soft".
 
     Raises:
         InputError: Unknown `value`; `k`, `tau` or `gamma` out of range, NaN or infinite.
@@ -216,8 +225,8 @@ class LogLikelihoodReward(TeacherReward):
 class LogRatioReward(TeacherReward):
     """log p_teacher − log p_student, whose expectation is minus the reverse KL (MiniLLM; on-policy distillation).
 
-    Both distributions are over the ids that the student may sample, so that a teacher's ratio to itself is 0 where it
-    is sampled at temperature 1, the teacher's temperature here.
+    Both distributions are over the ids that the student may sample. The teacher's temperature is 1, so for a student
+    that equals its teacher and is sampled at temperature 1 the ratio is 0.
     """
 
     reads_allowed_logsumexp = True
@@ -239,7 +248,11 @@ def _checked(prompt: object, index: int) -> str:
 
 
 def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[TeacherReward]) -> list[TeacherScores]:
-    """The panel's scores with every statistic that any of `terms` reads."""
+    """The panel's scores with every statistic that one of `terms` reads.
+
+    Raises:
+        InputError: Two terms need different `tau`; or as `TeacherPanel.score`.
+    """
     statistics: dict[str, object] = {"expected": False, "tau": None}
     for term in terms:
         for name, value in term.wanted_statistics().items():

@@ -1,1 +1,1 @@
-"""What settings may be, whoever reads them: trainers, flags of commands, the planner."""
+"""What is known of settings wherever they are used (trainers, commands, the planner): ranges, files, declarations."""

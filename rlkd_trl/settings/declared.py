@@ -1,9 +1,9 @@
-"""The fields of a dataclass as its source declares them, without importing its module.
+"""Reads the fields of a dataclass from its source text, without importing its module.
 
-`transformers.TrainingArguments` takes four seconds to import: torch, accelerate, PEFT. For `--help`, and to see that a
-flag is misspelt, its fields are enough. What is read here serves for nothing else: a run has the class itself. What
-the source leaves open (a default that is computed) stays `UNKNOWN`; where a class cannot be read at all, there is no
-sketch of it, and the class itself has to be imported.
+`transformers.TrainingArguments` takes four seconds to import, because of torch, accelerate and PEFT. For `--help`, and
+to see that a flag is misspelt, its fields are enough: `declared` makes a sketch of the class, a dataclass with the
+same fields. A run never uses a sketch, but the class itself. A default that the source computes is `UNKNOWN` in the
+sketch. If the source cannot be understood there is no sketch, and the class has to be imported.
 """
 
 import ast
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlkd_trl.settings.ranges import check_values, ranges_of
 
-# Modules that are imported as they are, since they import little.
+# Modules that may be imported, since they import little themselves.
 _LIGHT = {*sys.stdlib_module_names, "rlkd_trl.settings.ranges", "rlkd_trl.settings.files", "rlkd_trl.errors"}
 _ENUMS = {"Enum", "StrEnum", "ExplicitEnum"}
 
@@ -35,13 +35,14 @@ UNKNOWN = _Unknown()
 
 
 class _CannotRead(Exception):
-    """The source is written in a way that is not read here."""
+    """The source is written in a way that this module does not understand."""
 
 
 def declared(path: str) -> type | None:
-    """A dataclass with the fields of the one at `package.module.Class`, in the same order, and its bases likewise.
+    """A sketch of the dataclass at `package.module.Class`: a dataclass with the same fields in the same order.
 
-    Its instances check the ranges of their numbers and do nothing else. None where the source cannot be read.
+    Its bases are sketches too. Its instances check the ranges of their numbers and do nothing else. None if the source
+    cannot be read.
     """
     module, _, name = path.rpartition(".")
     try:
@@ -53,7 +54,7 @@ def declared(path: str) -> type | None:
 @cache
 def _source(module: str) -> ast.Module:
     top, *submodules = module.split(".")
-    spec = importlib.util.find_spec(top)  # of a package at the top: without importing it
+    spec = importlib.util.find_spec(top)  # for a top-level name this does not import anything
     if spec is None or not spec.submodule_search_locations:
         raise _CannotRead(module)
     base = Path(spec.submodule_search_locations[0]).joinpath(*submodules)
@@ -63,7 +64,7 @@ def _source(module: str) -> ast.Module:
 
 @cache
 def _class(module: str, name: str) -> type:
-    """A dataclass made from its source and those of its bases."""
+    """The sketch of a dataclass, from its source and those of its bases."""
     node = _statement(module, name)
     if isinstance(node, ast.ImportFrom):
         return _class(*_imported(module, node, name))
@@ -81,7 +82,7 @@ def _class(module: str, name: str) -> type:
             body.note(statement)
     namespace = {"__doc__": ast.get_docstring(node), "__post_init__": _check_ranges}
     namespace["inherited_ranges"] = _inherited_ranges(module, bases)
-    # Fields with and without defaults may stand in any order in a class that is never made by position.
+    # Keyword-only fields with and without defaults may stand in any order.
     return dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace, kw_only=True)
 
 
@@ -90,7 +91,7 @@ def _field(statement: ast.AnnAssign, names: "_Names") -> tuple[object, dataclass
     try:
         kind = names.evaluate(statement.annotation)
     except _CannotRead:
-        kind = str  # takes any text
+        kind = str  # accepts any text
     value = statement.value
     is_call = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"
     if not is_call:
@@ -108,7 +109,7 @@ def _field(statement: ast.AnnAssign, names: "_Names") -> tuple[object, dataclass
 
 
 def _inherited_ranges(module: str, bases: tuple[type, ...]) -> Mapping[str, object]:
-    """A module's `INHERITED_RANGES`, for the fields that its classes have from another library."""
+    """The module's `INHERITED_RANGES`, of fields that its classes inherit from another library; else its bases'."""
     try:
         return _Names(module)["INHERITED_RANGES"]
     except KeyError:
@@ -122,18 +123,18 @@ def _check_ranges(sketch: object) -> None:
 
 
 class _Names(Mapping):
-    """What names stand for in a module, and in a class's body so far; looked up when they are asked for."""
+    """The values of names in a module, and in a class's body up to the current statement; looked up when needed."""
 
     def __init__(self, module: str):
         self.module = module
         self.local: dict[str, object] = {}
 
     def note(self, statement: ast.stmt) -> None:
-        """A statement of the class's body that is not a field."""
+        """Remembers what a statement of the class's body, other than a field, assigns."""
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             self.local[statement.targets[0].id] = self.evaluate_or_unknown(statement.value)
         else:
-            for inner in ast.walk(statement):  # set under a condition
+            for inner in ast.walk(statement):  # e.g. assigned under a condition
                 if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                     self.local[inner.id] = UNKNOWN
 
@@ -169,7 +170,7 @@ class _Names(Mapping):
 
 @cache
 def _meaning(module: str, name: str) -> object:
-    """What a name at the top of a module stands for: what it imports, an enumeration, or a constant."""
+    """The value of a name at the top level of a module: an import, an enumeration, or a constant."""
     node = _statement(module, name)
     if isinstance(node, ast.ImportFrom):
         source, original = _imported(module, node, name)
@@ -190,13 +191,13 @@ def _meaning(module: str, name: str) -> object:
     if isinstance(node.value, ast.Dict):
         try:
             return names.evaluate(node.value)
-        except _CannotRead:  # a table of functions: its keys are what a help text lists
+        except _CannotRead:  # a table of functions, of which help texts list the keys
             return dict.fromkeys(names.evaluate(key) for key in node.value.keys)
     return names.evaluate(node.value)
 
 
 def _statement(module: str, name: str) -> ast.stmt:
-    """The one that gives a name its meaning at the top of a module."""
+    """The statement at the top level of a module that defines a name."""
     for node in _source(module).body:
         if isinstance(node, ast.ImportFrom | ast.Import):
             if any((alias.asname or alias.name) == name for alias in node.names):
@@ -212,7 +213,7 @@ def _statement(module: str, name: str) -> ast.stmt:
 
 
 def _imported(module: str, node: ast.ImportFrom, name: str) -> tuple[str, str]:
-    """Module and name there of what `from … import` gives a name."""
+    """The module that a name comes from by `from … import …`, and its name there."""
     original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
     parts = module.split(".")
     package = module if _is_package(module) else ".".join(parts[:-1])

@@ -1,9 +1,9 @@
-"""Which settings name files that are read, and places that are written, noted with their fields.
+"""Which settings name files that are read, and places that are written: part of the type of their fields.
 
     dataset: DataPath | None = field(default=None, ...)
 
-Parsers of dataclasses, which drop annotations, see a plain `str`. A value may also name something elsewhere: a
-dataset or a checkpoint on the Hub, a reward or templates of the package.
+Parsers of dataclasses ignore the annotation and see a plain `str`. A value may also name something that is not a file:
+a dataset or a checkpoint on the Hub, a reward or templates of the package.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from rlkd_trl.settings.hub import require_on_hub
 
 
 class Reads(enum.Enum):
-    """What a value names."""
+    """The kind of thing that a value names and that is read."""
 
     DATA = "data"
     CHECKPOINT = "checkpoint"
@@ -30,7 +30,7 @@ class Reads(enum.Enum):
 
 
 class Writes(enum.Enum):
-    """What is written at the place that a value names."""
+    """The kind of thing that is written to the place that a value names."""
 
     OUTPUT = "output"
 
@@ -40,9 +40,8 @@ CheckpointPath = Annotated[str, Reads.CHECKPOINT]
 TemplatesPath = Annotated[str, Reads.TEMPLATES]
 RewardPath = Annotated[str, Reads.REWARD]
 PresetPath = Annotated[str, Reads.PRESET]
-# Of an output: a file, or a directory of results.
-OutputPath = Annotated[str, Writes.OUTPUT]
-# Of transformers.TrainingArguments.
+OutputPath = Annotated[str, Writes.OUTPUT]  # a file, or a directory of results
+# Fields of transformers.TrainingArguments, whose types do not say so.
 INHERITED = {
     "resume_from_checkpoint": Reads.RUN_CHECKPOINT,
     "deepspeed": Reads.JSON,
@@ -54,7 +53,7 @@ _INHERITED_WRITTEN = "output_dir"
 
 @cache
 def files_read(settings: type) -> dict[str, Reads]:
-    """The fields of a dataclass, its own and transformers', whose values name something to read; and what that is."""
+    """The fields of a dataclass, inherited ones included, whose values name something to read, and its kind."""
     hints = typing.get_type_hints(settings, include_extras=True)
     names = [field.name for field in dataclasses.fields(settings)]
     declared_here = {name: reads for name in names if (reads := _noted(hints[name], Reads)) is not None}
@@ -63,14 +62,14 @@ def files_read(settings: type) -> dict[str, Reads]:
 
 @cache
 def places_written(settings: type) -> list[str]:
-    """The fields of a dataclass, its own and transformers', whose values name the place of an output."""
+    """The fields of a dataclass, inherited ones included, whose values name the place of an output."""
     hints = typing.get_type_hints(settings, include_extras=True)
     names = [field.name for field in dataclasses.fields(settings)]
     return [name for name in names if name == _INHERITED_WRITTEN or _noted(hints[name], Writes) is not None]
 
 
 def check_names(group: object) -> None:
-    """Raises `InputError` for an empty or impossible name of what a dataclass's fields read, or of an output."""
+    """Raises `InputError` if a value that names something to read or write is empty, or impossible as a path."""
     for name in (*files_read(type(group)), *places_written(type(group))):
         value = getattr(group, name, None)
         for path in value if isinstance(value, list) else [value]:
@@ -86,10 +85,10 @@ def check_names(group: object) -> None:
 
 
 def require_checkpoint(flag: str, name_or_path: str) -> None:
-    """Fails at once if a model checkpoint is neither a local directory nor to be had from the Hub.
+    """Checks, within seconds, that a model checkpoint is a local directory or on the Hub.
 
     Raises:
-        InputError: It looks like a path and is missing, it is a directory without `config.json`, or the Hub does not
+        InputError: It looks like a path and is missing; it is a directory without `config.json`; or the Hub does not
             have it, or cannot be reached (see `require_on_hub`).
     """
     path = Path(name_or_path)
@@ -104,7 +103,7 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
 
 
 def _noted(hint: object, kind: type[enum.Enum]) -> enum.Enum | None:
-    """The note of this kind in a type hint: in `Annotated[str, …]` itself, or in a list or a union that holds it."""
+    """The member of `kind` in a type hint: in `Annotated[str, …]` itself, or inside a list or a union; or None."""
     if typing.get_origin(hint) is Annotated:
         return next((note for note in typing.get_args(hint) if isinstance(note, kind)), None)
     return next((note for inner in typing.get_args(hint) if (note := _noted(inner, kind)) is not None), None)

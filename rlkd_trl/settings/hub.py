@@ -1,4 +1,4 @@
-"""The first contact with the Hugging Face Hub, which fails within seconds where libraries would try for a minute."""
+"""Asks the Hugging Face Hub for a repository, and fails within seconds; the libraries would retry for a minute."""
 
 from functools import cache
 from pathlib import Path
@@ -6,16 +6,17 @@ from typing import Literal
 
 from rlkd_trl.errors import InputError
 
-_PATIENCE = 5.0  # seconds, to connect and for an answer each
-# A file that nearly every repository of the kind has; another answer than "no such repository" is good enough.
+_PATIENCE = 5.0  # seconds to connect, and again to answer
+# A file that nearly every repository has. If it is missing, the Hub's answer still tells whether there is a
+# repository.
 _PROBED = {"model": "config.json", "dataset": "README.md"}
 
 
 @cache
 def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = "model") -> None:
-    """Asks the Hub once, without retries, for a repository that is not in the local cache.
+    """Asks the Hub once, without retries, whether it has a repository, unless that is in the local cache.
 
-    Nothing is asked in offline mode (HF_HUB_OFFLINE). What is in the cache can be loaded without a connection.
+    In offline mode (HF_HUB_OFFLINE) it does nothing.
 
     Raises:
         InputError: There is no such repository, it is gated or private, or the Hub cannot be reached.
@@ -49,7 +50,7 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
             f"{what} is not here, and there is no {kind} of that name on the Hub ({constants.ENDPOINT}): check the "
             "spelling, or, if it is private, log in with hf auth login or HF_TOKEN."
         ) from error
-    except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
+    except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
         raise InputError(
             f"{what} is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
             f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
@@ -57,7 +58,7 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
 
 
 def _is_cached(repo_id: str, file: str, kind: str) -> bool:
-    """In any revision: which one is wanted is asked for later, and may be in the cache alone."""
+    """Whether any revision of the repository is in the cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 

@@ -1,8 +1,8 @@
-"""The valid range of every number that can be set, declared with its field and checked before anything is loaded.
+"""The valid range of every number that can be set: part of its field's type, and checked before anything is loaded.
 
     gamma: Annotated[float, Range(0, 1)] = field(default=1.0, ...)
 
-Parsers of dataclasses, which drop annotations, see a plain `float`.
+Parsers of dataclasses ignore the annotation and see a plain `float`.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from rlkd_trl.errors import InputError
 class Range:
     """The finite numbers from `low` to `high`; NaN and infinity are in no range.
 
-    above, below: `low` or `high` itself is outside. also: one more value, with a meaning of its own.
+    above: only numbers above `low`. below: only numbers below `high`. also: one more value that is allowed, because it
+    has a special meaning.
     """
 
     low: float
@@ -44,11 +45,11 @@ class Range:
 
 LARGEST_COUNT = 2**31 - 1
 
-# Those that several settings share. A rate or coefficient far beyond these destroys a model in one step.
+# Types that several settings share. A learning rate or coefficient far beyond these destroys a model in one step.
 Count = Annotated[int, Range(1, LARGEST_COUNT)]
 AtLeastTwo = Annotated[int, Range(2, LARGEST_COUNT)]
 CountFromZero = Annotated[int, Range(0, LARGEST_COUNT)]
-Length = Annotated[int, Range(1, 2**20)]  # of texts in tokens, and of a new model's sides
+Length = Annotated[int, Range(1, 2**20)]  # of texts in tokens, and the dimensions of a new model
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
@@ -61,7 +62,7 @@ Positive = Annotated[float, Range(1e-9, 1e9)]
 
 @cache
 def ranges_of(settings: type) -> dict[str, object]:
-    """The annotated types among a dataclass's fields, by name; of a list or an option, that of its numbers."""
+    """The types of those fields of a dataclass that hold a range, by name; a list's or union's type counts too."""
     hints = typing.get_type_hints(settings, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings) if _range_in(hints[field.name])}
 
@@ -71,8 +72,8 @@ def check_ranges(settings: object, *, prefix: str = "--", inherited: Mapping[str
 
     Args:
         settings: An instance of a dataclass with annotated fields.
-        prefix: Stands before a field's name in the message, where it is a flag.
-        inherited: Annotated types of fields of another library's class; one of the class itself goes before.
+        prefix: What the message puts before a field's name; "--" for a flag.
+        inherited: Annotated types for fields that another library's class declares; the class's own types win.
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     ranges = {name: hint for name, hint in (inherited or {}).items() if name in values}
@@ -80,9 +81,9 @@ def check_ranges(settings: object, *, prefix: str = "--", inherited: Mapping[str
 
 
 def check_values(values: Mapping[str, object], ranges: Mapping[str, object], *, prefix: str = "--") -> None:
-    """Raises `InputError` for the first value that is not in its range, an annotated type.
+    """Raises `InputError` for the first value that is out of the range in its annotated type.
 
-    Of a list each item is checked; None is valid where the type has it.
+    Each item of a list is checked; None is valid if the type allows it.
     """
     for name, hint in ranges.items():
         value = values[name]
@@ -97,14 +98,14 @@ def check_values(values: Mapping[str, object], ranges: Mapping[str, object], *, 
 
 
 def _as_written(prefix: str, name: str, value: object) -> str:
-    """A flag, or an argument of a config, with its value, as the user writes it."""
+    """A flag or an argument with its value, as the user writes it."""
     if not prefix:
         return f"{name} = {value}"
     return f"{prefix}{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _range_in(hint: object) -> tuple[Range, type] | None:
-    """Range and number type in a type hint: of `Annotated[int, Range(..)]`, or of one in a list or a union."""
+    """The range and number type in a type hint: in `Annotated[int, Range(..)]` itself, or inside a list or a union."""
     if typing.get_origin(hint) is Annotated:
         kind, *notes = typing.get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]

@@ -9,11 +9,11 @@ from rlkd_trl.errors import InputError
 def with_adapters(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int
 ) -> PreTrainedModel | PeftModel:
-    """The student with new adapters, the same for a seed; as it is without a config.
+    """The student with new adapters, initialised from `seed`; without a config, the student as it is.
 
     Raises:
-        InputError: It has adapters already; the config does not fit the model, or is of virtual tokens in the prompt,
-            which are not weights of a model.
+        InputError: The student has adapters already; the config does not fit the model; or it describes virtual tokens
+            in the prompt, which are not supported.
     """
     config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if config is not None and config.is_prompt_learning:
@@ -30,9 +30,10 @@ def with_adapters(
 
 
 def start_as_identity(peft_config: PeftConfig) -> bool:
-    """Whether the model computes with the new adapters what it computes without them, and with its own weights.
+    """Whether new adapters change nothing at first, and the model without them stays what it was.
 
-    And goes on computing that without them: with `bias` PEFT trains biases of the model itself.
+    The first depends on how they are initialised. The second does not hold with `bias`, where PEFT also trains biases
+    of the model itself.
     """
     is_identity = getattr(peft_config, "init_lora_weights", None) in (True, "gaussian")
     return is_identity and getattr(peft_config, "bias", "none") == "none"

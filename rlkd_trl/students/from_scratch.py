@@ -28,9 +28,9 @@ def new_model(
 ) -> PreTrainedModel:
     """A model of the given size over the tokenizer's vocabulary.
 
-    "t5" is the v1.1 form (gated GELU, states that reach the LM head unscaled; `num_layers` in encoder and decoder
-    each), but for its LM head, which transformers 5 ties to the embeddings; "llama" is decoder-only.
-    `d_ff` is 2 · d_model by default.
+    Architecture "t5" is T5 v1.1 (gated GELU, no scaling before the LM head; `num_layers` in the encoder and as many in
+    the decoder), except that transformers 5 ties its LM head to the embeddings. "llama" is decoder-only. `d_ff` is
+    2 · d_model by default.
 
     Raises:
         InputError: Unknown architecture, or d_model not divisible by num_heads.

@@ -26,13 +26,16 @@ CRITICS = ("none", "shared", "separate")
 _VALUE_HEAD_FILE = "value_head.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
-# Of (hidden_ND, head, head_parameters), which `ops.divergences.sliced_divergence` begins with.
+# A function of (hidden_ND, head, head_parameters): the first arguments of `ops.divergences.sliced_divergence`.
 FunctionOfStates = Callable[[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]], Result]
 
 
 class PolicyOutput(NamedTuple):
-    """logps_BT, entropy_BT: float32, 0 behind the mask, differentiable; the entropy is None where it is not asked for.
-    values: V^π(s_1 .. s_{T+1}), `[B, T+1]`, without the final value `[B, T]`, without a critic None."""
+    """What a forward pass says of each token, differentiable.
+
+    logps_BT, entropy_BT: in nats, float32, 0 behind the mask; the entropy is None if it was not requested. values:
+    V^π(s_1 .. s_{T+1}), `[B, T+1]`; `[B, T]` without the final value; None without a critic.
+    """
 
     logps_BT: Tensor
     entropy_BT: Tensor | None
@@ -42,9 +45,9 @@ class PolicyOutput(NamedTuple):
 class Policy(nn.Module):
     """π(y_t | s_t) = softmax(z_t / temperature) over the ids that may be sampled.
 
-    One distribution everywhere: `sample` draws from it and `forward` returns its log-probabilities. Dropout is off in
-    both, or the ratio of new to old policy would be noise. Sampled with `top_k`, completions come with the k ids that
-    each token was drawn from; with them, `forward` is over those ids.
+    There is one distribution: `sample` draws from it and `forward` returns its log-probabilities. Dropout is off in
+    both, because it would add noise to the ratio of new to old policy. Completions sampled with `top_k` come with the
+    k ids that each token was drawn from; given these, `forward` returns log-probabilities over them.
 
     Args:
         model: The student, encoder-decoder or decoder-only.
@@ -85,7 +88,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         if self.critic_model is not None:
-            # Only its states are used; a frozen head is neither trained nor waited for by gradient reduction.
+            # Only the critic's states are used. Its head is frozen, as gradient reduction would wait for its gradient.
             head = self.critic_model.get_output_embeddings()
             if head.weight is not self.critic_model.get_input_embeddings().weight:
                 head.requires_grad_(False)
@@ -101,15 +104,15 @@ class Policy(nn.Module):
         return [parameter for module in modules for parameter in module.parameters()]
 
     def train(self, mode: bool = True) -> "Policy":
-        """Keeps dropout off whatever the mode."""
+        """Keeps dropout off, whatever `mode` is."""
         return super().train(False)
 
     def forward(
         self, *args: Tensor, function_of_states: FunctionOfStates | None = None, **kwargs
     ) -> PolicyOutput | Result:
-        """`token_statistics` of completions or, with `function_of_states`, `of_states`, with the same arguments.
+        """`token_statistics` of completions; or, with `function_of_states`, `of_states`, with the same arguments.
 
-        Distributed wrappers, engines and autocast know of a model's `forward` alone: both come through here.
+        Both go through `forward`, as it is the only call that distributed wrappers, engines and autocast intercept.
         """
         if function_of_states is not None:
             return self.of_states(function_of_states, *args, **kwargs)
@@ -130,11 +133,11 @@ class Policy(nn.Module):
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
-        Without the final value, V(s_{T+1}), nobody reads the last token: for losses, which only want values at tokens.
+        Losses need values at tokens only: without the final value, V(s_{T+1}), the model does not read the last token.
         """
-        read = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
+        texts = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
         need_final_state = with_final_value and self.value_head is not None and self.critic_model is None
-        states_BTD = self.backbone.completion_states(*read, with_final_state=need_final_state)
+        states_BTD = self.backbone.completion_states(*texts, with_final_state=need_final_state)
         states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = self._head_statistics(
@@ -151,8 +154,8 @@ class Policy(nn.Module):
         if self.value_head is None:
             return PolicyOutput(logps_BT, entropy_BT, None)
         if self.critic_model is not None:
-            del states_BTD, states_ND  # before the critic's own take as much
-            states_BTD = self.critic_backbone.completion_states(*read, with_final_state=with_final_value)
+            del states_BTD, states_ND  # their memory is needed for the critic's states
+            states_BTD = self.critic_backbone.completion_states(*texts, with_final_state=with_final_value)
         with torch.autocast(states_BTD.device.type, enabled=False):
             values = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
         return PolicyOutput(logps_BT, entropy_BT, values)
@@ -166,9 +169,9 @@ class Policy(nn.Module):
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
     ) -> Result:
-        """`function` of the N states of real tokens, the LM head and the head's parameters.
+        """`function(states_ND, head, head_parameters)`, of the N states that predict real tokens.
 
-        A loss over the whole vocabulary is taken here, while a sharded head is whole.
+        For losses over the whole vocabulary; a sharded head is whole while `function` runs.
         """
         states_BTD = self.backbone.completion_states(
             prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B, with_final_state=False
@@ -183,7 +186,7 @@ class Policy(nn.Module):
         backbone, num_slices = self.backbone, None
         with_gradient = torch.is_grad_enabled()
         if with_gradient and backbone.is_sharded:
-            # ZeRO-3 gathers the head for every slice, and again in the backward pass: as many on all processes.
+            # ZeRO-3 gathers the head for every slice, also in the backward pass, so all processes need as many slices.
             needed = slices_needed(states_ND.shape[0], backbone.vocab_size)
             num_slices = largest_of_all(needed, states_ND.device)
 
@@ -227,7 +230,7 @@ class Policy(nn.Module):
     ) -> Completions:
         """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`).
 
-        With `mixed_with` they come not from π but from its mixture with a teacher's distribution.
+        With `mixed_with`, tokens are drawn from the mixture of π and a teacher's distribution.
         """
         return sample_completions(
             self.backbone,
@@ -245,10 +248,10 @@ class Policy(nn.Module):
         )
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint that plain transformers loads; the critic goes to a file of its own.
+        """Writes a checkpoint that plain transformers loads, and a file of its own for the critic.
 
-        `state_dict` replaces the weights in memory, where a sharded run has gathered them. Of another student's files
-        in the directory, those that would be read with this one's are removed: a critic, adapters.
+        `state_dict`, if given, is written instead of the weights in memory: a sharded run gathers one. An earlier
+        checkpoint's critic or adapters in the directory are removed, as they would be loaded with this one.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
@@ -268,7 +271,7 @@ class Policy(nn.Module):
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
         else:
-            with loading_shards(None):  # the copy on disk is whole, also where ZeRO-3 shards the student
+            with loading_shards(None):  # loads the whole checkpoint also where ZeRO-3 shards the student
                 saved, info = type(self.model).from_pretrained(
                     checkpoint_dir, dtype=self.model.dtype, output_loading_info=True
                 )
@@ -283,13 +286,13 @@ class Policy(nn.Module):
 
 
 def log_probs_in_batches(policy: Policy, batches: Iterable[Mapping[str, Tensor]], width: int) -> Tensor:
-    """log π(y_t | s_t) as `[B, width]` of completions that come in batches of `Policy.token_statistics`' arguments."""
+    """log π(y_t | s_t), `[B, width]`; each batch holds the arguments of `Policy.token_statistics`."""
     outputs = (policy(**batch, with_entropy=False, with_final_value=False) for batch in batches)
     return pad_columns([output.logps_BT for output in outputs], width)
 
 
 def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_adapters: bool) -> None:
-    """Removes a critic's and adapters' files that a student without them has not written."""
+    """Removes the files of a critic, or of adapters, from the checkpoint of a student that has none."""
     names = () if has_critic else (_VALUE_HEAD_FILE,)
     names += () if has_adapters else _ADAPTER_FILES
     for name in names:
@@ -297,6 +300,6 @@ def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_
 
 
 def frozen_copy(policy: Policy, processing_class: PreTrainedTokenizerBase) -> Policy:
-    """The reference policy: a copy of the student as it is in memory now, without critic or gradients."""
+    """A copy of the student as it is in memory now, without critic or gradients: the reference of the KL penalty."""
     model = copy.deepcopy(policy.model).requires_grad_(False)
     return Policy(model, processing_class, temperature=policy.temperature)

@@ -15,7 +15,7 @@ from rlkd_trl.teachers.teacher import Teacher
 
 @dataclass(frozen=True)
 class Scorer:
-    """One teacher asked through one template, the panel's `template_index`-th from 0."""
+    """One teacher asked through one template, by its index in the panel's templates, with its share of the mean."""
 
     teacher: Teacher
     template_index: int
@@ -56,13 +56,13 @@ class TeacherPanel:
         return [scorer.weight for scorer in self.scorers]
 
     def questions(self, row: Mapping[str, object]) -> list[str]:
-        """The prompts by which the teachers are asked about a data row, one per template.
+        """The prompts with which the teachers are asked about a data row, one per template.
 
-        Without templates, `row["prompt"]` itself. A row of nothing but a prompt is bound to the templates' one input
-        column; see `question_columns` for the rest.
+        Without templates it is `row["prompt"]` itself. If the row has only a prompt (and references), that fills the
+        one input column of the templates; otherwise `question_columns` says which columns they may read.
 
         Raises:
-            InputError: A template does not render; it is named.
+            InputError: A template does not render; the message names it.
         """
         if self.templates is None:
             prompt = row["prompt"]
@@ -78,25 +78,22 @@ class TeacherPanel:
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
         ended_B: Tensor,
-        *,
-        expected: bool = False,
-        tau: float | None = None,
-        forbidden_V: Tensor | None = None,
+        **statistics,
     ) -> list[TeacherScores]:
-        """One `TeacherScores` per scorer; `rows` are the P prompts' data rows, each with a `prompt`.
+        """One `TeacherScores` per scorer, in the order of `scorers`.
 
-        Rows that come to the same question are read once.
+        Args:
+            rows: The P prompts' data rows, each with a `prompt`. Rows with the same question are read once.
+            prompt_index_B: The prompt, 0 to P − 1, that each completion answers.
+            completion_ids_BT, completion_mask_BT, ended_B: The completions, as everywhere.
+            statistics: `expected`, `tau` and `forbidden_V` of `Teacher.score`: what to compute beyond the default.
+
+        Raises:
+            InputError: As `questions`, or a question has no tokens.
         """
+        completions = (completion_ids_BT, completion_mask_BT, ended_B)
         return [
-            scorer.teacher.score(
-                *prompts,
-                completion_ids_BT,
-                completion_mask_BT,
-                ended_B,
-                expected=expected,
-                tau=tau,
-                forbidden_V=forbidden_V,
-            )
+            scorer.teacher.score(*prompts, *completions, **statistics)
             for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
         ]
 
@@ -107,7 +104,7 @@ class TeacherPanel:
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
     ) -> list[Tensor]:
-        """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as `score`."""
+        """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as for `score`."""
         return [
             scorer.teacher.states(*prompts, completion_ids_BT, completion_mask_BT)
             for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
@@ -116,7 +113,7 @@ class TeacherPanel:
     def _distinct_prompts(
         self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor
     ) -> Iterator[tuple[Scorer, tuple[list[str], Tensor]]]:
-        """Each scorer with its distinct prompts, and the index of the one that each completion answers, `[B]`."""
+        """Each scorer with its distinct prompts, and for each completion the index of its prompt in them, `[B]`."""
         prompts_of_rows = [self.questions(row) for row in rows]
         for scorer in self.scorers:
             prompts_P = [prompts[scorer.template_index] for prompts in prompts_of_rows]

@@ -1,7 +1,7 @@
-"""Where a teacher's weights are kept: whole on every process, or in shards, there or parked off the accelerator.
+"""Where a teacher's weights are kept: whole on every process, or in shards, which may lie in CPU memory or in files.
 
-A sharded teacher has a ZeRO-3 engine of its own (Rajbhandari et al. 2020), whatever the student's parallelism is: each
-process holds its share of every weight, and gathers the weights of a layer while it computes the layer.
+A sharded teacher has a ZeRO-3 engine of its own (Rajbhandari et al. 2020), whatever the student's parallelism is. Each
+process holds its share of every weight, and gathers the weights of a layer while it computes that layer.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ from rlkd_trl.models.private_apis import without_compiled_communication
 
 PLACEMENTS = ("replicated", "zero3", "offload")
 
-# For shards in files, as DeepSpeed has them by default. A shard has to fit into one: T0-11B's largest weight,
-# the head of 132 million, takes two processes.
+# The buffers through which DeepSpeed reads and writes shards in files, with its default sizes. A shard must fit into
+# one: the largest weight of T0-11B, its LM head of 132 million numbers, needs two processes.
 _BUFFERS = 5
 _BUFFER_ELEMENTS = 10**8
 _CAP_IPC_LOCK = 14  # the number of the capability to lock any amount of memory
@@ -34,13 +34,13 @@ _CAP_IPC_LOCK = 14  # the number of the capability to lock any amount of memory
 class Placement:
     """How a teacher is kept.
 
-    placement: "replicated", a whole model on every process; "zero3", a shard on each; "offload", the shards parked in
-    CPU memory, or in files in `offload_path` (a directory on an NVMe drive), deleted with the teacher, where they have
-    1 MiB or more. quantization and dtype: as `load_model` takes them; shards are not quantised.
+    placement: "replicated", a whole model on every process; "zero3", a shard on each; "offload", each process's shards
+    in CPU memory, or with `offload_path` (a directory on an NVMe drive) those of 1 MiB or more in files there, which
+    are deleted with the teacher. quantization and dtype: as for `load_model`; a sharded teacher cannot be quantised.
 
     Raises:
-        InputError: Unknown name, a quantised sharded teacher, dtype "auto" for one, a missing library, or an
-            `offload_path` that is no directory or has nothing to do.
+        InputError: An unknown name, quantisation or dtype "auto" with a sharded teacher, a missing library, or an
+            `offload_path` that is not a directory or is given without the placement "offload".
     """
 
     placement: str = "replicated"
@@ -69,7 +69,7 @@ class Placement:
             self._check_files()
 
     def _check_files(self) -> None:
-        """Raises `InputError`."""
+        """Raises `InputError` if shards cannot be kept in files in `offload_path`."""
         if not Path(self.offload_path).is_dir():
             raise InputError(f"The offload path {self.offload_path} is not a directory: make one on a fast drive.")
         if not _can_offload_to_files():
@@ -92,7 +92,7 @@ class Placement:
 
     @property
     def deepspeed_config(self) -> dict:
-        """The engine's settings: stage 3, where to park, and the dtype. Nothing is small enough to stay gathered."""
+        """The engine's settings: stage 3, where shards lie, the dtype; small weights are not kept gathered either."""
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
         if self.placement == "offload" and self.offload_path is None:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
@@ -103,10 +103,10 @@ class Placement:
                 "buffer_count": _BUFFERS,
                 "buffer_size": _BUFFER_ELEMENTS,
             }
-            # A shard takes up one of the buffers while its weight is gathered: drop it after each layer.
+            # A weight occupies one of the buffers for as long as it is gathered, so it is dropped after each layer.
             zero["stage3_max_reuse_distance"] = 0
         return {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires a number, though nothing is trained
             "zero_optimization": zero,
             "bf16": {"enabled": self.dtype == "bfloat16"},
             "fp16": {"enabled": self.dtype == "float16"},
@@ -114,11 +114,11 @@ class Placement:
 
     @cached_property
     def _directory(self) -> TemporaryDirectory:
-        """A directory in `offload_path` of this teacher and process alone: DeepSpeed empties it at start."""
+        """A new directory in `offload_path` for this teacher and process only, as DeepSpeed empties it at start."""
         return TemporaryDirectory(prefix="teacher-", dir=self.offload_path)
 
     def describe(self, model: PreTrainedModel) -> str:
-        """One line: where the weights are, their dtype and quantisation, and the bytes of them on this process."""
+        """One line for the log: placement, dtype, quantisation, and how many bytes of weights this process holds."""
         dtype = str(model.dtype).removeprefix("torch.")
         place = {
             "replicated": "replicated",
@@ -129,7 +129,7 @@ class Placement:
 
 
 class ShardedModel(nn.Module):
-    """A frozen model's ZeRO-3 engine, for a model whose parts are called one by one."""
+    """The ZeRO-3 engine of a frozen model whose encoder, decoder and head are called one by one."""
 
     def __init__(self, model: PreTrainedModel, placement: Placement):
         import deepspeed
@@ -140,14 +140,14 @@ class ShardedModel(nn.Module):
         self._offload = [engine.optimizer]  # in a list, or it would be a submodule of its own submodule
 
     def forward(self) -> None:
-        """The outermost module's call, by which DeepSpeed knows that a pass begins."""
+        """Does nothing: a call of the outermost module tells DeepSpeed that a new pass begins."""
 
     def begin_pass(self) -> None:
-        """From here to the next one, DeepSpeed learns in what order parts are called, to gather the next in time."""
+        """Starts a pass, in which DeepSpeed learns the order of calls so as to gather weights ahead of their use."""
         self()
 
     def drop_gathered(self) -> None:
-        """Leaves no more than its shards on this process, also of weights that were gathered ahead of their use."""
+        """Drops all gathered weights, also those gathered ahead of their use, so that only shards remain."""
         self._offload[0].empty_partition_cache()
 
 
@@ -158,8 +158,8 @@ def _can_offload_to_files() -> bool:
 
 
 def _can_lock(size: int) -> bool:
-    """Whether this process may keep `size` bytes from being swapped out; DeepSpeed aborts where it may not."""
-    import resource  # not on Windows, where DeepSpeed is not either
+    """Whether this process may lock `size` bytes in memory; where it may not, DeepSpeed would abort the process."""
+    import resource  # Windows has no such module, and no DeepSpeed
 
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY or limit >= size:
@@ -169,7 +169,7 @@ def _can_lock(size: int) -> bool:
 
 
 def start_process_group() -> None:
-    """Makes sure that there are processes to shard over: those that were launched, or this one alone."""
+    """Makes a process group for DeepSpeed of this process alone, unless several were launched or a group exists."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.accelerator.is_available():
         without_compiled_communication()
@@ -182,7 +182,7 @@ def start_process_group() -> None:
 
 
 def _quantization_of(model: PreTrainedModel) -> str:
-    """The model's quantisation in words, from its config: a checkpoint may have been saved quantised."""
+    """The model's quantisation in words; read from its config, as a checkpoint may have been saved quantised."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return "not quantised"

@@ -24,13 +24,14 @@ def pseudo_labels(
     leave_out: Collection[str] = ("references",),
     **generation,
 ) -> Iterator[dict[str, object]]:
-    """Each row without the columns `leave_out`, with `pseudo_label` and `template`, once for every template of the
-    panel's first teacher.
+    """Answers of the panel's first teacher to each row, through each template.
 
-    `num_beams` and `generation` go to `answer_prompts`. The batches of one template come before those of the next.
-    With `interpolate`, for strategy "beam", the label is the one of the `num_beams` candidates that is the
-    `nearest_candidate` to the row's references, and `candidate` its rank, 0 for the best beam. Candidates that the
-    length cap has cut are compared as they are.
+    Yields, for each template all rows in order: the row without the columns `leave_out`, with `pseudo_label` (the
+    answer) and `template` (its name). `num_beams` and `generation` go to `answer_prompts`.
+
+    With `interpolate`, which needs strategy "beam", the answer is the `nearest_candidate` to the row's references
+    among the `num_beams` best, and `candidate` is its rank, 0 for the best beam. Candidates that the length cap has
+    cut take part as they are.
 
     Raises:
         InputError: As `answer_prompts`; or `interpolate` and a row without references.
@@ -70,10 +71,10 @@ def pseudo_labels(
 
 
 def nearest_candidate(candidates: Sequence[str], references: Sequence[str]) -> int:
-    """Index of the candidate with the highest sentence BLEU against the references; of equals, the first.
+    """Index of the candidate with the highest sentence BLEU against the references; the first one if several have it.
 
-    Sequence-level interpolation (Kim & Rush 2016, "Sequence-Level Knowledge Distillation"): argmax_{t ∈ T_K}
-    sim(t, y), with T_K the teacher's K best.
+    Sequence-level interpolation (Kim & Rush 2016, "Sequence-Level Knowledge Distillation", §3.3): argmax_{t ∈ T_K}
+    sim(t, y), with T_K the teacher's K best and y the reference.
     """
     scores = [sentence_bleu(candidate, references) for candidate in candidates]
     return scores.index(max(scores))
@@ -82,10 +83,10 @@ def nearest_candidate(candidates: Sequence[str], references: Sequence[str]) -> i
 def write_pseudo_labels(
     panel: TeacherPanel, rows: Sequence[Mapping[str, object]], path: str | Path, **generation
 ) -> int:
-    """`pseudo_labels` as JSON lines, each written as it is made; returns how many there are.
+    """Writes `pseudo_labels` to a file as JSON lines, and returns their number.
 
-    The file appears under its name when it is complete; until then it is `path` + ".part". Of several processes the
-    first one writes it; a sharded teacher needs the others to answer along.
+    The file has the name `path` + ".part" until it is complete. Of several processes the first one writes it; with a
+    sharded teacher the others compute the same answers along with it.
     """
     if not is_first_process():
         for _ in pseudo_labels(panel, rows, **generation) if panel.scorers[0].teacher.backbone.is_sharded else ():

@@ -11,10 +11,10 @@ from torch import Tensor
 class TeacherScores:
     """Statistics of the teacher's raw logits z_t at each state s_t of each completion, float32.
 
-    chosen: z_t[y_t] `[B, T]`. The others are `[B, T+1]`, since the reward of a truncated completion's last token
-    needs the state after it: mean, max, logsumexp (temperature 1), and, only where requested, expected =
-    Σ softmax(z)·z, soft = τ logsumexp(z/τ), and allowed_logsumexp, over the ids that a student may sample. Positions
-    where no state exists are 0.
+    chosen: z_t[y_t], `[B, T]`. All others are `[B, T+1]`, as the reward of a truncated completion's last token needs
+    the state after it: mean, max and logsumexp (at temperature 1) over the vocabulary; and, None unless requested,
+    expected = Σ_v softmax(z)_v z_v, soft = τ logsumexp(z/τ), and allowed_logsumexp, which is over the ids that a
+    student may sample. Positions where no state exists are 0.
     """
 
     chosen: Tensor
@@ -32,12 +32,12 @@ class TeacherScores:
 
 
 def mean_scores(scores: Sequence[TeacherScores], weights: Sequence[float]) -> TeacherScores:
-    """Each statistic's weighted mean over scorers (teachers and templates); None where one of them lacks it."""
+    """Each statistic's weighted mean over scorers (teachers and templates); None where a scorer lacks it."""
     means = {}
     for field in fields(TeacherScores):
         values = [getattr(scores_of_one, field.name) for scores_of_one in scores]
-        is_there = all(value is not None for value in values)
-        means[field.name] = sum(w * v for w, v in zip(weights, values, strict=True)) if is_there else None
+        all_have_it = all(value is not None for value in values)
+        means[field.name] = sum(w * v for w, v in zip(weights, values, strict=True)) if all_have_it else None
     return TeacherScores(**means)
 
 

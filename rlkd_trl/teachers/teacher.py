@@ -27,8 +27,8 @@ _CPU_BATCH_TOKENS = 4096
 class Teacher:
     """Scores completions token by token.
 
-    The encoder (or a decoder-only model's prompt) is computed once per prompt and shared by its completions, cross-
-    attention keys and values included. Prompts are sorted by length and cut into batches of at most
+    The encoder (or a decoder-only model's prompt) is computed once per prompt and shared by the prompt's completions,
+    cross-attention keys and values included. Prompts are sorted by length and put into batches of at most
     `max_batch_tokens` padded tokens. The LM head is applied to real positions only, in slices.
 
     With a sharded model (see `from_pretrained`), `score` and `states` are collective operations: all processes call
@@ -36,14 +36,14 @@ class Teacher:
 
     Args:
         model: An encoder-decoder or decoder-only model. It is put in eval mode and its parameters are frozen.
-        processing_class: Its tokenizer. It may lack a pad token: what stands in the padding is masked.
-        max_prompt_length: Longer prompts are cut to this many tokens, a template's prompts in their documents (see
-            `prompts.shortened`), others at their ends; None leaves them whole.
-        max_batch_tokens: Budget of one scoring batch, in tokens with their padding, a prompt counted once for each of
-            its completions: a decoder-only model's completion holds a copy of its prompt's keys and values besides
-            its own, an encoder-decoder's only with eager attention. A single prompt's completions are never split.
-            By default 16,384, where the model is on a CPU 4,096.
-        placement: Where `model` was loaded to; `from_pretrained` does both.
+        processing_class: Its tokenizer. It may lack a pad token, as padding is always masked.
+        max_prompt_length: Longer prompts are cut to this many tokens: a template's prompts inside their documents (see
+            `prompts.shortened`), others at their end. None leaves them whole.
+        max_batch_tokens: The most tokens in one scoring batch, padding included. A prompt counts once for each of its
+            completions, because with a decoder-only model (or eager attention) each completion needs a copy of its
+            prompt's keys and values. The completions of one prompt are never split. Default: 16,384 tokens, or 4,096
+            if the model is on a CPU.
+        placement: How `model` was loaded; `from_pretrained` sets it.
 
     Raises:
         InputError: The architecture is not supported (see `Backbone.verify`), the tokenizer has ids without rows in
@@ -65,7 +65,7 @@ class Teacher:
         self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None
         self.processing_class = processing_class
         self.max_prompt_length = max_prompt_length
-        if placement is None:  # else `load_model` has looked
+        if placement is None:  # otherwise `load_model` has checked them
             check_weights(model, "The teacher")
         self.backbone = backbone_of(model)
         self._max_batch_tokens = max_batch_tokens
@@ -104,18 +104,18 @@ class Teacher:
 
     @property
     def max_batch_tokens(self) -> int:
-        """The limit that was given, or else the default for the device that the model is on now."""
+        """The limit given to the constructor, or the default for the device on which the model is now."""
         by_device = _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
         return by_device if self._max_batch_tokens is None else self._max_batch_tokens
 
     def to(self, device: torch.device) -> None:
-        """Moves whole weights; shards, and what Accelerate has spread (`device_map`) or parked, stay."""
-        is_parked = any(parameter.is_meta for parameter in self.model.parameters())
-        if self._shards is None and not is_parked and not getattr(self.model, "hf_device_map", None):
+        """Moves the model, unless its weights are shards, or Accelerate has distributed or offloaded them."""
+        is_offloaded = any(parameter.is_meta for parameter in self.model.parameters())
+        if self._shards is None and not is_offloaded and not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
 
     def describe(self) -> str:
-        """How the weights are kept, and the bytes of them that this process holds."""
+        """How the weights are kept, and how many bytes of them this process holds, in one line."""
         return self.placement.describe(self.model)
 
     @torch.no_grad()
@@ -173,8 +173,8 @@ class Teacher:
     ) -> Tensor:
         """The hidden states that predict each completion's tokens, `[B, T, D]`, on the model's device in its dtype.
 
-        `backbone.head` makes the logits of them; a loss over the whole vocabulary does so in slices. 0 behind the mask
-        of a batch's longest completion.
+        `backbone.head` turns them into logits, which a loss over the whole vocabulary does in slices. What stands
+        behind a completion's mask is meaningless: 0, or the state of a padding token.
 
         Raises:
             InputError: A prompt has no tokens; it is named.
@@ -198,9 +198,9 @@ class Teacher:
         *,
         with_head: bool,
     ) -> None:
-        """Calls `write(rows, their states)` batch by batch, the states as far as the batch's longest completion.
+        """Calls `write(rows_b, states)` for each batch, with the states up to the end of its longest completion.
 
-        `with_head`: `write` applies the LM head, and wants the state after the last token too.
+        with_head: `write` applies the LM head, and also needs the state after the last token.
         """
         batches = [
             (rows_b, (prompt_PS, completion_ids_BT[rows_b, :longest], index_b))
@@ -224,10 +224,11 @@ class Teacher:
 
         device = self.backbone.device
         rounds = len(batches) if self._shards is None else largest_of_all(len(batches), device)
-        # What a process reads while others have more batches than it: one token of prompt and completion.
+        # A process with fewer batches than others reads a single token instead, and `write` is not called.
         token_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
         idle = None, ((token_11, torch.ones_like(token_11)), token_11, token_11[0])
-        # In its own precision, whatever the student's autocast: an evaluation in bf16 measures with the same teacher.
+        # The teacher computes in its own dtype also inside the student's autocast, so that its scores do not depend on
+        # the student's precision.
         with torch.autocast(device.type, enabled=False):
             for batch in itertools.islice(itertools.chain(batches, itertools.repeat(idle)), rounds):
                 self._begin_pass()
@@ -242,7 +243,8 @@ class Teacher:
     def _inputs(
         self, prompts: Sequence[str], prompt_index_B: Tensor, completion_mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], int, Tensor]]:
-        """Each batch's completions by row, prompts' ids and mask, longest completion, and prompt of each row."""
+        """For each batch: its rows among the B completions, its prompts' ids and mask, its longest completion's
+        length, and for each of its rows the index of the prompt in the batch."""
         device = self.backbone.device
         prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
         lengths_B = completion_mask_BT.sum(dim=1)
@@ -262,7 +264,7 @@ class Teacher:
             yield rows_b, (prompt_ids_PS.to(device), prompt_mask_PS.to(device)), longest, index_b.to(device)
 
     def _batches(self, prompt_ids: list[list[int]], members: list[Tensor], lengths_B: Tensor) -> Iterator[list[int]]:
-        """Prompt indices, sorted by length, cut so that a batch's padded tokens stay within the budget."""
+        """Batches of prompt indices, sorted by length, with at most `max_batch_tokens` padded tokens in each."""
         completion_tokens = [int(lengths_B[rows].max()) if len(rows) else 0 for rows in members]
         prompts = [p for p in range(len(prompt_ids)) if len(members[p])]
         batch: list[int] = []
@@ -279,9 +281,10 @@ class Teacher:
             yield batch
 
     def _score_batch(self, states_bT1D, ids_bT, mask_bT, ended_b, *, into, rows_b, tau, forbidden_V) -> None:
+        """Writes the statistics of a batch's states into `into`, a `TeacherScores` of all B completions."""
         device, longest = self.backbone.device, ids_bT.shape[1]
         exists_bT1 = state_mask(mask_bT, ended_b)
-        # The state after a truncated completion has no chosen token; any id will do there.
+        # No token was chosen in the state after a truncated completion, so any id will do there.
         chosen_bT1 = torch.cat([ids_bT, torch.zeros_like(ids_bT[:, :1])], dim=1)
 
         def of_slice(logits_nV: Tensor, chosen_n: Tensor) -> tuple[Tensor | None, ...]:
