@@ -17,6 +17,7 @@ from rlkd_trl.models.backbone import Result, backbone_of
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
 from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
+from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
 from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
 from rlkd_trl.ops.masking import pad_columns
@@ -77,7 +78,7 @@ class Policy(nn.Module):
         self.eos_ids = eos_token_ids(model, processing_class)
         self.pad_id = padding_id(processing_class)
         self.backbone = backbone_of(model)
-        self.backbone.verify()
+        verify(self.backbone)
         forbidden_V = forbidden_ids_of(model, processing_class)
         self.register_buffer("forbidden_V", forbidden_V.to(self.backbone.device), persistent=False)
         self.critic_model = copy.deepcopy(model) if critic == "separate" else None

@@ -13,6 +13,7 @@ from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
+from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import padding_id
 from rlkd_trl.ops.lm_head import allowed_logsumexp, logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
@@ -46,8 +47,8 @@ class Teacher:
         placement: How `model` was loaded; `from_pretrained` sets it.
 
     Raises:
-        InputError: The architecture is not supported (see `Backbone.verify`), the tokenizer has ids without rows in
-            the embeddings, or a weight is NaN or infinite.
+        InputError: The architecture is not supported (see `models.verification`), the tokenizer has ids without rows
+            in the embeddings, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Teacher:
             check_weights(model, "The teacher")
         self.backbone = backbone_of(model)
         self._max_batch_tokens = max_batch_tokens
-        self.backbone.verify()
+        verify(self.backbone)
 
     @classmethod
     def from_pretrained(

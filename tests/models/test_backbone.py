@@ -7,6 +7,7 @@ import transformers
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.verification import verify
 from tests.conftest import EOS, PAD, PADDED_VOCAB, tiny_llama, tiny_t5
 from tests.models.reference import FAMILIES, own_logits, pad_completions, pad_prompts
 
@@ -189,7 +190,7 @@ def test_sizes(model):
 
 
 def test_verify_accepts_every_family(model):
-    backbone_of(model).verify()
+    verify(backbone_of(model))
 
 
 @pytest.mark.parametrize("family", ["MT5", "UMT5", "LongT5", "SwitchTransformers"])
@@ -218,7 +219,7 @@ def test_t5s_descendants(family, tied):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
-        backbone_of(model).verify()
+        verify(backbone_of(model))
         assert_own_logits(model, shared_logits(model))
 
 
@@ -233,7 +234,7 @@ def test_a_t5_whose_decoder_has_another_depth_than_its_encoder(encoder_layers, d
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.3)
-    backbone_of(model).verify()
+    verify(backbone_of(model))
     assert_own_logits(model, shared_logits(model))
 
 
@@ -241,18 +242,18 @@ def test_verify_refuses_a_model_without_a_key_value_cache():
     """A state-space model cannot hand its prompt's state to several completions in this way."""
     config = transformers.MambaConfig(vocab_size=PADDED_VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(InputError, match="Mamba"):
-        backbone_of(transformers.MambaForCausalLM(config)).verify()
+        verify(backbone_of(transformers.MambaForCausalLM(config)))
 
 
 def test_verify_leaves_the_mode_as_it_was(model):
     for training in (True, False):
         model.train(training)
-        backbone_of(model).verify()
+        verify(backbone_of(model))
         assert model.training is training
 
 
 def test_verify_accepts_bfloat16(model):
-    backbone_of(model.to(torch.bfloat16)).verify()
+    verify(backbone_of(model.to(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.1])
@@ -266,14 +267,31 @@ def test_verify_refuses_logits_that_are_scaled(model, factor):
 
     model.forward = scaled
     with pytest.raises(InputError, match="is not supported"):
-        backbone_of(model).verify()
+        verify(backbone_of(model))
 
 
 def test_verify_refuses_nan(model):
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = float("nan")
-    with pytest.raises(InputError, match="is not supported"):
-        backbone_of(model).verify()
+    with pytest.raises(InputError, match=r"logits of .* are not finite in float32\. Its weights may be damaged"):
+        verify(backbone_of(model))
+
+
+def test_verify_refuses_a_model_that_overflows_in_float16():
+    """Each weight is a float16 number, and the largest logit is not."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    verify(backbone_of(model))
+    with pytest.raises(InputError, match=r"are not finite in float16\. It ends at 65,504: .* in bfloat16 or float32"):
+        verify(backbone_of(model.half()))
+
+
+def test_a_forward_pass_that_fails_is_not_called_unsupported():
+    model = tiny_llama()
+    model.forward = None
+    with pytest.raises(InputError, match=r"^The forward pass of LlamaForCausalLM .* fails: TypeError: .*callable\.$"):
+        verify(backbone_of(model))
 
 
 def test_verify_refuses_a_model_that_forgets_its_prompt():
@@ -286,7 +304,7 @@ def test_verify_refuses_a_model_that_forgets_its_prompt():
 
     model.model.forward = without_cache
     with pytest.raises(InputError, match="is not supported"):
-        backbone_of(model).verify()
+        verify(backbone_of(model))
 
 
 def test_gradient_checkpointing_in_training_mode_is_refused(model):
@@ -296,7 +314,7 @@ def test_gradient_checkpointing_in_training_mode_is_refused(model):
     model.train()
     with pytest.raises(InputError, match="Gradient checkpointing"):
         shared_logits(model)
-    backbone_of(model).verify()  # in eval mode, where it does nothing
+    verify(backbone_of(model))  # in eval mode, where it does nothing
     torch.testing.assert_close(shared_logits(model.eval()).detach(), expected, rtol=0, atol=0)
 
 
@@ -304,7 +322,7 @@ def test_verify_leaves_the_mode_as_it_was_when_it_fails():
     model = tiny_llama().train()
     model.model.forward = None
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*TypeError") as caught:
-        backbone_of(model).verify()
+        verify(backbone_of(model))
     assert model.training and isinstance(caught.value.__cause__, TypeError)
 
 
@@ -319,7 +337,7 @@ def with_lora(name):
 @pytest.mark.parametrize("name", ["t5-tied", "t5-untied", "llama"])
 def test_a_peft_model_is_read_with_its_adapters(name):
     model = with_lora(name)
-    backbone_of(model).verify()
+    verify(backbone_of(model))
     logits = shared_logits(model)
     assert (logits - shared_logits(FAMILIES[name]())).abs().max() > 0.1
     with torch.no_grad():

@@ -3,10 +3,13 @@
 import accelerate
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkd_trl import TeacherForcingReward
-from tests.conftest import MODELS, word_tokenizer
+from rlkd_trl.errors import InputError
+from rlkd_trl.teachers import Teacher
+from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.models.reference import tiny_gpt2
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, run
 
 MAPS = {
@@ -41,3 +44,42 @@ def test_an_offloaded_teacher_trains_as_a_whole_one(where, method, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert_same_weights(of_offloaded.weights[-1], of_whole.weights[-1], rtol=1e-4, atol=1e-5)
     assert largest_difference(of_whole.weights[-1], of_whole.weights[0]) > 1e-3
+
+
+FAMILIES = {**MODELS, "gpt2": tiny_gpt2}
+TIED = {  # maps that hold a tied weight in two places
+    "t5-tied": {"shared": "cpu", "encoder": "cpu", "decoder": "disk", "lm_head": "cpu"},
+    "t5-untied": {"shared": "cpu", "encoder": "disk", "decoder": "cpu", "lm_head": "cpu"},
+    "gpt2": {"transformer": "cpu", "lm_head": "disk"},
+}
+
+
+def loaded(family: str, directory, device_map, **kwargs) -> PreTrainedModel:
+    model = FAMILIES[family](seed=5)
+    model.save_pretrained(directory / "model")
+    return type(model).from_pretrained(
+        directory / "model", device_map=device_map, offload_folder=directory / "offload", dtype=torch.float32, **kwargs
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_what_accelerate_chooses_to_offload_scores_as_what_is_whole(family, share, tmp_path):
+    whole = FAMILIES[family](seed=5)
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    model = loaded(family, tmp_path, "auto", max_memory={"cpu": int(share * size)})
+    assert "disk" in model.hf_device_map.values()
+    completions = ["w3 w4", "w5"], [[6, 7, EOS], [8, 9]]
+    found, expected = (
+        TeacherForcingReward(each, word_tokenizer()).score_tokens(*completions) for each in (model, whole)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_tied_weights_in_two_places_are_refused_by_name(family, tmp_path):
+    """Accelerate looks for the weight's second name, and fails with a KeyError in the model's own forward pass."""
+    model = loaded(family, tmp_path, TIED[family])
+    message = r"forward pass of .* fails: KeyError.* in different places \((?=.*on cpu).*on disk.*\).*: give their"
+    with pytest.raises(InputError, match=message):
+        Teacher(model, word_tokenizer())
