@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from transformers import AutoModelForSeq2SeqLM
 
-from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING
+from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, metrics_of
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 LAUNCHED = Path(__file__).with_name("launched_recipe.py")
@@ -75,7 +75,7 @@ def test_several_machines_need_no_host_file(name, monkeypatch):
 
 def start(name: str, flags: str, directory: Path, launch_flags: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment["HF_DATASETS_CACHE"] = str(directory / "cache")
+    environment |= {"HF_DATASETS_CACHE": str(directory / "cache"), "FEW_DEMO_STEPS": "3"}
     program = Path(sys.executable).with_name("accelerate")
     command = f"{program} launch --config_file {CONFIGS[name]} {launch_flags} {LAUNCHED} {directory / 'kind'} {flags}"
     with (directory / "log").open("a") as log:
@@ -112,3 +112,22 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     assert student.keys() == before.keys()
     assert any(not student[key].equal(before[key]) for key in before), "nothing was learnt"
     assert json.loads((tmp_path / "student" / "metrics.json").read_text()).keys() == {"teacher", "before", "after"}
+
+
+@pytest.mark.slow
+def test_the_demo_makes_its_models_outside_of_the_launchers_engine(tmp_path):
+    """Once, on the first process, while the others wait; of DeepSpeed's engines a process has one."""
+    flags = f"{ROOT}/recipes/ppo_kd.py --bf16 false --use_cpu --teacher_placement zero3 --max_steps 1 --max_rows 20 "
+    flags += "--per_device_train_batch_size 8 --max_completion_length 12 --disable_tqdm True "
+    flags += f"--output_dir {tmp_path / 'student'}"
+    started = start("zero3", flags, tmp_path, "--num_processes 2")
+    started.wait(timeout=500)
+    log = (tmp_path / "log").read_text()
+    assert (tmp_path / "kind").is_file(), log[-6000:]
+    assert (tmp_path / "kind").read_text() == EXPECTED["zero3"]
+    assert log.count("Demo 1/3") == log.count("Demo 2/3") == 1
+    assert log.count("Student, metrics.json and report.html are in") == 1
+    assert "Traceback" not in log and log.count("FutureWarning") < 10, log[-6000:]
+    assert list(metrics_of(tmp_path / "student")) == ["teacher", "before", "after"]
+    for model in ("demo_models/teacher", "demo_models/warm_start", "."):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student" / model)
