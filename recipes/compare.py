@@ -61,7 +61,7 @@ def main() -> None:
     check_writable("--output_dir", Path(settings.compare.output_dir))
     if settings.compare.smoke:
         use_demo(settings)
-    rows = checked_rows(settings, templates)
+    tests = checked_rows(settings, templates)
 
     from rlkd_trl.commands.comparison.examiner import Examiner
     from rlkd_trl.commands.comparison.grid import Grid
@@ -74,14 +74,15 @@ def main() -> None:
     # Train: for each method's learning rate, then every budget and seed with it.
     failures: dict[Path, str] = {}
     search = grid.search(failures)
-    grid.train(search["chosen"], failures)
+    best = grid.train(search["chosen"], failures)
 
     # Test: the teacher, the warm start, and what each run made of it.
-    examiner = Examiner(settings, rows, templates, grid.digests)
-    budgets = examiner.summaries(grid, search["chosen"], grid.output_dir)
+    examiner = Examiner(settings, tests, templates, grid.digests)
+    summaries = examiner.summaries(grid, search["chosen"], best, failures)
 
     # Compare, save, and say by the exit code if a run failed, or a test met numbers that are not finite.
-    write_results(settings, methods, budgets, search, failures, num_rows=len(rows))
+    num_rows = {test: len(rows) for test, rows in tests.items()}
+    write_results(settings, methods, summaries, search, failures, num_rows=num_rows)
     check_finite(examiner.not_finite)
     if failures:
         sys.exit(1)

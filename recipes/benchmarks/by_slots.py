@@ -1,22 +1,23 @@
 r"""Where a comparison on E2E is won and lost: BLEU and length by the number of facts (slots) in the input.
 
-    python recipes/benchmarks/by_slots.py --results runs/e2e_comparison/results
+    python recipes/benchmarks/by_slots.py --results runs/e2e_comparison/middling
 
-Reads what `e2e_comparison.py` left in its work_dir. For every budget and method, at the learning rate that was chosen,
-means over seeds of corpus BLEU, its brevity penalty and the number of words, for test inputs of up to 7 slots and of
-8, which most training inputs do not have; and what BLEU gained on the validation inputs. Writes `by_slots.md` to
-`--results_dir`.
+Reads what `e2e_comparison.py` left in its work_dir. For every test set, budget and method, at the learning rate that
+was chosen, means over seeds of corpus BLEU, its brevity penalty and the number of words, for test inputs of up to 7
+slots and of 8, which most training inputs do not have; and what BLEU gained on the validation inputs. Writes
+`by_slots.md` to `--results_dir`.
 """
 
 import argparse
 import csv
 import json
+import math
 from pathlib import Path
 from statistics import mean
 
 from sacrebleu.metrics import BLEU
 
-from rlkd_trl.evaluation.tables import markdown_table
+from rlkd_trl.evaluation.tables import markdown_table, number
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {"up to 7 slots": range(1, 8), "8 slots": range(8, 9)}
@@ -39,32 +40,34 @@ def validation_gain(directories: list[Path]) -> float:
     return mean(metrics["after"]["bleu"] - metrics["before"]["bleu"] for metrics in found)
 
 
-def outputs_of(directory: Path, slots: range) -> list[dict]:
-    with (directory / "test.jsonl").open(encoding="utf-8") as file:
+def outputs_of(directory: Path, test: str, slots: range) -> list[dict]:
+    with (directory / "tests" / f"{test}.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [row for row in rows if number_of_slots(row["prompt"]) in slots]
 
 
 def measures(rows: list[dict]) -> tuple[float, float, float]:
-    """BLEU, its brevity penalty, and words per output."""
+    """BLEU, its brevity penalty, and words per output; NaN where there are no inputs."""
+    if not rows:
+        return math.nan, math.nan, math.nan
     most = max(len(row["references"]) for row in rows)
     streams = [[row["references"][k] if k < len(row["references"]) else None for row in rows] for k in range(most)]
     found = BLEU().corpus_score([row["greedy"] for row in rows], streams)
     return found.score, found.bp, mean(len(row["greedy"].split()) for row in rows)
 
 
-def cells_of(name: str, directories: list[Path], *, trained: bool) -> list[str]:
+def cells_of(name: str, directories: list[Path], test: str, *, trained: bool) -> list[str]:
     cells = [name, f"{validation_gain(directories):+.1f}" if trained else "–"]
     for slots in GROUPS.values():
-        of_seeds = [measures(outputs_of(directory, slots)) for directory in directories]
+        of_seeds = [measures(outputs_of(directory, test, slots)) for directory in directories]
         bleu, brevity, words = (mean(values) for values in zip(*of_seeds, strict=True))
-        cells += [f"{bleu:.1f}", f"{brevity:.2f}", f"{words:.1f}"]
+        cells += [number(bleu, ".1f"), number(brevity, ".2f"), number(words, ".1f")]
     return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("runs/e2e_comparison/results"))
+    parser.add_argument("--results", type=Path, default=Path("runs/e2e_comparison/middling"))
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
 
@@ -72,18 +75,20 @@ def main() -> None:
     heads = ["BLEU gained, validation"]
     heads += [f"{measure}, {group}" for group in GROUPS for measure in ("BLEU", "brevity penalty", "words")]
     sections = []
-    for budget, rows in found["budgets"].items():
-        table = []
-        for row in rows:
-            trained = row["learning_rate"] is not None
-            if not trained:  # teacher and warm start
-                directories = [args.results / row["model"]]
-            else:
-                of_method = args.results / budget / row["model"]
-                directories = [of_method / f"seed{seed}-lr{row['learning_rate']:g}" for seed in row["seeds"]]
-            table.append(cells_of(row["model"], directories, trained=trained))
-        sections.append(f"## {budget}\n\n{markdown_table(['model', *heads], table)}\n")
-    shares = [share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", "test")]
+    for test, budgets in found["tests"].items():
+        for budget, rows in budgets.items():
+            table = []
+            for row in rows:
+                trained = row["learning_rate"] is not None
+                if not trained:  # teacher and warm start
+                    directories = [args.results / row["model"]]
+                else:
+                    of_method = args.results / budget / row["model"]
+                    directories = [of_method / f"seed{seed}-lr{row['learning_rate']:g}" for seed in row["seeds"]]
+                if all((directory / "tests" / f"{test}.jsonl").is_file() for directory in directories):
+                    table.append(cells_of(row["model"], directories, test, trained=trained))
+            sections.append(f"## {test}, {budget}\n\n{markdown_table(['model', *heads], table)}\n")
+    shares = [share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", *found["tests"])]
     text = f"8 slots have {', '.join(shares)}.\n\n"
     text += "\n".join(sections)
     (args.results_dir / "by_slots.md").write_text(text, encoding="utf-8")

@@ -1,21 +1,26 @@
-r"""Every method on E2E (Novikova et al. 2017) from one teacher and one warm start: the README's comparison.
+r"""Every method on E2E (Novikova et al. 2017) from one teacher, three warm starts, on two test sets.
 
     python recipes/benchmarks/e2e_comparison.py --train e2e/train.csv --test e2e/test.csv \
-        --templates promptsource/e2e_nlg_cleaned/templates.yaml --work_dir runs/e2e_comparison --jobs 2
+        --templates promptsource/e2e_nlg_cleaned/templates.yaml --work_dir runs/e2e_comparison --stop_after_minutes 60
 
-Data, teacher and warm start are made as in `e2e.py` with seed 0, except that 100 of the training inputs are set aside
-before anything is trained, for the choice of learning rates; 200 of the test inputs are used, drawn with seed 0; and
-methods ask the teacher through one of its two templates, which judges them too, while pseudo-labels come from both.
-The step counts, the learning rates and these cuts are what two hours on two cores allow. Methods that learn from
-data get the teacher's greedy answers to the training inputs; no method sees a human reference, except that learning
-rates are chosen by BLEU. `recipes/compare.py` does the rest; a run that breaks off is taken up again where it was.
-Writes `comparison.md`, `.csv`, `.json` and the figures to `--results_dir`. A longer budget for some of the methods
-(run `by_slots.py` before it, which reads the last comparison in the work_dir):
+The same command goes on where it stopped, until all is done; after each piece the tables have what there is. One seed
+of every method from every warm start comes first, then the next seed. `--smoke` does all of it in small, in minutes.
 
-    ... --methods f_distill_rkl all_actions all_actions_expected rloo_sequence --baseline f_distill_rkl \
-        --max_steps 50 400 --results_dir recipes/benchmarks/results/long
+Data. Names are delexicalised as in `e2e.py`. Of the 547 inputs of `--train`, 300 drawn with seed 0 are the test set
+`in_distribution` and 60 the validation set; the teacher learns from the other 187 and their references. Students see
+no reference: they learn from those 187 and from variants of them, up to 600 inputs, to each of which the teacher
+answers through both of its templates. A variant has the attributes of one input, and for each a value that some
+training input has; none is an input of validation or test. 300 inputs of `--test` are the test set `official`, which
+is another distribution: other values (restaurants, pubs, Italian food), and 45 % have 8 facts, in training 12 %.
 
-`--architecture llama` makes decoder-only models of the same sizes; give it a work_dir and a results_dir of its own.
+Three warm starts are one student after different numbers of steps on the teacher's answers: cold, middling and good.
+Methods start from each with the same seeds and budget; each has its learning rate from the same six by BLEU on the
+validation inputs, at the first seed; the four that are best there, by the mean of three seeds, get two seeds more.
+Methods ask the teacher through one of its templates, which judges them too.
+
+`recipes/compare.py` does the rest. Its tables and figures go to `--results_dir`/WARM_START. With
+`--max_generated_tokens` the budget is in tokens, those read from data included, and learning rates do not decay;
+`--architecture llama` makes decoder-only models of the same sizes, and needs a work_dir and a results_dir of its own.
 """
 
 import argparse
@@ -25,30 +30,127 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_NAMES, delexicalise, stage
 
-VALIDATION_INPUTS, TEST_INPUTS = 100, 200
-METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup".split()
-METHODS += "rloo_sequence rloo_token ppo minillm".split()
-METHODS += "all_actions all_actions_w1 all_actions_discount all_actions_expected".split()
+# Inputs: of the first file for test and validation; with variants, for the students; of the second file.
+TEST_INPUTS, VALIDATION_INPUTS, STUDENT_INPUTS, OFFICIAL_INPUTS = 300, 60, 600, 300
+WARM_START_STEPS = {"middling": 130, "good": 400, "cold": 70}  # in the order in which they are compared
+RIVALS = Path(__file__).resolve().parent / "rivals"
+METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup minillm".split()
+METHODS += "ppo rloo_token rloo_sequence all_actions all_actions_w1 all_actions_expected".split()
+METHODS += [str(path) for path in sorted(RIVALS.glob("*/*.yaml"))]
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
+RATES = ["1e-5", "5e-5", "2e-4", "1e-3", "4e-3", "1.5e-2"]
+TOP, TOP_SEEDS = 4, ["3", "4"]
+# Of all methods and stages in small: it shows that they run, and its numbers say nothing.
+SMOKE_TEACHER = ["--max_steps", "60", "--d_model", "32"]
+SMOKE_METHODS, SMOKE_RATES, SMOKE_STEPS = ["seq_kd", "ppo"], ["2e-4", "1e-3"], "2"
 
 
-def split_inputs(source: Path, count: int, drawn: Path, rest: Path | None = None) -> None:
-    """All rows of `count` distinct inputs, drawn with seed 0, to `drawn`, those of the others to `rest`."""
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["mr", "ref"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def drawn_inputs(rows: list[dict[str, str]], *counts: int) -> list[list[dict[str, str]]]:
+    """Disjoint parts of the rows, each with all of so many distinct inputs, drawn with seed 0; and the rest."""
     inputs = sorted({row["mr"] for row in rows})
-    chosen = set(random.Random(0).sample(inputs, count))
-    for target, wanted in ((drawn, True), (rest, False)):
-        if target is None:
-            continue
-        with target.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["mr", "ref"])
-            writer.writeheader()
-            writer.writerows(row for row in rows if (row["mr"] in chosen) == wanted)
+    order, parts = random.Random(0).sample(inputs, len(inputs)), []
+    for count in counts:
+        chosen, order = set(order[:count]), order[count:]
+        parts.append([row for row in rows if row["mr"] in chosen])
+    return [*parts, [row for row in rows if row["mr"] in set(order)]]
+
+
+def with_variants(inputs: list[str], count: int, taken: set[str]) -> list[str]:
+    """The inputs, and as many variants of them as make `count`, none of them among `taken`."""
+    facts = {source: [fact.split("[", 1) for fact in source.split(", ")] for source in inputs}
+    values = {}
+    for of_input in facts.values():
+        for attribute, value in of_input:
+            values.setdefault(attribute, []).append(value)
+    rng, found = random.Random(0), dict.fromkeys(inputs)
+    for _ in range(100 * count):
+        if len(found) >= count:
+            break
+        attributes = [attribute for attribute, _ in facts[rng.choice(inputs)]]
+        variant = ", ".join(f"{attribute}[{rng.choice(values[attribute])}" for attribute in attributes)
+        if variant not in taken:
+            found[variant] = None
+    return list(found)
+
+
+def make_data(args: argparse.Namespace, here: Path) -> None:
+    delexicalise(args.train, here / "all_train.csv")
+    delexicalise(args.test, here / "all_test.csv")
+    test, validation, train = drawn_inputs(read_rows(here / "all_train.csv"), TEST_INPUTS, VALIDATION_INPUTS)
+    official, _ = drawn_inputs(read_rows(here / "all_test.csv"), OFFICIAL_INPUTS)
+    taken = {row["mr"] for part in (test, validation, official) for row in part}
+    inputs = with_variants(sorted({row["mr"] for row in train}), STUDENT_INPUTS, taken)
+    write_rows(here / "students.csv", [{"mr": source, "ref": ""} for source in inputs])
+    write_rows(here / "validation.csv", validation)
+    write_rows(here / "in_distribution.csv", test)
+    write_rows(here / "official.csv", official)
+    write_rows(here / "train.csv", train)
+
+
+def make_models(args: argparse.Namespace, here: Path) -> None:
+    """Teacher, its answers, and the warm starts."""
+    teacher, pseudo = here / "teacher", here / "pseudo.jsonl"
+    templates = ["--templates", args.templates, "--template_names", *TEMPLATE_NAMES]
+    common = ["--architecture", args.architecture, "--seed", "0", *QUIET]
+    size = [*TEACHER, *(SMOKE_TEACHER if args.smoke else [])]
+    of_train = ["--dataset", here / "train.csv", *DATA_FLAGS, *templates]
+    stage("sft", teacher / "config.json", *of_train, "--output_dir", teacher, *size, *common)
+    asked = ["--dataset", here / "students.csv", "--source_column", "mr", *templates]
+    asked += ["--max_rows", "64"] if args.smoke else []
+    stage("pseudo_label", pseudo, "--teacher", teacher, *asked, "--output", pseudo)
+    labels = ["--dataset", pseudo, "--source_column", "mr", "--target_column", "pseudo_label"]
+    for name in args.warm_starts:
+        steps = WARM_START_STEPS[name] // (10 if args.smoke else 1)
+        warm, size = here / f"warm_{name}", [*STUDENT, "--max_steps", str(steps)]
+        of_student = ["--tokenizer", teacher, "--output_dir", warm, *size, *common]
+        stage("sft", warm / "config.json", *labels, *of_student)
+
+
+def compare(args: argparse.Namespace, warm_start: str, seeds: list[str], *, minutes: float | None, whole: bool) -> int:
+    """One call of compare.py, and a copy of its tables; its exit code."""
+    here, results, target = args.work_dir, args.work_dir / warm_start, args.results_dir / warm_start
+    command = [sys.executable, RECIPES / "compare.py", "--teacher", here / "teacher"]
+    command += ["--student", here / f"warm_{warm_start}", "--dataset", here / "pseudo.jsonl"]
+    command += ["--source_column", "mr", "--target_column", "pseudo_label", "--eval_target_column", "ref"]
+    command += ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0], "--num_samples", "2"]
+    command += ["--validation_dataset", here / "validation.csv"]
+    command += ["--test_dataset", here / "in_distribution.csv", here / "official.csv"]
+    command += ["--methods", *args.methods, "--baseline", args.baseline, "--seeds", *seeds]
+    command += ["--learning_rates", *args.learning_rates, "--select_on", "bleu", "--common", *COMMON]
+    if args.max_generated_tokens:
+        command += ["--max_generated_tokens", *args.max_generated_tokens]
+    else:
+        command += ["--max_steps", *args.max_steps]
+    if whole and args.top:
+        command += ["--top", str(args.top), "--top_seeds", *args.top_seeds]
+    if minutes is not None:
+        command += ["--stop_after_minutes", f"{minutes:.3f}"]
+    command += ["--jobs", args.jobs, "--output_dir", results]
+    code = subprocess.run([str(word) for word in command]).returncode
+    target.mkdir(parents=True, exist_ok=True)
+    for path in results.glob("*.*"):
+        shutil.copy(path, target / path.name)
+    if (target / "comparison.md").is_file():
+        with (target / "comparison.md").open("a", encoding="utf-8") as file:
+            file.write(f"\nMade by `python {shlex.join(sys.argv)}`.\n")
+    return code
 
 
 def main() -> None:
@@ -58,45 +160,38 @@ def main() -> None:
     parser.add_argument("--templates", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/e2e_comparison"))
     parser.add_argument("--architecture", default="t5", choices=("t5", "llama"))
+    parser.add_argument("--warm_starts", nargs="+", default=list(WARM_START_STEPS), choices=list(WARM_START_STEPS))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--max_steps", nargs="+", default=["50", "150"])
-    parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "5e-4", "2e-3", "5e-3", "1e-2"])
+    parser.add_argument("--top", type=int, default=TOP)
+    parser.add_argument("--top_seeds", nargs="+", default=TOP_SEEDS)
+    parser.add_argument("--max_steps", nargs="+", default=["150"])
+    parser.add_argument("--max_generated_tokens", nargs="+")
+    parser.add_argument("--learning_rates", nargs="+", default=RATES)
     parser.add_argument("--jobs", default="1")
-    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--stop_after_minutes", type=float)
+    parser.add_argument("--results_dir", type=Path, default=RESULTS / "warm_starts")
+    parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    if args.smoke:
+        args.methods, args.learning_rates, args.max_steps = SMOKE_METHODS, SMOKE_RATES, [SMOKE_STEPS]
+        args.seeds, args.top, args.top_seeds = ["0", "1"], 1, ["2"]
 
-    here = args.work_dir
-    train, validation, test = (here / f"{name}.csv" for name in ("train", "validation", "test"))
-    if not test.exists():
-        delexicalise(args.train, here / "all_train.csv")
-        split_inputs(here / "all_train.csv", VALIDATION_INPUTS, validation, train)
-        delexicalise(args.test, here / "all_test.csv")
-        split_inputs(here / "all_test.csv", TEST_INPUTS, test)
-    teacher, pseudo, warm, results = (here / name for name in ("teacher", "pseudo.jsonl", "warm", "results"))
-    templates = ["--templates", args.templates, "--template_names", *TEMPLATE_NAMES]
-    common = ["--architecture", args.architecture, "--seed", "0", *QUIET]
-    of_train = ["--dataset", train, *DATA_FLAGS, *templates]
-    stage("sft", teacher / "config.json", *of_train, "--output_dir", teacher, *TEACHER, *common)
-    stage("pseudo_label", pseudo, "--teacher", teacher, *of_train, "--output", pseudo)
-    labels = ["--dataset", pseudo, "--source_column", "mr", "--target_column", "pseudo_label"]
-    stage("sft", warm / "config.json", *labels, "--tokenizer", teacher, "--output_dir", warm, *STUDENT, *common)
-
-    command = [sys.executable, RECIPES / "compare.py", "--teacher", teacher, "--student", warm, *labels]
-    command += ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0], "--num_samples", "2"]
-    command += ["--validation_dataset", validation, "--test_dataset", test, "--eval_target_column", "ref"]
-    command += ["--methods", *args.methods, "--baseline", args.baseline, "--seeds", *args.seeds]
-    command += ["--max_steps", *args.max_steps, "--learning_rates", *args.learning_rates, "--select_on", "bleu"]
-    command += ["--common", *COMMON]
-    command += ["--jobs", args.jobs, "--output_dir", results]
-    finished = subprocess.run([str(word) for word in command])
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    for path in results.glob("*.*"):
-        shutil.copy(path, args.results_dir / path.name)
-    with (args.results_dir / "comparison.md").open("a", encoding="utf-8") as file:
-        file.write(f"\nMade by `python {shlex.join(sys.argv)}`.\n")
-    sys.exit(finished.returncode)
+    until = None if args.stop_after_minutes is None else time.monotonic() + 60 * args.stop_after_minutes
+    if not (args.work_dir / "train.csv").exists():
+        make_data(args, args.work_dir)
+    make_models(args, args.work_dir)
+    failed = False
+    for count in range(1, len(args.seeds) + 1):
+        for warm_start in args.warm_starts:
+            minutes = None if until is None else (until - time.monotonic()) / 60
+            if minutes is not None and minutes <= 0:
+                print("The time is over; the same command goes on.", flush=True)
+                sys.exit(failed)
+            whole = count == len(args.seeds)
+            failed |= compare(args, warm_start, args.seeds[:count], minutes=minutes, whole=whole) != 0
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def compare_students(groups: list[object], args: QuantisationArguments) -> dict[
     command += ["--eval_target_column", args.eval_target_column] if args.eval_target_column else []
     command += ["--common", *args.common] if args.common else []
     subprocess.run([str(word) for word in command], check=True)
-    (rows,) = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))["budgets"].values()
+    found = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
+    ((rows,),) = (budgets.values() for budgets in found["tests"].values())
     columns = ("mean", "half_width")
     return {
         row["model"]: {

@@ -12,6 +12,7 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "self_bleu": False,
     "distinct1": True,
     "distinct2": True,
+    "distinct_outputs": True,
     "length_words": None,
     "length_ratio": None,
     "tokens": None,
@@ -20,6 +21,7 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "teacher_nll_per_token": False,
     "teacher_nll_per_sequence": False,
     "student_nll_of_teacher_per_token": False,
+    "nll_of_teacher_samples_per_token": False,
 }
 
 

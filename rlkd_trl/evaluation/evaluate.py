@@ -36,7 +36,8 @@ class Evaluation:
 
     metrics: each metric's value by name. outputs: the N texts. completions: the same outputs as tokens. per_input: the
     values that some metrics are means of, N each: `tokens`, `ended` (0 or 1), and with a reward model `reward` and
-    `teacher_nll`, both of the whole completion, the latter in nats.
+    `teacher_nll`, both of the whole completion, the latter in nats; with a teacher's completions also these'
+    `teacher_tokens` and `nll_of_teacher`, the model's NLL of them.
     """
 
     metrics: dict[str, float]
@@ -223,9 +224,12 @@ def evaluate_student(
         logps_BT = completion_log_probs(
             policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
         )
-        nll = -masked_sum(logps_BT, teacher_completions.mask_BT) / teacher_completions.mask_BT.sum()
-        result.metrics["student_nll_of_teacher_per_token"] = float(nll)
-        is_usable_B = usable_rows(logps_BT, teacher_completions.mask_BT)
+        mask_BT = teacher_completions.mask_BT
+        nll_B, tokens_B = -masked_sum(logps_BT, mask_BT, dim=1), mask_BT.sum(dim=1)
+        result.per_input["nll_of_teacher"] = nll_B.tolist()
+        result.per_input["teacher_tokens"] = tokens_B.double().tolist()
+        result.metrics["student_nll_of_teacher_per_token"] = float(nll_B.sum() / tokens_B.sum())
+        is_usable_B = usable_rows(logps_BT, mask_BT)
         result.metrics[NOT_FINITE] += _count_not_finite(
             {"log-probabilities of the teacher's answers": is_usable_B}, rows
         )

@@ -82,6 +82,15 @@ def distinct_n(outputs: Sequence[str], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
+def distinct_outputs(outputs: Sequence[str]) -> float:
+    """Distinct texts over all texts of the corpus, above 0 to 1: near 0 where a model says the same to every input.
+
+    The value falls as a corpus grows: compare corpora of equal size. Raises InputError: no outputs.
+    """
+    _check_texts("outputs", outputs)
+    return len(set(outputs)) / len(outputs)
+
+
 def self_bleu(samples: Sequence[Sequence[str]]) -> float:
     """How alike the samples of one input are, 0 to 100: lower is more diverse (Zhu et al. 2018, "Texygen").
 
@@ -155,15 +164,16 @@ def text_metrics(
 ) -> dict[str, float]:
     """Every metric of this module that the data allow.
 
-    Keys: `bleu`, `rouge1`, `rouge2`, `rougeL` (0 to 100), `distinct1`, `distinct2` (0 to 1), `length_words` (mean
-    words), `length_ratio`, and `ibleu` where sources are given. Where `references` is None, or any row has no
-    reference, only `distinct1`, `distinct2` and `length_words`.
+    Keys: `bleu`, `rouge1`, `rouge2`, `rougeL` (0 to 100), `distinct1`, `distinct2`, `distinct_outputs` (0 to 1),
+    `length_words` (mean words), `length_ratio`, and `ibleu` where sources are given. Where `references` is None, or
+    any row has no reference, only the distinct ones and `length_words`.
 
     Raises InputError: no outputs, or another number of references or sources than outputs.
     """
     without_references = {
         "distinct1": distinct_n(outputs, 1),
         "distinct2": distinct_n(outputs, 2),
+        "distinct_outputs": distinct_outputs(outputs),
         "length_words": mean_length(outputs),
     }
     if sources is not None:

@@ -7,6 +7,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.metrics import (
     bleu,
     distinct_n,
+    distinct_outputs,
     ibleu,
     length_ratio,
     mean_length,
@@ -132,6 +133,13 @@ def test_distinct_of_outputs_that_are_too_short_is_0():
     assert distinct_n(["a", "b c"], 2) == 1.0
 
 
+def test_distinct_outputs_by_hand():
+    assert distinct_outputs(["a b", "a b", "a  b", "b a"]) == 3 / 4
+    assert distinct_outputs(["the same"] * 8) == 1 / 8
+    with pytest.raises(InputError, match="outputs is empty"):
+        distinct_outputs([])
+
+
 def test_ibleu_by_hand():
     # BLEU(output, source): "G H G H" against itself and "A B C D E" against "A B C D Z":
     #   1-grams 4 + 4 of 9, 2-grams 3 + 3 of 7, 3-grams 2 + 2 of 5, 4-grams 1 + 1 of 3; lengths equal.
@@ -187,7 +195,8 @@ def test_a_further_reference_equal_to_the_output_makes_the_score_perfect():
 
 
 def test_text_metrics_has_every_key():
-    keys = {"bleu", "rouge1", "rouge2", "rougeL", "distinct1", "distinct2", "length_words", "length_ratio"}
+    keys = {"bleu", "rouge1", "rouge2", "rougeL", "distinct1", "distinct2", "distinct_outputs"}
+    keys |= {"length_words", "length_ratio"}
     metrics = text_metrics(OUTPUTS, REFERENCES)
     assert set(metrics) == keys
     assert set(text_metrics(OUTPUTS, REFERENCES, OUTPUTS)) == keys | {"ibleu"}
@@ -202,7 +211,8 @@ def test_text_metrics_has_every_key():
 
 @pytest.mark.parametrize("references", [None, [[], []], [["G"], []]])
 def test_text_metrics_without_references(references):
-    assert set(text_metrics(OUTPUTS, references, OUTPUTS)) == {"distinct1", "distinct2", "length_words"}
+    found = text_metrics(OUTPUTS, references, OUTPUTS)
+    assert set(found) == {"distinct1", "distinct2", "distinct_outputs", "length_words"}
 
 
 @pytest.mark.parametrize("metric", WITH_REFERENCES)

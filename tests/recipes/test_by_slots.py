@@ -11,14 +11,14 @@ SHORT, LONG = "name[N], food[F]", ", ".join(f"s{i}[v]" for i in range(8))
 
 
 def write_outputs(directory, short: str, long: str, gain: float = 0.0) -> None:
-    directory.mkdir(parents=True)
+    (directory / "tests").mkdir(parents=True)
     metrics = {"before": {"bleu": 50.0}, "after": {"bleu": 50.0 + gain}}
     (directory / "metrics.json").write_text(json.dumps(metrics))
     rows = [
         {"prompt": SHORT, "references": ["N serves F food ."], "greedy": short},
         {"prompt": LONG, "references": ["a b c d e f g h", "a b c d e f g"], "greedy": long},
     ]
-    (directory / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "tests" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_table_of_a_comparison(tmp_path, monkeypatch):
@@ -34,14 +34,14 @@ def test_the_table_of_a_comparison(tmp_path, monkeypatch):
             {"model": "ppo", "learning_rate": 5e-4, "seeds": [0, 2]},
         ]
     }
-    (results / "comparison.json").write_text(json.dumps({"budgets": budgets}))
+    (results / "comparison.json").write_text(json.dumps({"tests": {"test": budgets}}))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["by_slots.py", "--results", str(results), "--results_dir", str(tmp_path)])
         main_of("benchmarks/by_slots")()
     text = (tmp_path / "by_slots.md").read_text()
     # distinct: 1 of SHORT, LONG, x, y
     shares = "25% of the 4 train inputs, 100% of the 1 validation inputs, 0% of the 1 test inputs"
-    assert text.startswith(f"8 slots have {shares}.\n\n## max_steps_5\n")
+    assert text.startswith(f"8 slots have {shares}.\n\n## test, max_steps_5\n")
     table = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()}
     assert table["warm_start"] == ["–", "100.0", "1.00", "5.0", "100.0", "1.00", "8.0"]
     # Seed 2: all n-grams match, 6 words against 7 of the nearest reference: exp(1 − 7/6) = 0.846; with 1, 0.923

@@ -3,6 +3,7 @@
 The recipes that it calls are stand-ins, scripts that copy a checkpoint; the comparison itself and its tests are real.
 """
 
+import csv
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from rlkd_trl.commands import files_read
 from rlkd_trl.commands.arguments import TeacherArguments
+from rlkd_trl.commands.comparison import cells
 from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import check_flags, find_method
 from rlkd_trl.trainers.config import RLOOKDConfig
@@ -50,8 +52,8 @@ def test_search_runs_and_tables(workplace):
     assert results["search"]["chosen"] == {"ppo": 5e-4, "rloo_sequence": 1e-3}
     assert results["search"]["scores"]["ppo"] == pytest.approx({"0.0002": 3e-4, "0.0005": 0, "0.001": 5e-4})
     assert results["search"]["cost"]["ppo"]["0.0002"]["cpu_seconds"] == 2.5
-    assert list(results["budgets"]) == ["max_steps_3", "max_steps_9"]
-    for rows in results["budgets"].values():
+    assert list(results["tests"]["test"]) == ["max_steps_3", "max_steps_9"]
+    for rows in results["tests"]["test"].values():
         assert [row["model"] for row in rows] == ["teacher", "warm_start", "ppo", "rloo_sequence"]
         assert [row["seeds"] for row in rows] == [[], [], [0, 1], [0, 1]]
         assert rows[2]["cost"]["cpu_seconds"]["mean"] == 2.5 and rows[0]["cost"] == {}
@@ -101,13 +103,14 @@ def test_the_metric_to_select_on_says_what_is_better(workplace):
 def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
     """Teacher, warm start and a run's student, greedy and sampled, measured by recipes/evaluate.py."""
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
-    rows = {row["model"]: row for row in results_of(workplace)["budgets"]["max_steps_3"]}
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
     flags = f"--teacher teacher --dataset test.csv {COLUMNS} --templates good.yaml --max_completion_length 6"
     for name, student in {"warm_start": "student", "ppo": os.environ["TRAINED"]}.items():
         assert run(f"evaluate --student {student} {flags} --output_dir greedy_{name}") == 0
         found = metrics_of(workplace / f"greedy_{name}")
         for model, metrics in ((name, found["student"]), ("teacher", found["teacher"])):
             shown = {metric: interval["mean"] for metric, interval in rows[model]["greedy"].items()}
+            del shown["nll_of_teacher_samples_per_token"]  # of samples; the recipe takes greedy answers
             assert shown == pytest.approx({key: metrics[key] for key in shown}, rel=1e-5), model
             assert {"bleu", "rougeL", "teacher_nll_per_sequence", "reward", "eos_rate"} <= shown.keys()
         draws = []
@@ -128,7 +131,7 @@ def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
     assert len(calls(workplace)) == made == 2
     assert "Testing" not in capsys.readouterr().out
-    assert results_of(workplace)["budgets"] == first["budgets"]
+    assert results_of(workplace)["tests"]["test"] == first["tests"]["test"]
     # One seed more: its runs only, and only they are tested.
     assert compare(f"{GOOD} --seeds 0 1", workplace) == 0
     assert sorted(places(workplace)[made:]) == ["max_steps_3/ppo/seed1", "max_steps_3/rloo_sequence/seed1"]
@@ -140,7 +143,7 @@ def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
     assert compare(f"{GOOD} --seeds 0 1 --num_samples 3", workplace) == 0
     assert len(calls(workplace)) == 4
     assert capsys.readouterr().out.count("Testing") == 6
-    (row,) = read_jsonl(workplace / "out/max_steps_3/ppo/seed0/test.jsonl")[:1]
+    (row,) = read_jsonl(workplace / "out/max_steps_3/ppo/seed0/tests/test.jsonl")[:1]
     assert len(row["samples"]) == 3
 
 
@@ -267,7 +270,7 @@ def test_what_was_tested_before_is_tested_again_with_other_weights(workplace, ca
     out = capsys.readouterr().out
     assert "Testing out/max_steps_3/ppo/seed0" in out and out.count("Testing") == 1
     # Another teacher judges all; training is elsewhere, or the runs would be refused.
-    tests = {name: (workplace / "out" / name / "test.json") for name in ("teacher", "warm_start")}
+    tests = {name: (workplace / "out" / name / "tests" / "test.json") for name in ("teacher", "warm_start")}
     kept = {name: file.read_text() for name, file in tests.items()}
     retrain(workplace / "teacher")
     shutil.rmtree(workplace / "out/max_steps_3")
@@ -295,9 +298,88 @@ def test_what_was_tested_before_is_tested_again_on_other_test_data(column, workp
     assert compare(flags, workplace) == 0
     assert capsys.readouterr().out.count("Testing") == 3 and len(calls(workplace)) == 1
     for name in ("teacher", "warm_start", "max_steps_3/ppo/seed0"):
-        inputs = read_jsonl(workplace / "out" / name / "test.jsonl")
+        inputs = read_jsonl(workplace / "out" / name / "tests" / "test.jsonl")
         assert [row["prompt"] for row in inputs] == [row["mr"] for row in edited]
         assert [row["references"] for row in inputs] == [[row["ref"]] for row in edited]
+
+
+@pytest.mark.slow
+def test_several_test_sets_have_a_table_each(workplace):
+    """What was tested on one of them is not tested again; the same inputs under two names give the same numbers."""
+    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    alone = results_of(workplace)["tests"]["test"]
+    shutil.copy("test.csv", "again.csv")
+    write_csv(workplace / "other.csv", word_rows(5, seed=7))
+    assert compare(f"{GOOD} --seeds 0 --test_dataset test.csv again.csv other.csv", workplace) == 0
+    tests = results_of(workplace)["tests"]
+    assert list(tests) == ["test", "again", "other"] and tests["test"] == tests["again"] == alone
+    assert tests["other"] != alone
+    assert len(calls(workplace)) == 2, "nothing is trained for that"
+    text = (workplace / "out" / "comparison.md").read_text()
+    assert "8 test and 8 again and 5 other test inputs" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {name}, max_steps_3" for name in tests
+    ]
+    assert len(read_jsonl(workplace / "out/max_steps_3/ppo/seed0/tests/other.jsonl")) == 5
+    with (workplace / "out" / "comparison.csv").open() as file:
+        assert {row["test"] for row in csv.DictReader(file)} == set(tests)
+
+
+@pytest.mark.slow
+def test_coverage_is_the_nll_of_the_teachers_samples(workplace):
+    """By a student with the teacher's weights that is asked in the teacher's words, it is the teacher's own."""
+    write_templates(workplace / "bare.yaml", one="{{ mr }}")
+    flags = GOOD.replace("good.yaml", "bare.yaml")
+    assert compare(f"{flags} --seeds 0 --methods ppo --student teacher", workplace) == 0
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
+    coverage = {model: row["greedy"]["nll_of_teacher_samples_per_token"]["mean"] for model, row in rows.items()}
+    assert coverage["warm_start"] == pytest.approx(coverage["teacher"], rel=1e-5)
+    assert coverage["ppo"] > coverage["teacher"] + 0.01
+    # The first sample of each input, as the teacher's table has it: a token for a word, and one for an end.
+    for row in read_jsonl(workplace / "out/teacher/tests/test.jsonl"):
+        assert row["teacher_tokens"] - len(row["samples"][0].split()) in (0, 1)
+        assert row["greedy"] != row["samples"][0]
+
+
+@pytest.mark.slow
+def test_the_best_methods_get_more_seeds(workplace):
+    """By the stand-in's BLEU on validation inputs, 0 for PPO and 0.5 for RLOO."""
+    top = f"{GOOD} --top 1 --top_seeds 7 8 --select_on bleu"
+    assert compare(top, workplace) == 0
+    assert places(workplace)[4:] == [f"max_steps_3/rloo_sequence/seed{seed}" for seed in (7, 8)]
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
+    assert (rows["ppo"]["seeds"], rows["rloo_sequence"]["seeds"]) == ([0, 1], [0, 1, 7, 8])
+    # By the NLL, where less is better, it is the other one.
+    assert compare(top.replace("--select_on bleu", ""), workplace) == 0
+    assert places(workplace)[6:] == [f"max_steps_3/ppo/seed{seed}" for seed in (7, 8)]
+
+
+@pytest.mark.slow
+def test_a_comparison_in_pieces(workplace, monkeypatch):
+    """Once the time is over, no run is begun, and the tables have what there is; the same command goes on."""
+    monkeypatch.setattr(cells.time, "monotonic", lambda: 60.0 * len(calls(workplace)))
+    flags = f"{GOOD} --top 1 --top_seeds 7 --learning_rates 5e-4 1e-3"
+    assert compare(f"{flags} --stop_after_minutes 3", workplace) == 0
+    assert len(calls(workplace)) == 3, "within the search"
+    results = results_of(workplace)
+    assert results["search"]["chosen"] == {"ppo": 5e-4, "rloo_sequence": 5e-4}, "of what there is"
+    rows = {row["model"]: row for row in results["tests"]["test"]["max_steps_3"]}
+    assert [(rows[name]["seeds"], rows[name]["missing_seeds"]) for name in ("ppo", "rloo_sequence")] == [
+        ([0], [1]),
+        ([0], [1]),
+    ]
+    assert not any(row["failed_seeds"] for row in rows.values())
+    text = (workplace / "out" / "comparison.md").read_text()
+    assert "| ppo (not run yet: seed 1) | 0.0005 (edge) |" in text
+    assert "Not all rates have a finished run: rloo_sequence (1 of 2)." in text
+    for piece in range(4):
+        assert compare(f"{flags} --stop_after_minutes {5 + 2 * piece}", workplace) == 0
+    assert len(places(workplace)) == len(set(places(workplace))) == 4 + 2 + 1, "each once"
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
+    assert sorted((row["seeds"], row["missing_seeds"]) for row in list(rows.values())[2:]) == [
+        ([0, 1], []),
+        ([0, 1, 7], []),
+    ]
 
 
 @pytest.mark.slow
@@ -309,7 +391,7 @@ def test_a_run_that_fails(workplace, monkeypatch, capsys):
     assert "ppo/seed1: FAILED: ppo_kd.py ended with exit code 3:" in out and "out of paper" in out
     text = (workplace / "out" / "comparison.md").read_text()
     assert "| ppo (FAILED: seed 1) |" in text and "out of paper" in text.split("## Failed runs")[1]
-    rows = {row["model"]: row for row in results_of(workplace)["budgets"]["max_steps_3"]}
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
     assert rows["ppo"]["seeds"] == [0] and rows["ppo"]["greedy"]["bleu"]["half_width"] is None
     assert rows["rloo_sequence"]["seeds"] == [0, 1]
     # Once the cause is gone, that run is made up for.
@@ -327,7 +409,7 @@ def test_a_method_that_always_fails(workplace, monkeypatch):
     results = results_of(workplace)
     assert results["search"]["chosen"] == {"ppo": None, "rloo_sequence": 1e-3}
     assert len([place for place in places(workplace) if "/ppo/" in place]) == 2
-    rows = {row["model"]: row for row in results["budgets"]["max_steps_3"]}
+    rows = {row["model"]: row for row in results["tests"]["test"]["max_steps_3"]}
     assert rows["ppo"]["failed_seeds"] == [0, 1] and rows["ppo"]["greedy"] == {}
     assert rows["rloo_sequence"]["difference"].keys() >= {"bleu", "teacher_nll_per_sequence"}
 
@@ -377,7 +459,7 @@ def test_other_budgets(budget, flag, places_of, workplace):
     for call in calls(workplace):  # no other end, and no schedule that looks ahead to it
         assert call["values"]["--max_steps"] == "1000000"
         assert call["values"]["--lr_scheduler_type"] == "constant_with_warmup"
-    assert list(results_of(workplace)["budgets"]) == [
+    assert list(results_of(workplace)["tests"]["test"]) == [
         f"{flag.removeprefix('--')}_{value}" for value in sorted(places_of, key=float)
     ]
 
@@ -388,7 +470,7 @@ def test_pseudo_labels_for_training_and_references_for_evaluation(workplace):
     assert compare(f"{pseudo} --eval_target_column ref --seeds 0", workplace) == 0
     call = calls(workplace)[0]["values"]
     assert (call["--target_column"], call["--eval_target_column"]) == ("answer", "ref")
-    (row,) = read_jsonl(workplace / "out/warm_start/test.jsonl")[:1]
+    (row,) = read_jsonl(workplace / "out/warm_start/tests/test.jsonl")[:1]
     assert row["references"] == [word_rows(8, seed=1)[0]["ref"]]
 
 
@@ -409,6 +491,12 @@ BAD = [
     ("--common dataset=data.csv", "--common sets dataset, which compare.py sets"),
     ("--common hub_token=abc", "--common sets hub_token, which would stand in every run's record: log in with"),
     ("--validation_dataset nowhere.csv", "nowhere.csv does not exist"),
+    ("--test_dataset test.csv elsewhere/test.csv", "two have the same name"),
+    ("--test_dataset test.csv data.csv", "inputs of --test_dataset data.csv are in --dataset too"),
+    ("--top 2", "--top and --top_seeds go together"),
+    ("--top_seeds 5 6", "--top and --top_seeds go together"),
+    ("--top 1 --top_seeds 1 2", "--seeds and --top_seeds 0 1 1 2: one is given twice"),
+    ("--stop_after_minutes 0", "--stop_after_minutes 0.0 is out of range"),
 ]
 
 
@@ -486,7 +574,7 @@ def test_smoke(tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert finished.returncode == 0, finished.stderr[-4000:]
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())
-    (rows,) = results["budgets"].values()
+    (rows,) = results["tests"]["test"].values()
     assert [row["model"] for row in rows] == ["teacher", "warm_start", "gkd_on_policy", "ppo"]
     assert all(row["greedy"]["bleu"]["mean"] > 0 and row["sampled"]["self_bleu"]["mean"] > 0 for row in rows)
     assert all(row["cost"]["optimizer_steps"]["values"] == [4, 4] for row in rows[2:])

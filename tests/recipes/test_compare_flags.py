@@ -36,12 +36,13 @@ class Seen:
         return [call["values"].get(flag) for call in calls(self.workplace)]
 
     def row(self, model: str) -> dict:
-        (rows,) = results_of(self.workplace)["budgets"].values()
+        ((rows,),) = (budgets.values() for budgets in results_of(self.workplace)["tests"].values())
         return next(row for row in rows if row["model"] == model)
 
     @property
     def inputs(self) -> list[dict]:
-        return read_jsonl(self.workplace / "out/warm_start/test.jsonl")
+        (file,) = (self.workplace / "out/warm_start/tests").glob("*.jsonl")
+        return read_jsonl(file)
 
     def of_evaluations(self, setting: str) -> set:
         return {settings[setting] for settings in self.evaluations if setting in settings}
@@ -89,6 +90,12 @@ ARRIVES = {
     "ComparisonArguments.jobs": (
         "--jobs 2",
         lambda seen: [call["threads"] for call in calls(seen.workplace)] == ["1"],
+    ),
+    "ComparisonArguments.top": ("--top 1 --top_seeds 5", lambda seen: seen.row("ppo")["seeds"] == [0, 5]),
+    "ComparisonArguments.top_seeds": ("--top 1 --top_seeds 6 9", lambda seen: seen.row("ppo")["seeds"] == [0, 6, 9]),
+    "ComparisonArguments.stop_after_minutes": (
+        "--stop_after_minutes 1e-9",
+        lambda seen: not (seen.workplace / "calls.jsonl").exists() and seen.row("ppo")["missing_seeds"] == [0],
     ),
     "ComparisonArguments.output_dir": (
         "--output_dir elsewhere",

@@ -104,7 +104,8 @@ def test_metrics(finished):
     metrics = metrics_of(finished.output_dir)
     assert list(metrics) == ["teacher", "before", "after"]
     for row in metrics.values():
-        expected = {"bleu", "rouge1", "rouge2", "rougeL", "distinct1", "distinct2", "length_words", "length_ratio"}
+        expected = {"bleu", "rouge1", "rouge2", "rougeL", "distinct1", "distinct2", "distinct_outputs"}
+        expected |= {"length_words", "length_ratio"}
         expected |= {"tokens", "eos_rate", "reward", "teacher_nll_per_token", "teacher_nll_per_sequence"}
         assert expected <= row.keys()
         assert all(math.isfinite(value) for value in row.values())

@@ -71,7 +71,7 @@ def test_a_killed_run_is_made_up_for(moment, flag, command, whole, tmp_path, mon
     assert len(started) == 2 and flag in started[1]
     for name in ("model.safetensors", "metrics.json"):
         assert (tmp_path / CELL / name).read_bytes() == (whole / CELL / name).read_bytes(), name
-    budgets = [json.loads((place / "comparison.json").read_text())["budgets"] for place in (tmp_path, whole)]
-    assert without_times(budgets[0]) == without_times(budgets[1])
+    tests = [json.loads((place / "comparison.json").read_text())["tests"] for place in (tmp_path, whole)]
+    assert without_times(tests[0]) == without_times(tests[1])
     costs = [json.loads((place / CELL / "cost.json").read_text()) for place in (tmp_path, whole)]
     assert without_times(costs[0]) == without_times(costs[1])

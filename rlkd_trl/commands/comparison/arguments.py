@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
@@ -38,6 +39,10 @@ class ComparisonArguments:
         default=None, metadata={"help": "Method to compare with, or warm_start. Default: the first of --methods."}
     )
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of every method."})
+    top: Count | None = field(
+        default=None, metadata={"help": "So many methods, the best by --select_on on validation, get --top_seeds too."}
+    )
+    top_seeds: list[Seed] | None = field(default=None, metadata={"help": "More seeds, of the best --top methods."})
     max_steps: list[Count] | None = field(default=None, metadata={"help": "Budgets in optimizer steps."})
     max_generated_tokens: list[Count] | None = field(default=None, metadata={"help": "Budgets in sampled tokens."})
     max_cpu_seconds: list[Positive] | None = field(default=None, metadata={"help": "Budgets in CPU seconds."})
@@ -54,14 +59,19 @@ class ComparisonArguments:
     jobs: Annotated[int, Range(1, 1024)] = field(
         default=1, metadata={"help": "Runs at a time; more than one get one thread each."}
     )
+    stop_after_minutes: Positive | None = field(
+        default=None,
+        metadata={"help": "Begin no run after so long; the tables have what is there, the same command goes on."},
+    )
     output_dir: OutputPath = field(default="runs/compare", metadata={"help": "Where the runs and the results go."})
 
     def __post_init__(self):
         check_ranges(self)
         for name in ("seeds", "learning_rates", *BUDGETS):
-            values = getattr(self, name) or []
-            if len(set(values)) < len(values):
-                raise InputError(f"--{name} {' '.join(map(str, values))}: one is given twice.")
+            _refuse_twice(name, getattr(self, name) or [])
+        if (self.top is None) != (self.top_seeds is None):
+            raise InputError("--top and --top_seeds go together: how many methods, and which more seeds they get.")
+        _refuse_twice("seeds and --top_seeds", [*self.seeds, *(self.top_seeds or [])])
         if self.select_on not in SELECTION:
             raise InputError(f"--select_on {self.select_on}: choose one of {', '.join(SELECTION)}.")
         if odd := [flag for flag in self.common or [] if not flag.partition("=")[2]]:
@@ -86,7 +96,9 @@ class MeasurementArguments:
         default=None, metadata={"help": "For learning rates. Default with only one: a tenth of --dataset."}
     )
     validation_split: str = field(default="train", metadata={"help": "Split of --validation_dataset."})
-    test_dataset: DataPath | None = field(default=None, metadata={"help": "For the tables."})
+    test_dataset: list[DataPath] | None = field(
+        default=None, metadata={"help": "For the tables; of several, each has its own, under its file's name."}
+    )
     test_split: str = field(default="train", metadata={"help": "Split of --test_dataset."})
     eval_target_column: str | None = field(
         default=None, metadata={"help": "Their column with references. Default: --target_column."}
@@ -103,6 +115,14 @@ class MeasurementArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        if len(self.tests()) < len(self.test_dataset or []):
+            raise InputError(
+                f"--test_dataset {' '.join(self.test_dataset)}: two have the same name, which their tables would have."
+            )
+
+    def tests(self) -> dict[str, str]:
+        """The test sets by the names that their tables have: the files', without ending."""
+        return {Path(dataset).stem: dataset for dataset in self.test_dataset or []}
 
     def run_flags(self) -> list[str]:
         """What of this concerns the training runs."""
@@ -113,6 +133,11 @@ class MeasurementArguments:
             if self.eval_target_column is not None:
                 flags.append(f"--eval_target_column={self.eval_target_column}")
         return flags
+
+
+def _refuse_twice(name: str, values: list) -> None:
+    if len(set(values)) < len(values):
+        raise InputError(f"--{name} {' '.join(map(str, values))}: one is given twice.")
 
 
 def as_flags(*groups: object) -> list[str]:

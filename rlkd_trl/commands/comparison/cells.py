@@ -1,9 +1,11 @@
 """The training runs of a comparison: which methods there are, one directory for each run, run once, in parallel."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -82,7 +84,7 @@ class Cell:
         """Runs the recipe in a process of its own; None, or the end of its stderr if it failed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # A run that breaks off must not look finished by what an earlier one left.
-        for name in (*_RESULTS, "test.json"):
+        for name in _RESULTS:
             (self.directory / name).unlink(missing_ok=True)
         command, record = self.directory / "command.json", json.dumps(self.record(), indent=2) + "\n"
         # What an earlier attempt at the same run has saved is its beginning.
@@ -103,18 +105,27 @@ class Cell:
         return f"{self.method.recipe.name} ended with exit code {code}{missing}:\n{tail}"
 
 
-def run_cells(cells: Sequence[Cell], jobs: int) -> dict[Path, str]:
+def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> dict[Path, str]:
     """Runs those that are not done, `jobs` at a time; why each failed one did, by directory.
 
-    Several at a time get one thread each (OMP_NUM_THREADS=1): with more they would wait for each other.
+    Several at a time get one thread each (OMP_NUM_THREADS=1): with more they would wait for each other. None is begun
+    after `until`, a reading of `time.monotonic`; those are neither done nor failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if jobs > 1 else dict(os.environ)
     failures = {}
     executor = ThreadPoolExecutor(jobs)
-    waiting = {executor.submit(cell.run, environment): cell for cell in cells if not cell.is_done}
+
+    def run_in_time(cell: Cell) -> tuple[bool, str | None]:
+        """Whether it was begun, and why it failed, if it did."""
+        is_late = time.monotonic() >= until
+        return not is_late, None if is_late else cell.run(environment)
+
+    waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
     try:
         for number, future in enumerate(as_completed(waiting), start=1):
-            cell, failure = waiting[future], future.result()
+            cell, (was_begun, failure) = waiting[future], future.result()
+            if not was_begun:
+                continue
             state = "done" if failure is None else f"FAILED: {failure}"
             print(f"[{number}/{len(waiting)}] {cell.directory}: {state}", flush=True)
             if failure is not None:

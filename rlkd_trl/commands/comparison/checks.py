@@ -67,6 +67,8 @@ def check_named(settings: ComparisonSettings) -> None:
         raise InputError(f"One kind of budget is needed, and {number_given}: give one of {kinds}.")
     if len(compare.learning_rates) > 1 and test.validation_dataset is None and not compare.smoke:
         raise InputError("Several --learning_rates need a --validation_dataset to choose on.")
+    if compare.top is not None and test.validation_dataset is None and not compare.smoke:
+        raise InputError("--top needs a --validation_dataset to choose on.")
     if compare.select_on in ("bleu", "rougeL") and not (test.eval_target_column or data.target_column):
         raise InputError(f"--select_on {compare.select_on} needs references: give --eval_target_column.")
 
@@ -127,8 +129,8 @@ def check_flags(
         parser.parse(["--config", str(method.preset), *(f"--{flag}" for flag in common)])
 
 
-def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> "Dataset":
-    """The test rows, once all data sets are found to be good.
+def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> dict[str, "Dataset"]:
+    """The rows of each test set by its name, once all data sets are found to be good.
 
     Raises:
         InputError: One of them is not, or test inputs are among those of training or validation.
@@ -138,25 +140,29 @@ def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | No
     if test.validation_dataset is not None:
         held_out = HeldOutArguments(test.validation_dataset, test.validation_split, test.eval_target_column)
         seen["--validation_dataset"] = load_prompts(data, prompts, templates, held_out)
-    held_out = HeldOutArguments(test.test_dataset, test.test_split, test.eval_target_column)
-    rows = load_prompts(data, prompts, templates, held_out)
-    for flag, rows_seen in seen.items():
-        if common := set(rows["source"]).intersection(rows_seen["source"]):
-            raise InputError(
-                f"{len(common)} test inputs are in {flag} too, e.g. {min(common)!r}: test on inputs that nothing was "
-                "trained or chosen on."
-            )
-    return rows
+    tests = {}
+    for name, dataset in test.tests().items():
+        held_out = HeldOutArguments(dataset, test.test_split, test.eval_target_column)
+        tests[name] = load_prompts(data, prompts, templates, held_out)
+        for flag, rows_seen in seen.items():
+            if common := set(tests[name]["source"]).intersection(rows_seen["source"]):
+                raise InputError(
+                    f"{len(common)} inputs of --test_dataset {dataset} are in {flag} too, e.g. {min(common)!r}: test "
+                    "on inputs that nothing was trained or chosen on."
+                )
+    return tests
 
 
-def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> list[dict]:
-    """The test rows with prompts that fit, once data and checkpoints are found to be good. Raises `InputError`."""
-    rows = load_test_rows(settings, templates)
+def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> dict[str, list[dict]]:
+    """The rows of each test set by its name, with prompts that fit, once data and checkpoints are found to be good.
+
+    Raises `InputError`.
+    """
+    tests = load_test_rows(settings, templates)
     check_checkpoints(settings.teacher, settings.student)
     lengths = {name: getattr(settings.measurement, name) for name in ("max_prompt_length", "max_completion_length")}
-    return list(
-        fit_rows(rows, "Test data", settings.prompts, templates, settings.student, settings.teacher, **lengths)
-    )
+    of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
+    return {name: list(fit_rows(rows, f"Test data {name}", *of_prompts, **lengths)) for name, rows in tests.items()}
 
 
 def use_demo(settings: ComparisonSettings) -> None:
@@ -166,7 +172,7 @@ def use_demo(settings: ComparisonSettings) -> None:
     files = write_demo_files(directory)
     settings.data.dataset = files["train"]
     settings.measurement.validation_dataset = files["validation"]
-    settings.measurement.test_dataset = files["test"]
+    settings.measurement.test_dataset = [files["test"]]
     request = DemoRequest(str(directory), asdict(settings.prompts), seed=0, **SMOKE_STEPS)
     settings.teacher.teacher, settings.student.student = [request.teacher], request.student
     if not Path(request.student, "config.json").is_file():

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings, as_flags
@@ -16,9 +18,15 @@ from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.loading import load_reward_model, load_student
 from rlkd_trl.prompts import PromptTemplates
 
+if TYPE_CHECKING:
+    from rlkd_trl.evaluation.evaluate import Evaluation
+
+
+COVERAGE = "nll_of_teacher_samples_per_token"
+
 
 class Examiner:
-    """Tests models on the test rows, in the eyes of the teacher; what was tested before is read from disk.
+    """Tests models on the rows of each test set, in the eyes of the teacher; what was tested before is read from disk.
 
     The reward is the same for all: teacher-forcing, V = max, γ = 1, whatever a method was trained on.
     """
@@ -26,12 +34,12 @@ class Examiner:
     def __init__(
         self,
         settings: ComparisonSettings,
-        rows: list[dict],
+        tests: dict[str, list[dict]],
         templates: PromptTemplates | None,
         digests: FileDigests,
     ):
         prompts, teacher, student, test = settings.prompts, settings.teacher, settings.student, settings.measurement
-        self.rows, self.student = rows, student
+        self.tests, self.student = tests, student
         self.num_samples, self.num_resamples = test.num_samples, test.num_resamples
         self.baseline = settings.compare.baseline
         self.lengths = {"max_completion_length": test.max_completion_length, "batch_size": test.batch_size}
@@ -40,93 +48,141 @@ class Examiner:
         self.digests = digests
         self.not_finite: dict[str, dict[str, float]] = {}  # metrics by directory, where numbers are not
         self.settings = {
-            "rows": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
             "asked": as_flags(prompts, teacher, student),
             "files": digests.of_groups(prompts, teacher),
             "max_prompt_length": test.max_prompt_length,
             "max_completion_length": test.max_completion_length,
             "num_samples": test.num_samples,
         }
+        self._teacher_samples: dict[str, Evaluation] = {}
 
-    def test_warm_start(self, directory: Path) -> Outcome:
-        """The outcome of the student before training, kept in `directory`."""
-        return self._test_student(directory, self.student)
+    def summaries(
+        self,
+        grid: Grid,
+        chosen: Mapping[str, float | None],
+        best: Mapping[str, Sequence[str]],
+        failures: Mapping[Path, str],
+    ) -> dict[str, dict[str, list[dict]]]:
+        """The lines of the tables, by test set and budget: the teacher, the warm start, each method at its rate.
 
-    def test_trained(self, checkpoint: Path) -> Outcome:
+        best: names of the methods that have `grid.top_seeds` too, by budget. failures: why, by a run's directory.
+        """
+        found = {}
+        for test in self.tests:
+            of_teacher = self._test_teacher(test, grid.output_dir / "teacher")
+            of_warm_start = self._test_student(test, grid.output_dir / "warm_start", self.student)
+            given_models = [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
+            found[test] = {}
+            for budget in grid.budgets:
+                of_methods = []
+                for method in grid.methods:
+                    more = grid.top_seeds if method.name in best[budget] else []
+                    rate = chosen[method.name]
+                    of_methods.append(
+                        self._of_method(test, grid, budget, method, rate, [*grid.seeds, *more], failures)
+                    )
+                found[test][budget] = summarise(
+                    [*given_models, *of_methods],
+                    teacher=of_teacher,
+                    baseline=self.baseline or grid.methods[0].name,
+                    num_resamples=self.num_resamples,
+                )
+        return found
+
+    def _of_method(
+        self,
+        test: str,
+        grid: Grid,
+        budget: str,
+        method: Method,
+        rate: float | None,
+        seeds: Sequence[int],
+        failures: Mapping[Path, str],
+    ) -> Entry:
+        """A method at one budget: its finished seeds, tested."""
+        if rate is None:
+            return Entry(method.name, [], failed_seeds=list(seeds))
+        cells = {seed: grid.cell(budget, method, seed, rate) for seed in seeds}
+        done = {seed: cell for seed, cell in cells.items() if cell.is_done}
+        left = {seed: cell.directory for seed, cell in cells.items() if seed not in done}
+        return Entry(
+            method.name,
+            [self._test_trained(test, cell.directory) for cell in done.values()],
+            rate,
+            seeds=list(done),
+            costs=[cell.read("cost.json") for cell in done.values()],
+            failed_seeds=[seed for seed, directory in left.items() if directory in failures],
+            missing_seeds=[seed for seed, directory in left.items() if directory not in failures],
+            at_the_edge=grid.is_edge(rate),
+        )
+
+    def _test_trained(self, test: str, checkpoint: Path) -> Outcome:
         """The outcome of a training run's student, kept beside it."""
         trained = dataclasses.replace(self.student, student=str(checkpoint), student_revision=None)
-        return self._test_student(checkpoint, trained)
+        return self._test_student(test, checkpoint, trained)
 
-    def test_teacher(self, directory: Path) -> Outcome:
+    def _test_teacher(self, test: str, directory: Path) -> Outcome:
         """The outcome of the first teacher, asked through its first template; kept in `directory`."""
-        return self._noted(directory, kept_outcome(directory, self.settings, self._measure_teacher))
+        return self._kept(test, directory, self._settings_of(test), lambda: self._measure_teacher(test))
 
-    def _test_student(self, directory: Path, student: StudentArguments) -> Outcome:
-        tested = self.digests.of_groups(student)
-        settings = {**self.settings, "files": {**self.settings["files"], **tested}}
-        return self._noted(directory, kept_outcome(directory, settings, lambda: self._measure_student(student)))
+    def _test_student(self, test: str, directory: Path, student: StudentArguments) -> Outcome:
+        settings = self._settings_of(test)
+        settings["files"] = {**settings["files"], **self.digests.of_groups(student)}
+        return self._kept(test, directory, settings, lambda: self._measure_student(test, student))
 
-    def _noted(self, directory: Path, outcome: Outcome) -> Outcome:
+    def _settings_of(self, test: str) -> dict:
+        """What makes an outcome on a test set what it is."""
+        rows = json.dumps(self.tests[test], default=str)
+        return {**self.settings, "rows": hashlib.sha256(rows.encode()).hexdigest()}
+
+    def _kept(self, test: str, directory: Path, settings: dict, make: Callable[[], Outcome]) -> Outcome:
         """The outcome, remembered if a number in it is not finite."""
         from rlkd_trl.evaluation.evaluate import NOT_FINITE
 
+        outcome = kept_outcome(directory, test, settings, make)
         bad = {kind: found for kind in ("greedy", "sampled") if (found := getattr(outcome, kind)).get(NOT_FINITE)}
-        self.not_finite |= {f"{directory} ({kind})": metrics for kind, metrics in bad.items()}
+        self.not_finite |= {f"{directory} ({test}, {kind})": metrics for kind, metrics in bad.items()}
         return outcome
 
-    def _measure_student(self, student: StudentArguments) -> Outcome:
+    def _measure_student(self, test: str, student: StudentArguments) -> Outcome:
         from rlkd_trl.evaluation.evaluate import evaluate_student
         from rlkd_trl.models.loading import default_device
         from rlkd_trl.students import Policy
 
-        print(f"Testing {student.student}", flush=True)
+        print(f"Testing {student.student} on {test}", flush=True)
         model, tokenizer = load_student(student)
         policy = Policy(model.to(default_device()), tokenizer)
-        lengths = {**self.lengths, "max_prompt_length": self.max_prompt_length}
-        return measure(
-            lambda seed: evaluate_student(policy, tokenizer, self.rows, self.reward_model, seed=seed, **lengths),
-            self.rows,
-            self.num_samples,
-        )
 
-    def _measure_teacher(self) -> Outcome:
+        def evaluate(**settings) -> "Evaluation":
+            settings |= {"max_prompt_length": self.max_prompt_length, **self.lengths}
+            return evaluate_student(policy, tokenizer, self.tests[test], self.reward_model, **settings)
+
+        return self._measured(test, evaluate)
+
+    def _measure_teacher(self, test: str) -> Outcome:
+        print(f"Testing the teacher on {test}", flush=True)
+        return self._measured(test, partial(self._evaluate_teacher, test))
+
+    def _measured(self, test: str, evaluate: Callable[..., "Evaluation"]) -> Outcome:
+        """`evaluate` gets a seed, or None, and with the greedy outputs what a model's coverage is measured by."""
+        of_teacher = self._teacher_sample(test).completions
+
+        def answer(seed: int | None) -> "Evaluation":
+            found = evaluate(seed=seed, teacher_completions=of_teacher if seed is None else None)
+            if seed is None:  # under this name elsewhere: of the teacher's greedy answers
+                found.metrics[COVERAGE] = found.metrics.pop("student_nll_of_teacher_per_token")
+            return found
+
+        return measure(answer, self.tests[test], self.num_samples)
+
+    def _teacher_sample(self, test: str) -> "Evaluation":
+        """One sampled answer of the teacher to every input."""
+        if test not in self._teacher_samples:
+            self._teacher_samples[test] = self._evaluate_teacher(test, seed=0)
+        return self._teacher_samples[test]
+
+    def _evaluate_teacher(self, test: str, **settings) -> "Evaluation":
         from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
-        print("Testing the teacher", flush=True)
         tokenizer = self.reward_model.panels[0].scorers[0].teacher.processing_class
-        return measure(
-            lambda seed: evaluate_teacher(tokenizer, self.rows, self.reward_model, seed=seed, **self.lengths),
-            self.rows,
-            self.num_samples,
-        )
-
-    def summaries(self, grid: Grid, chosen: Mapping[str, float | None], output_dir: Path) -> dict[str, list[dict]]:
-        """The lines of the tables, by budget: the teacher, the warm start, and each method at its learning rate."""
-        of_teacher = self.test_teacher(output_dir / "teacher")
-        of_warm_start = self.test_warm_start(output_dir / "warm_start")
-        given_models = [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
-        return {
-            budget: summarise(
-                [
-                    *given_models,
-                    *(self._of_method(grid, budget, method, chosen[method.name]) for method in grid.methods),
-                ],
-                teacher=of_teacher,
-                baseline=self.baseline or grid.methods[0].name,
-                num_resamples=self.num_resamples,
-            )
-            for budget in grid.budgets
-        }
-
-    def _of_method(self, grid: Grid, budget: str, method: Method, rate: float | None) -> Entry:
-        """A method at one budget: its finished seeds, tested."""
-        cells = {} if rate is None else {seed: grid.cell(budget, method, seed, rate) for seed in grid.seeds}
-        done = {seed: cell for seed, cell in cells.items() if cell.is_done}
-        return Entry(
-            method.name,
-            [self.test_trained(cell.directory) for cell in done.values()],
-            rate,
-            seeds=list(done),
-            costs=[cell.read("cost.json") for cell in done.values()],
-            failed_seeds=[seed for seed in grid.seeds if seed not in done],
-        )
+        return evaluate_teacher(tokenizer, self.tests[test], self.reward_model, **settings, **self.lengths)

@@ -14,16 +14,17 @@ Budgets = Mapping[str, Sequence[dict]]
 _MARKERS = "osD^v"
 
 
-def write_figures(output_dir: Path, budgets: Budgets) -> list[Path]:
-    """Writes `metrics.png` and `quality_diversity.png`; without matplotlib, says so and returns an empty list."""
+def write_figures(output_dir: Path, budgets: Budgets, suffix: str = "") -> list[Path]:
+    """Writes `metrics.png` and `quality_diversity.png`, with a suffix to the names; without matplotlib, says so and
+    returns an empty list."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print('No figures: they need matplotlib. Run pip install "rlkd_trl[figures]", then this command again.')
         return []
     return [
-        draw_metrics(output_dir / "metrics.png", budgets),
-        draw_quality_diversity(output_dir / "quality_diversity.png", budgets),
+        draw_metrics(output_dir / f"metrics{suffix}.png", budgets),
+        draw_quality_diversity(output_dir / f"quality_diversity{suffix}.png", budgets),
     ]
 
 

@@ -11,7 +11,7 @@ from rlkd_trl.evaluation.evaluate import Evaluation
 from rlkd_trl.evaluation.metrics import self_bleu
 from rlkd_trl.evaluation.report import write_metrics
 
-_METRICS_FILE, _INPUTS_FILE = "test.json", "test.jsonl"
+_DIRECTORY = "tests"  # beside a checkpoint
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Outcome:
     """greedy, sampled: metric to value. inputs: one dict per test input, in the data's order.
 
     An input has `prompt`, `references`, `greedy` (a text), `samples` (several), and of the greedy text `tokens`,
-    `ended`, `reward` and `teacher_nll` (of the sequence). `sampled` has the mean of each metric over as many corpora
+    `ended`, `reward` and `teacher_nll` (of the sequence); and `nll_of_teacher` and `teacher_tokens` of the teacher's
+    sample. `sampled` has the mean of each metric over as many corpora
     as there are samples per input, each of one sample of every input, so that metrics that depend on a corpus's size
     compare with `greedy`; and `self_bleu`.
     """
@@ -48,12 +49,14 @@ def measure(answer: Callable[[int | None], Evaluation], rows: Sequence[Mapping],
     return Outcome(greedy.metrics, sampled | {"self_bleu": self_bleu(samples)}, inputs)
 
 
-def kept_outcome(directory: Path, settings: Mapping[str, object], make: Callable[[], Outcome]) -> Outcome:
-    """The outcome that `directory` holds, if it was measured with these settings (JSON values); else a new one, kept.
+def kept_outcome(directory: Path, test: str, settings: Mapping[str, object], make: Callable[[], Outcome]) -> Outcome:
+    """The outcome on a test set that `directory` holds, if it was measured with these settings (JSON values); else a
+    new one, kept.
 
-    `test.json` has the metrics, `test.jsonl` the inputs. The former is written last, so that it vouches for both.
+    `tests/NAME.json` has the metrics, `tests/NAME.jsonl` the inputs. The former is written last, so that it vouches
+    for both.
     """
-    metrics_file, inputs_file = directory / _METRICS_FILE, directory / _INPUTS_FILE
+    metrics_file, inputs_file = (directory / _DIRECTORY / f"{test}.{ending}" for ending in ("json", "jsonl"))
     if metrics_file.is_file():
         saved = json.loads(metrics_file.read_text(encoding="utf-8"))
         if saved["settings"] == settings:
@@ -61,7 +64,7 @@ def kept_outcome(directory: Path, settings: Mapping[str, object], make: Callable
             return Outcome(_with_nan(saved["greedy"]), _with_nan(saved["sampled"]), inputs)
         metrics_file.unlink()
     outcome = make()
-    directory.mkdir(parents=True, exist_ok=True)
+    metrics_file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(line) + "\n" for line in outcome.inputs]
     inputs_file.write_text("".join(lines), encoding="utf-8")
     write_metrics(metrics_file, {"settings": settings, "greedy": outcome.greedy, "sampled": outcome.sampled})

@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 class Entry:
     """One line of a comparison: a method at one budget, or a model that was there before (teacher, warm start).
 
-    outcomes and costs: one per seed that finished. failed_seeds: the others.
+    outcomes and costs: one per seed that finished. failed_seeds, and seeds that are not run yet: the others.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Entry:
     seeds: list[int] = field(default_factory=list)
     costs: list[dict[str, float]] = field(default_factory=list)
     failed_seeds: list[int] = field(default_factory=list)
+    missing_seeds: list[int] = field(default_factory=list)
+    at_the_edge: bool = False
 
 
 def student_t_critical(degrees: int, level: float = LEVEL) -> float:
@@ -92,6 +94,12 @@ def choose_learning_rate(scores: Mapping[float, float | None], *, lower_is_bette
     return min(finite, key=lambda rate: (sign * finite[rate], rate), default=None)
 
 
+def best(scores: Mapping[str, float], count: int, *, lower_is_better: bool) -> list[str]:
+    """The names of the `count` best finite scores, the best first; of two as good, the one that stands first."""
+    finite = [name for name, score in scores.items() if math.isfinite(score)]
+    return sorted(finite, key=lambda name: scores[name] if lower_is_better else -scores[name])[:count]
+
+
 def input_statistics(inputs: Sequence[Mapping]) -> dict[str, Tensor]:
     """For each metric that is a function of sums over inputs, what is summed: float64 `[N, D]`.
 
@@ -107,6 +115,9 @@ def input_statistics(inputs: Sequence[Mapping]) -> dict[str, Tensor]:
         columns["teacher_nll_per_token"] = [[row["teacher_nll"], row["tokens"]] for row in inputs]
     if all("reward" in row for row in inputs):
         columns["reward"] = [[row["reward"], 1] for row in inputs]
+    if all("nll_of_teacher" in row for row in inputs):
+        of_teacher = [[row["nll_of_teacher"], row["teacher_tokens"]] for row in inputs]
+        columns["nll_of_teacher_samples_per_token"] = of_teacher
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
@@ -164,9 +175,10 @@ def paired_difference(system_B: Tensor, baseline_B: Tensor) -> Difference:
 def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_resamples: int) -> list[dict]:
     """One dict of plain values for each entry, in order, for tables, figures and JSON.
 
-    Keys: `model`, `learning_rate`, `seeds`, `failed_seeds`; `greedy`, `sampled`, `retention` (% of the teacher's) and
-    `cost`, each a metric's `mean`, `half_width` and per-seed `values`; `difference`, a metric's `difference`, `low`
-    and `high` against the baseline. The last is empty for the baseline, and where either has no finished seed.
+    Keys: `model`, `learning_rate`, `at_the_edge` of the grid or not, `seeds`, `failed_seeds`, `missing_seeds`;
+    `greedy`, `sampled`, `retention` (% of the teacher's) and `cost`, each a metric's `mean`, `half_width` and per-seed
+    `values`; `difference`, a metric's `difference`, `low` and `high` against the baseline. The last is empty for the
+    baseline, and where either has no finished seed.
     """
     weights_BN = resample_weights(len(teacher.inputs), num_resamples)
     scores = {entry.name: system_scores(entry.outcomes, weights_BN) for entry in entries if entry.outcomes}
@@ -183,8 +195,10 @@ def summarise(entries: Sequence[Entry], *, teacher: Outcome, baseline: str, num_
             {
                 "model": entry.name,
                 "learning_rate": entry.learning_rate,
+                "at_the_edge": entry.at_the_edge,
                 "seeds": entry.seeds,
                 "failed_seeds": entry.failed_seeds,
+                "missing_seeds": entry.missing_seeds,
                 "greedy": _over_seeds(greedy),
                 "sampled": _over_seeds([outcome.sampled for outcome in entry.outcomes]),
                 "retention": _over_seeds(retained),

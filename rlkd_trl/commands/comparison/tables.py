@@ -14,12 +14,15 @@ GREEDY = {
     "teacher_nll_per_token": ("teacher NLL / token", ".3f"),
     "reward": ("reward", ".2f"),
     "length_words": ("words", ".1f"),
+    "nll_of_teacher_samples_per_token": ("coverage", ".3f"),
     "distinct2": ("distinct-2", ".3f"),
+    "distinct_outputs": ("distinct outputs", ".3f"),
     "eos_rate": ("EOS rate", ".3f"),
 }
 SAMPLED = {
     "bleu": ("BLEU", ".1f"),
     "distinct2": ("distinct-2", ".3f"),
+    "distinct_outputs": ("distinct outputs", ".3f"),
     "self_bleu": ("self-BLEU", ".1f"),
     "teacher_nll_per_sequence": ("teacher NLL / sequence", ".2f"),
     "teacher_nll_per_token": ("teacher NLL / token", ".3f"),
@@ -34,11 +37,11 @@ COST = {
 Headings = Mapping[str, tuple[str, str]]
 
 
-def budget_section(budget: str, rows: Sequence[dict], *, baseline: str, num_samples: int) -> str:
-    """All tables of one budget, in Markdown."""
+def budget_section(title: str, rows: Sequence[dict], *, baseline: str, num_samples: int) -> str:
+    """All tables of one test set and budget, in Markdown."""
     methods = [row for row in rows if row["cost"] or row["failed_seeds"]]
     parts = [
-        f"## {budget}",
+        f"## {title}",
         "### Greedy outputs",
         _interval_table(rows, [("greedy", GREEDY), ("retention", RETENTION)], with_learning_rate=True),
         f"### Difference from {baseline}",
@@ -65,7 +68,7 @@ def learning_rate_section(search: Mapping) -> str:
     introduction = (
         f"{search['select_on']} on the validation inputs ({better} is better), seed {search['seed']}, "
         f"{search['budget']}. The chosen rate, in bold, serves every budget and seed, this one included. "
-        f"{_at_the_edge(search['chosen'], rates)}"
+        f"{_at_the_edge(search['chosen'], rates)}{_untried(search['scores'])}"
     )
     return (
         f"## Learning rates\n\n{introduction}\n\n{markdown_table(['method', *(f'{rate:g}' for rate in rates)], lines)}"
@@ -84,6 +87,13 @@ def _at_the_edge(chosen: Mapping[str, float | None], rates: Sequence[float]) -> 
     )
 
 
+def _untried(scores: Mapping[str, Mapping[float, float | None]]) -> str:
+    """A sentence that names the methods with fewer tries than others: rates without a finished run."""
+    counts = {name: sum(score is not None for score in of_rates.values()) for name, of_rates in scores.items()}
+    fewer = [f"{name} ({count} of {len(scores[name])})" for name, count in counts.items() if count < len(scores[name])]
+    return f" Not all rates have a finished run: {', '.join(fewer)}." if fewer else ""
+
+
 def failure_section(failures: Mapping[str, str]) -> str:
     """Why each failed run did, by directory, in Markdown."""
     # In a fence longer than any run of backticks that a program prints.
@@ -91,15 +101,15 @@ def failure_section(failures: Mapping[str, str]) -> str:
     return "\n\n".join(["## Failed runs", *parts])
 
 
-def csv_text(budgets: Mapping[str, Sequence[dict]]) -> str:
-    """One line for each budget, model, kind of number and metric; of `difference`, mean is the difference itself."""
-    names = ["budget", "model", "learning_rate", "kind", "metric", "mean", "low", "high", "values"]
+def csv_text(tests: Mapping[str, Mapping[str, Sequence[dict]]]) -> str:
+    """One line for each test set, budget, model, kind of number and metric; of `difference`, mean is that itself."""
+    names = ["test", "budget", "model", "learning_rate", "kind", "metric", "mean", "low", "high", "values"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    for budget, rows in budgets.items():
+    for (test, budget), rows in titled(tests).items():
         for row in rows:
-            same = {"budget": budget, "model": row["model"], "learning_rate": row["learning_rate"]}
+            same = {"test": test, "budget": budget, "model": row["model"], "learning_rate": row["learning_rate"]}
             for kind in ("greedy", "sampled", "retention", "cost"):
                 for metric, numbers in row[kind].items():
                     mean, half = numbers["mean"], numbers["half_width"]
@@ -110,6 +120,11 @@ def csv_text(budgets: Mapping[str, Sequence[dict]]) -> str:
                 ends = {"mean": numbers["difference"], "low": numbers["low"], "high": numbers["high"]}
                 writer.writerow({**same, "kind": "difference", "metric": metric, **ends})
     return text.getvalue()
+
+
+def titled(tests: Mapping[str, Mapping[str, Sequence[dict]]]) -> dict[tuple[str, str], Sequence[dict]]:
+    """The rows of each test set and budget."""
+    return {(test, budget): rows for test, budgets in tests.items() for budget, rows in budgets.items()}
 
 
 def _interval_table(
@@ -125,7 +140,7 @@ def _interval_table(
     header = ["model", *(["learning rate"] if with_learning_rate else []), *(heading for _, _, heading, _ in shown)]
     lines = []
     for row in rows:
-        line = [_label(row), *([number(row["learning_rate"], "g")] if with_learning_rate else [])]
+        line = [_label(row), *([_rate(row)] if with_learning_rate else [])]
         for kind, metric, _, number_format in shown:
             interval = row[kind].get(metric, {})
             cell = number(interval.get("mean"), number_format)
@@ -154,5 +169,11 @@ def _difference_table(rows: Sequence[dict]) -> str:
 
 
 def _label(row: Mapping) -> str:
-    failed = row["failed_seeds"]
-    return f"{row['model']} (FAILED: seed {', '.join(map(str, failed))})" if failed else row["model"]
+    notes = [("FAILED", row["failed_seeds"]), ("not run yet", row["missing_seeds"])]
+    notes = [f"{what}: seed {', '.join(map(str, seeds))}" for what, seeds in notes if seeds]
+    return f"{row['model']} ({'; '.join(notes)})" if notes else row["model"]
+
+
+def _rate(row: Mapping) -> str:
+    """The learning rate, marked where the grid does not bracket it."""
+    return number(row["learning_rate"], "g") + (" (edge)" if row["at_the_edge"] else "")

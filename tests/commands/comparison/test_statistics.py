@@ -11,6 +11,7 @@ import torch
 from rlkd_trl.commands.comparison.outcome import Outcome
 from rlkd_trl.commands.comparison.statistics import (
     Entry,
+    best,
     choose_learning_rate,
     input_statistics,
     mean_interval,
@@ -97,6 +98,13 @@ def test_choice_of_the_learning_rate():
     assert choose_learning_rate({1e-4: None}, lower_is_better=True) is None
 
 
+def test_the_best_methods():
+    scores = {"a": 2.0, "b": 3.0, "c": math.nan, "d": 1.0, "e": 3.0}
+    assert best(scores, 3, lower_is_better=False) == ["b", "e", "a"]
+    assert best(scores, 2, lower_is_better=True) == ["d", "a"]
+    assert best(scores, 9, lower_is_better=True) == ["d", "a", "b", "e"], "no more than have a score"
+
+
 def test_sums_over_inputs_give_the_metrics_by_hand():
     found = input_statistics(outcome(OUTPUTS, REFERENCES, nll=[3.0, 5.0], tokens=[6, 10]).inputs)
     # The counts of tests/test_metrics.py: 1- to 4-grams correct, all, and both lengths.
@@ -114,6 +122,20 @@ def test_sums_over_inputs_give_the_metrics_by_hand():
 def test_nll_per_token_is_of_all_tokens():
     found = input_statistics(outcome(["a", "b"], nll=[1.0, 9.0], tokens=[1, 3]).inputs)["teacher_nll_per_token"]
     assert float(score_of_sums("teacher_nll_per_token", found.sum(dim=0, keepdim=True))) == pytest.approx(10 / 4)
+
+
+def test_coverage_is_of_all_the_teachers_tokens():
+    inputs = outcome(["a", "b"]).inputs
+    assert "nll_of_teacher_samples_per_token" not in input_statistics(inputs)
+    inputs = [
+        {**row, "nll_of_teacher": nll, "teacher_tokens": tokens}
+        for row, nll, tokens in zip(inputs, (2.0, 9.0), (1.0, 4.0), strict=True)
+    ]
+    found = input_statistics(inputs)["nll_of_teacher_samples_per_token"]
+    # (2 + 9) / (1 + 4)
+    assert float(score_of_sums("nll_of_teacher_samples_per_token", found.sum(dim=0, keepdim=True))) == pytest.approx(
+        2.2
+    )
 
 
 def test_without_references_there_is_no_bleu():
@@ -260,6 +282,16 @@ def test_markdown(rows):
     assert "| base | 400 ± 0 | 1,000,000 ± 0 | 101 ± 13 | 60 ± 0 |" in cost and "teacher" not in cost
 
 
+def test_what_is_not_run_yet_and_not_bracketed_shows(rows):
+    rows[1] |= {"missing_seeds": [2, 3], "at_the_edge": True}
+    text = budget_section("b", rows, baseline="base", num_samples=2)
+    assert "| base (not run yet: seed 2, 3) | 0.001 (edge) | 25.0" in text
+    rows[2] |= {"missing_seeds": [5]}
+    assert "| longer (FAILED: seed 1; not run yet: seed 5) | 0.0005 |" in budget_section(
+        "b", rows, baseline="base", num_samples=2
+    )
+
+
 def test_only_a_difference_whose_interval_leaves_out_0_is_bold(rows):
     longer = rows[2]
     for low, high, bold in ((-1, 2, False), (0.5, 2, True), (-2, -0.5, True), (0, 2, False)):
@@ -283,13 +315,14 @@ def test_learning_rates_in_markdown():
     assert "| method | 0.0005 | 0.001 |" in text
     assert "| ppo | **12** | 2 |" in text and "| kd | – | – |" in text
     assert "Not bracketed by the grid: ppo at the lowest rate." in text
+    assert "Not all rates have a finished run: kd (0 of 2)." in text
 
 
 def test_a_grid_that_brackets_its_choice_says_so():
     scores = {1e-4: 1.0, 5e-4: 3.0, 1e-3: 2.0}
     search = {"budget": "b", "seed": 0, "select_on": "bleu", "lower_is_better": False}
     text = learning_rate_section({**search, "scores": {"ppo": scores}, "chosen": {"ppo": 5e-4}})
-    assert "The grid brackets every choice." in text and "Not bracketed" not in text
+    assert "The grid brackets every choice." in text and "Not " not in text
 
 
 def test_failures_in_markdown():
@@ -298,9 +331,12 @@ def test_failures_in_markdown():
 
 
 def test_csv(rows):
-    table = list(csv.DictReader(csv_text({"max_steps_400": rows}).splitlines()))
+    table = list(
+        csv.DictReader(csv_text({"test": {"max_steps_400": rows}, "other": {"max_steps_400": rows[:1]}}).splitlines())
+    )
     found = {(row["model"], row["kind"], row["metric"]): row for row in table}
     base = found["base", "greedy", "bleu"]
+    assert base["test"] == "test" and found["teacher", "greedy", "bleu"]["test"] == "other", "the last of two"
     assert (base["budget"], base["learning_rate"], base["values"]) == ("max_steps_400", "0.001", "20.0 30.0")
     assert float(base["low"]) == pytest.approx(25 - 63.531, abs=1e-3)
     assert float(base["high"]) == pytest.approx(25 + 63.531, abs=1e-3)

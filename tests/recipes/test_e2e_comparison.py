@@ -1,0 +1,98 @@
+"""recipes/benchmarks/e2e_comparison.py: its data, and what it runs in which order."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.recipes.command_lines import ROOT, main_of, write_csv
+
+FOODS, AREAS = ("Thai", "Greek", "Lao"), ("north", "south", "west")
+SOURCES = [f"name[NAME], food[{food}], area[{area}]" for food in FOODS for area in AREAS] + ["name[NAME], area[east]"]
+ROWS = [{"mr": source, "ref": f"{n} {source}"} for source in SOURCES for n in range(3)]
+
+
+@pytest.fixture
+def names(monkeypatch) -> dict:
+    """The script's global names; it imports its neighbours, as a script does."""
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    return main_of("benchmarks/e2e_comparison").__globals__
+
+
+def test_parts_are_disjoint_and_whole(names):
+    drawn_inputs = names["drawn_inputs"]
+    two, three, rest = drawn_inputs(ROWS, 2, 3)
+    inputs = [{row["mr"] for row in part} for part in (two, three, rest)]
+    assert [len(part) for part in inputs] == [2, 3, 5] and set().union(*inputs) == set(SOURCES)
+    assert len(two) == 6, "with all references"
+    assert sorted(row["ref"] for row in [*two, *three, *rest]) == sorted(row["ref"] for row in ROWS)
+    assert drawn_inputs(ROWS[::-1], 2)[0] == two[::-1], "whatever the order of the file"
+
+
+def test_variants_have_an_inputs_attributes_and_training_values(names):
+    inputs, taken = SOURCES[:2] + SOURCES[-1:], set(SOURCES[2:-1])
+    found = names["with_variants"](inputs, 5, taken)
+    assert found[:3] == inputs and len(set(found)) == 5 and not taken & set(found)
+    # Values in training: Thai; north, south and east.
+    possible = {"name[NAME], food[Thai], area[east]", "name[NAME], area[north]", "name[NAME], area[south]"}
+    assert set(found[3:]) < possible
+    assert set(names["with_variants"](inputs, 100, taken)) == possible | set(inputs), "no more than there are"
+
+
+def test_the_files(names, tmp_path, monkeypatch):
+    for name, size in {"TEST_INPUTS": 2, "VALIDATION_INPUTS": 1, "STUDENT_INPUTS": 8, "OFFICIAL_INPUTS": 3}.items():
+        monkeypatch.setitem(names, name, size)
+    areas_of = {"a": "wx", "b": "xy", "c": "yz", "d": "zw"}  # half of all pairs, so that there are variants
+    half = [f"name[NAME], food[{food}], area[{area}]" for food, areas in areas_of.items() for area in areas]
+    write_csv(tmp_path / "a.csv", [{"mr": source, "ref": "r"} for source in half])
+    write_csv(tmp_path / "b.csv", [{"mr": f"name[NAME], food[{food}]", "ref": "r"} for food in "abcd"])
+    names["make_data"](argparse.Namespace(train=tmp_path / "a.csv", test=tmp_path / "b.csv"), tmp_path)
+    files = ("train", "validation", "in_distribution", "official", "students")
+    inputs = {name: {row["mr"] for row in names["read_rows"](tmp_path / f"{name}.csv")} for name in files}
+    assert [len(inputs[name]) for name in files] == [5, 1, 2, 3, 8]
+    assert inputs["train"] < inputs["students"]
+    held_out = set().union(*(inputs[name] for name in ("validation", "in_distribution", "official")))
+    assert len(held_out) == 6 and not inputs["students"] & held_out
+
+
+@pytest.fixture
+def run(names, tmp_path, monkeypatch):
+    """Runs the script; its calls of compare.py, a minute each: warm start, seeds, whether with --top."""
+    clock, found = [0.0], []
+
+    def compare(words, **kwargs):
+        place, first = words[words.index("--output_dir") + 1], words.index("--seeds") + 1
+        found.append((Path(place).name, words[first : words.index("--learning_rates")], "--top" in words))
+        clock[0] += 60
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setitem(names, "make_data", lambda *args: None)
+    monkeypatch.setitem(names, "make_models", lambda *args: None)
+    monkeypatch.setitem(names, "subprocess", SimpleNamespace(run=compare))
+    monkeypatch.setitem(names, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def of_flags(flags: str) -> list[tuple[str, list[str], bool]]:
+        places = f"--work_dir {tmp_path}/work --results_dir {tmp_path}/results"
+        monkeypatch.setattr(sys, "argv", f"x --train a --test b --templates t {places} {flags}".split())
+        with pytest.raises(SystemExit) as ended:
+            names["main"]()
+        assert ended.value.code == 0
+        return found
+
+    return of_flags
+
+
+def test_a_seed_of_everything_comes_before_the_next(run):
+    assert run("--seeds 0 1 --warm_starts cold good") == [
+        ("cold", ["0"], False),
+        ("good", ["0"], False),
+        ("cold", ["0", "1"], True),
+        ("good", ["0", "1"], True),
+    ]
+
+
+def test_it_stops_in_time(run):
+    assert [name for name, _, _ in run("--seeds 0 1 2 --stop_after_minutes 2")] == ["middling", "good"]
