@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "AllActionsKDConfig": "rlkd_trl.trainers.full_vocabulary_config",
     "AllActionsKDTrainer": "rlkd_trl.trainers.all_actions",
+    "EncoderKDConfig": "rlkd_trl.trainers.encoder_config",
+    "EncoderKDTrainer": "rlkd_trl.trainers.encoder",
     "KDConfig": "rlkd_trl.trainers.full_vocabulary_config",
     "KDTrainer": "rlkd_trl.trainers.kd",
     "PPOKDConfig": "rlkd_trl.trainers.config",
@@ -23,6 +25,8 @@ _HOMES = {
 __all__ = [
     "AllActionsKDConfig",
     "AllActionsKDTrainer",
+    "EncoderKDConfig",
+    "EncoderKDTrainer",
     "KDConfig",
     "KDTrainer",
     "PPOKDConfig",
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     from rlkd_trl.rewards import TeacherForcingReward
     from rlkd_trl.trainers.all_actions import AllActionsKDTrainer
     from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
+    from rlkd_trl.trainers.encoder import EncoderKDTrainer
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
     from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig, KDConfig
     from rlkd_trl.trainers.kd import KDTrainer
     from rlkd_trl.trainers.ppo import PPOKDTrainer

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 # Flags about what is on the Hub, and the flags that name it.
 _OF_THE_HUB = {
     ("dataset_revision", "dataset_config"): ("dataset", "eval_dataset", "validation_dataset", "test_dataset"),
+    ("task_revision", "task_config"): ("task_dataset", "task_eval_dataset"),
     ("teacher_revision",): ("teacher",),
+    ("task_teacher_revision",): ("task_teacher",),
     ("student_revision",): ("student",),
 }
 

@@ -25,6 +25,7 @@ from rlkd_trl.data.demo import SPLIT_SIZES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlkd_trl.commands.encoder_demo import EncoderDemoRequest
     from rlkd_trl.commands.settings import DistillationSettings
 
 MAX_COMPLETION_LENGTH = 48
@@ -35,12 +36,11 @@ _LAUNCHERS_PREFIXES = (
 )
 _WAIT_SECONDS = 3600.0  # of the other processes for the first one
 _TRAIN = """
-import json, sys
+import json, pkgutil, sys
 request = json.load(sys.stdin)
 sys.path[:] = request["path"]
-from rlkd_trl.commands.demo import DemoRequest, train_demo_models
 from rlkd_trl.errors import run
-run(lambda: train_demo_models(DemoRequest(**request["of"])))
+run(lambda: pkgutil.resolve_name(request["train"])(**request["of"]))
 """
 
 
@@ -72,7 +72,14 @@ def use_demo_models(settings: "DistillationSettings", output_dir: str | Path, *,
 
 
 def make_demo_models(request: DemoRequest) -> None:
-    """The first of the launched processes has them trained, the others wait until they are there.
+    """Has teacher and warm start trained. Raises `RuntimeError` as `make_apart`."""
+    make_apart("rlkd_trl.commands.demo:train_demo_models", request)
+
+
+def make_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> None:
+    """The first of the launched processes has models trained, the others wait until they are there.
+
+    train: a function, as "package.module:function", that is called with the request's fields.
 
     Raises:
         RuntimeError: Training failed; or, in another process, nothing was heard of the first one for an hour.
@@ -85,7 +92,7 @@ def make_demo_models(request: DemoRequest) -> None:
         outcome.unlink(missing_ok=True)
     wait_for_all()  # so that nobody reads the outcome of an earlier run
     if is_first_process():
-        result = _train_apart(request)
+        result = _train_apart(train, request)
         outcome.parent.mkdir(parents=True, exist_ok=True)
         written = outcome.with_suffix(".new")
         written.write_text(result, encoding="utf-8")
@@ -100,23 +107,24 @@ def make_demo_models(request: DemoRequest) -> None:
         raise RuntimeError(result)
 
 
-def _train_apart(request: DemoRequest) -> str:
+def _train_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> str:
     """Trains in a process without a launcher, on one device; "done", or what went wrong."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS_PREFIXES)}
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # Models of this size are slower on several threads, above all where others use the cores too.
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", _TRAIN]
-    request_json = json.dumps({"path": sys.path, "of": asdict(request)})
+    request_json = json.dumps({"path": sys.path, "train": train, "of": asdict(request)})
     code = subprocess.run(command, input=request_json, text=True, env=environment).returncode
     return "done" if code == 0 else f"The demo's models could not be trained: their process ended with code {code}."
 
 
-def train_demo_models(request: DemoRequest) -> None:
-    """Trains teacher and warm start here, and saves them."""
+def train_demo_models(**fields) -> None:
+    """Trains teacher and warm start of a `DemoRequest` with these fields here, and saves them."""
     from rlkd_trl.models.answers import answer_prompts, decode
     from rlkd_trl.students.from_scratch import new_model
 
+    request = DemoRequest(**fields)
     templates, seed = load_templates(PromptArguments(**request.prompts)), request.seed
     rows = list(demo_dataset("train"))
     texts = [row["source"] for row in rows] + [text for row in rows for text in row["references"]]

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
+    EncoderHeldOutArguments,
+    EncoderStudentArguments,
+    EncoderTeacherArguments,
+    GeneralDataArguments,
     HeldOutArguments,
     PromptArguments,
     RewardArguments,
     StudentArguments,
+    TaskDataArguments,
     TeacherArguments,
 )
 from rlkd_trl.data import content_digest, data_files
@@ -127,6 +132,8 @@ READ_BY_FLAG: dict[str, Reads] = {f"--{name}": reads for name, reads in INHERITE
     for group in (
         *(DataArguments, HeldOutArguments, PromptArguments),
         *(TeacherArguments, StudentArguments, RewardArguments),
+        *(GeneralDataArguments, TaskDataArguments, EncoderHeldOutArguments),
+        *(EncoderTeacherArguments, EncoderStudentArguments),
     )
     for name, reads in files_read(group).items()
 }

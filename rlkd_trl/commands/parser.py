@@ -14,7 +14,9 @@ from rlkd_trl.commands.argparse_internals import HelpFormatter, flags_of, is_swi
 from rlkd_trl.commands.presets import Preset, find_preset, read_preset
 from rlkd_trl.commands.shipped import recipe_scripts
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.files import Reads, files_read
 
+_INPUTS = (Reads.DATA, Reads.CHECKPOINT)
 _DEBUG = "Show the traceback of an error."
 # The fields of TrainingArguments that `--help` lists; `--help_all` lists them all.
 _COMMON_TRAINING_FIELDS = [
@@ -75,7 +77,8 @@ class RecipeParser(TrlParser):
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
         """Reads a command line: one instance of each dataclass.
 
-        `demo_preset` is a YAML file of defaults for a run where neither the command line nor a preset names a teacher.
+        `demo_preset` is a YAML file of defaults for a run where neither the command line nor a preset names data or
+        models.
 
         Raises:
             InputError: Unknown flag or YAML key, a value of the wrong type or out of range, an unreadable preset.
@@ -96,7 +99,7 @@ class RecipeParser(TrlParser):
             if "--config" in argv:
                 raise InputError("--config is given twice; put both presets into one file.")
         named = {arg.split("=")[0] for arg in argv} | {f"--{key}" for key in preset.values_for(self._recipe)}
-        if demo_preset is not None and not {"--teacher", "-h", "--help"} & named:
+        if demo_preset is not None and not {*self._names_of_inputs(), "-h", "--help"} & named:
             self._read_defaults(demo_preset, read_preset(demo_preset))
         self._read_defaults(self.preset, preset)
         self._drop_replaced(arg.split("=")[0] for arg in argv)
@@ -114,6 +117,11 @@ class RecipeParser(TrlParser):
             )
         except (ValueError, ImportError) as error:  # what transformers' own settings refuse
             raise InputError(str(error)) from error
+
+    def _names_of_inputs(self) -> list[str]:
+        """The flags that name data or models."""
+        named = [name for kind in self.dataclass_types for name, reads in files_read(kind).items() if reads in _INPUTS]
+        return [f"--{name}" for name in named]
 
     def error(self, message: str):
         raise InputError(message)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Of the training data, the rows themselves are compared.
 _LEFT_OUT = (
     *("DataArguments", "HeldOutArguments", "RunArguments"),
+    *("GeneralDataArguments", "TaskDataArguments", "EncoderHeldOutArguments"),
     *("teacher_placement", "teacher_offload_path", "teacher_batch_tokens"),
 )
 
@@ -42,7 +43,7 @@ def command_record(settings: object) -> dict[str, dict[str, object]]:
     named = settings.args.resume_from_checkpoint
     if named is not None:
         of_checkpoint = json.loads((Path(named) / RUN_RECORD).read_text(encoding="utf-8")).get("command") or {}
-        record["StudentArguments"] = of_checkpoint.get("StudentArguments")
+        record |= {name: of_checkpoint.get(name) for name in record if name.endswith("StudentArguments")}
     return record
 
 

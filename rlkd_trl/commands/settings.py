@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar, get_type_hints
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
+    EncoderHeldOutArguments,
+    EncoderStudentArguments,
+    EncoderTeacherArguments,
     EvaluationArguments,
+    GeneralDataArguments,
     HeldOutArguments,
     NewModelArguments,
     PromptArguments,
@@ -18,6 +22,7 @@ from rlkd_trl.commands.arguments import (
     RewardArguments,
     RunArguments,
     StudentArguments,
+    TaskDataArguments,
     TeacherArguments,
 )
 from rlkd_trl.commands.launched import check_launch
@@ -28,9 +33,11 @@ from rlkd_trl.settings.files import check_names
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import RolloutConfig
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
     from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 Settings = TypeVar("Settings")
+_CONFIGS = ("RolloutConfig", "SupervisedConfig", "EncoderKDConfig")
 
 
 @dataclass
@@ -66,6 +73,19 @@ class SupervisedSettings:
 
 
 @dataclass
+class EncoderSettings:
+    """Settings of encoder distillation."""
+
+    data: GeneralDataArguments
+    task: TaskDataArguments
+    held_out: EncoderHeldOutArguments
+    teacher: EncoderTeacherArguments
+    student: EncoderStudentArguments
+    run: RunArguments
+    args: "EncoderKDConfig"
+
+
+@dataclass
 class PseudoLabelSettings:
     """Settings of pseudo-labelling."""
 
@@ -89,7 +109,7 @@ class EvaluationSettings:
 
 def groups_of(kind: type, args: type | None = None) -> dict[str, type]:
     """Field of a class of settings to its class of flags; `args` is the one of the trainer, which its recipe knows."""
-    known = get_type_hints(kind, localns={"RolloutConfig": args, "SupervisedConfig": args})
+    known = get_type_hints(kind, localns=dict.fromkeys(_CONFIGS, args))
     return {field.name: known[field.name] for field in fields(kind)}
 
 

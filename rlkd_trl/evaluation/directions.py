@@ -22,6 +22,14 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "teacher_nll_per_sequence": False,
     "student_nll_of_teacher_per_token": False,
     "nll_of_teacher_samples_per_token": False,
+    # of encoders
+    "accuracy": True,
+    "f1": True,
+    "pearson": True,
+    "spearman": True,
+    "agreement": True,
+    "similarity_spearman": True,
+    "hidden_cosine": True,
 }
 
 

@@ -36,9 +36,26 @@ EXTRA_COLUMNS: tuple[Column, ...] = (
     ("teacher_nll_per_sequence", "teacher NLL/sequence", ".2f"),
     ("student_nll_of_teacher_per_token", "NLL of teacher's/token", ".4f"),
 )
+ENCODER_COLUMNS: tuple[Column, ...] = (
+    ("accuracy", "accuracy, %", ".2f"),
+    ("f1", "F1, %", ".2f"),
+    ("pearson", "Pearson", ".4f"),
+    ("spearman", "Spearman", ".4f"),
+    ("agreement", "agreement with the teacher", ".4g"),
+    ("similarity_spearman", "similarities, Spearman", ".4f"),
+    ("hidden_cosine", "hidden cosine", ".4f"),
+    ("parameters", "parameters", ",.0f"),
+)
 NOT_CHARTED = ("step", "epoch")
 NOT_CHARTED_SUFFIXES = ("_runtime", "_per_second")  # speeds of the machine, which transformers logs
-AUTO_CLASSES = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+WRITING_CLASSES = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+READING_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForPreTraining",
+    "AutoModel",
+)
+AUTO_CLASSES = WRITING_CLASSES + READING_CLASSES
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --rule: #d9dee6; --page: #fff; --line: #1f5fd0; }
@@ -79,7 +96,12 @@ def comparison_table(results: Results, columns: Sequence[Column] = DEFAULT_COLUM
 
 def all_columns(results: Results) -> tuple[Column, ...]:
     """`DEFAULT_COLUMNS`, and those of `EXTRA_COLUMNS` that any of the models has."""
-    return DEFAULT_COLUMNS + tuple(c for c in EXTRA_COLUMNS if any(c[0] in row for row in results.values()))
+    return DEFAULT_COLUMNS + columns_in(results, EXTRA_COLUMNS)
+
+
+def columns_in(results: Results, columns: Sequence[Column]) -> tuple[Column, ...]:
+    """Those of the columns that any of the models has."""
+    return tuple(column for column in columns if any(column[0] in row for row in results.values()))
 
 
 def write_report(
@@ -90,19 +112,22 @@ def write_report(
     history: list[dict[str, Any]],
     samples: list[dict[str, Any]],
     config: dict[str, Any],
+    columns: Sequence[Column] = DEFAULT_COLUMNS,
+    samples_heading: str = "Sample completions",
 ) -> None:
-    """Write one HTML file that needs no network and no script: results, charts, sample completions, configuration.
+    """Write one HTML file that needs no network and no script: results, charts, samples, configuration.
 
     history: what the trainer logged, `{"step": int, name: value, ...}`; entries without a step are left out. Each
         number that varies gets a chart; a NaN or infinity is a gap in its line.
+    columns: the first ones of the results' table; all other numbers follow.
     samples: one dict per row; the columns are their keys, in the order in which they first appear.
     config: printed as given. Pass `TrainingArguments.to_dict()` rather than the fields: it masks the Hub token.
 
     All text is escaped: completions are shown, never interpreted.
     """
-    listed = {key for key, _, _ in DEFAULT_COLUMNS}
+    listed = {key for key, _, _ in columns}
     numbers = {key: None for row in results.values() for key, value in row.items() if _is_number(value)}
-    columns = [*DEFAULT_COLUMNS, *((key, key, ".4g") for key in numbers if key not in listed)]
+    columns = [*columns, *((key, key, ".4g") for key in numbers if key not in listed)]
     keys = list({key: None for sample in samples for key in sample})
     sample_rows = [[_sample_cell(sample.get(key)) for key in keys] for sample in samples]
     sample_table = '<p class="note">No samples were given.</p>'
@@ -125,7 +150,7 @@ def write_report(
 {_html_table(_cells(results, columns), "results", row_headings=True)}
 <h2>Training</h2>
 {_charts(history)}
-<h2>Sample completions</h2>
+<h2>{_escape(samples_heading)}</h2>
 {sample_table}
 <h2>Configuration</h2>
 <details><summary>All settings of this run</summary><pre>{_escape(settings)}</pre></details>
@@ -147,6 +172,7 @@ def write_model_card(
     dataset: str,
     auto_class: str = "AutoModelForSeq2SeqLM",
     has_content_tokens: bool = False,
+    columns: Sequence[Column] = DEFAULT_COLUMNS,
 ) -> None:
     """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it and let it write.
 
@@ -166,7 +192,7 @@ def write_model_card(
         metadata["datasets"] = [dataset]
     metadata["tags"] = ["rlkd_trl", "knowledge-distillation", "generated_from_trainer"]
 
-    heads, *rows = [[_one_line(cell) for cell in row] for row in _cells(results, DEFAULT_COLUMNS)]
+    heads, *rows = [[_one_line(cell) for cell in row] for row in _cells(results, columns)]
     # A decoder-only model's output begins with the prompt.
     new = "" if auto_class == "AutoModelForSeq2SeqLM" else ', inputs["input_ids"].shape[1]:'
     skip = not has_content_tokens
@@ -176,9 +202,14 @@ def write_model_card(
         "tokenizer = AutoTokenizer.from_pretrained(checkpoint)\n"
         f"model = {auto_class}.from_pretrained(checkpoint)\n\n"
         'inputs = tokenizer("the source text", return_tensors="pt")\n'
-        "output_ids = model.generate(**inputs)  # greedy, up to the length it was trained for\n"
-        f"print(tokenizer.decode(output_ids[0{new}], skip_special_tokens={skip}))"
     )
+    if auto_class in WRITING_CLASSES:
+        loading += (
+            "output_ids = model.generate(**inputs)  # greedy, up to the length it was trained for\n"
+            f"print(tokenizer.decode(output_ids[0{new}], skip_special_tokens={skip}))"
+        )
+    else:
+        loading += "outputs = model(**inputs)"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# {_one_line(title)}",

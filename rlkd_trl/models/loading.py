@@ -55,7 +55,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     Raises:
         InputError: There is no such directory or Hub repository, or it holds no tokenizer.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer", revision=revision)
+    tokenizer = load_part(AutoTokenizer, name_or_path, "tokenizer", revision=revision)
     if not _has_vocabulary(tokenizer, name_or_path, revision):
         raise InputError(f"{name_or_path!r} holds no tokenizer: save it there, with `tokenizer.save_pretrained`.")
     if tokenizer.pad_token_id is None:
@@ -69,7 +69,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrained
     Raises:
         InputError: There is none, or it is not a language model's that completes prompts.
     """
-    config = _from_pretrained(AutoConfig, name_or_path, "model config", revision=revision)
+    config = load_part(AutoConfig, name_or_path, "model config", revision=revision)
     check_language_model(config, repr(name_or_path))
     return config
 
@@ -116,7 +116,7 @@ def load_model(
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with loading_shards(zero3):
-        model, info = _from_pretrained(
+        model, info = load_part(
             auto_class,
             name_or_path,
             "model",
@@ -156,7 +156,7 @@ def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str 
     for the head, as T0's do, must also have embeddings; and one whose config says that the two are not tied, as
     transformers 4 wrote it for T0, must also have a head.
     """
-    names = _weight_names(name_or_path, revision)
+    names = weight_names(name_or_path, revision)
     head, tied = "lm_head.weight", model.all_tied_weights_keys
     if not names or head not in tied:
         return set()
@@ -169,7 +169,7 @@ def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str 
     return set() if names & (group | without_prefix) else {tied[head]}
 
 
-def _weight_names(name_or_path: str, revision: str | None) -> set[str]:
+def weight_names(name_or_path: str, revision: str | None) -> set[str]:
     """Names of the weights in a checkpoint's safetensors; none where it has other files."""
     index = checkpoint_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is not None:
@@ -238,7 +238,8 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
 
-def _from_pretrained(auto_class, name_or_path: str, part: str, **kwargs):
+def load_part(auto_class, name_or_path: str, part: str, **kwargs):
+    """`auto_class.from_pretrained`. part: what is loaded, for the message. Raises `InputError` for whatever fails."""
     require_checkpoint("model", name_or_path)
     try:
         with _quietly_unless_loaded():

@@ -4,12 +4,13 @@ The libraries have no public way to do these things. `tests/models/test_private_
 they were seen to work, and fails with the name of what a newer version lacks.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import cached_file
 
@@ -31,6 +32,24 @@ def with_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextmanager
+def with_attention_of_configs(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
+    """The same for a model whose parts have configs of their own, as T5's encoder and decoder do."""
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, its_own in zip(configs, before, strict=True):
+            config._attn_implementation = its_own
+
+
+def own_eager_attention(module: nn.Module) -> Callable:
+    """The eager attention of an attention module's architecture, which stands in the file of its class."""
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 @contextmanager

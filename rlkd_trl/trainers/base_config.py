@@ -7,6 +7,7 @@ import torch
 from transformers.training_args import TrainingArguments
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.directions import greater_is_better
 from rlkd_trl.settings.ranges import (
     LARGEST_COUNT,
     Count,
@@ -104,6 +105,20 @@ class BaseConfig(TrainingArguments):
         with refusals_are_input_errors():
             super().__post_init__()
         check_optimizer(self)
+
+    def _choose_metric(self, usual: str) -> None:
+        """Sets the metric for the best checkpoint, or a schedule that watches one: `usual`, unless it is named.
+
+        Trainers that evaluate call it first. Raises `InputError`.
+        """
+        keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_the_best and self.eval_strategy == "no":
+            raise InputError("The best checkpoint is found by evaluating: set eval_strategy to steps or epoch.")
+        if keeps_the_best or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # Trainer's own default, the loss, is not evaluated here.
+            self.metric_for_best_model = self.metric_for_best_model or usual
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
 
     def __getstate__(self) -> dict[str, object]:
         """Without the account's token: Trainer pickles settings into checkpoints, which are pushed."""

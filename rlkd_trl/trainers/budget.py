@@ -2,13 +2,9 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+from transformers import Trainer, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -25,15 +21,24 @@ class Cost:
     wall_seconds: float
 
 
-class BudgetMeter(TrainerCallback):
-    """Adds up time between optimizer steps, and stops the run when its budget is spent."""
+@dataclass
+class Spent:
+    """What one process has spent on a run without rollouts."""
 
-    def __init__(self, trainer: "RolloutTrainer"):
+    generated_tokens: int = 0
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+class Clock(TrainerCallback):
+    """Adds up time between optimizer steps, in its trainer's `spent`: a `Spent`, or something with these fields."""
+
+    def __init__(self, trainer: Trainer):
         self._trainer = trainer
 
     def cost(self) -> Cost:
-        """See `RolloutTrainer.cost`; all processes call it together."""
-        trainer, spent = self._trainer, self._trainer.rollout_state
+        """What training has taken so far; all processes call it together."""
+        trainer, spent = self._trainer, self._trainer.spent
         cpu_seconds = torch.tensor(spent.cpu_seconds, device=trainer.accelerator.device)
         return Cost(
             optimizer_steps=trainer.state.global_step,
@@ -42,22 +47,29 @@ class BudgetMeter(TrainerCallback):
             wall_seconds=spent.wall_seconds,
         )
 
-    def is_spent(self) -> bool:
-        """Whether `max_generated_tokens` or `max_cpu_seconds` are used up; every process gets the same answer."""
-        args, spent = self._trainer.args, False
-        if args.max_generated_tokens is not None:
-            spent = self._trainer.rollout_state.generated_tokens >= args.max_generated_tokens
-        if args.max_cpu_seconds is not None:
-            spent |= self.cost().cpu_seconds >= args.max_cpu_seconds
-        return spent
-
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.process_time(), time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now, spent = (time.process_time(), time.perf_counter()), self._trainer.rollout_state
+        now, spent = (time.process_time(), time.perf_counter()), self._trainer.spent
         spent.cpu_seconds += now[0] - self._last[0]
         spent.wall_seconds += now[1] - self._last[1]
         self._last = now
+
+
+class BudgetMeter(Clock):
+    """Stops the run when its budget is spent, too."""
+
+    def is_spent(self) -> bool:
+        """Whether `max_generated_tokens` or `max_cpu_seconds` are used up; every process gets the same answer."""
+        args, is_spent = self._trainer.args, False
+        if args.max_generated_tokens is not None:
+            is_spent = self._trainer.spent.generated_tokens >= args.max_generated_tokens
+        if args.max_cpu_seconds is not None:
+            is_spent |= self.cost().cpu_seconds >= args.max_cpu_seconds
+        return is_spent
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
         if self.is_spent():
             control.should_training_stop = True

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.directions import greater_is_better
 from rlkd_trl.ops.average_reward import AVERAGES
 from rlkd_trl.settings.ranges import (
     Coefficient,
@@ -86,22 +85,11 @@ class RolloutConfig(BaseConfig):
     num_completions_to_print: CountFromZero = field(default=4, metadata={"help": "How many, with log_completions."})
 
     def __post_init__(self):
-        self._choose_metric()
+        self._choose_metric("reward")
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
-
-    def _choose_metric(self) -> None:
-        """Sets the metric for the best checkpoint, or a schedule that watches one: the reward, unless it is named."""
-        keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
-        if keeps_the_best and self.eval_strategy == "no":
-            raise InputError("The best checkpoint is found by evaluating: set eval_strategy to steps or epoch.")
-        if keeps_the_best or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            # Trainer's own default, the loss, is not evaluated here.
-            self.metric_for_best_model = self.metric_for_best_model or "reward"
-        if self.metric_for_best_model is not None:
-            self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
 
     def _refuse_unused(self, because: str, *names: str) -> None:
         """Raises `InputError` for a setting that is not the default's and would change nothing."""

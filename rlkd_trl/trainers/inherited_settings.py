@@ -1,7 +1,8 @@
 """What becomes of every field of `transformers.TrainingArguments`: it works here as documented, or it is refused.
 
-The four tables hold each field once. A field that a table refuses may keep its default; any other value is an error,
-since it would be ignored, or end the run half-way.
+Each field stands in one table, of those that are refused for some trainers only in one for each kind of these. A field
+that a table refuses may keep its default; any other value is an error, since it would be ignored, or end the run
+half-way.
 """
 
 import copy
@@ -67,6 +68,7 @@ _RECOMPUTED = (
     "recomputed layers would not find the keys and values that the completions of a prompt share. Use a smaller "
     "per_device_train_batch_size with more gradient_accumulation_steps"
 )
+_SHARDED = "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in accelerate_configs/zero3.yaml"
 _PROMPTS_ARE_TEXTS = "prompts are short texts, read by the training process itself"
 
 # By the trainers on rollouts (PPO, RLOO, REINFORCE, KD, all actions); they work in supervised training.
@@ -90,9 +92,8 @@ REFUSED_ON_ROLLOUTS = {
     "dataloader_prefetch_factor": _PROMPTS_ARE_TEXTS,
     "dataloader_multiprocessing_context": _PROMPTS_ARE_TEXTS,
     "dataloader_in_order": _PROMPTS_ARE_TEXTS,
-    "fsdp": "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in accelerate_configs/zero3.yaml",
-    "fsdp_config": "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in "
-    "accelerate_configs/zero3.yaml",
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
 }
 
 _NOT_EVALUATED = "supervised training does not evaluate as it goes: measure its checkpoints afterwards"
@@ -108,6 +109,25 @@ REFUSED_SUPERVISED = {
     "load_best_model_at_end": _NOT_EVALUATED,
     "metric_for_best_model": _NOT_EVALUATED,
     "greater_is_better": _NOT_EVALUATED,
+}
+
+_RECOMPUTED_LAYERS = "the losses read tensors from inside of layers, which recomputed layers would make a second time"
+
+# By encoder distillation, whose losses read layers; what the trainers on rollouts refuse for their rollouts works.
+REFUSED_ON_LAYERS = {
+    "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
+    "debug": "its hooks do not know what layers are read",
+    "activation_checkpointing": _RECOMPUTED_LAYERS,
+    "activation_checkpointing_kwargs": _RECOMPUTED_LAYERS,
+    "gradient_checkpointing": _RECOMPUTED_LAYERS,
+    "gradient_checkpointing_kwargs": _RECOMPUTED_LAYERS,
+    "torch_compile": "compiled layers have no hooks to read them by",
+    "torch_compile_backend": "compiled layers have no hooks to read them by",
+    "torch_compile_mode": "compiled layers have no hooks to read them by",
+    "auto_find_batch_size": "the losses are averaged over batches of a fixed size",
+    "include_num_input_tokens_seen": "cost.json counts steps and seconds",
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
 }
 
 _REFUSED_OPTIMIZERS = {

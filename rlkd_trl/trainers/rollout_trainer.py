@@ -121,6 +121,11 @@ class RolloutTrainer(ResumableTrainer):
         """The student as it is now, out of its distributed wrapper."""
         return self.accelerator.unwrap_model(self.model_wrapped)
 
+    @property
+    def spent(self) -> RolloutState:
+        """Where the run's seconds are added up."""
+        return self.rollout_state
+
     @contextmanager
     def whole_student(self) -> Iterator[None]:
         """For sampling and evaluation: where ZeRO-3 has sharded the student, every process holds all of it within.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Flags of a run, beside those on data, prompts and models, that are not a method's own.
 SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
+# Its students write nothing that could be compared with what others write.
+ENCODERS = "encoder_kd"
 # These a preset may set nevertheless: teachers kept in different ways are methods to compare.
 OF_THE_TEACHERS_WEIGHTS = {"teacher_dtype", "teacher_quantization"}
 SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
@@ -79,7 +81,8 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
     Raises:
         InputError: One is not there, or twice, or the baseline is not among them.
     """
-    methods = [find_method(name, recipes) for name in compare.methods or map(str, shipped_presets(recipes))]
+    comparable = [str(preset) for preset in shipped_presets(recipes) if preset.parent.name != ENCODERS]
+    methods = [find_method(name, recipes) for name in compare.methods or comparable]
     names = [method.name for method in methods]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--methods: {twice[0]} is there twice; give the files different names.")

@@ -1,0 +1,225 @@
+"""Texts and labels of encoder distillation, checked before any model is loaded."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.arguments import EncoderHeldOutArguments
+from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE
+from rlkd_trl.commands.encoder_demo import demo_rows
+from rlkd_trl.commands.settings import EncoderSettings
+from rlkd_trl.data import load_rows, require_columns, require_no_blanks, require_text
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training and held-out rows: `text`, perhaps `text_pair`, and in a task perhaps `label`, as the data have it."""
+
+    train: "Dataset"
+    test: "Dataset"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a data set, with the flags that name them."""
+
+    source: tuple[str, str]
+    pair: tuple[str, str | None]
+    label: tuple[str, str | None] = ("label_column", None)
+
+
+def is_demo(settings: EncoderSettings) -> bool:
+    """Whether nothing is named, so that data and models are the embedded demo's."""
+    named = (
+        settings.data.dataset,
+        settings.task.task_dataset,
+        settings.teacher.teacher,
+        settings.teacher.task_teacher,
+    )
+    return not any([*named, settings.student.student])
+
+
+def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
+    """The rows of each kind of stage that there is.
+
+    Raises:
+        InputError: A stage's data is not named, a file, column or split is wrong, a text or a label is missing.
+    """
+    data, task, held_out, seed = settings.data, settings.task, settings.held_out, settings.args.seed
+    if is_demo(settings):
+        train, test = (demo_rows(split) for split in ("train", "test"))
+        return {"general": Rows(*(rows.select_columns("text") for rows in (train, test))), "task": Rows(train, test)}
+    found = {}
+    if "general" in settings.args.stages:
+        if data.dataset is None:
+            raise InputError("A general stage learns from texts: give --dataset, or leave the stage out of --stages.")
+        columns = Columns(("source_column", data.source_column), ("pair_column", data.pair_column))
+        rows = load_rows(data.dataset, data.dataset_split, revision=data.dataset_revision, config=data.dataset_config)
+        train = _checked(rows, columns, data.max_rows)
+        test = None
+        if held_out.eval_dataset is not None:
+            rows = load_rows(
+                held_out.eval_dataset, held_out.eval_split, revision=data.dataset_revision, config=data.dataset_config
+            )
+            test = _checked(rows, columns)
+        found["general"] = _split(train, test, "--eval_dataset", seed)
+    if "task" in settings.args.stages:
+        if task.task_dataset is None:
+            raise InputError("A task stage learns from a task's texts: give --task_dataset.")
+        columns = Columns(
+            ("task_source_column", task.task_source_column),
+            ("task_pair_column", task.task_pair_column),
+            ("label_column", task.label_column),
+        )
+        rows = load_rows(task.task_dataset, task.task_split, revision=task.task_revision, config=task.task_config)
+        train = _checked(rows, columns, task.task_max_rows)
+        test = None
+        if held_out.task_eval_dataset is not None:
+            rows = load_rows(
+                held_out.task_eval_dataset,
+                held_out.task_eval_split,
+                revision=task.task_revision,
+                config=task.task_config,
+            )
+            test = _checked(rows, columns)
+        found["task"] = _split(train, test, "--task_eval_dataset", seed)
+    check_held_out_flags(held_out, settings.args.stages)
+    return found
+
+
+def check_held_out_flags(held_out: EncoderHeldOutArguments, stages: Sequence[str]) -> None:
+    """Raises `InputError` for a flag that no stage reads."""
+    for kind, name, split in (
+        ("general", "eval_dataset", "eval_split"),
+        ("task", "task_eval_dataset", "task_eval_split"),
+    ):
+        value, of_split = getattr(held_out, name), getattr(held_out, split)
+        if value is not None and kind not in stages:
+            raise InputError(f"--{name} {value} is for a {kind} stage, and there is none: leave it out.")
+        if value is None and of_split != getattr(EncoderHeldOutArguments, split):
+            raise InputError(f"--{split} {of_split} is a split of --{name}: give that too.")
+
+
+def _checked(rows: "Dataset", columns: Columns, max_rows: int | None = None) -> "Dataset":
+    """The texts and labels under their own names. Raises `InputError`."""
+    from datasets import Dataset
+
+    named = {"text": columns.source, "text_pair": columns.pair, "label": columns.label}
+    named = {name: flag_and_column for name, flag_and_column in named.items() if flag_and_column[1] is not None}
+    require_columns(rows, **dict(named.values()))
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    values = {}
+    for name, (flag, column) in named.items():
+        values[name] = rows[column][:]
+        if list(dict(named.values()).values()).count(column) > 1:
+            raise InputError(f"`--{flag} {column}` is another column of this data too; name another or leave it out.")
+        if name == "label":
+            _require_labels(values[name], column)
+            continue
+        require_no_blanks(values[name], column)
+        for i, text in enumerate(values[name]):
+            require_text(text, column, i)
+    return Dataset.from_dict(values)
+
+
+def _require_labels(labels: Sequence, column: str) -> None:
+    for i, label in enumerate(labels):
+        if label is None or (isinstance(label, str) and not label.strip()):
+            raise InputError(f"Row {i + 1}: column `{column}` is empty; drop the row or fill it in.")
+        if not isinstance(label, str | int | float) or label != label:
+            raise InputError(f"Row {i + 1}: column `{column}` holds {label!r}, which is no label: a name or a number.")
+
+
+def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Rows:
+    """With a share of the rows held out, where there are no others. Raises `InputError` if there are too few."""
+    if test is not None:
+        return Rows(train, test)
+    count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
+    if count == 0:
+        raise InputError(f"{len(train)} rows are too few to hold some out: give {flag}.")
+    order = random.Random(seed).sample(range(len(train)), len(train))
+    print(f"No {flag}: {count} of {len(train)} rows are held out for evaluation.", flush=True)
+    return Rows(train.select(sorted(order[count:])), train.select(sorted(order[:count])))
+
+
+def with_next_sentences(rows: "Dataset", seed: int) -> "Dataset":
+    """Each pair twice: as it is, label 0 as in BERT, and with the second text of another row, label 1."""
+    from datasets import Dataset
+
+    texts, pairs, count = rows["text"][:], rows["text_pair"][:], len(rows)
+    rng = random.Random(seed)
+    others = [(i + 1 + int(rng.random() * (count - 1))) % count for i in range(count)]
+    return Dataset.from_dict(
+        {
+            "text": texts * 2,
+            "text_pair": pairs + [pairs[i] for i in others],
+            "next_sentence_label": [0] * count + [1] * count,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What labels stand for. names: of the classes by number; None in regression."""
+
+    names: dict[int, str] | None
+
+    @property
+    def num_labels(self) -> int:
+        return 1 if self.names is None else len(self.names)
+
+
+def classes_of(rows: Rows, teacher: "PreTrainedConfig | None") -> Classes:
+    """The teacher's classes; without a teacher those of the data's labels, and regression where these are floats."""
+    if teacher is not None:
+        if teacher.num_labels == 1 or teacher.problem_type == "regression":
+            return Classes(None)
+        return Classes({int(i): str(name) for i, name in teacher.id2label.items()})
+    labels = [label for part in (rows.train, rows.test) for label in part["label"]]
+    if all(isinstance(label, float) for label in labels):
+        return Classes(None)
+    numbers = [int(label) for label in labels if not isinstance(label, str)]
+    if len(numbers) == len(labels):
+        if min(numbers) < 0:
+            raise InputError(f"The label {min(numbers)} is no number of a class: they are counted from 0.")
+        return Classes({i: f"LABEL_{i}" for i in range(max(numbers) + 1)})
+    return Classes(dict(enumerate(sorted({str(label) for label in labels}))))
+
+
+def with_numbers(rows: "Dataset", classes: Classes, column: str) -> "Dataset":
+    """With labels as numbers of classes, or as floats in regression.
+
+    Raises:
+        InputError: A label is none of the classes.
+    """
+    from datasets import Dataset
+
+    columns = {name: rows[name][:] for name in rows.column_names}
+    columns["label"] = [_number(label, i, classes, column) for i, label in enumerate(columns["label"])]
+    return Dataset.from_dict(columns)
+
+
+def _number(label: str | float, i: int, classes: Classes, column: str) -> int | float:
+    if classes.names is None:
+        try:
+            return float(label)
+        except ValueError:
+            raise InputError(f"Row {i + 1}: column `{column}` holds {label!r}, and no number to predict.") from None
+    by_name = {name: number for number, name in classes.names.items()}
+    if isinstance(label, str) and label in by_name:
+        return by_name[label]
+    if not isinstance(label, str) and float(label).is_integer() and int(label) in classes.names:
+        return int(label)
+    names = ", ".join(f"{name!r} ({number})" for number, name in list(classes.names.items())[:8])
+    more = f" and {len(classes.names) - 8} more" if len(classes.names) > 8 else ""
+    raise InputError(
+        f"Row {i + 1}: column `{column}` holds {label!r}, which is none of the {len(classes.names)} classes: "
+        f"{names}{more}. Fine-tune the teacher on this task, or map the labels."
+    )

@@ -1,0 +1,121 @@
+"""The embedded demo of encoder distillation: how hard is the trail that a sentence describes?
+
+The teacher, a BERT of four layers, is trained on the labels here, in a process of its own, which knows nothing of how
+the run was launched.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.data import demo_dataset
+from rlkd_trl.data.demo import WORDS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from rlkd_trl.commands.settings import EncoderSettings
+
+NOT_SAID = "not said"
+_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class EncoderDemoRequest:
+    """What to train: in `output_dir/teacher`, a classifier."""
+
+    output_dir: str
+    seed: int
+    steps: int = 300
+
+    @property
+    def teacher(self) -> str:
+        return str(Path(self.output_dir) / "teacher")
+
+
+def demo_rows(split: str) -> "Dataset":
+    """`text`, a description of a trail, and `label`, its difficulty as far as the text says it."""
+    from datasets import Dataset
+
+    rows = []
+    for row in demo_dataset(split):
+        stated = re.search(r"difficulty\[(\w+)\]", row["source"])
+        rows.append({"text": row["target"], "label": stated.group(1) if stated else NOT_SAID})
+    return Dataset.from_list(rows)
+
+
+def use_demo_teacher(settings: "EncoderSettings", output_dir: str | Path, *, seed: int) -> None:
+    """Makes the demo's teacher in `output_dir/demo_models` and names it in the settings."""
+    from rlkd_trl.commands.demo import make_apart
+
+    request = EncoderDemoRequest(str(Path(output_dir) / "demo_models"), seed)
+    make_apart("rlkd_trl.commands.encoder_demo:train_demo_teacher", request)
+    settings.teacher.teacher = request.teacher
+
+
+def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
+    """Of words, as BERT's: [CLS] before a text, [SEP] behind it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import WordLevelTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(texts, WordLevelTrainer(special_tokens=list(_SPECIAL), show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names = ("pad_token", "cls_token", "sep_token", "unk_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **dict(zip(names, _SPECIAL, strict=True)),
+        model_max_length=128,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def train_demo_teacher(output_dir: str, seed: int, steps: int) -> None:
+    """Trains the teacher here, and saves it."""
+    from transformers import BertConfig, BertForSequenceClassification, set_seed
+
+    from rlkd_trl.commands.encoder_data import Classes, with_numbers
+    from rlkd_trl.trainers.encoder import EncoderKDTrainer
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
+
+    request = EncoderDemoRequest(output_dir, seed, steps)
+    rows = demo_rows("train")
+    tokenizer = demo_tokenizer(rows["text"][:])
+    names = dict(enumerate(sorted([*WORDS["difficulty"], NOT_SAID])))
+    print("Demo: training a teacher on the labels", flush=True)
+    set_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+    )
+    args = EncoderKDConfig(
+        request.teacher,
+        losses=["hard_ce"],
+        max_steps=steps,
+        learning_rate=1e-3,
+        warmup_steps=30,
+        per_device_train_batch_size=32,
+        logging_steps=max(steps // 5, 1),
+        save_strategy="no",
+        seed=seed,
+    )
+    train = with_numbers(rows, Classes(names), "label")
+    trainer = EncoderKDTrainer(BertForSequenceClassification(config), None, args, train, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()

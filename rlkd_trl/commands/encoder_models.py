@@ -1,0 +1,157 @@
+"""Teacher and student of a stage of encoder distillation: checked by their configs, then loaded or made."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlkd_trl.commands.arguments import EncoderStudentArguments
+from rlkd_trl.commands.settings import EncoderSettings
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlkd_trl.commands.encoder_stages import Stage
+
+_SIZES = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """How a stage's student begins: as a checkpoint, or as a new model made of the teacher's.
+
+    config: of the student, without its head. sizes, init: of a new one.
+    """
+
+    config: "PreTrainedConfig"
+    checkpoint: str | None = None
+    revision: str | None = None
+    sizes: dict[str, int | None] | None = None
+    init: str = "uniform"
+
+
+class Models(NamedTuple):
+    """A stage's models, and the tokenizer that they share."""
+
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def plan_student(settings: EncoderSettings) -> StudentPlan:
+    """The first stage's student. Raises `InputError` if it is neither named nor can be made."""
+    from rlkd_trl.models.encoders import load_encoder_config
+    from rlkd_trl.students.from_teacher import RANDOM, SIZES, check_init, smaller_config
+
+    student = settings.student
+    if student.student is not None:
+        _refuse_sizes(student)
+        config = load_encoder_config(student.student, revision=student.student_revision)
+        return StudentPlan(config, student.student, student.student_revision)
+    name, revision = _source(settings)
+    if name is None:
+        raise InputError("--student or --teacher is needed: a new student is made of its teacher.")
+    of_teacher = load_encoder_config(name, revision=revision)
+    sizes = {size: getattr(student, size) for size in SIZES}
+    if sizes["num_layers"] is None:
+        sizes["num_layers"] = max(of_teacher.num_hidden_layers // 2, 1)
+    inner = next((value for n in SIZES["intermediate_size"] if (value := getattr(of_teacher, n, None))), None)
+    if sizes["hidden_size"] is not None and sizes["intermediate_size"] is None and inner is not None:
+        sizes["intermediate_size"] = inner * sizes["hidden_size"] // of_teacher.hidden_size
+    config = smaller_config(of_teacher, sizes)
+    is_resized = any(getattr(student, size) is not None for size in _SIZES[1:])
+    init = student.init or (RANDOM if is_resized else "uniform")
+    check_init(init, config, of_teacher)
+    return StudentPlan(config, sizes=sizes, init=init)
+
+
+def _source(settings: EncoderSettings) -> tuple[str | None, str | None]:
+    """The teacher that a new student is made of: the first stage's."""
+    teacher = settings.teacher
+    is_of_task = settings.args.stages[0] == "task" and teacher.task_teacher is not None
+    if is_of_task or teacher.teacher is None:
+        return teacher.task_teacher, teacher.task_teacher_revision
+    return teacher.teacher, teacher.teacher_revision
+
+
+def _refuse_sizes(student: EncoderStudentArguments) -> None:
+    for name in (*_SIZES, "init"):
+        if (value := getattr(student, name)) is not None:
+            raise InputError(
+                f"--{name} {value} is for a new student, and --student {student.student} names one that there is: "
+                "leave out one of them."
+            )
+
+
+def check_stage_models(settings: EncoderSettings, stage: "Stage") -> None:
+    """Tokenizers, heads, layers and lengths, before weights are read. Raises `InputError`."""
+    from rlkd_trl.models.encoders import check_has_head, load_encoder_config, skeleton
+    from rlkd_trl.models.limits import check_embedding_rows
+    from rlkd_trl.models.loading import check_dtype, load_tokenizer
+    from rlkd_trl.trainers.encoder_checks import check_inputs, check_models, check_same_vocabulary
+
+    check_dtype(settings.teacher.teacher_dtype)
+    objective, plan = stage.objective, stage.student
+    student = skeleton(plan.config, objective.head, "The student")
+    teacher = None
+    name, revision = _tokenizer_of(settings)
+    tokenizer = load_tokenizer(name, revision=revision)
+    check_embedding_rows("The student", tokenizer, plan.config)
+    if stage.teacher is not None:
+        config = load_encoder_config(stage.teacher, revision=stage.teacher_revision)
+        teacher = skeleton(config, objective.teachers_head, "The teacher")
+        theirs = load_tokenizer(stage.teacher, revision=stage.teacher_revision)
+        check_same_vocabulary(tokenizer, theirs)
+        check_embedding_rows("The teacher", tokenizer, config)
+    check_models(objective, student, teacher)
+    check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, teacher)
+    if objective.teachers_head != "none":
+        remedy = (
+            "fine-tune it on the task (--stages task --losses hard_ce), or name another with --task_teacher."
+            if objective.stage == "task"
+            else "leave logits_kl out of --losses, or take a teacher with it."
+        )
+        check_has_head(stage.teacher, objective.teachers_head, "The teacher", remedy, revision=stage.teacher_revision)
+
+
+def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:
+    student = settings.student
+    return (student.student, student.student_revision) if student.student is not None else _source(settings)
+
+
+def load_models(settings: EncoderSettings, stage: "Stage") -> Models:
+    """The stage's student, as it begins, and its teacher. Raises `InputError`."""
+    from rlkd_trl.models.encoders import load_encoder
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.students.from_teacher import smaller_student
+
+    objective, plan, seed = stage.objective, stage.student, stage.args.seed
+    of_classes = {}
+    if stage.classes is not None:
+        of_classes = {"num_labels": stage.classes.num_labels, "label_names": stage.classes.names}
+    teacher = None
+    if stage.teacher is not None:
+        teacher = load_encoder(
+            stage.teacher,
+            objective.teachers_head,
+            "The teacher",
+            revision=stage.teacher_revision,
+            dtype=settings.teacher.teacher_dtype,
+        )
+    if plan.checkpoint is not None:
+        student = load_encoder(
+            plan.checkpoint,
+            objective.head,
+            "The student",
+            revision=plan.revision,
+            may_be_new=True,
+            seed=seed,
+            **of_classes,
+        )
+    else:
+        name, revision = _source(settings)
+        whole = load_encoder(
+            name, objective.head, "The teacher", revision=revision, may_be_new=True, seed=seed, **of_classes
+        )
+        student = smaller_student(whole, plan.sizes, init=plan.init, seed=seed)
+    name, revision = _tokenizer_of(settings)
+    return Models(student, teacher, load_tokenizer(name, revision=revision))

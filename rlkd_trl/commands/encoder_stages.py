@@ -1,0 +1,217 @@
+"""The stages of an encoder's distillation: what is to be done, in order, and how one is run."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlkd_trl.commands.checks import require_files
+from rlkd_trl.commands.encoder_data import (
+    Classes,
+    Rows,
+    classes_of,
+    load_stage_rows,
+    with_next_sentences,
+    with_numbers,
+)
+from rlkd_trl.commands.encoder_models import StudentPlan, check_stage_models, load_models, plan_student
+from rlkd_trl.commands.run_directory import (
+    FINISHED,
+    check_free,
+    checkpoint_to_resume,
+    clear_results,
+    is_finished,
+    leaves_no_empty_directory,
+    mark_finished,
+)
+from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
+from rlkd_trl.commands.settings import EncoderSettings
+from rlkd_trl.errors import InputError
+
+if TYPE_CHECKING:
+    from rlkd_trl.trainers.encoder import EncoderKDTrainer
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
+    from rlkd_trl.trainers.encoder_objective import Objective
+
+_TRAINER = "EncoderKDTrainer"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its own settings, rows and teacher, and the student that it begins with.
+
+    classes: of a task. checkpoint: where it is gone on from. is_done: its student is there.
+    """
+
+    args: "EncoderKDConfig"
+    rows: Rows
+    teacher: str | None
+    teacher_revision: str | None
+    student: StudentPlan
+    classes: Classes | None
+    is_last: bool
+    checkpoint: str | None = None
+    is_done: bool = False
+
+    @property
+    def objective(self) -> "Objective":
+        return self.args.objective(0)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.args.output_dir)
+
+
+def check_data(settings: EncoderSettings) -> dict[str, Rows]:
+    """Files, columns and rows; of the trainer's settings a sketch is enough. Raises `InputError`."""
+    require_files(settings)
+    return load_stage_rows(settings)
+
+
+def check_directories(settings: EncoderSettings) -> None:
+    """How the run was launched, and whether each stage's directory is free. Raises `InputError`."""
+    from rlkd_trl.trainers.checks import check_sharding
+
+    args = settings.args
+    check_sharding(args)
+    for number in range(len(args.stages)):
+        check_free(args.of_stage(number).output_dir, settings.run, args)
+    if len(args.stages) > 1 and args.resume_from_checkpoint is not None:
+        raise InputError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is of one stage, and there are "
+            f"{len(args.stages)}: --resume goes on with the stage that was not finished."
+        )
+
+
+def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]:
+    """The stages with all that can be known before weights are read; those that are done are marked.
+
+    Raises:
+        InputError: Something does not go together, or what is to be gone on with is of another run.
+    """
+    args = settings.args
+    stages, student = [], plan_student(settings)
+    for number in range(len(args.stages)):
+        stage = _stage(settings, number, rows, student)
+        check_stage_models(settings, stage)
+        stages.append(stage)
+        student = StudentPlan(student.config, checkpoint=str(stage.directory))
+    return _progress(settings, stages)
+
+
+def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], student: StudentPlan) -> Stage:
+    from rlkd_trl.models.encoders import load_encoder_config
+
+    args, teacher = settings.args.of_stage(number), settings.teacher
+    objective = args.objective(0)
+    of_stage = rows[objective.stage]
+    name, revision = teacher.teacher, teacher.teacher_revision
+    if objective.stage == "task" and teacher.task_teacher is not None:
+        name, revision = teacher.task_teacher, teacher.task_teacher_revision
+    if not objective.needs_teacher:
+        name = revision = None
+    classes = None
+    if objective.stage == "task":
+        has_labels = "label" in of_stage.train.column_names
+        if "hard_ce" in objective.weights and not has_labels:
+            raise InputError(
+                "hard_ce learns from labels: name their column with --label_column, or leave hard_ce out of --losses "
+                "(logits_kl alone, as in the preset soft_only, needs none)."
+            )
+        config = load_encoder_config(name, revision=revision) if objective.teachers_head == "classes" else None
+        if config is not None or has_labels:
+            classes = classes_of(of_stage, config)
+        if has_labels:
+            column = settings.task.label_column or "label"
+            of_stage = Rows(*(with_numbers(part, classes, column) for part in (of_stage.train, of_stage.test)))
+    elif "nsp_ce" in objective.weights:
+        if "text_pair" not in of_stage.train.column_names:
+            raise InputError(
+                "nsp_ce learns which text follows which: name the second one's column with --pair_column."
+            )
+        of_stage = Rows(*(with_next_sentences(part, args.seed) for part in (of_stage.train, of_stage.test)))
+    is_last = number == len(settings.args.stages) - 1
+    return Stage(args, of_stage, name, revision, student, classes, is_last)
+
+
+def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages with what of them there is already."""
+    from rlkd_trl.trainers.checkpoint_files import checkpoints_in
+    from rlkd_trl.trainers.run_record import check_same_run
+
+    run, record = settings.run, command_record(settings)
+    if len(stages) == 1 or not run.resume:
+        checkpoint = checkpoint_to_resume(run, stages[0].args) if len(stages) == 1 else None
+        stages = [replace(stages[0], checkpoint=checkpoint), *stages[1:]]
+    elif not any(stage.directory.glob("*") for stage in stages):
+        checkpoint_to_resume(run, settings.args)
+    found, all_done = [], True
+    for stage in stages:
+        if run.resume and all_done and len(stages) > 1:
+            if (stage.directory / FINISHED).is_file() and not checkpoints_in(stage.directory):
+                check_same_run(stage.directory, _stage_record(stage, record))
+                stage = replace(stage, is_done=True)
+            elif checkpoints_in(stage.directory):
+                stage = replace(stage, checkpoint=checkpoint_to_resume(run, stage.args))
+        check_own_checkpoint(stage.checkpoint, _TRAINER, stage.args, record, stage.rows.train)
+        if not stage.is_done and is_finished(stage.checkpoint, stage.args):
+            stage = replace(stage, is_done=True)
+        all_done = all_done and stage.is_done
+        found.append(stage)
+    return found
+
+
+def _stage_record(stage: Stage, command: dict) -> dict[str, object]:
+    """What a finished stage was, beside its checkpoints, of which there may be none."""
+    from rlkd_trl.trainers.run_record import rows_digest, settings_of
+
+    return {
+        "trainer": _TRAINER,
+        "settings": settings_of(stage.args),
+        "command": command,
+        "data": rows_digest(stage.rows.train),
+        "length": {"max_steps": stage.args.max_steps, "num_train_epochs": stage.args.num_train_epochs},
+    }
+
+
+def clear_unfinished(stages: Sequence[Stage]) -> None:
+    """Removes the results of an earlier run, when training begins, of the stages that are not done."""
+    from rlkd_trl.models.sharding import is_first_process
+
+    for stage in stages:
+        if stage.is_done:
+            continue
+        clear_results(stage.directory, goes_on=stage.checkpoint is not None)
+        if not stage.is_last and stage.checkpoint is None and is_first_process():
+            shutil.rmtree(stage.directory, ignore_errors=True)
+
+
+def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
+    """The trainer of a stage, with its models loaded. Raises `InputError`."""
+    from rlkd_trl.trainers.encoder import EncoderKDTrainer
+
+    with leaves_no_empty_directory(stage.args.output_dir):
+        models = load_models(settings, stage)
+        trainer = EncoderKDTrainer(
+            models.student,
+            models.teacher,
+            stage.args,
+            stage.rows.train,
+            eval_dataset=stage.rows.test,
+            processing_class=models.tokenizer,
+        )
+    trainer.run_record["command"] = command_record(settings)
+    return trainer
+
+
+def mark_stage(settings: EncoderSettings, stage: Stage, step: int) -> None:
+    """Says in the directory of a stage before the last that its student is there, and what it was."""
+    from rlkd_trl.models.sharding import is_first_process
+    from rlkd_trl.trainers.run_record import RUN_RECORD
+
+    if is_first_process():
+        record = json.dumps(_stage_record(stage, command_record(settings)), indent=1)
+        (stage.directory / RUN_RECORD).write_text(record + "\n", encoding="utf-8")
+    mark_finished(stage.directory, step)

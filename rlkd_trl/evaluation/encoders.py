@@ -1,0 +1,137 @@
+"""What an encoder is worth: on a task's labels, and as a copy of its teacher."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rlkd_trl.ops.classification import IGNORED
+
+_SAMPLES = 20  # texts shown in a report
+_MOST_COMPARED = 500  # texts whose similarities to each other are compared: 125,000 pairs
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of the texts whose class is predicted, in percent."""
+    return 100 * sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
+
+
+def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """The classes' mean of 2 TP / (2 TP + FP + FN), in percent, over the classes that are labels or predicted."""
+    scores = []
+    for label in sorted({*predictions, *labels}):
+        pairs = [(p == label, y == label) for p, y in zip(predictions, labels, strict=True)]
+        hits = sum(p and y for p, y in pairs)
+        scores.append(2 * hits / sum(p + y for p, y in pairs))
+    return 100 * sum(scores) / len(scores)
+
+
+def pearson(x_N: Tensor, y_N: Tensor) -> float:
+    """The correlation of two lists of numbers; NaN where one of them does not vary."""
+    x_N, y_N = (values.double() - values.double().mean() for values in (x_N, y_N))
+    norm = float(x_N.norm() * y_N.norm())
+    return float(x_N @ y_N) / norm if norm > 0 else math.nan
+
+
+def spearman(x_N: Tensor, y_N: Tensor) -> float:
+    """The correlation of their ranks, of equal numbers the mean rank (Spearman 1904)."""
+    return pearson(_ranks(x_N), _ranks(y_N))
+
+
+def _ranks(values_N: Tensor) -> Tensor:
+    _, which_N, counts = torch.unique(values_N, return_inverse=True, return_counts=True)
+    below = counts.cumsum(0) - counts
+    return (below.double() + (counts.double() - 1) / 2)[which_N]
+
+
+def pair_similarities(embeddings_ND: Tensor) -> Tensor:
+    """The cosine of each pair of different texts, `[N (N − 1) / 2]`."""
+    unit_ND = torch.nn.functional.normalize(embeddings_ND.double(), dim=-1)
+    N = len(unit_ND)
+    rows, columns = torch.triu_indices(N, N, offset=1)
+    return (unit_ND @ unit_ND.T)[rows, columns]
+
+
+@dataclass
+class Seen:
+    """Collects what models make of batches, and measures it in the end."""
+
+    predictions: list[Tensor] = field(default_factory=list)
+    teachers: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    embeddings: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    cosines: list[Tensor] = field(default_factory=list)
+
+    def add_outputs(self, logits: Tensor, teachers_logits: Tensor | None, labels_B: Tensor | None) -> None:
+        """Of a task's batch."""
+        self.predictions.append(_predicted(logits))
+        if teachers_logits is not None:
+            self.teachers.append(_predicted(teachers_logits))
+        if labels_B is not None:
+            self.labels.append(labels_B.cpu())
+
+    def add_states(self, student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor) -> None:
+        """Last hidden states of a batch of texts."""
+        for embeddings, states_BSD in zip(self.embeddings, (student_BSD, teacher_BSD), strict=True):
+            states_BSD = torch.where(mask_BS[..., None], states_BSD.float(), 0)
+            embeddings.append((states_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
+        if student_BSD.shape[-1] == teacher_BSD.shape[-1]:
+            cosines_BS = torch.nn.functional.cosine_similarity(student_BSD.float(), teacher_BSD.float(), dim=-1)
+            self.cosines.append(cosines_BS[mask_BS].cpu())
+
+    def metrics(self, *, is_regression: bool) -> dict[str, float]:
+        """Accuracy and F1, or correlations; and agreement with the teacher's classes or numbers."""
+        predictions = torch.cat(self.predictions)
+        metrics: dict[str, float] = {}
+        if self.labels:
+            labels = torch.cat(self.labels)
+            known = labels != IGNORED
+            if is_regression:
+                metrics |= {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
+            elif known.any():
+                of_known = predictions[known].tolist(), labels[known].tolist()
+                metrics |= {"accuracy": accuracy(*of_known), "f1": f1(*of_known)}
+        if self.teachers:
+            teachers = torch.cat(self.teachers)
+            if is_regression:
+                metrics["agreement"] = pearson(predictions, teachers)
+            else:
+                metrics["agreement"] = accuracy(predictions.tolist(), teachers.tolist())
+        return metrics
+
+    def likeness(self) -> dict[str, float]:
+        """`similarity_spearman`: of student's and teacher's cosines of all pairs of texts, whose embeddings are the
+        means of their last states. `hidden_cosine`: mean cosine of the two models' states of a token, where they are
+        of one width."""
+        metrics = {}
+        if self.embeddings[0]:
+            similarities = [pair_similarities(torch.cat(one)[:_MOST_COMPARED]) for one in self.embeddings]
+            if len(similarities[0]) > 1:
+                metrics["similarity_spearman"] = spearman(*similarities)
+        if self.cosines:
+            metrics["hidden_cosine"] = float(torch.cat(self.cosines).mean())
+        return metrics
+
+    def samples(self, rows: Dataset, config: PreTrainedConfig) -> list[dict[str, object]]:
+        """The first texts with what was predicted of them."""
+        table = []
+        columns = {"student": self.predictions, "teacher": self.teachers, "label": self.labels}
+        predicted = {name: torch.cat(batches).tolist() for name, batches in columns.items() if batches}
+        texts = [name for name in ("text", "text_pair") if name in rows.column_names]
+        for i, row in enumerate(rows.select(range(min(_SAMPLES, len(rows))))):
+            found = {name: _named(values[i], config) for name, values in predicted.items()}
+            table.append({**{name: row[name] for name in texts}, **found})
+        return table
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    """Classes, or a regression's numbers."""
+    return (logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(dim=1)).cpu()
+
+
+def _named(value: float, config: Mapping) -> object:
+    return value if isinstance(value, float) else config.id2label.get(value, value)

@@ -1,0 +1,156 @@
+"""Encoders with the head that a stage of distillation needs: none, masked language modelling, classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.finite import check_weights
+from rlkd_trl.models.layer_tensors import LayerReader
+from rlkd_trl.models.loading import DTYPES, check_complete, check_dtype, load_part, weight_names
+from rlkd_trl.models.sharding import is_first_process, loading_shards
+
+
+@dataclass(frozen=True)
+class Head:
+    """name: in words. classes: config's class to the model's, of transformers."""
+
+    name: str
+    classes: Callable[[PreTrainedConfig], object]
+
+
+def _masked_language_model(config: PreTrainedConfig):
+    """The model that predicts tokens: of masked ones; of what follows, for models that are not encoders."""
+    if config.is_encoder_decoder:
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return MODEL_FOR_MASKED_LM_MAPPING if is_encoder(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+HEADS = {
+    # Of models that are not encoders the language model itself: a later recipe trains it on.
+    "none": Head("no head", lambda config: MODEL_MAPPING if is_encoder(config) else _masked_language_model(config)),
+    "tokens": Head("a language-modelling head", _masked_language_model),
+    "tokens and next sentence": Head("a next-sentence head", lambda config: MODEL_FOR_PRETRAINING_MAPPING),
+    "classes": Head("a classification head", lambda config: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+}
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether it is a model like BERT, which reads in both directions and predicts masked tokens."""
+    in_mapping = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return in_mapping and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+
+
+def load_encoder_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """A checkpoint's config. Raises `InputError` if there is none, or transformers has no model for it."""
+    return load_part(AutoConfig, name_or_path, "model config", revision=revision)
+
+
+def model_class(config: PreTrainedConfig, head: str, who: str) -> type[PreTrainedModel]:
+    """The class of a model with one of `HEADS`. who: "The teacher", "The student".
+
+    Raises:
+        InputError: The architecture has none.
+    """
+    mapping = HEADS[head].classes(config)
+    if type(config) not in mapping:
+        raise InputError(
+            f"{who} (model type {config.model_type!r}) is of an architecture for which transformers has no model with "
+            f"{HEADS[head].name}: choose one of BERT's, RoBERTa's, DistilBERT's or a like kind."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def load_encoder(
+    name_or_path: str,
+    head: str,
+    who: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    may_be_new: bool = False,
+    num_labels: int | None = None,
+    label_names: dict[int, str] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A checkpoint's model with one of `HEADS`.
+
+    may_be_new: whether a head that the checkpoint lacks is made, with random numbers of the seed. num_labels,
+    label_names: of a new head of classes; None keeps the checkpoint's own.
+
+    Raises:
+        InputError: It cannot be loaded, lacks weights, or has some that are not finite.
+    """
+    check_dtype(dtype)
+    config = load_encoder_config(name_or_path, revision=revision)
+    kind = model_class(config, head, who)
+    if num_labels is not None:
+        config.num_labels = num_labels
+        if label_names is not None:
+            config.id2label = label_names
+            config.label2id = {name: index for index, name in label_names.items()}
+    set_seed(seed)
+    with loading_shards(None):
+        model, info = load_part(
+            kind,
+            name_or_path,
+            "model",
+            revision=revision,
+            config=config,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=may_be_new and num_labels is not None,
+        )
+    missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}
+    of_head = {name for name in missing if may_be_new and (not _is_of_body(name, model) or _is_pooler(name))}
+    check_complete(missing - of_head, f"{who} {name_or_path!r}")
+    check_weights(model, f"{who} {name_or_path!r}")
+    if of_head and is_first_process():
+        print(f"{who}'s head is new: {', '.join(sorted(of_head))}.", flush=True)
+    return model
+
+
+def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revision: str | None = None) -> None:
+    """Raises `InputError` if the checkpoint lacks weights of the head; weights are not read, only their names.
+
+    Of checkpoints in other files than safetensors nothing is known before they are loaded.
+    """
+    config = load_encoder_config(name_or_path, revision=revision)
+    names = weight_names(name_or_path, revision)
+    if not names:
+        return
+    with torch.device("meta"):
+        model = model_class(config, head, who)(config)
+    of_head = {name for name, _ in model.named_parameters() if not _is_of_body(name, model)}
+    wanted = of_head - set(model.all_tied_weights_keys)
+    if missing := sorted(wanted - names):
+        raise InputError(f"{who} {name_or_path!r} has not {HEADS[head].name} ({missing[0]} is missing): {remedy}")
+
+
+def skeleton(config: PreTrainedConfig, head: str, who: str) -> LayerReader:
+    """A model of this config without memory: what its layers offer, before weights are read. Raises `InputError`."""
+    with torch.device("meta"):
+        return LayerReader(model_class(config, head, who)(config))
+
+
+def _is_of_body(name: str, model: PreTrainedModel) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.") or model.base_model is model
+
+
+def _is_pooler(name: str) -> bool:
+    """Which checkpoints of language models lack, and nothing reads but a head of classes."""
+    return "pooler." in name

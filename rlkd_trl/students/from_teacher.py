@@ -1,0 +1,126 @@
+"""A smaller encoder of its teacher's architecture, with some of its layers or with random weights."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.vocabulary import base_of
+from rlkd_trl.ops.layer_maps import FORMS, layer_pairs
+
+# Of a new student -> the names that configs have for it.
+SIZES = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "num_heads": ("num_attention_heads",),
+    "intermediate_size": ("intermediate_size", "hidden_dim", "d_ff"),
+}
+RANDOM = "random"
+
+
+def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -> PreTrainedConfig:
+    """The teacher's config in the sizes given; None keeps the teacher's.
+
+    sizes: of `SIZES`. In encoder-decoder models, `num_layers` are those of encoder and decoder each.
+
+    Raises:
+        InputError: There is no such size in this architecture; the width is not divisible by the number of heads.
+    """
+    config = copy.deepcopy(teacher)
+    for size, value in sizes.items():
+        if value is None:
+            continue
+        name = next((name for name in SIZES[size] if getattr(config, name, None) is not None), None)
+        if name is None:
+            raise InputError(f"{size} {value}: a {config.model_type} model has no such size; leave it out.")
+        setattr(config, name, value)
+        if size == "num_layers":
+            _shorten(config, teacher, value)
+    if sizes.get("hidden_size") is not None:
+        for name in ("pooler_hidden_size", "head_dim"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, config.hidden_size if name == "pooler_hidden_size" else None)
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"hidden_size {config.hidden_size} of the new student is not divisible by num_heads "
+            f"{config.num_attention_heads}."
+        )
+    return config
+
+
+def _shorten(config: PreTrainedConfig, teacher: PreTrainedConfig, num_layers: int) -> None:
+    """What else in a config speaks of layers: the decoder's number, and ModernBERT's kinds of attention."""
+    for name in ("num_decoder_layers", "decoder_layers"):
+        if config.is_encoder_decoder and getattr(config, name, None) is not None:
+            setattr(config, name, num_layers)
+    kinds = getattr(teacher, "layer_types", None)
+    if kinds is not None:
+        config.layer_types = [kinds[i % len(kinds)] for i in range(num_layers)]
+
+
+def check_init(init: str, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raises `InputError` if a new student cannot begin so: see `smaller_student`."""
+    if init == RANDOM:
+        return
+    try:
+        layer_pairs(init, student.num_hidden_layers, teacher.num_hidden_layers)
+    except ValueError as error:
+        raise InputError(f"init = {init}: {error}; or {RANDOM}. (Forms: {FORMS}.)") from error
+    for size, names in SIZES.items():
+        for name in names:
+            ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+            if size != "num_layers" and ours != theirs:
+                raise InputError(
+                    f"init = {init}: layers of the teacher fit a student of its sizes only, and {size} is {ours}, the "
+                    f"teacher's {theirs}: set init to {RANDOM}."
+                )
+
+
+def smaller_student(
+    teacher: PreTrainedModel, sizes: Mapping[str, int | None], *, init: str = "uniform", seed: int = 0
+) -> PreTrainedModel:
+    """A new model of the teacher's class, with its head, in other sizes.
+
+    Args:
+        sizes: As in `smaller_config`.
+        init: Which of the teacher's layers it begins with, as a layer map says, and with the teacher's embeddings and
+            head; a layer that the map leaves out, or "random" for all, begins with random numbers of the seed.
+
+    Raises:
+        InputError: As `smaller_config` and `check_init`.
+    """
+    teacher = base_of(teacher)
+    config = smaller_config(teacher.config, sizes)
+    check_init(init, config, teacher.config)
+    set_seed(seed)
+    student = type(teacher)(config)
+    if init != RANDOM:
+        pairs = layer_pairs(init, config.num_hidden_layers, teacher.config.num_hidden_layers)
+        copy_layers(student, teacher, pairs)
+    return student.to(dtype=teacher.dtype)
+
+
+def copy_layers(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
+    """Gives the student the teacher's weights: of layers by pairs, counted from 1, and all others as they are."""
+    source_of = {m - 1: n - 1 for m, n in pairs}
+    weights = teacher.state_dict()
+    copied = {}
+    for name in student.state_dict():
+        layer = _LAYER.search(name)
+        if layer is None:
+            source = name
+        elif int(layer["number"]) in source_of:
+            number = source_of[int(layer["number"])]
+            source = f"{name[: layer.start('number')]}{number}{name[layer.end('number') :]}"
+        else:
+            continue
+        if source in weights:
+            copied[name] = weights[source]
+    student.load_state_dict(copied, strict=False)
+
+
+# The number of a layer in a weight's name; ALBERT's groups are shared by all layers and go as they are.
+_LAYER = re.compile(r"(?:^|\.)(?:layer|layers|block|h)\.(?P<number>\d+)\.")

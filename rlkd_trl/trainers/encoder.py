@@ -1,0 +1,524 @@
+"""Distillation of encoders: the student's layers and logits are drawn to those of the teacher."""
+
+import inspect
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import ModelOutput, logging
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.encoders import Seen
+from rlkd_trl.models.encoders import load_encoder
+from rlkd_trl.models.finite import check_weights, refuse_float16_weights
+from rlkd_trl.models.generation_config import completion_start_ids
+from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
+from rlkd_trl.models.limits import check_embedding_rows
+from rlkd_trl.models.loading import load_tokenizer, refuse_t5_in_float16
+from rlkd_trl.models.private_apis import whole_shape
+from rlkd_trl.models.sharding import is_first_process
+from rlkd_trl.models.vocabulary import base_of
+from rlkd_trl.ops.classification import IGNORED, hard_cross_entropy, logits_kl, squared_error
+from rlkd_trl.students import with_adapters
+from rlkd_trl.students.encoder import EncoderStudent
+from rlkd_trl.trainers.budget import Clock, Cost, Spent
+from rlkd_trl.trainers.checks import check_sharding
+from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.encoder_checks import (
+    check_inputs,
+    check_models,
+    check_rows,
+    projections_needed,
+    relation_heads_of,
+)
+from rlkd_trl.trainers.encoder_config import EncoderKDConfig
+from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
+from rlkd_trl.trainers.encoder_objective import INGREDIENTS, PROJECTED, layer_loss
+from rlkd_trl.trainers.resumable import ResumableTrainer
+from rlkd_trl.trainers.run_record import model_record
+from rlkd_trl.trainers.signatures import whole_signature
+
+logger = logging.get_logger(__name__)
+Layers = dict[str, LayerTensors]
+
+
+@dataclass(frozen=True)
+class Teachings:
+    """What a teacher has made of a batch: logits, if it has a head, and the tensors of its layers that are wanted."""
+
+    logits: Tensor | None
+    layers: Layers
+
+
+class EncoderKDTrainer(ResumableTrainer):
+    """One stage of encoder distillation: the sum of `args.losses`, each averaged over what it is a loss of.
+
+    Layer losses and a language model's logits are averaged over the real tokens of the global batch, `hard_ce` and
+    the logits of classes over its texts, `mlm_ce` over its masked tokens; losses on a layer map are added up over its
+    pairs. So the update is the same however the batch is cut.
+
+    Args:
+        model: The student, with the head of the stage (`models.encoders.HEADS`), or the name of a checkpoint; a head
+            that the checkpoint lacks is made. `students.from_teacher.smaller_student` makes new ones.
+        teacher: The teacher, or the name of a checkpoint; None where no loss needs one.
+        train_dataset: Rows with `text`, or `input_ids`; and perhaps `text_pair` (an encoder-decoder's target), `label`
+            (a class's number, or a float in regression), `next_sentence_label`.
+        data_collator: In place of the trainer's own, as one of transformers' for tokenised rows.
+        peft_config: Adapters to train in place of the model's weights, as in TRL.
+
+    Raises:
+        InputError: The losses do not fit the models or the data; tokenizers or labels differ; `args` has more than one
+            stage (`args.of_stage(0)` is the first).
+    """
+
+    args: EncoderKDConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher: PreTrainedModel | PeftModel | str | None,
+        args: EncoderKDConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        data_collator=None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        if len(args.stages) > 1:
+            raise InputError(f"args has {len(args.stages)} stages, and a trainer is for one: give args.of_stage(0).")
+        self.objective = objective = args.objective(0)
+        check_sharding(args)
+        check_rows(train_dataset, objective, "training data")
+        if eval_dataset is not None:
+            check_rows(eval_dataset, objective, "evaluation data")
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_encoder(model, objective.head, "The student", may_be_new=True, seed=args.seed)
+        if isinstance(teacher, str):
+            teacher = load_encoder(teacher, objective.teachers_head, "The teacher")
+        if processing_class is None:
+            raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+        if args.fp16:
+            refuse_t5_in_float16(model.config, torch.float16)
+        check_embedding_rows("The student", processing_class, model.config)
+        readers = LayerReader(model), None if teacher is None else LayerReader(teacher)
+        check_models(objective, *readers)
+        check_inputs(args, objective, train_dataset, processing_class, *readers)
+        model = with_adapters(model, peft_config, seed=args.seed)
+        check_weights(model, "The student")
+        refuse_float16_weights(model)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.teachers_reader = None if teacher is None else LayerReader(teacher)
+        projections = projections_needed(objective, LayerReader(model), self.teachers_reader)
+        student = EncoderStudent(model, projections, seed=args.seed)
+        self._relation_heads = relation_heads_of(objective, self.teachers_reader)
+        self._wanted = self._wanted_layers(student.reader)
+        self._metrics: dict[str, list[float]] = {}  # since the last log: sum and count
+        self._step_metrics: dict[str, float] = defaultdict(float)
+        self.spent = Spent()
+        self.sample_table: list[dict[str, object]] = []
+        config = base_of(model).config
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator
+            or TextCollator(
+                processing_class,
+                args.max_length,
+                start_ids=completion_start_ids(model) if config.is_encoder_decoder else None,
+                with_labels=objective.stage == "task",
+            ),
+            **kwargs,
+        )
+        self.train_dataset = NumberedRows(train_dataset)
+        self.loss_is_scaled_for_ga = True  # by the counts of the whole step
+        if self.is_deepspeed_enabled:  # which moves the model only when training begins
+            self.model.to(self.accelerator.device)
+        if self.teacher is not None:
+            self.teacher.to(self.accelerator.device)
+        self._clock = Clock(self)
+        self.add_callback(self._clock)
+        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
+        self.run_record |= {
+            "student": {"architecture": type(model).__name__},
+            "teacher": None if teacher is None else model_record(teacher),
+        }
+        if objective.reads_maps and is_first_process():
+            print(
+                f"Attention maps are read: {self._mapped_layers()} run eager attention, all others SDPA.", flush=True
+            )
+
+    @property
+    def student(self) -> EncoderStudent:
+        """The student as it is now, out of its distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
+    # What is read
+
+    def _wanted_layers(self, student: LayerReader) -> tuple[Wanted, Wanted]:
+        """By stack and kind the layers that are to be read, of the student and of the teacher."""
+        if self.teachers_reader is None:
+            return {}, {}
+        of_stacks = {
+            stack: self.objective.wanted(student.num_layers(stack), self.teachers_reader.num_layers(stack))
+            for stack in student.stacks
+        }
+        return tuple({stack: pair[i] for stack, pair in of_stacks.items()} for i in range(2))
+
+    def _mapped_layers(self) -> str:
+        """The layers whose maps are read, in words."""
+        parts = []
+        for who, wanted in zip(("the student", "the teacher"), self._wanted, strict=True):
+            layers = sorted({layer for of_stack in wanted.values() for layer in of_stack.get("scores", ())})
+            parts.append(f"layers {', '.join(map(str, layers))} of {who}")
+        return " and ".join(parts)
+
+    def _model_inputs(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch this model's `forward` takes, labels left out."""
+        known = inspect.signature(base_of(model).forward).parameters
+        names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+        return {name: batch[name] for name in names if name in batch and name in known}
+
+    @torch.no_grad()
+    def _teachings(self, batch: Mapping[str, Tensor]) -> Teachings | None:
+        if self.teacher is None or not self.objective.needs_teacher:
+            return None
+        outputs, layers = self.teachers_reader.read(self._model_inputs(self.teacher, batch), self._wanted[1])
+        return Teachings(_logits(outputs), layers)
+
+    # The loss
+
+    def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
+        teachings = self._teachings(inputs)
+        counts = num_items_in_batch
+        shares = self._shares(model, inputs, teachings, counts)
+        weighted = [self.objective.weights[name] * share for name, share in shares.items()]
+        loss = torch.stack(weighted).sum()
+        for name, share in self._mean_over_ranks({name: share.detach() for name, share in shares.items()}).items():
+            self._step_metrics[f"losses/{name}"] += share
+        return self.checked_loss(loss)
+
+    def _shares(
+        self, model, batch: dict[str, Tensor], teachings: Teachings | None, counts: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Each ingredient of a micro-batch, divided by its count in the global batch; times the processes, over which
+        gradients are averaged."""
+        losses_B = model(
+            self._model_inputs(self.student.model, batch),
+            self._wanted[0],
+            partial(self._losses, batch=batch, teachings=teachings),
+        )
+        world = self.accelerator.num_processes
+        return {
+            name: sum((of_stack_B.sum() / counts[unit] for unit, of_stack_B in by_unit.items())) * world
+            for name, by_unit in losses_B.items()
+        }
+
+    def _losses_and_logits(self, outputs: ModelOutput, layers: Layers, **of_batch):
+        return self._losses(outputs, layers, **of_batch), _logits(outputs)
+
+    def _losses(
+        self, outputs: ModelOutput, layers: Layers, *, batch: Mapping[str, Tensor], teachings: Teachings | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Each ingredient of each text, summed, `[B]`, by what it is to be divided by the count of."""
+        losses_B: dict[str, dict[str, Tensor]] = {}
+        for name in self.objective.weights:
+            ingredient = INGREDIENTS[name]
+            if ingredient.reads is None:
+                losses_B[name] = self._loss_of_outputs(name, outputs, batch, teachings)
+                continue
+            losses_B[name] = {}
+            for stack in layers:
+                losses_B[name] |= self._loss_of_layers(name, stack, layers, batch, teachings)
+        return losses_B
+
+    def _loss_of_layers(
+        self, name: str, stack: str, layers: Layers, batch: Mapping[str, Tensor], teachings: Teachings
+    ) -> dict[str, Tensor]:
+        """A layer loss in one stack, summed over its pairs of layers."""
+        mask_BS = _token_mask(batch, stack)
+        kind = INGREDIENTS[name].reads
+        student, teacher = getattr(layers[stack], kind), getattr(teachings.layers[stack], kind)
+        pairs = self.objective.layers_of(
+            name, self.student.reader.num_layers(stack), self.teachers_reader.num_layers(stack)
+        )
+        total_B = 0
+        for m, n in pairs:
+            projected = self.student.projected(f"{stack}_{name}", student[m]) if name in PROJECTED else student[m]
+            loss = layer_loss(name, projected, teacher[n], mask_BS, self._relation_heads)
+            total_B = total_B + (loss.sum(dim=1) if loss.dim() == 2 else loss)
+        return {"texts" if name == "cls_mse" else f"{stack} tokens": total_B}
+
+    def _loss_of_outputs(
+        self, name: str, outputs: ModelOutput, batch: Mapping[str, Tensor], teachings: Teachings | None
+    ) -> dict[str, Tensor]:
+        """A loss of logits."""
+        logits = _logits(outputs)
+        if name == "nsp_ce":
+            labels_B = batch["next_sentence_label"]
+            return {"texts": hard_cross_entropy(outputs["seq_relationship_logits"], labels_B)}
+        if name == "mlm_ce":
+            labels_BS = batch["labels"]
+            is_masked_BS = labels_BS != IGNORED
+            losses_N = hard_cross_entropy(logits[is_masked_BS], labels_BS[is_masked_BS])
+            return {"masked tokens": _by_text(losses_N, is_masked_BS)}
+        if name == "hard_ce":
+            if self._is_regression:
+                return {"labels": squared_error(logits[:, 0], batch["labels"])}
+            return {"labels": hard_cross_entropy(logits, batch["labels"])}
+        if self.objective.stage == "task":
+            if self._is_regression:
+                return {"texts": squared_error(logits[:, 0], teachings.logits[:, 0])}
+            return {"texts": logits_kl(logits, teachings.logits, temperature=self.objective.temperature)}
+        stack = self.student.reader.stacks[-1]
+        mask_BS = _token_mask(batch, stack)
+        losses_N = logits_kl(logits[mask_BS], teachings.logits[mask_BS], temperature=self.objective.temperature)
+        return {f"{stack} tokens": _by_text(losses_N, mask_BS)}
+
+    @property
+    def _is_regression(self) -> bool:
+        config = base_of(self.student.model).config
+        return config.num_labels == 1 or config.problem_type == "regression"
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """As Trainer's, with tokens masked in a general stage, and all that losses are divided by, counted over all
+        micro-batches and processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        epoch = int(self.state.epoch or 0)
+        batches = [self._with_masked_tokens(batch, epoch) for batch in batches]
+        counts: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            for unit, count in _counts(batch, self.student.reader.stacks).items():
+                counts[unit] += count
+        if not counts:
+            return batches, None
+        totals = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), reduction="sum")
+        return batches, dict(zip(counts, totals.clamp(min=1), strict=True))
+
+    def _with_masked_tokens(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
+        """With tokens masked, where the collator has not done it."""
+        probability = self.args.mlm_probability
+        if self.objective.stage != "general" or probability == 0 or "labels" in batch or ROW not in batch:
+            return batch
+        if self.processing_class.mask_token_id is None:
+            return batch
+        ids_BS, labels_BS = masked_tokens(
+            batch,
+            self.processing_class,
+            probability=probability,
+            seed=self.args.seed,
+            epoch=epoch,
+        )
+        return {**batch, "input_ids": ids_BS, "labels": labels_BS}
+
+    def training_step(self, model, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            if not self.step_is_skipped:
+                self._record(self._step_metrics)
+            self._step_metrics.clear()
+        return loss
+
+    # Logging
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            total = self._metrics.setdefault(name, [0.0, 0.0])
+            total[0] += value
+            total[1] += 1
+
+    def _mean_over_ranks(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        means = self.accelerator.reduce(torch.stack([value.float() for value in metrics.values()]), reduction="mean")
+        return dict(zip(metrics, means.tolist(), strict=True))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the means of each ingredient, before its weight, since the last log."""
+        if "loss" in logs:
+            logs = {**logs, **{name: total / count for name, (total, count) in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+    # Cost
+
+    def cost(self) -> Cost:
+        """What the run has taken up to its last optimizer step, earlier parts of a resumed run included."""
+        return self._clock.cost()
+
+    def save_cost(self, path: Path) -> None:
+        """Writes `cost` as JSON."""
+        cost = asdict(self.cost())
+        if self.is_world_process_zero():
+            path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+
+    # Evaluation
+
+    def mixed_precision(self) -> AbstractContextManager:
+        """Accelerate puts `bf16` around its own forward pass only."""
+        return self.accelerator.autocast()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Of a task: accuracy and F1, or correlations in regression, and agreement with the teacher. Of a general
+        stage: how like the teacher's the student's last states, and its similarities of texts, are.
+
+        Raises:
+            InputError: There is no evaluation data.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("There is nothing to evaluate on: give `eval_dataset`.")
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, rows in dataset.items():
+                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        with self.mixed_precision():
+            result = self._measured(dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _measured(self, dataset: Dataset) -> dict[str, float]:
+        """Losses and metrics of the student on these rows, which every process reads whole."""
+        self.student.eval()
+        sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        counts: dict[str, float] = defaultdict(float)
+        seen = Seen()
+        for batch in self._evaluation_batches(dataset):
+            masked_batch = self._with_masked_tokens(batch, epoch=0)
+            teachings = self._teachings(masked_batch)
+            losses = partial(self._losses_and_logits, batch=masked_batch, teachings=teachings)
+            inputs = self._model_inputs(self.student.model, masked_batch)
+            losses_B, logits = self.student(inputs, self._wanted[0], losses)
+            for name, by_unit in losses_B.items():
+                for unit, of_stack_B in by_unit.items():
+                    sums[name][unit] += float(of_stack_B.sum())
+            for unit, count in _counts(batch | masked_batch, self.student.reader.stacks).items():
+                counts[unit] += float(count)
+            if self.objective.stage == "task":
+                seen.add_outputs(logits, None if teachings is None else teachings.logits, batch.get("labels"))
+            elif self.teacher is not None:
+                seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), _token_mask(batch))
+        self.sample_table = seen.samples(dataset, self.student.config) if self.objective.stage == "task" else []
+        losses = {
+            f"losses/{name}": sum(total / max(counts[unit], 1) for unit, total in by_unit.items())
+            for name, by_unit in sums.items()
+        }
+        metrics = (
+            seen.metrics(is_regression=self._is_regression) if self.objective.stage == "task" else seen.likeness()
+        )
+        return {**metrics, **losses, "parameters": float(_num_parameters(self.student.model))}
+
+    @property
+    def _readers(self) -> tuple[LayerReader, LayerReader]:
+        return self.student.reader, self.teachers_reader
+
+    def _last_states(self, reader: LayerReader, batch: Mapping[str, Tensor]) -> Tensor:
+        """The last hidden states of the encoder, or of the only stack there is, `[B, S, D]`."""
+        stack = reader.stacks[0]
+        last = reader.num_layers(stack)
+        inputs = self._model_inputs(reader.model, batch)
+        return reader.read(inputs, {stack: {"hidden_states": [last]}})[1][stack].hidden_states[last]
+
+    def _evaluation_batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+        rows, size = NumberedRows(dataset), self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), size):
+            batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def evaluate_teacher(self) -> dict[str, float]:
+        """The teacher under the same metrics, on the evaluation data of a task; elsewhere there is nothing to say."""
+        if self.teacher is None or self.objective.stage != "task" or self.objective.teachers_head != "classes":
+            return {}
+        seen = Seen()
+        for batch in self._evaluation_batches(self.eval_dataset):
+            teachings = self._teachings(batch)
+            seen.add_outputs(teachings.logits, None, batch.get("labels"))
+        metrics = seen.metrics(is_regression=self._is_regression)
+        return {**metrics, "parameters": float(_num_parameters(self.teacher))}
+
+    # Checkpoints
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Trainer's generic card before a push to the Hub, unless a recipe has left a better one."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+
+    def run_state(self) -> dict[str, object]:
+        """Adds metrics that are not logged yet, and what the run has cost."""
+        return {**super().run_state(), "unlogged_metrics": dict(self._metrics), "seconds": vars(self.spent)}
+
+    def load_run_state(self, state: dict[str, object]) -> None:
+        super().load_run_state(state)
+        self._metrics = state["unlogged_metrics"]
+        self.spent = Spent(**state["seconds"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_deepspeed_zero3_enabled():  # only the engine can put weights into their shards
+            super()._load_best_model()
+            return
+        self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
+
+
+EncoderKDTrainer.__signature__ = whole_signature(EncoderKDTrainer)
+
+
+def _logits(outputs: ModelOutput) -> Tensor | None:
+    """Of classes or of tokens; None of a model without a head."""
+    return next((outputs[name] for name in ("logits", "prediction_logits") if name in outputs), None)
+
+
+def _by_text(losses_N: Tensor, mask_BS: Tensor) -> Tensor:
+    """The losses of the tokens where the mask is True, summed for each text, `[B]`."""
+    losses_BS = torch.zeros(mask_BS.shape, dtype=losses_N.dtype, device=losses_N.device)
+    return losses_BS.masked_scatter(mask_BS, losses_N).sum(dim=1)
+
+
+def _token_mask(batch: Mapping[str, Tensor], stack: str = "encoder") -> Tensor:
+    """True on the real tokens that a stack of layers reads, `[B, S]`."""
+    is_second = stack == "decoder" and "decoder_input_ids" in batch
+    return batch["decoder_attention_mask" if is_second else "attention_mask"].bool()
+
+
+def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[str, float]:
+    """Of what losses are averaged over."""
+    counts = {f"{stack} tokens": float(_token_mask(batch, stack).sum()) for stack in stacks}
+    counts["texts"] = float(len(batch["input_ids"]))
+    labels = batch.get("labels")
+    if labels is not None:
+        is_label = labels != IGNORED
+        counts["labels" if labels.dim() == 1 else "masked tokens"] = float(is_label.sum())
+    return counts
+
+
+def _num_parameters(model: PreTrainedModel | PeftModel) -> int:
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters())

@@ -1,0 +1,99 @@
+"""Batches of texts for encoders: token ids, labels, and masked tokens that depend on seed, epoch and row alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlkd_trl.ops.classification import IGNORED
+
+ROW = "row"  # the number of a row in the training data, by which its masked tokens are drawn
+_KEPT, _RANDOM = 0.1, 0.1  # of the chosen tokens (Devlin et al. 2019): as they are; another one; all others <mask>
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """Rows that know their numbers, under `ROW`."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return {**self.rows[i], ROW: i}
+
+
+@dataclass
+class TextCollator:
+    """Batches of rows with `text`, and perhaps `text_pair`, `label`, `next_sentence_label` and `row`.
+
+    start_ids: of an encoder-decoder, what its decoder reads first; `text_pair` is then the target. None: text and
+    `text_pair` are read as one pair. with_labels: whether a column `label` is read. Rows that have `input_ids` are
+    tokenised already, and are padded only.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    start_ids: list[int] | None = None
+    with_labels: bool = True
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = self._tokens(rows)
+        if self.with_labels and "label" in rows[0]:
+            batch["labels"] = torch.tensor([row["label"] for row in rows])
+        for name in (ROW, "next_sentence_label"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
+
+    def _tokens(self, rows: list[dict]) -> dict[str, Tensor]:
+        if "input_ids" in rows[0]:
+            names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
+            features = [{name: row[name][: self.max_length] for name in names} for row in rows]
+            return dict(self.tokenizer.pad(features, return_tensors="pt"))
+        texts = [row["text"] for row in rows]
+        pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+        settings = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        if self.start_ids is None:
+            return dict(self.tokenizer(texts, pairs, **settings))
+        batch = dict(self.tokenizer(texts, **settings))
+        targets = self.tokenizer(pairs, **settings)
+        start = torch.tensor([self.start_ids] * len(rows))
+        batch["decoder_input_ids"] = torch.cat([start, targets["input_ids"][:, :-1]], dim=1)
+        mask = torch.cat([torch.ones_like(start), targets["attention_mask"][:, :-1]], dim=1)
+        batch["decoder_attention_mask"] = mask
+        return batch
+
+
+def masked_tokens(
+    batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, *, probability: float, seed: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids with some masked, and labels that name these and are `IGNORED` elsewhere (Devlin et al. 2019, 3.1).
+
+    Of a row's real tokens that are not special each is chosen with this probability, and at least one where there is
+    any; of the chosen, 80 % become the mask token, 10 % a random one, 10 % stay. What is drawn depends on the seed,
+    the epoch and the row's number only: the same however batches are cut, and when a run is resumed.
+    """
+    ids_BS = batch["input_ids"].clone()
+    labels_BS = torch.full_like(ids_BS, IGNORED)
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    may_BS = batch["attention_mask"].bool() & ~torch.isin(ids_BS, special.to(ids_BS.device))
+    for ids_S, labels_S, may_S, row in zip(ids_BS, labels_BS, may_BS, batch[ROW].tolist(), strict=True):
+        places_N = may_S.nonzero()[:, 0]
+        N = len(places_N)
+        if N == 0:
+            continue
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_000_007 % 2**63 + row)
+        chosen_N = torch.rand(N, generator=generator) < probability
+        chosen_N[int(torch.randint(N, (), generator=generator))] |= not chosen_N.any()
+        what_N = torch.rand(N, generator=generator)
+        random_N = torch.randint(len(tokenizer), (N,), generator=generator)
+        labels_S[places_N[chosen_N]] = ids_S[places_N[chosen_N]]
+        ids_S[places_N[chosen_N & (what_N >= _KEPT + _RANDOM)]] = tokenizer.mask_token_id
+        is_random_N = chosen_N & (what_N >= _KEPT) & (what_N < _KEPT + _RANDOM)
+        ids_S[places_N[is_random_N]] = random_N[is_random_N].to(ids_S)
+    return ids_BS, labels_BS
