@@ -45,6 +45,7 @@ from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS, PROJECTED, layer_loss
 from rlkd_trl.trainers.resumable import ResumableTrainer
+from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
 from rlkd_trl.trainers.signatures import whole_signature
 
@@ -125,7 +126,7 @@ class EncoderKDTrainer(ResumableTrainer):
         student = EncoderStudent(model, projections, seed=args.seed)
         self._relation_heads = relation_heads_of(objective, self.teachers_reader)
         self._wanted = self._wanted_layers(student.reader)
-        self._metrics: dict[str, list[float]] = {}  # since the last log: sum and count
+        self._means = RunningMeans()
         self._step_metrics: dict[str, float] = defaultdict(float)
         self.spent = Spent()
         self.sample_table: list[dict[str, object]] = []
@@ -331,17 +332,11 @@ class EncoderKDTrainer(ResumableTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if not self.step_is_skipped:
-                self._record(self._step_metrics)
+                self._means.record(self._step_metrics)
             self._step_metrics.clear()
         return loss
 
     # Logging
-
-    def _record(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            total = self._metrics.setdefault(name, [0.0, 0.0])
-            total[0] += value
-            total[1] += 1
 
     def _mean_over_ranks(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
         means = self.accelerator.reduce(torch.stack([value.float() for value in metrics.values()]), reduction="mean")
@@ -350,8 +345,7 @@ class EncoderKDTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the means of each ingredient, before its weight, since the last log."""
         if "loss" in logs:
-            logs = {**logs, **{name: total / count for name, (total, count) in self._metrics.items()}}
-            self._metrics.clear()
+            logs = {**logs, **self._means.take()}
         super().log(logs, *args, **kwargs)
 
     # Cost
@@ -472,11 +466,11 @@ class EncoderKDTrainer(ResumableTrainer):
 
     def run_state(self) -> dict[str, object]:
         """Adds metrics that are not logged yet, and what the run has cost."""
-        return {**super().run_state(), "unlogged_metrics": dict(self._metrics), "seconds": vars(self.spent)}
+        return {**super().run_state(), "unlogged_metrics": self._means.sums, "seconds": vars(self.spent)}
 
     def load_run_state(self, state: dict[str, object]) -> None:
         super().load_run_state(state)
-        self._metrics = state["unlogged_metrics"]
+        self._means.sums = state["unlogged_metrics"]
         self.spent = Spent(**state["seconds"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
