@@ -4,7 +4,13 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.evaluation.evaluate import evaluate_student
@@ -82,7 +88,7 @@ MODELS = {
 
 
 class UntilKnown(TrainerCallback):
-    """Ends training at a loss that leaves no doubt about any token, after however many steps a CPU's rounding takes."""
+    """Ends training at a loss that leaves no doubt about any token, however many steps a CPU's rounding takes."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         control.should_training_stop |= logs.get("loss", 1.0) < 0.01
