@@ -1,4 +1,4 @@
-"""What all trainers' settings share: other defaults for `transformers.TrainingArguments`, and its numbers' ranges."""
+"""The settings that all trainers share: `transformers.TrainingArguments` with other defaults and checked ranges."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -62,10 +62,10 @@ INHERITED_RANGES = {
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """Defaults of the base class that do not suit this use; every number is checked before anything else happens.
+    """`TrainingArguments` with defaults that suit language models on texts; every number is checked first of all.
 
-    In launched processes transformers' class connects them with each other when it is made; see
-    `processes.connect_processes` for those on a CPU.
+    When it is made in a launched process, transformers' class connects the processes with each other; on a CPU see
+    `processes.connect_processes`.
 
     Raises:
         InputError: A number is out of its range, NaN or infinite; a field of the base class is set that is not
@@ -78,7 +78,7 @@ class BaseConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the data's columns are read as they are."}
     )
-    # None first: HfArgumentParser cannot read the other order.
+    # None must come first: HfArgumentParser cannot read the other order.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Where to log: none, wandb, ..."}
     )
@@ -121,5 +121,5 @@ class BaseConfig(TrainingArguments):
             self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the account's token: Trainer pickles settings into checkpoints, which are pushed."""
+        """The settings without the account's token, as Trainer pickles them into checkpoints, which may be pushed."""
         return {**vars(self), "hub_token": None}

@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all.
+"""Writes checkpoints so that each is either complete or does not exist.
 
-A checkpoint is written into a directory of its own beside the others. When all its files are there and on the disk, a
-manifest is added that names them with size and digest, and only then the directory gets its name, `checkpoint-STEP`.
-Whatever stops the writing leaves the older checkpoints as they are.
+A checkpoint is written into a directory of its own, `.unfinished/`. When all its files are on the disk, a manifest is
+added that lists them with size and digest, and only then the directory gets its name, `checkpoint-STEP`. Whatever
+stops the writing leaves older checkpoints as they are.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-# Where checkpoints are written before they get their names, below the run's directory.
+# The directory, inside the run's, where checkpoints are written before they get their names.
 STAGING = ".unfinished"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -24,20 +24,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """All directories named as checkpoints, the newest first, also broken ones and whole ones not yet published."""
+    """All directories with a checkpoint's name, newest first: also broken ones, and those in `STAGING`."""
     places = [Path(output_dir), Path(output_dir) / STAGING]
-    found = [path for place in places for path in place.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+    paths = [path for place in places for path in place.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in paths if path.is_dir()), key=step_of, reverse=True)
 
 
 def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, if there is one, and what is wrong with each that is newer."""
+    """The newest complete checkpoint, or None; and the defects of the newer ones, by directory."""
     defects: dict[Path, str] = {}
     for checkpoint in checkpoints_in(output_dir):
         defect = defect_of(checkpoint)
         if defect is None:
             return checkpoint, defects
-        if checkpoint.parent.name != STAGING:  # what is still being written was never promised to anyone
+        if checkpoint.parent.name != STAGING:  # one that was never finished is no defect
             defects[checkpoint] = defect
     return None, defects
 
@@ -66,9 +66,9 @@ def defect_of(checkpoint: str | Path) -> str | None:
 
 
 def state_of(output_dir: str | Path) -> str:
-    """For a user whose checkpoint could not be written: the room that is left, and what is there to continue from.
+    """For the error about a checkpoint that could not be written: the free space, and the newest complete checkpoint.
 
-    Of a full disk torch says only that a position in a file is not what it should be.
+    torch's own message about a full disk only says that a position in a file is not the expected one.
     """
     directory = Path(output_dir).absolute()
     while not directory.exists():
@@ -81,7 +81,7 @@ def state_of(output_dir: str | Path) -> str:
 
 
 def seal(checkpoint: Path, *, resumable: bool) -> None:
-    """Brings all files to the disk, and writes the manifest of them."""
+    """Flushes all files of a checkpoint to the disk, then writes their manifest."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     for file in files:
         _to_disk(file)
@@ -94,7 +94,7 @@ def seal(checkpoint: Path, *, resumable: bool) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Gives a sealed checkpoint its name, in place of what has it."""
+    """Gives a sealed checkpoint its final name; a directory that has that name already is replaced."""
     if final.exists():
         replaced = staged.parent / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -111,9 +111,10 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def keep_newest(newest: Path, limit: int | None, *, best: str | None) -> None:
-    """Deletes checkpoints beside `newest`, which was written last, until `limit` are left (None: all stay).
+    """Deletes checkpoints until `limit` are left; None deletes nothing. `newest`, written last, and `best` are kept.
 
-    Those of later steps first: they were left by a run that was continued from before them. `best` stays.
+    Checkpoints of later steps than `newest` go first: the run was continued from an earlier step, and has not reached
+    theirs again. Then the oldest.
     """
     if limit is None:
         return

@@ -1,4 +1,4 @@
-"""What a trainer refuses before it starts."""
+"""The checks of settings, data and models that a trainer makes before it starts."""
 
 import os
 import reprlib
@@ -86,7 +86,7 @@ def empty_targets(targets: Sequence[str]) -> list[int]:
 
 
 def check_sharding(args: RolloutConfig) -> None:
-    """Raises `InputError` for a student sharded by FSDP, and for what one sharded by ZeRO-3 does not go with."""
+    """Raises `InputError` for a student sharded by FSDP, or by ZeRO-3 without being gathered when it is saved."""
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise InputError(
             "The student cannot be sharded by FSDP, which gathers weights for its whole forward pass only: use "
@@ -102,9 +102,10 @@ def check_sharding(args: RolloutConfig) -> None:
 
 
 def check_sharded_head(model: PreTrainedModel | PeftModel) -> None:
-    """Raises `InputError` if ZeRO-3 is to shard a student whose LM head is made of several modules.
+    """Raises `InputError` if ZeRO-3 is to shard a student whose LM head consists of several modules.
 
-    Each of them would gather its weights whenever the head is applied, not equally often on all processes.
+    Each of these modules would gather its weights whenever the head is applied, which is not equally often on all
+    processes (see `Backbone.through_whole_head`).
     """
     if is_deepspeed_zero3_enabled() and any(model.get_output_embeddings().children()):
         raise InputError(
@@ -131,7 +132,7 @@ def check_best_metric(
     prefix = name.removeprefix("eval_").removesuffix(metric).removesuffix("_")
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     if prefix not in sets:
-        wanted = ", ".join(f"eval_{one}_{metric}" if one else f"eval_{metric}" for one in sets)
+        wanted = ", ".join(f"eval_{set_name}_{metric}" if set_name else f"eval_{metric}" for set_name in sets)
         raise InputError(f"metric_for_best_model = {name!r} is not among the metrics here: choose {wanted}.")
     if metric in ("ibleu", "self_bleu", "student_nll_of_teacher_per_token"):
         raise InputError(f"metric_for_best_model = {name!r} is not measured during training; choose another.")
@@ -173,7 +174,7 @@ def check_positions(
     args: RolloutConfig,
     datasets: Sequence[Dataset | dict[str, Dataset] | None],
 ) -> None:
-    """Raises `InputError` if student or teachers have too few positions or embeddings for what they are to read."""
+    """Raises `InputError` if student or teachers have too few positions or embeddings for prompts and completions."""
     parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows]) if part]
     check_embedding_rows("The student", tokenizer, model.config)
     for rows in parts:
@@ -201,7 +202,7 @@ def check_positions(
 
 
 def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:
-    """Raises `InputError` for log_ratio (the class or an instance) where what samples is not the student."""
+    """Raises `InputError` for the reward log_ratio (class or instance) if another policy than the student samples."""
     is_log_ratio = issubclass(reward if isinstance(reward, type) else type(reward), LogRatioReward)
     if is_log_ratio and (args.top_k or getattr(args, "samples_from_a_copy", False)):
         raise InputError(
@@ -211,7 +212,7 @@ def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:
 
 
 def check_k_step(k: int, args: OnPolicyConfig) -> None:
-    """Raises `InputError` for K-step returns under GAE, which takes them apart (see `ops.rewards_from_returns`)."""
+    """Raises `InputError` for K-step returns with λ < 1, which needs rewards (see `ops.rewards_from_returns`)."""
     lam = getattr(args, "lam", 1.0)
     if k > 1 and lam != 1.0:
         raise InputError(f"k = {k} gives K-step returns, which PPO can only use whole: set lam to 1 (it is {lam}).")

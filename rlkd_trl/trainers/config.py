@@ -4,6 +4,7 @@ Names are TRL's where TRL has one. A wrong combination raises `InputError` at co
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from rlkd_trl.trainers.inherited_settings import REFUSED, REFUSED_ON_ROLLOUTS
 
 @dataclass
 class RolloutConfig(BaseConfig):
-    """What all trainers on rollouts share: sampling, the update's batches, the run's budget.
+    """The settings that all trainers on rollouts share: sampling, the update's batches, the run's budget.
 
     A rollout is `per_device_train_batch_size × steps_per_generation` completions on each device, of
     `num_generations` per prompt. It is cut into `steps_per_generation` micro-batches, and passed over
@@ -49,8 +50,8 @@ class RolloutConfig(BaseConfig):
     temperature: Temperature = field(
         default=1.0, metadata={"help": "Sampling temperature; log-probabilities are taken at it too."}
     )
-    top_k: CountFromZero = field(default=0, metadata={"help": "Refused unless 0: see the README, limits."})
-    top_p: Share = field(default=1.0, metadata={"help": "Refused unless 1: see the README, limits."})
+    top_k: CountFromZero = field(default=0, metadata={"help": "Refused unless 0: see docs/limits.md."})
+    top_p: Share = field(default=1.0, metadata={"help": "Refused unless 1: see docs/limits.md."})
     sampling_batch_size: Count = field(
         default=256, metadata={"help": "Completions decoded at a time on each device; more is faster, in more memory."}
     )
@@ -91,8 +92,13 @@ class RolloutConfig(BaseConfig):
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check()
 
+    def _check_choice(self, name: str, known: Collection[str]) -> None:
+        """Raises `InputError` if the setting is none of those known."""
+        if getattr(self, name) not in known:
+            raise InputError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+
     def _refuse_unused(self, because: str, *names: str) -> None:
-        """Raises `InputError` for a setting that is not the default's and would change nothing."""
+        """Raises `InputError` for a setting that differs from its default and would change nothing."""
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
@@ -100,20 +106,33 @@ class RolloutConfig(BaseConfig):
 
     def _check_average_reward(self) -> None:
         """Checks `average_reward`, in the configs that have it."""
-        if self.average_reward not in AVERAGES:
-            raise InputError(f"average_reward = {self.average_reward!r}: choose one of {', '.join(AVERAGES)}.")
+        self._check_choice("average_reward", AVERAGES)
         if self.average_reward == "prompt" and self.num_generations < 2:
             raise InputError(
                 f"average_reward = 'prompt' with num_generations = {self.num_generations}: the average is over the "
                 "other completions of a prompt, so it needs at least 2; or set it to 'rollout'."
             )
 
+    def _check_leave_one_out(self, alternative: str = "") -> None:
+        """Raises `InputError` if there are no other completions of a prompt to compare with."""
+        if self.num_generations < 2:
+            raise InputError(
+                f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
+                f"each other and needs at least 2{alternative}."
+            )
+
+    @property
+    def completions_per_rollout(self) -> int:
+        """B, on each device."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
     @property
     def prompts_per_rollout(self) -> int:
         """P, on each device."""
-        return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+        return self.completions_per_rollout // self.num_generations
 
     def _check_truncated_sampling(self) -> None:
+        """Raises `InputError` for settings of sampling that the method's gradient does not allow."""
         if self.top_k != 0 or self.top_p != 1.0:
             raise InputError(
                 f"top_k={self.top_k}, top_p={self.top_p}: truncated sampling changes the support of the policy as it "
@@ -122,14 +141,15 @@ class RolloutConfig(BaseConfig):
             )
 
     def _check(self) -> None:
-        completions = self.per_device_train_batch_size * self.steps_per_generation
-        if self.num_generations < 1 or completions < 1 or completions % self.num_generations:
+        """Raises `InputError` for settings that do not go together; the base class has checked each one's range."""
+        completions = self.completions_per_rollout
+        if completions % self.num_generations:
             raise InputError(
                 f"A rollout of {completions} completions per device (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} × steps_per_generation {self.steps_per_generation}) is not "
                 f"divisible by num_generations {self.num_generations}."
             )
-        if self.steps_per_generation < 1 or self.steps_per_generation % self.gradient_accumulation_steps:
+        if self.steps_per_generation % self.gradient_accumulation_steps:
             raise InputError(
                 f"steps_per_generation {self.steps_per_generation} is not a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}."
@@ -141,7 +161,7 @@ class RolloutConfig(BaseConfig):
 
 @dataclass
 class OnPolicyConfig(RolloutConfig):
-    """What PPO, RLOO and REINFORCE share: rewards, and how far an update may go."""
+    """The settings that PPO, RLOO and REINFORCE share: rewards, baselines, and limits of an update."""
 
     # Reward
     reward_weights: list[Weight] | None = field(
@@ -195,21 +215,20 @@ class OnPolicyConfig(RolloutConfig):
                 f"average_reward = {self.average_reward!r} needs teacher_baseline: without shaping, a completion's "
                 "rewards hold the teacher's V of its first state, so that their average prefers short texts."
             )
-        if self.baseline not in ("none", "mean", "min_variance"):
-            raise InputError(f"baseline = {self.baseline!r}: choose 'none', 'mean' or 'min_variance'.")
-        completions = self.per_device_train_batch_size * self.steps_per_generation
-        if self.kl_target is not None and (self.beta == 0 or self.kl_target <= 0):
-            raise InputError("kl_target must be > 0 and adapts beta, so beta must start above 0.")
-        if self.kl_target is not None and self.kl_horizon < completions * self.world_size:
+        self._check_choice("baseline", ("none", "mean", "min_variance"))
+        if self.kl_target is not None and self.beta == 0:
+            raise InputError("kl_target adapts beta, so beta must start above 0.")
+        completions = self.completions_per_rollout * self.world_size
+        if self.kl_target is not None and self.kl_horizon < completions:
             raise InputError(
-                f"kl_horizon {self.kl_horizon} is shorter than one rollout of {completions * self.world_size} "
-                "completions, so beta could turn negative."
+                f"kl_horizon {self.kl_horizon} is shorter than one rollout of {completions} completions, so beta "
+                "could turn negative."
             )
 
 
 @dataclass
 class ClippedPolicyConfig(OnPolicyConfig):
-    """What the methods with a clipped ratio, PPO and RLOO, share."""
+    """The settings of the methods with a clipped ratio, PPO and RLOO."""
 
     epsilon: Positive = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
 
@@ -244,8 +263,7 @@ class PPOKDConfig(ClippedPolicyConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.critic not in ("shared", "separate"):
-            raise InputError(f"critic = {self.critic!r}: choose 'shared' or 'separate'.")
+        self._check_choice("critic", ("shared", "separate"))
 
 
 @dataclass
@@ -262,13 +280,8 @@ class RLOOKDConfig(ClippedPolicyConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.level not in ("sequence", "token"):
-            raise InputError(f"level = {self.level!r}: choose 'sequence' or 'token'.")
-        if self.num_generations < 2:
-            raise InputError(
-                f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
-                "each other and needs at least 2."
-            )
+        self._check_choice("level", ("sequence", "token"))
+        self._check_leave_one_out()
         if self.level == "sequence":
             self._refuse_unused(
                 "level 'sequence', where the teacher's V of a prompt is the same for all its completions",
@@ -322,13 +335,13 @@ class ReinforceKDConfig(OnPolicyConfig):
 
     @property
     def samples_from_a_copy(self) -> bool:
-        """The behaviour policy outlives a rollout; where it does not, the student itself samples."""
+        """Whether the behaviour policy is used for more than one rollout; otherwise the student itself samples."""
         return self.behaviour_sync_steps > self.optimizer_steps_per_rollout
 
     def _check_truncated_sampling(self) -> None:
         if self.top_p != 1.0:
             raise InputError(f"top_p={self.top_p} is not supported: use top_k, whose support has one size everywhere.")
-        if self.top_k < 0 or self.top_k == 1:
+        if self.top_k == 1:
             raise InputError(
                 f"top_k = {self.top_k}: 0 samples from all tokens, 2 or more from that many; with one token to choose "
                 "from, nothing is sampled and nothing learnt."

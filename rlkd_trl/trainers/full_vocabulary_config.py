@@ -13,7 +13,7 @@ SEQUENCES = ("data", "teacher")
 
 @dataclass
 class FullVocabularyConfig(RolloutConfig):
-    """What `KDConfig` and `AllActionsKDConfig` share."""
+    """The settings that `KDConfig` and `AllActionsKDConfig` share."""
 
     ensemble: str = field(
         default="probabilities",
@@ -26,10 +26,6 @@ class FullVocabularyConfig(RolloutConfig):
     def _check(self) -> None:
         super()._check()
         self._check_choice("ensemble", ENSEMBLES)
-
-    def _check_choice(self, name: str, known) -> None:
-        if getattr(self, name) not in known:
-            raise InputError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}.")
 
 
 @dataclass
@@ -72,7 +68,7 @@ class KDConfig(FullVocabularyConfig):
 
     @property
     def divergence_settings(self) -> dict[str, float]:
-        """beta or skew, where the divergence has it."""
+        """The keyword arguments of the divergence: `beta` or `skew`, or none."""
         if self.divergence == "jsd":
             return {"beta": 0.5 if self.beta is None else self.beta}
         if self.divergence.startswith("skew"):
@@ -182,8 +178,5 @@ class AllActionsKDConfig(FullVocabularyConfig):
                 f"teacher_mix = {self.teacher_mix} needs temperature 1 (it is {self.temperature}): the importance "
                 "weights are taken there."
             )
-        if self.baseline == "leave_one_out" and self.num_generations < 2:
-            raise InputError(
-                f"num_generations = {self.num_generations}: leave-one-out compares the completions of a prompt with "
-                "each other and needs at least 2; or set baseline to 'none'."
-            )
+        if self.baseline == "leave_one_out":
+            self._check_leave_one_out("; or set baseline to 'none'")

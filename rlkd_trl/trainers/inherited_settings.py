@@ -1,7 +1,7 @@
-"""What becomes of every field of `transformers.TrainingArguments`: it works here as documented, or it is refused.
+"""Every field of `transformers.TrainingArguments`: it works here as documented, or it is refused.
 
-Each field stands in one table, of those that are refused for some trainers only in one for each kind of these. A field
-that a table refuses may keep its default; any other value is an error, since it would be ignored, or end the run
+Each field is in one table; those that only some kinds of trainers refuse are in one table for each of these kinds. A
+refused field may keep its default; any other value is an error, because it would be ignored, or make the run fail
 half-way.
 """
 
@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rlkd_trl.errors import InputError
 
-# As documented by transformers, in every trainer here, by the machinery of `transformers.Trainer` or by ours.
+# These work in every trainer here as transformers documents them.
 WORKS = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
@@ -40,7 +40,7 @@ WORKS = (
     *("ddp_backend", "ddp_timeout", "deepspeed"),
     "local_rank",  # deprecated: the launcher says which process this is
     "remove_unused_columns",  # must stay False, in both configs
-    *("dataloader_pin_memory", "do_train"),  # nothing to pin in a list of texts; training is what a recipe does
+    *("dataloader_pin_memory", "do_train"),  # a list of texts cannot be pinned; a recipe always trains
 )
 
 REFUSED = {
@@ -71,7 +71,7 @@ _RECOMPUTED = (
 _SHARDED = "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in accelerate_configs/zero3.yaml"
 _PROMPTS_ARE_TEXTS = "prompts are short texts, read by the training process itself"
 
-# By the trainers on rollouts (PPO, RLOO, REINFORCE, KD, all actions); they work in supervised training.
+# Refused by the trainers on rollouts (PPO, RLOO, REINFORCE, KD, all actions); these work in supervised training.
 REFUSED_ON_ROLLOUTS = {
     "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
     "debug": "its hooks do not know the outputs of a policy",
@@ -98,7 +98,7 @@ REFUSED_ON_ROLLOUTS = {
 
 _NOT_EVALUATED = "supervised training does not evaluate as it goes: measure its checkpoints afterwards"
 
-# By supervised training; they work on rollouts.
+# Refused by supervised training; these work on rollouts.
 REFUSED_SUPERVISED = {
     "eval_strategy": _NOT_EVALUATED,
     "eval_steps": _NOT_EVALUATED,
@@ -138,8 +138,9 @@ _REFUSED_OPTIMIZERS = {
 }
 
 
+# Fields that hold a mapping, given as JSON or as a file of it.
 _MAPPINGS = ("lr_scheduler_kwargs", "deepspeed", "fsdp_config", "accelerator_config", "gradient_checkpointing_kwargs")
-# Of those whose package has another name.
+# The package of each reporter whose package has another name.
 _PACKAGES_OF_REPORTERS = {"azure_ml": "azureml-core", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
 
 
@@ -164,7 +165,7 @@ def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
 
 @contextmanager
 def refusals_are_input_errors() -> Iterator[None]:
-    """Raises what transformers' own checks of settings raise as `InputError`."""
+    """Within it, what transformers' own checks of settings raise becomes an `InputError`."""
     try:
         yield
     except InputError:
@@ -195,7 +196,7 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
-    """An optimizer like the run's, of a single weight."""
+    """An optimizer like the run's, for a single weight."""
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     without_optim_args = copy.copy(args)
     without_optim_args.optim_args = None
@@ -205,7 +206,7 @@ def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
 
 
 def _made(args: TrainingArguments, name: str, settings: str, make):
-    """What `make` returns; anything that it raises (each library its own kinds) as `InputError` with both fields."""
+    """What `make` returns. Any exception, as each library has its own, becomes an `InputError` with both settings."""
     try:
         return make()
     except Exception as error:
@@ -224,7 +225,7 @@ def _is_set(value: object, default: object) -> bool:
 
 
 def _check_json(args: TrainingArguments) -> None:
-    """Raises `InputError` for a mapping, given as JSON or as a file of it, that is none, and for odd `optim_args`."""
+    """Raises `InputError` for a field that should hold a mapping and does not, and for malformed `optim_args`."""
     for name in _MAPPINGS:
         value = getattr(args, name, None)
         if not isinstance(value, str):
@@ -235,17 +236,17 @@ def _check_json(args: TrainingArguments) -> None:
                 raise InputError(f"{name} = {value}: there is no such file.")
             continue
         try:
-            found = json.loads(value if is_inline else Path(value).read_text(encoding="utf-8"))
+            content = json.loads(value if is_inline else Path(value).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{name} = {value} is not JSON ({error}): give a mapping, or a file of one.") from error
-        if not isinstance(found, dict):
-            raise InputError(f'{name} = {value} holds {found!r}: a mapping is wanted, as {{"name": 1}}.')
+        if not isinstance(content, dict):
+            raise InputError(f'{name} = {value} holds {content!r}: a mapping is wanted, as {{"name": 1}}.')
     if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
         raise InputError(f"optim_args = {args.optim_args}: write name=value, several of them separated by commas.")
 
 
 def _check_launch(args: TrainingArguments) -> None:
-    """Raises `InputError` for FSDP in one process, and for a compiler that there is not."""
+    """Raises `InputError` for FSDP in a single process, and for an unknown compiler or mode of it."""
     if args.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
         raise InputError(
             f"fsdp = {args.fsdp} shards over several processes, and this is one: start them with accelerate launch or "
@@ -261,6 +262,7 @@ def _check_launch(args: TrainingArguments) -> None:
 
 
 def _check_reporters(report_to: str | list[str] | None) -> None:
+    """Raises `InputError` for an unknown reporter, or one whose package is not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     for name in names:
         if name in ("none", "all"):

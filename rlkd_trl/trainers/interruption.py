@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, obeyed after the step."""
+"""Signals that ask a run to stop: remembered when they arrive, obeyed after the step."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """The first signal to stop that this process has got, if any.
+    """The first signal to stop that this process has received, if any.
 
-    A second Ctrl-C in a run of one's own ends it at once. A launcher passes signals on that its processes have already
-    got from the terminal, or ends, which is a SIGTERM for them, and ends by itself those that take too long: such
-    repetitions count for nothing.
+    In a run that was started without a launcher, a second Ctrl-C ends it at once. With a launcher, repeated signals
+    are ignored: it passes on a Ctrl-C that its processes have already received from the terminal, sends SIGTERM when
+    it ends itself, and kills processes that take too long.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it, SIGINT and SIGTERM are noted and nothing else; elsewhere than in the main thread, as always."""
+        """Within it, SIGINT and SIGTERM are only remembered; outside the main thread they act as always."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -44,7 +44,7 @@ class StopRequest:
                 signal.signal(signum, handler)
 
     def on_any_process(self, accelerator: Accelerator) -> int:
-        """The number of a signal that any process has got, or 0; every process gets the same answer."""
+        """The number of a signal that any process has received, or 0; every process gets the same answer."""
         if accelerator.num_processes == 1:
             return self.signum
         signum = torch.tensor(self.signum, device=accelerator.device)

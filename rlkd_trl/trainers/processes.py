@@ -19,24 +19,31 @@ from rlkd_trl import errors
 from rlkd_trl.errors import InputError
 
 _STORE_PATIENCE = timedelta(seconds=10)
-_ROLL_CALL = 5.0  # seconds; who waits for a missing process gives up at about the same time
+_ROLL_CALL = 5.0  # seconds; processes that wait for a missing one give up at about the same time
 _ABSENT = "has not come to where the others wait for it"
-_OF_CONNECTIONS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket timeout")
+_CONNECTION_ERRORS = (
+    "gloo",
+    "nccl",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "socket timeout",
+)
 
-# As accelerate counts processes on a CPU.
+# The environment variables by which accelerate counts processes on a CPU.
 _NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def connect_processes(args: TrainingArguments) -> None:
-    """Connects launched processes on a CPU with `ddp_timeout`; a command does it before it makes its settings.
+    """Connects launched processes on a CPU with `ddp_timeout`; a command calls this before it makes its settings.
 
-    `TrainingArguments` connects processes when it is made, and passes the timeout on for accelerators only: on a CPU
-    all would wait half an hour for one that hangs. It keeps a connection that it finds.
+    `TrainingArguments` would connect them when it is made, but uses the timeout with accelerators only: on a CPU all
+    processes would wait half an hour for one that hangs. It keeps an existing connection.
 
-    args: The settings themselves, or a sketch of them.
+    args: the settings, or a sketch of them (see `settings.declared`).
     """
     if args.deepspeed or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
-        # DeepSpeed calls them by deprecated names, at every gathering of weights: twice ten lines in a ZeRO-3 step.
+        # DeepSpeed uses deprecated names whenever it gathers weights, which prints twenty lines in a step of ZeRO-3.
         deprecated = r"`torch\.distributed\.\w+` is deprecated"
         warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     if args.use_cpu or not torch.accelerator.is_available():
@@ -63,9 +70,9 @@ def wait_for_all() -> None:
 
 
 def register_process() -> None:
-    """Of several processes, once they are connected: one speaks when they end (see `errors.run`)."""
+    """Tells `errors` that this process is one of several, once they are connected, so that only one prints errors."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        # Without the store, which a launcher of another kind may keep elsewhere, a run does all but this.
+        # Some launchers keep the store elsewhere; then several processes may print, and everything else works.
         with suppress(torch.distributed.DistError, KeyError):
             _register()
 
@@ -76,9 +83,9 @@ def _register() -> None:
 
 
 class Processes:
-    """All processes of a run, as this one knows them through the store by which they have found each other.
+    """The processes of a run, which know of each other through the key-value store that connected them.
 
-    torchrun and accelerate keep it in the launcher, where it outlives any of them.
+    torchrun and accelerate keep the store in the launcher, where it outlives the processes.
 
     Raises:
         torch.distributed.DistError: The store is not where the environment says.
@@ -100,34 +107,34 @@ class Processes:
         self._store.set(f"process/{self.rank}", f"{os.getpid()} {self._host}")
 
     def is_first_to_speak(self) -> bool:
-        """True in one process only, the first that asks."""
+        """True for the first process that asks, False for all others."""
         try:
             return self._store.add("spoken", 1) == 1
         except torch.distributed.DistError:
             return self.rank == 0
 
     def missing(self, error: Exception) -> str | None:
-        """Which processes the others cannot go on without, in words; None if `error` did not come of that."""
+        """The processes that have died or hang, in words, if that is the cause of `error`; else None."""
         is_of_connection = isinstance(error, torch.distributed.DistError) or (
-            isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_CONNECTIONS)
+            isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _CONNECTION_ERRORS)
         )
         if not is_of_connection:
             return None
         try:
-            found = {rank: state for rank in self._others() if (state := self._state_of(rank)) is not None}
-            # Once more after the wait: one that is being killed closes its connections before it is seen to be gone.
-            found = found or {rank: self._state_of(rank) or _ABSENT for rank in self._absent()}
+            states = {rank: state for rank in self._others() if (state := self._state_of(rank)) is not None}
+            # Looked at again after the wait: a process that is being killed closes its connections before it is gone.
+            states = states or {rank: self._state_of(rank) or _ABSENT for rank in self._absent()}
         except torch.distributed.DistError:
             return f"the process that keeps the connection of all, process 0 as a rule, does not answer ({error})"
-        if not found:
+        if not states:
             return f"the connection between the processes has failed: {error}"
-        return "; ".join(f"process {rank} {state}" for rank, state in found.items())
+        return "; ".join(f"process {rank} {state}" for rank, state in states.items())
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _state_of(self, rank: int) -> str | None:
-        """Why a process of this machine can do nothing, in words; None if it runs, or runs elsewhere."""
+        """Why a process of this machine cannot work, in words; None if it runs, or is on another machine."""
         if not self._store.check([f"process/{rank}"]):
             return None
         pid, host = self._store.get(f"process/{rank}").decode().split(maxsplit=1)
@@ -144,7 +151,7 @@ class Processes:
         return f"(pid {pid}) is stopped (SIGSTOP)" if state in "Tt" else None
 
     def _absent(self) -> list[int]:
-        """The processes that do not say, in a few seconds, that they have come to the same failure."""
+        """The processes that do not report, within a few seconds, that they have met the same failure."""
         self._store.set(f"failed/{self.rank}", "")
         end = time.monotonic() + _ROLL_CALL
         absent = self._others()

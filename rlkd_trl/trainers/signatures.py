@@ -1,4 +1,4 @@
-"""The parameters of a class whose constructors pass what they do not know to those of its bases."""
+"""The full signature of a class whose constructors pass on `*args` and `**kwargs` to those of its bases."""
 
 import inspect
 from inspect import Parameter, Signature
@@ -7,9 +7,9 @@ _REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def whole_signature(kind: type, *, without: tuple[str, ...] = ()) -> Signature:
-    """Every parameter of a class's constructor by name, where `*args` and `**kwargs` stand for those of its bases.
+    """The signature of a class's constructor, with its bases' parameters in place of `*args` and `**kwargs`.
 
-    without: parameters of a base that a class between sets.
+    without: parameters of a base that a class in between sets itself.
     """
     parameters_by_name: dict[str, Parameter] = {}
     takes_positions = True

@@ -10,7 +10,7 @@ from rlkd_trl.trainers.inherited_settings import REFUSED, REFUSED_SUPERVISED
 
 @dataclass
 class SupervisedConfig(BaseConfig):
-    """`transformers.TrainingArguments` and the lengths at which texts are cut."""
+    """Settings of `SupervisedTrainer`: `transformers.TrainingArguments`, and the lengths at which texts are cut."""
 
     refused = REFUSED | REFUSED_SUPERVISED
 

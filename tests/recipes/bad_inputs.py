@@ -373,8 +373,8 @@ REWARD_CASES = [
 ]
 SETTING_CASES = [
     (("rloo_kd",), "--num_generations 1", "num_generations = 1"),
-    (("rloo_kd",), "--level word", "level = 'word': choose 'sequence' or 'token'"),
-    (("ppo_kd",), "--critic none", "critic = 'none': choose 'shared' or 'separate'"),
+    (("rloo_kd",), "--level word", "level = 'word': choose one of sequence, token"),
+    (("ppo_kd",), "--critic none", "critic = 'none': choose one of shared, separate"),
     (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
     (("ppo_kd",), "--k 2", "k = 2 gives K-step returns, which PPO can only use whole: set lam to 1 (it is 0.95)"),
     (("ppo_kd",), "--baseline mean", "baseline = 'mean' has no effect with normalize_advantages"),

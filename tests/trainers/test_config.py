@@ -64,7 +64,7 @@ def test_the_hubs_token_is_not_pickled(config_class, tmp_path):
         ({"entropy_coef": -0.1}, "entropy_coef"),
         ({"average_reward": "batch"}, "average_reward = 'batch': choose one of none, prompt, rollout"),
         ({"average_reward": "rollout", "teacher_baseline": False}, "needs teacher_baseline"),
-        ({"baseline": "median"}, "baseline = 'median': choose 'none', 'mean' or 'min_variance'"),
+        ({"baseline": "median"}, "baseline = 'median': choose one of none, mean, min_variance"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(config_class, tmp_path, settings, message):
