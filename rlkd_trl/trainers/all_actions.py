@@ -90,11 +90,11 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
 
     @property
     def _turn(self) -> int:
-        """The scorer that is mixed into this rollout's samples; scorers take turns."""
+        """The index of the scorer that is mixed into this rollout's samples; scorers take turns."""
         return self._rollout_number % len(self.panel.scorers)
 
     def _mixture(self, rows: list[dict]) -> Callable[[slice], MixedWith]:
-        """The teacher, asked its own questions, for a slice of this device's prompts."""
+        """A function from a slice of this device's prompts to the teacher, with its own questions for these."""
         scorer = self.panel.scorers[self._turn]
         backbone = scorer.teacher.backbone
         questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
@@ -109,7 +109,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         return of_prompts
 
     def _importance(self, rollout: Rollout) -> Tensor:
-        """Student's over mixture's probability of the sampled tokens, `[B, T]`."""
+        """The student's probability of the sampled tokens divided by the mixture's, `[B, T]`."""
         teacher_logps_BT = self._at_tokens(
             rollout,
             chosen_signals(
@@ -124,7 +124,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         )
 
     def _at_tokens(self, rollout: Rollout, values_N: Tensor) -> Tensor:
-        """Values of the N real tokens in their places, `[B, T]`."""
+        """The values of the N real tokens as `[B, T]`, 0 elsewhere."""
         mask_BT = rollout.completion_mask_BT
         return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, values_N.to(mask_BT.device))
 
@@ -162,7 +162,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
 
     @property
     def _signal_settings(self) -> dict:
-        """The arguments by which the ops over all actions make g of the teachers' and the student's logits."""
+        """The arguments with which the functions of `ops.all_actions` compute g from the logits."""
         return {
             "teacher_signal": self._teacher_signal,
             "subtract_log_pi": self.args.signal == "log_ratio",
@@ -172,7 +172,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         }
 
     def _future_advantages(self, signals_BT: Tensor, rollout: Rollout) -> Tensor:
-        """w (F_t − b_t), of differential signals with `average_reward`, `[B, T]`."""
+        """w (F_t − b_t), `[B, T]`; with `average_reward` of differential signals."""
         args, mask_BT = self.args, rollout.completion_mask_BT
 
         def advantages_of(signals_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run has spent, and its end when its budget is."""
+"""What a run has spent, and the end of the run when its budget is used up."""
 
 import time
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from transformers import Trainer, TrainerCallback
 
 @dataclass(frozen=True)
 class Cost:
-    """What training has taken so far, over all processes; evaluations before and after it are not in it.
+    """What training has taken so far, over all processes, without the evaluations before and after it.
 
-    generated_tokens: completion tokens of all rollouts, sampled from a model or, in distillation on data, read from
-    the data. cpu_seconds: of the processes, all threads. wall_seconds: of the first process.
+    generated_tokens: completion tokens of all rollouts, sampled from a model or, in distillation on data, taken from
+    the data. cpu_seconds: CPU time of all processes and their threads. wall_seconds: of the first process.
     """
 
     optimizer_steps: int

@@ -1,4 +1,4 @@
-"""Where TensorBoard's curves go."""
+"""The directory of TensorBoard's curves."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +9,10 @@ from transformers.integrations.integration_utils import default_logdir
 
 
 def keep_curves_in(output_dir: str, callbacks: Iterable[TrainerCallback]) -> None:
-    """All of a run's TensorBoard curves in one directory, `output_dir/runs/DATE_HOST`.
+    """Puts all of a run's TensorBoard curves into one directory, `output_dir/runs/DATE_HOST`.
 
-    By itself the callback chooses it when training begins, and what is logged before, an evaluation, goes to `./runs`.
-    The environment variable TENSORBOARD_LOGGING_DIR names another directory.
+    Otherwise the callback would choose the directory when training begins, and the evaluation before that would be
+    logged to `./runs`. The environment variable TENSORBOARD_LOGGING_DIR still names another directory.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

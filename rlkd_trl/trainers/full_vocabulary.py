@@ -1,7 +1,7 @@
-"""What the trainers share whose loss reads the teacher's whole distribution at every state.
+"""The base of the trainers whose loss reads the teacher's whole distribution at every state.
 
-A rollout keeps the teachers' hidden states, `[B, T, D']`; logits of either side exist for one slice of positions at a
-time, in the update (see `ops.sliced_loss`).
+A rollout keeps the teachers' hidden states, `[B, T, D']`. Logits of teachers and student exist for one slice of
+positions at a time, in the update (see `ops.sliced_loss`).
 """
 
 from collections.abc import Callable
@@ -63,20 +63,20 @@ class FullVocabularyTrainer(RolloutTrainer):
         return rollout.with_(teacher_states=self.panel.states(rows, *completions))
 
     def _usable_states(self, rollout: Rollout) -> dict[str, Tensor]:
-        """`[B]`: whether all of the teachers' states along a completion are finite."""
+        """Whether all of the teachers' states along a completion are finite, `[B]`."""
         mask_BT = rollout.completion_mask_BT
         usable = [usable_states(states_BTD, mask_BT).to(mask_BT.device) for states_BTD in rollout.teacher_states]
         return {"the teacher's states": torch.stack(usable).all(dim=0)}
 
     def _teachers_at(self, rollout: Rollout) -> list[TeacherStates]:
-        """The teachers' states at the N real tokens, in the order in which a policy's loss has the student's."""
+        """The teachers' states at the N real tokens, in the order in which `Policy.of_states` has the student's."""
         return [
             TeacherStates(states_BTD[rollout.completion_mask_BT], scorer.teacher.backbone.head, scorer.weight)
             for scorer, states_BTD in zip(self.panel.scorers, rollout.teacher_states, strict=True)
         ]
 
     def _with_teachers_heads(self, work: Callable[[], Result]) -> Result:
-        """`work()`, in which the teachers' heads can be applied, sharded ones too; all processes call it together."""
+        """`work()`, inside which also a sharded teacher's head can be applied; all processes call it together."""
         for backbone in dict.fromkeys(scorer.teacher.backbone for scorer in self.panel.scorers):
             work = partial(backbone.with_whole_head, work)
         return work()

@@ -1,4 +1,4 @@
-"""Signs that a student earns more reward by writing worse: compared with what it wrote at the start of the run."""
+"""Warnings of a student that earns more reward by writing worse, in comparison with the start of the run."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -6,10 +6,11 @@ from statistics import fmean
 from torch import Tensor
 
 _NGRAM = 3
-_REFERENCE = 8  # rollouts at the start, and the latest ones that are compared with them
-_SILENCE = 50  # rollouts after a warning in which the same one is not given again
-_LEAST_SPREAD = 0.2  # of the reference's mean
+_REFERENCE = 8  # the number of rollouts at the start, and of the latest ones that are compared with them
+_SILENCE = 50  # rollouts after a warning before the same one can be given again
+_LEAST_SPREAD = 0.2  # as a share of the reference's mean
 
+# What is watched: its name in a warning, and the metric's name.
 GUARDED = {
     "length": "completions/mean_length",
     "EOS rate": "completions/eos_rate",
@@ -20,7 +21,7 @@ GUARDED = {
 
 
 def repetition_counts(completion_ids_BT: Tensor, mask_BT: Tensor) -> tuple[float, float, float, float]:
-    """Of this process's completions: repeated n-grams, n-grams, different completions, completions."""
+    """The numbers of repeated n-grams, of n-grams, of different completions and of completions, on this process."""
     completions = [
         tuple(ids[:length])
         for ids, length in zip(completion_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
@@ -28,17 +29,17 @@ def repetition_counts(completion_ids_BT: Tensor, mask_BT: Tensor) -> tuple[float
     ]
     repeated = grams = 0
     for ids in completions:
-        found = list(zip(*(ids[i:] for i in range(_NGRAM)), strict=False))
-        grams += len(found)
-        repeated += len(found) - len(set(found))
+        ngrams = list(zip(*(ids[i:] for i in range(_NGRAM)), strict=False))
+        grams += len(ngrams)
+        repeated += len(ngrams) - len(set(ngrams))
     return float(repeated), float(grams), float(len(set(completions))), float(len(completions))
 
 
 def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | None:
-    """ "above" or "below" if the mean of the latest values is outside of the reference's range, else None.
+    """ "above" or "below" if the mean of the latest values is outside the reference's range, else None.
 
     The range is from the smallest to the largest reference value, widened on both sides by their distance, or by a
-    fifth of their mean's size where that is more.
+    fifth of the absolute value of their mean if that is larger.
     """
     lowest, highest = min(reference), max(reference)
     spread = max(highest - lowest, _LEAST_SPREAD * abs(fmean(reference)))
@@ -48,13 +49,13 @@ def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | Non
 
 
 class Guards:
-    """Watches a run's rollouts. `history`, of plain values, is all its state."""
+    """Compares a run's rollouts with its first ones. All its state is in `history`, as plain values."""
 
     def __init__(self):
         self.history: dict[str, dict[str, list[float]]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings of what has left the start's range while the mean reward rose; `metrics` are one rollout's."""
+        """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose."""
         for since in self.history["rollouts_since_warning"].values():
             since[0] += 1
         for name in ("reward", *GUARDED.values()):
@@ -68,19 +69,19 @@ class Guards:
         reference, latest = self.history["reference"], self.history["latest"]
         if len(latest.get("reward", [])) < _REFERENCE or fmean(latest["reward"]) <= max(reference["reward"]):
             return []
-        said = []
+        warnings = []
         for word, name in GUARDED.items():
-            if len(latest.get(name, [])) < _REFERENCE or not self._may_speak(word):
+            if len(latest.get(name, [])) < _REFERENCE or not self._may_warn(word):
                 continue
             side = left_range(reference[name], latest[name])
             if side is not None:
                 self.history["rollouts_since_warning"][word] = [0.0]
-                said.append(
+                warnings.append(
                     f"{word} is {fmean(latest[name]):.3g}, {side} the start's range ({min(reference[name]):.3g} to "
                     f"{max(reference[name]):.3g}), while the reward rises: read some completions (--log_completions)"
                 )
-        return said
+        return warnings
 
-    def _may_speak(self, word: str) -> bool:
+    def _may_warn(self, word: str) -> bool:
         since = self.history["rollouts_since_warning"].get(word)
         return since is None or since[0] >= _SILENCE

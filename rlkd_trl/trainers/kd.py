@@ -104,7 +104,7 @@ class KDTrainer(FullVocabularyTrainer):
         return Completions(torch.where(mask_BT, ids_BT, self.policy.pad_id), mask_BT, ended_B)
 
     def _to_learn(self, ids_BT: Tensor) -> Tensor:
-        """False on what a target has and the student should not say: ids that are never sampled, e.g. <unk>."""
+        """False on tokens of targets that the student must not learn: ids that are never sampled, e.g. <unk>."""
         return ~self.policy.forbidden_V[ids_BT]
 
     def _teacher_samples(self, rows: list[dict]) -> Completions:

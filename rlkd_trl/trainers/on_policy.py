@@ -80,7 +80,7 @@ class OnPolicyTrainer(RolloutTrainer):
         self.rollout_state.beta = args.beta
         self.reference = None
         if args.beta > 0:
-            # Of the student as it is given: what a resumed run gives must be what the run was begun with.
+            # The reference is the student as it is given here, so a resumed run must be given the same one.
             if peft_config is not None and start_as_identity(peft_config):
                 self.reference = self.model  # without its adapters, see `_as_reference`
             else:
@@ -90,7 +90,7 @@ class OnPolicyTrainer(RolloutTrainer):
     # What each method defines
 
     def sampling_policy(self) -> Policy:
-        """Step 1's policy, of which the rollout keeps the log-probabilities: the student as it is now."""
+        """The policy of step 1, whose log-probabilities the rollout keeps: by default the student as it is now."""
         return self.policy
 
     def advantages(self, rollout: Rollout) -> Rollout:
@@ -183,9 +183,9 @@ class OnPolicyTrainer(RolloutTrainer):
             )
 
     def _needs_old_log_probs(self) -> bool:
-        """Whether anything reads log π_old, or the old values, before the update's own forward pass could give them.
+        """Whether log π_old, or the old values, are needed before the update, or differ from the update's own.
 
-        With one optimizer step per rollout the policy of the update is still the one that sampled.
+        With one optimizer step per rollout they do not differ: the policy of the update is still the one that sampled.
         """
         args = self.args
         several_steps = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
@@ -194,7 +194,10 @@ class OnPolicyTrainer(RolloutTrainer):
         return several_steps or by_rewards or by_advantages
 
     def _student_log_probs(self, policy: Policy, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
-        """Old log-probabilities and values where needed, and the reference's, from the training forward pass."""
+        """The rollout with old log-probabilities and values if they are needed, and the reference's log-probabilities.
+
+        All come from the same forward pass as the update's, not from sampling, whose rounding differs.
+        """
         if not self._needs_old_log_probs():
             return rollout, None
         width = rollout.completion_ids_BT.shape[1]
@@ -209,7 +212,7 @@ class OnPolicyTrainer(RolloutTrainer):
             return rollout, self.sampling.log_probs(self.reference, rollout)
 
     def _as_reference(self) -> AbstractContextManager:
-        """A context where `reference` is the initial policy: a copy always is, the student is without adapters."""
+        """Within it `reference` is the initial policy: a copy always is, the student only without its adapters."""
         return self.reference.model.disable_adapter() if self.reference is self.model else nullcontext()
 
     # Step 5
@@ -228,7 +231,7 @@ class OnPolicyTrainer(RolloutTrainer):
         return loss, {**metrics, **entropy_metrics}
 
     def _close_window(self) -> None:
-        """As the base class's; also stops this rollout's updates if they went too far."""
+        """As in the base class; also stops this rollout's updates if the policy has moved by more than allowed."""
         kl, limit = self._window_metrics["approx_kl"], self.args.early_stop_kl
         self.rollout_state.stopped = limit is not None and kl > limit
         super()._close_window()
@@ -236,7 +239,7 @@ class OnPolicyTrainer(RolloutTrainer):
     # For step 4
 
     def _minus_baseline(self, rollout: Rollout, returns_BT: Tensor) -> Tensor:
-        """Returns, or advantages, less the constant of `args.baseline`; 0 behind the mask."""
+        """Returns, or advantages, minus the constant baseline that `args.baseline` names; 0 behind the mask."""
         baseline, mask_BT = 0.0, rollout.loss_mask_BT
         if self.args.baseline == "mean":
             baseline = mean_baseline(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
@@ -248,7 +251,7 @@ class OnPolicyTrainer(RolloutTrainer):
         return masked(returns_BT - baseline, rollout.completion_mask_BT)
 
     def _sampled_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
-        """log π(y_t) of the student, and its importance ratio where another policy has sampled."""
+        """The student's log π(y_t|s_t), `[B, T]`, and its importance ratio if another policy has sampled."""
         return rollout.old_logps_BT, None
 
     def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ class OnPolicyTrainer(RolloutTrainer):
 
 
 def _usable(rollout: Rollout, result: RewardResult) -> dict[str, Tensor]:
-    """For each kind of number that the update reads, by name: whether all of a completion's are finite, `[B]`."""
+    """For each kind of number that the update reads, by name: whether all those of a completion are finite, `[B]`."""
     mask_BT = rollout.completion_mask_BT
     states_BT1 = state_mask(mask_BT, rollout.ended_B)
     is_usable_B = {f"the reward {name}": usable_rows(term_BT, mask_BT) for name, term_BT in result.terms.items()}

@@ -26,9 +26,9 @@ class PPOKDTrainer(OnPolicyTrainer):
     The critic predicts returns normalised by their running mean and variance, so that neither its learning rate nor
     `vf_coef` depends on the scale of the teacher's logits.
 
-    K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP"; a reward with k > 1) need λ = 1: they exist as sums from t
-    to the end only. With `average_reward`, rewards and the critic's values are differential. The constant of
-    `baseline` is subtracted from what the critic has left.
+    K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP"; a reward with k > 1) need λ = 1, as they are defined for
+    the sum from t to the end only. With `average_reward`, rewards and the critic's values are differential. The
+    constant of `baseline` is subtracted from the advantages.
     """
 
     args: PPOKDConfig
@@ -59,7 +59,7 @@ class PPOKDTrainer(OnPolicyTrainer):
             )
         rewards_BT = differential_rewards(rewards_BT, mask_BT, self._average_reward(rewards_BT, rollout))
         values_BT1 = rollout.old_values_BT1
-        if self.rollout_state.return_variance is not None:  # before the first rollout, the critic's 0 means 0
+        if self.rollout_state.return_variance is not None:  # before the first rollout nothing is normalised
             values_BT1 = denormalize(values_BT1, *self._return_moments)
         advantages_BT = gae(rewards_BT, values_BT1, mask_BT, rollout.ended_B, gamma=args.gamma, lam=args.lam)
         returns_BT = advantages_BT + values_BT1[:, :-1]
@@ -79,7 +79,7 @@ class PPOKDTrainer(OnPolicyTrainer):
         return self.rollout_state.return_mean, self.rollout_state.return_variance
 
     def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:
-        """Moves the running moments towards this rollout's, over all processes; the first sets them."""
+        """Moves the running moments towards those of this rollout's returns, over all processes; at first sets them."""
         state = self.rollout_state
         moments = masked_moments(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
         mean, variance = (float(moment) for moment in moments)

@@ -4,7 +4,7 @@ from trl.trainer.utils import RepeatSampler
 
 
 class EpochSeededSampler(RepeatSampler):
-    """Another order each epoch, the same in a resumed run: TRL's sampler would start again with the first epoch's."""
+    """TRL's sampler with a different order in each epoch, also after a resume, where TRL's starts with the first."""
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)

@@ -25,8 +25,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
     A token's weight is clip( ρ_t (G_t / return_denom − b), ±reward_clip ): G_t the return-to-go (shaped by the
     teacher's V_t with `teacher_baseline`; of differential rewards with `average_reward`), b a constant baseline,
     ρ_t = π / behaviour the importance ratio, a constant. With `behaviour_sync_steps` N a frozen copy of the student
-    samples, set to the student after every N optimizer steps; a checkpoint holds it in `behaviour/`, and one without
-    it (of a run without a copy) sets it to the student.
+    samples, which is set to the student after every N optimizer steps. A checkpoint holds the copy in `behaviour/`.
 
     Where this differs from the papers' code: with `top_k` the ratio is over the k tokens sampled from on both sides
     (see `ops.lm_head.support_log_probs`), at one temperature; the entropy bonus is the entropy, not the mean of −log π
@@ -48,7 +47,7 @@ class ReinforceKDTrainer(OnPolicyTrainer):
             self.behaviour = frozen_copy(self.model, self.processing_class).to(self.accelerator.device)
 
     def sampling_policy(self) -> Policy:
-        """The student, or the copy of it; every N optimizer steps, the copy is the student again."""
+        """The student, or its copy, which every N optimizer steps is set to the student."""
         student = self.policy
         if self.behaviour is None:
             return student

@@ -1,4 +1,4 @@
-"""Runs that can be stopped at any moment and go on as if they had not been."""
+"""Training that can be stopped at any moment and continued as if it had not been stopped."""
 
 import json
 import shutil
@@ -34,15 +34,15 @@ _SECONDS_BETWEEN_ATTEMPTS = 2.0
 
 
 class ResumableTrainer(FiniteTrainer):
-    """`transformers.Trainer` with whole checkpoints, from which a run continues to the last bit.
+    """`transformers.Trainer` with complete checkpoints: a resumed run computes exactly what it would have computed.
 
-    Beside the weights, optimizer, scheduler and generators of random numbers, a checkpoint holds every process's
-    `run_state`, what its next update and its next log depend on, and `run_record`, what makes the run what it is, by
-    which the checkpoint of another run is refused. After a signal to stop (Ctrl-C, SIGTERM) `train` saves a checkpoint
-    at the end of the step and raises `errors.Interrupted`.
+    A checkpoint holds weights, optimizer, scheduler and random generators; also every process's `run_state`, on which
+    its next update and log depend; and the `run_record`, by which the checkpoint of another run is recognised and
+    refused. After a signal to stop (Ctrl-C, SIGTERM), `train` saves a checkpoint at the end of the step and raises
+    `errors.Interrupted`.
 
     `train` raises:
-        InputError: The checkpoint to resume from is not whole, or another run's.
+        InputError: The checkpoint to resume from is incomplete, or of another run; or there is no space for one.
         CheckpointError: A checkpoint could not be written; the older ones are as they were.
     """
 
@@ -57,13 +57,13 @@ class ResumableTrainer(FiniteTrainer):
         }
         self._stop_request = StopRequest()
         self._resumed_state: dict = {}
-        # Of the last step, for a checkpoint that is written before all that belongs to the step is done.
+        # A checkpoint may be written before the step has been logged and evaluated; these say what is left to do.
         self._last_step = {"grad_norm": None, "learning_rate": None}
         self._evaluation_is_due = False
         self._epoch_has_ended = False
         self.add_callback(_Continuation(self))
 
-    # What a method adds
+    # What subclasses extend
 
     def run_state(self) -> dict[str, object]:
         """This process's state beyond weights, optimizer and generators: tensors and plain values only."""
@@ -77,7 +77,7 @@ class ResumableTrainer(FiniteTrainer):
         }
 
     def load_run_state(self, state: dict[str, object]) -> None:
-        """Puts back what `run_state` gave. What Trainer sets to 0 after this, `_Continuation` puts back."""
+        """Restores what `run_state` returned; `_continue` restores the part that Trainer sets to 0 after this."""
         self._resumed_state = state
         for name, count in state["skipped"].items():
             setattr(self, name, count)
@@ -96,9 +96,9 @@ class ResumableTrainer(FiniteTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; `args.resume_from_checkpoint` counts where no checkpoint is given.
+        """As `Trainer.train`; without an argument, `args.resume_from_checkpoint` is used.
 
-        A run that has had all its steps gets no further one.
+        If the run has had all its steps, there is no further one.
         """
         checkpoint = self._checked_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
         self._check_space()
@@ -110,18 +110,18 @@ class ResumableTrainer(FiniteTrainer):
         return self.state.global_step >= self.state.max_steps
 
     def _run_epoch(self, *args, **kwargs):
-        """Does nothing if all steps are done: Trainer would notice only after one more step."""
+        """Does nothing if all steps are done, which Trainer would notice only after one more step."""
         if self.is_finished():
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
-        """Trainer calls it at the end of each step and of each epoch. Here a signal to stop is obeyed."""
+        """Trainer calls this at the end of each step and epoch; here a signal to stop is obeyed."""
         grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
         self._last_step = {"grad_norm": grad_norm, "learning_rate": learning_rate}
         signum = self._stop_request.on_any_process(self.accelerator)
-        if signum:  # an evaluation would take long: the resumed run begins with it
+        if signum:  # an evaluation would delay the stop, so the resumed run begins with it
             self._evaluation_is_due = self.control.should_evaluate
             self.control.should_save, self.control.should_evaluate = True, False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
@@ -130,12 +130,12 @@ class ResumableTrainer(FiniteTrainer):
             raise Interrupted(signum, f"Stopped after step {self.state.global_step}; {checkpoint} holds all of it.")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "train_loss" in logs:  # of the whole run, not of its last part
+        if "train_loss" in logs:  # Trainer's is of the part since the last resume; this is of the whole run
             logs["train_loss"] = self.mean_loss(loss_sums(self)["loss_until_log"])
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`. Raises `CheckpointError` where it cannot be written."""
+        """As `Trainer.save_model`. Raises `CheckpointError` if the model cannot be written."""
         try:
             super().save_model(output_dir, _internal_call)
         except (OSError, SafetensorError) as error:
@@ -145,9 +145,9 @@ class ResumableTrainer(FiniteTrainer):
             ) from error
 
     def _check_space(self) -> None:
-        """Raises `InputError` if not even one checkpoint has room: weights, and an Adam's two moments of them."""
+        """Raises `InputError` if there is no space for one checkpoint: the weights, and Adam's two moments of them."""
         trained = sum(w.numel() * w.element_size() for w in self.model.parameters() if w.requires_grad)
-        has_adapters = any(isinstance(module, PeftModel) for module in self.model.modules())  # saved without the rest
+        has_adapters = any(isinstance(module, PeftModel) for module in self.model.modules())  # only they are saved
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         weights, moments = trained if has_adapters else weights, 2 * trained
         needed = weights if self.args.save_strategy == SaveStrategy.NO else weights + moments
@@ -164,7 +164,7 @@ class ResumableTrainer(FiniteTrainer):
     # Loading
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> str | None:
-        """The checkpoint's path; with True, of the newest whole one. Raises `InputError`."""
+        """The path of the checkpoint, after checks; True stands for the newest complete one. Raises `InputError`."""
         if not resume_from:
             return None
         if resume_from is True:
@@ -179,7 +179,7 @@ class ResumableTrainer(FiniteTrainer):
             if defect is not None:
                 raise InputError(f"A run cannot be resumed from {resume_from}: {defect}.")
         check_same_run(checkpoint, self.run_record)
-        if checkpoint.parent.name == STAGING:  # all that it lacked was its name
+        if checkpoint.parent.name == STAGING:  # it is complete, and lacks only its name
             staged, checkpoint = checkpoint, checkpoint.parent.parent / checkpoint.name
             self.accelerator.wait_for_everyone()
             failure = self._failure(lambda: publish(staged, checkpoint), self.args.should_save)
@@ -188,7 +188,7 @@ class ResumableTrainer(FiniteTrainer):
         return str(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Here, since DeepSpeed's checkpoints do not come by `_load_from_checkpoint`."""
+        """Also loads the run state: here, as Trainer does not call `_load_from_checkpoint` with DeepSpeed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             file = Path(checkpoint) / self._run_state_file
@@ -199,7 +199,7 @@ class ResumableTrainer(FiniteTrainer):
         return "run_state.pth" if self.args.world_size == 1 else f"run_state_{self.args.process_index}.pth"
 
     def _continue(self) -> None:
-        """Puts back what Trainer has just set to 0, and does what the checkpoint's step had left to do."""
+        """Restores what Trainer has just set to 0, and finishes the step after which the checkpoint was written."""
         state, self._resumed_state = self._resumed_state, {}
         if not state:
             return
@@ -219,7 +219,7 @@ class ResumableTrainer(FiniteTrainer):
     # Saving
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint of all processes; while the disk refuses, it is tried again a few times."""
+        """Writes a checkpoint from all processes, with a few attempts if the disk fails."""
         output_dir = Path(self.args.output_dir)
         final = output_dir / f"checkpoint-{self.state.global_step}"
         self.store_flos()
@@ -241,7 +241,7 @@ class ResumableTrainer(FiniteTrainer):
             keep_newest(final, self.args.save_total_limit, best=self.state.best_model_checkpoint)
 
     def _failure_to_save(self, final: Path) -> str | None:
-        """Saves on all processes; returns why that failed on any of them, in words, or None."""
+        """Saves on all processes; returns, in words, why that failed on one of them, or None."""
         staged = final.parent / STAGING / final.name
         waits_inside = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return (
@@ -252,17 +252,19 @@ class ResumableTrainer(FiniteTrainer):
         )
 
     def _failure(self, work, is_my_part: bool, *, waits_inside: bool = False) -> str | None:
-        """Does `work` on the processes whose part it is; every process gets the same answer, when all are done.
+        """Calls `work()` if it is this process's part; returns, on every process, why it failed on any, or None.
+
+        waits_inside: the processes wait for each other in `work`.
 
         Raises:
-            CheckpointError: In `work` the processes wait for each other, and this one, which fails, is waited for.
+            CheckpointError: `work` failed here with `waits_inside`, so that the others cannot be told.
         """
         failure = None
         if is_my_part:
             try:
                 work()
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-                cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of `save_model`
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch raises the second, safetensors the third
+                cause = error.__cause__ if isinstance(error, CheckpointError) else error  # the first is `save_model`'s
                 failure = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
                 if waits_inside:
                     raise CheckpointError(
@@ -271,7 +273,7 @@ class ResumableTrainer(FiniteTrainer):
         return next((reason for reason in gather_object([failure]) if reason is not None), None)
 
     def _export_callbacks(self) -> None:
-        """The state of callbacks that have one into Trainer's, as it does before it saves that."""
+        """Puts the state of callbacks into Trainer's state, as Trainer does before it saves that."""
         states: dict[str, list] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -283,7 +285,7 @@ class ResumableTrainer(FiniteTrainer):
 
 
 class _Continuation(TrainerCallback):
-    """Calls a resumed trainer when Trainer's own preparations are over, and tells it of epochs."""
+    """Calls `_continue` when Trainer has prepared a resumed run, and keeps track of steps and epochs."""
 
     def __init__(self, trainer: ResumableTrainer):
         self._trainer = trainer

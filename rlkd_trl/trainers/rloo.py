@@ -17,13 +17,14 @@ from rlkd_trl.trainers.rollout import Rollout
 class RLOOKDTrainer(OnPolicyTrainer):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, "Back to Basics").
 
-    level="sequence" is the paper's method and TRL's: the (discounted) sum of a completion's rewards minus the mean of
-    the other completions of its prompt, one clipped ratio per completion. level="token" gives each token its
-    return-to-go, shaped by the teacher's V_t, minus the same of the other completions at that position. A truncated
-    completion is worth its rewards and the teacher's V of the state in which it was cut off. Completions left out of
-    the loss (`mask_truncated_completions`) still count in the others' baselines. With `average_reward`, rewards are
-    shaped and differential at both levels. The constant of `baseline` is subtracted from what leaving one out has
-    left.
+    level="sequence" is the paper's method and TRL's: the (discounted) sum of a completion's rewards minus the mean
+    over the other completions of its prompt, with one clipped ratio per completion. level="token" gives each token its
+    return-to-go, shaped by the teacher's V_t, minus the mean over the other completions at that position.
+
+    To the rewards of a truncated completion is added the teacher's V of the state in which it was cut off. Completions
+    that are left out of the loss (`mask_truncated_completions`) still count in the others' baselines. With
+    `average_reward`, rewards are shaped and differential at both levels. The constant of `baseline` is subtracted from
+    the leave-one-out advantages.
     """
 
     args: RLOOKDConfig
@@ -31,8 +32,8 @@ class RLOOKDTrainer(OnPolicyTrainer):
     def advantages(self, rollout: Rollout) -> Rollout:
         args, mask_BT = self.args, rollout.completion_mask_BT
         whole = args.level == "sequence"
-        # Shaped or bootstrapped, a completion's sum differs by V_1, the same for all completions of a prompt; the
-        # average per token does not only shift.
+        # Shaping changes a completion's sum by V_1 only, which is the same for all completions of a prompt and
+        # cancels. With an average per token it does not cancel.
         shaped = args.average_reward != "none" if whole else args.teacher_baseline
         rewards_BT = (potential_shaping if shaped else bootstrap_truncated)(
             rollout.rewards_BT, rollout.potentials_BT1, mask_BT, rollout.ended_B, gamma=args.gamma

@@ -1,4 +1,4 @@
-"""One rollout: everything the update reads, as tensors, cut into micro-batches by rows."""
+"""A rollout: everything that the update reads, as tensors that can be cut into micro-batches."""
 
 from dataclasses import dataclass, field, fields, replace
 
@@ -8,26 +8,26 @@ from torch import Tensor
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.masking import last_token
 
-# How far a field's tensors go, in their first one or two dimensions; what of them a micro-batch takes follows from it.
+# What the first one or two dimensions of a field's tensors stand for, which says how a micro-batch is cut from them.
 _PROMPTS = {"extent": "prompts"}  # [P, ...]
 _COMPLETIONS = {"extent": "completions"}  # [B, ...]
 _TOKENS = {"extent": "tokens"}  # [B, T, ...]
-_STATES = {"extent": "states"}  # [B, T+1, ...]: the tokens' states and the one behind the last
+_STATES = {"extent": "states"}  # [B, T+1, ...]: the tokens' states, and the one after the last token
 
 
 @dataclass(frozen=True)
 class Rollout:
     """B = P · K completions of this device's P prompts; the K of a prompt are next to each other.
 
-    loss_mask_BT: tokens that enter the loss (all real ones, unless truncated completions are masked).
-    support_BTk: the ids that each token was sampled from, with top_k. teacher_states: each scorer's hidden states at
-    the positions of the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and critic
-    that sampled; where old_logps_BT is None, the update's own stand for them. rewards_BT: per token, KL and truncation
-    penalties included; completion_rewards_BT: the part of them that a completion earns once, on its last token.
-    importance_BT: what a token's loss is
-    multiplied with, for samples of a mixture. The advantage step fills advantages_BT and, with a critic, returns_BT,
-    in the critic's own normalised units like old_values_BT1. kept_B: False on completions that are in neither the loss
-    nor any statistic (see `dropping`); None keeps all.
+    loss_mask_BT: True on tokens that enter the loss: all real ones, unless truncated completions are masked.
+    support_BTk: with top_k, the ids that each token was sampled from. teacher_states: each scorer's hidden states that
+    predict the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and critic that sampled;
+    if old_logps_BT is None, the update uses its own. rewards_BT: per token, with the penalties for KL and truncation;
+    completion_rewards_BT: the part of them that a completion earns once, on its last token. potentials_BT1: the
+    teacher's V. importance_BT: the weight of each token's loss, for samples of a mixture. advantages_BT, and with a
+    critic returns_BT, come from the advantage step; returns_BT and old_values_BT1 are in the critic's normalised
+    units. kept_B: False on completions that are left out of the loss and of all statistics (see `dropping`); None
+    leaves out none.
     """
 
     prompt_ids_PS: Tensor = field(metadata=_PROMPTS)
@@ -77,7 +77,7 @@ class Rollout:
         return replace(self, **tensors)
 
     def micro_batch(self, index: int, size: int) -> "Rollout":
-        """Rows `index · size` to `(index + 1) · size` with just their prompts, cut to the longest completion."""
+        """Completions `index · size` to `(index + 1) · size` and their prompts, cut to the longest completion."""
         rows = slice(index * size, (index + 1) * size)
         prompt_index_b = self.prompt_index_B[rows]
         first, last = int(prompt_index_b[0]), int(prompt_index_b[-1])

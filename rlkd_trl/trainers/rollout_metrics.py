@@ -1,4 +1,4 @@
-"""What is logged of a rollout: scalars over the global batch, seconds, and a few completions to read."""
+"""What is logged about rollouts: metrics over the global batch, seconds per phase, and a few completions to read."""
 
 import time
 from collections import defaultdict
@@ -20,10 +20,10 @@ def rollout_metrics(
     kl_B: Tensor | None,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Means over the completions (or tokens) of all processes, less those dropped.
+    """Means over the completions, or tokens, of all processes; dropped completions do not count.
 
-    reward, reward_std, rewards/TERM: per sequence, before KL and truncation penalties. teacher_nll: nats per token,
-    weighted over scorers. kl: nats per sequence.
+    reward, reward_std and rewards/TERM: per sequence, before the penalties for KL and truncation. teacher_nll: in nats
+    per token, the weighted mean over scorers. kl: in nats per sequence. And `completion_metrics`.
     """
     mask_BT, counted_B, total = rollout.counted_BT, rollout.counted_B, sum_over_ranks
     sequences, tokens = (total(count) for count in _counts(rollout))
@@ -40,7 +40,7 @@ def rollout_metrics(
 
 
 def completion_metrics(rollout: Rollout, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Tokens per completion and the share of completions that end, over all processes."""
+    """The mean number of tokens of a completion, and the share of completions with EOS, over all processes."""
     sequences, tokens = (sum_over_ranks(count) for count in _counts(rollout))
     ended = sum_over_ranks((rollout.ended_B & rollout.counted_B).sum().float())
     return {"completions/mean_length": float(tokens / sequences), "completions/eos_rate": float(ended / sequences)}
@@ -86,7 +86,7 @@ class PhaseTimer:
         self.seconds[name] += time.perf_counter() - started
 
     def reset(self, *, tokens: int) -> dict[str, float]:
-        """`seconds/PHASE` since the last reset, and over all phases `tokens_per_second` for so many tokens."""
+        """`seconds/PHASE` of each phase since the last reset, and `tokens_per_second`, of `tokens` over all phases."""
         metrics = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
         metrics["tokens_per_second"] = tokens / sum(self.seconds.values())
         self.seconds.clear()

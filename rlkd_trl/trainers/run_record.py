@@ -1,4 +1,4 @@
-"""What makes a training run what it is, so that no run is continued as another."""
+"""The record of what a training run consists of, so that a run is not continued from the checkpoint of another."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import RewardModel
 
 RUN_RECORD = "run.json"
-# Settings that a resumed run may have otherwise: where and how much is logged, measured and saved, and how long it
-# goes on. All others change what is learnt.
+# Settings that may differ in a resumed run: where and how much is logged, measured and saved, and how long the run
+# takes. All others change what is learnt.
 _MAY_CHANGE = (
     *("output_dir", "run_name", "project", "trackio_*", "report_to", "disable_tqdm", "debug", "skip_memory_metrics"),
     *(
@@ -45,7 +45,7 @@ def settings_of(args: TrainingArguments) -> dict[str, object]:
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """A digest of all that the rows hold, in their order."""
+    """A digest of the rows' whole content, in their order."""
     digest = hashlib.sha256()
     for rows in dataset.iter(_ROWS_AT_A_TIME):
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
@@ -53,10 +53,10 @@ def rows_digest(dataset: Dataset) -> str:
 
 
 def model_record(model: nn.Module) -> dict[str, str]:
-    """A model's class, and a digest of names, shapes and evenly spaced numbers of its weights.
+    """A model's class, and a digest of the names and shapes of its weights and of some evenly spaced numbers in them.
 
-    Not of all numbers, which would take seconds per billion; training moves them all. Shards of ZeRO-3, and
-    weights that Accelerate has parked, are not looked into.
+    Some numbers are enough, as training changes them all, and all would take seconds per billion. Shards of ZeRO-3 and
+    weights that Accelerate has offloaded count as empty.
     """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
@@ -67,7 +67,7 @@ def model_record(model: nn.Module) -> dict[str, str]:
 
 
 def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]:
-    """Terms with their weights and settings; teachers, and how they ask about the first row."""
+    """A reward's terms with their weights and settings; its teachers, and their questions about the first row."""
     scorers = [scorer for panel in reward_model.panels for scorer in panel.scorers]
     teachers = list({id(scorer.teacher): scorer.teacher for scorer in scorers}.values())
     return {
@@ -83,10 +83,7 @@ def _plain_settings(term: Callable) -> dict[str, object]:
 
 
 def check_same_run(checkpoint: Path, record: dict[str, object]) -> None:
-    """Raises `InputError` if the checkpoint is of a run with another record; the message names the differences.
-
-    Compared are the parts that `record` has.
-    """
+    """Raises `InputError` if the checkpoint's record differs in a part that `record` has; the message says in what."""
     saved = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record))
     differences = [difference for part in now for difference in _differences(saved.get(part), now[part], part)]

@@ -1,4 +1,4 @@
-"""What the next update of a run depends on, beyond weights and optimizer."""
+"""The state of a run on rollouts, beyond weights and optimizer."""
 
 from dataclasses import dataclass, fields
 
@@ -13,9 +13,12 @@ from rlkd_trl.trainers.rollout import Rollout
 class RolloutState:
     """What the next update depends on, beyond weights and optimizer, and what the run has spent.
 
-    micro_step: micro-batches seen; it gives the place in the current rollout, and the random numbers of the next.
-    beta: the (adaptive) KL coefficient. return_mean, return_variance: moments that a critic's targets are normalised
-    with. stopped: the rest of this rollout's updates are skipped. lost: why no completion of it can be used, if so.
+    micro_step: the number of micro-batches so far, which determines the place in the current rollout, and the random
+    numbers of the next one. beta: the (adaptive) KL coefficient. return_mean, return_variance: the moments by which a
+    critic's targets are normalised. generated_tokens, cpu_seconds, wall_seconds: see `budget.Cost`. stopped: whether
+    the remaining updates of this rollout are skipped. lost: why none of its completions can be used; "" if they can.
+    rollout: the one in use. window_tokens, window_sequences: how many tokens and sequences the loss of each of its
+    optimizer steps has, over all processes.
     """
 
     micro_step: int = 0

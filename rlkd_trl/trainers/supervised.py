@@ -29,8 +29,8 @@ _logger = logging.getLogger(__name__)
 class SupervisedTrainer(ResumableTrainer):
     """Cross-entropy of the target's tokens, EOS included, averaged over all tokens of the global batch.
 
-    The model's generation config becomes that of its checkpoints: greedy, with targets' cap on the length and their
-    special tokens as content.
+    The model gets the generation config of its checkpoints: greedy, at most `max_completion_length` tokens, and the
+    special tokens that occur in targets allowed as content.
 
     Args:
         train_dataset: Rows with `prompt` and `target`, both texts.
@@ -91,8 +91,8 @@ class SupervisedTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             processing_class=processing_class,
             data_collator=collate,
-            # Given explicitly, so that Trainer counts the tokens of the global batch: T5 takes `num_items_in_batch`
-            # and ignores it, and the default would multiply gradients by accumulation steps and processes.
+            # With a function of ours Trainer counts the tokens of the global batch. T5 accepts `num_items_in_batch`
+            # and ignores it, so that by default gradients would be multiplied by accumulation steps and processes.
             compute_loss_func=partial(_summed_cross_entropy, shift=not model.config.is_encoder_decoder),
             **kwargs,
         )
@@ -196,7 +196,7 @@ def _summed_cross_entropy(outputs, labels: Tensor, num_items_in_batch: Tensor | 
 
 
 def _cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, *, shift: bool, reduction: str) -> Tensor:
-    """Of all labels, one after another; 0 where there is none."""
+    """−log p of all labels, flattened; 0 where there is no label."""
     logits_BTV = logits_BTV.float()
     if shift:
         logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
