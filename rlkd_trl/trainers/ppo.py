@@ -79,7 +79,7 @@ class PPOKDTrainer(OnPolicyTrainer):
         return self.rollout_state.return_mean, self.rollout_state.return_variance
 
     def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:
-        """Moves the running moments towards those of this rollout's returns, over all processes; at first sets them."""
+        """Moves the running moments towards those of this rollout, over all processes; the first one sets them."""
         state = self.rollout_state
         moments = masked_moments(returns_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
         mean, variance = (float(moment) for moment in moments)
