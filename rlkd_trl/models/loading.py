@@ -228,8 +228,19 @@ def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revis
 
 
 def check_precision(config: PreTrainedConfig, dtype: str, *, fp16: bool = False) -> None:
-    """`refuse_t5_in_float16` for the name of a dtype, or for mixed precision in float16. Raises `InputError`."""
-    refuse_t5_in_float16(config, torch.float16 if fp16 else config.dtype if dtype == "auto" else DTYPES[dtype])
+    """Raises `InputError` as `refuse_t5_in_float16`, for a name of a dtype, and with `fp16` as `check_fp16`."""
+    refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
+    if fp16:
+        check_fp16(config, on_cpu=not torch.accelerator.is_available())
+
+
+def check_fp16(config: PreTrainedConfig, *, on_cpu: bool) -> None:
+    """Raises `InputError` where a student cannot be trained in mixed precision with float16: T5, and on a CPU."""
+    refuse_t5_in_float16(config, torch.float16)
+    if on_cpu:
+        raise InputError(
+            "fp16 would have no effect on a CPU, where training goes on in float32: leave it out, or use bf16."
+        )
 
 
 def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:

@@ -74,10 +74,7 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             if args.teacher_mix:
                 importance_BT = self._with_teachers_heads(partial(self._importance, rollout))
                 rollout = rollout.with_(importance_BT=importance_BT)
-            futures_BT = rollout.rewards_BT
-            if args.future == "expected":
-                futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
-        rollout = rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
+            rollout = self.advantages(rollout)
         reward_B = sequence_sum(rollout.rewards_BT, rollout.completion_mask_BT)
         mean, _ = masked_moments(reward_B, rollout.counted_B, sum_over_ranks=self._sum_over_ranks)
         metrics = {"reward": float(mean), **completion_metrics(rollout, self._sum_over_ranks)}
@@ -87,6 +84,13 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print, reward_B=reward_B
         )
         return rollout
+
+    def advantages(self, rollout: Rollout) -> Rollout:
+        """The future's, of the sampled tokens' signals or of the expected ones."""
+        futures_BT = rollout.rewards_BT
+        if self.args.future == "expected":
+            futures_BT = self._with_teachers_heads(partial(self._expected_signals, rollout))
+        return rollout.with_(advantages_BT=self._future_advantages(futures_BT, rollout))
 
     @property
     def _turn(self) -> int:

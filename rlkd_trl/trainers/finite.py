@@ -1,8 +1,11 @@
-"""Optimizer steps that NaN and infinity cannot spread by: a step that is not finite is skipped, many stop the run."""
+"""Optimizer steps that NaN and infinity cannot spread by.
+
+Samples that are not finite are left out of them, a step that is not finite even so is skipped, many stop the run.
+"""
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from transformers.utils import logging
 from rlkd_trl.errors import TrainingError
 from rlkd_trl.models.finite import listed, not_finite, weights_of
 from rlkd_trl.trainers.checkpoint_files import newest_whole
+from rlkd_trl.trainers.gradient_scaler import tolerating_empty_steps
 
 logger = logging.get_logger(__name__)
 # What a `FiniteTrainer` has counted, by attribute; plain values, for a checkpoint to hold.
@@ -26,18 +30,25 @@ COUNTERS = (
 )
 PROMPTS_SHOWN = 3  # of the samples dropped at one time
 _PROMPT_WIDTH = 200
+# What a training step is given: a method's own kind of samples, and the count that Trainer divides losses by, if any.
+MicroBatch = tuple[object, Tensor | int | None]
 
 
 class FiniteTrainer(Trainer):
-    """`transformers.Trainer` that skips an optimizer step whole if its loss or a gradient is NaN or infinite.
+    """`transformers.Trainer` whose updates are those of the samples whose loss and gradients are finite.
 
-    Weights and optimizer state are then left alone; the step still counts, and the learning rate's schedule goes on
-    with the count. All processes take the same decision. After `args.max_skipped_steps` of them in a row `train` saves
-    a checkpoint and raises `TrainingError`. A gradient whose square overflows float32 counts as infinite.
+    If the loss or a gradient of an optimizer step is NaN or infinite, each of its samples is tried alone, the bad ones
+    are counted and logged with their prompts, and the step is done again as if they had never been there, on all
+    processes. If no sample is to blame, or none is left, the step is skipped whole: weights and optimizer state are
+    left alone; the step still counts, and the learning rate's schedule goes on with the count. After
+    `args.max_skipped_steps` of these in a row `train` saves a checkpoint and raises `TrainingError`. A gradient whose
+    square overflows float32 counts as infinite.
 
-    With `fp16`, the scaler's own skipping of steps stays: it lowers the scale, and counts here only if the loss was
-    not finite, or the scale is down to 1. With DeepSpeed, which updates within the backward pass, the run stops at the
-    first loss that is not finite, before the update, and at the first such gradient, after it.
+    With `fp16`, gradients that overflow are the scaler's business: it skips the step and lowers the scale, which
+    counts here only when the scale is down to 1. With DeepSpeed, which updates within the backward pass, losses are
+    looked at before it, one micro-batch at a time: what earlier ones of the same step have added stays as it was. The
+    run stops at the first loss that no bad sample explains, before the update, and at the first gradient that is not
+    finite, after it.
 
     Weights that are not finite are never saved.
     """
@@ -50,9 +61,38 @@ class FiniteTrainer(Trainer):
         self._first_seen = ""
         self._losses_are_finite = torch.ones((), device=self.args.device)
         self._loss_of_step = torch.zeros((), device=self.args.device)
+        self._micro_batches: list[MicroBatch] = []  # of the step in work
+        self.contributes = True
         self._step_is_bad = False
         self._stop_reason = ""
         self.add_callback(_SkippedSteps(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = tolerating_empty_steps(self.accelerator.scaler, self.args.device)
+
+    # What a method defines
+
+    def sample_loss(self, model: nn.Module, micro_batch: MicroBatch, b: int) -> Tensor:
+        """What sample b adds to the step's loss. All processes call it together, equally often."""
+        raise NotImplementedError
+
+    def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
+        """The prompt of sample b."""
+        raise NotImplementedError
+
+    def samples_in(self, micro_batch: MicroBatch) -> Tensor:
+        """`[B]`: which of the micro-batch's samples are in the update."""
+        raise NotImplementedError
+
+    def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
+        """The current step's micro-batches without the samples where `kept`, `[B]` of each, is False.
+
+        Counts that losses are divided by are those without them too. All processes call it together.
+        """
+        raise NotImplementedError
+
+    # Training
 
     def train(self, *args, **kwargs):
         """As Trainer's. Raises `TrainingError` if too many steps in a row were not finite."""
@@ -67,19 +107,20 @@ class FiniteTrainer(Trainer):
         taken = self.state.global_step - self.steps_skipped
         return total / taken if taken else math.nan
 
-    def training_step(self, model: nn.Module, *args, **kwargs) -> Tensor:
+    def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
         """As Trainer's, but the losses of a skipped step add up to 0: in Trainer's running sum a NaN would stay."""
-        loss = super().training_step(model, *args, **kwargs)
         if self.is_deepspeed_enabled:
-            self._check_engine()
-            return loss
+            return self._engine_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append((inputs, num_items_in_batch))
         is_finite = torch.isfinite(loss)
         self._losses_are_finite *= is_finite.float()
         counted = torch.where(is_finite, loss, 0)
-        self._loss_of_step += counted
+        before = self._loss_of_step
+        self._loss_of_step = before + counted
         if self.accelerator.sync_gradients:
-            if self._skip_unless_finite():
-                counted = counted - self._loss_of_step
+            self._finish_step(model)
+            counted = self._loss_of_step - before
             self._loss_of_step = torch.zeros_like(counted)
         return counted
 
@@ -88,33 +129,116 @@ class FiniteTrainer(Trainer):
         """Whether the current optimizer step has turned out not finite."""
         return self._step_is_bad
 
+    def forget_step(self) -> None:
+        """Takes back what the step in work has recorded of its micro-batches: it is done again."""
+
     def checked_loss(self, loss: Tensor) -> Tensor:
-        """The loss; with DeepSpeed every process raises `TrainingError` if one of them has one that is not finite."""
-        if self.is_deepspeed_enabled and not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
-            raise TrainingError(
-                f"Training stopped in step {self.state.global_step + 1}, before its update: the loss is "
-                f"{float(loss)}. {self._last_checkpoint()}"
-            )
-        return loss
+        """The loss as the backward pass is given it; with DeepSpeed it is finite on all processes.
 
-    def drop_from_update(self, bad_B: Tensor, kept_B: Tensor, prompt_of: Callable[[int], str]) -> bool:
-        """Of a micro-batch whose loss is not finite on some process: whether the samples that are kept go on alone.
-
-        All processes call it together, each with its own samples. The bad ones are counted, and logged with their
-        prompts. Where a process has none to keep, or nothing is bad on any of them, the step will have to be skipped;
-        of the latter the log names prompts of the micro-batch.
+        In a step that is done again, a micro-batch without any sample gets one without gradients.
         """
-        counts = torch.stack([bad_B.sum(), (~kept_B.any()).long()]).float()
-        dropped, without_any = self.accelerator.reduce(counts, reduction="sum").tolist()
-        goes_on = dropped > 0 and not without_any
+        if self.is_deepspeed_enabled and not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
+            raise _LossNotFiniteError(float(loss))
+        return loss if self.contributes else torch.zeros_like(loss).requires_grad_()
+
+    def _finish_step(self, model: nn.Module) -> None:
+        """Of the step whose last gradients are there: it is finite, or made so without some samples, or skipped."""
+        micro_batches, self._micro_batches = self._micro_batches, []
+        reason = self._why_not_finite()
+        if reason is None:
+            return
+        kept = self._samples_to_keep(model, micro_batches)
+        if kept is not None:
+            self._do_again(model, self.keeping(micro_batches, kept), kept)
+            reason = self._why_not_finite()
+        if reason is not None:
+            self._loss_of_step = torch.zeros_like(self._loss_of_step)
+            self.skip_step(reason)
+
+    def _why_not_finite(self) -> str | None:
+        """Why the step can do harm, in words; None if its losses and gradients are finite on all processes."""
+        scaler = self.accelerator.scaler
+        is_scaled = scaler is not None and scaler.is_enabled()
+        finite = own_losses = self._losses_are_finite
+        if not is_scaled:  # scaled ones are the scaler's business
+            finite = finite * self._gradients_are_finite().to(finite.device)
+        self._losses_are_finite = torch.ones_like(finite)
+        if self.on_all_ranks(finite):
+            return None
+        names = not_finite((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
+        return _reason(names, losses_are_finite=bool(own_losses), norm_is_finite=bool(finite))
+
+    def _gradients_are_finite(self) -> Tensor:
+        """1 or 0, by the norm of all gradients."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.ones(())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return torch.isfinite(norm).float()
+
+    def _samples_to_keep(self, model: nn.Module, micro_batches: list[MicroBatch]) -> list[Tensor] | None:
+        """`[B]` of each micro-batch: the samples whose own loss and gradients are finite, each tried alone.
+
+        The others are counted, and logged with their prompts. None if there are no others, or nothing is left of the
+        micro-batches on any process.
+        """
+        kept, bad_prompts = [], []
+        for micro_batch in micro_batches:
+            in_update_B = self.samples_in(micro_batch)
+            usable_B = torch.tensor(
+                [self._is_usable(model, micro_batch, b) for b in range(len(in_update_B))], device=in_update_B.device
+            )
+            kept.append(in_update_B & usable_B)
+            bad_prompts += [(micro_batch, b) for b in (in_update_B & ~usable_B).nonzero()[:, 0].tolist()]
+        self.model.zero_grad(set_to_none=True)
+        counts = torch.tensor([len(bad_prompts), sum(int(kept_B.sum()) for kept_B in kept)], device=self.args.device)
+        dropped, left = self.accelerator.reduce(counts.float(), reduction="sum").tolist()
+        goes_on = dropped > 0 and left > 0
         if dropped:
-            what = f"A sample {'is dropped from the update' if goes_on else 'spoils the step'}, its log-probabilities"
-            shown = bad_B.nonzero()[:, 0].tolist()
+            what = f"A sample {'is dropped from the update' if goes_on else 'spoils the step'}, its loss or gradients"
         else:
-            what, shown = "The loss of a micro-batch, but no log-probability, is", range(len(bad_B))
-        self.warn_of_prompts(f"{what} not finite", [prompt_of(b) for b in shown[:PROMPTS_SHOWN]])
+            what = "The loss of a step or its gradients, but no sample's own, are"
+            bad_prompts = [(micro_batches[0], b) for b in range(len(kept[0]))]
+        self.warn_of_prompts(f"{what} not finite", [self.prompt_of(*bad) for bad in bad_prompts[:PROMPTS_SHOWN]])
         self._dropped_since_log += dropped if goes_on else 0
-        return goes_on
+        return kept if goes_on else None
+
+    def _is_usable(self, model: nn.Module, micro_batch: MicroBatch, b: int) -> bool:
+        """Whether the loss of a sample alone, and its gradients, are finite on this process."""
+        if self.is_deepspeed_enabled:  # whose backward pass updates
+            with torch.no_grad():
+                return bool(torch.isfinite(self.sample_loss(model, micro_batch, b)))
+        self.model.zero_grad(set_to_none=True)
+        with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            loss = self.sample_loss(model, micro_batch, b)
+            if loss.requires_grad:
+                loss.backward()
+        return bool(torch.isfinite(loss)) and bool(self._gradients_are_finite())
+
+    def _do_again(self, model: nn.Module, micro_batches: list[MicroBatch], kept: list[Tensor]) -> None:
+        """The step's gradients and loss anew. A process without any sample adds nothing to them."""
+        self.forget_step()
+        self._loss_of_step = torch.zeros_like(self._loss_of_step)
+        for (inputs, num_items_in_batch), kept_B in zip(micro_batches, kept, strict=True):
+            self.contributes = bool(kept_B.any())
+            with self.accelerator.no_sync(model):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            self._losses_are_finite *= torch.isfinite(loss).float()
+            self._loss_of_step += loss
+        self.contributes = True
+        self._average_gradients()
+
+    def _average_gradients(self) -> None:
+        """Over the processes, of which some may have none: their share is 0."""
+        if self.accelerator.num_processes == 1:
+            return
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        has_any = torch.tensor([weight.grad is not None for weight in weights], device=self.args.device).float()
+        for weight, count in zip(weights, self.accelerator.reduce(has_any, reduction="sum").tolist(), strict=True):
+            if count:
+                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(own, reduction="mean")
 
     def warn_of_prompts(self, what: str, prompts: Sequence[str]) -> None:
         """One line of the log for each of a few prompts."""
@@ -126,25 +250,25 @@ class FiniteTrainer(Trainer):
         self.model.zero_grad(set_to_none=True)
         self._note_skipped(reason)
 
-    def _skip_unless_finite(self) -> bool:
-        """Takes the gradients away, before anything reads them, if they or a loss are not finite."""
-        scaler = self.accelerator.scaler
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        is_scaled = scaler is not None and scaler.is_enabled()
-        finite = own_losses = self._losses_are_finite
-        if gradients and not is_scaled:  # scaled ones are the scaler's business
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            finite = finite * torch.isfinite(norm).float().to(finite.device)
-        self._losses_are_finite = torch.ones_like(finite)
-        if self.on_all_ranks(finite):
-            return False
-        if is_scaled:
-            self._note_skipped("the loss not finite")
-            return True
-        names = not_finite((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        self.skip_step(_reason(names, losses_are_finite=bool(own_losses), norm_is_finite=bool(finite)))
-        return True
+    def _engine_step(self, model: nn.Module, inputs, num_items_in_batch) -> Tensor:
+        """With DeepSpeed: a micro-batch, without the samples whose losses are not finite."""
+        try:
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            except _LossNotFiniteError:  # before the backward pass, on all processes
+                micro_batch = (inputs, num_items_in_batch)
+                kept = self._samples_to_keep(model, [micro_batch])
+                if kept is None:
+                    raise
+                [(inputs, num_items_in_batch)] = self.keeping([micro_batch], kept)
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        except _LossNotFiniteError as error:
+            raise TrainingError(
+                f"Training stopped in step {self.state.global_step + 1}, before its update: the loss is {error.loss}. "
+                f"{self._last_checkpoint()}"
+            ) from None
+        self._check_engine()
+        return loss
 
     def _check_engine(self) -> None:
         """Raises `TrainingError` if DeepSpeed has updated by gradients that are not finite; with fp16 it does not."""
@@ -170,7 +294,8 @@ class FiniteTrainer(Trainer):
     def _end_of_step(self) -> bool:
         """Counts a finished step as taken or skipped, and returns whether the run is to stop."""
         scaler = self.accelerator.scaler
-        if self.accelerator.optimizer_step_was_skipped and scaler is not None and scaler.get_scale() <= 1:
+        has_overflowed = getattr(scaler, "has_overflowed", self.accelerator.optimizer_step_was_skipped)
+        if has_overflowed and scaler is not None and scaler.get_scale() <= 1:
             self._note_skipped("gradients that overflow float16 at a scale of 1")
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._step_is_bad else 0
         self.steps_skipped += self._step_is_bad
@@ -223,6 +348,14 @@ class FiniteTrainer(Trainer):
             if checkpoint
             else "No checkpoint was saved before (--save_steps)."
         )
+
+
+class _LossNotFiniteError(Exception):
+    """With DeepSpeed: a loss that must not come to the backward pass; on all processes, each with its own."""
+
+    def __init__(self, loss: float):
+        super().__init__(loss)
+        self.loss = loss
 
 
 def _reason(gradients: list[str], *, losses_are_finite: bool, norm_is_finite: bool) -> str:

@@ -50,7 +50,13 @@ class PPOKDTrainer(OnPolicyTrainer):
                 optimizer.add_param_group({**group, "params": critic, "lr": rate})
         return optimizer
 
+    def make_rollout(self, rows: list[dict]) -> Rollout:
+        self._moments_before = self._return_moments
+        return super().make_rollout(rows)
+
     def advantages(self, rollout: Rollout) -> Rollout:
+        # Not those that this has moved already, if it is done anew.
+        self.rollout_state.return_mean, self.rollout_state.return_variance = self._moments_before
         args, mask_BT = self.args, rollout.completion_mask_BT
         rewards_BT = rollout.rewards_BT
         if args.teacher_baseline:
@@ -75,7 +81,7 @@ class PPOKDTrainer(OnPolicyTrainer):
         return rollout.with_(advantages_BT=advantages_BT, returns_BT=normalize(returns_BT, *self._return_moments))
 
     @property
-    def _return_moments(self) -> tuple[float, float]:
+    def _return_moments(self) -> tuple[float, float | None]:
         return self.rollout_state.return_mean, self.rollout_state.return_variance
 
     def _track_returns(self, returns_BT: Tensor, mask_BT: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +10,7 @@ from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import set_trained_generation_config
-from rlkd_trl.models.loading import load_model, load_tokenizer, refuse_t5_in_float16
+from rlkd_trl.models.loading import check_fp16, load_model, load_tokenizer
 from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import with_adapters
@@ -44,7 +43,7 @@ def prepare_student(
     if processing_class is None:
         raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
     if args.fp16:
-        refuse_t5_in_float16(model.config, torch.float16)
+        check_fp16(model.config, on_cpu=args.use_cpu)
     model = with_adapters(model, peft_config, seed=args.seed)
     check_sharded_head(model)
     check_weights(model, "The student")

@@ -1,7 +1,7 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
+import copy
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +22,6 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.ops.average_reward import average_reward
-from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
@@ -34,7 +33,7 @@ from rlkd_trl.trainers.checks import (
 )
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.curves import keep_curves_in
-from rlkd_trl.trainers.finite import PROMPTS_SHOWN
+from rlkd_trl.trainers.finite import PROMPTS_SHOWN, MicroBatch
 from rlkd_trl.trainers.guards import Guards, repetition_counts
 from rlkd_trl.trainers.preparation import prepare_student, teachers_of
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
@@ -149,6 +148,10 @@ class RolloutTrainer(ResumableTrainer):
         """Completions for this device's prompts, with all that the updates read."""
         raise NotImplementedError
 
+    def advantages(self, rollout: Rollout) -> Rollout:
+        """The rollout with what a completion is worth beside the others that are kept; as it is where nothing is."""
+        return rollout
+
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,52 +222,62 @@ class RolloutTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs: Rollout, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
-        state, args = self.rollout_state, self.args
-        window = (state.micro_step % args.steps_per_generation) // args.gradient_accumulation_steps
-        # Gradients are averaged over processes, and Trainer divides by the accumulation steps: undo both.
-        world, accumulation = self.accelerator.num_processes, self.current_gradient_accumulation_steps
-        tokens, sequences = state.window_tokens[window] / world, state.window_sequences[window] / world
-        loss, shares = self._loss_and_shares(model, inputs, tokens, sequences)
-        if not math.isfinite(shares["loss"]):  # on some process
-            usable = self._usable_part(model, inputs)
-            if usable is not None:
-                lost_2 = _in_loss(inputs) - _in_loss(usable)
-                lost_tokens, lost_sequences = self._sum_over_ranks(lost_2) / world
-                tokens, sequences = (tokens - lost_tokens).clamp(min=1 / world), sequences - lost_sequences
-                loss, shares = self._loss_and_shares(model, usable, tokens, sequences.clamp(min=1 / world))
-        del shares["loss"]
-        for name, share in shares.items():
+        accumulation = self.current_gradient_accumulation_steps  # Trainer divides by it: undo that
+        tokens, sequences = self._window_counts()
+        loss, metrics = self.micro_batch_loss(model, inputs, tokens=tokens, sequences=sequences)
+        if not self.contributes:
+            metrics = {name: torch.zeros_like(share) for name, share in metrics.items()}
+        for name, share in self._mean_over_ranks(metrics).items():
             self._window_metrics[name] += share
         return self.checked_loss(loss * accumulation)
 
-    def _loss_and_shares(
-        self, model, batch: Rollout, tokens: Tensor, sequences: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """`micro_batch_loss`; its metrics, and itself as `loss`, as the mean over processes."""
-        loss, metrics = self.micro_batch_loss(model, batch, tokens=tokens, sequences=sequences)
-        return loss, self._mean_over_ranks({**metrics, "loss": loss.detach().float()})
+    def _window_counts(self) -> tuple[Tensor, Tensor]:
+        """Tokens and sequences that the losses of the current optimizer step are divided by, per process.
 
-    def _usable_part(self, model, batch: Rollout) -> Rollout | None:
-        """The micro-batch without samples whose log-probabilities or values, in the student as it is, are not finite.
-
-        They leave the loss and its count of tokens; their rewards stay in what advantages were taken from. None if
-        nothing can be done about it (see `drop_from_update`). All processes call it together.
+        Gradients are averaged over processes.
         """
-        with torch.no_grad():
-            output = model(**batch.policy_inputs(), with_final_value=False)
-        mask_BT = batch.completion_mask_BT
-        usable_B = usable_rows(output.logps_BT, mask_BT)
-        if output.values is not None:
-            usable_B &= usable_rows(output.values[:, : mask_BT.shape[1]], mask_BT)
+        state, args = self.rollout_state, self.args
+        window = (state.micro_step % args.steps_per_generation) // args.gradient_accumulation_steps
+        world = self.accelerator.num_processes
+        return state.window_tokens[window] / world, state.window_sequences[window] / world
 
-        def prompt_of(b: int) -> str:
-            p = batch.prompt_index_B[b]
-            ids = batch.prompt_ids_PS[p][batch.prompt_mask_PS[p].bool()]
-            return self.processing_class.decode(ids, skip_special_tokens=True)
+    # Samples that are not finite
 
-        kept_B = usable_B & batch.counted_B
-        goes_on = self.drop_from_update(batch.counted_B & ~usable_B, kept_B, prompt_of)
-        return batch.dropping(kept_B) if goes_on else None
+    def sample_loss(self, model, micro_batch: MicroBatch, b: int) -> Tensor:
+        tokens, sequences = self._window_counts()
+        return self.micro_batch_loss(model, micro_batch[0].micro_batch(b, 1), tokens=tokens, sequences=sequences)[0]
+
+    def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
+        batch = micro_batch[0]
+        p = batch.prompt_index_B[b]
+        ids = batch.prompt_ids_PS[p][batch.prompt_mask_PS[p].bool()]
+        return self.processing_class.decode(ids, skip_special_tokens=True)
+
+    def samples_in(self, micro_batch: MicroBatch) -> Tensor:
+        return micro_batch[0].counted_B
+
+    def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
+        """Of the rollout: later passes over it are without the others too.
+
+        Advantages are taken anew before its first step; in a later one they stay as the steps before had them.
+        """
+        state, size = self.rollout_state, self.args.per_device_train_batch_size
+        last = state.micro_step % self.args.steps_per_generation
+        numbers = range(last + 1 - len(micro_batches), last + 1)
+        kept_B = state.rollout.counted_B.clone()
+        kept_B[numbers.start * size : numbers.stop * size] = torch.cat(kept)
+        state.rollout = state.rollout.dropping(kept_B)
+        if state.micro_step % self._micro_steps_per_rollout == last and numbers.start == 0:
+            recorded = copy.deepcopy(self._metrics)
+            with torch.no_grad():
+                state.rollout = self.advantages(state.rollout)
+            self._metrics = recorded
+        self._count_windows(state.rollout)
+        counts = [count for _, count in micro_batches]
+        return [(state.rollout.micro_batch(i, size), count) for i, count in zip(numbers, counts, strict=True)]
+
+    def forget_step(self) -> None:
+        self._window_metrics.clear()
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
         """One micro-batch of the rollout in use, of which the first micro-batch makes the next: `inputs` are rows."""
@@ -274,6 +287,7 @@ class RolloutTrainer(ResumableTrainer):
             state.rollout = self.make_rollout(inputs)  # 1 sample, 2 score, 3 reward, 4 advantage
             state.stopped = bool(state.lost)
             self._count_windows(state.rollout)
+            state.generated_tokens += int(self._sum_over_ranks(state.rollout.completion_mask_BT.sum()))
         if state.stopped:
             # Without gradients the optimizer leaves the weights alone; every process agrees on this.
             loss = torch.zeros((), device=args.device)
@@ -303,13 +317,11 @@ class RolloutTrainer(ResumableTrainer):
         return inputs  # a rollout is made on its device
 
     def _count_windows(self, rollout: Rollout) -> None:
-        """Tokens and sequences in the loss of each optimizer step, and all tokens, over all processes."""
-        loss_mask_BT, mask_BT = rollout.loss_mask_BT, rollout.completion_mask_BT
-        counts_B3 = torch.stack([loss_mask_BT.sum(dim=1), loss_mask_BT.any(dim=1), mask_BT.sum(dim=1)], dim=1).float()
+        """Tokens and sequences in the loss of each optimizer step, over all processes."""
+        loss_mask_BT = rollout.loss_mask_BT
+        counts_B2 = torch.stack([loss_mask_BT.sum(dim=1), loss_mask_BT.any(dim=1)], dim=1).float()
         windows = self.args.steps_per_generation // self.args.gradient_accumulation_steps
-        counts_W3 = self._sum_over_ranks(counts_B3.view(windows, -1, 3).sum(dim=1))
-        self.rollout_state.generated_tokens += int(counts_W3[:, 2].sum())
-        in_loss_W2 = counts_W3[:, :2].clamp(min=1)
+        in_loss_W2 = self._sum_over_ranks(counts_B2.view(windows, -1, 2).sum(dim=1)).clamp(min=1)
         self.rollout_state.window_tokens = list(in_loss_W2[:, 0])
         self.rollout_state.window_sequences = list(in_loss_W2[:, 1])
 
@@ -449,8 +461,3 @@ class RolloutTrainer(ResumableTrainer):
             super()._load_best_model()
             return
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
-
-
-def _in_loss(batch: Rollout) -> Tensor:
-    """How many tokens, and how many sequences, are in the loss, `[2]`."""
-    return torch.stack([batch.loss_mask_BT.sum(), batch.loss_mask_BT.any(dim=1).sum()]).float()

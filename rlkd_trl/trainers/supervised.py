@@ -8,17 +8,18 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
-from rlkd_trl.models.loading import refuse_t5_in_float16
+from rlkd_trl.models.loading import check_fp16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
 from rlkd_trl.students import remove_files_of_others, with_adapters
 from rlkd_trl.trainers.checks import check_column, check_texts, empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
@@ -74,7 +75,7 @@ class SupervisedTrainer(ResumableTrainer):
                 max_completion_length=min(longest, args.max_completion_length),
             )
         if args.fp16:
-            refuse_t5_in_float16(model.config, torch.float16)
+            check_fp16(model.config, on_cpu=args.use_cpu)
         check_weights(model, "The model")
         refuse_float16_weights(model)
         share_special_tokens([model], processing_class, train_dataset["target"])
@@ -100,40 +101,44 @@ class SupervisedTrainer(ResumableTrainer):
         self.run_record["student"] = {"architecture": type(model).__name__}
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
-        """As Trainer's, of the pairs whose log-probabilities are finite: the others are dropped, and logged."""
         if return_outputs:
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        loss = Trainer.compute_loss(self, model, dict(inputs), num_items_in_batch=num_items_in_batch)
-        if not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
-            usable = self._usable_pairs(model, inputs)
-            if usable is not None:
-                if num_items_in_batch is not None:
-                    lost = (inputs["labels"] != _IGNORED).sum() - (usable["labels"] != _IGNORED).sum()
-                    num_items_in_batch = num_items_in_batch - self.accelerator.reduce(lost, reduction="sum")
-                loss = Trainer.compute_loss(self, model, usable, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         return self.checked_loss(loss)
 
-    def _usable_pairs(self, model, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """With an unlabelled copy of a usable pair in the place of each one whose loss is not finite; None if the step
-        cannot go on so (see `drop_from_update`). All processes call it together."""
-        labels = inputs["labels"]
-        with torch.no_grad():
-            outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-        shift = not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder
-        losses_BT = _cross_entropy(outputs.logits, labels, shift=shift, reduction="none").view(len(labels), -1)
-        usable_B = torch.isfinite(losses_BT).all(dim=1)
+    # Pairs that are not finite
 
-        def prompt_of(b: int) -> str:
-            is_prompt_S = inputs["attention_mask"][b].bool()
-            if shift:  # the target follows it
-                is_prompt_S = is_prompt_S & (labels[b] == _IGNORED)
-            return self.processing_class.decode(inputs["input_ids"][b][is_prompt_S], skip_special_tokens=True)
+    def sample_loss(self, model, micro_batch: MicroBatch, b: int) -> Tensor:
+        inputs, num_items_in_batch = micro_batch
+        pair = {name: tensor[b : b + 1] for name, tensor in self._prepare_inputs(inputs).items()}
+        return super().compute_loss(model, pair, num_items_in_batch=num_items_in_batch)
 
-        if not self.drop_from_update(~usable_B, usable_B, prompt_of):
-            return None
-        source_B = torch.where(usable_B, torch.arange(len(labels), device=labels.device), usable_B.long().argmax())
-        usable = {name: tensor[source_B] for name, tensor in inputs.items()}
-        return {**usable, "labels": usable["labels"].masked_fill(~usable_B[:, None], _IGNORED)}
+    def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
+        inputs, _ = micro_batch
+        is_prompt_S = inputs["attention_mask"][b].bool()
+        if self._shifts:  # the target follows it
+            is_prompt_S = is_prompt_S & (inputs["labels"][b] == _IGNORED)
+        return self.processing_class.decode(inputs["input_ids"][b][is_prompt_S], skip_special_tokens=True)
+
+    def samples_in(self, micro_batch: MicroBatch) -> Tensor:
+        return torch.ones(len(micro_batch[0]["labels"]), dtype=torch.bool)
+
+    def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
+        parts, lost = [], torch.zeros((), dtype=torch.long, device=self.args.device)
+        for (inputs, _), kept_B in zip(micro_batches, kept, strict=True):
+            labels_B = (inputs["labels"][:, int(self._shifts) :] != _IGNORED).sum(dim=1).to(lost.device)
+            lost += labels_B[~kept_B.to(lost.device)].sum()
+            # One without any pair is gone through as it is, for nothing.
+            rows = kept_B if kept_B.any() else torch.ones_like(kept_B)
+            parts.append({name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()})
+        if self.args.average_tokens_across_devices:
+            lost = self.accelerator.reduce(lost, reduction="sum")
+        return [(part, count - lost) for part, (_, count) in zip(parts, micro_batches, strict=True)]
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether position t predicts label t+1."""
+        return not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -73,5 +73,20 @@ def test_a_loss_of_nan_on_one_process_is_skipped_by_both(accumulation, two_ranks
 
 def test_samples_are_dropped_on_both(two_ranks):
     """Or the cases above show nothing."""
-    for name in ("ppo-dropped", "rloo-token-dropped"):
+    for name in ("ppo-dropped", "rloo-token-dropped", "rloo-sequence-misread", "kd-misread"):
         assert any(entry.get("samples_dropped", 0) > 1 for entry in two_ranks[0][name]["logs"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["rloo-sequence", "kd"])
+def test_a_process_without_any_sample_leaves_the_step_to_the_other(method, accumulation, two_ranks, one_rank):
+    first, second = (results["without half"][method, accumulation] for results in two_ranks)
+    single = one_rank["without half"][method, 1]
+    assert [log["samples_dropped"] for log in first["logs"]] == [None, 4.0, None]
+    for two, one in zip(first["logs"], single["logs"], strict=True):
+        assert {k: v for k, v in two.items() if v is not None} == pytest.approx(
+            {k: v for k, v in one.items() if v is not None}, rel=1e-4, abs=1e-5
+        )
+    for step in range(3):
+        assert_same_weights(second["weights"][step], first["weights"][step])
+        assert_same_weights(first["weights"][step], single["weights"][step], rtol=1e-4, atol=1e-5)

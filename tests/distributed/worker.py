@@ -12,7 +12,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from rlkd_trl.errors import TrainingError
-from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, run, teacher_reward
+from tests.conftest import PAD
+from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, teacher_reward
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
 # would show rounding: plain SGD with momentum.
@@ -36,6 +37,7 @@ class Case:
     settings: tuple = ()
     rows: int = 32
     has_bad_rewards: bool = False
+    is_misread: bool = False  # the student reads some completions as NaN
 
 
 CASES = {
@@ -57,6 +59,8 @@ CASES = {
     "rloo-token-average-reward": Case("rloo-token", "llama", 2, settings=(("average_reward", "rollout"),)),
     "ppo-dropped": Case("ppo", settings=(("num_generations", 4),), has_bad_rewards=True),
     "rloo-token-dropped": Case("rloo-token", "llama", 2, settings=(("num_generations", 4),), has_bad_rewards=True),
+    "rloo-sequence-misread": Case("rloo-sequence", "llama", 2, is_misread=True),
+    "kd-misread": Case("kd", "t5-untied", 4, settings=(("divergence", "reverse_kl"),), is_misread=True),
     "reinforce": Case("reinforce", settings=(("baseline", "mean"), ("mask_truncated_completions", True))),
     "reinforce-lagging-top-k": Case(
         "reinforce",
@@ -118,8 +122,57 @@ def skip(output_dir: Path, accumulation: int) -> dict:
     return found
 
 
+def without_half(method: str, output_dir: Path, accumulation: int) -> dict:
+    """Three steps; in the second the student cannot read the last half of the global batch: all of one process's."""
+    state, bad = PartialState(), set()
+    settings = {**COMMON, "entropy_coef": 0.05} if method in METHODS else COMMON
+    trainer = build(method, output_dir, data=pairs(32, seed=1), num_generations=2, **settings,
+                    per_device_train_batch_size=GLOBAL_BATCH // state.num_processes // accumulation,
+                    gradient_accumulation_steps=accumulation)  # fmt: skip
+    make_rollout, backbone = trainer.make_rollout, trainer.model.backbone
+    states = backbone.completion_states
+
+    def key(prompt_ids, prompt_mask, completion_ids) -> tuple:
+        end = [int(i) for i in completion_ids if i != PAD]
+        return tuple(prompt_ids[prompt_mask.bool()].tolist()), tuple(end)
+
+    def made(rows):
+        rollout = make_rollout(rows)
+        bad.clear()
+        for b in range(len(rollout.completion_ids_BT)):
+            is_last_half = state.process_index == 1 or (state.num_processes == 1 and b >= GLOBAL_BATCH // 2)
+            if trainer.state.global_step == 1 and is_last_half:
+                p = rollout.prompt_index_B[b]
+                bad.add(key(rollout.prompt_ids_PS[p], rollout.prompt_mask_PS[p], rollout.completion_ids_BT[b]))
+        return rollout
+
+    def spoiled(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs):
+        found = states(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs)
+        keys = [key(prompt_ids[p], prompt_mask[p], completion_ids_BT[b]) in bad for b, p in enumerate(prompt_index_B)]
+        return found.masked_fill(torch.tensor(keys)[:, None, None], math.nan)
+
+    trainer.make_rollout, backbone.completion_states = made, spoiled
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    logs = [{name: log.get(name) for name in ("loss", "grad_norm", "samples_dropped")} for log in recorder.logs]
+    return {"weights": recorder.weights, "logs": logs}
+
+
+def misread_some(trainer) -> None:
+    """The student's states are NaN along completions whose first token's id can be divided by 3."""
+    backbone = trainer.model.backbone
+    states = backbone.completion_states
+
+    def of_completions(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs):
+        found = states(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs)
+        return found.masked_fill((completion_ids_BT[:, 0] % 3 == 0)[:, None, None], math.nan)
+
+    backbone.completion_states = of_completions
+
+
 def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation: int) -> dict:
-    recorder = run(
+    trainer = build(
         case.method,
         output_dir,
         family=case.family,
@@ -129,6 +182,11 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         gradient_accumulation_steps=gradient_accumulation,
         **{**COMMON, **(REWARDED if case.method in METHODS else {}), **dict(case.settings)},
     )
+    if case.is_misread:
+        misread_some(trainer)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
     assert recorder.trainer.accelerator.num_processes == processes
     names = (
         "loss",
@@ -187,6 +245,12 @@ def main(output_dir: Path) -> None:
         for name, case in CASES.items()
     }
     results["not finite"] = {accumulation: skip(output_dir / "runs", accumulation) for accumulation in (1, 2)}
+    several = 2 if state.num_processes > 1 else 1
+    results["without half"] = {
+        (method, accumulation): without_half(method, output_dir / "runs", accumulation)
+        for method in ("rloo-sequence", "kd")
+        for accumulation in (1, several)
+    }
     results["cost by budget"] = {budget: spend(output_dir / "runs", cpu_budget=budget) for budget in BUDGETS}
     torch.save(results, output_dir / f"rank{state.process_index}.pt")
     state.wait_for_everyone()

@@ -284,6 +284,12 @@ MODEL_CASES = [
         "--student_revision v1",
         "--student_revision v1 is for what is on the Hub, and student is",
     ),
+    (("sft",), "--fp16 True --student llama", "fp16 would have no effect on a CPU"),
+    (
+        ("rloo_kd",),
+        "--fp16 True --student llama --teacher llama",
+        "fp16 would have no effect on a CPU, where training goes on in float32: leave it out, or use bf16",
+    ),
     (SOME_TRAINED, "--fp16 True", "T5 models overflow in float16: choose bfloat16 or float32"),
     (
         ("sft", "ppo_kd", "evaluate"),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from rlkd_trl.errors import TrainingError
 from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
@@ -120,47 +121,120 @@ WITH_AVERAGE = {
 }
 
 
-def one_step(method: str, output_dir, *, is_spoiled: bool) -> Recorder:
-    """On ten completions, of which the student cannot read the fourth, or of which it is out of the loss."""
-    settings = {"max_steps": 1, "max_grad_norm": 0.0, "num_generations": 2, "per_device_train_batch_size": 10}
-    trainer = build(method, output_dir, data=DATA, **settings)
-    samples_instead(trainer, *GOOD[:3], DROPPED[0], *GOOD[4:])
-    if is_spoiled:
-        spoil_student(trainer)
-    else:
-        make_rollout, is_kept_B = trainer.make_rollout, torch.arange(10) != 3
+class NanGradient(torch.autograd.Function):
+    """The identity, with a gradient of NaN in the rows that `is_bad_B` marks."""
 
-        def without_it(rows):
-            rollout = make_rollout(rows)
-            return rollout.with_(loss_mask_BT=rollout.loss_mask_BT & is_kept_B[:, None])
+    @staticmethod
+    def forward(ctx, states, is_bad_B):
+        ctx.save_for_backward(is_bad_B)
+        return states.clone()
 
-        trainer.make_rollout = without_it
+    @staticmethod
+    def backward(ctx, gradient):
+        (is_bad_B,) = ctx.saved_tensors
+        return gradient.masked_fill(is_bad_B.view(-1, *[1] * (gradient.dim() - 1)), math.nan), None
+
+
+def spoil_gradient(trainer) -> None:
+    """What the student reads of a completion to be dropped is finite, and what it learns of it is not."""
+    backbone = trainer.model.backbone
+    states = backbone.completion_states
+
+    def of_completions(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs):
+        found = states(prompt_ids, prompt_mask, completion_ids_BT, prompt_index_B, **kwargs)
+        return NanGradient.apply(found, (completion_ids_BT == BAD).any(dim=1))
+
+    backbone.completion_states = of_completions
+
+
+# Where the student's log-probabilities are read in the update only, and everywhere a gradient.
+LATE = {
+    "rloo-sequence": ({"entropy_coef": 0.1}, spoil_student),  # whose sums are over sequences, and over tokens
+    "rloo-token": ({"normalize_advantages": True}, spoil_student),
+    "reinforce": ({"baseline": "mean"}, spoil_student),
+    "kd": ({}, spoil_student),
+    "ppo": ({}, spoil_gradient),
+    "all-actions": ({"future_weight": 1.0}, spoil_gradient),
+}
+
+
+def late_step(method: str, output_dir, size: int, *, with_dropped: bool) -> Recorder:
+    """As `gradients_of`, in micro-batches of `size`; the bad samples are found out in the update."""
+    settings, spoil = LATE[method]
+    count = 3 if with_dropped else 2
+    trainer = build(
+        method, output_dir, data=DATA, max_steps=1, max_grad_norm=0.0, num_generations=count, **settings,
+        per_device_train_batch_size=size, gradient_accumulation_steps=5 * count // size,
+    )  # fmt: skip
+    pairs = [GOOD[i : i + 2] for i in range(0, 10, 2)]
+    order = [[a, bad, b] for (a, b), bad in zip(pairs, DROPPED, strict=True)] if with_dropped else pairs
+    samples_instead(trainer, *(ids for group in order for ids in group))
+    spoil(trainer)
     recorder = Recorder(trainer)
     trainer.add_callback(recorder)
     trainer.train()
     return recorder
 
 
-@pytest.mark.parametrize("method", ["rloo-sequence", "rloo-token", "reinforce", "kd"])
-def test_one_step_without_a_sample_that_the_student_cannot_read(method, tmp_path, caplog):
-    """Its log-probabilities are read in the update only: there it leaves the loss, and advantages are as they were."""
+@pytest.mark.parametrize("size", [5, 1])
+@pytest.mark.parametrize("method", LATE)
+def test_an_update_is_done_again_without_samples_that_it_finds_bad(method, size, tmp_path, caplog):
+    """As if they had never been there, however the step is cut: in loss, counts, baselines and moments."""
     logging.getLogger("rlkd_trl").propagate = True
-    clean = one_step(method, tmp_path / "clean", is_spoiled=False)
+    clean = late_step(method, tmp_path / "clean", 10, with_dropped=False)
     with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
-        dirty = one_step(method, tmp_path / "dirty", is_spoiled=True)
+        dirty = late_step(method, tmp_path / "dirty", size, with_dropped=True)
     for name, expected in clean.gradients[0].items():
         if expected is not None:
             torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
     ((log,), (clean_log,)) = dirty.logs, clean.logs
-    assert log["samples_dropped"] == 1 and "steps_skipped" not in log and "samples_dropped" not in clean_log
-    assert log["loss"] == pytest.approx(clean_log["loss"], rel=1e-4, abs=1e-6)
-    (said,) = [record.getMessage() for record in caplog.records if "dropped from the update" in record.getMessage()]
-    rollout = dirty.rollouts[0]
-    assert repr(word_tokenizer().decode(rollout.prompt_ids_PS[1], skip_special_tokens=True)) in said
+    assert log["samples_dropped"] == 5 and "steps_skipped" not in log and "samples_dropped" not in clean_log
+    for name in ("loss", "entropy", "divergence", "value_loss", "ratio", "immediate"):
+        if name in clean_log:
+            assert log[name] == pytest.approx(clean_log[name], rel=1e-4, abs=1e-6), name
+    said = [record.getMessage() for record in caplog.records if "dropped from the update" in record.getMessage()]
+    assert len({line.rpartition(": ")[2] for line in said} & {repr(row["prompt"]) for row in DATA}) == len(said) == 3
+    if method == "ppo":
+        moments = [(r.trainer.rollout_state.return_mean, r.trainer.rollout_state.return_variance)
+                   for r in (dirty, clean)]  # fmt: skip
+        assert moments[0] == pytest.approx(moments[1], rel=1e-4)
 
 
-def sft_step(family: str, output_dir, rows: list[dict]) -> Recorder:
-    """One step on all rows, of a model that gives NaN where a prompt has the word w26."""
+def test_in_a_later_step_advantages_stay_and_later_passes_are_without_the_sample_too(tmp_path):
+    """Of two steps of a rollout the second finds a bad sample; both of the next pass are without it from the start."""
+
+    def run_of(output_dir, *, is_spoiled: bool) -> Recorder:
+        trainer = build("rloo-token", output_dir, data=DATA, max_steps=4, max_grad_norm=0.0, num_generations=2,
+                        num_iterations=2, per_device_train_batch_size=1, gradient_accumulation_steps=5,
+                        steps_per_generation=10, epsilon=10.0)  # fmt: skip
+        samples_instead(trainer, *GOOD[:7], DROPPED[3], *GOOD[8:])
+
+        class AfterTheFirst(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 1 and is_spoiled:
+                    spoil_student(trainer)
+                elif state.global_step == 1:  # out of the loss by hand
+                    rollout = trainer.rollout_state.rollout
+                    loss_mask_BT = rollout.loss_mask_BT & (torch.arange(10) != 7)[:, None]
+                    trainer.rollout_state.rollout = rollout.with_(loss_mask_BT=loss_mask_BT)
+                    trainer.rollout_state.window_tokens[1] = loss_mask_BT[5:].sum().float()
+
+        recorder = Recorder(trainer)
+        trainer.add_callback(recorder)
+        trainer.add_callback(AfterTheFirst())
+        trainer.train()
+        return recorder
+
+    dirty, clean = run_of(tmp_path / "dirty", is_spoiled=True), run_of(tmp_path / "clean", is_spoiled=False)
+    for step in range(4):
+        for name, expected in clean.gradients[step].items():
+            if expected is not None:
+                torch.testing.assert_close(dirty.gradients[step][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert [log.get("samples_dropped") for log in dirty.logs] == [None, 1.0, None, None], "counted once"
+
+
+def sft_step(family: str, output_dir, rows: list[dict], size: int | None = None) -> Recorder:
+    """One step on all rows, in micro-batches of `size`, of a model that gives NaN where a prompt has the word w26."""
     model = MODELS[family]()
 
     def spoil(module, args, kwargs, output):
@@ -170,8 +244,10 @@ def sft_step(family: str, output_dir, rows: list[dict]) -> Recorder:
         return output
 
     (model.encoder if model.config.is_encoder_decoder else model.model).register_forward_hook(spoil, with_kwargs=True)
-    args = SupervisedConfig(output_dir=str(output_dir), per_device_train_batch_size=len(rows), max_steps=1,
-                            max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    size = size or len(rows)
+    args = SupervisedConfig(output_dir=str(output_dir), per_device_train_batch_size=size, max_steps=1, seed=1,
+                            gradient_accumulation_steps=len(rows) // size, max_grad_norm=0.0, logging_steps=1,
+                            save_strategy="no", disable_tqdm=True)  # fmt: skip
     trainer = SupervisedTrainer(model, args, Dataset.from_list(rows), word_tokenizer())
     recorder = Recorder(trainer)
     recorder.on_pre_optimizer_step = lambda *args, **kwargs: recorder.gradients.append(
@@ -182,13 +258,14 @@ def sft_step(family: str, output_dir, rows: list[dict]) -> Recorder:
     return recorder
 
 
+@pytest.mark.parametrize("size", [8, 2, 1])
 @pytest.mark.parametrize("family", ["t5-tied", "llama"])
-def test_sft_without_pairs_that_the_model_cannot_read(family, tmp_path, caplog):
+def test_sft_without_pairs_that_the_model_cannot_read(family, size, tmp_path, caplog):
     logging.getLogger("rlkd_trl").propagate = True
-    good = [{"prompt": f"w{3 + i} w{4 + i}", "target": f"w{5 + i} w7 w8"[: 3 + 3 * (i % 2)]} for i in range(5)]
+    good = [{"prompt": f"w{3 + i} w{4 + i}", "target": f"w{5 + i} w7 w8"[: 3 + 3 * (i % 2)]} for i in range(6)]
     bad = [{"prompt": f"w9 w26 w{3 + i}", "target": "w5 w6 w7 w8"} for i in range(2)]
     with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
-        dirty = sft_step(family, tmp_path / "dirty", [bad[0], *good[:2], bad[1], *good[2:]])
+        dirty = sft_step(family, tmp_path / "dirty", [bad[0], *good[:2], bad[1], *good[2:]], size)
     clean = sft_step(family, tmp_path / "clean", good)
     for name, expected in clean.gradients[0].items():
         torch.testing.assert_close(dirty.gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)

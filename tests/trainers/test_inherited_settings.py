@@ -146,6 +146,18 @@ def test_t5_in_float16_is_refused_by_supervised_training(tmp_path):
         SupervisedTrainer(MODELS["t5-tied"](), args, pair, word_tokenizer())
 
 
+@pytest.mark.parametrize("kind", ["rollouts", "supervised"])
+def test_float16_on_a_cpu_is_refused(kind, tmp_path):
+    """Accelerate would go on in float32 without a word."""
+    with pytest.raises(InputError, match="fp16 would have no effect on a CPU"):
+        if kind == "rollouts":
+            tiny_runs.build("kd", tmp_path, family="llama", fp16=True, use_cpu=True)
+        else:
+            args = SupervisedConfig(output_dir=str(tmp_path), fp16=True, use_cpu=True)
+            pair = Dataset.from_list([{"prompt": "w3", "target": "w4"}])
+            SupervisedTrainer(MODELS["llama"](), args, pair, word_tokenizer())
+
+
 # What works
 
 
