@@ -110,7 +110,7 @@ class SupervisedTrainer(ResumableTrainer):
 
     def sample_loss(self, model, micro_batch: MicroBatch, b: int) -> Tensor:
         inputs, num_items_in_batch = micro_batch
-        pair = {name: tensor[b : b + 1] for name, tensor in self._prepare_inputs(inputs).items()}
+        pair = {name: tensor[b : b + 1].to(self.args.device) for name, tensor in inputs.items()}
         return super().compute_loss(model, pair, num_items_in_batch=num_items_in_batch)
 
     def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
