@@ -22,7 +22,7 @@ Without `--student` a new one is made of the teacher, with some of its layers (`
 from pathlib import Path
 
 from rlkd_trl.commands.encoder_data import is_demo
-from rlkd_trl.commands.encoder_demo import use_demo_teacher
+from rlkd_trl.commands.encoder_demo import use_demo_teachers
 from rlkd_trl.commands.encoder_results import evaluate, finish_stage, save_student
 from rlkd_trl.commands.encoder_stages import build, check_data, check_directories, clear_unfinished, plan_stages
 from rlkd_trl.commands.settings import CommandLine, EncoderSettings
@@ -46,7 +46,7 @@ def main() -> None:
     settings = command.settings()
     check_directories(settings)
     if is_demo(settings):
-        use_demo_teacher(settings, settings.args.output_dir, seed=settings.args.seed)
+        use_demo_teachers(settings, settings.args.output_dir, seed=settings.args.seed)
     stages = plan_stages(settings, rows)
 
     for number, stage in enumerate(stages):

@@ -240,6 +240,11 @@ class EncoderTeacherArguments:
 class EncoderStudentArguments:
     """Student: a checkpoint, or a smaller teacher"""
 
+    # Given on the command line, a flag puts these of a preset out of force.
+    REPLACED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "student": ("num_layers", "hidden_size", "num_heads", "intermediate_size", "init"),
+        **dict.fromkeys(("hidden_size", "num_heads", "intermediate_size"), ("init",)),
+    }
     student: CheckpointPath | None = field(
         default=None, metadata={"help": "Checkpoint directory or Hub id to start from; default: a new one."}
     )

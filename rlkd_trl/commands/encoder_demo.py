@@ -1,7 +1,7 @@
 """The embedded demo of encoder distillation: how hard is the trail that a sentence describes?
 
-The teacher, a BERT of four layers, is trained on the labels here, in a process of its own, which knows nothing of how
-the run was launched.
+The teacher, a BERT of four layers, is trained here, on masked words and then on the labels, in a process of its own,
+which knows nothing of how the run was launched.
 """
 
 import re
@@ -14,7 +14,7 @@ from rlkd_trl.data.demo import WORDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from rlkd_trl.commands.settings import EncoderSettings
 
@@ -24,15 +24,20 @@ _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 
 @dataclass(frozen=True)
 class EncoderDemoRequest:
-    """What to train: in `output_dir/teacher`, a classifier."""
+    """What to train: in `output_dir/teacher` a model of masked words, in `output_dir/task_teacher` a classifier."""
 
     output_dir: str
     seed: int
-    steps: int = 300
+    general_steps: int = 200
+    task_steps: int = 150
 
     @property
     def teacher(self) -> str:
         return str(Path(self.output_dir) / "teacher")
+
+    @property
+    def task_teacher(self) -> str:
+        return str(Path(self.output_dir) / "task_teacher")
 
 
 def demo_rows(split: str) -> "Dataset":
@@ -46,13 +51,13 @@ def demo_rows(split: str) -> "Dataset":
     return Dataset.from_list(rows)
 
 
-def use_demo_teacher(settings: "EncoderSettings", output_dir: str | Path, *, seed: int) -> None:
-    """Makes the demo's teacher in `output_dir/demo_models` and names it in the settings."""
+def use_demo_teachers(settings: "EncoderSettings", output_dir: str | Path, *, seed: int) -> None:
+    """Makes the demo's teachers in `output_dir/demo_models` and names them in the settings."""
     from rlkd_trl.commands.demo import make_apart
 
     request = EncoderDemoRequest(str(Path(output_dir) / "demo_models"), seed)
-    make_apart("rlkd_trl.commands.encoder_demo:train_demo_teacher", request)
-    settings.teacher.teacher = request.teacher
+    make_apart("rlkd_trl.commands.encoder_demo:train_demo_teachers", request)
+    settings.teacher.teacher, settings.teacher.task_teacher = request.teacher, request.task_teacher
 
 
 def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
@@ -79,20 +84,16 @@ def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     )
 
 
-def train_demo_teacher(output_dir: str, seed: int, steps: int) -> None:
-    """Trains the teacher here, and saves it."""
-    from transformers import BertConfig, BertForSequenceClassification, set_seed
+def train_demo_teachers(**fields) -> None:
+    """Trains the teachers of an `EncoderDemoRequest` with these fields here, and saves them."""
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, set_seed
 
     from rlkd_trl.commands.encoder_data import Classes, with_numbers
-    from rlkd_trl.trainers.encoder import EncoderKDTrainer
-    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 
-    request = EncoderDemoRequest(output_dir, seed, steps)
+    request = EncoderDemoRequest(**fields)
     rows = demo_rows("train")
     tokenizer = demo_tokenizer(rows["text"][:])
     names = dict(enumerate(sorted([*WORDS["difficulty"], NOT_SAID])))
-    print("Demo: training a teacher on the labels", flush=True)
-    set_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -100,22 +101,47 @@ def train_demo_teacher(output_dir: str, seed: int, steps: int) -> None:
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=128,
+        initializer_range=0.1,  # with BERT's 0.02 so narrow a model learns slowly
         pad_token_id=tokenizer.pad_token_id,
         id2label=names,
         label2id={name: number for number, name in names.items()},
     )
+    set_seed(request.seed)
+    print("Demo 1/2: training a teacher on masked words", flush=True)
+    teacher = BertForMaskedLM(config)
+    _fit(teacher, tokenizer, rows, request.teacher, "mlm_ce", steps=request.general_steps, seed=request.seed)
+
+    print("Demo 2/2: fine-tuning it on the labels", flush=True)
+    classifier = BertForSequenceClassification.from_pretrained(request.teacher)
+    rows = with_numbers(rows, Classes(names), "label")
+    _fit(classifier, tokenizer, rows, request.task_teacher, "hard_ce", steps=request.task_steps, seed=request.seed)
+
+
+def _fit(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: "Dataset",
+    output_dir: str,
+    loss: str,
+    *,
+    steps: int,
+    seed: int,
+) -> None:
+    from rlkd_trl.trainers.encoder import EncoderKDTrainer
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
+
     args = EncoderKDConfig(
-        request.teacher,
-        losses=["hard_ce"],
+        output_dir,
+        stages=["general" if loss == "mlm_ce" else "task"],
+        losses=[loss],
         max_steps=steps,
-        learning_rate=1e-3,
-        warmup_steps=30,
+        learning_rate=3e-3,
+        warmup_steps=20,
         per_device_train_batch_size=32,
         logging_steps=max(steps // 5, 1),
         save_strategy="no",
         seed=seed,
     )
-    train = with_numbers(rows, Classes(names), "label")
-    trainer = EncoderKDTrainer(BertForSequenceClassification(config), None, args, train, processing_class=tokenizer)
+    trainer = EncoderKDTrainer(model, None, args, rows, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()

@@ -113,6 +113,7 @@ def load_encoder(
             config=config,
             dtype=DTYPES[dtype],
             output_loading_info=True,
+            quietly=True,  # of weights that are missing or not used, what matters is said below
             ignore_mismatched_sizes=may_be_new and num_labels is not None,
         )
     missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}

@@ -249,11 +249,17 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
 
-def load_part(auto_class, name_or_path: str, part: str, **kwargs):
-    """`auto_class.from_pretrained`. part: what is loaded, for the message. Raises `InputError` for whatever fails."""
+def load_part(auto_class, name_or_path: str, part: str, *, quietly: bool = False, **kwargs):
+    """`auto_class.from_pretrained`.
+
+    part: what is loaded, for the message. quietly: whether what transformers says of it is not shown.
+
+    Raises:
+        InputError: For whatever fails.
+    """
     require_checkpoint("model", name_or_path)
     try:
-        with _quietly_unless_loaded():
+        with _quietly_unless_loaded(shows_logs=not quietly):
             return auto_class.from_pretrained(name_or_path, **kwargs)
     except Exception as error:  # a damaged file can make any of the libraries raise anything
         is_local = Path(name_or_path).is_dir()
@@ -282,8 +288,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quietly_unless_loaded() -> Iterator[None]:
-    """Holds back what transformers logs and warns about a checkpoint until it is loaded.
+def _quietly_unless_loaded(*, shows_logs: bool = True) -> Iterator[None]:
+    """Holds back what transformers logs and warns about a checkpoint until it is loaded, or for good.
 
     If loading fails, the user sees our one message only. Progress bars are shown on a terminal only.
     """
@@ -299,7 +305,7 @@ def _quietly_unless_loaded() -> Iterator[None]:
         logger.handlers = handlers
         if shows_bars:
             transformers_logging.enable_progress_bar()
-    for record in held.buffer:
+    for record in held.buffer if shows_logs else ():
         logger.handle(record)
     for warning in warned:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

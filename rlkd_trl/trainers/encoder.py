@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -205,31 +206,60 @@ class EncoderKDTrainer(ResumableTrainer):
     # The loss
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
-        teachings = self._teachings(inputs)
-        counts = num_items_in_batch
-        shares = self._shares(model, inputs, teachings, counts)
-        weighted = [self.objective.weights[name] * share for name, share in shares.items()]
-        loss = torch.stack(weighted).sum()
-        for name, share in self._mean_over_ranks({name: share.detach() for name, share in shares.items()}).items():
+        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut.
+
+        Texts of which a loss is not finite are dropped, and logged.
+        """
+        kept_B = torch.ones(len(inputs["input_ids"]), dtype=torch.bool, device=inputs["input_ids"].device)
+        loss, shares = self._loss_and_shares(model, inputs, kept_B, num_items_in_batch)
+        if not math.isfinite(shares["loss"]):  # on some process
+            usable_B = self._usable_texts(model, inputs)
+            if usable_B is not None:
+                lost = self._sum_over_ranks(_counts(inputs, self.student.reader.stacks, ~usable_B))
+                counts = {unit: (count - lost.get(unit, 0)).clamp(min=1) for unit, count in num_items_in_batch.items()}
+                source_B = torch.where(
+                    usable_B, torch.arange(len(usable_B), device=usable_B.device), usable_B.long().argmax()
+                )
+                usable = {name: tensor[source_B] for name, tensor in inputs.items()}
+                loss, shares = self._loss_and_shares(model, usable, usable_B, counts)
+        del shares["loss"]
+        for name, share in shares.items():
             self._step_metrics[f"losses/{name}"] += share
         return self.checked_loss(loss)
 
-    def _shares(
-        self, model, batch: dict[str, Tensor], teachings: Teachings | None, counts: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Each ingredient of a micro-batch, divided by its count in the global batch; times the processes, over which
-        gradients are averaged."""
-        losses_B = model(
-            self._model_inputs(self.student.model, batch),
-            self._wanted[0],
-            partial(self._losses, batch=batch, teachings=teachings),
-        )
-        world = self.accelerator.num_processes
-        return {
-            name: sum((of_stack_B.sum() / counts[unit] for unit, of_stack_B in by_unit.items())) * world
+    def _loss_and_shares(
+        self, model, batch: dict[str, Tensor], kept_B: Tensor, counts: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum of a micro-batch's losses on the texts that are kept; each of them, unweighted, and the sum
+        as `loss`, over all processes."""
+        losses_B = self._losses_of_texts(model, batch)
+        world = self.accelerator.num_processes  # over which gradients are averaged
+        shares = {
+            name: sum(torch.where(kept_B, loss_B, 0).sum() / counts[unit] for unit, loss_B in by_unit.items()) * world
             for name, by_unit in losses_B.items()
         }
+        loss = torch.stack([self.objective.weights[name] * share for name, share in shares.items()]).sum()
+        detached = {name: share.detach().float() for name, share in {**shares, "loss": loss}.items()}
+        means = self.accelerator.reduce(torch.stack(list(detached.values())), reduction="mean")
+        return loss, dict(zip(detached, means.tolist(), strict=True))
+
+    def _losses_of_texts(self, model, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        inputs, wanted = self._model_inputs(self.student.model, batch), self._wanted[0]
+        return model(inputs, wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
+
+    @torch.no_grad()
+    def _usable_texts(self, model, batch: dict[str, Tensor]) -> Tensor | None:
+        """Which texts have finite losses, `[B]`; None if the step cannot go on with these alone (see
+        `drop_from_update`). All processes call it together."""
+        losses_B = self._losses_of_texts(model, batch)
+        found = [torch.isfinite(loss_B) for by_unit in losses_B.values() for loss_B in by_unit.values()]
+        usable_B = torch.stack(found).all(dim=0)
+
+        def text_of(b: int) -> str:
+            ids = batch["input_ids"][b][batch["attention_mask"][b].bool()]
+            return self.processing_class.decode(ids, skip_special_tokens=True)
+
+        return usable_B if self.drop_from_update(~usable_B, usable_B, text_of) else None
 
     def _losses_and_logits(self, outputs: ModelOutput, layers: Layers, **of_batch):
         return self._losses(outputs, layers, **of_batch), _logits(outputs)
@@ -303,14 +333,17 @@ class EncoderKDTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
         batches = [self._with_masked_tokens(batch, epoch) for batch in batches]
+        if not batches:
+            return batches, None
         counts: dict[str, float] = defaultdict(float)
         for batch in batches:
             for unit, count in _counts(batch, self.student.reader.stacks).items():
                 counts[unit] += count
-        if not counts:
-            return batches, None
-        totals = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), reduction="sum")
-        return batches, dict(zip(counts, totals.clamp(min=1), strict=True))
+        return batches, {unit: total.clamp(min=1) for unit, total in self._sum_over_ranks(counts).items()}
+
+    def _sum_over_ranks(self, counts: Mapping[str, float]) -> dict[str, Tensor]:
+        totals = torch.tensor(list(counts.values()), device=self.accelerator.device)
+        return dict(zip(counts, self.accelerator.reduce(totals, reduction="sum"), strict=True))
 
     def _with_masked_tokens(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
         """With tokens masked, where the collator has not done it."""
@@ -337,10 +370,6 @@ class EncoderKDTrainer(ResumableTrainer):
         return loss
 
     # Logging
-
-    def _mean_over_ranks(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-        means = self.accelerator.reduce(torch.stack([value.float() for value in metrics.values()]), reduction="mean")
-        return dict(zip(metrics, means.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the means of each ingredient, before its weight, since the last log."""
@@ -503,14 +532,14 @@ def _token_mask(batch: Mapping[str, Tensor], stack: str = "encoder") -> Tensor:
     return batch["decoder_attention_mask" if is_second else "attention_mask"].bool()
 
 
-def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[str, float]:
-    """Of what losses are averaged over."""
-    counts = {f"{stack} tokens": float(_token_mask(batch, stack).sum()) for stack in stacks}
-    counts["texts"] = float(len(batch["input_ids"]))
+def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...], counted_B: Tensor | None = None) -> dict[str, float]:
+    """Of what losses are averaged over, in all texts or some."""
+    counted_B = torch.ones(len(batch["input_ids"]), dtype=torch.bool) if counted_B is None else counted_B
+    counts = {f"{stack} tokens": float(_token_mask(batch, stack)[counted_B].sum()) for stack in stacks}
+    counts["texts"] = float(counted_B.sum())
     labels = batch.get("labels")
     if labels is not None:
-        is_label = labels != IGNORED
-        counts["labels" if labels.dim() == 1 else "masked tokens"] = float(is_label.sum())
+        counts["labels" if labels.dim() == 1 else "masked tokens"] = float((labels[counted_B] != IGNORED).sum())
     return counts
 
 
