@@ -2,9 +2,8 @@
 
 import inspect
 import json
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
 from rlkd_trl.models.limits import check_embedding_rows
-from rlkd_trl.models.loading import load_tokenizer, refuse_t5_in_float16
+from rlkd_trl.models.loading import check_fp16, load_tokenizer
 from rlkd_trl.models.private_apis import whole_shape
 from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.models.vocabulary import base_of
@@ -45,6 +44,7 @@ from rlkd_trl.trainers.encoder_checks import (
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS, PROJECTED, layer_loss
+from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
@@ -113,7 +113,7 @@ class EncoderKDTrainer(ResumableTrainer):
         if processing_class is None:
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
         if args.fp16:
-            refuse_t5_in_float16(model.config, torch.float16)
+            check_fp16(model.config, on_cpu=args.use_cpu)
         check_embedding_rows("The student", processing_class, model.config)
         readers = LayerReader(model), None if teacher is None else LayerReader(teacher)
         check_models(objective, *readers)
@@ -206,60 +206,27 @@ class EncoderKDTrainer(ResumableTrainer):
     # The loss
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut.
+        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
+        shares = self._shares(model, inputs, num_items_in_batch)
+        shown = [share.detach().float() if self.contributes else torch.zeros(()) for share in shares.values()]
+        means = self.accelerator.reduce(torch.stack(shown).to(self.args.device), reduction="mean")
+        for name, mean in zip(shares, means.tolist(), strict=True):
+            self._step_metrics[f"losses/{name}"] += mean
+        return self.checked_loss(self._weighted_sum(shares))
 
-        Texts of which a loss is not finite are dropped, and logged.
-        """
-        kept_B = torch.ones(len(inputs["input_ids"]), dtype=torch.bool, device=inputs["input_ids"].device)
-        loss, shares = self._loss_and_shares(model, inputs, kept_B, num_items_in_batch)
-        if not math.isfinite(shares["loss"]):  # on some process
-            usable_B = self._usable_texts(model, inputs)
-            if usable_B is not None:
-                lost = self._sum_over_ranks(_counts(inputs, self.student.reader.stacks, ~usable_B))
-                counts = {unit: (count - lost.get(unit, 0)).clamp(min=1) for unit, count in num_items_in_batch.items()}
-                source_B = torch.where(
-                    usable_B, torch.arange(len(usable_B), device=usable_B.device), usable_B.long().argmax()
-                )
-                usable = {name: tensor[source_B] for name, tensor in inputs.items()}
-                loss, shares = self._loss_and_shares(model, usable, usable_B, counts)
-        del shares["loss"]
-        for name, share in shares.items():
-            self._step_metrics[f"losses/{name}"] += share
-        return self.checked_loss(loss)
-
-    def _loss_and_shares(
-        self, model, batch: dict[str, Tensor], kept_B: Tensor, counts: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum of a micro-batch's losses on the texts that are kept; each of them, unweighted, and the sum
-        as `loss`, over all processes."""
-        losses_B = self._losses_of_texts(model, batch)
-        world = self.accelerator.num_processes  # over which gradients are averaged
-        shares = {
-            name: sum(torch.where(kept_B, loss_B, 0).sum() / counts[unit] for unit, loss_B in by_unit.items()) * world
+    def _shares(self, model, batch: dict[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each ingredient of a micro-batch, divided by its count in the global batch; times the processes, over which
+        gradients are averaged."""
+        inputs, wanted = self._model_inputs(self.student.model, batch), self._wanted[0]
+        losses_B = model(inputs, wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
+        world = self.accelerator.num_processes
+        return {
+            name: sum(loss_B.sum() / counts[unit] for unit, loss_B in by_unit.items()) * world
             for name, by_unit in losses_B.items()
         }
-        loss = torch.stack([self.objective.weights[name] * share for name, share in shares.items()]).sum()
-        detached = {name: share.detach().float() for name, share in {**shares, "loss": loss}.items()}
-        means = self.accelerator.reduce(torch.stack(list(detached.values())), reduction="mean")
-        return loss, dict(zip(detached, means.tolist(), strict=True))
 
-    def _losses_of_texts(self, model, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        inputs, wanted = self._model_inputs(self.student.model, batch), self._wanted[0]
-        return model(inputs, wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
-
-    @torch.no_grad()
-    def _usable_texts(self, model, batch: dict[str, Tensor]) -> Tensor | None:
-        """Which texts have finite losses, `[B]`; None if the step cannot go on with these alone (see
-        `drop_from_update`). All processes call it together."""
-        losses_B = self._losses_of_texts(model, batch)
-        found = [torch.isfinite(loss_B) for by_unit in losses_B.values() for loss_B in by_unit.values()]
-        usable_B = torch.stack(found).all(dim=0)
-
-        def text_of(b: int) -> str:
-            ids = batch["input_ids"][b][batch["attention_mask"][b].bool()]
-            return self.processing_class.decode(ids, skip_special_tokens=True)
-
-        return usable_B if self.drop_from_update(~usable_B, usable_B, text_of) else None
+    def _weighted_sum(self, shares: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.objective.weights[name] * share for name, share in shares.items()]).sum()
 
     def _losses_and_logits(self, outputs: ModelOutput, layers: Layers, **of_batch):
         return self._losses(outputs, layers, **of_batch), _logits(outputs)
@@ -333,17 +300,17 @@ class EncoderKDTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
         batches = [self._with_masked_tokens(batch, epoch) for batch in batches]
-        if not batches:
-            return batches, None
-        counts: dict[str, float] = defaultdict(float)
+        return batches, self._global_counts(batches) if batches else None
+
+    def _global_counts(self, batches: Iterable[dict[str, Tensor]], units: Iterable[str] = ()) -> dict[str, Tensor]:
+        """What losses are divided by, of all processes' batches; `units` for a process that may have none."""
+        counts: dict[str, float] = defaultdict(float, dict.fromkeys(units, 0.0))
         for batch in batches:
             for unit, count in _counts(batch, self.student.reader.stacks).items():
                 counts[unit] += count
-        return batches, {unit: total.clamp(min=1) for unit, total in self._sum_over_ranks(counts).items()}
-
-    def _sum_over_ranks(self, counts: Mapping[str, float]) -> dict[str, Tensor]:
         totals = torch.tensor(list(counts.values()), device=self.accelerator.device)
-        return dict(zip(counts, self.accelerator.reduce(totals, reduction="sum"), strict=True))
+        totals = self.accelerator.reduce(totals, reduction="sum").clamp(min=1)
+        return dict(zip(counts, totals, strict=True))
 
     def _with_masked_tokens(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
         """With tokens masked, where the collator has not done it."""
@@ -368,6 +335,33 @@ class EncoderKDTrainer(ResumableTrainer):
                 self._means.record(self._step_metrics)
             self._step_metrics.clear()
         return loss
+
+    # Texts that are not finite
+
+    def sample_loss(self, model, micro_batch: MicroBatch, b: int) -> Tensor:
+        inputs, counts = micro_batch
+        return self._weighted_sum(self._shares(model, {k: tensor[b : b + 1] for k, tensor in inputs.items()}, counts))
+
+    def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
+        inputs, _ = micro_batch
+        ids = inputs["input_ids"][b][inputs["attention_mask"][b].bool()]
+        return self.processing_class.decode(ids, skip_special_tokens=True)
+
+    def samples_in(self, micro_batch: MicroBatch) -> Tensor:
+        return torch.ones(len(micro_batch[0]["input_ids"]), dtype=torch.bool, device=self.args.device)
+
+    def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
+        parts, counted = [], []
+        for (inputs, _), kept_B in zip(micro_batches, kept, strict=True):
+            # One without any text is gone through as it is, for nothing.
+            rows_B = kept_B if kept_B.any() else torch.ones_like(kept_B)
+            parts.append({name: tensor[rows_B.to(tensor.device)] for name, tensor in inputs.items()})
+            counted += [parts[-1]] if kept_B.any() else []
+        counts = self._global_counts(counted, units=micro_batches[0][1])
+        return [(part, counts) for part in parts]
+
+    def forget_step(self) -> None:
+        self._step_metrics.clear()
 
     # Logging
 
@@ -532,14 +526,13 @@ def _token_mask(batch: Mapping[str, Tensor], stack: str = "encoder") -> Tensor:
     return batch["decoder_attention_mask" if is_second else "attention_mask"].bool()
 
 
-def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...], counted_B: Tensor | None = None) -> dict[str, float]:
-    """Of what losses are averaged over, in all texts or some."""
-    counted_B = torch.ones(len(batch["input_ids"]), dtype=torch.bool) if counted_B is None else counted_B
-    counts = {f"{stack} tokens": float(_token_mask(batch, stack)[counted_B].sum()) for stack in stacks}
-    counts["texts"] = float(counted_B.sum())
+def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[str, float]:
+    """Of what losses are averaged over."""
+    counts = {f"{stack} tokens": float(_token_mask(batch, stack).sum()) for stack in stacks}
+    counts["texts"] = float(len(batch["input_ids"]))
     labels = batch.get("labels")
     if labels is not None:
-        counts["labels" if labels.dim() == 1 else "masked tokens"] = float((labels[counted_B] != IGNORED).sum())
+        counts["labels" if labels.dim() == 1 else "masked tokens"] = float((labels != IGNORED).sum())
     return counts
 
 
