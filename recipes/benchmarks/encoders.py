@@ -68,14 +68,14 @@ SIZES = {
 PER_STAGE = ("stages", "losses", "layer_map", "temperature")
 NOT_THE_PRESETS = ("stage_epochs", "stage_learning_rates", "per_device_train_batch_size", "init")
 MEASURED = "measured.json"
-STEPS = {"head": 200, "general": 60, "teacher": 80, "task": 30}  # a preset with two task stages has 30 in each
+STEPS = {"head": 200, "general": 40, "teacher": 80, "task": 30}  # a preset with two task stages has 30 in each
 GENERAL = "--learning_rate 5e-4 --warmup_steps 10 --per_device_train_batch_size 32".split()
 TEACHER = "--learning_rate 2e-4 --warmup_steps 10 --per_device_train_batch_size 16".split()
 TASK = "--learning_rate 3e-4 --warmup_steps 5 --per_device_train_batch_size 16".split()
 QUIET = "--max_length 40 --save_strategy no --disable_tqdm True --logging_steps 20 --use_cpu True".split()
 HELD_OUT, LEAST = 250, 32  # held-out sentences of a kind; those that the recipe itself evaluates on
 # CPU seconds of a step and of all else in a run, as measured with one thread of a Xeon with AVX-512; for `--plan`.
-SECONDS = {"general": 0.8, "task": 0.35, "teacher": 0.5, "start": 5.0}
+SECONDS = {"general": 0.6, "task": 0.3, "teacher": 0.45, "start": 5.0}
 
 
 @dataclass(frozen=True)
@@ -204,22 +204,26 @@ class Plan:
         self.methods = {name: method for name, method in {**METHODS, **ABLATIONS}.items() if name in methods}
 
     def runs(self) -> list[Run]:
-        main, ablations = ([name for name in self.methods if name in of] for of in (METHODS, ABLATIONS))
-        runs = self.general_runs(main)
-        runs += [self.teacher(task) for task in self.tasks]
-        runs += self.task_runs(main, self.seeds[0])
-        runs += self.general_runs(ablations)
-        runs += self.task_runs(ablations, self.seeds[0])
+        half_width = [name for name in METHODS if METHODS[name].size == "half width"]
+        groups = [[name for name in METHODS if name not in half_width], half_width, list(ABLATIONS)]
+        groups = [[name for name in group if name in self.methods] for group in groups]
+        runs = []
+        for group in groups:
+            runs += self.general_runs(group) + self.task_runs(group, self.seeds[0])
         for seed in self.seeds[1:]:
-            runs += self.task_runs(main, seed) + self.task_runs(ablations, seed)
-        return runs
+            runs += [one for group in groups for one in self.task_runs(group, seed)]
+        return list({one.directory: one for one in runs}.values())  # a teacher once, before its first student
 
     def general_runs(self, names: Sequence[str]) -> list[Run]:
         return [self.general(name) for name in names if self.methods[name].settings("general")]
 
     def task_runs(self, names: Sequence[str], seed: int) -> list[Run]:
         named = [name for name in names if not self.methods[name].general_only]
-        return [self.task(name, task, seed) for task in self.tasks for name in named]
+        return [
+            one
+            for task in self.tasks
+            for one in (self.teacher(task), *(self.task(name, task, seed) for name in named))
+        ]
 
     def general(self, name: str) -> Run:
         method, text = self.methods[name], self.here / "general"
