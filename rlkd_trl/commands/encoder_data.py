@@ -118,7 +118,7 @@ def _checked(rows: "Dataset", columns: Columns, max_rows: int | None = None) -> 
     values = {}
     for name, (flag, column) in named.items():
         values[name] = rows[column][:]
-        if list(dict(named.values()).values()).count(column) > 1:
+        if name != "text" and [used for _, used in named.values()].count(column) > 1:
             raise InputError(f"`--{flag} {column}` is another column of this data too; name another or leave it out.")
         if name == "label":
             _require_labels(values[name], column)
@@ -202,16 +202,16 @@ def with_numbers(rows: "Dataset", classes: Classes, column: str) -> "Dataset":
     from datasets import Dataset
 
     columns = {name: rows[name][:] for name in rows.column_names}
-    columns["label"] = [_number(label, i, classes, column) for i, label in enumerate(columns["label"])]
+    columns["label"] = [_number(label, classes, column) for label in columns["label"]]
     return Dataset.from_dict(columns)
 
 
-def _number(label: str | float, i: int, classes: Classes, column: str) -> int | float:
+def _number(label: str | float, classes: Classes, column: str) -> int | float:
     if classes.names is None:
         try:
             return float(label)
-        except ValueError:
-            raise InputError(f"Row {i + 1}: column `{column}` holds {label!r}, and no number to predict.") from None
+        except ValueError as error:
+            raise InputError(f"Column `{column}` holds {label!r}, and the task is to predict numbers.") from error
     by_name = {name: number for number, name in classes.names.items()}
     if isinstance(label, str) and label in by_name:
         return by_name[label]
@@ -220,6 +220,6 @@ def _number(label: str | float, i: int, classes: Classes, column: str) -> int | 
     names = ", ".join(f"{name!r} ({number})" for number, name in list(classes.names.items())[:8])
     more = f" and {len(classes.names) - 8} more" if len(classes.names) > 8 else ""
     raise InputError(
-        f"Row {i + 1}: column `{column}` holds {label!r}, which is none of the {len(classes.names)} classes: "
+        f"Column `{column}` holds {label!r}, which is none of the {len(classes.names)} classes: "
         f"{names}{more}. Fine-tune the teacher on this task, or map the labels."
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rlkd_trl.commands.encoder_stages import Stage
+    from rlkd_trl.trainers.encoder_objective import Objective
 
 _SIZES = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
 
@@ -82,9 +83,23 @@ def _refuse_sizes(student: EncoderStudentArguments) -> None:
             )
 
 
+def check_teacher(name: str, revision: str | None, objective: "Objective") -> None:
+    """Raises `InputError` if a stage's teacher has not the head that the losses need."""
+    from rlkd_trl.models.encoders import check_has_head
+
+    if objective.teachers_head == "none":
+        return
+    remedy = (
+        "fine-tune it on the task (--stages task --losses hard_ce), or name another with --task_teacher."
+        if objective.stage == "task"
+        else "leave logits_kl out of --losses, or take a teacher with it."
+    )
+    check_has_head(name, objective.teachers_head, "The teacher", remedy, revision=revision)
+
+
 def check_stage_models(settings: EncoderSettings, stage: "Stage") -> None:
-    """Tokenizers, heads, layers and lengths, before weights are read. Raises `InputError`."""
-    from rlkd_trl.models.encoders import check_has_head, load_encoder_config, skeleton
+    """Tokenizers, layers and lengths, before weights are read. Raises `InputError`."""
+    from rlkd_trl.models.encoders import load_encoder_config, skeleton
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import check_dtype, load_tokenizer
     from rlkd_trl.trainers.encoder_checks import check_inputs, check_models, check_same_vocabulary
@@ -104,13 +119,6 @@ def check_stage_models(settings: EncoderSettings, stage: "Stage") -> None:
         check_embedding_rows("The teacher", tokenizer, config)
     check_models(objective, student, teacher)
     check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, teacher)
-    if objective.teachers_head != "none":
-        remedy = (
-            "fine-tune it on the task (--stages task --losses hard_ce), or name another with --task_teacher."
-            if objective.stage == "task"
-            else "leave logits_kl out of --losses, or take a teacher with it."
-        )
-        check_has_head(stage.teacher, objective.teachers_head, "The teacher", remedy, revision=stage.teacher_revision)
 
 
 def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:

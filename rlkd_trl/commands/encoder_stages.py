@@ -16,7 +16,7 @@ from rlkd_trl.commands.encoder_data import (
     with_next_sentences,
     with_numbers,
 )
-from rlkd_trl.commands.encoder_models import StudentPlan, check_stage_models, load_models, plan_student
+from rlkd_trl.commands.encoder_models import StudentPlan, check_stage_models, check_teacher, load_models, plan_student
 from rlkd_trl.commands.run_directory import (
     FINISHED,
     check_free,
@@ -76,7 +76,7 @@ def check_directories(settings: EncoderSettings) -> None:
 
     args = settings.args
     check_sharding(args)
-    for number in range(len(args.stages)):
+    for number in reversed(range(len(args.stages))):  # the last stage's is the one that is named
         check_free(args.of_stage(number).output_dir, settings.run, args)
     if len(args.stages) > 1 and args.resume_from_checkpoint is not None:
         raise InputError(
@@ -112,6 +112,8 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
         name, revision = teacher.task_teacher, teacher.task_teacher_revision
     if not objective.needs_teacher:
         name = revision = None
+    if name is not None:
+        check_teacher(name, revision, objective)
     classes = None
     if objective.stage == "task":
         has_labels = "label" in of_stage.train.column_names
@@ -141,26 +143,33 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
     from rlkd_trl.trainers.checkpoint_files import checkpoints_in
     from rlkd_trl.trainers.run_record import check_same_run
 
-    run, record = settings.run, command_record(settings)
-    if len(stages) == 1 or not run.resume:
-        checkpoint = checkpoint_to_resume(run, stages[0].args) if len(stages) == 1 else None
-        stages = [replace(stages[0], checkpoint=checkpoint), *stages[1:]]
-    elif not any(stage.directory.glob("*") for stage in stages):
-        checkpoint_to_resume(run, settings.args)
+    run = settings.run
+    if len(stages) == 1:
+        stages = [replace(stages[0], checkpoint=checkpoint_to_resume(run, stages[0].args))]
+    elif run.resume and not any(_has_begun(stage.directory) for stage in stages):
+        checkpoint_to_resume(run, settings.args)  # which says that there is none
+    record = command_record(settings)
     found, all_done = [], True
     for stage in stages:
         if run.resume and all_done and len(stages) > 1:
-            if (stage.directory / FINISHED).is_file() and not checkpoints_in(stage.directory):
+            if checkpoints_in(stage.directory):
+                stage = replace(stage, checkpoint=checkpoint_to_resume(run, stage.args))
+            elif (stage.directory / FINISHED).is_file():
                 check_same_run(stage.directory, _stage_record(stage, record))
                 stage = replace(stage, is_done=True)
-            elif checkpoints_in(stage.directory):
-                stage = replace(stage, checkpoint=checkpoint_to_resume(run, stage.args))
         check_own_checkpoint(stage.checkpoint, _TRAINER, stage.args, record, stage.rows.train)
         if not stage.is_done and is_finished(stage.checkpoint, stage.args):
             stage = replace(stage, is_done=True)
         all_done = all_done and stage.is_done
         found.append(stage)
     return found
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a stage has left something to go on from."""
+    from rlkd_trl.trainers.checkpoint_files import checkpoints_in
+
+    return bool(checkpoints_in(directory)) or (directory / FINISHED).is_file()
 
 
 def _stage_record(stage: Stage, command: dict) -> dict[str, object]:

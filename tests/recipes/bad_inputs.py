@@ -27,6 +27,15 @@ SOME = ("sft", "pseudo_label", "all_actions_kd")
 SOME_DISTILLED = ("ppo_kd", "kd")
 SOME_TRAINED = ("sft", "rloo_kd")
 GOOD |= {
+    "encoder_kd": "--stages general task --losses hidden_mse+attention_mse logits_kl+hard_ce --teacher encoder "
+    "--dataset texts.csv --task_teacher classifier --task_dataset texts.csv --label_column label --max_length 32 "
+    f"{TWO_STEPS} --output_dir out",
+    "encoder_kd (preset)": "--teacher encoder --dataset texts.csv --task_teacher classifier --task_dataset texts.csv "
+    f"--label_column label --max_length 32 {TWO_STEPS} --output_dir out",
+    "encoder_kd (general)": f"--stages general --losses hidden_mse --teacher encoder --dataset texts.csv {TWO_STEPS} "
+    "--max_length 32 --output_dir out",
+    "encoder_kd (task)": f"--task_teacher classifier --task_dataset texts.csv --label_column label {TWO_STEPS} "
+    "--max_length 32 --output_dir out",
     "compare": f"{COMPARISON} --max_steps 2 --output_dir out",
     "plan": "--teacher teacher --student student --max_prompt_length 8 --max_completion_length 4",
 }

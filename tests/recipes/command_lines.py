@@ -18,7 +18,9 @@ from rlkd_trl.commands.settings import CommandLine
 from rlkd_trl.planning import command
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
+# The recipes that read prompts, and all that there are but those that run others.
+PROMPTED = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
+RECIPES = (*PROMPTED, "encoder_kd")
 
 COLUMNS = "--source_column mr --target_column ref"
 TWO_STEPS = (

@@ -1,5 +1,6 @@
 """Checkpoints and data for recipes, as directories and files."""
 
+import random
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import datasets
 import pytest
 
 from tests.conftest import MODELS, word_tokenizer
+from tests.models.encoders import FIRST_WORD, VOCAB, encoder_tokenizer, make
 from tests.recipes.command_lines import word_rows, write_csv, write_templates
 from tests.recipes.stand_ins import STAND_IN
 
@@ -37,6 +39,54 @@ def checkpoints(tmp_path_factory) -> dict[str, Pair]:
             build(seed).save_pretrained(directory)
             word_tokenizer().save_pretrained(directory)
     return pairs
+
+
+CLASSES = ("low", "mid", "high")
+
+
+def labelled_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of 3 to 9 words, another text, one of `CLASSES` by the first word, its number, and a number to predict."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = [rng.randint(FIRST_WORD, VOCAB - 1) for _ in range(rng.randint(3, 9))]
+        number = words[0] % len(CLASSES)
+        other = " ".join(f"w{rng.randint(FIRST_WORD, VOCAB - 1)}" for _ in range(3))
+        text = " ".join(f"w{word}" for word in words)
+        rows.append({"text": text, "next": other, "label": CLASSES[number], "number": number, "score": words[0] / 10})
+    return rows
+
+
+class Encoders(NamedTuple):
+    """Checkpoints of BERT with four layers: of masked words, of three classes, of one number; a student of two."""
+
+    general: Path
+    task: Path
+    regression: Path
+    student: Path
+    train: Path
+    test: Path
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory) -> Encoders:
+    """With training and test data."""
+    place = tmp_path_factory.mktemp("encoders")
+    classes = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    models = {
+        "general": make(layers=4, head="tokens"),
+        "task": make(layers=4, head="classes", seed=1, **classes),
+        "regression": make(layers=4, head="classes", seed=2, num_labels=1),
+        "student": make(layers=2, head="tokens", seed=3),
+    }
+    for name, model in models.items():
+        model.save_pretrained(place / name)
+        encoder_tokenizer().save_pretrained(place / name)
+    data = {
+        "train": write_csv(place / "train.csv", labelled_rows(40)),
+        "test": write_csv(place / "test.csv", labelled_rows(10, seed=1)),
+    }
+    return Encoders(**{name: place / name for name in models}, **data)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from rlkd_trl.commands.comparison.grid import Grid
+from tests.recipes.bad_encoders import ENCODER_CASES, ENCODER_LOADED_CASES, make_encoder_files
 from tests.recipes.bad_files import make_files
 from tests.recipes.bad_inputs import (
     ALL,
@@ -21,7 +23,7 @@ from tests.recipes.bad_inputs import (
     REFUSED_AT_ONCE,
     UNLABELLED,
 )
-from tests.recipes.command_lines import RECIPES, SAMPLING, TWO_STEPS, main_of, run
+from tests.recipes.command_lines import PROMPTED, RECIPES, SAMPLING, TWO_STEPS, main_of, run
 
 MOST_SECONDS = 15
 
@@ -35,10 +37,11 @@ def cases(table: tuple | list) -> list:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, checkpoints) -> Path:
+def files(tmp_path_factory, checkpoints, encoders) -> Path:
     """The directory in which the commands run."""
     here = tmp_path_factory.mktemp("bad input")
     make_files(here, checkpoints["t5-tied"].teacher, checkpoints["t5-tied"].student)
+    make_encoder_files(here, encoders)
     return here
 
 
@@ -56,12 +59,22 @@ class ModelMade(BaseException):
 
 @pytest.fixture
 def workplace(place, monkeypatch) -> Path:
-    """The current directory, where making a model, by loading or from scratch, ends the test."""
+    """The current directory, where making a model, by loading or from scratch, ends the test.
+
+    Skeletons without memory may be made.
+    """
+    make = PreTrainedModel.__init__
 
     def refuse(*args, **kwargs):
         raise ModelMade
 
-    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+    def refuse_memory(model, *args, **kwargs):
+        if torch.get_default_device().type != "meta":
+            raise ModelMade
+        make(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse_memory)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)  # which makes its models without memory, too
     monkeypatch.setattr(Grid, "search", refuse)
     return place
 
@@ -96,12 +109,12 @@ def check_refusal(command: str, message: str, place: Path, capfd, *, begins: str
     assert seconds < MOST_SECONDS
 
 
-@pytest.mark.parametrize("recipe, flags, message", cases(REFUSED_AT_ONCE))
+@pytest.mark.parametrize("recipe, flags, message", cases([*REFUSED_AT_ONCE, *ENCODER_CASES]))
 def test_refused_before_a_model_is_loaded(recipe, flags, message, workplace, capfd):
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, workplace, capfd)
 
 
-@pytest.mark.parametrize("recipe, flags, message", cases(LOADED_CASES))
+@pytest.mark.parametrize("recipe, flags, message", cases([*LOADED_CASES, *ENCODER_LOADED_CASES]))
 def test_refused_once_a_model_is_loaded(recipe, flags, message, place, capfd):
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, place, capfd)
 
@@ -230,6 +243,6 @@ def test_without_data_sequences_no_targets_are_needed(settings, workplace):
 
 
 def test_every_recipe_is_in_the_table():
-    assert {name.split()[0] for name in ALL} == set(RECIPES)
+    assert {name.split()[0] for name in ALL} == set(PROMPTED)
     assert {name.split()[0] for name in GOOD} == {*RECIPES, "compare", "plan"}
     assert all(callable(main_of(recipe)) for recipe in RECIPES)

@@ -30,6 +30,7 @@ ROLLOUTS = (
 ON_POLICY = (
     f"{ROLLOUTS} top_k reward_weights gamma beta kl_target missing_eos_penalty baseline entropy_coef early_stop_kl"
 )
+NEW_STUDENT = "num_layers hidden_size num_heads intermediate_size init"
 USUAL = "Training (the usual fields of transformers.TrainingArguments)"
 
 # Recipe -> part of a group's heading -> flags that belong there.
@@ -102,6 +103,16 @@ GROUPS = {
         "policy gradient": f"{ROLLOUTS} ensemble signal value future_weight length_normalization baseline epsilon",
         USUAL: TRAINING,
     },
+    "encoder_kd": {
+        "Data of general stages": "dataset dataset_split dataset_config source_column pair_column max_rows",
+        "Data of task stages": "task_dataset task_split task_source_column task_pair_column label_column",
+        "Held-out data": "eval_dataset eval_split task_eval_dataset task_eval_split",
+        "Teacher": "teacher task_teacher teacher_revision teacher_dtype",
+        "Student: a checkpoint, or a smaller teacher": f"{NEW_STUDENT} student student_revision",
+        "Run": "resume",
+        "Distillation of encoders": "stages losses layer_map temperature relation_heads mlm_probability max_length",
+        USUAL: TRAINING,
+    },
     "evaluate": {
         "Data": DATA,
         "Prompts": PROMPTS,
@@ -171,12 +182,12 @@ def test_it_begins_with_what_the_recipe_does_and_a_command_to_run_it(recipe, cap
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"])
+@pytest.mark.parametrize("recipe", ["sft", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "encoder_kd"])
 def test_rare_fields_of_trainingarguments_are_listed_on_request(recipe, capsys):
     assert "--adam_beta1" not in help_of(recipe, capsys)
     full = help_of(recipe, capsys, "--help_all")
     assert "--adam_beta1" in full
-    assert "--num_generations" in full or recipe == "sft"
+    assert "--num_generations" in full or recipe in ("sft", "encoder_kd")
 
 
 def cpu_seconds(*command: str) -> tuple[subprocess.CompletedProcess, float]:
@@ -210,6 +221,9 @@ def test_help_takes_two_seconds_at_most(recipe):
         ("kd --alpha 2", "alpha = 2.0 is out of range"),
         ("sft --d_model 0", "--d_model 0 is out of range"),
         ("sft --dataset nowhere.csv", "Dataset nowhere.csv does not exist"),
+        ("encoder_kd --max_step 2", "unknown flag --max_step; did you mean"),
+        ("encoder_kd --task_dataset nowhere.csv", "Dataset nowhere.csv does not exist"),
+        ("encoder_kd --max_length 0", "max_length = 0 is out of range"),
         ("evaluate --student s", "--dataset is needed here"),
         ("evaluate --student s --dataset nowhere.csv", "Dataset nowhere.csv does not exist"),
         ("pseudo_label --teacher t --dataset d.csv", "--output is needed here"),
