@@ -90,6 +90,9 @@ class EncoderStudent(nn.Module):
         Raises:
             InputError: There are projections, and the checkpoint has none.
         """
+        file = Path(checkpoint_dir) / _PROJECTIONS_FILE
+        if self.projections and not file.is_file():
+            raise InputError(f"{checkpoint_dir} has no {file.name}: it is not of a student with projections.")
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint_dir)))
         else:
@@ -99,9 +102,5 @@ class EncoderStudent(nn.Module):
                 )
             check_complete(info["missing_keys"], f"The student in {checkpoint_dir}")
             self.model.load_state_dict(saved.state_dict())
-        if not self.projections:
-            return
-        file = Path(checkpoint_dir) / _PROJECTIONS_FILE
-        if not file.is_file():
-            raise InputError(f"{checkpoint_dir} has no {file.name}: it is not of a student with projections.")
-        self.load_state_dict(load_file(file), strict=False)
+        if self.projections:
+            self.load_state_dict(load_file(file), strict=False)

@@ -414,6 +414,7 @@ class EncoderKDTrainer(ResumableTrainer):
     @torch.no_grad()
     def _measured(self, dataset: Dataset) -> dict[str, float]:
         """Losses and metrics of the student on these rows, which every process reads whole."""
+        was_training = self.student.training
         self.student.eval()
         sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         counts: dict[str, float] = defaultdict(float)
@@ -433,6 +434,7 @@ class EncoderKDTrainer(ResumableTrainer):
                 seen.add_outputs(logits, None if teachings is None else teachings.logits, batch.get("labels"))
             elif self.teacher is not None:
                 seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), _token_mask(batch))
+        self.student.train(was_training)
         self.sample_table = seen.samples(dataset, self.student.config) if self.objective.stage == "task" else []
         losses = {
             f"losses/{name}": sum(total / max(counts[unit], 1) for unit, total in by_unit.items())

@@ -171,7 +171,7 @@ ENCODER_CASES = [
     (GENERAL, "--teacher other_words --student encoder", "Teacher and student have different tokenizers (31 and 30"),
     (
         BOTH,
-        "--task_teacher other_classes",
+        "--task_teacher other_classes --label_column number",
         "'w99' is 30 for the teacher and missing for the student). Layers are comp",
     ),
     (

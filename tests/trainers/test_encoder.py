@@ -346,8 +346,8 @@ def test_teacher_and_student_read_the_masked_text(tmp_path):
 def test_the_masked_language_modelling_loss(tmp_path):
     """Mean of −log p over the masked tokens of all texts."""
     trainer = build("mlm_ce", tmp_path, mlm_probability=0.4)
-    rows = [{**row, ROW: i} for i, row in enumerate(texts())]
-    batch = TextCollator(encoder_tokenizer(), 32, with_labels=False)(rows)
+    rows = [{"text": text, ROW: i} for i, text in enumerate(texts()["text"])]
+    batch = TextCollator(encoder_tokenizer(), 32)(rows)
     inputs, labels = masked_tokens(batch, encoder_tokenizer(), probability=0.4, seed=trainer.args.seed, epoch=0)
     trainer.student.model.eval()
     with torch.no_grad():
