@@ -5,6 +5,7 @@ must get a line in `ARRIVES`, or a test fails. The trainers' own settings: tests
 """
 
 import dataclasses
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from rlkd_trl.commands import arguments, checks
+from rlkd_trl.models.vocabulary import allowed_special_tokens
 from rlkd_trl.teachers import Teacher
+from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
 
 HUB_ID, HUB_ROWS = "owner/name", word_rows(40, seed=9)
@@ -33,6 +36,7 @@ class Seen:
     loads: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))  # by role
     teachers: list[dict] = field(default_factory=list)
     shapes: dict[str, list[torch.Size]] = field(default_factory=lambda: defaultdict(list))  # of prompts, by role
+    models: dict[str, transformers.PreTrainedModel] = field(default_factory=dict)  # by role
     trainer: transformers.Trainer | None = None
     resumed_from: str | None = None
 
@@ -112,7 +116,7 @@ def observe(files, tmp_path, monkeypatch):
         def load_model(cls, name, *args, **kwargs):
             seen.loads[role(name)].append({"what": "model", **kwargs})
             loaded = original["auto"](cls, name, *args, **{k: v for k, v in kwargs.items() if k != "revision"})
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model = seen.models[role(name)] = loaded[0] if isinstance(loaded, tuple) else loaded
             body = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
             body.register_forward_pre_hook(lambda _, inputs: seen.shapes[role(name)].append(inputs[0].shape))
             return loaded
@@ -152,10 +156,13 @@ def files(tmp_path_factory, checkpoints) -> dict[str, object]:
     rows, held_out = (
         [{**row, "better": f"{row['ref']} w3"} for row in made] for made in (word_rows(30), word_rows(8, seed=1))
     )
+    words = word_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<triplet>"]})
+    for role, checkpoint in pair._asdict().items():
+        shutil.copytree(checkpoint, directory / role)
+        words.save_pretrained(directory / role)
     return {
-        "teacher": pair.teacher,
-        "student": pair.student,
-        "other": pair.other,
+        **{role: directory / role for role in pair._fields},
         "train": write_csv(directory / "train.csv", rows),
         "test": write_csv(directory / "test.csv", held_out),
         "templates": write_templates(directory / "t.yaml", one="w3 w4 w5 w6 {{ mr }}", two="{{ mr }} w7"),
@@ -345,7 +352,13 @@ ARRIVES = {
         "--value soft --tau 0.01",
         lambda r, seen, base: reward(seen) == pytest.approx(reward(base), rel=1e-2),
     ),
-    "TeacherArguments.allowed_special_tokens": ((), "", None),  # tests/models/test_vocabulary.py
+    "TeacherArguments.allowed_special_tokens": (
+        WITH_TEACHERS,
+        "--allowed_special_tokens '<triplet>'",
+        lambda r, seen, base: (
+            [allowed_special_tokens(model) for model in seen.models.values()] == [["<triplet>"]] * len(base.models)
+        ),
+    ),
     "RunArguments.overwrite_output_dir": ((), "", None),  # these three: where their refusal is tested
     "PseudoLabelArguments.overwrite_output_dir": ((), "", None),
     "EvaluationArguments.overwrite_output_dir": ((), "", None),

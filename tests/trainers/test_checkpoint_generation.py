@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     GenerationConfig,
     PreTrainedModel,
     TrainerCallback,
@@ -21,20 +18,11 @@ from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import EOS, PAD, PADDED_VOCAB, tiny_llama, tiny_t5, word_tokenizer
+from tests.conftest import EOS, tiny_llama, tiny_t5
+from tests.models.bart_like import LANGUAGE, bart_like, checkpoint_texts, tokenizer
 from tests.trainers.tiny_runs import build, prompts
 
 LENGTH = 7
-MARKERS = ["<triplet>", "<subj>"]  # ids 29 and 30 of the tokenizer
-LANGUAGE = 31
-
-
-def tokenizer():
-    """The tests' words, two markers that are special tokens, and a language's code."""
-    words = word_tokenizer()
-    words.add_special_tokens({"additional_special_tokens": [*MARKERS, "xx_XX"]})
-    assert words.convert_tokens_to_ids([*MARKERS, "xx_XX"]) == [29, 30, LANGUAGE]
-    return words
 
 
 def texts(count: int = 9) -> list[tuple[str, str]]:
@@ -46,33 +34,6 @@ def texts(count: int = 9) -> list[tuple[str, str]]:
 
 def marked(count: int = 9) -> list[tuple[str, str]]:
     return [(f"w{3 + i}", f"<triplet> w{4 + i} <subj> w{20 - i}") for i in range(count)]
-
-
-def bart_like(name: str, *, start: int, forced: int | None) -> PreTrainedModel:
-    config_class = getattr(transformers, f"{name}Config")
-    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
-    torch.manual_seed(0)
-    model = model_class(
-        config_class(
-            vocab_size=PADDED_VOCAB,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            max_position_embeddings=32,
-            dropout=0.0,
-            bos_token_id=LANGUAGE,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            decoder_start_token_id=start,
-        )
-    )
-    model.generation_config.forced_bos_token_id = forced
-    model.generation_config.forced_eos_token_id = EOS  # as BART's
-    return model
 
 
 # BART and mBART-50, M2M100 and NLLB start with EOS and are forced to say BOS or the language's code; mBART-25 starts
@@ -113,20 +74,6 @@ def learn(model: PreTrainedModel, pairs: list[tuple[str, str]], directory) -> No
     trainer.save_model()
 
 
-def plain_texts(directory, sources: list[str], **generation) -> list[str]:
-    """By nothing but transformers, one prompt at a time, with the checkpoint's own settings."""
-    config = transformers.AutoConfig.from_pretrained(directory)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, words, found = auto_class.from_pretrained(directory), load_tokenizer(str(directory)), []
-    for source in sources:
-        ids = torch.tensor([words(source)["input_ids"]])
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation)[0].tolist()
-        new = output if config.is_encoder_decoder else output[ids.shape[1] :]
-        named = [words.convert_ids_to_tokens(token) for token in new]
-        found.append(" ".join(token for token in named if token not in ("<pad>", "</s>", "xx_XX")))
-    return found
-
-
 def our_texts(model, words, sources: list[str], **settings) -> list[str]:
     batches = answer_prompts(model, words, sources, max_completion_length=LENGTH, batch_size=4, **settings)
     return [text for batch in batches for text in decode(batch, words)]
@@ -138,9 +85,9 @@ def test_what_was_learnt_is_said_and_scored_alike_everywhere(name, tmp_path):
     learn(MODELS[name](), pairs, tmp_path)
     sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     model, words = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
-    assert plain_texts(tmp_path, sources) == targets, "the test needs a model that knows its pairs"
+    assert checkpoint_texts(tmp_path, sources) == targets, "the test needs a model that knows its pairs"
     assert our_texts(model, words, sources) == targets
-    assert our_texts(model, words, sources, strategy="beam", num_beams=3) == plain_texts(
+    assert our_texts(model, words, sources, strategy="beam", num_beams=3) == checkpoint_texts(
         tmp_path, sources, num_beams=3
     )
     rows = [{"prompt": source, "references": [target]} for source, target in pairs]
@@ -174,7 +121,7 @@ def test_special_tokens_of_the_targets_are_content(name, tmp_path):
     pairs = marked()
     sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     learn(MODELS[name](), pairs, tmp_path)
-    assert plain_texts(tmp_path, sources) == targets, "the test needs a model that knows its pairs"
+    assert checkpoint_texts(tmp_path, sources) == targets, "the test needs a model that knows its pairs"
     model, words = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
     assert our_texts(model, words, sources) == targets
     assert our_texts(model, words, sources, strategy="beam", num_beams=2) == targets
@@ -255,4 +202,4 @@ def test_a_trained_checkpoint_has_none_of_them_and_is_not_cut(name, tmp_path):
     expected = [text for batch in batches for text in decode(batch, tokenizer())]
     assert max(len(text.split()) for text in expected) == 25
     for directory in (tmp_path, tmp_path / "checkpoint-1"):
-        assert plain_texts(directory, sources) == expected
+        assert checkpoint_texts(directory, sources) == expected
