@@ -14,6 +14,7 @@ sequence-level interpolation, where K = 35 and the student was trained before. T
 
 from rlkd_trl.commands.checks import check_pseudo_labels, require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
+from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel
 from rlkd_trl.commands.prompt_lengths import check_questions
 from rlkd_trl.commands.settings import PseudoLabelSettings, parse_settings
@@ -32,7 +33,6 @@ def main() -> None:
     check_questions(rows, "Data", templates, settings.teacher, max_completion_length=labels.max_completion_length)
 
     # Ask the teacher, and write its answers as they come.
-    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
     panel = load_panel(settings.teacher, templates)
@@ -40,8 +40,7 @@ def main() -> None:
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
     count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
-    if is_first_process():
-        print(f"{count} pseudo-labels are in {labels.output}.")
+    say(f"{count} pseudo-labels are in {labels.output}.")
 
 
 if __name__ == "__main__":

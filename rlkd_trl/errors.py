@@ -77,6 +77,11 @@ def connected_to(peers: Peers) -> None:
     _peers = peers
 
 
+def is_first_process() -> bool:
+    """Whether this is the launched process that prints and writes; works before the processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command. An error that the user can act on ends in a line or two on stderr, without a traceback.
 
@@ -139,7 +144,7 @@ def _is_launcher(words: list[str]) -> bool:
 
 def _end(code: int, message: str) -> NoReturn:
     """Ends this process with exit code `code`; only one of several processes prints the message."""
-    if os.environ.get("RANK", "0") == "0" if _peers is None else _peers.is_first_to_speak():
+    if is_first_process() if _peers is None else _peers.is_first_to_speak():
         _say(message)
     sys.exit(code)
 
@@ -164,7 +169,7 @@ def _refuse(error: InputError) -> NoReturn:
     is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
     if _peers is not None and not _peers.is_first_to_speak():
         _wait_for_end(2)
-    if _peers is None and is_one_of_several and os.environ.get("RANK") != "0":
+    if _peers is None and is_one_of_several and not is_first_process():
         # Most often all processes find the same mistake. Then the first one prints it, and the launcher ends the rest.
         time.sleep(_FIRST_PROCESS_SPEAKS)
     _say(f"error: {' '.join(str(error).split())}")

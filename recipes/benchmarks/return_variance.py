@@ -28,7 +28,7 @@ from rlkd_trl.commands.arguments import (
     StudentArguments,
     TeacherArguments,
 )
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo
+from rlkd_trl.commands.checks import check_checkpoints, checked_rewards, is_demo
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_student
@@ -165,7 +165,7 @@ def main() -> None:
     settings = parse_settings(VarianceSettings, description=__doc__)
     data, prompts, teacher = settings.data, settings.prompts, settings.teacher
     reward, args = settings.reward, settings.args
-    check_rewards(reward, None)
+    checked_rewards(reward, None)
     if reward.reward != ["teacher_forcing"] or reward.k != 1:
         raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
     if teacher.teacher is None and prompts.templates is None:

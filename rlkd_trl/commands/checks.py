@@ -1,6 +1,6 @@
 """What is found wrong with a command's input before any model is loaded. A check makes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from rlkd_trl.settings.files import Reads, files_read, require_checkpoint
 from rlkd_trl.settings.hub import require_on_hub
 
 if TYPE_CHECKING:
+    from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.config import OnPolicyConfig
 
 # Flags about what is on the Hub, and the flags that name it.
@@ -46,21 +47,24 @@ def is_demo(settings: DistillationSettings) -> bool:
 
 
 def require_files(settings: object) -> None:
-    """Raises `InputError` for a flag whose data or checkpoint is neither here nor to be had from the Hub.
+    """Raises `InputError` for a flag whose checkpoint or data is neither local nor on the Hub.
 
-    For a revision of something that is here, too.
+    Also for the revision of something that is local.
     """
-    for group in vars(settings).values():
-        for name, reads in files_read(type(group)).items():
-            value = getattr(group, name)
-            for path in value if isinstance(value, list) else [value]:
-                if path is not None and reads is Reads.DATA:
-                    require_dataset(path)
-                    if not Path(path).expanduser().exists():
-                        require_on_hub(f"--{name}", path, "dataset")
-                elif path is not None and reads is Reads.CHECKPOINT:
-                    require_checkpoint(f"--{name}", path)
+    for flag, path in _named(settings, Reads.CHECKPOINT):
+        require_checkpoint(flag, path)
+    for flag, path in _named(settings, Reads.DATA):
+        require_dataset(path)
+        if not Path(path).expanduser().exists():
+            require_on_hub(flag, path, "dataset")
     _check_revisions(settings)
+
+
+def _named(settings: object, reads: Reads) -> Iterator[tuple[str, str]]:
+    """Each flag that names something of this kind, with each value that it has."""
+    for group in vars(settings).values():
+        for name in (name for name, kind in files_read(type(group)).items() if kind is reads):
+            yield from ((f"--{name}", value) for value in _values(group, [name]))
 
 
 def _check_revisions(settings: object) -> None:
@@ -80,7 +84,7 @@ def _check_revisions(settings: object) -> None:
 
 def _values(group: object, names: Sequence[str]) -> list[str]:
     values = [getattr(group, name, None) for name in names]
-    return [one for value in values for one in (value if isinstance(value, list) else [value]) if one is not None]
+    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]
 
 
 def refuse_unused(group: object, *names: str, unless: bool, needs: str) -> None:
@@ -136,16 +140,14 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, f
 
 
 def check_teacher(teacher: TeacherArguments) -> None:
-    """The teachers are checkpoints or may be Hub ids, have an EOS, can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, check_precision, check_quantization, load_config, load_tokenizer
+    """Checks that the teachers are language models with an EOS, and can be kept as asked for. Raises `InputError`."""
+    from rlkd_trl.models.loading import check_dtype, check_precision, load_config, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
-    check_dtype(teacher.teacher_dtype)
-    check_quantization(teacher.teacher_quantization)
     Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
+    check_dtype(teacher.teacher_dtype)
     for name in teacher.teacher or []:
-        require_checkpoint("--teacher", name)
         check_precision(load_config(name, revision=teacher.teacher_revision), teacher.teacher_dtype)
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
 
@@ -160,7 +162,6 @@ def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
 
     check_dtype(student.student_dtype)
     if student.student is not None:
-        require_checkpoint("--student", student.student)
         config = load_config(student.student, revision=student.student_revision)
         check_precision(config, student.student_dtype, fp16=fp16)
         require_eos(load_tokenizer(student.student, revision=student.student_revision))
@@ -192,17 +193,20 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
     check_not_there("--output", labels.output, overwrite=labels.overwrite_output_dir)
 
 
-def check_rewards(
+def checked_rewards(
     reward: RewardArguments, weights: Sequence[float] | None, args: "OnPolicyConfig | None" = None
-) -> None:
-    """The rewards exist, with as many weights, a known V, and fit the trainer's settings. Raises `InputError`."""
+) -> list["type[TeacherReward] | Callable"]:
+    """The named rewards, as functions and classes.
+
+    Raises:
+        InputError: One does not exist, V is unknown, there are other numbers of weights and rewards, or they do not go
+            with the trainer's settings.
+    """
     from rlkd_trl.ops.rewards import VALUES
     from rlkd_trl.rewards import TeacherForcingReward, load_reward
     from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
     rewards = [load_reward(name) for name in reward.reward]
-    for loaded in rewards if args is not None else []:
-        check_log_ratio(loaded, args)
     if reward.value not in VALUES:
         raise InputError(f"--value {reward.value}: choose one of {', '.join(VALUES)}.")
     has_value = any(isinstance(loaded, type) and issubclass(loaded, TeacherForcingReward) for loaded in rewards)
@@ -214,3 +218,6 @@ def check_rewards(
         raise InputError(f"--reward_weights {' '.join(map(str, weights))}: all are 0, so nothing is rewarded.")
     if args is not None:
         check_k_step(reward.k, args)
+        for loaded in rewards:
+            check_log_ratio(loaded, args)
+    return rewards

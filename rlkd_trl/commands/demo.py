@@ -21,6 +21,7 @@ from rlkd_trl.commands.arguments import PromptArguments
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.data import demo_dataset, train_tokenizer
 from rlkd_trl.data.demo import SPLIT_SIZES
+from rlkd_trl.errors import is_first_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,6 @@ def make_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> None:
     Raises:
         RuntimeError: Training failed; or, in another process, nothing was heard of the first one for an hour.
     """
-    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.trainers.processes import wait_for_all
 
     outcome = Path(request.output_dir) / "outcome.txt"

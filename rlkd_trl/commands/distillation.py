@@ -1,12 +1,12 @@
 """The body of the distillation recipes: check, build, train, finish, with one object of settings through all."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.checks import check_checkpoints, check_rewards, is_demo, require_files
+from rlkd_trl.commands.checks import check_checkpoints, checked_rewards, is_demo, require_files
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
@@ -26,6 +26,7 @@ from rlkd_trl.prompts import PromptTemplates
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
 
@@ -40,8 +41,12 @@ class CheckedData:
 
 @dataclass(frozen=True)
 class CheckedInputs(CheckedData):
-    """What is known to be in order before a model is loaded. checkpoint: where to resume from, if anywhere."""
+    """What has been checked before a model is loaded.
 
+    rewards: the functions and classes that the flags name. checkpoint: the one to resume from, if any.
+    """
+
+    rewards: Sequence["type[TeacherReward] | Callable"]
     checkpoint: str | None
 
 
@@ -131,10 +136,11 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     from rlkd_trl.trainers.checks import check_best_metric, check_prompts, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
+    rewards = []
+    if isinstance(settings, RewardedSettings):
+        rewards = checked_rewards(settings.reward, settings.args.reward_weights, settings.args)
     check_free(settings.args.output_dir, settings.run, settings.args)
     check_sharding(settings.args)
-    if isinstance(settings, RewardedSettings):
-        check_rewards(settings.reward, settings.args.reward_weights, settings.args)
     check_prompts(data.train, settings.args)
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
@@ -142,7 +148,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not is_demo(settings):
         check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16)
-    return CheckedInputs(**vars(data), checkpoint=checkpoint)
+    return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 
 
 def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:
@@ -163,7 +169,12 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
     if isinstance(settings, RewardedSettings):
         args = settings.args
         scorer = load_reward_model(
-            settings.reward, settings.teacher, inputs.templates, gamma=args.gamma, weights=args.reward_weights
+            inputs.rewards,
+            settings.reward,
+            settings.teacher,
+            inputs.templates,
+            gamma=args.gamma,
+            weights=args.reward_weights,
         )
     else:
         scorer = load_panel(settings.teacher, inputs.templates)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.encoder_stages import Stage, mark_stage
+from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import EncoderSettings, described
 
@@ -15,10 +16,7 @@ Results = dict[str, dict[str, float]]
 
 def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
     """The student on the held-out rows; `when` is "before training" or "after training"."""
-    from rlkd_trl.models.sharding import is_first_process
-
-    if is_first_process():
-        print(f"Evaluating the student {when}, on {len(trainer.eval_dataset)} held-out texts.", flush=True)
+    say(f"Evaluating the student {when}, on {len(trainer.eval_dataset)} held-out texts.")
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 

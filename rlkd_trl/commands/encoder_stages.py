@@ -28,7 +28,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import EncoderSettings
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.encoder import EncoderKDTrainer
@@ -187,8 +187,6 @@ def _stage_record(stage: Stage, command: dict) -> dict[str, object]:
 
 def clear_unfinished(stages: Sequence[Stage]) -> None:
     """Removes the results of an earlier run, when training begins, of the stages that are not done."""
-    from rlkd_trl.models.sharding import is_first_process
-
     for stage in stages:
         if stage.is_done:
             continue
@@ -217,7 +215,6 @@ def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
 
 def mark_stage(settings: EncoderSettings, stage: Stage, step: int) -> None:
     """Says in the directory of a stage before the last that its student is there, and what it was."""
-    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.trainers.run_record import RUN_RECORD
 
     if is_first_process():

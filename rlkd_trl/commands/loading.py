@@ -1,22 +1,27 @@
-"""Models of a command, from its checked flags."""
+"""Loads or makes the models that a command's checked flags name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import NewModelArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.launched import say
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlkd_trl.rewards import RewardModel
+    from rlkd_trl.rewards import RewardModel, TeacherReward
     from rlkd_trl.teachers import TeacherPanel
 
 
 def load_or_make_model(
     student: StudentArguments, new: NewModelArguments, pairs: Sequence[Mapping[str, str]], *, seed: int
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """`--student`'s checkpoint, or a new model over `--tokenizer` or one trained on the pairs. Raises `InputError`."""
+    """The student's checkpoint, or a new model with the named tokenizer or one trained on the pairs.
+
+    Raises:
+        InputError: Either cannot be loaded or made.
+    """
     if student.student is not None:
         return load_student(student)
     from rlkd_trl.data import train_tokenizer
@@ -38,8 +43,6 @@ def load_or_make_model(
 
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
     """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
-    from rlkd_trl.models.sharding import is_first_process
-    from rlkd_trl.models.vocabulary import allow_special_tokens
     from rlkd_trl.teachers import Teacher, TeacherPanel
 
     teachers = [
@@ -49,19 +52,18 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
             dtype=teacher.teacher_dtype,
             max_prompt_length=teacher.teacher_max_prompt_length,
             max_batch_tokens=teacher.teacher_batch_tokens,
+            allowed_special_tokens=teacher.allowed_special_tokens or [],
             **teacher.placement_settings(),
         )
         for name in teacher.teacher
     ]
-    for loaded in teachers:
-        allow_special_tokens(loaded.model, loaded.processing_class, teacher.allowed_special_tokens or [])
-    if is_first_process():
-        for name, loaded in zip(teacher.teacher, teachers, strict=True):
-            print(f"Teacher {name}: {loaded.describe()}.", flush=True)
+    for name, loaded in zip(teacher.teacher, teachers, strict=True):
+        say(f"Teacher {name}: {loaded.describe()}.")
     return TeacherPanel(teachers, templates)
 
 
 def load_reward_model(
+    rewards: Sequence["type[TeacherReward] | Callable"],
     reward: RewardArguments,
     teacher: TeacherArguments,
     templates: PromptTemplates | None,
@@ -69,18 +71,17 @@ def load_reward_model(
     gamma: float,
     weights: Sequence[float] | None,
 ) -> "RewardModel":
-    """The named rewards on one panel of the named teachers.
+    """The rewards (see `checks.checked_rewards`) on one panel of the named teachers.
 
     Raises:
-        InputError: As `load_reward`, `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
+        InputError: As `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
     """
-    from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward, load_reward
+    from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward
     from rlkd_trl.rewards.own_rewards import construct
 
-    loaded = [load_reward(name) for name in reward.reward]  # names first: loading a teacher takes minutes
     panel = load_panel(teacher, templates)
     terms = []
-    for term in loaded:
+    for term in rewards:
         if isinstance(term, type) and issubclass(term, TeacherForcingReward):
             terms.append(construct(term, panel, value=reward.value, k=reward.k, tau=reward.tau, gamma=gamma))
         elif isinstance(term, type) and issubclass(term, TeacherReward):

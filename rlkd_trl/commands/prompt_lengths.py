@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.launched import say
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
 
@@ -90,7 +91,9 @@ def fit_prompts(
             excess.append(length - max_length)
             with naming(f"{data_name}, row {i + 1}"):
                 fitting[i] = str(shorten(tokenizer, prompts[i], max_length))
-    _say(f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess)
+    _say_shortened(
+        f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess
+    )
     return fitting
 
 
@@ -137,7 +140,7 @@ def check_questions(
                 for question in _questions(templates, rows[i]) if templates is not None else []:
                     check_can_fit(tokenizer, question, max_length)
     questions = f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are"
-    _say(questions, "--teacher_max_prompt_length", max_length, excess)
+    _say_shortened(questions, "--teacher_max_prompt_length", max_length, excess)
 
 
 def _questions(templates: PromptTemplates | None, row: Mapping[str, object]) -> list[str]:
@@ -159,14 +162,11 @@ def naming(place: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from error
 
 
-def _say(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:
+def _say_shortened(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:
     """Prints, on the first process, how many prompts were shortened and by how much; nothing if none was."""
-    from rlkd_trl.models.sharding import is_first_process
-
-    if excess and is_first_process():
+    if excess:
         mean, most = sum(excess) / len(excess), max(excess)
-        print(
+        say(
             f"{how_many_are} longer than {flag} {max_length} and lose {mean:.0f} tokens on average, {most} at most: "
-            "the ends of their longest texts, not a template's words.",
-            flush=True,
+            "the ends of their longest texts, not a template's words."
         )

@@ -1,10 +1,11 @@
 """How recipes end: measure, print the table, and leave a finished output directory."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_reward_model, load_student
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, described
@@ -12,15 +13,8 @@ from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
     from rlkd_trl.evaluation.evaluate import Evaluation
+    from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
-
-
-def _say(line: str) -> None:
-    """Prints a line on the first process."""
-    from rlkd_trl.models.sharding import is_first_process
-
-    if is_first_process():
-        print(line, flush=True)
 
 
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
@@ -29,7 +23,7 @@ def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
 
     if not trainer.reward_model.panels:
         return {}
-    _say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
+    say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return evaluate_teacher(
         trainer.processing_class,
         list(trainer.eval_dataset),
@@ -42,7 +36,7 @@ def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
 
 def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
     """The student's greedy outputs on the held-out rows; `when` is "before training" or "after training"."""
-    _say(f"Evaluating the student {when}: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
+    say(f"Evaluating the student {when}: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
@@ -108,7 +102,10 @@ def finish_run(
 
 
 def evaluate_checkpoints(
-    settings: EvaluationSettings, rows: list[dict], templates: PromptTemplates | None
+    settings: EvaluationSettings,
+    rows: list[dict],
+    templates: PromptTemplates | None,
+    rewards: Sequence["type[TeacherReward] | Callable"],
 ) -> dict[str, dict[str, float]]:
     """Metrics and outputs of the student and, if one is named, of the teacher, written as they come.
 
@@ -130,6 +127,7 @@ def evaluate_checkpoints(
     share_special_tokens([model], tokenizer, reference_texts(rows))
     if settings.teacher.teacher is not None:
         reward_model = load_reward_model(
+            rewards,
             settings.reward,
             settings.teacher,
             templates,
@@ -139,7 +137,7 @@ def evaluate_checkpoints(
         teachers = [scorer.teacher.model for panel in reward_model.panels for scorer in panel.scorers]
         share_special_tokens([model, *teachers], tokenizer)
         if reward_model.panels:
-            _say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
+            say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
             evaluations["teacher"] = evaluate_teacher(
                 tokenizer,
                 rows,
@@ -151,7 +149,7 @@ def evaluate_checkpoints(
             teacher_completions = evaluations["teacher"].completions
             _write_evaluation(evaluation.output_dir, evaluations, rows)
     kind = "sampled" if evaluation.sample else "greedy"
-    _say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
+    say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
     evaluations["student"] = evaluate_student(
         Policy(model, tokenizer, temperature=evaluation.temperature),
         tokenizer,

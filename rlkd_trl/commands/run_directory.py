@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
-from rlkd_trl.errors import InputError, TrainingError
+from rlkd_trl.commands.launched import say
+from rlkd_trl.errors import InputError, TrainingError, is_first_process
 from rlkd_trl.settings.files import INHERITED, files_read, places_written
 
 if TYPE_CHECKING:
@@ -163,7 +164,6 @@ def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
 
 def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:
     """Removes the results of an earlier run, when training begins; its checkpoints too, unless it goes on from one."""
-    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.trainers.checkpoint_files import STAGING, checkpoints_in
 
     if not is_first_process():
@@ -184,7 +184,6 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
     Raises:
         InputError: There is none, the named one is not whole, or both are given.
     """
-    from rlkd_trl.models.sharding import is_first_process
     from rlkd_trl.trainers.checkpoint_files import defect_of, newest_whole
 
     output_dir, named = args.output_dir, args.resume_from_checkpoint
@@ -209,16 +208,13 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
             if passed_over
             else f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps."
         )
-    if is_first_process():
-        for defect in passed_over:
-            print(f"{defect}; going on from {newest}.", flush=True)
+    for defect in passed_over:
+        say(f"{defect}; going on from {newest}.")
     return str(newest)
 
 
 def is_finished(checkpoint: str | None, args: "TrainingArguments") -> bool:
     """Whether the run of a checkpoint has had all the steps that are asked for, and left its results; says so."""
-    from rlkd_trl.models.sharding import is_first_process
-
     if checkpoint is None or not (Path(args.output_dir) / FINISHED).is_file():
         return False
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
@@ -229,15 +225,12 @@ def is_finished(checkpoint: str | None, args: "TrainingArguments") -> bool:
         all_steps = step >= state["max_steps"] and args.num_train_epochs <= state["num_train_epochs"]
     if not (all_steps or _budget_is_spent(args)):
         return False
-    if is_first_process():
-        print(f"The run in {args.output_dir} is finished, after {step} steps: nothing is left to do.", flush=True)
+    say(f"The run in {args.output_dir} is finished, after {step} steps: nothing is left to do.")
     return True
 
 
 def mark_finished(output_dir: str | Path, step: int) -> None:
     """Says in the directory that the run and its results are complete."""
-    from rlkd_trl.models.sharding import is_first_process
-
     if is_first_process():
         (Path(output_dir) / FINISHED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 

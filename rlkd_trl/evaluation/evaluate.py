@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlkd_trl.data import listed_references
-from rlkd_trl.errors import TrainingError
+from rlkd_trl.errors import TrainingError, is_first_process
 from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
-from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum

@@ -17,11 +17,11 @@ from transformers import (
     set_seed,
 )
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
 from rlkd_trl.models.loading import DTYPES, check_complete, check_dtype, load_part, weight_names
-from rlkd_trl.models.sharding import is_first_process, loading_shards
+from rlkd_trl.models.sharding import loading_shards
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import settings_not_used
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
-from rlkd_trl.models.sharding import is_first_process, loading_shards
+from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.settings.files import require_checkpoint
 
 DTYPES = {

@@ -5,7 +5,6 @@ process must therefore make the same calls in the same order. Where the amount o
 the largest number of calls, and those with less work fill up with calls whose results nobody uses.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -24,11 +23,6 @@ _HELD = "is_held_whole"
 def is_sharded(model: nn.Module) -> bool:
     """Whether calls of this model gather weights: ZeRO-3 has sharded some that are not inside `gathered` now."""
     return any(is_zero3_parameter(p) and not getattr(p, _HELD, False) for p in model.parameters())
-
-
-def is_first_process() -> bool:
-    """Whether this is the launched process that prints and writes; works before the process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def largest_of_all(count: int, device: torch.device) -> int:

@@ -7,10 +7,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from rlkd_trl.data import listed_references, reference_texts
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
-from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.models.vocabulary import share_special_tokens
 from rlkd_trl.teachers.panel import TeacherPanel
 

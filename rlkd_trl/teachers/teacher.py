@@ -14,7 +14,7 @@ from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.models.verification import verify
-from rlkd_trl.models.vocabulary import padding_id
+from rlkd_trl.models.vocabulary import allow_special_tokens, padding_id
 from rlkd_trl.ops.lm_head import allowed_logsumexp, logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
 from rlkd_trl.teachers.placement import Placement, ShardedModel, start_process_group
@@ -44,11 +44,13 @@ class Teacher:
             completions, because with a decoder-only model (or eager attention) each completion needs a copy of its
             prompt's keys and values. The completions of one prompt are never split. Default: 16,384 tokens, or 4,096
             if the model is on a CPU.
+        allowed_special_tokens: Special tokens that the teacher may write besides those that its generation config
+            allows (see `models.vocabulary`).
         placement: How `model` was loaded; `from_pretrained` sets it.
 
     Raises:
         InputError: The architecture is not supported (see `models.verification`), the tokenizer has ids without rows
-            in the embeddings, or a weight is NaN or infinite.
+            in the embeddings, a weight is NaN or infinite, or one of `allowed_special_tokens` cannot be content.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Teacher:
         *,
         max_prompt_length: int | None = None,
         max_batch_tokens: int | None = None,
+        allowed_special_tokens: Sequence[str] = (),
         placement: Placement | None = None,
     ):
         check_embedding_rows("The teacher", processing_class, model.config)
@@ -71,6 +74,7 @@ class Teacher:
         self.backbone = backbone_of(model)
         self._max_batch_tokens = max_batch_tokens
         verify(self.backbone)
+        allow_special_tokens(model, processing_class, allowed_special_tokens)
 
     @classmethod
     def from_pretrained(

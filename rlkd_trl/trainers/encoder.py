@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput, logging
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
 from rlkd_trl.models.encoders import load_encoder
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
@@ -26,7 +26,6 @@ from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
 from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import check_fp16, load_tokenizer
 from rlkd_trl.models.private_apis import whole_shape
-from rlkd_trl.models.sharding import is_first_process
 from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.ops.classification import IGNORED, hard_cross_entropy, logits_kl, squared_error
 from rlkd_trl.students import with_adapters

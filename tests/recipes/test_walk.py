@@ -1,9 +1,10 @@
-"""From a recipe's first line to training: what a reader passes, in order."""
+"""From a recipe's first line to training: the rooms of the package that its reader enters, in order."""
 
 import ast
 import sys
 from itertools import groupby
 from pathlib import Path
+from types import CodeType, FrameType
 
 import pytest
 
@@ -13,23 +14,67 @@ from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, main_of
 
 PACKAGE = Path(rlkd_trl.__file__).parent
+RECIPES = ["ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"]
+# Types of flags (ranges, files) and errors are words of every room, not rooms that one enters.
+WORDS = ("settings", "errors.py")
+
+# The rooms that each step of `distil` enters, for a run with a teacher, a student and a file of data.
+CHECKS = {
+    "check_data": ["data"],
+    "connect_processes": ["trainers"],
+    "settings": ["trainers"],
+    "check": ["rewards", "trainers", "teachers", "models"],
+    "within_lengths": ["models"],
+    "command_record": ["data"],
+}
+REST = {
+    "build": ["teachers", "rewards", "models", "trainers"],
+    "evaluate_teacher_of": ["rewards", "evaluation"],
+    "evaluate": ["trainers"],
+    "check_finite": ["evaluation"],
+    "clear_results": ["trainers"],
+}
+WITHOUT_REWARDS = {"check": ["trainers", "teachers", "models"], "build": ["teachers", "models", "trainers"]}
 
 
 class _Trains(BaseException):
     """Ends a recipe where training would begin."""
 
 
-def walk(recipe: str, flags: str) -> list[tuple[str, str, str]]:
-    """Caller, room and function of each call that a recipe's main, or the body of the recipes, makes itself."""
-    main, calls = main_of(recipe), []
-    callers = {main.__code__: "main", distil.__code__: "distil"}
+def room_of(code: CodeType) -> str | None:
+    """commands, data, ...: the room of the package that holds a function; None for other code."""
+    return code.co_filename.removeprefix(f"{PACKAGE}/").split("/")[0] if str(PACKAGE) in code.co_filename else None
 
-    def note(frame, event, _):
-        if event != "call" or frame.f_back is None or frame.f_back.f_code not in callers:
+
+def calls_within(end: CodeType, frame: FrameType | None) -> list[CodeType]:
+    """A call, its caller, and so on up to what the function `end` calls; [] outside of that function."""
+    calls: list[CodeType] = []
+    while frame is not None and frame.f_code is not end:
+        calls.append(frame.f_code)
+        frame = frame.f_back
+    return [] if frame is None else calls
+
+
+def walk(recipe: str, flags: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """What a recipe's main calls in the package, and each step of `distil` with a room that it enters from commands.
+
+    Entered is a room that a function of `commands` calls, itself or through another library.
+    """
+    main, called_by_main, entered = main_of(recipe), [], []
+
+    def note(frame: FrameType, event: str, _) -> None:
+        room = room_of(frame.f_code) if event == "call" else None
+        if room is None:
             return
-        file = Path(frame.f_code.co_filename)
-        if PACKAGE in file.parents:
-            calls.append((callers[frame.f_back.f_code], file.relative_to(PACKAGE).parts[0], frame.f_code.co_name))
+        if frame.f_back is not None and frame.f_back.f_code is main.__code__:
+            called_by_main.append(frame.f_code.co_name)
+            return
+        calls = calls_within(distil.__code__, frame)
+        if not calls or any(code.co_name == "<module>" for code in calls):  # an import is no step
+            return
+        caller = next(filter(None, map(room_of, calls[1:])), "commands")
+        if caller == "commands" and room not in ("commands", *WORDS):
+            entered.append((calls[-1].co_name, room))
 
     def stop(*_, **__):
         raise _Trains
@@ -43,25 +88,26 @@ def walk(recipe: str, flags: str) -> list[tuple[str, str, str]]:
                 main()
         finally:
             sys.setprofile(None)
-    return calls
+    return called_by_main, entered
 
 
-@pytest.mark.parametrize("recipe", ["ppo_kd", "kd"])
-def test_a_recipe_passes_each_step_once_until_it_trains(recipe, checkpoints, train_csv, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_step_until_training_enters_a_room_once(recipe, checkpoints, train_csv, tmp_path):
     pair = checkpoints["t5-tied"]
     flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {SAMPLING}"
-    calls = walk(recipe, f"{flags} --output_dir {tmp_path}")
-    assert [call for call in calls if call[0] == "main"] == [("main", "commands", "distil")]
-    steps = [(room, function) for caller, room, function in calls if caller == "distil"]
-    names = [function for _, function in steps]
-    assert len(names) == len(set(names)), "a step is passed twice"
-    assert names[1:3] == ["sketch", "check_data"] and names[-3:] == ["evaluate", "check_finite", "clear_results"]
-    assert names.index("connect_processes") < names.index("settings") < names.index("build")
-    elsewhere = [room for room, _ in groupby(room for room, _ in steps) if room != "commands"]
-    assert elsewhere == ["trainers", "evaluation"], "each other room is entered once, and left"
+    called_by_main, entered = walk(recipe, f"{flags} --output_dir {tmp_path}")
+    assert called_by_main == ["distil"]
+    stretches = [step_and_room for step_and_room, _ in groupby(entered)]
+    steps = {step: [room for _, room in of_step] for step, of_step in groupby(stretches, key=lambda pair: pair[0])}
+    expected = CHECKS | REST
+    if recipe in ("kd", "all_actions_kd"):
+        expected |= WITHOUT_REWARDS
+    assert list(steps.items()) == list(expected.items())
+    assert all(len(rooms) == len(set(rooms)) for rooms in steps.values()), "a room is left and entered again"
+    assert len(steps) == len({step for step, _ in stretches}), "a step is taken twice"
 
 
-@pytest.mark.parametrize("recipe", ["ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_of_one_body_need_nothing_but_it(recipe):
     tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -44,7 +44,11 @@ class Examiner:
         self.baseline = settings.compare.baseline
         self.lengths = {"max_completion_length": test.max_completion_length, "batch_size": test.batch_size}
         self.max_prompt_length = test.max_prompt_length
-        self.reward_model = load_reward_model(RewardArguments(), teacher, templates, gamma=1.0, weights=None)
+        from rlkd_trl.rewards import TeacherForcingReward
+
+        self.reward_model = load_reward_model(
+            [TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None
+        )
         self.digests = digests
         self.not_finite: dict[str, dict[str, float]] = {}  # metrics by directory, where numbers are not
         self.settings = {
