@@ -22,7 +22,7 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, description=__doc__, recipe="evaluate")
     require(**{"--dataset": settings.data.dataset, "--student": settings.student.student})
     require_files(settings)
-    check_evaluation_directory(settings)
+    check_evaluation_directory(settings.evaluation)
     templates = load_templates(settings.prompts)
     rows = load_prompts(settings.data, settings.prompts, templates)
     refuse_unused(settings.evaluation, "temperature", unless=settings.evaluation.sample, needs="--sample")

@@ -1,1 +1,1 @@
-"""What runs a recipe: flags, data, checks, results, the comparison and the embedded demo."""
+"""What recipes consist of: flags, data, checks, results; the comparison, the embedded demo, the console command."""

@@ -1,6 +1,6 @@
-"""What the command line needs of argparse and of TRL's parser and neither offers: their internals are used here only.
+"""The only place that uses internals of argparse and of TRL's parser, where they offer no public way.
 
-TRL's parser adds all flags to one group of `--help`, and argparse cannot move them between groups.
+TRL's parser adds all flags to one group of `--help`, and argparse has no way to move them to other groups.
 """
 
 import argparse
@@ -15,7 +15,7 @@ def flags_of(parser: argparse.ArgumentParser | Group) -> list[argparse.Action]:
 
 
 def sort_into_groups(parser: argparse.ArgumentParser, group_of: Mapping[str, Group], order: Sequence[Group]) -> None:
-    """Lists flags in other groups of `--help`: `group_of` by field, `order` behind that of all other flags."""
+    """Moves flags to other groups of `--help`. group_of: each field's group. order: all groups after the default."""
     listed = parser._optionals._group_actions
     for action in list(listed):
         if action.dest in group_of:
@@ -25,12 +25,12 @@ def sort_into_groups(parser: argparse.ArgumentParser, group_of: Mapping[str, Gro
 
 
 def is_switch(action: argparse.Action) -> bool:
-    """A flag that is true or false: one without a value, or one that TRL's own function reads, known by name."""
+    """Whether a flag is true or false: it has no value, or one that TRL's function for such values reads."""
     return action.nargs == 0 or getattr(action.type, "__name__", "") == "string_to_bool"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line for each flag where it fits, with its default."""
+    """Help with one line per flag where it fits, and its default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=119)

@@ -1,6 +1,7 @@
 """The recipes' flags, one dataclass per concern. The first line of a docstring is its heading in `--help`.
 
-Types say what a value is: a number with its range (`settings.ranges`), a path of what is read (`settings.files`).
+The type of a field says what its value is: a number with its range (`settings.ranges`), the path of something that is
+read or written (`settings.files`).
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class HeldOutArguments:
 class PromptArguments:
     """Prompts"""
 
-    # Given on the command line, a flag puts these of a preset out of force.
+    # A flag on the command line cancels these flags of a preset.
     REPLACED: ClassVar[dict[str, tuple[str, ...]]] = {
         "template": ("templates", "template_names"),
         "templates": ("template",),
@@ -122,7 +123,7 @@ class TeacherArguments:
         check_ranges(self)
 
     def placement_settings(self) -> dict[str, str | None]:
-        """How its weights are kept, under the names that `Placement` and `Teacher.from_pretrained` have for it."""
+        """How the teacher's weights are kept: arguments of `Placement` and `Teacher.from_pretrained`."""
         return {
             "placement": self.teacher_placement,
             "quantization": self.teacher_quantization,

@@ -1,4 +1,4 @@
-"""What is found wrong with a command's input before any model is loaded. A check makes nothing."""
+"""Checks of a command's input, before any model is loaded. A check changes nothing and makes nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.config import OnPolicyConfig
 
-# Flags about what is on the Hub, and the flags that name it.
-_OF_THE_HUB = {
+# Flags that apply only to something on the Hub, and the flags that name it.
+_ON_THE_HUB = {
     ("dataset_revision", "dataset_config"): ("dataset", "eval_dataset", "validation_dataset", "test_dataset"),
     ("task_revision", "task_config"): ("task_dataset", "task_eval_dataset"),
     ("teacher_revision",): ("teacher",),
@@ -28,10 +28,10 @@ _OF_THE_HUB = {
 
 
 def is_demo(settings: DistillationSettings) -> bool:
-    """Whether nothing is named, so that data and models are the embedded demo's.
+    """Whether the flags name neither data nor models, so that those of the embedded demo are used.
 
     Raises:
-        InputError: Some of data, teacher and student are named and others not.
+        InputError: Some of data, teacher and student are named and others are not.
     """
     named = {
         "--dataset": settings.data.dataset,
@@ -68,10 +68,10 @@ def _named(settings: object, reads: Reads) -> Iterator[tuple[str, str]]:
 
 
 def _check_revisions(settings: object) -> None:
-    """Raises `InputError` for a revision, or a configuration, of what is here and not on the Hub."""
+    """Raises `InputError` for the revision, or configuration, of something that is local and not on the Hub."""
     groups = vars(settings).values()
-    for options, wanted in _OF_THE_HUB.items():
-        named = [value for group in groups for value in _values(group, wanted)]
+    for options, names in _ON_THE_HUB.items():
+        named = [value for group in groups for value in _values(group, names)]
         if not named or not all(Path(value).expanduser().exists() for value in named):
             continue
         for group in groups:
@@ -88,7 +88,10 @@ def _values(group: object, names: Sequence[str]) -> list[str]:
 
 
 def refuse_unused(group: object, *names: str, unless: bool, needs: str) -> None:
-    """Raises `InputError` for a flag that is set and would change nothing, `unless` what it needs is set too."""
+    """Raises `InputError` for one of these flags if it is set and would change nothing; `needs` is what it needs.
+
+    unless: True if that is set too.
+    """
     for option in fields(group):
         value = getattr(group, option.name)
         if option.name in names and value != option.default and not unless:
@@ -96,7 +99,7 @@ def refuse_unused(group: object, *names: str, unless: bool, needs: str) -> None:
 
 
 def check_new_model(settings: SupervisedSettings) -> None:
-    """Raises `InputError` if a student is named, and sizes or a tokenizer for a new model as well."""
+    """Raises `InputError` if flags name a student and also describe a new model."""
     if settings.student.student is None:
         return
     for option in fields(settings.new):
@@ -116,12 +119,12 @@ def require(**flags: object) -> None:
 
 
 def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, fp16: bool = False) -> None:
-    """Teacher and student exist, share a tokenizer and have an embedding for each token; before weights are read.
+    """Checks that teacher and student share a tokenizer, and have an embedding for each of its tokens.
 
-    fp16: whether the student is trained in mixed precision with float16.
+    Only configs and tokenizers are read. fp16: whether the student is trained in mixed precision with float16.
 
     Raises:
-        InputError: They do not; the message names what differs.
+        InputError: They do not, or as `check_teacher` and `check_student`; the message names what differs.
     """
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import load_config, load_tokenizer
@@ -153,9 +156,9 @@ def check_teacher(teacher: TeacherArguments) -> None:
 
 
 def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
-    """A named student is a language model with an EOS, and its precision is known and suits it. Raises `InputError`.
+    """Checks that the student, if one is named, is a language model with an EOS, in a precision that suits it.
 
-    fp16: as in `check_checkpoints`.
+    fp16: as in `check_checkpoints`. Raises `InputError`.
     """
     from rlkd_trl.models.loading import check_dtype, check_precision, load_config, load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
@@ -168,7 +171,11 @@ def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
 
 
 def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
-    """One teacher, a known strategy, beams and references to interpolate, and a writable file. Raises `InputError`."""
+    """Checks the flags of pseudo-labelling: one teacher, a known strategy and what it needs, a writable file.
+
+    Raises:
+        InputError: One of them is wrong.
+    """
     from rlkd_trl.models.answers import check_strategy
     from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.models.vocabulary import check_special_tokens

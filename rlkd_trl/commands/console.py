@@ -1,4 +1,4 @@
-"""`rlkd-trl [launcher's flags] COMMAND [flags]`: every recipe and the planner, wherever the package is installed."""
+"""The console command, `rlkd-trl [launcher's flags] COMMAND [flags]`: runs any recipe, or the planner."""
 
 import ast
 import difflib
@@ -21,7 +21,8 @@ from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, recipe_script
 from rlkd_trl.errors import InputError
 
 PROGRAM = "rlkd-trl"
-_SAID_BY_PROCESS = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of `errors.run`
+# The exit codes of `errors.run`, which has printed why the process ended.
+_EXPLAINED_CODES = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _HELP = """usage: {program} [launcher's flags] COMMAND [flags]
 
 {commands}
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def run_command(argv: list[str]) -> None:
-    """Runs a command line. Raises `InputError` for a command or launcher's flag that there is not."""
+    """Runs a command line. Raises `InputError` for an unknown command or launcher's flag."""
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
     elif argv[0] == "--version":
@@ -65,12 +66,12 @@ def _main_of(script: Path) -> Callable[[], None]:
 
 
 def scripts() -> dict[str, Path]:
-    """Command to the script that it runs: the recipes' names, and `plan`."""
+    """The script of each command: the recipes, and `plan`."""
     return {**recipe_scripts(), "plan": PLANNER}
 
 
 def script_of(command: str) -> Path:
-    """The script that a command runs. Raises `InputError` with the commands that may be meant."""
+    """The script of a command. Raises `InputError` for an unknown one, with those that may be meant."""
     script_of_command = scripts()
     if command not in script_of_command:
         close = difflib.get_close_matches(command, script_of_command, n=3)
@@ -99,13 +100,14 @@ def help_text() -> str:
 
 
 def launch(argv: list[str]) -> NoReturn:
-    """Runs a command through accelerate's launcher, whose flags stand before it, and exits with its code.
+    """Runs a command through accelerate's launcher, as TRL's console command does, and exits with its exit code.
+
+    argv: the launcher's flags, the command, and its flags.
 
     Raises:
-        InputError: A flag that the launcher does not have, no command, or no such configuration.
+        InputError: There is no such flag of the launcher, no such configuration, or no command.
     """
-    # As TRL's own console command does.
-    import torch.distributed.run  # noqa: F401  all loggers of the launcher
+    import torch.distributed.run  # noqa: F401  makes all loggers of the launcher
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -117,31 +119,31 @@ def launch(argv: list[str]) -> NoReturn:
     arguments.training_script = str(script_of(arguments.training_script))
     arguments.config_file = _config_file(arguments)
     for name in [*logging.root.manager.loggerDict]:
-        if name.startswith("torch.distributed.elastic"):  # it would say in thirty lines what is said here in one
+        if name.startswith("torch.distributed.elastic"):  # they would print thirty lines where one is enough
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with patch_environment(**{errors.LAUNCHER: PROGRAM}):
             launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode not in _SAID_BY_PROCESS:
+        if failure.exitcode not in _EXPLAINED_CODES:
             print(f"error: process {rank} {_end_in_words(failure.exitcode)}.", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as interruption:  # which the processes have got too, and obeyed
+    except SignalException as interruption:  # the processes have received the signal too, and obeyed
         sys.exit(128 + interruption.sigval)
-    except subprocess.CalledProcessError as error:  # of a single process
+    except subprocess.CalledProcessError as error:  # raised for a single process
         if error.returncode < 0:
             print(f"error: the process {_end_in_words(error.returncode)}.", file=sys.stderr, flush=True)
         sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
-    except KeyboardInterrupt:  # a single process has got it too
-        with suppress(ChildProcessError, AttributeError, KeyboardInterrupt):  # no os.wait on Windows
+    except KeyboardInterrupt:  # a single process has received it too
+        with suppress(ChildProcessError, AttributeError, KeyboardInterrupt):  # Windows has no os.wait
             os.wait()
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
 
 def _end_in_words(code: int) -> str:
-    """How a process ended that could not say it itself; negative codes are signals."""
+    """How a process ended that could not print it itself; negative codes are signals."""
     if code > 0:
         return f"ended with code {code}"
     why = ": the machine's memory may not suffice" if -code == signal.SIGKILL else ""
@@ -150,12 +152,12 @@ def _end_in_words(code: int) -> str:
 
 
 def _config_file(arguments: Namespace) -> str | None:
-    """The launcher's configuration: a path, one that ships, or for several processes the plain one of these."""
+    """The launcher's configuration file: a path, or the name of one that ships; for several processes a default."""
     name = arguments.config_file
     if name is None:
         if (arguments.num_processes or 1) == 1:
             return None
-        # Without one, accelerate starts a single process on a machine without GPUs, and says nothing.
+        # On a machine without GPUs accelerate would otherwise start a single process, silently.
         import torch
 
         name = "multi_gpu" if torch.accelerator.is_available() else "cpu_2_processes"

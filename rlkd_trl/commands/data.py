@@ -1,4 +1,4 @@
-"""The data of a recipe: rows, prompts and pairs from parsed flags, checked before any model is loaded."""
+"""Loads the data that a recipe's flags name, as prompts or pairs, and checks it before any model is loaded."""
 
 import random
 from collections.abc import Collection
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Without --eval_dataset, this share of the inputs, and at most this many, are held out for the final table.
+# Without --eval_dataset, this share of the inputs is held out for the final table, and at most this many.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
 
 
@@ -51,10 +51,10 @@ def load_prompts(
     templates: PromptTemplates | None,
     held_out: HeldOutArguments | None = None,
 ) -> "Dataset":
-    """One row for each distinct input: `prompt` (what the student reads), `source`, `references`, other columns.
+    """One row for each distinct input, with `prompt` (what the student reads), `source`, `references`, other columns.
 
-    The reference column itself is not among them, so that no template can show it to the teacher. Every row is
-    rendered through every template here, before a model is loaded. With `held_out`, the held-out data's rows.
+    The rows are the training data's, or with `held_out` those of the held-out data. The reference column is left out,
+    so that no template can show it to the teacher. Every row is rendered through every template, to find errors now.
 
     Raises:
         InputError: A file, column, split or template is wrong; the message names it.
@@ -97,7 +97,7 @@ def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) ->
 
 
 def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
-    """Renders every row through every template. Raises `InputError`, naming the first that fails."""
+    """Renders every row through every template. Raises `InputError` that names the first row and template to fail."""
     if templates is None:
         return
     for template in templates:
@@ -106,7 +106,7 @@ def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
 
 
 def require_variable(name: str, variables: Collection[str]) -> None:
-    """Raises `InputError` for a template that reads no column: every row would be asked the same."""
+    """Raises `InputError` for a template that reads no column, as it would ask the same about every row."""
     if not variables:
         raise InputError(
             f"Template '{name}' reads no column of the data, so every row would get the same prompt: put one in, as "
@@ -143,9 +143,13 @@ def load_train_and_held_out(
 
 
 def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, str]]:
-    """Supervised pairs, `prompt` and `target`: every row's reference after every template, or after the bare source.
+    """Pairs of `prompt` and `target` for supervised training: each row's references, with each template's prompt.
 
-    Without `--dataset`, the demo's. The prompts are whole: see `pairs_within`. Raises `InputError`.
+    Without templates the prompt is the student's. Without `--dataset` the rows are the demo's. Prompts are not cut to
+    a length here; see `pairs_within`.
+
+    Raises:
+        InputError: A column is wrong, a template does not render, or all targets are empty.
     """
     from rlkd_trl.trainers.checks import empty_targets
 
@@ -173,9 +177,9 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
                 questions = templates.render(question_columns(templates, columns))
             else:
                 questions = [student_prompt(prompts.student_template, columns)]
-        # A teacher may have answered nothing, or blanks; an empty cell of a CSV file is None, not this.
-        is_silent = isinstance(row[target], str) and not row[target].strip()
-        answers = [""] if is_silent else as_references(row[target], target, i)
+        # A teacher may have answered with nothing, or blanks. (An empty cell of a CSV file is None and an error.)
+        is_empty = isinstance(row[target], str) and not row[target].strip()
+        answers = [""] if is_empty else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
     empty_targets([pair["target"] for pair in pairs])
     return pairs
@@ -184,7 +188,7 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
 def pairs_within(
     pairs: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, max_prompt_length: int
 ) -> "Dataset":
-    """The pairs with prompts cut to so many tokens, where a template rendered them. Raises `InputError`."""
+    """The pairs as a dataset, with prompts from templates cut to so many tokens. Raises `InputError`."""
     from datasets import Dataset
 
     prompts = fit_prompts([pair["prompt"] for pair in pairs], "Training pairs", tokenizer, max_prompt_length)

@@ -1,11 +1,12 @@
-"""The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained here in two minutes.
+"""The embedded demo: a teacher and a warm-started student for the hiking-trail task, trained in about two minutes.
 
-The teacher is T0-style: one model trained on several templates. The student sees the bare source, is smaller, and is
-warm-started on the teacher's greedy answers to under a third of the inputs, too briefly to learn the task from.
-(From a much worse start, reinforcement learning drops the facts that the student cannot copy, and texts get short.)
+As T0, the teacher is one model trained on several templates. The student is smaller, reads the bare source, and is
+warm-started on the teacher's greedy answers to less than a third of the inputs, not long enough to learn the task.
+(From a much worse start, reinforcement learning would drop the facts that the student cannot copy, and texts would get
+short.)
 
-They are trained in a process of their own, which knows nothing of how the run was launched: under DeepSpeed they would
-otherwise be trained by its engine, of which a process has one, and with several processes differently than with one.
+The two are trained in a separate process that knows nothing of how the run was launched. Otherwise DeepSpeed's engine
+would train them, of which a process can have only one, and several processes would train them differently than one.
 """
 
 import json
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from rlkd_trl.commands.settings import DistillationSettings
 
 MAX_COMPLETION_LENGTH = 48
-# What launchers tell their processes (torchrun, accelerate, MPI): variables that begin so.
+# Beginnings of the environment variables that launchers (torchrun, accelerate, MPI) set for their processes.
 _LAUNCHERS_PREFIXES = (
     *("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_", "MASTER_", "GROUP_", "ROLE_"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK"),
 )
-_WAIT_SECONDS = 3600.0  # of the other processes for the first one
+_WAIT_SECONDS = 3600.0  # for which the other processes wait for the first one
 _TRAIN = """
 import json, pkgutil, sys
 request = json.load(sys.stdin)
@@ -47,7 +48,11 @@ run(lambda: pkgutil.resolve_name(request["train"])(**request["of"]))
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """What to train: in `output_dir/teacher` and `output_dir/warm_start`, with the templates of `prompts`."""
+    """The models to train, into `output_dir/teacher` and `output_dir/warm_start`.
+
+    prompts: the fields of `PromptArguments`, which name the templates. teacher_steps, student_steps: optimizer steps.
+    pseudo_labelled_inputs: how many inputs the teacher answers for the student.
+    """
 
     output_dir: str
     prompts: dict
@@ -73,17 +78,17 @@ def use_demo_models(settings: "DistillationSettings", output_dir: str | Path, *,
 
 
 def make_demo_models(request: DemoRequest) -> None:
-    """Has teacher and warm start trained. Raises `RuntimeError` as `make_apart`."""
+    """Trains teacher and warm start in a process of their own. Raises `RuntimeError` as `make_apart`."""
     make_apart("rlkd_trl.commands.demo:train_demo_models", request)
 
 
 def make_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> None:
-    """The first of the launched processes has models trained, the others wait until they are there.
+    """Trains models in a new process, which the first of the launched processes starts; the others wait for them.
 
     train: a function, as "package.module:function", that is called with the request's fields.
 
     Raises:
-        RuntimeError: Training failed; or, in another process, nothing was heard of the first one for an hour.
+        RuntimeError: Training failed; or the first process did not finish within an hour.
     """
     from rlkd_trl.trainers.processes import wait_for_all
 
@@ -97,7 +102,7 @@ def make_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> None:
         written = outcome.with_suffix(".new")
         written.write_text(result, encoding="utf-8")
         written.replace(outcome)
-    # By the file, not by the connection, whose timeout may be shorter than the training.
+    # They wait for the file: a connection may have a shorter timeout than the training takes.
     deadline = time.monotonic() + _WAIT_SECONDS
     while not outcome.is_file():
         if time.monotonic() > deadline:
@@ -108,10 +113,10 @@ def make_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> None:
 
 
 def _train_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> str:
-    """Trains in a process without a launcher, on one device; "done", or what went wrong."""
+    """Trains in a process without a launcher, on one device; returns "done", or what went wrong."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS_PREFIXES)}
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    # Models of this size are slower on several threads, above all where others use the cores too.
+    # Models of this size train more slowly with several threads, above all if other programs use the cores too.
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", _TRAIN]
     request_json = json.dumps({"path": sys.path, "train": train, "of": asdict(request)})
@@ -120,7 +125,7 @@ def _train_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> str
 
 
 def train_demo_models(**fields) -> None:
-    """Trains teacher and warm start of a `DemoRequest` with these fields here, and saves them."""
+    """Trains and saves, in this process, the teacher and the warm start of a `DemoRequest` with these fields."""
     from rlkd_trl.models.answers import answer_prompts, decode
     from rlkd_trl.students.from_scratch import new_model
 
@@ -153,7 +158,7 @@ def train_demo_models(**fields) -> None:
 
 
 def write_demo_files(output_dir: str | Path) -> dict[str, str]:
-    """The demo task's splits as files for `--dataset` and the like: JSON lines of `source` and `references`."""
+    """Writes the demo task's splits as JSON lines of `source` and `references`; returns each split's path."""
     paths = {}
     for split in SPLIT_SIZES:
         path = Path(output_dir) / f"{split}.jsonl"

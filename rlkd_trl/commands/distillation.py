@@ -1,4 +1,4 @@
-"""The body of the distillation recipes: check, build, train, finish, with one object of settings through all."""
+"""The body of the distillation recipes: parse, check, build, train, report, with one object of settings."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckedData:
-    """Templates, and rows that they can be rendered for."""
+    """Templates, and training and test rows for all of which they render."""
 
     templates: PromptTemplates | None
     train: "Dataset"
@@ -63,19 +63,20 @@ def distil(
     """A distillation recipe, from its command line to a finished output directory.
 
     Args:
-        recipe: Its name, which a preset can have a section for.
-        config: The class of the trainer's settings, as "package.module:Class": it is imported when it is needed.
-        trainer: The trainer, likewise.
-        title: The method as the results call it.
+        recipe: The recipe's name; a preset may have a section of that name.
+        config: The trainer's config class, as "package.module:Class"; it is imported when it is needed.
+        trainer: The trainer's class, likewise.
+        title: The method's name in the results, or a function from the settings to it.
         description: The recipe's docstring, for `--help`.
-        demo_preset: YAML file of defaults where no teacher is named.
-        kind: Class of the settings: with flags for rewards, or without.
+        demo_preset: A YAML file of defaults for runs that name neither data nor models.
+        kind: The class of the settings: with flags for rewards, or without.
 
     Raises:
         InputError: Something in the input is wrong.
-        TrainingError: Numbers that are not finite stopped the run, or stand in its results; what there is is saved.
+        TrainingError: Numbers that are not finite have stopped the run, or are in its results. Whatever there is, is
+            saved.
     """
-    # 1 parse, and find out what is wrong with the input before any model is loaded or made.
+    # 1 parse and check, before any model is loaded or made.
     command = CommandLine(kind, description=description, recipe=recipe, config=config, demo_preset=demo_preset)
     sketch = command.sketch()
     data = check_data(sketch)
@@ -86,7 +87,7 @@ def distil(
     settings = command.settings()
     inputs = check(settings, data)
 
-    # 2 make the demo's models, where none are named.
+    # 2 make the demo's models, if none are named.
     if is_demo(settings):
         use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
 
@@ -98,14 +99,14 @@ def distil(
 
     from rlkd_trl.evaluation.evaluate import check_finite
 
-    # 3 build, and measure the teacher and the student, which asks the reward for the first time.
+    # 3 build, and measure teacher and student, which calls the reward for the first time.
     with leaves_no_empty_directory(settings.args.output_dir):
         trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
         trainer.run_record["command"] = record
         results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
         check_finite(results, "Nothing was trained.")
 
-    # 4 train, and measure the student again, which is saved as soon as it is there.
+    # 4 train, save at once, and measure the student again.
     clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
     trainer.train(resume_from_checkpoint=inputs.checkpoint)
     save_student(trainer, results)
@@ -116,7 +117,7 @@ def distil(
 
 
 def check_data(settings: DistillationSettings) -> CheckedData:
-    """What is named, files, templates and rows; of the trainer's settings a sketch is enough.
+    """Checks files, templates and rows, and loads the latter; a sketch of the trainer's config is enough.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -128,7 +129,7 @@ def check_data(settings: DistillationSettings) -> CheckedData:
 
 
 def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
-    """How the run was launched, rewards, whether the data suits the method, checkpoints, in this order.
+    """Checks rewards, the output directory, the launch, whether the data suits the method, and checkpoints.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -152,7 +153,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
 
 
 def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:
-    """The inputs with prompts that fit `max_prompt_length`, for which the checkpoints' tokenizers are needed.
+    """The inputs with prompts of at most `max_prompt_length` tokens, which takes the checkpoints' tokenizers.
 
     Raises:
         InputError: As `fit_rows`.

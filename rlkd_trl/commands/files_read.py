@@ -1,4 +1,4 @@
-"""Digests of the local files that a training run reads, by which a change of them in place is seen."""
+"""Digests of the local files that a training run reads, to notice when they have been changed in place."""
 
 import hashlib
 import os
@@ -25,32 +25,32 @@ from rlkd_trl.prompts.templates import BUILTIN_DIRECTORY, BUILTIN_PREFIX
 from rlkd_trl.settings.files import INHERITED, Reads, files_read
 
 WEIGHTS = ("*.safetensors", "*.bin")
-# What `from_pretrained` reads of a checkpoint: weights, configs, tokenizer. Beside them stand results and reports.
+# The files of a checkpoint that `from_pretrained` reads: weights, configs, tokenizer. Results and reports are not.
 CHECKPOINT_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.index.json"),
     *("config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*.py"),
 )
-# A file of weights with more bytes is sampled: an 11B model has 40 GiB, half a minute for SHA-256 and longer to read.
+# Only a part of larger weight files is read: for the 40 GiB of an 11B model SHA-256 alone takes half a minute.
 SAMPLED_ABOVE = 2**30
 HEAD, SAMPLES, SAMPLE_SIZE = 2**20, 1024, 2**16  # bytes, number, bytes
 
 
 class FileDigests:
-    """Takes digests, of each file once in the life of this object: what changes meanwhile is not seen."""
+    """Computes digests of files, and keeps them: a file that changes during the life of this object is not noticed."""
 
     def __init__(self):
         self._known: dict[Path, str] = {}
 
     def of_flags(self, values: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """The digest of each value of a flag that names something local, by "--flag value"."""
+        """The digest of each flag's value that names something local, by "--flag value"."""
         flags_with_values = [(flag, value) for flag in READ_BY_FLAG for value in values.get(flag, [])]
         files = {f"{flag} {value}": FILES_OF[READ_BY_FLAG[flag]](value) for flag, value in flags_with_values}
         return {name: self.of_files(paths) for name, paths in files.items() if paths}
 
     def of_groups(self, *groups: object) -> dict[str, str]:
-        """The same for groups of flags."""
+        """`of_flags` for all flags of these groups."""
         values = {}
         for group in groups:
             for name in files_read(type(group)):
@@ -59,7 +59,7 @@ class FileDigests:
         return self.of_flags(values)
 
     def of_files(self, files: Sequence[Path]) -> str:
-        """The digest of the files' contents and of their names below the directory that they share."""
+        """A digest of the files' contents, and of their names relative to their common directory."""
         shared = os.path.commonpath(files)
         digest = hashlib.sha256()
         for file in files:
@@ -70,11 +70,11 @@ class FileDigests:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of the content; of weights above `SAMPLED_ABOVE` of a part of it.
+    """SHA-256 of a file's content; for weights of more than `SAMPLED_ABOVE` bytes, of a part of it.
 
-    There of the size, the first MiB, in which safetensors has the names and shapes, and 1,024 evenly spaced samples
-    of 64 KiB. Training that moves all weights, or any tensor of more than a thousandth of the file, is seen; an edit
-    of a few numbers may not be. Times of modification do not count, so that a copy is the same file.
+    That part is the size, the first MiB, where safetensors has names and shapes, and 1,024 evenly spaced samples of 64
+    KiB. It differs if training has changed all weights, or any tensor that is more than a thousandth of the file; an
+    edit of a few numbers may go unnoticed. Modification times do not count, so that a copy has the same digest.
     """
     size = file.stat().st_size
     if size <= SAMPLED_ABOVE or not _is_any_of(file, WEIGHTS):
@@ -116,7 +116,7 @@ def _preset_files(spec: str) -> list[Path]:
     return [file] if file.suffix in (".yaml", ".yml") and file.is_file() else []
 
 
-# The local files behind a value; none where it names something elsewhere.
+# The local files that a value of each kind stands for; none if it names something elsewhere.
 FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
     Reads.DATA: data_files,
     Reads.TEMPLATES: _template_files,
@@ -126,7 +126,7 @@ FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
     Reads.PRESET: _preset_files,
     Reads.JSON: lambda path: [Path(path)] if Path(path).is_file() else [],
 }
-# Every flag of a training run that names files: of its trainer, and of the other groups of flags.
+# Every flag of a training run that names files, of its trainer's config and of all groups of flags.
 READ_BY_FLAG: dict[str, Reads] = {f"--{name}": reads for name, reads in INHERITED.items()} | {
     f"--{name}": reads
     for group in (

@@ -1,4 +1,4 @@
-"""The command line that the recipes share: grouped flags, YAML presets, short errors, exit code 2 on bad input."""
+"""The parser of the recipes' command lines: grouped flags, YAML presets, short errors."""
 
 import argparse
 import dataclasses
@@ -52,9 +52,9 @@ class RecipeParser(TrlParser):
     def __init__(self, *dataclass_types, description: str, recipe: str | None = None):
         """
         Args:
-            dataclass_types: Their fields are the flags.
+            dataclass_types: The dataclasses whose fields are the flags.
             description: For `--help`.
-            recipe: Name of the section of a preset that is read beside what stands above its sections.
+            recipe: The recipe's name; a preset's section of that name is read too.
         """
         super().__init__(
             dataclass_types,
@@ -75,10 +75,9 @@ class RecipeParser(TrlParser):
         self.preset: Path | None = None  # of the command line that was parsed
 
     def parse(self, argv: list[str] | None = None, *, demo_preset: Path | None = None) -> tuple:
-        """Reads a command line: one instance of each dataclass.
+        """Reads a command line; returns one instance of each dataclass.
 
-        `demo_preset` is a YAML file of defaults for a run where neither the command line nor a preset names data or
-        models.
+        `demo_preset` is a YAML file of defaults, used if neither the command line nor a preset names data or models.
 
         Raises:
             InputError: Unknown flag or YAML key, a value of the wrong type or out of range, an unreadable preset.
@@ -103,7 +102,7 @@ class RecipeParser(TrlParser):
             self._read_defaults(demo_preset, read_preset(demo_preset))
         self._read_defaults(self.preset, preset)
         self._drop_replaced(arg.split("=")[0] for arg in argv)
-        # HfArgumentParser has no way to parse known flags of its own beside the dataclasses'.
+        # HfArgumentParser would not accept flags that are no field of a dataclass, such as --debug.
         parsed, unknown = self.parse_known_args(argv)
         if unknown and not unknown[0].startswith("-"):
             raise InputError(f"unexpected argument {unknown[0]!r}; every setting is a --flag, see --help.")
@@ -115,7 +114,7 @@ class RecipeParser(TrlParser):
                 kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
                 for kind in self.dataclass_types
             )
-        except (ValueError, ImportError) as error:  # what transformers' own settings refuse
+        except (ValueError, ImportError) as error:  # from the checks of transformers' TrainingArguments
             raise InputError(str(error)) from error
 
     def _names_of_inputs(self) -> list[str]:
@@ -127,7 +126,7 @@ class RecipeParser(TrlParser):
         raise InputError(message)
 
     def _add_debug(self) -> None:
-        """`--debug`, which `errors.run` obeys. TrainingArguments has a flag of this name, with values: as without."""
+        """Adds `--debug`, which `errors.run` obeys; that of TrainingArguments, if it is there, may have no values."""
         of_trainer = next((action for action in flags_of(self) if action.dest == "debug"), None)
         if of_trainer is None:
             self.add_argument("--debug", action="store_true", help=_DEBUG)
@@ -135,12 +134,12 @@ class RecipeParser(TrlParser):
         of_trainer.nargs, of_trainer.help = "*", f"{_DEBUG} With values: {of_trainer.help}"
 
     def _read_defaults(self, path: Path | None, preset: Preset) -> None:
-        """A preset's values as defaults: what is for every recipe, and over it the section of this one."""
+        """Takes a preset's values as defaults: first those for every recipe, then those of this recipe's section."""
         self._set_defaults(str(path), preset.shared)
         self._set_defaults(f"{path}, under {self._recipe}", preset.sections.get(self._recipe, {}))
 
     def _set_defaults(self, where: str, values: Mapping[str, object]) -> None:
-        """Values as defaults, each read by argparse as if it stood on the command line."""
+        """Takes values as defaults, each read by argparse as if it had been given on the command line."""
         self._drop_replaced(f"--{key}" for key in values)
         actions = {
             f"--{action.dest}": action for action in flags_of(self) if f"--{action.dest}" in action.option_strings
@@ -160,7 +159,7 @@ class RecipeParser(TrlParser):
             self.set_defaults(**{key: getattr(parsed, key)})
 
     def _drop_replaced(self, flags: Iterable[str]) -> None:
-        """A preset's values that these flags stand in for (`REPLACED` of a dataclass) count no more."""
+        """Cancels the values of a preset that these flags replace (see `REPLACED` of the dataclasses)."""
         given_flags = set(flags)
         for kind in self.dataclass_types:
             for name, replaced in getattr(kind, "REPLACED", {}).items():
@@ -174,20 +173,20 @@ class RecipeParser(TrlParser):
         return f"unknown {kind} {prefix}{name}; {hint}"
 
     def _group_by_dataclass(self, dataclass_types) -> None:
-        """Sorts the flags into one help group per dataclass, and those of TrainingArguments into two of their own."""
+        """Sorts the flags into one help group per dataclass, and those of TrainingArguments into two more groups."""
         common_fields = self.add_argument_group("Training (the usual fields of transformers.TrainingArguments)")
         other_fields = self.add_argument_group("Training (all other fields of transformers.TrainingArguments)")
-        group_of, own_groups = {}, []
+        group_of, recipe_groups = {}, []
         for kind in dataclass_types:
             group = self.add_argument_group(kind.__doc__.splitlines()[0].rstrip("."))
-            own_groups.append(group)
+            recipe_groups.append(group)
             inherited = _inherited_training_fields(kind)
             group_of |= dict.fromkeys(inherited, other_fields)
             group_of |= dict.fromkeys(inherited.intersection(_COMMON_TRAINING_FIELDS), common_fields)
             group_of |= {f.name: group for f in dataclasses.fields(kind) if f.name not in inherited}
-        group_of.pop("debug", None)  # obeyed by every command, it stands with --help
-        # The recipe's own flags first, TrainingArguments last.
-        sort_into_groups(self, group_of, [*own_groups, common_fields, other_fields])
+        group_of.pop("debug", None)  # stays with --help, as every command has it
+        # The recipe's own flags come first, those of TrainingArguments last.
+        sort_into_groups(self, group_of, [*recipe_groups, common_fields, other_fields])
         self._hidden_help = {id(action): action.help for action in flags_of(other_fields)}
         for action in flags_of(other_fields):
             action.help = argparse.SUPPRESS
@@ -202,7 +201,7 @@ def _split_config(arg: str) -> list[str]:
 
 
 def _as_flag(action: argparse.Action, value) -> list[str]:
-    """A YAML value as the command line would have it. Raises `InputError` where it has no such form."""
+    """A YAML value as words of a command line. Raises `InputError` if it cannot be written there."""
     flag = f"--{action.dest}"
     if value is None:
         raise InputError("it is empty; leave the key out.")
@@ -220,6 +219,6 @@ def _as_flag(action: argparse.Action, value) -> list[str]:
 
 
 def _inherited_training_fields(kind: type) -> set[str]:
-    """Names of the fields that a config class has from `transformers.TrainingArguments`."""
+    """The names of the fields that a config class inherits from `transformers.TrainingArguments`."""
     bases = [base for base in kind.__mro__ if base.__name__ == "TrainingArguments"]
     return {f.name for base in bases for f in dataclasses.fields(base)}

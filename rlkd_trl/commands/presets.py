@@ -1,7 +1,7 @@
-"""YAML presets: found by name or path, and read with every doubt an error.
+"""YAML presets: found by name or path, and read strictly.
 
-A key is a flag, for every recipe that the file is given to; or the name of a recipe, whose flags stand under it and
-go before those above:
+A key is a flag, for any recipe that the file is given to; or it is the name of a recipe, and the flags under it are
+for that recipe alone and override the others:
 
     teacher: [bigscience/T0_3B]
     learning_rate: 1.0e-5
@@ -21,12 +21,12 @@ from rlkd_trl.commands.shipped import PRESETS, recipe_scripts
 from rlkd_trl.errors import InputError
 
 SUFFIXES = (".yaml", ".yml")
-# Aliases can stand for aliases, so that a few lines expand without end; a preset has some dozens of values.
+# An alias can stand for other aliases, so a few lines can expand to billions of values; a preset has some dozens.
 _MOST_VALUES = 10_000
 
 
 def find_preset(name: str) -> Path:
-    """The file of that path, or the preset of that name among those that ship: `llmr_t0_3b_t5_base`, `minillm`.
+    """The file at that path, or the preset that ships under that name: `llmr_t0_3b_t5_base`, `minillm`.
 
     Raises:
         InputError: There is no such file and no such name, or several presets have it.
@@ -67,22 +67,22 @@ def shipped_presets() -> list[Path]:
 
 @dataclass(frozen=True)
 class Preset:
-    """Flags and their values. sections: recipe to the flags that are for it alone."""
+    """Flags and their values. shared: for every recipe. sections: by recipe, the flags for that one alone."""
 
     shared: dict[str, object]
     sections: dict[str, dict[str, object]]
 
     def values_for(self, recipe: str) -> dict[str, object]:
-        """What one recipe gets of it."""
+        """The flags for one recipe, with their values."""
         return self.shared | self.sections.get(recipe, {})
 
 
 def read_preset(path: Path) -> Preset:
-    """What a file holds, whether or not a recipe knows its flags.
+    """The content of a preset file; whether the recipes know its flags is not checked here.
 
     Raises:
-        InputError: The file cannot be read, is no mapping of texts to values, has a key twice, or expands to too much;
-            or what stands under a recipe's name is no mapping.
+        InputError: The file cannot be read, is not a mapping of texts to values, has a key twice, or expands to too
+            many values; or what stands under a recipe's name is not a mapping.
     """
     shared, sections = {}, {}
     recipes = recipe_scripts()
@@ -120,7 +120,7 @@ def _read_mapping(path: Path) -> dict[str, object]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types; every key is a text that stands there once."""
+    """Loads plain YAML types only; every key must be a text, and occur once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -139,10 +139,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded_size(node: yaml.Node, size_of: dict[int, int]) -> int:
-    """Values under a node, with each alias counted as what it stands for.
+    """The number of values under a node, where an alias counts as much as what it stands for.
+
+    size_of: by id, the sizes of nodes that are known; 0 while a node is being counted.
 
     Raises:
-        InputError: An alias stands for something that it is part of.
+        yaml.composer.ComposerError: An alias stands for something that it is part of.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1

@@ -1,4 +1,4 @@
-"""Prompts within their caps, before a model is loaded: what is cut of a data set, said once, and what cannot be."""
+"""Cuts prompts to their caps before a model is loaded, and says once per dataset how many were cut."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,13 +27,14 @@ def fit_rows(
     max_prompt_length: int | None,
     max_completion_length: int,
 ) -> "Dataset":
-    """The rows with student prompts within `max_prompt_length` tokens; questions to the teacher are looked at only.
+    """The rows with student prompts of at most `max_prompt_length` tokens; the teacher's questions are only checked.
 
-    A line each says how many rows are longer than their cap. Of the checkpoints it reads tokenizers and configs only.
+    It prints how many prompts, and how many questions, are longer than their caps. Of the checkpoints it reads
+    tokenizers and configs only.
 
     Raises:
         InputError: A template's own words are too many tokens, or a model has too few positions for a prompt and a
-            completion of `max_completion_length`; the row is named, counted from 1.
+            completion of `max_completion_length`; the message names the row, counted from 1.
     """
     from rlkd_trl.models.limits import check_lengths, position_limits_of_config
     from rlkd_trl.models.loading import load_config, load_tokenizer
@@ -67,7 +68,7 @@ def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
 def _fit_student_prompts(
     rows: "Dataset", data_name: str, template: str | None, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> "Dataset":
-    if template is None:  # bare sources stay as they are: whoever tokenises them cuts their ends
+    if template is None:  # bare sources stay as they are here, and lose their ends when they are tokenised
         fit_prompts(rows["prompt"], data_name, tokenizer, max_length)
         return rows
     texts = [student_prompt(template, {**row, "prompt": row["source"]}) for row in rows]
@@ -78,7 +79,7 @@ def _fit_student_prompts(
 def fit_prompts(
     prompts: Sequence[str], data_name: str, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> list[str]:
-    """The prompts, those that a template rendered cut to `max_length` tokens, and a line about how many were longer.
+    """The prompts; those from a template are cut to `max_length` tokens. Prints how many are longer.
 
     Raises:
         InputError: As `fit_rows`.
@@ -105,9 +106,9 @@ def check_questions(
     *,
     max_completion_length: int,
 ) -> None:
-    """Says how many rows' questions have more tokens than `--teacher_max_prompt_length`; the teacher cuts them later.
+    """Checks the questions to the teacher, and prints for how many rows the longest one exceeds the cap.
 
-    Each row counts with its longest question.
+    They are not cut here: the teacher does that.
 
     Raises:
         InputError: As `fit_rows`.
@@ -156,6 +157,7 @@ def _lengths(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iter
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
+    """Puts `place`, e.g. "Row 3", before the message of an `InputError`."""
     try:
         yield
     except InputError as error:
@@ -163,7 +165,7 @@ def naming(place: str) -> Iterator[None]:
 
 
 def _say_shortened(how_many_are: str, flag: str, max_length: int, excess: list[int]) -> None:
-    """Prints, on the first process, how many prompts were shortened and by how much; nothing if none was."""
+    """Prints how many prompts are too long, and how many tokens each too many; nothing if there are none."""
     if excess:
         mean, most = sum(excess) / len(excess), max(excess)
         say(

@@ -1,4 +1,4 @@
-"""How recipes end: measure, print the table, and leave a finished output directory."""
+"""The end of recipes: evaluations, the table of results, and a finished output directory."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
-    """The first teacher's greedy outputs on the held-out rows, under the run's metrics."""
+    """The metrics of the first teacher's greedy outputs on the held-out rows; none without a teacher."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
     if not trainer.reward_model.panels:
@@ -35,15 +35,15 @@ def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
 
 
 def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
-    """The student's greedy outputs on the held-out rows; `when` is "before training" or "after training"."""
+    """Metrics of the student's greedy outputs on the held-out rows. when: "before training" or "after training"."""
     say(f"Evaluating the student {when}: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
 def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]) -> None:
-    """Writes the trained student, `cost.json`, and in `metrics.json` what is measured so far.
+    """Writes the trained student, `cost.json`, and `metrics.json` with what has been measured so far.
 
-    Whatever fails after training then, an evaluation or the report, has nothing to lose.
+    So nothing is lost if an evaluation or the report fails after training.
     """
     from rlkd_trl.evaluation.report import write_metrics
     from rlkd_trl.trainers.trainer_internals import save_without_push
@@ -51,17 +51,17 @@ def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]
     output_dir = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         write_metrics(output_dir / "metrics.json", results)
-    save_without_push(trainer, output_dir)  # that, if any, comes when all files are there
+    save_without_push(trainer, output_dir)  # `finish_run` pushes, when all files are there
     trainer.save_cost(output_dir / "cost.json")
 
 
 def finish_run(
     trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
-    """Of a saved student: writes `metrics.json`, prints the final table, writes `report.html` and the model card.
+    """Writes `metrics.json`, `report.html` and the model card of a saved student, and prints the final table.
 
     Raises:
-        TrainingError: All is written, and an evaluation met numbers that are not finite. Nothing is pushed then.
+        TrainingError: An evaluation met numbers that are not finite. Everything is written then, but not pushed.
     """
     from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
@@ -97,7 +97,7 @@ def finish_run(
     check_finite(results, saved)
     mark_finished(output_dir, trainer.state.global_step)
     print(f"Student, metrics.json and report.html are in {output_dir}.", flush=True)
-    if trainer.args.push_to_hub:  # last: all that it may fail on is over
+    if trainer.args.push_to_hub:  # last, as nothing after it can fail
         trainer.push_to_hub()
 
 
@@ -107,10 +107,13 @@ def evaluate_checkpoints(
     templates: PromptTemplates | None,
     rewards: Sequence["type[TeacherReward] | Callable"],
 ) -> dict[str, dict[str, float]]:
-    """Metrics and outputs of the student and, if one is named, of the teacher, written as they come.
+    """Evaluates the student and, if one is named, the teacher; results are written after each evaluation.
+
+    Returns:
+        Each model's metrics by its name.
 
     Raises:
-        InputError: Something in the input is wrong.
+        InputError: A model cannot be loaded, or does not fit the others.
     """
     from rlkd_trl.data import reference_texts
     from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
@@ -169,7 +172,7 @@ def evaluate_checkpoints(
 def _write_evaluation(
     output_dir: str | None, evaluations: Mapping[str, "Evaluation"], rows: Sequence[Mapping]
 ) -> None:
-    """With a directory, writes `metrics.json` and `outputs.jsonl` of the models evaluated so far."""
+    """Writes `metrics.json` and `outputs.jsonl` of the models evaluated so far, if there is a directory."""
     from rlkd_trl.evaluation.report import write_metrics
 
     if output_dir is None:
@@ -179,12 +182,13 @@ def _write_evaluation(
     )
     with (Path(output_dir) / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
-            line = {"prompt": row["prompt"], **{name: one.outputs[i] for name, one in evaluations.items()}}
+            outputs = {name: evaluation.outputs[i] for name, evaluation in evaluations.items()}
+            line = {"prompt": row["prompt"], **outputs}
             file.write(json.dumps({**line, "references": row["references"]}, ensure_ascii=False) + "\n")
 
 
 def report_evaluation(results: dict[str, dict[str, float]], output_dir: str | None) -> None:
-    """Prints the table. Raises `TrainingError` if an evaluation met numbers that are not finite."""
+    """Prints the table of results. Raises `TrainingError` if an evaluation met numbers that are not finite."""
     from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.evaluation.report import all_columns, comparison_table
 

@@ -1,4 +1,4 @@
-"""What a command may write over, and the checkpoint from which it goes on."""
+"""The output directory of a command: what may be overwritten, and the checkpoint from which a run continues."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import RunArguments
+from rlkd_trl.commands.arguments import EvaluationArguments, RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
 from rlkd_trl.commands.launched import say
 from rlkd_trl.errors import InputError, TrainingError, is_first_process
@@ -17,25 +17,23 @@ from rlkd_trl.settings.files import INHERITED, files_read, places_written
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from rlkd_trl.commands.settings import EvaluationSettings
-
 FINISHED = "finished.json"  # written last
 RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "outputs.jsonl")
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
 
 
 def check_apart(groups: Sequence[object], preset: Path | None) -> None:
-    """No input is the output: what a command's flags read is neither at a place that they write, nor in or around it.
+    """Checks that what a command's flags read is not at a place that they write, nor in it, nor around it.
 
-    Every command is parsed through this. Links are followed. A file may lie in an output directory, unless results
-    have its name.
+    Every command line goes through this check. Links are followed. An input file may lie in an output directory if no
+    result has its name.
 
     Args:
-        groups: The command's flags, one object of a dataclass for each group.
-        preset: The YAML file that some of them were read from.
+        groups: The command's flags, one instance of a dataclass for each group.
+        preset: The YAML file from which some of them were read.
 
     Raises:
-        InputError: It is; both flags are named.
+        InputError: An output would overwrite an input; the message names both flags.
     """
     outputs = [(f"--{name}", getattr(group, name)) for group in groups for name in places_written(type(group))]
     inputs = [*_inputs(groups), *([] if preset is None else [(f"--config {preset}", preset)])]
@@ -60,10 +58,10 @@ def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Pat
 
 
 def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
-    """Flag with value, and path, of all that is read: directories as a whole, and single files."""
+    """The flag with its value, and the path, of everything that is read: whole directories, and single files."""
     for group in groups:
         for name, reads in files_read(type(group)).items():
-            if name in INHERITED:  # a checkpoint in the run's own directory may be gone on from
+            if name in INHERITED:  # a run may continue from a checkpoint in its own output directory
                 continue
             value = getattr(group, name) or []
             for text in [value] if isinstance(value, str) else value:
@@ -73,10 +71,10 @@ def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
 
 
 def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") -> None:
-    """A new run does not begin where another one has been, unless told to; an input error leaves all as it was.
+    """Checks that a new run does not begin in the directory of another one, unless it is told to. Changes nothing.
 
     Raises:
-        InputError: There are results or checkpoints; `--output_dir` is a file, or cannot be written to; flags
+        InputError: There are results or checkpoints; `--output_dir` is a file, or cannot be written to; or flags
             contradict each other.
     """
     from rlkd_trl.trainers.checkpoint_files import checkpoints_in
@@ -109,13 +107,12 @@ def check_free(output_dir: str, run: RunArguments, args: "TrainingArguments") ->
         )
 
 
-def check_evaluation_directory(settings: "EvaluationSettings") -> None:
-    """Raises `InputError` if `--output_dir` holds results that are to stay, or cannot be written."""
-    output_dir, overwrite = settings.evaluation.output_dir, settings.evaluation.overwrite_output_dir
-    if output_dir is None:
+def check_evaluation_directory(evaluation: EvaluationArguments) -> None:
+    """Raises `InputError` if `--output_dir` holds results that must not be overwritten, or cannot be written."""
+    if evaluation.output_dir is None:
         return
     for name in ("metrics.json", "outputs.jsonl"):
-        check_not_there("--output_dir", Path(output_dir) / name, overwrite=overwrite)
+        check_not_there("--output_dir", Path(evaluation.output_dir) / name, overwrite=evaluation.overwrite_output_dir)
 
 
 def finished_files(directory: Path) -> list[Path]:
@@ -124,14 +121,14 @@ def finished_files(directory: Path) -> list[Path]:
 
 
 def check_not_there(flag: str, file: str | Path, *, overwrite: bool) -> None:
-    """Raises `InputError` if the file is there and is not to be overwritten, or cannot be written."""
+    """Raises `InputError` if the file exists and must not be overwritten, or cannot be written."""
     if Path(file).exists() and not overwrite:
         raise InputError(f"{flag} {file} exists: name another file, or write over it with --overwrite_output_dir.")
     check_writable(flag, Path(file).parent)
 
 
 def check_writable(flag: str, directory: Path) -> None:
-    """Raises `InputError` if no file can be written in the directory, or where it is to be made."""
+    """Raises `InputError` if no file can be written in the directory, or in the place where it is to be made."""
     place = directory.absolute()
     while not place.exists():
         place = place.parent
@@ -147,23 +144,24 @@ def check_writable(flag: str, directory: Path) -> None:
 
 @contextmanager
 def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
-    """An input error that only a loaded model, or a reward's first call, brings to light leaves no directory behind.
+    """Within it, an input error removes the output directory, which Trainer makes when it is built.
 
-    Trainer makes it when it is built; one that was there, or holds something, stays.
+    Some errors appear only with a loaded model, or when the reward is first called. A directory that existed before,
+    or is not empty, is kept.
     """
     directory = Path(output_dir)
-    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    new_directories = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
         yield
     except (InputError, TrainingError):
-        with suppress(OSError):  # it holds something, or is not there
-            for place in made:
+        with suppress(OSError):  # it is not empty, or was never made
+            for place in new_directories:
                 place.rmdir()
         raise
 
 
 def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:
-    """Removes the results of an earlier run, when training begins; its checkpoints too, unless it goes on from one."""
+    """Removes an earlier run's results when training begins; with `goes_on` its checkpoints are kept."""
     from rlkd_trl.trainers.checkpoint_files import STAGING, checkpoints_in
 
     if not is_first_process():
@@ -177,12 +175,12 @@ def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:
 
 
 def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | None:
-    """`--resume_from_checkpoint`, or the newest whole checkpoint in `--output_dir` if `--resume` asks for it.
+    """The checkpoint that `--resume_from_checkpoint` names, or with `--resume` the newest complete one; else None.
 
-    Newer ones that are not whole are named and passed over.
+    Newer checkpoints that are incomplete are skipped, with a line for each.
 
     Raises:
-        InputError: There is none, the named one is not whole, or both are given.
+        InputError: There is none, the one that is named is incomplete, or both flags are given.
     """
     from rlkd_trl.trainers.checkpoint_files import defect_of, newest_whole
 
@@ -214,7 +212,7 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
 
 
 def is_finished(checkpoint: str | None, args: "TrainingArguments") -> bool:
-    """Whether the run of a checkpoint has had all the steps that are asked for, and left its results; says so."""
+    """Whether a checkpoint's run has had all the steps that it should have, and left its results; prints that."""
     if checkpoint is None or not (Path(args.output_dir) / FINISHED).is_file():
         return False
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
@@ -230,7 +228,7 @@ def is_finished(checkpoint: str | None, args: "TrainingArguments") -> bool:
 
 
 def mark_finished(output_dir: str | Path, step: int) -> None:
-    """Says in the directory that the run and its results are complete."""
+    """Writes a file into the directory that marks the run and its results as complete."""
     if is_first_process():
         (Path(output_dir) / FINISHED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What a command records of its run in every checkpoint, and compares before it loads a model."""
+"""The record of a command that every checkpoint holds, and that a resumed command compares before it loads a model."""
 
 import json
 from dataclasses import fields
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
 
-# Flags that change nothing of what is learnt: evaluation data, which is read for results, how a teacher is kept.
-# Of the training data, the rows themselves are compared.
+# Groups and flags that are not compared: evaluation data and how a teacher is kept, which do not change what is
+# learnt; and training data, as its rows themselves are compared.
 _LEFT_OUT = (
     *("DataArguments", "HeldOutArguments", "RunArguments"),
     *("GeneralDataArguments", "TaskDataArguments", "EncoderHeldOutArguments"),
@@ -22,10 +22,10 @@ _LEFT_OUT = (
 
 
 def command_record(settings: object) -> dict[str, dict[str, object]]:
-    """The flags of a command by group, but for the trainer's settings; of files and directories, digests.
+    """The flags of a command by group, without the trainer's config; files and directories are given by digests.
 
-    What is named with `--resume_from_checkpoint` takes the student's place: there, the student that the checkpoint's
-    run began with is recorded again.
+    With `--resume_from_checkpoint` the student is that checkpoint, so the recorded student is the one with which the
+    checkpoint's run began.
     """
     from rlkd_trl.trainers.run_record import RUN_RECORD
 
@@ -48,10 +48,11 @@ def command_record(settings: object) -> dict[str, dict[str, object]]:
 
 
 def _recorded(value: object, reads: Reads | None, digests: FileDigests) -> object:
+    """A flag's value, or the digest of the files that it names."""
     if reads is None or value is None:
         return value
     if isinstance(value, list):
-        return [_recorded(one, reads, digests) for one in value]
+        return [_recorded(item, reads, digests) for item in value]
     files = FILES_OF[reads](value)
     return digests.of_files(files) if files else value
 
@@ -59,7 +60,7 @@ def _recorded(value: object, reads: Reads | None, digests: FileDigests) -> objec
 def check_own_checkpoint(
     checkpoint: str | None, trainer: str, args: "TrainingArguments", command: dict, rows: "Dataset | None" = None
 ) -> None:
-    """Raises `InputError` if the checkpoint is of another run than the command's; the differences are named."""
+    """Raises `InputError` if the checkpoint is of another run than this command's; the message says in what."""
     from rlkd_trl.trainers.run_record import check_same_run, rows_digest, settings_of
 
     if checkpoint is None:

@@ -1,4 +1,4 @@
-"""The settings of each command as one object, which travels whole from its parser to its results."""
+"""The settings of each command as one object, which is passed on whole from the parser to the results."""
 
 import json
 import os
@@ -108,7 +108,7 @@ class EvaluationSettings:
 
 
 def groups_of(kind: type, args: type | None = None) -> dict[str, type]:
-    """Field of a class of settings to its class of flags; `args` is the one of the trainer, which its recipe knows."""
+    """The class of flags of each field of a class of settings; `args` is the trainer's config class, a field too."""
     known = get_type_hints(kind, localns=dict.fromkeys(_CONFIGS, args))
     return {field.name: known[field.name] for field in fields(kind)}
 
@@ -116,8 +116,9 @@ def groups_of(kind: type, args: type | None = None) -> dict[str, type]:
 class CommandLine(Generic[Settings]):
     """The command line of a recipe as one object of settings.
 
-    In two steps, since the imports of a trainer's settings take seconds: a sketch, with the fields that its source
-    declares, serves for `--help` and for all that can be found wrong before; then the settings themselves.
+    It is read twice, since importing a trainer's config takes seconds: first with a sketch of the config, which has
+    the fields that its source declares (see `settings.declared`), for `--help` and the first checks; then with the
+    config itself.
     """
 
     def __init__(
@@ -131,25 +132,33 @@ class CommandLine(Generic[Settings]):
     ):
         """
         Args:
-            kind: Class of the settings; each field is a group of flags.
+            kind: The class of the settings; each field is a group of flags.
             description: The recipe's docstring, for `--help`.
-            recipe: Its name, which a preset can have a section for.
-            config: Where the class of the trainer's settings is, as "package.module:Class".
+            recipe: The recipe's name; a preset may have a section of that name.
+            config: The trainer's config class, as "package.module:Class".
             demo_preset: As in `RecipeParser.parse`.
         """
         self.kind, self.description, self.recipe = kind, description, recipe
         self.config, self.demo_preset = config, demo_preset
 
     def sketch(self) -> Settings:
-        """Raises `InputError` as `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`."""
+        """The settings with a sketch of the trainer's config.
+
+        Raises:
+            InputError: As `settings`.
+        """
         check_launch(os.environ)
         kind = declared(self.config.replace(":", "."))
-        if kind is None or "--help_all" in sys.argv:  # the latter shows computed defaults too
+        if kind is None or "--help_all" in sys.argv:  # which also shows defaults that a sketch does not know
             return self.settings()
         return self._parse(kind)
 
     def settings(self) -> Settings:
-        """Raises `InputError` as `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`."""
+        """The settings, with the trainer's config itself.
+
+        Raises:
+            InputError: As `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`.
+        """
         check_launch(os.environ)
         return self._parse(None if self.config is None else pkgutil.resolve_name(self.config))
 
@@ -166,12 +175,12 @@ class CommandLine(Generic[Settings]):
 def parse_settings(
     kind: type[Settings], *, description: str, recipe: str | None = None, demo_preset: Path | None = None
 ) -> Settings:
-    """The command line of a recipe without a trainer. Raises `InputError` as `CommandLine.settings`."""
+    """The settings of a recipe without a trainer. Raises `InputError` as `CommandLine.settings`."""
     return CommandLine(kind, description=description, recipe=recipe, demo_preset=demo_preset).settings()
 
 
 def described(settings: object) -> dict[str, dict]:
-    """All flags of a command by group, as JSON's types."""
+    """All flags of a command by group, in JSON's types."""
     return {
         type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else json.loads(json.dumps(vars(group)))
         for group in vars(settings).values()

@@ -1,4 +1,4 @@
-"""Where the files that come with the package are: inside it where it is installed, beside it in a clone."""
+"""The places of the files that ship with the package: inside an installed package, beside it in a clone."""
 
 from pathlib import Path
 
@@ -12,5 +12,5 @@ PLANNER = _PACKAGE / "plan.py"
 
 
 def recipe_scripts() -> dict[str, Path]:
-    """Each recipe's name, `ppo_kd`, with its script."""
+    """The script of each recipe, by the recipe's name, e.g. `ppo_kd`."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.py")) if path.stem != "__init__"}
