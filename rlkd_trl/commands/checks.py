@@ -47,16 +47,16 @@ def is_demo(settings: DistillationSettings) -> bool:
 
 
 def require_files(settings: object) -> None:
-    """Raises `InputError` for a flag whose checkpoint or data is neither local nor on the Hub.
+    """Raises `InputError` for a flag whose data or checkpoint is neither local nor on the Hub.
 
     Also for the revision of something that is local.
     """
-    for flag, path in _named(settings, Reads.CHECKPOINT):
-        require_checkpoint(flag, path)
     for flag, path in _named(settings, Reads.DATA):
         require_dataset(path)
         if not Path(path).expanduser().exists():
             require_on_hub(flag, path, "dataset")
+    for flag, path in _named(settings, Reads.CHECKPOINT):
+        require_checkpoint(flag, path)
     _check_revisions(settings)
 
 
