@@ -35,7 +35,7 @@ from rlkd_trl.commands.comparison.checks import (
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.run_directory import check_writable
 from rlkd_trl.commands.settings import parse_settings
-from rlkd_trl.errors import run
+from rlkd_trl.errors import continued_by, run
 
 RECIPES = Path(__file__).resolve().parent
 DEMO_PRESET = RECIPES / "configs" / "demo_compare.yaml"
@@ -53,6 +53,7 @@ def main() -> None:
     # Parse, and find out what is wrong with the input before anything runs.
     demo_preset = DEMO_PRESET if "--smoke" in sys.argv else None
     settings = parse_settings(ComparisonSettings, description=__doc__, recipe="compare", demo_preset=demo_preset)
+    continued_by("the same command")
     check_named(settings)
     require_files(settings)
     methods = find_methods(settings.compare, RECIPES)

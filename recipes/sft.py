@@ -55,6 +55,7 @@ def main() -> None:
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 
     # Build.
+    from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.supervised import SupervisedTrainer
 
     with leaves_no_empty_directory(args.output_dir):
@@ -69,9 +70,10 @@ def main() -> None:
     # Train and save.
     clear_results(args.output_dir, goes_on=checkpoint is not None)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(_internal_call=True)
-    mark_finished(args.output_dir, trainer.state.global_step)
-    print(f"The model is in {args.output_dir}.", flush=True)
+    with StopRequest().listening(is_last=not args.push_to_hub):  # a signal to stop waits
+        trainer.save_model(_internal_call=True)
+        mark_finished(args.output_dir, trainer.state.global_step)
+        print(f"The model is in {args.output_dir}.", flush=True)
     if args.push_to_hub:
         trainer.push_to_hub()
 

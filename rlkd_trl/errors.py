@@ -8,10 +8,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, Protocol
 
 LAUNCHER = "RLKD_TRL_LAUNCHER"  # an environment variable: set if the launcher reports killed processes itself
@@ -28,7 +31,8 @@ _LAUNCHERS = (
     "rlkd_trl",
 )
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-_HOW_TO_CONTINUE = "To continue: the same command with --resume"
+
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 class InputError(ValueError):
@@ -51,11 +55,16 @@ class CheckpointError(OSError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has stopped a run, after everything it had done was saved. signum: the signal's number."""
+    """A signal has stopped a run, after everything it had done was saved.
 
-    def __init__(self, signum: int, message: str):
+    signum: the signal's number. is_saved: False if there was nothing to save yet.
+    """
+
+    def __init__(self, signum: int, message: str, *, is_saved: bool = True):
+        global _is_interrupted
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.is_saved = signum, is_saved
+        _is_interrupted = True
 
 
 class Peers(Protocol):
@@ -68,7 +77,23 @@ class Peers(Protocol):
         """The processes that have died, in words, if that is the cause of `error`; else None."""
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal to stop, where nothing is to be saved first."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
 _peers: Peers | None = None
+_continued_by = ""
+_is_interrupted = False  # what was to be saved is saved, and the command is on its way out
+
+
+def continued_by(what: str) -> None:
+    """Tells this module what a user does to go on with the command, once it has been stopped; "" if nothing helps."""
+    global _continued_by
+    _continued_by = what
 
 
 def connected_to(peers: Peers) -> None:
@@ -87,7 +112,8 @@ def run(main: Callable[[], None]) -> None:
 
     With `--debug` on the command line the traceback is printed before them.
 
-    Exit codes: 2 for input to be corrected; 1 if numbers are not finite, a checkpoint could not be written, or another
+    SIGINT and SIGTERM end it at once, unless it saves something first (see `trainers.interruption`). Exit codes: 2 for
+    input to be corrected; 1 if numbers are not finite, a checkpoint could not be written, or another
     process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several processes only one prints. When a command
     succeeds, or all processes leave it at the same step, it also closes the connection between the processes, whose
     threads could otherwise abort the interpreter on its way out.
@@ -95,43 +121,106 @@ def run(main: Callable[[], None]) -> None:
     _end_with_launcher()
     # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
     atexit.register(gc.freeze)
+    atexit.register(lambda: _handle_signals(signal.SIG_IGN))  # all is done by then
     # On CPUs it warns when imported, of a kernel that it could not download, and in int8 at every matrix product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        main()
+        with _stopping_at_signals():
+            main()
     except InputError as error:
         _refuse(error)
     except TrainingError as error:  # raised by all processes together
         _disconnect()
-        _end(1, f"error: {' '.join(str(error).split())}")
+        _end(1, f"error: {_one_line(error)}")
     except CheckpointError as error:
-        _end(1, f"error: {' '.join(str(error).split())}")
+        _end(1, f"error: {_one_line(error)}")
     except OSError as error:  # while results are written
         if error.errno not in _DISK_ERRORS:
             _end_unexpectedly(error)
         place = f"{error.filename}: " if error.filename else ""
-        why = f"{place}{error.strerror}: make room, or name another place."
-        _end(1, f"error: {why} {_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
+        _end(1, f"error: {place}{error.strerror}: make room, or name another place.{_hint(' ')}")
     except Interrupted as interruption:
-        _disconnect()
-        _end(128 + interruption.signum, f"{interruption}\n{_HOW_TO_CONTINUE}.")
-    except KeyboardInterrupt:
-        _end(130, f"Stopped by Ctrl-C.\n{_HOW_TO_CONTINUE}, if a checkpoint was saved before.")
+        with _signals(signal.SIG_IGN):
+            _disconnect()
+            _end(128 + interruption.signum, f"{interruption}{_hint(is_saved=interruption.is_saved)}")
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        by = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        with _signals(signal.SIG_IGN):
+            _end(128 + signum, f"Stopped by {by}.{_hint()}")
     except Exception as error:
         _end_unexpectedly(error)
-    _disconnect()
+    with _signals(signal.SIG_IGN):
+        _disconnect()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _hint(before: str = "\n", *, is_saved: bool = False) -> str:
+    """The last line of a message about a command that was stopped."""
+    if not _continued_by:
+        return ""
+    where_saved = "" if is_saved or "--resume" not in _continued_by else ", if a checkpoint was saved before"
+    return f"{before}To continue: {_continued_by}{where_saved}."
+
+
+@contextmanager
+def _signals(handler: Handler) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM have this handler."""
+    before = _handle_signals(handler)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def _handle_signals(handler: Handler) -> dict[int, Handler]:
+    """Sets the handler; the ones before, none where signals cannot be set: elsewhere than in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+
+@contextmanager
+def _stopping_at_signals() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM end the command."""
+    global _is_interrupted
+    process, _is_interrupted = os.getpid(), False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a fork, which is to end as if nothing were installed
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        if _is_interrupted and signum == signal.SIGTERM:  # launchers repeat what a terminal has sent already
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Stopped(signum)
+
+    with _signals(stop):
+        yield
 
 
 def _end_with_launcher() -> None:
-    """On Linux: makes the kernel send SIGTERM to this process when the launcher or comparison that started it ends.
+    """Calls `end_with_parent` if that is a launcher or a comparison.
 
     Accelerate's launcher of a single process does not pass signals on, so that its process would go on without it.
     """
     try:
-        if _is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
     except (OSError, AttributeError, UnicodeDecodeError):  # elsewhere than on Linux
-        pass
+        return
+    if _is_launcher(words):
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """On Linux: makes the kernel send SIGTERM to this process when the one that started it ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_launcher(words: list[str]) -> bool:
@@ -146,6 +235,8 @@ def _end(code: int, message: str) -> NoReturn:
     """Ends this process with exit code `code`; only one of several processes prints the message."""
     if is_first_process() if _peers is None else _peers.is_first_to_speak():
         _say(message)
+    if _is_connected():  # whose threads may abort the interpreter on its way out
+        _leave(code)
     sys.exit(code)
 
 
@@ -156,12 +247,17 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _disconnect() -> None:
-    """Closes the connection to the other processes, if there is one."""
+def _is_connected() -> bool:
+    """Whether this process is connected to others."""
     distributed = sys.modules.get("torch.distributed")  # None if torch was never imported
     is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if is_connected and distributed.get_world_size() > 1:
-        distributed.destroy_process_group()
+    return is_connected and distributed.get_world_size() > 1
+
+
+def _disconnect() -> None:
+    """Closes the connection to the other processes, if there is one."""
+    if _is_connected():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _refuse(error: InputError) -> NoReturn:
@@ -172,7 +268,7 @@ def _refuse(error: InputError) -> NoReturn:
     if _peers is None and is_one_of_several and not is_first_process():
         # Most often all processes find the same mistake. Then the first one prints it, and the launcher ends the rest.
         time.sleep(_FIRST_PROCESS_SPEAKS)
-    _say(f"error: {' '.join(str(error).split())}")
+    _say(f"error: {_one_line(error)}")
     if is_one_of_several:
         _leave(2)
     sys.exit(2)
@@ -191,8 +287,8 @@ def _end_unexpectedly(error: Exception) -> NoReturn:
     if missing is None:
         traceback.print_exception(error)
     else:
-        why = f"{missing}; the others cannot go on. {_HOW_TO_CONTINUE}, if a checkpoint was saved before."
-        print(f"error: {' '.join(why.split())}", file=sys.stderr, flush=True)
+        why = " ".join(missing.split())
+        print(f"error: {why}; the others cannot go on.{_hint(' ')}", file=sys.stderr, flush=True)
     _leave(1)
 
 

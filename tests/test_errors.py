@@ -59,6 +59,7 @@ def test_failed_training_is_one_line_and_exit_code_1(capsys):
 )
 def test_what_stops_a_command_ends_in_a_line_or_two(error, code, lines, capsys):
     def stop():
+        errors.continued_by("the same command with --resume")
         raise error
 
     with pytest.raises(SystemExit) as exit:

@@ -41,7 +41,8 @@ _TRAIN = """
 import json, pkgutil, sys
 request = json.load(sys.stdin)
 sys.path[:] = request["path"]
-from rlkd_trl.errors import run
+from rlkd_trl.errors import end_with_parent, run
+end_with_parent()
 run(lambda: pkgutil.resolve_name(request["train"])(**request["of"]))
 """
 
@@ -120,7 +121,9 @@ def _train_apart(train: str, request: "DemoRequest | EncoderDemoRequest") -> str
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", _TRAIN]
     request_json = json.dumps({"path": sys.path, "train": train, "of": asdict(request)})
-    code = subprocess.run(command, input=request_json, text=True, env=environment).returncode
+    # In a session of its own: Ctrl-C comes to this process, which then ends the other.
+    finished = subprocess.run(command, input=request_json, text=True, env=environment, start_new_session=True)
+    code = finished.returncode
     return "done" if code == 0 else f"The demo's models could not be trained: their process ended with code {code}."
 
 

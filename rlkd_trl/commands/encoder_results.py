@@ -23,20 +23,35 @@ def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
 def save_student(trainer: "EncoderKDTrainer", results: Results) -> None:
     """Writes the trained student, `cost.json`, and in `metrics.json` what is measured so far.
 
-    Whatever fails after training then, an evaluation or the report, has nothing to lose.
+    Whatever fails after training then, an evaluation or the report, has nothing to lose. A signal to stop waits.
     """
     from rlkd_trl.evaluation.report import write_metrics
+    from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.trainer_internals import save_without_push
 
     output_dir = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        write_metrics(output_dir / "metrics.json", results)
-    save_without_push(trainer, output_dir)  # the push to the Hub, if any, comes when all files are there
-    trainer.save_cost(output_dir / "cost.json")
+    with StopRequest().listening():
+        if trainer.is_world_process_zero():
+            write_metrics(output_dir / "metrics.json", results)
+        save_without_push(trainer, output_dir)  # the push to the Hub, if any, comes when all files are there
+        trainer.save_cost(output_dir / "cost.json")
 
 
 def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
-    """Of a saved student: writes `metrics.json`, prints the table, writes `report.html` and the model card."""
+    """Of a saved student: writes `metrics.json`, prints the table, writes `report.html` and the model card.
+
+    A signal to stop waits until all of it is there; it then ends a push, or the stages that are left.
+    """
+    from rlkd_trl.trainers.interruption import StopRequest
+
+    pushes = stage.is_last and trainer.args.push_to_hub
+    with StopRequest().listening(is_last=stage.is_last and not pushes):
+        _report(trainer, results, settings, stage)
+    if pushes and trainer.is_world_process_zero():  # last: all that it may fail on is over
+        trainer.push_to_hub()
+
+
+def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
     from rlkd_trl.evaluation.report import (
         ENCODER_COLUMNS,
         columns_in,
@@ -78,8 +93,6 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
     if stage.is_last:
         mark_finished(directory, step)
         print(f"Student, metrics.json and report.html are in {directory}.", flush=True)
-        if trainer.args.push_to_hub:  # last: all that it may fail on is over
-            trainer.push_to_hub()
     else:
         mark_stage(settings, stage, step)
 

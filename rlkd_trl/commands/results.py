@@ -43,16 +43,18 @@ def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
 def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]) -> None:
     """Writes the trained student, `cost.json`, and `metrics.json` with what has been measured so far.
 
-    So nothing is lost if an evaluation or the report fails after training.
+    So nothing is lost if an evaluation or the report fails after training. A signal to stop waits until it is saved.
     """
     from rlkd_trl.evaluation.report import write_metrics
+    from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.trainer_internals import save_without_push
 
     output_dir = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        write_metrics(output_dir / "metrics.json", results)
-    save_without_push(trainer, output_dir)  # `finish_run` pushes, when all files are there
-    trainer.save_cost(output_dir / "cost.json")
+    with StopRequest().listening():
+        if trainer.is_world_process_zero():
+            write_metrics(output_dir / "metrics.json", results)
+        save_without_push(trainer, output_dir)  # `finish_run` pushes, when all files are there
+        trainer.save_cost(output_dir / "cost.json")
 
 
 def finish_run(
@@ -60,9 +62,22 @@ def finish_run(
 ) -> None:
     """Writes `metrics.json`, `report.html` and the model card of a saved student, and prints the final table.
 
+    A signal to stop waits until all of it is there; it then ends a push.
+
     Raises:
         TrainingError: An evaluation met numbers that are not finite. Everything is written then, but not pushed.
     """
+    from rlkd_trl.trainers.interruption import StopRequest
+
+    with StopRequest().listening(is_last=not trainer.args.push_to_hub):
+        _report(trainer, results, settings, method=method)
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():  # last, as nothing after it can fail
+        trainer.push_to_hub()
+
+
+def _report(
+    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
+) -> None:
     from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
     from rlkd_trl.models.vocabulary import allowed_special_tokens
@@ -97,8 +112,6 @@ def finish_run(
     check_finite(results, saved)
     mark_finished(output_dir, trainer.state.global_step)
     print(f"Student, metrics.json and report.html are in {output_dir}.", flush=True)
-    if trainer.args.push_to_hub:  # last, as nothing after it can fail
-        trainer.push_to_hub()
 
 
 def evaluate_checkpoints(

@@ -144,7 +144,7 @@ def check_writable(flag: str, directory: Path) -> None:
 
 @contextmanager
 def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
-    """Within it, an input error removes the output directory, which Trainer makes when it is built.
+    """Within it, an input error, or a stop, removes the output directory, which Trainer makes when it is built.
 
     Some errors appear only with a loaded model, or when the reward is first called. A directory that existed before,
     or is not empty, is kept.
@@ -153,7 +153,7 @@ def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
     new_directories = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
         yield
-    except (InputError, TrainingError):
+    except (InputError, TrainingError, KeyboardInterrupt):
         with suppress(OSError):  # it is not empty, or was never made
             for place in new_directories:
                 place.rmdir()

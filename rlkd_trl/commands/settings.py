@@ -28,6 +28,7 @@ from rlkd_trl.commands.arguments import (
 from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.run_directory import check_apart
+from rlkd_trl.errors import continued_by
 from rlkd_trl.settings.declared import declared
 from rlkd_trl.settings.files import check_names
 
@@ -169,6 +170,7 @@ class CommandLine(Generic[Settings]):
         for group in parsed:
             check_names(group)
         check_apart(parsed, parser.preset)
+        continued_by("the same command with --resume" if RunArguments in groups.values() else "")
         return self.kind(**dict(zip(groups, parsed, strict=True)))
 
 

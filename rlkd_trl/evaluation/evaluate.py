@@ -178,6 +178,7 @@ def evaluate_student(
     teacher_completions: Completions | None = None,
     with_ibleu: bool = False,
     progress: str | None = None,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """`evaluate_completions` of a model's own outputs.
 
@@ -190,6 +191,7 @@ def evaluate_student(
             of Wen et al., in nats.
         with_ibleu: As `evaluate_completions`.
         progress: The label of a progress bar on the first process; None shows no bar.
+        after_batch: Called after each batch of each pass, equally often on all processes.
     """
     prompts = [row["prompt"] for row in rows] if prompts is None else prompts
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
@@ -206,8 +208,13 @@ def evaluate_student(
     passes = 2 if reward_model is None else 3  # answers, their log-probabilities, rewards
     is_hidden = progress is None or not is_first_process()
     with tqdm(total=passes * len(prompts), desc=progress, unit="read", leave=False, disable=is_hidden) as bar:
-        completions = joined(_counted(answers, bar.update), pad_id=policy.pad_id)
-        own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, advance=bar.update, **lengths)
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            after_batch()
+
+        completions = joined(_counted(answers, advance), pad_id=policy.pad_id)
+        own_logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, advance=advance, **lengths)
         result = evaluate_completions(
             rows,
             completions,
@@ -217,7 +224,7 @@ def evaluate_student(
             forbidden_V=policy.forbidden_V,
             batch_size=batch_size,
             with_ibleu=with_ibleu,
-            advance=bar.update,
+            advance=advance,
         )
     if teacher_completions is not None:
         logps_BT = completion_log_probs(

@@ -460,6 +460,7 @@ class EncoderKDTrainer(ResumableTrainer):
         for start in range(0, len(rows), size):
             batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
             yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            self.stop_if_asked()
 
     def evaluate_teacher(self) -> dict[str, float]:
         """The teacher under the same metrics, on the evaluation data of a task; elsewhere there is nothing to say."""

@@ -13,6 +13,14 @@ from accelerate import Accelerator
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StopAsked(Exception):
+    """An evaluation is broken off for a signal to stop, on all processes. signum: the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
 class StopRequest:
     """The first signal to stop that this process has received, if any.
 
@@ -23,6 +31,7 @@ class StopRequest:
 
     def __init__(self):
         self.signum = 0
+        self.is_listening = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT and "LOCAL_RANK" not in os.environ:
@@ -30,18 +39,25 @@ class StopRequest:
         self.signum = self.signum or signum
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it, SIGINT and SIGTERM are only remembered; outside the main thread they act as always."""
+    def listening(self, *, is_last: bool = False) -> Iterator[None]:
+        """Within it, SIGINT and SIGTERM are only remembered; outside the main thread they act as always.
+
+        One that has not ended the block acts at its end, unless `is_last`: everything is done by then.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self.signum = 0
         before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
+        self.is_listening = True
         try:
             yield
         finally:
+            self.is_listening = False
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+        if self.signum and not is_last:
+            signal.raise_signal(self.signum)
 
     def on_any_process(self, accelerator: Accelerator) -> int:
         """The number of a signal that any process has received, or 0; every process gets the same answer."""

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal, state_of
 from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
-from rlkd_trl.trainers.interruption import StopRequest
+from rlkd_trl.trainers.interruption import StopAsked, StopRequest
 from rlkd_trl.trainers.processes import register_process
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
 from rlkd_trl.trainers.trainer_internals import (
@@ -56,6 +56,7 @@ class ResumableTrainer(FiniteTrainer):
             "data": rows_digest(self.train_dataset),
         }
         self._stop_request = StopRequest()
+        self._is_stopping = False
         self._resumed_state: dict = {}
         # A checkpoint may be written before the step has been logged and evaluated; these say what is left to do.
         self._last_step = {"grad_norm": None, "learning_rate": None}
@@ -85,7 +86,7 @@ class ResumableTrainer(FiniteTrainer):
     def write_checkpoint(self, directory: Path) -> None:
         """Writes this process's files of a checkpoint into an empty directory."""
         save_without_push(self, directory)
-        if not self.args.save_only_model:
+        if not self._saves_model_only:
             save_training_state(self, directory)
             torch.save(self.run_state(), directory / self._run_state_file)
         if self.args.should_save:
@@ -103,7 +104,38 @@ class ResumableTrainer(FiniteTrainer):
         checkpoint = self._checked_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
         self._check_space()
         with self._stop_request.listening():
-            return super().train(checkpoint, *args, **kwargs)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+                signum = self._stop_request.on_any_process(self.accelerator)
+            except StopAsked as stop:  # in an evaluation before the first step
+                what = f"Stopped before step {self.state.global_step + 1}."
+                raise Interrupted(stop.signum, what, is_saved=checkpoint is not None) from None
+            if signum:
+                self._stop_after_training(signum)
+        return output
+
+    def _stop_after_training(self, signum: int) -> None:
+        """Raises `Interrupted`, with a checkpoint of the last step."""
+        checkpoint = self._checkpoint_now
+        if not gather_object([checkpoint.is_dir()])[0] and not self.args.load_best_model_at_end:
+            self._is_stopping = True
+            self._save_checkpoint(self.model, None)
+        what = f"Stopped after step {self.state.global_step}, the last; {checkpoint} holds all of it."
+        raise Interrupted(signum, what)
+
+    def stop_if_asked(self) -> None:
+        """For evaluations, after each batch: raises `StopAsked` on all processes if training is to stop."""
+        if self._stop_request.is_listening and (signum := self._stop_request.on_any_process(self.accelerator)):
+            raise StopAsked(signum)
+
+    @property
+    def _checkpoint_now(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    @property
+    def _saves_model_only(self) -> bool:
+        """A run that is stopped saves what it takes to go on, whatever it saves otherwise."""
+        return self.args.save_only_model and not self._is_stopping
 
     def is_finished(self) -> bool:
         """Whether all steps are done."""
@@ -120,14 +152,25 @@ class ResumableTrainer(FiniteTrainer):
         """Trainer calls this at the end of each step and epoch; here a signal to stop is obeyed."""
         grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
         self._last_step = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+        def end_of_step():
+            inherited(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+        inherited = super()._maybe_log_save_evaluate
         signum = self._stop_request.on_any_process(self.accelerator)
-        if signum:  # an evaluation would delay the stop, so the resumed run begins with it
-            self._evaluation_is_due = self.control.should_evaluate
-            self.control.should_save, self.control.should_evaluate = True, False
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
-        if signum:
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            raise Interrupted(signum, f"Stopped after step {self.state.global_step}; {checkpoint} holds all of it.")
+        if not signum:
+            try:
+                return end_of_step()
+            except StopAsked as stop:
+                signum = stop.signum
+        # An evaluation would delay the stop, so the resumed run begins with it.
+        self._evaluation_is_due = self.control.should_evaluate
+        self.control.should_save, self.control.should_evaluate = True, False
+        self._is_stopping = True
+        end_of_step()
+        raise Interrupted(
+            signum, f"Stopped after step {self.state.global_step}; {self._checkpoint_now} holds all of it."
+        )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "train_loss" in logs:  # Trainer's is of the part since the last resume; this is of the whole run
@@ -247,7 +290,7 @@ class ResumableTrainer(FiniteTrainer):
         return (
             self._failure(lambda: _make_empty(staged), self.args.should_save)
             or self._failure(lambda: self.write_checkpoint(staged), True, waits_inside=waits_inside)
-            or self._failure(lambda: seal(staged, resumable=not self.args.save_only_model), self.args.should_save)
+            or self._failure(lambda: seal(staged, resumable=not self._saves_model_only), self.args.should_save)
             or self._failure(lambda: publish(staged, final), self.args.should_save)
         )
 

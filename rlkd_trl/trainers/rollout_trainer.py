@@ -407,6 +407,7 @@ class RolloutTrainer(ResumableTrainer):
                 max_completion_length=self.args.max_completion_length,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=None if self.args.disable_tqdm else "Evaluating the student",
+                after_batch=self.stop_if_asked,
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         self.log(dict(metrics))

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers import resumable
@@ -165,6 +166,106 @@ def test_a_signal_saves_and_stops(method, signum, tmp_path):
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == [
         entry["loss"] for entry in whole.state.log_history if "loss" in entry
     ]
+
+
+def at_the(moment: str, trainer, signum: int) -> None:
+    """The signal comes after the last step has been looked at, or within the last save."""
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            os.kill(os.getpid(), signum)
+
+    if moment == "end":
+        trainer.add_callback(AtTheEnd())
+        return
+    save = trainer._save_checkpoint
+
+    def interrupted(*args):
+        if trainer.state.global_step == 3:
+            trainer._save_checkpoint = save
+            os.kill(os.getpid(), signum)
+        save(*args)
+
+    trainer._save_checkpoint = interrupted
+
+
+@pytest.mark.parametrize(
+    ("moment", "strategy", "signum"),
+    [("end", "steps", signal.SIGTERM), ("end", "no", signal.SIGINT), ("last save", "steps", signal.SIGTERM)],
+)
+def test_a_signal_after_the_last_step_is_obeyed_too(signum, strategy, moment, tmp_path):
+    """What comes after training, the saved student for instance, is not there: it did not end well."""
+    settings = {"max_steps": 3, "save_strategy": strategy, "save_steps": 1}
+    whole = build("ppo", tmp_path / "whole", **settings)
+    whole.train()
+    stopped = build("ppo", tmp_path / "run", **settings)
+    at_the(moment, stopped, signum)
+    with pytest.raises(Interrupted, match=r"after step 3.*/checkpoint-3 holds all of it") as stop:
+        stopped.train()
+    assert stop.value.signum == signum
+    resumed = build("ppo", tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and same(snapshot(resumed.model), snapshot(whole.model))
+
+
+def test_a_run_that_saves_models_only_is_stopped_with_all_that_it_takes_to_go_on(tmp_path):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    whole = build("rloo-token", tmp_path / "whole", **settings)
+    whole.train()
+    stopped = build("rloo-token", tmp_path / "run", **settings)
+    stopped._stop_request.on_any_process = lambda accelerator: signal.SIGTERM if stopped.state.global_step == 2 else 0
+    with pytest.raises(Interrupted, match="checkpoint-2 holds all of it"):
+        stopped.train()
+    resumed = build("rloo-token", tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(snapshot(resumed.model), snapshot(whole.model))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_signal_in_an_evaluation_breaks_it_off(strategy, tmp_path):
+    """After the batch; the resumed run evaluates, and goes on as one that was not stopped."""
+    settings = {"eval_strategy": strategy, "eval_steps": 2, "eval_data": prompts(12, seed=3), "data": prompts(8),
+                "max_steps": 4, "save_strategy": "no", "per_device_eval_batch_size": 2}  # fmt: skip
+    whole = build("rloo-token", tmp_path / "whole", **settings)
+    whole.train()
+    stopped, batches = build("rloo-token", tmp_path / "run", **settings), []
+    look = stopped.stop_if_asked
+
+    def stop_if_asked():
+        batches.append(stopped.state.global_step)
+        if len(batches) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        look()
+
+    stopped.stop_if_asked = stop_if_asked
+    with pytest.raises(Interrupted, match=r"Stopped after step 2; .*checkpoint-2 holds all of it"):
+        stopped.train()
+    assert batches == [2] * 8, "of 18"
+    resumed = build("rloo-token", tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    logs = [
+        [(e["step"], e["eval_reward"]) for e in t.state.log_history if "eval_reward" in e] for t in (whole, resumed)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert same(snapshot(resumed.model), snapshot(whole.model))
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    """In the evaluation that it begins with: there is nothing to save."""
+    stopped = build("rloo-token", tmp_path, eval_on_start=True, eval_strategy="steps", eval_steps=5,
+                    eval_data=prompts(4, seed=3), save_strategy="no")  # fmt: skip
+    look, seen = stopped.stop_if_asked, []
+
+    def stop_if_asked():
+        if not seen:
+            os.kill(os.getpid(), signal.SIGINT)
+        seen.append(1)
+        look()
+
+    stopped.stop_if_asked = stop_if_asked
+    with pytest.raises(Interrupted, match=r"Stopped before step 1\.") as stop:
+        stopped.train()
+    assert not stop.value.is_saved and newest_whole(tmp_path) == (None, {})
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])

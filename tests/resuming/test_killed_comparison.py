@@ -53,18 +53,21 @@ def test_a_killed_run_is_made_up_for(moment, flag, command, whole, tmp_path, mon
     """Killed when a checkpoint is there, it goes on from it; when none is there, it begins anew."""
     started, kills = [], []
 
-    def runs(words, **kwargs):
-        started.append(words)
-        process = subprocess.Popen(words, **kwargs)
-        while not kills and process.poll() is None:
-            seen = tmp_path / CELL / moment
-            if seen.is_dir() or (seen.is_file() and "Teacher" in seen.read_text()):
-                process.kill()
-                kills.append(process.pid)
-            time.sleep(0.01)
-        return subprocess.CompletedProcess(words, process.wait())
+    class WithKills(subprocess.Popen):
+        def __init__(self, words, **kwargs):
+            started.append(words)
+            super().__init__(words, **kwargs)
 
-    monkeypatch.setattr(cells, "subprocess", type("WithKills", (), {"run": staticmethod(runs)}))
+        def wait(self):
+            while not kills and self.poll() is None:
+                seen = tmp_path / CELL / moment
+                if seen.is_dir() or (seen.is_file() and "Teacher" in seen.read_text()):
+                    self.kill()
+                    kills.append(self.pid)
+                time.sleep(0.01)
+            return super().wait()
+
+    monkeypatch.setattr(cells, "subprocess", type("Subprocess", (), {"Popen": WithKills}))
     assert run(f"{command} {tmp_path}") == 1 and len(kills) == 1
     assert not (tmp_path / CELL / "finished.json").exists()
     assert run(f"{command} {tmp_path}") == 0

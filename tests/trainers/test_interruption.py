@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.trainers.interruption import StopRequest
 
 
@@ -11,7 +12,7 @@ def test_the_end_of_a_launcher_after_ctrl_c_is_no_second_ctrl_c(monkeypatch):
     """Accelerate's launcher of a single process ends at once on Ctrl-C, and its end is a SIGTERM for the process."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     request = StopRequest()
-    with request.listening():
+    with request.listening(is_last=True):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert request.signum == signal.SIGINT
@@ -23,7 +24,39 @@ def test_the_end_of_a_launcher_after_ctrl_c_is_no_second_ctrl_c(monkeypatch):
 def test_a_launcher_of_several_repeats_signals(signum, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     request = StopRequest()
-    with request.listening():
+    with request.listening(is_last=True):
         signal.raise_signal(signum)
         signal.raise_signal(signum)
     assert request.signum == signum
+
+
+@pytest.fixture
+def handled():
+    """Signals, as they come to the handlers that were there before."""
+    found = []
+    before = {s: signal.signal(s, lambda signum, frame: found.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield found
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_nobody_has_obeyed_acts_at_the_end(signum, handled):
+    request = StopRequest()
+    with request.listening():
+        signal.raise_signal(signum)
+        assert handled == []
+    assert handled == [signum]
+    with request.listening(is_last=True):
+        signal.raise_signal(signum)
+    with request.listening():
+        pass
+    assert handled == [signum], "of an earlier time it does not"
+
+
+def test_one_that_has_ended_the_block_has_acted(handled):
+    request = StopRequest()
+    with pytest.raises(InputError), request.listening():
+        signal.raise_signal(signal.SIGTERM)
+        raise InputError("stopped")
+    assert handled == []

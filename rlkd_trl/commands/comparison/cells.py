@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -80,7 +81,7 @@ class Cell:
                 "Give another --output_dir, undo the change, or delete the directory."
             )
 
-    def run(self, environment: dict[str, str]) -> str | None:
+    def run(self, environment: dict[str, str], running: "RunningProcesses") -> str | None:
         """Runs the recipe in a process of its own; None, or the end of its stderr if it failed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # A run that breaks off must not look finished by what an earlier one left.
@@ -95,9 +96,8 @@ class Cell:
         words.append("--resume" if goes_on else "--overwrite_output_dir")
         stderr = self.directory / "stderr.txt"
         with (self.directory / "stdout.txt").open("w") as out, stderr.open("w") as err:
-            code = subprocess.run(
-                [*words, "--output_dir", str(self.directory)], stdout=out, stderr=err, env=environment
-            ).returncode
+            words += ["--output_dir", str(self.directory)]
+            code = running.run(words, stdout=out, stderr=err, env=environment)
         if code == 0 and self.is_done:
             return None
         tail = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-_STDERR_LINES:])
@@ -105,20 +105,43 @@ class Cell:
         return f"{self.method.recipe.name} ended with exit code {code}{missing}:\n{tail}"
 
 
+class RunningProcesses:
+    """Processes that several threads wait for, and that are told to end together."""
+
+    def __init__(self):
+        self._lock, self._processes, self._is_ending = threading.Lock(), [], False
+
+    def run(self, words: Sequence[str], **kwargs) -> int:
+        """Runs a command and returns its exit code; one that comes too late is told to end at once."""
+        with self._lock:
+            process = subprocess.Popen(words, **kwargs)
+            self._processes.append(process)
+            if self._is_ending:
+                process.terminate()
+        return process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM to all, those that have ended excepted."""
+        with self._lock:
+            self._is_ending = True
+            for process in self._processes:
+                process.terminate()
+
+
 def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> dict[Path, str]:
     """Runs those that are not done, `jobs` at a time; why each failed one did, by directory.
 
     Several at a time get one thread each (OMP_NUM_THREADS=1): with more they would wait for each other. None is begun
-    after `until`, a reading of `time.monotonic`; those are neither done nor failed.
+    after `until`, a reading of `time.monotonic`; those are neither done nor failed. A signal to stop is passed on.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if jobs > 1 else dict(os.environ)
-    failures = {}
+    failures, running = {}, RunningProcesses()
     executor = ThreadPoolExecutor(jobs)
 
     def run_in_time(cell: Cell) -> tuple[bool, str | None]:
         """Whether it was begun, and why it failed, if it did."""
         is_late = time.monotonic() >= until
-        return not is_late, None if is_late else cell.run(environment)
+        return not is_late, None if is_late else cell.run(environment, running)
 
     waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
     try:
@@ -130,8 +153,12 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
             print(f"[{number}/{len(waiting)}] {cell.directory}: {state}", flush=True)
             if failure is not None:
                 failures[cell.directory] = failure
+    except BaseException:  # after an interruption none is begun; those that run save what they have
+        executor.shutdown(wait=False, cancel_futures=True)
+        running.terminate()
+        raise
     finally:
-        executor.shutdown(cancel_futures=True)  # after an interruption, none is begun
+        executor.shutdown()
     return failures
 
 
