@@ -119,7 +119,7 @@ class ResumableTrainer(FiniteTrainer):
         checkpoint = self._checkpoint_now
         if not gather_object([checkpoint.is_dir()])[0] and not self.args.load_best_model_at_end:
             self._is_stopping = True
-            self._save_checkpoint(self.model, None)
+            self._save_whole_checkpoint()
         what = f"Stopped after step {self.state.global_step}, the last; {checkpoint} holds all of it."
         raise Interrupted(signum, what)
 
@@ -262,9 +262,12 @@ class ResumableTrainer(FiniteTrainer):
     # Saving
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._save_whole_checkpoint()
+
+    def _save_whole_checkpoint(self) -> None:
         """Writes a checkpoint from all processes, with a few attempts if the disk fails."""
         output_dir = Path(self.args.output_dir)
-        final = output_dir / f"checkpoint-{self.state.global_step}"
+        final = self._checkpoint_now
         self.store_flos()
         best = output_dir / f"checkpoint-{self.state.best_global_step}"
         if best == final or best.is_dir():
