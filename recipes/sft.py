@@ -16,7 +16,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 
 from rlkd_trl.commands.checks import check_new_model, check_student, require_files
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
-from rlkd_trl.commands.loading import load_or_make_model
+from rlkd_trl.commands.loading import load_or_make_model, supervised_writer
 from rlkd_trl.commands.run_directory import (
     check_free,
     checkpoint_to_resume,
@@ -59,12 +59,14 @@ def main() -> None:
     from rlkd_trl.trainers.supervised import SupervisedTrainer
 
     with leaves_no_empty_directory(args.output_dir):
-        model, tokenizer = load_or_make_model(settings.student, settings.new, pairs, seed=args.seed)
+        writer = supervised_writer(settings.student, settings.new, pairs)
+        dataset = pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
+        model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
+        tokenizer = writer.processing_class
         print(
             f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True
         )
-        dataset = pairs_within(pairs, tokenizer, max_prompt_length=args.max_prompt_length)
-        trainer = SupervisedTrainer(model, args, dataset, tokenizer)
+        trainer = SupervisedTrainer(model, args, dataset, tokenizer, chat=writer.chat)
     trainer.run_record["command"] = record
 
     # Train and save.

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AllActionsKDConfig": "rlkd_trl.trainers.full_vocabulary_config",
     "AllActionsKDTrainer": "rlkd_trl.trainers.all_actions",
+    "ChatFormat": "rlkd_trl.prompts",
     "EncoderKDConfig": "rlkd_trl.trainers.encoder_config",
     "EncoderKDTrainer": "rlkd_trl.trainers.encoder",
     "KDConfig": "rlkd_trl.trainers.full_vocabulary_config",
@@ -25,6 +26,7 @@ _HOMES = {
 __all__ = [
     "AllActionsKDConfig",
     "AllActionsKDTrainer",
+    "ChatFormat",
     "EncoderKDConfig",
     "EncoderKDTrainer",
     "KDConfig",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rlkd_trl.prompts import PromptTemplates
+    from rlkd_trl.prompts import ChatFormat, PromptTemplates
     from rlkd_trl.rewards import TeacherForcingReward
     from rlkd_trl.trainers.all_actions import AllActionsKDTrainer
     from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfig

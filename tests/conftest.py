@@ -48,6 +48,23 @@ def word_tokenizer(*, append_eos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+# Of `chat_tokenizer`: the words that begin a turn, and the one that ends it.
+USER, ASSISTANT, SYSTEM, END = "w23", "w24", "w25", "w26"
+CHAT_TEMPLATE = (
+    "{%- for m in messages -%}"
+    "{{ {'user': 'w23', 'assistant': 'w24', 'system': 'w25'}[m.role] }} {{ m.content }} w26 {% endfor -%}"
+    "{%- if add_generation_prompt %}w24 {% endif -%}"
+)
+
+
+def chat_tokenizer(template: str | None = CHAT_TEMPLATE, **kwargs) -> PreTrainedTokenizerFast:
+    """A `word_tokenizer` with a chat template of four special tokens, of which its EOS, `</s>`, is none."""
+    tokenizer = word_tokenizer(append_eos=False, **kwargs)
+    tokenizer.add_tokens([USER, ASSISTANT, SYSTEM, END], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def tiny_t5(*, tied: bool, seed: int = 0, d_model: int = 16, dropout: float = 0.0) -> PreTrainedModel:
     """Tied and scaled head with ReLU (t5-base) or untied with gated GELU (T0, Flan-T5)."""
     torch.manual_seed(seed)

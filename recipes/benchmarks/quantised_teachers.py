@@ -208,9 +208,10 @@ def main() -> None:
     from rlkd_trl.models.loading import default_device
     from rlkd_trl.students import Policy
 
-    model, tokenizer = load_student(student)
+    model, writer = load_student(student)
+    tokenizer = writer.processing_class
     inputs = sampled_inputs(
-        Policy(model.to(default_device()), tokenizer),
+        Policy(model.to(default_device()), tokenizer, writer=writer),
         tokenizer,
         rows,
         num_generations=args.num_generations,

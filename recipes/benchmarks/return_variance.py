@@ -184,8 +184,9 @@ def main() -> None:
     from rlkd_trl.students import Policy
 
     panel = load_panel(teacher, templates)
-    model, tokenizer = load_student(settings.student)
-    policy = Policy(model.to(default_device()), tokenizer)
+    model, writer = load_student(settings.student)
+    tokenizer = writer.processing_class
+    policy = Policy(model.to(default_device()), tokenizer, writer=writer)
 
     # Measure.
     per_k = measure(policy, tokenizer, panel, rows, reward, args)

@@ -4,11 +4,18 @@ The type of a field says what its value is: a number with its range (`settings.r
 read or written (`settings.files`).
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rlkd_trl.settings.files import CheckpointPath, DataPath, OutputPath, RewardPath, TemplatesPath
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import chat
+from rlkd_trl.settings.files import ChatTemplatePath, CheckpointPath, DataPath, OutputPath, RewardPath, TemplatesPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
+
+_CHAT_TEMPLATE = "auto: the tokenizer's, if it has one; none; or a .jinja file, or a checkpoint with a tokenizer's."
+_SYSTEM_PROMPT = "What the system says first, in its chat template."
+_CHAT_TEMPLATE_KWARGS = """Variables of its chat template, in JSON: '{"enable_thinking": false}'."""
 
 
 @dataclass
@@ -118,9 +125,17 @@ class TeacherArguments:
             "help": "Special tokens that teacher and student may write, besides those in targets, e.g. '<triplet>'."
         },
     )
+    teacher_chat_template: ChatTemplatePath = field(default=chat.AUTO, metadata={"help": _CHAT_TEMPLATE})
+    teacher_system_prompt: str | None = field(default=None, metadata={"help": _SYSTEM_PROMPT})
+    teacher_chat_template_kwargs: str | None = field(default=None, metadata={"help": _CHAT_TEMPLATE_KWARGS})
 
     def __post_init__(self):
         check_ranges(self)
+        self.chat_format()
+
+    def chat_format(self) -> chat.ChatFormat:
+        """Whether and how the teachers are asked through chat templates. Raises `InputError`."""
+        return _chat_format(self, "teacher")
 
     def placement_settings(self) -> dict[str, str | None]:
         """How the teacher's weights are kept: arguments of `Placement` and `Teacher.from_pretrained`."""
@@ -140,6 +155,16 @@ class StudentArguments:
     )
     student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
     student_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
+    student_chat_template: ChatTemplatePath = field(default=chat.AUTO, metadata={"help": _CHAT_TEMPLATE})
+    student_system_prompt: str | None = field(default=None, metadata={"help": _SYSTEM_PROMPT})
+    student_chat_template_kwargs: str | None = field(default=None, metadata={"help": _CHAT_TEMPLATE_KWARGS})
+
+    def __post_init__(self):
+        self.chat_format()
+
+    def chat_format(self) -> chat.ChatFormat:
+        """Whether and how the student is spoken to through a chat template. Raises `InputError`."""
+        return _chat_format(self, "student")
 
 
 @dataclass
@@ -340,3 +365,17 @@ class EvaluationArguments:
 
     def __post_init__(self):
         check_ranges(self)
+
+
+def _chat_format(arguments: TeacherArguments | StudentArguments, role: str) -> chat.ChatFormat:
+    """The chat format of the flags that begin with "teacher" or "student". Raises `InputError` for bad JSON."""
+    kwargs = getattr(arguments, f"{role}_chat_template_kwargs")
+    try:
+        variables = None if kwargs is None else json.loads(kwargs)
+    except ValueError as error:
+        raise InputError(f"--{role}_chat_template_kwargs {kwargs!r} is not JSON: {error}") from error
+    if not isinstance(variables, dict | None):
+        raise InputError(f"--{role}_chat_template_kwargs {kwargs} is to be a mapping: '{{\"name\": value}}'.")
+    return chat.ChatFormat(
+        getattr(arguments, f"{role}_chat_template"), getattr(arguments, f"{role}_system_prompt"), variables
+    )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.launched import say
+from rlkd_trl.commands.loading import student_writer, teacher_writer
 from rlkd_trl.commands.run_directory import check_not_there
 from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings, SupervisedSettings
 from rlkd_trl.data import require_dataset
@@ -127,17 +129,17 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, f
         InputError: They do not, or as `check_teacher` and `check_student`; the message names what differs.
     """
     from rlkd_trl.models.limits import check_embedding_rows
-    from rlkd_trl.models.loading import load_config, load_tokenizer
+    from rlkd_trl.models.loading import load_config
     from rlkd_trl.models.vocabulary import check_same_tokenizer, check_special_tokens
 
     check_teacher(teacher)
     check_student(student, fp16=fp16)
-    student_tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    student_tokenizer = student_writer(student).processing_class
     check_special_tokens(student_tokenizer, teacher.allowed_special_tokens or [])
     config = load_config(student.student, revision=student.student_revision)
     check_embedding_rows("The student", student_tokenizer, config)
     for name in teacher.teacher or []:
-        check_same_tokenizer(student_tokenizer, load_tokenizer(name, revision=teacher.teacher_revision))
+        check_same_tokenizer(student_tokenizer, teacher_writer(teacher, name).processing_class)
         config = load_config(name, revision=teacher.teacher_revision)
         check_embedding_rows("The teacher", student_tokenizer, config)
 
@@ -153,6 +155,8 @@ def check_teacher(teacher: TeacherArguments) -> None:
     for name in teacher.teacher or []:
         check_precision(load_config(name, revision=teacher.teacher_revision), teacher.teacher_dtype)
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
+        if teacher_writer(teacher, name).is_chat:
+            say(f"Teacher {name}: asked through a chat template (--teacher_chat_template none: without).")
 
 
 def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
@@ -168,6 +172,8 @@ def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
         config = load_config(student.student, revision=student.student_revision)
         check_precision(config, student.student_dtype, fp16=fp16)
         require_eos(load_tokenizer(student.student, revision=student.student_revision))
+        if student_writer(student).is_chat:
+            say(f"Student {student.student}: asked through a chat template (--student_chat_template none: without).")
 
 
 def check_pseudo_labels(settings: PseudoLabelSettings) -> None:

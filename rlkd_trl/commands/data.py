@@ -15,15 +15,16 @@ from rlkd_trl.data import (
     parse_renames,
     require_columns,
     require_no_blanks,
-    require_text,
+    require_prompt,
     require_two_columns,
 )
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates, is_conversation, question_columns, source_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+
+    from rlkd_trl.models.chat import PromptWriter
 
 # Without --eval_dataset, this share of the inputs is held out for the final table, and at most this many.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -55,6 +56,7 @@ def load_prompts(
 
     The rows are the training data's, or with `held_out` those of the held-out data. The reference column is left out,
     so that no template can show it to the teacher. Every row is rendered through every template, to find errors now.
+    `source` is the source text; where the data has conversations, what the user says last in them.
 
     Raises:
         InputError: A file, column, split or template is wrong; the message names it.
@@ -71,13 +73,13 @@ def load_prompts(
     grouped = group_by_source(rows, source_column, target_column)
     if data.max_rows is not None and held_out is None:
         grouped = grouped.select(range(min(data.max_rows, len(grouped))))
-    if source_column != "source":
+    if source_column != "source" or is_conversation(grouped[0]["prompt"]):
         if "source" in grouped.column_names:
             print(
                 f"The data's own column `source` is replaced by the source text, from `{source_column}`.", flush=True
             )
             grouped = grouped.remove_columns("source")
-        grouped = grouped.add_column("source", grouped["prompt"][:])
+        grouped = grouped.add_column("source", [source_text(prompt) for prompt in grouped["prompt"]])
     if prompts.student_template is not None:
         require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
         texts = []
@@ -142,11 +144,11 @@ def load_train_and_held_out(
     return train, test
 
 
-def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, str]]:
+def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, object]]:
     """Pairs of `prompt` and `target` for supervised training: each row's references, with each template's prompt.
 
-    Without templates the prompt is the student's. Without `--dataset` the rows are the demo's. Prompts are not cut to
-    a length here; see `pairs_within`.
+    Without templates the prompt is the student's, a text or a conversation. Without `--dataset` the rows are the
+    demo's. Prompts are not cut to a length here; see `pairs_within`.
 
     Raises:
         InputError: A column is wrong, a template does not render, or all targets are empty.
@@ -169,9 +171,9 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         require_variable(template.name, template.input_variables)
     pairs = []
     for i, row in enumerate(rows):
-        require_text(row[source], source, i)
+        require_prompt(row[source], source, i)
         columns = {name: value for name, value in row.items() if name not in (target, "references")}
-        columns = {**columns, "source": row[source], "prompt": row[source]}
+        columns = {**columns, "source": source_text(row[source]), "prompt": row[source]}
         with naming(f"Row {i + 1}"):
             if templates is not None:
                 questions = templates.render(question_columns(templates, columns))
@@ -185,11 +187,9 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     return pairs
 
 
-def pairs_within(
-    pairs: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, max_prompt_length: int
-) -> "Dataset":
+def pairs_within(pairs: list[dict[str, object]], writer: "PromptWriter", *, max_prompt_length: int) -> "Dataset":
     """The pairs as a dataset, with prompts from templates cut to so many tokens. Raises `InputError`."""
     from datasets import Dataset
 
-    prompts = fit_prompts([pair["prompt"] for pair in pairs], "Training pairs", tokenizer, max_prompt_length)
+    prompts = fit_prompts([pair["prompt"] for pair in pairs], "Training pairs", writer, max_prompt_length)
     return Dataset.from_list([{**pair, "prompt": prompt} for pair, prompt in zip(pairs, prompts, strict=True)])

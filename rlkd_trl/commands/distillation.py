@@ -179,5 +179,13 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
         )
     else:
         scorer = load_panel(settings.teacher, inputs.templates)
-    model, tokenizer = load_student(settings.student)
-    return trainer(model, scorer, settings.args, inputs.train, eval_dataset=inputs.test, processing_class=tokenizer)
+    model, writer = load_student(settings.student)
+    return trainer(
+        model,
+        scorer,
+        settings.args,
+        inputs.train,
+        eval_dataset=inputs.test,
+        processing_class=writer.processing_class,
+        chat=writer.chat,
+    )

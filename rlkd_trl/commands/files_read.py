@@ -110,6 +110,11 @@ def _reward_files(spec: str) -> list[Path]:
     return [file] if file.is_file() else []
 
 
+def _chat_template_files(spec: str) -> list[Path]:
+    """The file of a chat template, or a local checkpoint's files; none for a word of the package."""
+    return [Path(spec)] if Path(spec).is_file() else checkpoint_files(spec)
+
+
 def _preset_files(spec: str) -> list[Path]:
     """The file of a preset given by its path; none for the name of a preset of the package."""
     file = Path(spec)
@@ -123,6 +128,7 @@ FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
     Reads.CHECKPOINT: checkpoint_files,
     Reads.RUN_CHECKPOINT: lambda path: sorted(file for file in Path(path).rglob("*") if file.is_file()),
     Reads.REWARD: _reward_files,
+    Reads.CHAT_TEMPLATE: _chat_template_files,
     Reads.PRESET: _preset_files,
     Reads.JSON: lambda path: [Path(path)] if Path(path).is_file() else [],
 }

@@ -5,40 +5,65 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import NewModelArguments, RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.launched import say
-from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.prompts import PromptTemplates, source_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from rlkd_trl.models.chat import PromptWriter
     from rlkd_trl.rewards import RewardModel, TeacherReward
     from rlkd_trl.teachers import TeacherPanel
 
 
-def load_or_make_model(
-    student: StudentArguments, new: NewModelArguments, pairs: Sequence[Mapping[str, str]], *, seed: int
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The student's checkpoint, or a new model with the named tokenizer or one trained on the pairs.
+def teacher_writer(teacher: TeacherArguments, name: str) -> "PromptWriter":
+    """How prompts are written for the teacher of this name, by its tokenizer and the flags. Raises `InputError`."""
+    from rlkd_trl.models.chat import PromptWriter
+    from rlkd_trl.models.loading import load_tokenizer
 
-    Raises:
-        InputError: Either cannot be loaded or made.
-    """
+    return PromptWriter(load_tokenizer(name, revision=teacher.teacher_revision), teacher.chat_format())
+
+
+def student_writer(student: StudentArguments) -> "PromptWriter":
+    """The same of the student that is named."""
+    from rlkd_trl.models.chat import PromptWriter
+    from rlkd_trl.models.loading import load_tokenizer
+
+    return PromptWriter(load_tokenizer(student.student, revision=student.student_revision), student.chat_format())
+
+
+def supervised_writer(
+    student: StudentArguments, new: NewModelArguments, pairs: Sequence[Mapping[str, object]]
+) -> "PromptWriter":
+    """As `student_writer`; without `--student` over `--tokenizer`, or over a tokenizer trained on the pairs."""
     if student.student is not None:
-        return load_student(student)
+        return student_writer(student)
     from rlkd_trl.data import train_tokenizer
+    from rlkd_trl.models.chat import PromptWriter
     from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.models.vocabulary import require_eos
-    from rlkd_trl.students.from_scratch import new_model
 
     if new.tokenizer is not None:
         tokenizer = load_tokenizer(new.tokenizer)
         require_eos(tokenizer)
     else:
-        texts = [pair[column] for column in ("prompt", "target") for pair in pairs]
+        texts = [source_text(pair[column]) for column in ("prompt", "target") for pair in pairs]
         tokenizer = train_tokenizer(texts, vocab_size=new.vocab_size)
+    return PromptWriter(tokenizer, student.chat_format())
+
+
+def load_or_make_model(
+    student: StudentArguments, new: NewModelArguments, writer: "PromptWriter", *, seed: int
+) -> "PreTrainedModel":
+    """`--student`'s checkpoint, or a new model over the writer's tokenizer. Raises `InputError`."""
+    if student.student is not None:
+        model, _ = load_student(student)
+        return model
+    from rlkd_trl.students.from_scratch import new_model
+
     sizes = {
         name: getattr(new, name) for name in ("architecture", "d_model", "num_layers", "num_heads", "d_ff", "dropout")
     }
-    return new_model(tokenizer, **sizes, seed=seed), tokenizer
+    return new_model(writer.processing_class, **sizes, seed=seed)
 
 
 def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
@@ -53,6 +78,7 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
             max_prompt_length=teacher.teacher_max_prompt_length,
             max_batch_tokens=teacher.teacher_batch_tokens,
             allowed_special_tokens=teacher.allowed_special_tokens or [],
+            chat=teacher.chat_format(),
             **teacher.placement_settings(),
         )
         for name in teacher.teacher
@@ -91,9 +117,9 @@ def load_reward_model(
     return RewardModel(terms, weights, panel=panel)
 
 
-def load_student(student: StudentArguments) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The student and its tokenizer. Raises `InputError`."""
-    from rlkd_trl.models.loading import load_model, load_tokenizer
+def load_student(student: StudentArguments) -> tuple["PreTrainedModel", "PromptWriter"]:
+    """The student, and how prompts are written for it, with its tokenizer. Raises `InputError`."""
+    from rlkd_trl.models.loading import load_model
 
-    model = load_model(student.student, revision=student.student_revision, dtype=student.student_dtype)
-    return model, load_tokenizer(student.student, revision=student.student_revision)
+    writer = student_writer(student)
+    return load_model(student.student, revision=student.student_revision, dtype=student.student_dtype), writer

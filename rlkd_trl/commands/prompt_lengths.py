@@ -6,12 +6,22 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.launched import say
+from rlkd_trl.commands.loading import student_writer, teacher_writer
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplate, PromptTemplates, question_columns
+from rlkd_trl.prompts import (
+    Message,
+    PromptTemplate,
+    PromptTemplates,
+    RenderedPrompt,
+    is_conversation,
+    question_columns,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from rlkd_trl.models.chat import PromptWriter
 
 BATCH_SIZE = 1000  # texts that are tokenised at a time
 
@@ -37,17 +47,19 @@ def fit_rows(
             completion of `max_completion_length`; the message names the row, counted from 1.
     """
     from rlkd_trl.models.limits import check_lengths, position_limits_of_config
-    from rlkd_trl.models.loading import load_config, load_tokenizer
+    from rlkd_trl.models.loading import load_config
 
-    tokenizer = load_tokenizer(student.student, revision=student.student_revision)
+    writer = student_writer(student)
     if max_prompt_length is not None:
-        rows = _fit_student_prompts(rows, data_name, prompts.student_template, tokenizer, max_prompt_length)
+        rows = _fit_student_prompts(rows, data_name, prompts.student_template, writer, max_prompt_length)
+    elif writer.is_chat or is_conversation(rows[0]["prompt"]):
+        _written(writer, rows["prompt"], data_name)
     with naming(data_name):
         check_lengths(
             "The student",
             position_limits_of_config(load_config(student.student, revision=student.student_revision)),
-            tokenizer,
-            rows["prompt"],
+            writer.processing_class,
+            map(writer.text, rows["prompt"]),
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
             prompt_flag="--max_prompt_length",
@@ -57,8 +69,8 @@ def fit_rows(
     return rows
 
 
-def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
-    """The student's prompt of a data row: `--student_template` with its columns, or the bare source."""
+def student_prompt(template: str | None, row: Mapping[str, object]) -> "str | list[Message]":
+    """The student's prompt of a data row: `--student_template` with its columns, or the source as it is."""
     if template is None:
         return row["prompt"]
     prompt_template = PromptTemplate("student_template", template)
@@ -66,32 +78,38 @@ def student_prompt(template: str | None, row: Mapping[str, object]) -> str:
 
 
 def _fit_student_prompts(
-    rows: "Dataset", data_name: str, template: str | None, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    rows: "Dataset", data_name: str, template: str | None, writer: "PromptWriter", max_length: int
 ) -> "Dataset":
     if template is None:  # bare sources stay as they are here, and lose their ends when they are tokenised
-        fit_prompts(rows["prompt"], data_name, tokenizer, max_length)
+        fit_prompts(rows["prompt"], data_name, writer, max_length)
         return rows
     texts = [student_prompt(template, {**row, "prompt": row["source"]}) for row in rows]
-    texts = fit_prompts(texts, data_name, tokenizer, max_length)
+    texts = fit_prompts(texts, data_name, writer, max_length)
     return rows.remove_columns("prompt").add_column("prompt", texts)
 
 
 def fit_prompts(
-    prompts: Sequence[str], data_name: str, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> list[str]:
+    prompts: "Sequence[str | list[Message]]", data_name: str, writer: "PromptWriter", max_length: int
+) -> "list[str | list[Message]]":
     """The prompts; those from a template are cut to `max_length` tokens. Prints how many are longer.
+
+    The tokens are those of the prompt in its chat template, where there is one; the prompt is returned without it.
 
     Raises:
         InputError: As `fit_rows`.
     """
-    from rlkd_trl.models.prompts import shorten
+    from rlkd_trl.models.prompts import check_can_fit, shorten
 
-    fitting, excess = list(map(str, prompts)), []
-    for i, length in enumerate(_lengths(tokenizer, prompts)):
+    fitting, excess = [str(prompt) if isinstance(prompt, str) else prompt for prompt in prompts], []
+    tokenizer, written = writer.processing_class, _written(writer, prompts, data_name)
+    for i, length in enumerate(_lengths(tokenizer, written)):
         if length > max_length:
             excess.append(length - max_length)
             with naming(f"{data_name}, row {i + 1}"):
-                fitting[i] = str(shorten(tokenizer, prompts[i], max_length))
+                if isinstance(prompts[i], RenderedPrompt):
+                    fitting[i] = str(shorten(tokenizer, prompts[i], max_length, read_as=writer.text))
+                elif isinstance(written[i], RenderedPrompt):  # a chat's, which is cut when it is tokenised
+                    check_can_fit(tokenizer, written[i], max_length)
     _say_shortened(
         f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess
     )
@@ -114,38 +132,72 @@ def check_questions(
         InputError: As `fit_rows`.
     """
     from rlkd_trl.models.limits import check_lengths, position_limits_of_config
-    from rlkd_trl.models.loading import load_config, load_tokenizer
-    from rlkd_trl.models.prompts import check_can_fit
+    from rlkd_trl.models.loading import load_config
 
     max_length = teacher.teacher_max_prompt_length
-    tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
-    for name in teacher.teacher:
+    for number, name in enumerate(teacher.teacher):
+        writer = teacher_writer(teacher, name)
+        longest = _longest_questions(writer, templates, rows, data_name)
+        if max_length is not None or writer.is_chat or is_conversation(rows[0]["prompt"]):
+            longest = list(longest)
         with naming(data_name):
             check_lengths(
                 "The teacher",
                 position_limits_of_config(load_config(name, revision=teacher.teacher_revision)),
-                tokenizer,
-                (max(_questions(templates, row), key=len) for row in rows),
+                writer.processing_class,
+                longest,
                 max_prompt_length=max_length,
                 max_completion_length=max_completion_length,
                 prompt_flag="--teacher_max_prompt_length",
             )
-    if max_length is None:
-        return
-    longest = [max(_questions(templates, row), key=len) for row in rows]
+        if max_length is not None and number == 0:
+            _say_cuts(rows, data_name, templates, writer, longest, max_length)
+
+
+def _longest_questions(
+    writer: "PromptWriter", templates: PromptTemplates | None, rows: Sequence[Mapping], data_name: str
+) -> Iterator[str]:
+    """The longest of each row's questions, as the teacher reads it. Raises `InputError` if it cannot be written."""
+    for i, row in enumerate(rows):
+        with naming(f"{data_name}, row {i + 1}"):
+            longest = max(writer.texts(_questions(templates, row)), key=len)
+        yield longest
+
+
+def _say_cuts(
+    rows: Sequence[Mapping],
+    data_name: str,
+    templates: PromptTemplates | None,
+    writer: "PromptWriter",
+    longest: list[str],
+    max_length: int,
+) -> None:
+    """Says how many rows' questions are too long. Raises `InputError` if one cannot be cut."""
+    from rlkd_trl.models.prompts import check_can_fit
+
     excess = []
-    for i, length in enumerate(_lengths(tokenizer, longest)):
+    for i, length in enumerate(_lengths(writer.processing_class, longest)):
         if length > max_length:
             excess.append(length - max_length)
             with naming(f"{data_name}, row {i + 1}"):
-                for question in _questions(templates, rows[i]) if templates is not None else []:
-                    check_can_fit(tokenizer, question, max_length)
+                for question in writer.texts(_questions(templates, rows[i])):
+                    if isinstance(question, RenderedPrompt):
+                        check_can_fit(writer.processing_class, question, max_length)
     questions = f"{data_name}: {len(excess)} of {len(longest)} rows' questions to the teacher are"
     _say_shortened(questions, "--teacher_max_prompt_length", max_length, excess)
 
 
-def _questions(templates: PromptTemplates | None, row: Mapping[str, object]) -> list[str]:
+def _questions(templates: PromptTemplates | None, row: Mapping[str, object]) -> "list[str | list[Message]]":
     return [row["prompt"]] if templates is None else templates.render(question_columns(templates, row))
+
+
+def _written(writer: "PromptWriter", prompts: "Sequence[str | list[Message]]", data_name: str) -> list[str]:
+    """The prompts as the model reads them. Raises `InputError` for one that its chat template refuses."""
+    written = []
+    for i, prompt in enumerate(prompts):
+        with naming(f"{data_name}, row {i + 1}"):
+            written.append(writer.text(prompt))
+    return written
 
 
 def _lengths(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iterator[int]:

@@ -135,7 +135,8 @@ def evaluate_checkpoints(
     from rlkd_trl.students import Policy
 
     evaluation = settings.evaluation
-    model, tokenizer = load_student(settings.student)
+    model, writer = load_student(settings.student)
+    tokenizer = writer.processing_class
     model.to(default_device())
     allow_special_tokens(model, tokenizer, settings.teacher.allowed_special_tokens or [])
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
@@ -167,7 +168,7 @@ def evaluate_checkpoints(
     kind = "sampled" if evaluation.sample else "greedy"
     say(f"Evaluating the student: its {kind} outputs on {len(rows)} inputs.")
     evaluations["student"] = evaluate_student(
-        Policy(model, tokenizer, temperature=evaluation.temperature),
+        Policy(model, tokenizer, temperature=evaluation.temperature, writer=writer),
         tokenizer,
         rows,
         reward_model,

@@ -20,6 +20,7 @@ from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
+from rlkd_trl.prompts import Message, source_text
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.students import Policy
 
@@ -76,7 +77,7 @@ def evaluate_completions(
     """
     outputs = decode(completions, tokenizer)
     references = [listed_references(row.get("references")) for row in rows]
-    sources = [str(row.get("source", row["prompt"])) for row in rows] if with_ibleu else None
+    sources = [str(row.get("source", source_text(row["prompt"]))) for row in rows] if with_ibleu else None
     metrics = text_metrics(outputs, references, sources)
     per_input = {
         "tokens": completions.mask_BT.sum(dim=1).double().tolist(),
@@ -174,7 +175,7 @@ def evaluate_student(
     max_completion_length: int,
     batch_size: int = 64,
     seed: int | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | list[Message]] | None = None,
     teacher_completions: Completions | None = None,
     with_ibleu: bool = False,
     progress: str | None = None,
@@ -186,14 +187,14 @@ def evaluate_student(
         policy: The student, or any other model to be measured.
         rows: The N data rows, each with a `prompt`.
         seed: Of samples at the policy's temperature; without it decoding is greedy.
-        prompts: What the model reads, one text per row; by default each row's `prompt`.
+        prompts: What the model is asked, one prompt per row; by default each row's `prompt`.
         teacher_completions: One per row; with them there is also `student_nll_of_teacher_per_token`, the coverage risk
             of Wen et al., in nats.
         with_ibleu: As `evaluate_completions`.
         progress: The label of a progress bar on the first process; None shows no bar.
         after_batch: Called after each batch of each pass, equally often on all processes.
     """
-    prompts = [row["prompt"] for row in rows] if prompts is None else prompts
+    prompts = policy.writer.texts([row["prompt"] for row in rows] if prompts is None else prompts)
     lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
     answers = answer_prompts(
         policy.model,
@@ -250,13 +251,14 @@ def evaluate_teacher(
 ) -> Evaluation:
     """`evaluate_student` for the first teacher, asked through its first template; `settings` go there."""
     panel = reward_model.panels[0]
-    teacher = panel.scorers[0].teacher
+    scorer = panel.scorers[0]
+    teacher = scorer.teacher
     return evaluate_student(
-        Policy(teacher.model, tokenizer),
+        Policy(teacher.model, tokenizer, writer=teacher.writer),
         tokenizer,
         rows,
         reward_model,
-        prompts=[panel.questions(row)[0] for row in rows],
+        prompts=scorer.prompts([panel.questions(row) for row in rows]),
         max_prompt_length=teacher.max_prompt_length,
         **settings,
     )

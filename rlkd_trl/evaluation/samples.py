@@ -62,7 +62,7 @@ def sampled_inputs(
 ) -> RewardInputs:
     """`num_generations` samples for every row's prompt, as inputs for rewards; `batch_size` prompts at a time."""
     generator = torch.Generator().manual_seed(seed)
-    prompts, device = [row["prompt"] for row in rows], policy.backbone.device
+    prompts, device = policy.writer.texts(row["prompt"] for row in rows), policy.backbone.device
     parts = []
     for first in range(0, len(prompts), batch_size):
         prompt_PS = _tokenized(policy, tokenizer, prompts[first : first + batch_size], max_prompt_length)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import padding_id
-from rlkd_trl.prompts import RenderedPrompt, can_fit, cannot_fit, shortened
+from rlkd_trl.prompts import ChatText, RenderedPrompt, can_fit, cannot_fit, shortened
 
 
 def tokenize_prompts(
@@ -25,7 +25,8 @@ def prompt_token_ids(
     """Ids of each prompt with the tokenizer's special tokens, at most `max_length` of them.
 
     A too long prompt from a template (`RenderedPrompt`) keeps the template's words, and its documents are cut; any
-    other text is cut at its end. Where both a chat template and the tokenizer have put a BOS, one of them is dropped.
+    other text is cut at its end. What a chat template wrote (`ChatText`) has its special tokens already, and gets no
+    others; where another text begins with the BOS that the tokenizer puts there too, one of them is dropped.
 
     Raises:
         InputError: A prompt has no tokens, so that there is no state to predict a completion's first token from; or a
@@ -44,15 +45,25 @@ def prompt_token_ids(
     return prompt_ids
 
 
-def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> str:
+def shorten(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_length: int,
+    *,
+    read_as: Callable[[str], str] = lambda prompt: prompt,
+) -> str:
     """A prompt of more than `max_length` tokens with its documents cut, or as it is where no template rendered it.
+
+    `read_as` gives the text whose tokens count, in a chat template for instance (`PromptWriter.text`).
 
     Raises:
         InputError: As `prompts.shortened`.
     """
     if not isinstance(prompt, RenderedPrompt):
         return prompt
-    return shortened(prompt, max_length=max_length, **_measures(tokenizer))
+    measures = _measures(tokenizer)
+    measures["count_tokens"] = lambda text: prompt_lengths(tokenizer, [read_as(text)])[0]
+    return shortened(prompt, max_length=max_length, **measures)
 
 
 def check_can_fit(tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, max_length: int) -> None:
@@ -71,21 +82,36 @@ def _token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None = None
 ) -> list[list[int]]:
     """Ids with special tokens, cut on the right at `max_length`, with at most one BOS at the start."""
-    texts, bos = [str(prompt) for prompt in prompts], tokenizer.bos_token_id
+    is_of_chat = [isinstance(prompt, ChatText) for prompt in prompts]
+    of_chats = [prompt for prompt, is_chat in zip(prompts, is_of_chat, strict=True) if is_chat]
+    of_texts = [prompt for prompt, is_chat in zip(prompts, is_of_chat, strict=True) if not is_chat]
+    chats = iter(_encoded(tokenizer, of_chats, max_length, add_special_tokens=False))
+    texts = iter(_encoded_with_one_bos(tokenizer, of_texts, max_length))
+    return [next(chats if is_chat else texts) for is_chat in is_of_chat]
 
-    def encode(texts: list[str], limit: int | None) -> list[list[int]]:
-        return tokenizer(
-            texts,
-            truncation=limit is not None,
-            max_length=limit,
-            add_special_tokens=True,
-            verbose=False,  # no warning about the length, which is checked elsewhere
-        )["input_ids"]
 
-    prompt_ids = encode(texts, max_length)
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None, *, add_special_tokens: bool
+) -> list[list[int]]:
+    if not prompts:
+        return []
+    return tokenizer(
+        [str(prompt) for prompt in prompts],
+        truncation=max_length is not None,
+        max_length=max_length,
+        add_special_tokens=add_special_tokens,
+        verbose=False,  # no warning about the length, which is checked elsewhere
+    )["input_ids"]
+
+
+def _encoded_with_one_bos(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int | None
+) -> list[list[int]]:
+    prompt_ids, bos = _encoded(tokenizer, prompts, max_length, add_special_tokens=True), tokenizer.bos_token_id
     doubled = [p for p, ids in enumerate(prompt_ids) if bos is not None and ids[:2] == [bos, bos]]
     if doubled and max_length is not None:  # dropping one BOS makes room for another token
-        for p, ids in zip(doubled, encode([texts[p] for p in doubled], max_length + 1), strict=True):
+        longer = _encoded(tokenizer, [prompts[p] for p in doubled], max_length + 1, add_special_tokens=True)
+        for p, ids in zip(doubled, longer, strict=True):
             prompt_ids[p] = ids
     for p in doubled:
         prompt_ids[p] = prompt_ids[p][1:]

@@ -15,16 +15,17 @@ ALLOWED_SPECIAL_TOKENS = "allowed_special_tokens"  # the name in generation_conf
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the generation config's (several, for chat models) or the tokenizer's.
+    """Every id that ends a completion: the generation config's (several, for chat models), and the tokenizer's.
+
+    The tokenizer's is what targets end with; of a chat model it is the token that ends a turn (see `PromptWriter`).
 
     Raises:
         InputError: As `require_eos`.
     """
     require_eos(tokenizer)
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos)
+    of_model = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return list(dict.fromkeys([*of_model, tokenizer.eos_token_id]))
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:

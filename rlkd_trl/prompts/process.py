@@ -21,7 +21,8 @@ class RenderingError(Exception):
     """A template did not render.
 
     kind: "missing column" (the message is the column's name), "security" or "syntax", "error" (the message is what the
-    template raised), or "bounds" (it took more time or memory than a prompt may). line: of a syntax error.
+    template raised), "refused" (what a chat template says of a conversation that it does not take), or "bounds" (it
+    took more time or memory than a prompt may). line: of a syntax error.
     """
 
     def __init__(self, kind: str, message: str, line: int | None = None):
@@ -30,15 +31,18 @@ class RenderingError(Exception):
 
 
 def ask_renderer(*request: object) -> object:
-    """The renderer's answer to a request; the first request starts the renderer. Raises `RenderingError`."""
-    global _renderer
+    """The renderer's answer to a request; the first request starts the renderer. Raises `RenderingError`.
+
+    Chat templates have a renderer of their own, which has imported what transformers renders them with.
+    """
+    kind = "chat" if request[0] == "chat" else "templates"
     with _lock:
-        if _renderer is None or not _renderer.belongs_here:
-            _renderer = _Renderer()
+        if kind not in _renderers or not _renderers[kind].belongs_here:
+            _renderers[kind] = _Renderer(kind)
         try:
-            answer = _renderer.ask(request)
+            answer = _renderers[kind].ask(request)
         except _Ended as error:
-            _renderer = None
+            del _renderers[kind]
             raise RenderingError("bounds", str(error)) from error
     if "failure" in answer:
         raise RenderingError(answer["failure"], answer["message"], answer.get("line"))
@@ -52,13 +56,13 @@ class _Ended(Exception):
 class _Renderer:
     """The renderer's process and the pipes to it."""
 
-    def __init__(self):
+    def __init__(self, kind: str):
         self._owner = os.getpid()
         # It imports from the same places as this process, but not from whatever its working directory holds.
         root = str(Path(rlkd_trl.__file__).parents[1])
         path = [*(os.path.abspath(entry) for entry in sys.path if entry), root]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlkd_trl.prompts.renderer"],
+            [sys.executable, "-m", "rlkd_trl.prompts.renderer", kind],
             cwd=root,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
@@ -116,5 +120,5 @@ class _Renderer:
         self._process.stdout.close()
 
 
-_renderer: _Renderer | None = None
+_renderers: dict[str, _Renderer] = {}
 _lock = threading.Lock()

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Mapping
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.prompts.conversations import source_text
 from rlkd_trl.prompts.templates import PromptTemplates
 
 
@@ -16,5 +17,5 @@ def question_columns(templates: PromptTemplates, row: Mapping[str, object]) -> d
     columns = {name: value for name, value in row.items() if name != "references"}
     # Templates that read several columns have no `source_variable`; if one is missing, rendering will say so.
     with contextlib.suppress(InputError):
-        columns.setdefault(templates.source_variable, row.get("source", row["prompt"]))
+        columns.setdefault(templates.source_variable, row.get("source", source_text(row["prompt"])))
     return columns

@@ -1,4 +1,6 @@
-"""The process that runs templates, `python -m rlkd_trl.prompts.renderer`; `prompts.process` starts it and asks it.
+"""The process that runs templates, `python -m rlkd_trl.prompts.renderer KIND`; `prompts.process` starts and asks it.
+
+KIND is "templates", or "chat" for chat templates, which are rendered as transformers renders them.
 
 A template is a program that may come from anywhere, and the sandbox does not bound its time or memory: a single call
 of C code can take hours (`9 ** 9 ** 9`). Here the kernel bounds both, whatever a template does. Too much memory makes
@@ -15,7 +17,7 @@ import sys
 from contextlib import suppress
 
 from jinja2 import TemplateSyntaxError
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 
 from rlkd_trl.prompts import sandbox
 from rlkd_trl.prompts.bounds import MEMORY_BYTES
@@ -30,6 +32,8 @@ SHOWN_CHARACTERS = 500  # of an error's message
 
 def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    if sys.argv[1:] == ["chat"]:  # which may take longer than a rendering, and may start threads
+        import transformers.utils.chat_template_utils  # noqa: F401
     _bound_this_process()
     while header := requests.read(4):
         request = pickle.loads(requests.read(int.from_bytes(header, "big")))
@@ -57,7 +61,7 @@ def _answer(request: tuple) -> dict[str, object]:
     cpu_seconds, function, *arguments = request
     _set_timer(cpu_seconds)
     try:
-        return {"result": {"variables": _variables, "render": _render}[function](*arguments)}
+        return {"result": {"variables": _variables, "render": _render, "chat": _chat}[function](*arguments)}
     except sandbox.MissingColumn as error:
         return {"failure": "missing column", "message": _shown(error)}
     except SecurityError as error:
@@ -67,6 +71,8 @@ def _answer(request: tuple) -> dict[str, object]:
     except MemoryError:
         return {"failure": "memory", "message": ""}
     except Exception as error:  # a template is a program: it can raise anything
+        if type(error) is TemplateError:  # a chat template's own `raise_exception`
+            return {"failure": "refused", "message": _shown(error)}
         return {"failure": "error", "message": f"{type(error).__name__}: {_shown(error)}"}
     finally:
         _set_timer(0)
@@ -101,6 +107,22 @@ def _render(
             else:
                 values["answer_choices"] = [choice.strip() for choice in choices]
         return [compiled.input_part(values)] if until_separator else compiled.parts(values)
+
+
+def _chat(chat_template: str, messages: list[dict], variables: dict[str, object], opens: bool, continues: bool) -> str:
+    """What `PreTrainedTokenizerBase.apply_chat_template` renders."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    [text], _ = render_jinja_template(
+        [messages],
+        chat_template=chat_template,
+        add_generation_prompt=opens,
+        continue_final_message=continues,
+        **variables,
+    )
+    if len(text) > sandbox.MAX_CHARACTERS:
+        raise OverflowError(f"it renders more than {sandbox.MAX_CHARACTERS} characters")
+    return text
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.masking import masked
 from rlkd_trl.ops.rewards import on_last_token
+from rlkd_trl.prompts import is_conversation
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.rewards.teacher_rewards import TeacherReward
 from rlkd_trl.teachers.panel import TeacherPanel
@@ -118,11 +119,17 @@ def _result(function: Callable, inputs: RewardInputs) -> object:
 
 
 def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
-    """The keyword arguments that the function accepts: those of TRL, `ended`, and data columns of other names."""
+    """The keyword arguments that the function accepts: those of TRL, `ended`, and data columns of other names.
+
+    Where prompts are conversations, completions are too: one message of the assistant each, as in TRL.
+    """
     arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
+    prompts, completions = inputs.column("prompt"), list(inputs.completions)
+    if is_conversation(prompts[0]):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
     arguments |= {
-        "prompts": inputs.column("prompt"),
-        "completions": list(inputs.completions),
+        "prompts": prompts,
+        "completions": completions,
         "completion_ids": inputs.token_lists(),
         "ended": inputs.ended_B.tolist(),
     }

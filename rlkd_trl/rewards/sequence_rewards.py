@@ -7,6 +7,7 @@ also work as a `reward_funcs` entry of TRL's trainers, and any function written 
 from rlkd_trl.data import listed_references
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.metrics import bleu, rouge
+from rlkd_trl.prompts import Message, is_conversation
 
 
 def length(prompts, completions, completion_ids, **columns) -> list[float]:
@@ -40,13 +41,20 @@ def repetition(prompts, completions, completion_ids, *, n: int = 3, **columns) -
 def reference_bleu(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
     """BLEU of each completion against its references, 0 to 100. Uses human labels, which plain RLKD does not."""
     references = _required_references("reference_bleu", references)
-    return [bleu([completion], [refs]) for completion, refs in zip(completions, references, strict=True)]
+    texts = _texts_of(completions)
+    return [bleu([text], [refs]) for text, refs in zip(texts, references, strict=True)]
 
 
 def reference_rouge(prompts, completions, completion_ids, *, references=None, **columns) -> list[float]:
     """ROUGE-L F1 of each completion against its references, 0 to 100. Uses human labels, as above."""
     references = _required_references("reference_rouge", references)
-    return [rouge([completion], [refs])["rougeL"] for completion, refs in zip(completions, references, strict=True)]
+    texts = _texts_of(completions)
+    return [rouge([text], [refs])["rougeL"] for text, refs in zip(texts, references, strict=True)]
+
+
+def _texts_of(completions: list[str] | list[list[Message]]) -> list[str]:
+    """Completions as texts, also those that are a message of the assistant."""
+    return [completion[-1]["content"] if is_conversation(completion) else completion for completion in completions]
 
 
 def _required_references(name: str, references) -> list[list[str]]:

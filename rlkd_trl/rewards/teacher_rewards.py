@@ -4,7 +4,7 @@ Each class stands for one equation of `rlkd_trl.ops.rewards` and names the stati
 also a TRL reward function: `GRPOTrainer(reward_funcs=[TeacherForcingReward(...)])` gets each completion's sum.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from rlkd_trl.ops.rewards import (
     sequence_sum,
     teacher_forcing_reward,
 )
-from rlkd_trl.prompts import PromptTemplates, RenderedPrompt
+from rlkd_trl.prompts import ChatFormat, Message, PromptTemplates, is_conversation
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
 from rlkd_trl.teachers.panel import TeacherPanel
@@ -38,10 +38,13 @@ class TeacherReward:
         model: A `Teacher`, a loaded model, a checkpoint's directory or Hub id, a list of any of these, or a
             `TeacherPanel`.
         processing_class: The teacher's tokenizer; needed only for a loaded model.
-        templates: How the teacher is asked; without templates it reads the student's prompt as it is.
+        templates: How the teacher is asked; without templates it is asked what the student is.
+        chat: Whether the teacher is asked through a chat template; by default, if its tokenizer has one (see
+            `PromptWriter`). A `Teacher` has a `chat` of its own.
 
     Raises:
-        InputError: As `Teacher` and `TeacherPanel`, or a loaded model comes without its tokenizer.
+        InputError: As `Teacher` and `TeacherPanel`; a loaded model comes without its tokenizer, or a `Teacher` or
+            `TeacherPanel` with `chat`.
     """
 
     # Whether `rewards` reads `RewardInputs.student_logps_BT`; False can save the trainers a forward pass.
@@ -60,8 +63,14 @@ class TeacherReward:
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         templates: PromptTemplates | None = None,
+        chat: ChatFormat | None = None,
     ):
-        self.panel = model if isinstance(model, TeacherPanel) else _panel(model, processing_class, templates)
+        if isinstance(model, TeacherPanel):
+            if chat is not None:
+                raise InputError("The teachers of a `TeacherPanel` have their chat format: give `chat` to `Teacher`.")
+            self.panel = model
+        else:
+            self.panel = _panel(model, processing_class, templates, chat)
 
     @property
     def __name__(self) -> str:  # TRL logs a reward function under this name
@@ -79,14 +88,14 @@ class TeacherReward:
         """Φ(s_t) for potential-based shaping, `[B, T+1]`; 0 if the reward implies no potential."""
         return torch.zeros_like(scores.mean)
 
-    def score_tokens(self, prompts: list[str], completions_ids: list[list[int]]) -> list[Tensor]:
+    def score_tokens(self, prompts: list[str] | list[list[Message]], completions_ids: list[list[int]]) -> list[Tensor]:
         """The reward of every token: one float32 tensor `[T_i]` per completion.
 
-        `prompts[i]` is the source text that completion i answers; equal prompts are read once. A completion whose
-        last id is not EOS counts as truncated.
+        `prompts[i]` is the source text, or the conversation, that completion i answers; equal ones are read once. A
+        completion whose last id is not EOS counts as truncated.
 
         Raises:
-            InputError: The numbers of prompts and completions differ, or a prompt is not text.
+            InputError: The numbers of prompts and completions differ, or a prompt is neither text nor a conversation.
         """
         if len(prompts) != len(completions_ids):
             raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
@@ -111,7 +120,7 @@ class TeacherReward:
             raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
         columns = {name: v for name, v in kwargs.items() if isinstance(v, list) and len(v) == len(prompts)}
         rows = [
-            {**{name: values[i] for name, values in columns.items()}, "prompt": self._text(prompt, i)}
+            {**{name: values[i] for name, values in columns.items()}, "prompt": _checked(prompt, i)}
             for i, prompt in enumerate(prompts)
         ]
         if not rows:
@@ -126,18 +135,6 @@ class TeacherReward:
             gamma=getattr(self, "gamma", 1.0),
         )
         return sequence_sum(rewards_BT, mask_BT).tolist()
-
-    def _text(self, prompt: str | list[dict[str, str]], index: int) -> str:
-        """A prompt as text; a conversation is written with the teacher's chat template."""
-        if not isinstance(prompt, list):
-            return _checked(prompt, index)
-        tokenizer = self.panel.scorers[0].teacher.processing_class
-
-        def written(shorter: Mapping[str, object]) -> str:
-            messages = [{**message, "content": shorter.get(i, message["content"])} for i, message in enumerate(prompt)]
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-        return RenderedPrompt(written({}), {i: message["content"] for i, message in enumerate(prompt)}, written)
 
     def _inputs(self, rows: list[dict], completions_ids: list[list[int]]) -> RewardInputs:
         """The `RewardInputs` of one completion per row; without EOS at its end a completion counts as truncated."""
@@ -186,6 +183,7 @@ class TeacherForcingReward(TeacherReward):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         templates: PromptTemplates | None = None,
+        chat: ChatFormat | None = None,
         value: str = "max",
         gamma: float = 1.0,
         k: int = 1,
@@ -194,7 +192,7 @@ class TeacherForcingReward(TeacherReward):
         if value not in VALUES:
             raise InputError(f"Unknown value {value!r} for the teacher-forcing reward; choose one of {VALUES}.")
         check_values({"k": k, "tau": tau, "gamma": gamma}, {"k": Count, "tau": Temperature, "gamma": Share}, prefix="")
-        super().__init__(model, processing_class, templates=templates)
+        super().__init__(model, processing_class, templates=templates, chat=chat)
         self.value, self.gamma, self.k, self.tau = value, gamma, k, tau
 
     def wanted_statistics(self) -> dict[str, object]:
@@ -239,11 +237,14 @@ class LogRatioReward(TeacherReward):
         return log_ratio(teacher_logps_BT, inputs.student_logps_BT, inputs.completion_mask_BT)
 
 
-def _checked(prompt: object, index: int) -> str:
-    """The prompt, if it is text; else raises `InputError`."""
-    if not isinstance(prompt, str):
+def _checked(prompt: object, index: int) -> str | list[Message]:
+    """The prompt, if it is a text or a conversation; else raises `InputError`."""
+    if not isinstance(prompt, str) and not is_conversation(prompt):
         kind = type(prompt).__name__
-        raise InputError(f"Prompt {index + 1} is {prompt!r} ({kind}), not text: convert it, or leave it out.")
+        raise InputError(
+            f"Prompt {index + 1} is {prompt!r} ({kind}), not text and not a conversation (a list of messages): "
+            "convert it, or leave it out."
+        )
     return prompt
 
 
@@ -271,14 +272,16 @@ def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[Teach
     )
 
 
-def _panel(model, processing_class, templates: PromptTemplates | None) -> TeacherPanel:
+def _panel(model, processing_class, templates: PromptTemplates | None, chat: ChatFormat | None = None) -> TeacherPanel:
     def teacher(model_or_name) -> Teacher:
         if isinstance(model_or_name, Teacher):
+            if chat is not None:
+                raise InputError("A loaded `Teacher` has its chat format: give `chat` where it is made.")
             return model_or_name
         if isinstance(model_or_name, str):
-            return Teacher.from_pretrained(model_or_name)
+            return Teacher.from_pretrained(model_or_name, chat=chat)
         if processing_class is None:
             raise InputError("A loaded teacher model needs its tokenizer: pass `processing_class`.")
-        return Teacher(model_or_name, processing_class)
+        return Teacher(model_or_name, processing_class, chat=chat)
 
     return TeacherPanel([teacher(m) for m in (model if isinstance(model, list | tuple) else [model])], templates)

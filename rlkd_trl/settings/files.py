@@ -25,6 +25,7 @@ class Reads(enum.Enum):
     RUN_CHECKPOINT = "checkpoint of a run"
     TEMPLATES = "templates"
     REWARD = "reward"
+    CHAT_TEMPLATE = "chat template"
     PRESET = "preset"
     JSON = "JSON"
 
@@ -39,6 +40,7 @@ DataPath = Annotated[str, Reads.DATA]
 CheckpointPath = Annotated[str, Reads.CHECKPOINT]
 TemplatesPath = Annotated[str, Reads.TEMPLATES]
 RewardPath = Annotated[str, Reads.REWARD]
+ChatTemplatePath = Annotated[str, Reads.CHAT_TEMPLATE]
 PresetPath = Annotated[str, Reads.PRESET]
 OutputPath = Annotated[str, Writes.OUTPUT]  # a file, or a directory of results
 # Fields of transformers.TrainingArguments, whose types do not say so.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import Result, backbone_of
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
 from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
@@ -54,6 +55,8 @@ class Policy(nn.Module):
         model: The student, encoder-decoder or decoder-only.
         critic: "none"; "shared", a linear value head on the decoder's states; or "separate", the same head on a copy
             of the student's body with weights of its own. The head starts at zero.
+        writer: How prompts are written for the student, and with which tokenizer: by default `processing_class`, with
+            its chat template if it has one.
 
     Raises:
         InputError: Unknown critic, unsupported architecture, no EOS, or temperature out of range.
@@ -68,6 +71,7 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         critic: str = "none",
+        writer: PromptWriter | None = None,
     ):
         super().__init__()
         if critic not in CRITICS:
@@ -75,6 +79,8 @@ class Policy(nn.Module):
         check_values({"temperature": temperature}, {"temperature": Temperature}, prefix="")
         self.model = model
         self.temperature = temperature
+        self.writer = PromptWriter(processing_class) if writer is None else writer
+        processing_class = self.writer.processing_class
         self.eos_ids = eos_token_ids(model, processing_class)
         self.pad_id = padding_id(processing_class)
         self.backbone = backbone_of(model)
@@ -303,4 +309,4 @@ def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_
 def frozen_copy(policy: Policy, processing_class: PreTrainedTokenizerBase) -> Policy:
     """A copy of the student as it is in memory now, without critic or gradients: the reference of the KL penalty."""
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model, processing_class, temperature=policy.temperature)
+    return Policy(model, processing_class, temperature=policy.temperature, writer=policy.writer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplates, question_columns
+from rlkd_trl.prompts import Message, PromptTemplates, is_conversation, question_columns, source_text
 from rlkd_trl.teachers.scores import TeacherScores
 from rlkd_trl.teachers.teacher import Teacher
 
@@ -20,6 +20,10 @@ class Scorer:
     teacher: Teacher
     template_index: int
     weight: float
+
+    def prompts(self, questions_of_rows: Sequence[Sequence[str | list[Message]]]) -> list[str]:
+        """What the teacher reads for each row, of the questions that `TeacherPanel.questions` gives for it."""
+        return self.teacher.writer.texts(questions[self.template_index] for questions in questions_of_rows)
 
 
 class TeacherPanel:
@@ -55,20 +59,21 @@ class TeacherPanel:
     def weights(self) -> list[float]:
         return [scorer.weight for scorer in self.scorers]
 
-    def questions(self, row: Mapping[str, object]) -> list[str]:
-        """The prompts with which the teachers are asked about a data row, one per template.
+    def questions(self, row: Mapping[str, object]) -> list[str | list[Message]]:
+        """What the teachers are asked about a data row, one question per template, before any chat template.
 
-        Without templates it is `row["prompt"]` itself. If the row has only a prompt (and references), that fills the
-        one input column of the templates; otherwise `question_columns` says which columns they may read.
+        Without templates it is `row["prompt"]` itself, a text or a conversation. If the row has only a prompt (and
+        references), that fills the one input column of the templates; otherwise `question_columns` says which columns
+        they may read.
 
         Raises:
             InputError: A template does not render; the message names it.
         """
         if self.templates is None:
             prompt = row["prompt"]
-            return [prompt if isinstance(prompt, str) else str(prompt)]
+            return [prompt if isinstance(prompt, str) or is_conversation(prompt) else str(prompt)]
         if set(row) <= {"prompt", "references"}:
-            return self.templates.render_source(str(row["prompt"]))
+            return self.templates.render_source(source_text(row["prompt"]))
         return self.templates.render(question_columns(self.templates, row))
 
     def score(
@@ -114,9 +119,9 @@ class TeacherPanel:
         self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor
     ) -> Iterator[tuple[Scorer, tuple[list[str], Tensor]]]:
         """Each scorer with its distinct prompts, and for each completion the index of its prompt in them, `[B]`."""
-        prompts_of_rows = [self.questions(row) for row in rows]
+        questions_of_rows = [self.questions(row) for row in rows]
         for scorer in self.scorers:
-            prompts_P = [prompts[scorer.template_index] for prompts in prompts_of_rows]
+            prompts_P = scorer.prompts(questions_of_rows)
             index_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts_P))}
             index_P = torch.tensor([index_of[prompt] for prompt in prompts_P], device=prompt_index_B.device)
             yield scorer, (list(index_of), index_P[prompt_index_B])

@@ -42,9 +42,9 @@ def pseudo_labels(
             raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")
     candidates_per_row = num_beams if interpolate else 1
     names = panel.templates.names if panel.templates is not None else [None]
-    prompts_of_rows = [panel.questions(row) for row in rows]
-    for template_index, template_name in enumerate(names):
-        prompts_P = [prompts[template_index] for prompts in prompts_of_rows]
+    questions_of_rows = [panel.questions(row) for row in rows]
+    for scorer, template_name in zip(panel.scorers, names, strict=False):  # the first teacher's come first
+        prompts_P = scorer.prompts(questions_of_rows)
         batches = answer_prompts(
             teacher.model,
             teacher.processing_class,

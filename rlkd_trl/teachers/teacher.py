@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.models.backbone import backbone_of
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
@@ -17,6 +18,7 @@ from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import allow_special_tokens, padding_id
 from rlkd_trl.ops.lm_head import allowed_logsumexp, logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
+from rlkd_trl.prompts import ChatFormat, Message
 from rlkd_trl.teachers.placement import Placement, ShardedModel, start_process_group
 from rlkd_trl.teachers.scores import TeacherScores, empty_scores
 
@@ -47,10 +49,12 @@ class Teacher:
         allowed_special_tokens: Special tokens that the teacher may write besides those that its generation config
             allows (see `models.vocabulary`).
         placement: How `model` was loaded; `from_pretrained` sets it.
+        chat: Whether it is asked through a chat template; by default, if its tokenizer has one (see `PromptWriter`).
 
     Raises:
         InputError: The architecture is not supported (see `models.verification`), the tokenizer has ids without rows
-            in the embeddings, a weight is NaN or infinite, or one of `allowed_special_tokens` cannot be content.
+            in the embeddings, a weight is NaN or infinite, or one of `allowed_special_tokens` cannot be content; or as
+            `PromptWriter`.
     """
 
     def __init__(
@@ -62,19 +66,21 @@ class Teacher:
         max_batch_tokens: int | None = None,
         allowed_special_tokens: Sequence[str] = (),
         placement: Placement | None = None,
+        chat: ChatFormat | None = None,
     ):
         check_embedding_rows("The teacher", processing_class, model.config)
         self.model = model.eval().requires_grad_(False)
         self.placement = placement or Placement()
         self._shards = ShardedModel(self.model, placement) if self.placement.is_sharded else None
-        self.processing_class = processing_class
+        self.writer = PromptWriter(processing_class, chat)
+        self.processing_class = self.writer.processing_class
         self.max_prompt_length = max_prompt_length
         if placement is None:  # otherwise `load_model` has checked them
             check_weights(model, "The teacher")
         self.backbone = backbone_of(model)
         self._max_batch_tokens = max_batch_tokens
         verify(self.backbone)
-        allow_special_tokens(model, processing_class, allowed_special_tokens)
+        allow_special_tokens(model, self.processing_class, allowed_special_tokens)
 
     @classmethod
     def from_pretrained(
@@ -126,7 +132,7 @@ class Teacher:
     @torch.no_grad()
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[Message]],
         prompt_index_B: Tensor,
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
@@ -136,7 +142,7 @@ class Teacher:
         tau: float | None = None,
         forbidden_V: Tensor | None = None,
     ) -> TeacherScores:
-        """Scores completion b as an answer to `prompts[prompt_index_B[b]]`.
+        """Scores completion b as an answer to `prompts[prompt_index_B[b]]`, a text or a conversation.
 
         `expected`, `tau` and `forbidden_V` (True on ids that are never sampled) request `TeacherScores.expected`,
         `.soft` and `.allowed_logsumexp`. The result is on the completions' device.
@@ -171,7 +177,7 @@ class Teacher:
     @torch.no_grad()
     def states(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[Message]],
         prompt_index_B: Tensor,
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
@@ -195,7 +201,7 @@ class Teacher:
 
     def _read(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[Message]],
         prompt_index_B: Tensor,
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
@@ -246,12 +252,13 @@ class Teacher:
             self._shards.begin_pass()
 
     def _inputs(
-        self, prompts: Sequence[str], prompt_index_B: Tensor, completion_mask_BT: Tensor
+        self, prompts: Sequence[str | list[Message]], prompt_index_B: Tensor, completion_mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], int, Tensor]]:
         """For each batch: its rows among the B completions, its prompts' ids and mask, its longest completion's
         length, and for each of its rows the index of the prompt in the batch."""
         device = self.backbone.device
-        prompt_ids = prompt_token_ids(self.processing_class, prompts, max_length=self.max_prompt_length)
+        texts = self.writer.texts(prompts)
+        prompt_ids = prompt_token_ids(self.processing_class, texts, max_length=self.max_prompt_length)
         lengths_B = completion_mask_BT.sum(dim=1)
         members = [torch.nonzero(prompt_index_B == p)[:, 0] for p in range(len(prompts))]
         for batch in self._batches(prompt_ids, members, lengths_B):

@@ -101,9 +101,9 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
         """A function from a slice of this device's prompts to the teacher, with its own questions for these."""
         scorer = self.panel.scorers[self._turn]
         backbone = scorer.teacher.backbone
-        questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
+        texts = scorer.prompts([self.panel.questions(row) for row in rows])
         ids_PS, mask_PS = self.sampling.tokenized(
-            backbone, questions, scorer.teacher.max_prompt_length, scorer.teacher.processing_class
+            backbone, texts, scorer.teacher.max_prompt_length, scorer.teacher.processing_class
         )
 
         def of_prompts(part: slice) -> MixedWith:

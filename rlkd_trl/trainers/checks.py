@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 from accelerate.utils import str_to_bool
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.directions import base_metric
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
+from rlkd_trl.prompts import checked_messages, is_conversation
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
 def check_prompts(dataset: Dataset, args: RolloutConfig) -> None:
-    """Raises `InputError` if there is no column `prompt` of texts, or fewer rows than one rollout takes."""
-    check_texts(dataset, "prompt", "training data")
+    """Raises `InputError` if there is no column `prompt` of prompts, or fewer rows than one rollout takes."""
+    check_prompt_column(dataset, "training data")
     needed = args.prompts_per_rollout * args.world_size
     if len(dataset) < needed:
         raise InputError(
@@ -52,6 +54,22 @@ def check_texts(dataset: Dataset, column: str, what: str) -> None:
             raise InputError(
                 f"Row {i + 1} of the {what}: `{column}` is {reprlib.repr(value)} ({type(value).__name__}), not text: "
                 "convert it, or leave the row out."
+            )
+
+
+def check_prompt_column(dataset: Dataset, what: str) -> None:
+    """As `check_column`; raises `InputError` too if a `prompt` is neither a text nor a conversation."""
+    check_column(dataset, "prompt", what)
+    for i, prompt in enumerate(dataset["prompt"]):
+        if is_conversation(prompt):
+            try:
+                checked_messages(prompt)
+            except InputError as error:
+                raise InputError(f"Row {i + 1} of the {what}: {error}") from error
+        elif not isinstance(prompt, str):
+            raise InputError(
+                f"Row {i + 1} of the {what}: `prompt` is {reprlib.repr(prompt)} ({type(prompt).__name__}), not text "
+                "and not a conversation (a list of messages): convert it, or leave the row out."
             )
 
 
@@ -115,10 +133,10 @@ def check_sharded_head(model: PreTrainedModel | PeftModel) -> None:
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `InputError` if evaluation data has no column `prompt` of texts."""
+    """Raises `InputError` if evaluation data has no column `prompt` of prompts."""
     for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if rows is not None:
-            check_texts(rows, "prompt", "evaluation data")
+            check_prompt_column(rows, "evaluation data")
 
 
 def check_best_metric(
@@ -169,12 +187,16 @@ def checked_reward_model(
 
 def check_positions(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    writer: PromptWriter,
     reward_model: RewardModel,
     args: RolloutConfig,
     datasets: Sequence[Dataset | dict[str, Dataset] | None],
 ) -> None:
-    """Raises `InputError` if student or teachers have too few positions or embeddings for prompts and completions."""
+    """Raises `InputError` if student or teachers have too few positions or embeddings for prompts and completions.
+
+    writer: of the student's prompts.
+    """
+    tokenizer = writer.processing_class
     parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows]) if part]
     check_embedding_rows("The student", tokenizer, model.config)
     for rows in parts:
@@ -182,7 +204,7 @@ def check_positions(
             "The student",
             position_limits(model),
             tokenizer,
-            rows["prompt"],
+            map(writer.text, rows["prompt"]),
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
         )
@@ -194,7 +216,7 @@ def check_positions(
                     "The teacher",
                     position_limits(teacher.model),
                     teacher.processing_class,
-                    (panel.questions(row)[scorer.template_index] for row in rows),
+                    (scorer.prompts([panel.questions(row)])[0] for row in rows),
                     max_prompt_length=teacher.max_prompt_length,
                     max_completion_length=args.max_completion_length,
                     prompt_flag="the teacher's max_prompt_length",

@@ -30,11 +30,13 @@ class FullVocabularyTrainer(RolloutTrainer):
         model: The student, loaded, or its directory or Hub id.
         teacher: A `TeacherPanel`; or one teacher or a list of them, each a `Teacher`, a directory or a Hub id.
         args: The method's config.
-        train_dataset: Rows with a column `prompt`: what the student reads. Other columns reach the templates.
+        train_dataset: Rows with a column `prompt`: what the student reads, texts or conversations. Other columns
+            reach the templates.
         eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
         processing_class: The student's tokenizer; loaded with the model when that is a name.
         templates: How the teachers are asked; a `TeacherPanel` has its own.
         peft_config: Adapters to train in place of the student's weights, as in TRL (among the keyword arguments).
+        chat: How the student is spoken to (likewise); see `RolloutTrainer`.
 
     `evaluate` also gives the mean teacher-forcing reward (value="max"), which is not what is trained on.
 

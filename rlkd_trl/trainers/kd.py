@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlkd_trl.errors import InputError
 from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
@@ -35,8 +34,7 @@ class KDTrainer(FullVocabularyTrainer):
     do here; the adaptive part of DistiLLM's sampling (a replay buffer and a threshold) is left out.
 
     Raises:
-        InputError: As `FullVocabularyTrainer`; data sequences are asked for, and `references` is missing or empty, or
-            the tokenizer's EOS is none of the student's.
+        InputError: As `FullVocabularyTrainer`; data sequences are asked for, and `references` is missing or empty.
     """
 
     args: KDConfig
@@ -44,13 +42,13 @@ class KDTrainer(FullVocabularyTrainer):
     def __init__(self, model, teacher, args: KDConfig, train_dataset, *positional, **kwargs):
         check_targets(train_dataset, args)
         super().__init__(model, teacher, args, train_dataset, *positional, **kwargs)
-        if args.sequences == "data" and self.processing_class.eos_token_id not in self.policy.eos_ids:
-            raise InputError(
-                f"The tokenizer ends texts with {self.processing_class.eos_token!r}, with which the student does not "
-                "end its own: put that token's id into its generation config (`eos_token_id`)."
-            )
         self._samplers = {
-            id(scorer.teacher): Policy(scorer.teacher.model, self.processing_class, temperature=args.temperature)
+            id(scorer.teacher): Policy(
+                scorer.teacher.model,
+                self.processing_class,
+                temperature=args.temperature,
+                writer=self.policy.writer,
+            )
             for scorer in (self.panel.scorers if args.sequences == "teacher" else [])
         }
         self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
@@ -111,8 +109,8 @@ class KDTrainer(FullVocabularyTrainer):
         number = self._rollout_number % len(self.panel.scorers)
         scorer = self.panel.scorers[number]
         sampler, tokenizer = self._samplers[id(scorer.teacher)], scorer.teacher.processing_class
-        questions = [self.panel.questions(row)[scorer.template_index] for row in rows]
-        prompt_PS = self.sampling.tokenized(sampler.backbone, questions, scorer.teacher.max_prompt_length, tokenizer)
+        texts = scorer.prompts([self.panel.questions(row) for row in rows])
+        prompt_PS = self.sampling.tokenized(sampler.backbone, texts, scorer.teacher.max_prompt_length, tokenizer)
         return self.sampling.completions(sampler, *prompt_PS, self._rollout_number)
 
     def micro_batch_loss(

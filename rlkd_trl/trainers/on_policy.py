@@ -42,12 +42,13 @@ class OnPolicyTrainer(RolloutTrainer):
         reward_funcs: One reward or several: `TeacherForcingReward(...)`, another `TeacherReward`, a TRL reward
             function, or a function of `RewardInputs`; or a `RewardModel`. Weights are `args.reward_weights`.
         args: The method's config.
-        train_dataset: Rows with a column `prompt`: what the student reads. Other columns reach the templates and
-            reward functions.
+        train_dataset: Rows with a column `prompt`: what the student reads, texts or conversations. Other columns
+            reach the templates and reward functions.
         eval_dataset: The same, with `references` (lists of strings) for text metrics where the data has them.
         processing_class: The student's tokenizer; loaded with the model when that is a name.
         peft_config: Adapters to train in place of the student's weights, as in TRL. The reference of `beta` is then
             the student without them, and takes no memory.
+        chat: How the student is asked (among the keyword arguments); see `RolloutTrainer`.
 
     Raises:
         InputError: Tokenizers differ, no `prompt` column, fewer prompts than one rollout needs, T5 with fp16, settings

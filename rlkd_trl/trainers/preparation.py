@@ -8,10 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.data import reference_texts
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import check_fp16, load_model, load_tokenizer
 from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
+from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import with_adapters
 from rlkd_trl.teachers import Teacher
@@ -26,8 +28,11 @@ def prepare_student(
     reward_model: RewardModel,
     args: RolloutConfig,
     datasets: Sequence[Dataset | None],
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student, loaded and with its adapters, and its tokenizer; both checked against teachers and data.
+    chat: ChatFormat | None,
+) -> tuple[PreTrainedModel, PromptWriter]:
+    """The student, loaded and with its adapters, and the writer of its prompts, which has its tokenizer.
+
+    Both are checked against teachers and data.
 
     Its generation config becomes that of its checkpoints, and it shares with the teachers which special tokens are
     content, by the references in the data (see `models.vocabulary`).
@@ -35,13 +40,15 @@ def prepare_student(
     Raises:
         InputError: A loaded student without its tokenizer, tokenizers that differ, prompts and completions beyond a
             model's positions, T5 with fp16, weights that are not finite or in float16, `peft_config` for a student
-            with adapters, adapters on an LM head that ZeRO-3 shards.
+            with adapters, adapters on an LM head that ZeRO-3 shards; or as `PromptWriter`.
     """
     if isinstance(model, str):
         processing_class = processing_class or load_tokenizer(model)
         model = load_model(model)
     if processing_class is None:
         raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
+    writer = PromptWriter(processing_class, chat)
+    processing_class = writer.processing_class
     if args.fp16:
         check_fp16(model.config, on_cpu=args.use_cpu)
     model = with_adapters(model, peft_config, seed=args.seed)
@@ -51,12 +58,12 @@ def prepare_student(
     teachers = teachers_of(reward_model)
     for teacher in teachers:
         check_same_tokenizer(processing_class, teacher.processing_class)
-    check_positions(model, processing_class, reward_model, args, datasets)
+    check_positions(model, writer, reward_model, args, datasets)
     share_special_tokens(
         [model, *(teacher.model for teacher in teachers)], processing_class, reference_texts(*datasets)
     )
     set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
-    return model, processing_class
+    return model, writer
 
 
 def teachers_of(reward_model: RewardModel) -> list[Teacher]:

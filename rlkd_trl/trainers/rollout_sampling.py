@@ -45,7 +45,9 @@ class RolloutSampling:
 
     def student_prompts(self, policy: Policy, rows: list[dict]) -> tuple[Tensor, Tensor]:
         """Ids and mask `[P, S]` of the rows' prompts, as the student reads them."""
-        return self.tokenized(policy.backbone, [row["prompt"] for row in rows], self.args.max_prompt_length)
+        return self.tokenized(
+            policy.backbone, policy.writer.texts(row["prompt"] for row in rows), self.args.max_prompt_length
+        )
 
     def prompt_index(self, num_prompts: int) -> Tensor:
         """The prompt of each completion, `[B]`: those of a prompt are next to each other."""

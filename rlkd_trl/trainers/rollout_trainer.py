@@ -22,6 +22,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.ops.average_reward import average_reward
+from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter, Cost
@@ -41,7 +42,7 @@ from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import PhaseTimer, RunningMeans
 from rlkd_trl.trainers.rollout_sampling import RolloutSampling
-from rlkd_trl.trainers.run_record import reward_record
+from rlkd_trl.trainers.run_record import reward_record, student_record
 from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
 
@@ -55,9 +56,13 @@ class RolloutTrainer(ResumableTrainer):
     `peft_config` (a `peft.LoraConfig`, for instance) new adapters are trained and saved in place of the student's
     weights, as in TRL; a critic's weights are trained and saved too.
 
+    The column `prompt` holds texts or conversations, as in TRL. They go through the chat template of the student's
+    tokenizer, if it has one, unless `chat` says otherwise (see `PromptWriter`); a teacher has a `chat` of its own.
+
     Raises:
         InputError: Tokenizers differ, a loaded student without its tokenizer, training or evaluation data without
-            `prompt`, fewer prompts than a rollout takes, T5 with fp16, `peft_config` for a student with adapters.
+            `prompt`, fewer prompts than a rollout takes, T5 with fp16, `peft_config` for a student with adapters; or
+            as `PromptWriter`.
     """
 
     critic_kind = "none"
@@ -72,15 +77,17 @@ class RolloutTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        chat: ChatFormat | None = None,
         **kwargs,
     ):
         check_prompts(train_dataset, args)
         check_held_out(eval_dataset)
         check_best_metric(args, eval_dataset, has_teacher=bool(reward_model.panels))
         check_sharding(args)
-        model, processing_class = prepare_student(
-            model, processing_class, peft_config, reward_model, args, [train_dataset, eval_dataset]
+        model, writer = prepare_student(
+            model, processing_class, peft_config, reward_model, args, [train_dataset, eval_dataset], chat
         )
+        processing_class = writer.processing_class
         self.reward_model = reward_model
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
@@ -90,7 +97,9 @@ class RolloutTrainer(ResumableTrainer):
         self._guards = Guards()
         self._entropy: dict[str, float] = {}  # of the last optimizer step
         super().__init__(
-            model=Policy(model, processing_class, temperature=args.temperature, critic=self.critic_kind),
+            model=Policy(
+                model, processing_class, temperature=args.temperature, critic=self.critic_kind, writer=writer
+            ),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -107,7 +116,7 @@ class RolloutTrainer(ResumableTrainer):
         self.add_callback(self._budget)
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
         self.run_record |= {
-            "student": {"architecture": type(model).__name__},
+            "student": student_record(model, writer),
             "reward": reward_record(reward_model, train_dataset),
         }
 

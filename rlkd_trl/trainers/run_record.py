@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.rewards import RewardModel
 
 RUN_RECORD = "run.json"
@@ -64,6 +65,12 @@ def model_record(model: nn.Module) -> dict[str, str]:
         some = flat[:: max(1, len(flat) // _NUMBERS_PER_WEIGHT)].cpu().contiguous().view(torch.uint8)
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
     return {"architecture": type(model).__name__, "weights": digest.hexdigest()[:16]}
+
+
+def student_record(model: nn.Module, writer: PromptWriter) -> dict[str, object]:
+    """A student's class, and how its prompts are written, if through a chat template."""
+    chat = writer.record()
+    return {"architecture": type(model).__name__, **({} if chat is None else {"chat": chat})}
 
 
 def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]:

@@ -10,17 +10,20 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import check_fp16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
+from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
-from rlkd_trl.trainers.checks import check_column, check_texts, empty_targets
+from rlkd_trl.trainers.checks import check_column, check_prompt_column, empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
+from rlkd_trl.trainers.run_record import student_record
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 _IGNORED = -100
@@ -34,11 +37,13 @@ class SupervisedTrainer(ResumableTrainer):
     special tokens that occur in targets allowed as content.
 
     Args:
-        train_dataset: Rows with `prompt` and `target`, both texts.
+        train_dataset: Rows with `prompt`, a text or a conversation, and `target`, a text.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
+        chat: Whether prompts go through a chat template: by default, if the tokenizer has one (see `PromptWriter`).
 
     Raises:
-        InputError: One of the two columns is missing, no row has a target, a tokenizer without EOS, or T5 with fp16.
+        InputError: One of the two columns is missing, no row has a target, a tokenizer without EOS, or T5 with fp16;
+            or as `PromptWriter`.
     """
 
     def __init__(
@@ -49,10 +54,13 @@ class SupervisedTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase,
         *,
         peft_config: PeftConfig | None = None,
+        chat: ChatFormat | None = None,
         **kwargs,
     ):
-        check_texts(train_dataset, "prompt", "training data")
+        check_prompt_column(train_dataset, "training data")
         check_column(train_dataset, "target", "training data")
+        writer = PromptWriter(processing_class, chat)
+        processing_class = writer.processing_class
         model = with_adapters(model, peft_config, seed=args.seed)
         require_eos(processing_class)
         empty = empty_targets(train_dataset["target"])
@@ -70,7 +78,7 @@ class SupervisedTrainer(ResumableTrainer):
                 "The model",
                 limits,
                 processing_class,
-                train_dataset["prompt"],
+                map(writer.text, train_dataset["prompt"]),
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=min(longest, args.max_completion_length),
             )
@@ -85,6 +93,7 @@ class SupervisedTrainer(ResumableTrainer):
             start_ids=completion_start_ids(model) if model.config.is_encoder_decoder else None,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
+            chat=chat,
         )
         super().__init__(
             model=model,
@@ -98,7 +107,7 @@ class SupervisedTrainer(ResumableTrainer):
             **kwargs,
         )
         keep_curves_in(args.output_dir, self.callback_handler.callbacks)
-        self.run_record["student"] = {"architecture": type(model).__name__}
+        self.run_record["student"] = student_record(model, writer)
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -152,19 +161,24 @@ class PairCollator:
     """Token ids of (prompt, target) rows: encoder and decoder inputs, or one sequence with the prompt unlabelled.
 
     start_ids: what an encoder-decoder model's decoder reads before the target, unlabelled; None for decoder-only ones.
+    chat: as in `SupervisedTrainer`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     start_ids: list[int] | None
     max_prompt_length: int
     max_completion_length: int
+    chat: ChatFormat | None = None
+
+    def __post_init__(self):
+        self._writer = PromptWriter(self.tokenizer, self.chat)
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        prompts = prompt_token_ids(self.tokenizer, [row["prompt"] for row in rows], max_length=self.max_prompt_length)
-        targets = [
-            target_token_ids(self.tokenizer, row["target"], max_length=self.max_completion_length) for row in rows
-        ]
-        pad = padding_id(self.tokenizer)
+        tokenizer = self._writer.processing_class
+        texts = self._writer.texts(row["prompt"] for row in rows)
+        prompts = prompt_token_ids(tokenizer, texts, max_length=self.max_prompt_length)
+        targets = [target_token_ids(tokenizer, row["target"], max_length=self.max_completion_length) for row in rows]
+        pad = padding_id(tokenizer)
         if self.start_ids is not None:
             input_ids, attention_mask = _pad_right(prompts, pad)
             num_given = len(self.start_ids) - 1  # positions that predict what is given too

@@ -24,6 +24,8 @@ STAND_INS = {
     "bigscience/T0_3B": "runs/teacher",
     "bigscience/T0pp": "runs/teacher",
     "google/t5-v1_1-base": "runs/base",
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": "runs/teacher",
+    "HuggingFaceTB/SmolLM2-135M": "runs/base",
 }
 
 
@@ -106,10 +108,23 @@ def place(tmp_path, monkeypatch) -> Path:
     write_csv(tmp_path / "train.csv", word_rows(40))
     write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
     write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    talks = [
+        {"prompt": _said("user", row["mr"]), "completion": _said("assistant", row["ref"])} for row in word_rows(40)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     write_templates(tmp_path / "templates.yaml", create_text_for_me="w3 {{ source }}", coherent_text="{{ source }} w4")
     shutil.copytree(ROOT / "recipes" / "rewards", tmp_path / "recipes" / "rewards")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def _said(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def pair_for(page: Path, checkpoints: dict[str, Pair]) -> Pair:
+    """The checkpoints that a page's commands and snippets are about."""
+    return checkpoints["chat" if page.name == "chat_models.md" else "t5-untied"]
 
 
 def provide(words: list[str], pair: Pair) -> None:
@@ -147,7 +162,7 @@ def test_commands_run_in_the_order_of_the_page(page, place, checkpoints):
         words = [word for word in shlex.split(stood_in(shlex.join(words)))]
         while words[0].startswith("--"):  # of the launcher
             words = words[2:]
-        provide(words, checkpoints["t5-untied"])
+        provide(words, pair_for(page, checkpoints))
         small = SMALL.get(words[0], SMALL_TRAINING)
         if words[0] == "sft" and "--student" not in words:
             small += " --d_model 16 --num_layers 1 --num_heads 2"
@@ -156,7 +171,8 @@ def test_commands_run_in_the_order_of_the_page(page, place, checkpoints):
 
 @pytest.mark.parametrize("snippet", PYTHON, ids=str)
 def test_python_snippets_run(snippet, place, checkpoints):
-    shutil.copytree(checkpoints["t5-untied"].teacher, "runs/teacher")
-    shutil.copytree(checkpoints["t5-untied"].student, "runs/warm")
+    pair = pair_for(snippet.page, checkpoints)
+    shutil.copytree(pair.teacher, "runs/teacher")
+    shutil.copytree(pair.student, "runs/warm")
     texts = [row["mr"] for row in word_rows(80)]
     exec(compile(stood_in(snippet.text), str(snippet), "exec"), {"texts": texts})

@@ -140,18 +140,20 @@ def test_a_teacher_reads_the_shortened_prompt(family):
 
 
 def test_a_conversation_keeps_the_turn_to_speak():
-    tokenizer = word_tokenizer()
+    """And gets no EOS behind it, which this tokenizer adds to other prompts."""
+    tokenizer, plain = word_tokenizer(), word_tokenizer(append_eos=False)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'w3' if m.role == 'user' else 'w4' }} {{ m.content }} {% endfor %}w4"
     )
     model = MODELS["llama"](seed=1)
     talk = [{"role": "user", "content": words(6, 26)}, {"role": "assistant", "content": "w7"}]
-    capped = TeacherForcingReward(Teacher(model, tokenizer, max_prompt_length=8))
-    whole = TeacherForcingReward(Teacher(model, tokenizer))
-    # 8 tokens less w3, w4 w7, w4 and EOS leave 3 of the question
-    expected = whole(prompts=["w3 w6 w7 w8 w4 w7 w4"], completion_ids=[[8, 1]])
+    talk.append({"role": "user", "content": "w9"})
+    capped = TeacherForcingReward(Teacher(model, tokenizer, max_prompt_length=9))
+    whole = TeacherForcingReward(Teacher(model, plain))
+    # 9 tokens less w3, w4 w7, w3 w9 and w4 leave 3 of the first question
+    expected = whole(prompts=["w3 w6 w7 w8 w4 w7 w3 w9 w4"], completion_ids=[[8, 1]])
     assert capped(prompts=[talk], completion_ids=[[8, 1]]) == pytest.approx(expected)
-    assert whole(prompts=[talk], completion_ids=[[8, 1]]) != pytest.approx(expected, abs=1e-4)
+    assert whole(prompts=["w3 w6 w7 w8 w4 w7 w3 w9"], completion_ids=[[8, 1]]) != pytest.approx(expected, abs=1e-4)
 
 
 # ---- BOS

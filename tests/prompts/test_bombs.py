@@ -155,7 +155,7 @@ def test_the_renderer_ends_with_its_owner():
 import os, signal
 from rlkd_trl.prompts import PromptTemplate, process
 PromptTemplate("t", "{{ s }}").render({"s": "x"})
-print(process._renderer._process.pid, flush=True)
+print(process._renderers["templates"]._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -58,6 +58,10 @@ def _lines(rows: list[object]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 # Data
 
 
@@ -118,6 +122,12 @@ def _make_data(here: Path) -> None:
             "no_references.jsonl": _lines([*({**row, "ref": [row["ref"]]} for row in ROWS), {"mr": "w3", "ref": []}]),
             "null_reference.jsonl": _lines([{**row, "ref": [row["ref"], None]} for row in ROWS]),
             "mixed.jsonl": _lines([*ROWS, {"mr": 3, "ref": "w3"}]),
+            "talks.jsonl": _lines([{**row, "mr": _said(row["mr"])} for row in ROWS]),
+            "bad_talks.jsonl": _lines(
+                [{"mr": _said("w3"), "ref": "w4"}, {"mr": [{"role": None, "content": "w4"}], "ref": "w5"}]
+            ),
+            "images.jsonl": _lines([{"mr": [{"role": "user", "content": [{"type": "text"}]}], "ref": "w3"}] * 9),
+            "two_turns.jsonl": _lines([{"mr": "w3", "ref": [{"role": "assistant", "content": "w3"}, *_said("w4")]}]),
             "only_header/train.csv": "mr,ref\n",
             "leads_out/README.md": leads_out.format("../data.csv"),
             "leads_far/README.md": leads_out.format(here / "data.csv"),
@@ -147,6 +157,11 @@ def _make_templates(here: Path) -> None:
         here,
         {
             "empty.yaml": "",
+            "not_chat.jinja": "{% for m in messages %}",
+            "silent.jinja": "w3 w4",
+            "no_system.jinja": "{% for m in messages %}{% if m.role == 'system' %}"
+            "{{ raise_exception('no system here') }}{% endif %}{{ m.content }} {% endfor %}",
+            "bomb.jinja": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "no_templates.yaml": "dataset: mine\ntemplates: []\n",
             "number_for_text.yaml": "ask: 7\n",
             "deep_template.yaml": f"ask: {'[' * 5000}{']' * 5000}",

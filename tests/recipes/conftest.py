@@ -8,7 +8,7 @@ from typing import NamedTuple
 import datasets
 import pytest
 
-from tests.conftest import MODELS, word_tokenizer
+from tests.conftest import MODELS, chat_tokenizer, word_tokenizer
 from tests.models.encoders import FIRST_WORD, VOCAB, encoder_tokenizer, make
 from tests.recipes.command_lines import word_rows, write_csv, write_templates
 from tests.recipes.stand_ins import STAND_IN
@@ -31,13 +31,14 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Pair]:
-    """One pair per family."""
+    """One pair per family, and one of chat models."""
     pairs = {}
-    for family, build in MODELS.items():
+    for family, build in {**MODELS, "chat": MODELS["llama"]}.items():
         pairs[family] = Pair(*(tmp_path_factory.mktemp(family) / role for role in Pair._fields))
+        tokenizer = chat_tokenizer() if family == "chat" else word_tokenizer()
         for seed, directory in enumerate(pairs[family]):
             build(seed).save_pretrained(directory)
-            word_tokenizer().save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
     return pairs
 
 

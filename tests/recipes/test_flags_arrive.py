@@ -166,8 +166,15 @@ def files(tmp_path_factory, checkpoints) -> dict[str, object]:
         "train": write_csv(directory / "train.csv", rows),
         "test": write_csv(directory / "test.csv", held_out),
         "templates": write_templates(directory / "t.yaml", one="w3 w4 w5 w6 {{ mr }}", two="{{ mr }} w7"),
+        "chat": write_chat_template(directory / "chat.jinja"),
         "renaming": write_templates(directory / "r.yaml", one="w3 w4 w5 w6 {{ meaning }}"),
     }
+
+
+def write_chat_template(path: Path) -> Path:
+    """Three words before what is said, each time, and `more` behind it all."""
+    path.write_text("{% for m in messages %}w3 w4 w5 {{ m.content }} {% endfor %}{{ more }}")
+    return path
 
 
 DISTILLING = ("ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd")
@@ -210,6 +217,11 @@ def answers(seen: Seen) -> list[str]:
 
 def said(seen: Seen) -> list[str]:
     return [line["student"] for line in seen.outputs]
+
+
+def read_by_student(recipe: str, seen: Seen) -> int:
+    """Tokens of the longest prompt."""
+    return seen.batch()["input_ids"].shape[1] if recipe == "sft" else seen.widest("student")
 
 
 def targets(recipe: str, seen: Seen) -> list:
@@ -325,6 +337,22 @@ ARRIVES = {
         "--teacher_batch_tokens 1",
         lambda r, seen, base: len(seen.shapes["teacher"]) > len(base.shapes["teacher"]),
     ),
+    "TeacherArguments.teacher_chat_template": (
+        WITH_TEACHERS,
+        "--teacher_chat_template {chat}",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2,  # w3 w4 w5, and no EOS
+    ),
+    # these two are of one object with the template
+    "TeacherArguments.teacher_system_prompt": (
+        ("pseudo_label",),
+        "--teacher_chat_template {chat} --teacher_system_prompt 'w6 w7'",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2 + 5,
+    ),
+    "TeacherArguments.teacher_chat_template_kwargs": (
+        ("pseudo_label",),
+        """--teacher_chat_template {chat} --teacher_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2 + 4,
+    ),
     "StudentArguments.student": (
         WITH_STUDENTS,
         "--student {other}",
@@ -339,6 +367,21 @@ ARRIVES = {
         WITH_STUDENTS,
         "--student_dtype bfloat16",
         lambda r, seen, _: seen.of_model("student", "dtype") is torch.bfloat16,
+    ),
+    "StudentArguments.student_chat_template": (
+        WITH_STUDENTS,
+        "--student_chat_template {chat}",
+        lambda r, seen, base: read_by_student(r, seen) == read_by_student(r, base) + 2,
+    ),
+    "StudentArguments.student_system_prompt": (
+        ("sft", "evaluate"),
+        "--student_chat_template {chat} --student_system_prompt 'w6 w7'",
+        lambda r, seen, base: read_by_student(r, seen) == read_by_student(r, base) + 2 + 5,
+    ),
+    "StudentArguments.student_chat_template_kwargs": (
+        ("sft", "evaluate"),
+        """--student_chat_template {chat} --student_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
+        lambda r, seen, base: read_by_student(r, seen) == read_by_student(r, base) + 2 + 4,
     ),
     "RewardArguments.reward": (WITH_REWARDS, "--reward length", lambda r, seen, base: reward(seen) != reward(base)),
     "RewardArguments.value": (WITH_REWARDS, "--value expected", lambda r, seen, base: reward(seen) > reward(base)),

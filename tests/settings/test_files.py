@@ -27,7 +27,8 @@ NO_FILES = set(
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
     "teacher_placement teacher_offload_path student_revision student_dtype value architecture strategy "
     "baseline select_on common validation_split test_split critic level ensemble divergence "
-    "sequences signal future report_to average_reward allowed_special_tokens".split()
+    "sequences signal future report_to average_reward allowed_special_tokens "
+    "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
@@ -58,7 +59,10 @@ def test_every_text_is_known_to_name_a_file_or_not(kind):
 
 def test_there_are_flags_to_test():
     assert len(KINDS) >= 15
-    assert files_read(arguments.TeacherArguments) == {"teacher": Reads.CHECKPOINT}
+    assert files_read(arguments.TeacherArguments) == {
+        "teacher": Reads.CHECKPOINT,
+        "teacher_chat_template": Reads.CHAT_TEMPLATE,
+    }
     assert files_read(arguments.RewardArguments) == {"reward": Reads.REWARD}
     assert files_read(of_compare.MeasurementArguments) == {
         "validation_dataset": Reads.DATA,

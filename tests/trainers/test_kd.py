@@ -204,11 +204,18 @@ def test_long_targets_are_cut_without_an_eos(tmp_path):
     assert rollout.ended_B.tolist() == [False, False, True, True]
 
 
-def test_an_eos_that_the_student_never_samples_is_refused(tmp_path):
+def test_what_targets_end_with_ends_the_students_texts_too(tmp_path):
+    """Also where its generation config has another EOS only."""
     model = MODELS["t5-tied"]()
     model.generation_config.eos_token_id = 5
-    with pytest.raises(InputError, match=r"ends texts with '</s>', with which the student does not end its own"):
-        build("kd", tmp_path, model=model, **ON_DATA)
+    trainer = build("kd", tmp_path, model=model, **ON_DATA)
+    assert trainer.policy.eos_ids == [5, EOS]
+    rollout = trainer.make_rollout([trainer.train_dataset[i] for i in range(4)])
+    last = [
+        int(row[mask][-1]) for row, mask in zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
+    ]
+    assert rollout.ended_B.tolist() == [token in (5, EOS) for token in last]
+    assert EOS in last
 
 
 def test_what_the_student_should_not_say_is_read_but_not_learnt(tmp_path):

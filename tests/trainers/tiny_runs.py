@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlkd_trl import (
     AllActionsKDConfig,
     AllActionsKDTrainer,
+    ChatFormat,
     KDConfig,
     KDTrainer,
     PPOKDConfig,
@@ -105,6 +106,7 @@ def build(
     eval_data: Dataset | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     peft_config: PeftConfig | None = None,
+    chat: ChatFormat | None = None,
     **settings,
 ):
     """A trainer on tiny models, eight completions of four prompts a step unless `settings` say otherwise.
@@ -135,6 +137,7 @@ def build(
         eval_dataset=eval_data,
         processing_class=tokenizer or word_tokenizer(),
         peft_config=peft_config,
+        chat=chat,
     )
     return trainer
 

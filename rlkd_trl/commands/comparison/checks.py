@@ -21,8 +21,9 @@ from rlkd_trl.commands.demo import DemoRequest, make_demo_models, write_demo_fil
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, groups_of
+from rlkd_trl.data import input_key
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplates
+from rlkd_trl.prompts import PromptTemplates, is_conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -148,12 +149,18 @@ def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | No
         held_out = HeldOutArguments(dataset, test.test_split, test.eval_target_column)
         tests[name] = load_prompts(data, prompts, templates, held_out)
         for flag, rows_seen in seen.items():
-            if common := set(tests[name]["source"]).intersection(rows_seen["source"]):
+            if common := _inputs(tests[name]) & _inputs(rows_seen):
                 raise InputError(
                     f"{len(common)} inputs of --test_dataset {dataset} are in {flag} too, e.g. {min(common)!r}: test "
                     "on inputs that nothing was trained or chosen on."
                 )
     return tests
+
+
+def _inputs(rows: "Dataset") -> set[str]:
+    """What tells the rows apart: source texts, or whole conversations."""
+    pairs = zip(rows["source"], rows["prompt"], strict=True)
+    return {input_key(prompt) if is_conversation(prompt) else source for source, prompt in pairs}
 
 
 def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> dict[str, list[dict]]:

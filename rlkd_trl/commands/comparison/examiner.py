@@ -154,8 +154,9 @@ class Examiner:
         from rlkd_trl.students import Policy
 
         print(f"Testing {student.student} on {test}", flush=True)
-        model, tokenizer = load_student(student)
-        policy = Policy(model.to(default_device()), tokenizer)
+        model, writer = load_student(student)
+        tokenizer = writer.processing_class
+        policy = Policy(model.to(default_device()), tokenizer, writer=writer)
 
         def evaluate(**settings) -> "Evaluation":
             settings |= {"max_prompt_length": self.max_prompt_length, **self.lengths}

@@ -1,0 +1,223 @@
+"""Prompts as a model reads them: as they are, or through its tokenizer's chat template."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.loading import load_tokenizer
+from rlkd_trl.prompts import ChatFormat, ChatText, Message, RenderedPrompt, checked_messages, is_conversation
+from rlkd_trl.prompts.chat import AUTO, NONE, render_chat
+
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+# What a chat template is tried out with. Letters only, so that no filter of a template changes it.
+_USER, _ASSISTANT, _SYSTEM = "ThisIsTheQuestion", "ThisIsTheAnswer", "ThisIsTheSystem"
+
+
+class PromptWriter:
+    """Writes the prompts of one model: texts, and conversations (lists of messages).
+
+    Without a chat template a text is what it was before. With one, a text is the user's message, behind the system
+    prompt if there is one, unless it ends with the template's own markers already; a conversation that has no system
+    message gets the system prompt, too. The result is what transformers' `apply_chat_template` writes, rendered in
+    the bounds of all templates, and is tokenised as that does it: without the tokenizer's own special tokens.
+
+    Attributes:
+        processing_class: the tokenizer. It is the one that was given, or a copy where that has another chat template
+            than `chat` asks for, or another EOS than the token by which the chat template ends a turn.
+        is_chat: whether there is a chat template.
+
+    Raises:
+        InputError: A chat template is not there, fails, leaves out or refuses the system prompt, or leaves out what
+            the user says; a system prompt without a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None = None):
+        self.chat = ChatFormat() if chat is None else chat
+        self.processing_class = _with_template(tokenizer, self.chat)
+        self.is_chat = getattr(self.processing_class, "chat_template", None) is not None
+        if not self.is_chat:
+            self._refuse_what_needs_a_template()
+            return
+        self._opening = self._check_template()
+        end = self._end_of_turn()
+        if end not in (None, self.processing_class.eos_token):
+            if self.processing_class is tokenizer:
+                self.processing_class = copy.deepcopy(tokenizer)
+            self.processing_class.eos_token = end
+
+    def texts(self, prompts: Iterable[str | list[Message]]) -> list[str]:
+        """`text` of each."""
+        return [self.text(prompt) for prompt in prompts]
+
+    def text(self, prompt: str | list[Message]) -> str:
+        """The prompt as the model reads it; written once, it stays as it is.
+
+        Raises:
+            InputError: A conversation without a chat template, or one that the template refuses.
+        """
+        if isinstance(prompt, ChatText):
+            return prompt
+        if is_conversation(prompt):
+            if not self.is_chat:
+                raise InputError(
+                    f"A prompt is a conversation, and {self._name} has no chat template to write it with: give one (a "
+                    "file of Jinja), or texts as prompts (with a template, '{{ source }}' is what the user said last)."
+                )
+            return self._written_conversation(checked_messages(prompt))
+        if not self.is_chat or self._is_written(prompt):
+            return prompt
+        return self._written_text(prompt)
+
+    def record(self) -> dict[str, object] | None:
+        """What of this decides how prompts are written, in JSON's types; None without a chat template."""
+        if not self.is_chat:
+            return None
+        kwargs = dict(self.chat.template_kwargs or {})
+        return {"template": self._template, "system_prompt": self.chat.system_prompt, "template_kwargs": kwargs}
+
+    @property
+    def _template(self) -> str:
+        try:
+            return self.processing_class.get_chat_template()
+        except ValueError as error:  # several by name, and none of them the default
+            raise InputError(f"The tokenizer of {self._name}: {error}") from error
+
+    @property
+    def _name(self) -> str:
+        return repr(self.processing_class.name_or_path) if self.processing_class.name_or_path else "the tokenizer"
+
+    # Writing
+
+    def _written_text(self, prompt: str) -> ChatText:
+        if isinstance(prompt, RenderedPrompt):
+            variables, said = prompt.variables, prompt.render
+        else:
+            variables, said = {"prompt": prompt}, lambda shorter: shorter["prompt"]
+
+        def written(shorter: Mapping[str, object]) -> str:
+            said_now = said(shorter) if shorter else prompt
+            return self._render(self._after_system_prompt([{"role": "user", "content": str(said_now)}]))
+
+        return ChatText(written({}), variables, written)
+
+    def _written_conversation(self, messages: list[dict[str, object]]) -> ChatText:
+        """Of a prompt that is too long, what the system says stays whole, as a template's words do."""
+        names = {f"message {number}": message for number, message in enumerate(messages, start=1)}
+        said = {
+            name: message["content"]
+            for name, message in names.items()
+            if message["role"] != "system" and message.get("content")
+        }
+
+        def written(shorter: Mapping[str, object]) -> str:
+            cut = [
+                {**message, "content": str(shorter[name])} if name in shorter else message
+                for name, message in names.items()
+            ]
+            return self._render(self._after_system_prompt(cut))
+
+        return ChatText(written({}), said, written)
+
+    def _after_system_prompt(self, messages: list[dict[str, object]]) -> list[dict[str, object]]:
+        if self.chat.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.chat.system_prompt}, *messages]
+
+    def _render(self, messages: list[dict[str, object]], *, as_prompt: bool = True) -> str:
+        variables = {**self.processing_class.special_tokens_map, **(self.chat.template_kwargs or {})}
+        return render_chat(self._template, messages, variables, tokenizer_name=self._name, as_prompt=as_prompt)
+
+    def _is_written(self, prompt: str) -> bool:
+        """Whether a text ends as the template opens the assistant's turn, special tokens included."""
+        return bool(self._opening) and str(prompt).rstrip().endswith(self._opening)
+
+    # What is found out about the template
+
+    def _check_template(self) -> str:
+        """The words that open the assistant's turn, if a special token is among them. Raises `InputError`."""
+        _, said, behind = self._render([{"role": "user", "content": _USER}]).rpartition(_USER)
+        if not said:
+            raise InputError(f"The chat template of {self._name} leaves out what the user says: give another one.")
+        if self.chat.system_prompt is not None:
+            self._check_system_prompt()
+        opening = behind.strip()
+        return opening if any(token in opening for token in self._added_tokens) else ""
+
+    def _check_system_prompt(self) -> None:
+        remedy = (
+            "Leave the system prompt out, or put its words before the question, in a template (as in "
+            "'Answer in one sentence. {{ source }}')."
+        )
+        try:
+            shown = self._render([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
+        except InputError as error:
+            raise InputError(f"{str(error).rstrip('.')}. {remedy}") from error
+        if _SYSTEM not in shown:
+            raise InputError(f"The chat template of {self._name} leaves out what the system says. {remedy}")
+
+    def _end_of_turn(self) -> str | None:
+        """The special token that follows the assistant's words, which is what a model writes to end its turn.
+
+        Of templates that write none it is the one that opens the user's next turn, as GLM's; None if that is none.
+        """
+        talk = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
+        for messages in (talk, [*talk, talk[0]]):
+            try:
+                behind = self._render(messages, as_prompt=False).rpartition(_ASSISTANT)[2].lstrip()
+            except InputError:  # a template of prompts alone
+                return None
+            for token in sorted(self._added_tokens, key=len, reverse=True):
+                if behind.startswith(token) and token != self.processing_class.bos_token:
+                    return token
+        return None
+
+    @property
+    def _added_tokens(self) -> list[str]:
+        return [token.content for token in self.processing_class.added_tokens_decoder.values()]
+
+    def _refuse_what_needs_a_template(self) -> None:
+        for name, value in (("system prompt", self.chat.system_prompt), ("variable", self.chat.template_kwargs)):
+            if value:
+                why = "it is turned off" if self.chat.template == NONE else f"{self._name} has none"
+                raise InputError(
+                    f"A {name} for a chat template was given ({value!r}), and {why}: leave it out, or give a chat "
+                    "template (a file of Jinja)."
+                )
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy of it that has the chat template asked for."""
+    if chat.template == AUTO:
+        return tokenizer
+    template = None if chat.template == NONE else read_chat_template(chat.template)
+    if template == getattr(tokenizer, "chat_template", None):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_chat_template(path: str) -> str | dict[str, str]:
+    """A file's Jinja text, or the chat template of a checkpoint's tokenizer.
+
+    Raises:
+        InputError: There is none.
+    """
+    if Path(path).suffix in TEMPLATE_SUFFIXES or Path(path).is_file():
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"The chat template {path} could not be read: {error}") from error
+    try:
+        template = load_tokenizer(path).chat_template
+    except InputError as error:
+        raise InputError(
+            f"The chat template {path!r} is neither {AUTO!r} nor {NONE!r} nor a file of Jinja "
+            f"({TEMPLATE_SUFFIXES[0]}), and so taken for a checkpoint that has one. {error}"
+        ) from error
+    if template is None:
+        raise InputError(f"The tokenizer of {path} has no chat template: give a file of Jinja, or another checkpoint.")
+    return template

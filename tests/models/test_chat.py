@@ -1,0 +1,324 @@
+"""Prompts in chat templates: what a model reads is what transformers' `apply_chat_template` makes of them."""
+
+import time
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.chat import PromptWriter
+from rlkd_trl.models.prompts import check_can_fit, prompt_lengths, prompt_token_ids, shorten
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
+from rlkd_trl.prompts import ChatFormat, PromptTemplate
+from tests.conftest import CHAT_TEMPLATE, END, EOS, PADDED_VOCAB, chat_tokenizer, tiny_llama, word_tokenizer
+
+END_ID = 26
+TALK = [
+    {"role": "system", "content": "w3"},
+    {"role": "user", "content": "w4 w5"},
+    {"role": "assistant", "content": "w6"},
+    {"role": "user", "content": "w7"},
+]
+CONTINUED = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w6"}]
+
+
+def ids_read(writer: PromptWriter, prompt, max_length: int | None = None) -> list[int]:
+    [ids] = prompt_token_ids(writer.processing_class, [writer.text(prompt)], max_length=max_length)
+    return ids
+
+
+def applied(tokenizer, messages, **kwargs) -> list[int]:
+    """transformers' own ids."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs)["input_ids"]
+
+
+def said(text: str, system: str | None = None) -> list[dict]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+# What is read
+
+
+def test_a_text_is_what_the_user_says_and_a_conversation_what_was_said():
+    tokenizer = chat_tokenizer()
+    writer = PromptWriter(tokenizer)
+    assert ids_read(writer, "w4 w5") == applied(tokenizer, said("w4 w5")) == [23, 4, 5, 26, 24]
+    assert ids_read(writer, TALK) == applied(tokenizer, TALK) == [25, 3, 26, 23, 4, 5, 26, 24, 6, 26, 23, 7, 26, 24]
+    rendered = PromptTemplate("t", "w9 {{ s }}").render({"s": "w4"})
+    assert ids_read(writer, rendered) == applied(tokenizer, said("w9 w4"))
+
+
+def test_what_the_assistant_has_begun_to_say_goes_on():
+    """As TRL has it: the turn stays open, and no new one is opened."""
+    tokenizer = chat_tokenizer()
+    expected = tokenizer.apply_chat_template(CONTINUED, continue_final_message=True)["input_ids"]
+    assert ids_read(PromptWriter(tokenizer), CONTINUED) == expected == [23, 4, 26, 24, 5, 6]
+
+
+def test_batches_may_hold_both_kinds():
+    writer = PromptWriter(chat_tokenizer())
+    texts = [*writer.texts(["w4", TALK]), "w9 w10"]
+    assert prompt_token_ids(writer.processing_class, texts) == [
+        ids_read(writer, "w4"),
+        ids_read(writer, TALK),
+        [9, 10],
+    ]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("writes_bos", [True, False])
+@pytest.mark.parametrize("max_length", [None, 4, 5])
+def test_bos_is_as_the_chat_template_writes_it(adds_bos, writes_bos, max_length):
+    """Whatever the tokenizer itself would add, before a text and behind it."""
+    tokenizer = chat_tokenizer(("{{ bos_token }} " if writes_bos else "") + CHAT_TEMPLATE)
+    tokenizer.bos_token = "w3"
+    if adds_bos:
+        post = TemplateProcessing(single="w3 $A </s>", special_tokens=[("w3", 3), ("</s>", EOS)])
+        tokenizer.backend_tokenizer.post_processor = post
+    expected = applied(tokenizer, said("w4"))
+    assert expected == [3] * writes_bos + [23, 4, 26, 24]
+    if max_length is None or len(expected) <= max_length:
+        assert ids_read(PromptWriter(tokenizer), "w4", max_length) == expected
+    else:
+        with pytest.raises(InputError, match="cannot be cut to 4"):
+            ids_read(PromptWriter(tokenizer), "w4", max_length)
+
+
+def test_a_text_with_the_templates_own_markers_is_left_alone():
+    """By hand, or with TRL's `apply_chat_template`: it ends as the template opens the assistant's turn."""
+    writer = PromptWriter(chat_tokenizer())
+    by_hand = "w25 w9 w26 w23 w4 w26 w24"
+    assert ids_read(writer, by_hand) == [25, 9, 26, 23, 4, 26, 24]
+    assert ids_read(writer, f"{by_hand}\n") == ids_read(writer, by_hand)
+    written = writer.text("w4")
+    assert writer.text(written) is written
+    # Something of it is not enough.
+    assert ids_read(writer, "w23 w4") == [23, 23, 4, 26, 24]
+    # And where no special token shows it, nobody can know.
+    plain = PromptWriter(chat_tokenizer("{% for m in messages %}{{ m.content }} w9{% endfor %}"))
+    assert ids_read(plain, "w4 w9") == [4, 9, 9]
+
+
+def test_without_a_chat_template_nothing_changes():
+    tokenizer = word_tokenizer()
+    writer = PromptWriter(tokenizer)
+    rendered = PromptTemplate("t", "w9 {{ s }}").render({"s": "w4"})
+    for prompt in ("w4 w5", rendered):
+        assert writer.text(prompt) is prompt
+    assert writer.processing_class is tokenizer
+    assert (writer.is_chat, writer.record()) == (False, None)
+    assert ids_read(writer, "w4") == [4, EOS]
+    with pytest.raises(InputError, match="a conversation, and the tokenizer has no chat template"):
+        writer.text(TALK)
+
+
+def test_a_chat_template_can_be_turned_off_or_exchanged(tmp_path):
+    tokenizer = chat_tokenizer()
+    off = PromptWriter(tokenizer, ChatFormat("none"))
+    assert ids_read(off, "w4 w5") == [4, 5]
+    assert off.processing_class.chat_template is None
+    assert off.processing_class.eos_token == "</s>"
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}w9 {{ m.content }} w26 {% endfor %}w10")
+    exchanged = PromptWriter(tokenizer, ChatFormat(str(file)))
+    assert ids_read(exchanged, "w4") == [9, 4, 26, 10]
+    assert exchanged.processing_class.chat_template == file.read_text()
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    tiny_llama().config.save_pretrained(tmp_path / "checkpoint")
+    base = word_tokenizer(append_eos=False)
+    of_checkpoint = PromptWriter(base, ChatFormat(str(tmp_path / "checkpoint")))
+    assert ids_read(of_checkpoint, "w4") == [23, 4, 26, 24]
+    # Who gave the tokenizers keeps them.
+    assert (tokenizer.chat_template, base.chat_template) == (CHAT_TEMPLATE, None)
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    tiny_llama().config.save_pretrained(tmp_path / "base")
+    for missing in (tmp_path / "base", tmp_path / "none.jinja"):
+        with pytest.raises(InputError, match=str(missing)):
+            PromptWriter(tokenizer, ChatFormat(str(missing)))
+
+
+def test_variables_reach_the_template():
+    template = CHAT_TEMPLATE.replace("w24 {% endif", "w24 {{ 'w9' if thinks else 'w10' }} {% endif")
+    tokenizer = chat_tokenizer(template)
+    for thinks, word in ((True, 9), (False, 10)):
+        writer = PromptWriter(tokenizer, ChatFormat(template_kwargs={"thinks": thinks}))
+        assert ids_read(writer, "w4") == applied(tokenizer, said("w4"), thinks=thinks) == [23, 4, 26, 24, word]
+
+
+def test_of_several_templates_the_default_is_used():
+    named = {"default": CHAT_TEMPLATE, "tool_use": "w9"}
+    assert ids_read(PromptWriter(chat_tokenizer(named)), "w4") == [23, 4, 26, 24]
+    with pytest.raises(InputError, match=r"multiple chat templates.*\['rag', 'tool_use'\]"):
+        PromptWriter(chat_tokenizer({"rag": CHAT_TEMPLATE, "tool_use": "w9"}))
+
+
+# The system prompt
+
+
+def test_the_system_prompt_goes_first_unless_the_data_has_its_own():
+    tokenizer = chat_tokenizer()
+    writer = PromptWriter(tokenizer, ChatFormat(system_prompt="w9 w10"))
+    assert ids_read(writer, "w4") == applied(tokenizer, said("w4", "w9 w10"))
+    assert ids_read(writer, CONTINUED) == [25, 9, 10, 26, 23, 4, 26, 24, 5, 6]
+    assert ids_read(writer, TALK) == applied(tokenizer, TALK)
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+SILENT = CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m.role != 'system'")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (NO_SYSTEM + CHAT_TEMPLATE, "refuses a conversation: System role not supported. Leave the system prompt out"),
+        (SILENT, "leaves out what the system says. Leave the system prompt out"),
+        (None, "system prompt for a chat template was given ('w9'), and the tokenizer has none"),
+    ],
+)
+def test_a_model_that_takes_no_system_prompt_says_so_at_once(template, message):
+    tokenizer = chat_tokenizer(template)
+    with pytest.raises(InputError) as error:
+        PromptWriter(tokenizer, ChatFormat(system_prompt="w9"))
+    assert message in str(error.value)
+    assert ids_read(PromptWriter(tokenizer), "w4")[-2:] == ([END_ID, 24] if template else [4])
+
+
+def test_a_system_message_in_the_data_is_refused_as_well():
+    writer = PromptWriter(chat_tokenizer(NO_SYSTEM + CHAT_TEMPLATE))
+    with pytest.raises(InputError, match="refuses a conversation: System role not supported"):
+        writer.text(TALK)
+
+
+def test_a_system_prompt_with_the_template_off_is_a_contradiction():
+    with pytest.raises(InputError, match=r"was given .*, and it is turned off"):
+        PromptWriter(chat_tokenizer(), ChatFormat("none", system_prompt="w9"))
+
+
+# The end of a turn
+
+
+def test_the_end_of_a_turn_ends_completions_and_targets():
+    tokenizer, model = chat_tokenizer(), tiny_llama()
+    changed = PromptWriter(tokenizer).processing_class
+    assert (changed.eos_token, tokenizer.eos_token) == (END, "</s>")
+    assert eos_token_ids(model, changed) == [EOS, END_ID]  # its generation config's, and the turn's
+    assert eos_token_ids(model, word_tokenizer()) == [EOS]
+    forbidden_V = forbidden_ids(changed, PADDED_VOCAB, eos_token_ids(model, changed))
+    assert forbidden_V[[23, 24, 25, 26]].tolist() == [True, True, True, False]
+
+
+def test_a_tokenizer_whose_eos_ends_the_turn_is_kept():
+    tokenizer = chat_tokenizer()
+    tokenizer.eos_token = END
+    assert PromptWriter(tokenizer).processing_class is tokenizer
+
+
+def test_the_users_next_turn_ends_one_that_nothing_else_does():
+    """As GLM's: <|user|> is what the model writes when it has done."""
+    tokenizer = chat_tokenizer(CHAT_TEMPLATE.replace(" w26", ""))
+    assert PromptWriter(tokenizer).processing_class.eos_token == "w23"
+
+
+def test_a_template_without_special_tokens_leaves_the_eos():
+    tokenizer = word_tokenizer(append_eos=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    writer = PromptWriter(tokenizer)
+    assert writer.processing_class is tokenizer
+    assert ids_read(writer, "w4") == [23, 4, 26, 24]
+
+
+# Prompts that are too long
+
+
+def long(first: int, count: int) -> str:
+    return " ".join(f"w{3 + (first + i) % 20}" for i in range(count))
+
+
+@pytest.mark.parametrize("system", [None, "w9 w10 w11 w12"])
+@pytest.mark.parametrize("room", [1, 2, 5, 30])
+def test_a_cap_cuts_what_the_user_says_and_not_the_templates_words(room, system):
+    tokenizer = chat_tokenizer()
+    writer = PromptWriter(tokenizer, ChatFormat(system_prompt=system))
+    whole = long(0, 30)
+    max_length = len(applied(tokenizer, said("", system))) + room
+    expected = applied(tokenizer, said(long(0, room), system))
+    assert len(expected) == max_length
+    assert ids_read(writer, whole, max_length) == expected
+    document = PromptTemplate("t", "w3 {{ s }} w4").render({"s": whole})
+    if room > 2:
+        found = ids_read(writer, document, max_length)
+        assert found == applied(tokenizer, said(f"w3 {long(0, room - 2)} w4", system))
+        # What a data set keeps is the question, without the chat.
+        kept = shorten(tokenizer, document, max_length, read_as=writer.text)
+        assert kept == f"w3 {long(0, room - 2)} w4"
+        assert ids_read(writer, kept, max_length) == found
+
+
+def test_of_a_conversation_the_longest_turns_are_cut_and_the_systems_is_not():
+    tokenizer = chat_tokenizer()
+    talk = [*said(long(0, 30), system=long(5, 8)), {"role": "assistant", "content": "w3"}, *said(long(9, 30))]
+    cut = [*said(long(0, 4), system=long(5, 8)), {"role": "assistant", "content": "w3"}, *said(long(9, 4))]
+    expected = applied(tokenizer, cut)
+    writer = PromptWriter(tokenizer)
+    assert ids_read(writer, talk, len(expected)) == expected
+    text = writer.text(talk)
+    check_can_fit(writer.processing_class, text, len(applied(tokenizer, cut)) - 6)  # one token of each
+    with pytest.raises(InputError, match=f"A prompt of {prompt_lengths(tokenizer, [text])[0]} tokens cannot be cut"):
+        check_can_fit(writer.processing_class, text, len(applied(tokenizer, cut)) - 7)
+
+
+# Templates and messages that are not good
+
+BAD_MESSAGES = {
+    "no role": ([{"content": "w3"}], "Message 1 of a conversation has no role"),
+    "no content": ([{"role": "user"}], "Message 1 of a conversation, of role 'user', has the content None"),
+    "an image": ([*CONTINUED, {"role": "user", "content": [{"type": "image"}]}], "Message 3 .* not a text"),
+}
+
+
+@pytest.mark.parametrize(("messages", "message"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_a_bad_conversation_is_refused_in_words(messages, message):
+    with pytest.raises(InputError, match=message):
+        PromptWriter(chat_tokenizer()).text(messages)
+
+
+def test_keys_without_a_value_are_left_out():
+    """A data set fills them in where another row has one."""
+    template = CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ ' w9' if 'name' in m }}")
+    messages = [{"role": "user", "content": "w4", "name": None}]
+    assert ids_read(PromptWriter(chat_tokenizer(template)), messages) == [23, 4, 26, 24]
+
+
+HOSTILE = {
+    "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "s of CPU time"),
+    "a power": ("{{ 9**(9**9) }}", "s of CPU time"),
+    "memory": (
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "MiB of memory",
+    ),
+    "much output": ("{% for a in range(99999) %}{{ 'ab' * 999 }}{% endfor %}", "more than 10000000 characters"),
+    "internals": ("{{ messages.__class__.__mro__ }}", "sandbox"),
+    "not jinja": ("{% for %}", "is not valid jinja, line 1"),
+    "silent": ("w3", "leaves out what the user says"),
+}
+
+
+@pytest.mark.parametrize(("template", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_chat_template_ends_soon_and_the_next_one_renders(template, message):
+    """A tokenizer's directory may come from anywhere."""
+    began = time.process_time()
+    with pytest.raises(InputError, match=message):
+        PromptWriter(chat_tokenizer(template))
+    assert time.process_time() - began < 1, "nothing of it may run in this process"
+    assert ids_read(PromptWriter(chat_tokenizer()), "w4") == [23, 4, 26, 24]
+
+
+def test_a_template_that_is_hostile_to_one_prompt_only():
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    writer = PromptWriter(
+        chat_tokenizer("{% if 'w9' in messages[0].content %}" + loops + "{% endif %}" + CHAT_TEMPLATE)
+    )
+    with pytest.raises(InputError, match="takes more than 1 s of CPU time for one prompt"):
+        writer.text("w9")
+    assert ids_read(writer, "w4") == [23, 4, 26, 24]
