@@ -76,6 +76,10 @@ class EncoderStudent(nn.Module):
         """A checkpoint that plain transformers loads; projections go to a file of their own, if there are any."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, source in tied.items():  # of a sharded run two copies, which transformers does not know for one
+            if name in student and source in student and torch.equal(student[name], student[source]):
+                del student[name]
         self.model.save_pretrained(output_dir, state_dict=student)
         projections = {k: v.contiguous().clone() for k, v in state_dict.items() if k.startswith("projections.")}
         leftover = () if isinstance(self.model, PeftModel) else _ADAPTER_FILES

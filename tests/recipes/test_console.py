@@ -51,7 +51,7 @@ def test_each_command_has_its_own_help(command, monkeypatch, capsys):
         (("ppokd",), "there is no command 'ppokd'; did you mean ppo_kd"),
         (("xyzzy",), "there is no command 'xyzzy'; choose one of all_actions_kd, compare"),
         (("ppo_kd", "--max_step", "2"), "unknown flag --max_step; did you mean --max_steps"),
-        (("ppo_kd", "--config", "minilm"), "did you mean minillm"),
+        (("ppo_kd", "--config", "minillms"), "did you mean minillm"),
         (("plan",), "the following arguments are required: --teacher, --student"),
         (("--num_processes", "2", "ppokd"), "there is no command 'ppokd'"),
         (("--num_proceses", "2", "ppo_kd"), "--num_proceses"),

@@ -9,15 +9,16 @@ from rlkd_trl.commands import arguments
 from rlkd_trl.commands.comparison import arguments as of_compare
 from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
 from rlkd_trl.settings.files import Reads, files_read, places_written
-from rlkd_trl.trainers import config, full_vocabulary_config, supervised_config
+from rlkd_trl.trainers import config, encoder_config, full_vocabulary_config, supervised_config
 
-MODULES = [arguments, of_compare, config, full_vocabulary_config, supervised_config]
+MODULES = [arguments, of_compare, config, encoder_config, full_vocabulary_config, supervised_config]
 KINDS = sorted(
     {
         kind
         for module in MODULES
         for kind in vars(module).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not kind.__name__.endswith("Settings")
+        if not kind.__dataclass_params__.frozen  # what a config makes of its fields
     },
     key=lambda kind: kind.__name__,
 )
@@ -27,8 +28,10 @@ NO_FILES = set(
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
     "teacher_placement teacher_offload_path student_revision student_dtype value architecture strategy "
     "baseline select_on common validation_split test_split critic level ensemble divergence "
-    "sequences signal future report_to average_reward allowed_special_tokens "
-    "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs".split()
+    "sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
+    "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs "
+    "task_split task_config task_revision task_source_column task_pair_column task_eval_split task_teacher_revision "
+    "stages losses layer_map".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
@@ -81,6 +84,8 @@ def test_each_kind_has_its_files():
 def test_a_training_run_is_known_by_all_that_it_reads():
     groups = [arguments.DataArguments, arguments.HeldOutArguments, arguments.PromptArguments]
     groups += [arguments.TeacherArguments, arguments.StudentArguments, arguments.RewardArguments, config.PPOKDConfig]
+    groups += [arguments.GeneralDataArguments, arguments.TaskDataArguments, arguments.EncoderHeldOutArguments]
+    groups += [arguments.EncoderTeacherArguments, arguments.EncoderStudentArguments]
     expected = {f"--{name}" for group in groups for name in files_read(group)}
     assert set(READ_BY_FLAG) == expected
     assert expected >= {"--dataset", "--eval_dataset", "--templates", "--teacher", "--student", "--reward"}
