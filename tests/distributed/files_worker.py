@@ -1,4 +1,4 @@
-"""A teacher whose shards are in files: `files_worker.py OUTPUT_DIR FAMILY` writes what each process read and held."""
+"""A teacher whose shards are in files: `main(OUTPUT_DIR, FAMILY)` writes what each process read and held."""
 
 import os
 import sys
@@ -57,7 +57,3 @@ def main(output_dir: Path, family: str) -> None:
     state.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed with gloo may abort in its teardown
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

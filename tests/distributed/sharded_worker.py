@@ -1,4 +1,4 @@
-"""Teachers and students sharded by ZeRO-3: `sharded_worker.py OUTPUT_DIR` writes what each process saw.
+"""Teachers and students sharded by ZeRO-3: `main(OUTPUT_DIR)` writes what each process saw.
 
 On one process it trains the same cases, on the same global batch, for the others to be compared with.
 """
@@ -270,7 +270,3 @@ def main(output_dir: Path) -> None:
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed with gloo may abort in its teardown
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
 """ZeRO-3 teachers and students on two processes, against whole models and one process."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from rlkd_trl.teachers import placement
 from tests.conftest import MODELS
 from tests.distributed import dying_worker, files_worker, sharded_worker
-from tests.distributed.launching import ENVIRONMENT, ROOT, launch, run_processes
+from tests.distributed.launching import launch, run_by_torchrun, without_launcher
 from tests.distributed.sharded_worker import save_checkpoints
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
@@ -25,12 +23,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
-    return launch("sharded_worker", tmp_path_factory.mktemp("two"), 2)
+    return launch("tests.distributed.sharded_worker", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return launch("sharded_worker", tmp_path_factory.mktemp("one"), 1)[0]
+    return launch("tests.distributed.sharded_worker", tmp_path_factory.mktemp("one"), 1)[0]
 
 
 @pytest.mark.parametrize("family", sharded_worker.TEACHERS)
@@ -124,9 +122,7 @@ def test_the_best_checkpoint_of_a_run_under_zero3_is_loaded_at_its_end(two_ranks
 def test_one_process_alone_parks_its_teacher_in_cpu_memory(tmp_path):
     """Without a launcher; the shard is the whole model."""
     save_checkpoints(tmp_path)
-    script = "import sys; from tests.distributed import offload_worker; offload_worker.main(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, timeout=300)
-    found = torch.load(tmp_path / "results.pt")
+    found = without_launcher("tests.distributed.offload_worker", tmp_path)
     assert set(found) == set(sharded_worker.TEACHERS)
     for family, results in found.items():
         assert results["found"].keys() == results["expected"].keys() and results["expected"]
@@ -143,7 +139,7 @@ def test_a_teacher_in_files_is_the_whole_one_to_the_last_bit(family, tmp_path):
         pytest.skip("DeepSpeed would compile its async_io for minutes: load `AsyncIOBuilder` once before")
     if not placement._can_lock(2 * 10**9):
         pytest.skip("This process may not lock the 2 GB that DeepSpeed's buffers take (ulimit -l)")
-    results = launch("files_worker", tmp_path, 2, family)
+    results = launch("tests.distributed.files_worker", tmp_path, 2, family)
     for rank, result in enumerate(results):
         assert result["found"].keys() == result["expected"].keys()
         for name, value in result["expected"].items():
@@ -157,7 +153,7 @@ def test_a_teacher_in_files_is_the_whole_one_to_the_last_bit(family, tmp_path):
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
     """As when the machine runs out of memory; the survivor waits for weights of the dead one."""
-    finished = run_processes("dying_worker", tmp_path, 2)
+    finished = run_by_torchrun("tests.distributed.dying_worker", tmp_path, 2)
     seconds = time.time() - os.path.getmtime(tmp_path / dying_worker.LAST_WORDS)
     assert finished.returncode != 0
     assert seconds < 60

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
-    return launch("worker", tmp_path_factory.mktemp("two"), 2)
+    return launch("tests.distributed.worker", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return launch("worker", tmp_path_factory.mktemp("one"), 1)[0]
+    return launch("tests.distributed.worker", tmp_path_factory.mktemp("one"), 1)[0]
 
 
 @pytest.mark.parametrize("name", worker.CASES)

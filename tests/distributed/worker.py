@@ -1,7 +1,6 @@
-"""Trains every case on the processes it was started with, and writes what it saw: `worker.py OUTPUT_DIR`."""
+"""Trains every case on the processes it was started with, and writes what it saw: `main(OUTPUT_DIR)`."""
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -255,7 +254,3 @@ def main(output_dir: Path) -> None:
     torch.save(results, output_dir / f"rank{state.process_index}.pt")
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,11 +1,6 @@
 """Counts against published ones, bytes against those of loaded models, shares worked by hand."""
 
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +15,10 @@ from transformers import (
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning.skeletons import Checkpoint
 from rlkd_trl.planning.weights import Shares, quantisation_workspace_bytes, training_shares, weight_bytes
+from tests.distributed.launching import launch
 from tests.planning.measured import weight_bytes as measured_weight_bytes
 from tests.planning.models import T0_3B, T0_11B, T5_BASE, llama, t5, write_config
 
-ROOT = Path(__file__).parents[2]
 RANKS, PARAMETERS_OF_WORKER = 2, 32 * 128 * 128  # as in `zero_worker`, which imports DeepSpeed
 
 # By hand, for T5 with a gated feed-forward layer, D width, F feed-forward width, A = heads · 64, L layers, V = 32,128:
@@ -129,20 +124,7 @@ def test_the_files_say_whether_a_t5_is_tied(tied, tmp_path):
 @pytest.fixture(scope="module")
 def held_after_a_step(tmp_path_factory) -> dict[tuple[int, bool], int]:
     """By ZeRO stage and bf16, as two ranks of DeepSpeed really hold it."""
-    output = tmp_path_factory.mktemp("zero") / "held.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-    finished = subprocess.run(
-        [*command, "-m", "tests.planning.zero_worker", str(output)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if not output.is_file():
-        pytest.fail(f"The workers left no results.\n{finished.stderr[-8000:]}")
-    return {(stage, bf16): held for stage, bf16, held in json.loads(output.read_text())}
+    return launch("tests.planning.zero_worker", tmp_path_factory.mktemp("zero"), RANKS)[0]
 
 
 @pytest.mark.slow

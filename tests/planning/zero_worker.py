@@ -1,10 +1,6 @@
-"""One of two ranks: what DeepSpeed holds of a small network after a step, at each ZeRO stage, in bytes.
-
-python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.planning.zero_worker OUTPUT.json
-"""
+"""One of two ranks: what DeepSpeed holds of a small network after a step, at each ZeRO stage, in bytes."""
 
 import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -47,18 +43,13 @@ def held_after_a_step(stage: int, bf16: bool) -> int:
     return held
 
 
-def main(output: Path) -> None:
+def main(output_dir: Path) -> None:
     # Not needed here, and its compiler run would take a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    held = [[stage, bf16, held_after_a_step(stage, bf16)] for stage in (1, 2, 3) for bf16 in (False, True)]
-    if torch.distributed.get_rank() == 0:
-        output.write_text(json.dumps(held))
+    held = {(stage, bf16): held_after_a_step(stage, bf16) for stage in (1, 2, 3) for bf16 in (False, True)}
+    torch.save(held, output_dir / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     # DeepSpeed with gloo sometimes aborts in its teardown.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
