@@ -2,19 +2,21 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed.run
 import yaml
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from transformers import AutoModelForSeq2SeqLM
 
+from tests.distributed.launching import ENVIRONMENT, environments_of_ranks, run_forked
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, metrics_of
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
@@ -73,36 +75,58 @@ def test_several_machines_need_no_host_file(name, monkeypatch):
     assert (arguments.nnodes, arguments.nproc_per_node) == ("2", "2")
 
 
-def start(name: str, flags: str, directory: Path, launch_flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"HF_DATASETS_CACHE": str(directory / "cache"), "FEW_DEMO_STEPS": "3"}
-    program = Path(sys.executable).with_name("accelerate")
-    command = f"{program} launch --config_file {CONFIGS[name]} {launch_flags} {LAUNCHED} {directory / 'kind'} {flags}"
-    with (directory / "log").open("a") as log:
-        return subprocess.Popen(command.split(), cwd=directory, env=environment, stdout=log, stderr=log)
+def told_by_launcher(name: str, processes: int) -> dict[str, str]:
+    """The environment variables that `accelerate launch` gives the processes of a run, besides each one's rank."""
+    told = []
+
+    def started(words, env):
+        told.append(env)
+        return SimpleNamespace(wait=lambda: None, returncode=0)
+
+    command = f"--config_file {CONFIGS[name]} --num_processes {processes} recipe.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", lambda arguments: told.append(dict(os.environ)))
+        patch.setattr(launch, "subprocess", SimpleNamespace(Popen=started))  # where there is one process
+        launch.launch_command(launch.launch_command_parser().parse_args(command.split()))
+    (environment,) = told
+    return {variable: value for variable, value in environment.items() if os.environ.get(variable) != value}
+
+
+def launched(name: str, words: str, directory: Path, *launch_flags: str) -> str:
+    """What is printed by as many launchers, each in processes of its own, as there are `launch_flags`."""
+    program, started = Path(sys.executable).with_name("accelerate"), []
+    environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(directory / "cache"), "FEW_DEMO_STEPS": "3"}
+    for flags in launch_flags:
+        command = f"{program} launch --config_file {CONFIGS[name]} {flags} {LAUNCHED} {directory / 'kind'} {words}"
+        with (directory / "log").open("a") as log:
+            started.append(subprocess.Popen(command.split(), cwd=directory, env=environment, stdout=log, stderr=log))
+    for process in started:
+        process.wait(timeout=500)
+    return (directory / "log").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_path):
-    """Two updates with a sharded teacher, up to a student that plain transformers loads."""
-    if name == "zero3_cpu_offload" and shutil.which("c++") is None:
-        pytest.skip("DeepSpeed compiles Adam for the CPU, in two minutes, and there is no C++ compiler")
+    """Two updates with a sharded teacher, up to a student that plain transformers loads.
+
+    For one machine, in forked processes that are told what the launcher tells them; for several, by two launchers.
+    """
     pair, processes = checkpoints["t5-untied"], int(EXPECTED[name].split()[-1])
-    flags = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
-    flags += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} {SAMPLING} --max_steps 2 --logging_steps 1 "
-    flags += f"--per_device_train_batch_size 4 --disable_tqdm True --output_dir {tmp_path / 'student'}"
-    launches = [f"--num_processes {processes}"]
-    if name == "zero3_multi_node":  # two "machines" on this one
+    words = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
+    words += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} {SAMPLING} --max_steps 2 --logging_steps 1 "
+    words += f"--per_device_train_batch_size 4 --disable_tqdm True --output_dir {tmp_path / 'student'}"
+    if name == "zero3_multi_node":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = f"--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
-        launches = [f"{common} --machine_rank {rank}" for rank in (0, 1)]
-    started = [start(name, flags, tmp_path, launch_flags) for launch_flags in launches]
-    for process in started:
-        process.wait(timeout=500)
-    log = (tmp_path / "log").read_text()
+        log = launched(name, words, tmp_path, *(f"{common} --machine_rank {rank}" for rank in (0, 1)))
+    else:
+        told = {**told_by_launcher(name, processes), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        ranks = environments_of_ranks(processes) if processes > 1 else [{}]
+        environments = [{**told, **rank} for rank in ranks]
+        log = run_forked("tests.recipes.launched_recipe", tmp_path, environments, tmp_path / "kind", *words.split())
     assert (tmp_path / "kind").is_file(), log[-6000:]
     assert (tmp_path / "kind").read_text() == EXPECTED[name]
     assert log.count("Student, metrics.json and report.html are in") == 1, "one process speaks"
@@ -120,9 +144,7 @@ def test_the_demo_makes_its_models_outside_of_the_launchers_engine(tmp_path):
     flags = f"{ROOT}/recipes/ppo_kd.py --bf16 false --use_cpu --teacher_placement zero3 --max_steps 1 --max_rows 20 "
     flags += "--per_device_train_batch_size 8 --max_completion_length 12 --disable_tqdm True "
     flags += f"--output_dir {tmp_path / 'student'}"
-    started = start("zero3", flags, tmp_path, "--num_processes 2")
-    started.wait(timeout=500)
-    log = (tmp_path / "log").read_text()
+    log = launched("zero3", flags, tmp_path, "--num_processes 2")
     assert (tmp_path / "kind").is_file(), log[-6000:]
     assert (tmp_path / "kind").read_text() == EXPECTED["zero3"]
     assert log.count("Demo 1/3") == log.count("Demo 2/3") == 1
