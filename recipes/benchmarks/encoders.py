@@ -41,6 +41,7 @@ from pathlib import Path
 
 import yaml
 from encoder_material import (
+    MAX_LENGTH,
     TASKS,
     add_token_head,
     docstring_sentences,
@@ -74,7 +75,7 @@ STEPS = {"head": 200, "general": 40, "teacher": 80, "task": 30}  # a preset with
 GENERAL = "--learning_rate 5e-4 --warmup_steps 10 --per_device_train_batch_size 32".split()
 TEACHER = "--learning_rate 2e-4 --warmup_steps 10 --per_device_train_batch_size 16".split()
 TASK = "--learning_rate 3e-4 --warmup_steps 5 --per_device_train_batch_size 16".split()
-QUIET = "--max_length 40 --save_strategy no --disable_tqdm True --logging_steps 20 --use_cpu True".split()
+QUIET = f"--max_length {MAX_LENGTH} --save_strategy no --disable_tqdm True --logging_steps 20 --use_cpu True".split()
 HELD_OUT, LEAST = 250, 32  # held-out sentences of a kind; those that the recipe itself evaluates on
 # CPU seconds of a step and of all else in a run, as measured with one thread of a Xeon with AVX-512; for `--plan`.
 SECONDS = {"general": 0.6, "task": 0.3, "teacher": 0.45, "start": 5.0}
@@ -365,7 +366,8 @@ def measure_accuracy(one: Run, here: Path, cpu_seconds: float) -> None:
 
 def _batches(tokenizer, texts: Sequence[str]):
     for start in range(0, len(texts), 25):
-        yield tokenizer(texts[start : start + 25], padding=True, truncation=True, max_length=40, return_tensors="pt")
+        some = texts[start : start + 25]
+        yield tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
 
 
 def _outputs(model, batch):
