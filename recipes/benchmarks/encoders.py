@@ -524,7 +524,7 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
     commits = ", ".join(sorted({one.measured["commit"] for one in done})) or MISSING
     steps = plan.steps
     text = [
-        f"{len(done)} of {len(runs)} runs are done, in {minutes:.0f} CPU minutes with one thread. Made by "
+        f"{len(done)} of {len(runs)} runs are done, in {minutes:.1f} CPU minutes with one thread. Made by "
         f"`{command}`; code of commit {commits}. Steps: {steps['general']} of 32 sentences in a general stage, "
         f"{steps['task']} of 16 in each task stage, {steps['teacher']} of 16 for a task's teacher. Of the teacher's "
         f"{vocabulary['before']} word pieces those {vocabulary['kept']} are kept that these texts need.",

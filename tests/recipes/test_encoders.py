@@ -239,7 +239,7 @@ def test_a_tiny_run(encoder, tmp_path):
     assert str(tmp_path) not in page
     general, teacher, student = json.loads((tmp_path / "results" / "encoders.json").read_text())
     assert (general["kind"], teacher["kind"], student["kind"]) == ("general", "teacher", "task")
-    assert -1 <= general["e2e_similarity_spearman"] <= 1 and -1 <= general["docstrings_hidden_cosine"] <= 1
+    assert -1 <= general["docstrings_similarity_spearman"] <= 1 and -1 <= general["e2e_hidden_cosine"] <= 1
     assert general["parameters"] < general["teacher_parameters"]
     assert student["losses"] == ["embedding_mse + attention_mse + hidden_mse", "logits_kl"]
     assert all(0 <= one["accuracy"] <= 100 for one in (teacher, student))
