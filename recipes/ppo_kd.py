@@ -7,8 +7,9 @@ r"""PPO distillation: a teacher scores every token that a student samples, PPO w
 
 The reward is the one that a teacher-forced language model implies (Hao, Liu & Mou 2022; Li, Hao & Mou 2024, "LLMR").
 Where this differs from those papers: PPO with GAE and a critic instead of REINFORCE with a lagging behaviour policy;
-rewards per token with the teacher's V as baseline, not only their sum; completions that hit the length cap are
-bootstrapped instead of dropped; sampling from the whole distribution instead of its top k.
+every token's reward, with the teacher's V as baseline, and not only their sum; what is learnt is reward per token, as
+the sum prefers short texts (`--average_reward none` learns it); completions that hit the length cap are bootstrapped
+instead of dropped; sampling from the whole distribution instead of its top k.
 """
 
 from pathlib import Path

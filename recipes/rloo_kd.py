@@ -7,8 +7,9 @@ r"""RLOO distillation: a teacher scores every token that a student samples; the 
 
 REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024) on the reward that a teacher-forced language model
 implies (Hao, Liu & Mou 2022). `--level sequence` is the paper's method, `--level token` credits each token with its
-own return. Where this differs from the RLOO paper: the reward is the teacher's and needs no reward model; the ratio
-is clipped as in TRL; no KL penalty unless `--beta` is set; completions that hit the length cap are bootstrapped.
+own return. Where this differs from the RLOO paper: the reward is the teacher's and needs no reward model; what is
+learnt is reward per token, not the sum, which prefers short texts (`--average_reward none` learns it); the ratio is
+clipped as in TRL; no KL penalty unless `--beta` is set; completions that hit the length cap are bootstrapped.
 """
 
 from pathlib import Path

@@ -213,7 +213,8 @@ class OnPolicyConfig(RolloutConfig):
         if self.average_reward != "none" and not self.teacher_baseline:
             raise InputError(
                 f"average_reward = {self.average_reward!r} needs teacher_baseline: without shaping, a completion's "
-                "rewards hold the teacher's V of its first state, so that their average prefers short texts."
+                "rewards hold the teacher's V of its first state, so that their average prefers short texts. Set "
+                "average_reward to 'none' for the sum of rewards without shaping."
             )
         self._check_choice("baseline", ("none", "mean", "min_variance"))
         if self.kl_target is not None and self.beta == 0:
@@ -230,6 +231,13 @@ class OnPolicyConfig(RolloutConfig):
 class ClippedPolicyConfig(OnPolicyConfig):
     """The settings of the methods with a clipped ratio, PPO and RLOO."""
 
+    average_reward: str = field(
+        default="rollout",
+        metadata={
+            "help": "Learn reward per token instead of its sum, which prefers short texts: subtract from each token's "
+            "reward its average over the 'rollout', or over the other completions of the 'prompt'; or 'none'."
+        },
+    )
     epsilon: Positive = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
 
     def _check(self) -> None:

@@ -16,23 +16,30 @@ GUARDED = {
     "EOS rate": "completions/eos_rate",
     "entropy": "entropy",
     "repetition": "repetition",
-    "distinct outputs": "distinct",
+    "distinct outputs": "completions/distinct",
 }
+_REWARDS = ("reward", "reward per token")
 
 
-def repetition_counts(completion_ids_BT: Tensor, mask_BT: Tensor) -> tuple[float, float, float, float]:
-    """The numbers of repeated n-grams, of n-grams, of different completions and of completions, on this process."""
+def repetition_counts(
+    completion_ids_BT: Tensor, mask_BT: Tensor, *, num_generations: int
+) -> tuple[float, float, float, float]:
+    """The numbers of repeated n-grams, of n-grams, of different completions and of completions, on this process.
+
+    The last two are of the first completion of each prompt. Samples of one prompt may well be alike; a student that
+    says the same to every prompt has collapsed.
+    """
     completions = [
         tuple(ids[:length])
         for ids, length in zip(completion_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
-        if length
     ]
     repeated = grams = 0
     for ids in completions:
         ngrams = list(zip(*(ids[i:] for i in range(_NGRAM)), strict=False))
         grams += len(ngrams)
         repeated += len(ngrams) - len(set(ngrams))
-    return float(repeated), float(grams), float(len(set(completions))), float(len(completions))
+    of_prompts = [ids for ids in completions[::num_generations] if ids]
+    return float(repeated), float(grams), float(len(set(of_prompts))), float(len(of_prompts))
 
 
 def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | None:
@@ -55,10 +62,15 @@ class Guards:
         self.history: dict[str, dict[str, list[float]]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose."""
+        """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose.
+
+        The reward is that of completions, or of tokens.
+        """
         for since in self.history["rollouts_since_warning"].values():
             since[0] += 1
-        for name in ("reward", *GUARDED.values()):
+        if "reward" in metrics and "completions/mean_length" in metrics:
+            metrics = {**metrics, "reward per token": metrics["reward"] / metrics["completions/mean_length"]}
+        for name in (*_REWARDS, *GUARDED.values()):
             if name in metrics:
                 first = self.history["reference"].setdefault(name, [])
                 if len(first) < _REFERENCE:
@@ -67,7 +79,12 @@ class Guards:
                     latest = self.history["latest"].setdefault(name, [])
                     latest[:] = [*latest, metrics[name]][-_REFERENCE:]
         reference, latest = self.history["reference"], self.history["latest"]
-        if len(latest.get("reward", [])) < _REFERENCE or fmean(latest["reward"]) <= max(reference["reward"]):
+        rising = [
+            name
+            for name in _REWARDS
+            if len(latest.get(name, [])) == _REFERENCE and fmean(latest[name]) > max(reference[name])
+        ]
+        if not rising:
             return []
         warnings = []
         for word, name in GUARDED.items():
@@ -78,7 +95,8 @@ class Guards:
                 self.history["rollouts_since_warning"][word] = [0.0]
                 warnings.append(
                     f"{word} is {fmean(latest[name]):.3g}, {side} the start's range ({min(reference[name]):.3g} to "
-                    f"{max(reference[name]):.3g}), while the reward rises: read some completions (--log_completions)"
+                    f"{max(reference[name]):.3g}), while the {rising[0]} rises: read some completions "
+                    "(--log_completions)"
                 )
         return warnings
 

@@ -196,14 +196,19 @@ class RolloutTrainer(ResumableTrainer):
         return remaining
 
     def _guard(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Warns of a reward that rises while the completions get worse (see `Guards`)."""
-        if not self.args.guards:
-            return
-        counts = repetition_counts(rollout.completion_ids_BT, rollout.counted_BT)
+        """Records how many prompts have a completion of their own, and warns of a reward that rises while the
+        completions get worse (see `Guards`)."""
+        counts = repetition_counts(
+            rollout.completion_ids_BT, rollout.counted_BT, num_generations=self.args.num_generations
+        )
         repeated, grams, distinct, count = self._sum_over_ranks(
             torch.tensor(counts, device=self.accelerator.device)
         ).tolist()
-        measured = {**metrics, **self._entropy, "repetition": repeated / max(grams, 1), "distinct": distinct / count}
+        distinct = {"completions/distinct": distinct / max(count, 1)}
+        self._metrics.record(distinct)
+        if not self.args.guards:
+            return
+        measured = {**metrics, **self._entropy, **distinct, "repetition": repeated / max(grams, 1)}
         warnings = self._guards.warnings(measured)
         if warnings:
             self._metrics.record({"guards_raised": len(warnings)})

@@ -54,13 +54,17 @@ CASES = {
     "rloo-token": Case("rloo-token"),
     "rloo-token-masked": Case("rloo-token", "llama", settings=(("mask_truncated_completions", True),)),
     "rloo-token-accumulated": Case("rloo-token", "llama", 2),
-    "ppo-average-reward": Case("ppo", settings=(("average_reward", "rollout"),)),
-    "rloo-token-average-reward": Case("rloo-token", "llama", 2, settings=(("average_reward", "rollout"),)),
+    # The other cases of PPO and RLOO subtract the rollout's average reward, which is over all ranks.
+    "ppo-sum": Case("ppo", settings=(("average_reward", "none"),)),
+    "rloo-token-average-of-prompts": Case("rloo-token", "llama", 2, settings=(("average_reward", "prompt"),)),
     "ppo-dropped": Case("ppo", settings=(("num_generations", 4),), has_bad_rewards=True),
     "rloo-token-dropped": Case("rloo-token", "llama", 2, settings=(("num_generations", 4),), has_bad_rewards=True),
     "rloo-sequence-misread": Case("rloo-sequence", "llama", 2, is_misread=True),
     "kd-misread": Case("kd", "t5-untied", 4, settings=(("divergence", "reverse_kl"),), is_misread=True),
-    "reinforce": Case("reinforce", settings=(("baseline", "mean"), ("mask_truncated_completions", True))),
+    "reinforce": Case(
+        "reinforce",
+        settings=(("baseline", "mean"), ("mask_truncated_completions", True), ("average_reward", "rollout")),
+    ),
     "reinforce-lagging-top-k": Case(
         "reinforce",
         "llama",

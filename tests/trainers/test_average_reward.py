@@ -6,7 +6,15 @@ import torch
 from rlkd_trl.ops.masking import last_token
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs
 from tests.conftest import EOS
-from tests.trainers.tiny_runs import METHODS, build, prompts, run, samples_instead, teacher_reward
+from tests.trainers.tiny_runs import (
+    FULL_VOCABULARY_METHODS,
+    METHODS,
+    build,
+    prompts,
+    run,
+    samples_instead,
+    teacher_reward,
+)
 
 AVERAGES = ("prompt", "rollout")
 # Without whitening or normalised values of the critic, whose rounding differs.
@@ -101,10 +109,14 @@ def test_what_a_completion_earns_once_is_not_in_the_average(method, tmp_path):
     assert torch.equal(both.completion_rewards_BT, added_BT.round())
 
 
-@pytest.mark.parametrize("method", ["ppo", "rloo-token"])
-def test_it_is_off_unless_asked_for(method, tmp_path):
+@pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
+def test_ppo_and_rloo_have_it_unless_it_is_turned_off(method, tmp_path):
+    by_default = {"ppo": "rollout", "rloo-sequence": "rollout", "rloo-token": "rollout"}.get(method, "none")
     entry = run(method, tmp_path, max_steps=1).logs[0]
-    assert "average_reward" not in entry
+    assert ("average_reward" in entry) == (by_default != "none")
+    if by_default != "none":
+        again, off = (run(method, tmp_path, max_steps=1, average_reward=name) for name in (by_default, "none"))
+        assert again.logs[0]["average_reward"] == entry["average_reward"] and "average_reward" not in off.logs[0]
 
 
 @pytest.mark.parametrize("average", AVERAGES)

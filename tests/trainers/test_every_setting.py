@@ -53,7 +53,7 @@ CHANGED = {
     "kl_target": (0.01, LEARNS, {"beta": 0.3, "kl_horizon": 20.0}),
     "kl_horizon": (200.0, LEARNS, {"beta": 0.3, "kl_target": 0.01}),
     "missing_eos_penalty": (5.0, LEARNS, {}),
-    "teacher_baseline": (False, LEARNS, {}),
+    "teacher_baseline": (False, LEARNS, {"average_reward": "none"}),
     "average_reward": ("prompt", LEARNS, {}),
     "baseline": ("min_variance", LEARNS, {"normalize_advantages": False}),
     "entropy_coef": (0.5, LEARNS, {}),
@@ -166,7 +166,7 @@ def test_every_setting_changes_what_its_trainer_does(method, name, tmp_path, cap
     value, kinds, beside = OF_METHOD.get((method, name), CHANGED[name])
     if (method, name) in REFUSED:
         with pytest.raises(InputError, match=f"^{name} = {value} has no effect with .*: leave it out"):
-            build(method, tmp_path, **{name: value})
+            build(method, tmp_path, **{name: value}, **beside)
         return
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     known = {*own_settings(method), *INHERITED, SEVERAL_TEACHERS}

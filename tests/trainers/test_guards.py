@@ -24,7 +24,15 @@ def test_repetition_counts():
     ids_BT = torch.tensor([[5, 5, 5, 5, 5], [6, 7, 8, 6, 7], [6, 7, 8, 9, 9], [4, 9, 9, 9, 9]])
     mask_BT = torch.tensor([[1] * 5, [1] * 5, [1] * 5, [0] * 5]).bool()
     # trigrams: 555 three times (two repeat), 678 786 867, 678 789 899: 9 in all; the last completion is left out
-    assert repetition_counts(ids_BT, mask_BT) == (2.0, 9.0, 3.0, 3.0)
+    assert repetition_counts(ids_BT, mask_BT, num_generations=1) == (2.0, 9.0, 3.0, 3.0)
+
+
+def test_outputs_are_distinct_over_prompts():
+    """Of three prompts with two samples each, the first samples are alike twice; a prompt's others do not count."""
+    ids_BT = torch.tensor([[5, 6], [5, 7], [5, 6], [8, 8], [9, 9], [9, 9]])
+    assert repetition_counts(ids_BT, torch.ones(6, 2).bool(), num_generations=2)[2:] == (2.0, 3.0)
+    ids_BT[2] = torch.tensor([4, 4])
+    assert repetition_counts(ids_BT, torch.ones(6, 2).bool(), num_generations=2)[2:] == (3.0, 3.0)
 
 
 @pytest.mark.parametrize("word, name", GUARDED.items())
@@ -38,6 +46,18 @@ def test_each_guard_speaks_while_the_reward_rises(word, name, reward, warned):
     if warned:
         assert found[0].startswith(f"{word} is 0.05, below the start's range (0.5 to 0.5)")
         assert not any(said[:7]), "as many rollouts as are compared with"
+
+
+def test_reward_per_token_may_be_what_rises():
+    """As with `average_reward`, where texts get longer and their sum of rewards falls."""
+    guards = Guards()
+    start = {**START, "completions/mean_length": 10.0}  # −1 per token
+    for _ in range(8):
+        guards.warnings(start)
+    collapsed = {**start, "reward": -11.0, "completions/mean_length": 12.0, "completions/distinct": 0.1}
+    said = [line for _ in range(10) for line in guards.warnings(collapsed)]
+    assert len(said) == 1 and said[0].startswith("distinct outputs is 0.1, below the start's range (0.5 to 0.5)")
+    assert "while the reward per token rises" in said[0]
 
 
 def test_they_speak_again_after_a_while():

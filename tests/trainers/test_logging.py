@@ -19,6 +19,7 @@ EVERY_METHOD = {
     "approx_kl",
     "completions/mean_length",
     "completions/eos_rate",
+    "completions/distinct",
     "grad_norm",
     "seconds/sample",
     "seconds/log_probs",

@@ -50,7 +50,11 @@ CASES = {
         },
     ),
     "ppo, separate critic": ("ppo", "llama", {"critic": "separate", "entropy_coef": 0.1}),
-    "ppo, no teacher baseline": ("ppo", "llama", {"teacher_baseline": False, "num_generations": 1}),
+    "ppo, no teacher baseline": (
+        "ppo",
+        "llama",
+        {"teacher_baseline": False, "average_reward": "none", "num_generations": 1},
+    ),
     "ppo, truncated completions masked": ("ppo", "t5-tied", {"mask_truncated_completions": True}),
     "rloo, sequences": ("rloo-sequence", "t5-tied", {"entropy_coef": 0.1, "missing_eos_penalty": 3.0}),
     "rloo, sequences, truncated completions masked": (
@@ -72,7 +76,11 @@ CASES = {
             "learning_rate": 1e-3,
         },
     ),
-    "rloo, tokens, no teacher baseline": ("rloo-token", "t5-tied", {"teacher_baseline": False}),
+    "rloo, tokens, no teacher baseline": (
+        "rloo-token",
+        "t5-tied",
+        {"teacher_baseline": False, "average_reward": "none"},
+    ),
     "ppo, min-variance baseline": ("ppo", "t5-tied", {"baseline": "min_variance", "normalize_advantages": False}),
     "rloo, sequences, min-variance baseline": ("rloo-sequence", "llama", {"baseline": "min_variance"}),
     "rloo, tokens, mean baseline, truncated completions masked": (
