@@ -1,4 +1,4 @@
-"""README and docs: one hop to every page, every path there, every flag known, every snippet run."""
+"""README and docs: one hop to every page, every path there, every flag known, every snippet run for what it leaves."""
 
 import json
 import re
@@ -6,10 +6,17 @@ import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from rlkd_trl import PromptTemplates
 from rlkd_trl.planning import command as planner
+from rlkd_trl.rewards import RewardInputs, RewardModel
+from rlkd_trl.teachers import TeacherScores
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, commands, links, recipe_command, snippets
 from tests.recipes.command_lines import RECIPES, parsed, run, word_rows, write_csv, write_templates
 from tests.recipes.conftest import Pair
@@ -155,9 +162,34 @@ def runnable(page: Path) -> list[list[str]]:
     return [command for command in words if command is not None and {"--dataset", "--student"} & set(command)]
 
 
+def assert_command_left(words: list[str], printed: str) -> None:
+    """A recipe has printed its results and left its files where the command says."""
+    recipe, flags = words[0], dict(pairwise(words))
+    output_dir = Path(flags.get("--output_dir", f"runs/{recipe}"))
+    if recipe == "pseudo_label":
+        lines = Path(flags["--output"]).read_text().splitlines()
+        assert len(lines) >= 40 and all("pseudo_label" in json.loads(line) for line in lines)
+        assert f"{len(lines)} pseudo-labels are in {flags['--output']}." in printed
+    elif recipe == "evaluate":
+        assert re.search(r"^student  .*\d", printed, re.M)
+        if "--output_dir" in flags:
+            rows = [json.loads(line) for line in (output_dir / "outputs.jsonl").read_text().splitlines()]
+            assert len(rows) == 8 and all("student" in row for row in rows)
+            assert "student" in json.loads((output_dir / "metrics.json").read_text())
+    elif recipe == "compare":
+        assert (output_dir / "comparison.md").read_text() in printed
+        assert (output_dir / "comparison.csv").is_file() and (output_dir / "comparison.json").is_file()
+    else:
+        assert (output_dir / "finished.json").is_file()
+        assert weights_of(str(output_dir)) and f"in {output_dir}." in printed
+        if recipe != "sft":
+            assert {"before", "after", "teacher"} <= json.loads((output_dir / "metrics.json").read_text()).keys()
+            assert (output_dir / "report.html").is_file() and (output_dir / "README.md").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
-def test_commands_run_in_the_order_of_the_page(page, place, checkpoints):
+def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, capsys):
     for words in runnable(page):
         words = [word for word in shlex.split(stood_in(shlex.join(words)))]
         while words[0].startswith("--"):  # of the launcher
@@ -167,12 +199,107 @@ def test_commands_run_in_the_order_of_the_page(page, place, checkpoints):
         if words[0] == "sft" and "--student" not in words:
             small += " --d_model 16 --num_layers 1 --num_heads 2"
         assert run(f"{shlex.join(words)} {small}") == 0, words
+        assert_command_left(words, capsys.readouterr().out)
+
+
+def weights_of(checkpoint: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights, as plain transformers loads them."""
+    encoder_decoder = AutoConfig.from_pretrained(checkpoint).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(checkpoint).state_dict()
+
+
+def assert_trained(output_dir: str, names: dict[str, object]) -> None:
+    """A step was taken, and `save_model` has left a student that plain transformers loads, with other weights."""
+    assert names["trainer"].state.global_step == 1
+    trained, start = weights_of(output_dir), weights_of("runs/warm")
+    assert trained.keys() == start.keys()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    assert len(AutoTokenizer.from_pretrained(output_dir)) == len(AutoTokenizer.from_pretrained("runs/warm"))
+
+
+def left_by_ppo(names: dict[str, object]) -> None:
+    assert_trained("runs/ppo", names)
+    assert load_file("runs/ppo/value_head.safetensors")["value_head.weight"].any()
+
+
+def left_by_rloo(names: dict[str, object]) -> None:
+    assert_trained("runs/rloo", names)
+    assert not Path("runs/rloo/value_head.safetensors").exists()
+
+
+def left_by_score_tokens(names: dict[str, object]) -> None:
+    """The identity of docs/methods.md: the sum is V_1 + log p(y | x), here of the plain model in bfloat16."""
+    [rewards_T] = names["rewards_per_token"]
+    assert rewards_T.shape == (4,) and rewards_T.dtype == torch.float32
+    model = AutoModelForSeq2SeqLM.from_pretrained("runs/teacher", dtype=torch.bfloat16).eval()
+    inputs = AutoTokenizer.from_pretrained("runs/teacher")(names["texts"][0], return_tensors="pt")
+    start_and_ids = torch.tensor([[model.config.decoder_start_token_id, 5, 6, 7]])
+    with torch.no_grad():
+        z_TV = model(**inputs, decoder_input_ids=start_and_ids).logits[0].double()
+    log_p = z_TV.log_softmax(dim=-1)[range(4), [5, 6, 7, 1]].sum()
+    first_value = z_TV[0].logsumexp(dim=-1) - z_TV[0].mean()
+    assert float(rewards_T.sum()) == pytest.approx(float(first_value + log_p), abs=0.1)  # bfloat16
+
+
+def left_by_lora(names: dict[str, object]) -> None:
+    assert names["trainer"].state.global_step == 1
+    assert not Path("runs/lora/model.safetensors").exists()
+    adapters = load_file("runs/lora/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapters} == {"q", "v"}
+    assert any(weight.any() for name, weight in adapters.items() if "lora_B" in name), "they begin as zeros"
+
+
+def left_by_commas(names: dict[str, object]) -> None:
+    """As a reward: a number for each completion, on its last token."""
+    mask_BT = torch.tensor([[True, True], [True, False]])
+    inputs = RewardInputs(
+        rows=[{"prompt": "x"}],
+        prompt_index_B=torch.tensor([0, 0]),
+        completion_ids_BT=torch.tensor([[5, 1], [1, 0]]),
+        completion_mask_BT=mask_BT,
+        ended_B=torch.tensor([True, True]),
+        completions=["a, b, and c", ""],
+    )
+    result = RewardModel([names["not_too_many_commas"]]).rewards(inputs, {})
+    assert result.rewards_BT.tolist() == [[0.0, -2.0], [0.0, 0.0]]
+
+
+def left_by_margin(names: dict[str, object]) -> None:
+    scores = TeacherScores(
+        chosen=torch.tensor([[1.0, 3.0]]),
+        mean=torch.zeros(1, 3),
+        max=torch.tensor([[4.0, 3.0, 9.0]]),
+        logsumexp=torch.zeros(1, 3),
+    )
+    assert names["margin"](SimpleNamespace(scores=scores)).tolist() == [[-3.0, 0.0]]  # 1 − 4, 3 − 3
+
+
+# What each Python snippet must leave behind, by a word that only it has.
+LEFT = {
+    'PPOKDConfig("runs/ppo"': left_by_ppo,
+    'RLOOKDConfig("runs/rloo"': left_by_rloo,
+    "score_tokens": left_by_score_tokens,
+    "LoraConfig(": left_by_lora,
+    "not_too_many_commas": left_by_commas,
+    "def margin": left_by_margin,
+}
 
 
 @pytest.mark.parametrize("snippet", PYTHON, ids=str)
-def test_python_snippets_run(snippet, place, checkpoints):
+def test_python_snippets_leave_what_they_say(snippet, place, checkpoints):
     pair = pair_for(snippet.page, checkpoints)
     shutil.copytree(pair.teacher, "runs/teacher")
     shutil.copytree(pair.student, "runs/warm")
-    texts = [row["mr"] for row in word_rows(80)]
-    exec(compile(stood_in(snippet.text), str(snippet), "exec"), {"texts": texts})
+    names = {"texts": [row["mr"] for row in word_rows(80)]}
+    exec(compile(stood_in(snippet.text), str(snippet), "exec"), names)
+    [assert_left] = [check for word, check in LEFT.items() if word in snippet.text]
+    assert_left(names)
+
+
+@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if snippet.language == "yaml"], ids=str)
+def test_yaml_snippets_are_templates(snippet, tmp_path):
+    (tmp_path / "mine.yaml").write_text(snippet.text)
+    templates = PromptTemplates.from_yaml(tmp_path / "mine.yaml")
+    assert templates.names == re.findall(r"^(\w+):", snippet.text, re.M) and len(templates) > 1
+    assert all("FACTS" in prompt for prompt in templates.render_source("FACTS"))
