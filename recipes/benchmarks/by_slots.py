@@ -15,11 +15,11 @@ import math
 from pathlib import Path
 from statistics import mean
 
+from result_files import RESULTS
 from sacrebleu.metrics import BLEU
 
 from rlkd_trl.evaluation.tables import markdown_table, number
 
-RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {"up to 7 slots": range(1, 8), "8 slots": range(8, 9)}
 
 
@@ -28,16 +28,16 @@ def number_of_slots(source: str) -> int:
 
 
 def share_of_8(data: Path) -> str:
-    """Of the distinct inputs of a CSV file."""
+    """A phrase on the share of inputs with 8 slots among the distinct inputs of a CSV file."""
     with data.open(newline="", encoding="utf-8") as file:
         inputs = {row["mr"] for row in csv.DictReader(file)}
     return f"{mean(number_of_slots(source) == 8 for source in inputs):.0%} of the {len(inputs)} {data.stem} inputs"
 
 
 def validation_gain(directories: list[Path]) -> float:
-    """What BLEU rose by on the validation inputs, the mean over seeds."""
-    found = [json.loads((directory / "metrics.json").read_text(encoding="utf-8")) for directory in directories]
-    return mean(metrics["after"]["bleu"] - metrics["before"]["bleu"] for metrics in found)
+    """How much BLEU rose on the validation inputs in training, as the mean over seeds."""
+    per_seed = [json.loads((directory / "metrics.json").read_text(encoding="utf-8")) for directory in directories]
+    return mean(metrics["after"]["bleu"] - metrics["before"]["bleu"] for metrics in per_seed)
 
 
 def outputs_of(directory: Path, test: str, slots: range) -> list[dict]:
@@ -52,8 +52,8 @@ def measures(rows: list[dict]) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     most = max(len(row["references"]) for row in rows)
     streams = [[row["references"][k] if k < len(row["references"]) else None for row in rows] for k in range(most)]
-    found = BLEU().corpus_score([row["greedy"] for row in rows], streams)
-    return found.score, found.bp, mean(len(row["greedy"].split()) for row in rows)
+    score = BLEU().corpus_score([row["greedy"] for row in rows], streams)
+    return score.score, score.bp, mean(len(row["greedy"].split()) for row in rows)
 
 
 def cells_of(name: str, directories: list[Path], test: str, *, trained: bool) -> list[str]:

@@ -2,12 +2,12 @@ r"""What the checks of numbers cost: CPU time of PPO's training steps with and w
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/checks_price.py --steps 100
 
-The checks: of losses and gradients (`FiniteTrainer.training_step`), of each sample's numbers in a rollout (`_usable`
-and `_dropping`), and the guards. One process trains; in every other step they are switched off, so that both kinds of
-step see the same machine, models and weights. Completions never end early, so that all steps are alike. One thread;
-process CPU time; the first steps are not counted. The ratio is the median, over pairs of neighbouring steps, of a
-step's seconds with checks over those without; the interval holds 95 % of 2,000 bootstrap resamples of the pairs. The
-last line is one JSON object.
+The checks are those of losses and gradients (`FiniteTrainer.training_step`), those of each sample's numbers in a
+rollout (`_usable` and `_dropping`), and the guards. One process trains, and in every other step they are switched off,
+so that both kinds of steps run on the same machine with the same models and weights. Completions never end early, so
+that all steps are alike. Everything runs in one thread and is measured in CPU time; the first steps do not count. The
+ratio is the median, over pairs of neighbouring steps, of the seconds with checks over those without; the interval
+holds 95 % of 2,000 bootstrap resamples of the pairs. The last line is one JSON object.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _WARM_UP = 4  # steps
 
 @contextmanager
 def without_checks() -> Iterator[None]:
-    """In which training takes numbers as they come."""
+    """Within it training checks no numbers."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(FiniteTrainer, "training_step", Trainer.training_step))
         stack.enter_context(mock.patch.object(RolloutTrainer, "_dropping", lambda self, rollout, *args: rollout))

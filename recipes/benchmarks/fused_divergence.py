@@ -1,17 +1,18 @@
-r"""Memory and time of the losses over the whole vocabulary, sliced and on whole logits, one thread, CPU, float32.
+r"""Memory and time of the losses over the whole vocabulary, sliced and on whole logits: one CPU thread, float32.
 
     python recipes/benchmarks/fused_divergence.py
 
-64 × 64 positions, V = 32,128, D = 512, one teacher of the same size; one loss and its backward pass down to the
-hidden states and the head's weight. "Plain" is `distillation_loss` on whole logits through autograd, "sliced" is
-`sliced_divergence`; for all actions (signal log p − log π) `all_actions_loss` and `sliced_all_actions_loss`. Plain and
-sliced share every equation.
+Measured is one loss and its backward pass down to the hidden states and the head's weight, at 64 × 64 positions, with
+V = 32,128, D = 512 and one teacher of the same size. "Plain" is `distillation_loss` on whole logits through autograd,
+"sliced" is `sliced_divergence`; for all actions (signal log p − log π) they are `all_actions_loss` and
+`sliced_all_actions_loss`. Both compute the same equations.
 
 Extra memory is how far the peak resident set of a fresh process rises above what it held when its inputs and the
-libraries were loaded; the gradients (71 MiB) are part of it. Time is the process's CPU time, plain and sliced in turn
-in one process, the median over the repetitions; on a busy machine the ratio says more than the seconds. Linux only.
+libraries were loaded; the gradients (71 MiB) are part of it. Time is CPU time of the process, with plain and sliced
+alternating in one process, as the median over the repetitions. On a busy machine the ratio says more than the seconds.
+Linux only.
 
-Writes `results/fused_divergence.json` and `results/fused_divergence.md` beside this file.
+It writes `results/fused_divergence.json` and `results/fused_divergence.md` beside this file.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from result_files import RESULTS
 
 from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.ops.all_actions import all_actions_loss, log_ratio_signal, sliced_all_actions_loss
 from rlkd_trl.ops.divergences import DIVERGENCES, TeacherStates, distillation_loss, sliced_divergence
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 N, V, D = 64 * 64, 32_128, 512
 ALLOWED_MEMORY, ALLOWED_TIME = 0.25, 1.3
 LOSSES = [*DIVERGENCES, "all_actions"]
@@ -97,15 +98,15 @@ class Problem:
 
 
 def peak_resident_mib() -> float:
-    """Of this process since it began: `ru_maxrss` would also count the parent that it was forked from."""
+    """The peak of this process since it began; `ru_maxrss` would also count the parent that it was forked from."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def measure_memory(name: str, max_elements: int) -> float:
-    """Extra MiB of one variant, in this process, which must not have done anything else."""
-    Problem(positions=1).gradients(name, max_elements)  # what the libraries allocate once
+    """The extra MiB of one variant, in this process, which must not have done anything else."""
+    Problem(positions=1).gradients(name, max_elements)  # so that libraries have made their first allocations
     problem = Problem()
     before = peak_resident_mib()
     problem.gradients(name, max_elements)
@@ -118,7 +119,7 @@ def memory_in_child(name: str, max_elements: int) -> float:
 
 
 def cpu_seconds(problem: Problem, name: str, variants: list[int], repetitions: int) -> dict[int, list[float]]:
-    """CPU seconds of each variant, in turn, and a check that all give the same loss."""
+    """CPU seconds of the variants, which alternate; checks that all give the same loss."""
     seconds: dict[int, list[float]] = {variant: [] for variant in variants}
     losses = []
     for _ in range(repetitions):
@@ -131,7 +132,7 @@ def cpu_seconds(problem: Problem, name: str, variants: list[int], repetitions: i
 
 
 def compare(label: str, memory: dict[int, float], seconds: dict[int, list[float]], variant: int) -> dict:
-    """One row: plain against the variant of that slice size."""
+    """A row of the table: plain against the variant with that slice size."""
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     row = {
         "case": label,
@@ -159,13 +160,13 @@ def table(rows: list[dict]) -> str:
         ratios = row["time_ratio_per_repetition"]
         sizes = [f"2^{row['max_elements'].bit_length() - 1}", row["plain_mib"], row["sliced_mib"]]
         times = [row["plain_cpu_s"], row["sliced_cpu_s"], f"{row['time_ratio']:.2f}"]
-        found = [f"{min(ratios):.2f} – {max(ratios):.2f}", "yes" if row["met"] else "no"]
-        lines.append([row["case"], *map(str, sizes), f"{row['memory_ratio']:.2f}", *map(str, times), *found])
+        outcome = [f"{min(ratios):.2f} – {max(ratios):.2f}", "yes" if row["met"] else "no"]
+        lines.append([row["case"], *map(str, sizes), f"{row['memory_ratio']:.2f}", *map(str, times), *outcome])
     return markdown_table(heads, lines)
 
 
 def write_results(by_loss: list[dict], by_slice_size: list[dict], conditions: dict[str, str | int]) -> str:
-    """Both files, from the rows that there are so far; returns the Markdown."""
+    """Writes both files, from the rows that exist so far; returns the Markdown."""
     results = {
         "positions": N,
         "vocabulary": V,

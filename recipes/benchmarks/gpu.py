@@ -4,15 +4,16 @@ r"""Scoring, rollouts and PPO steps on a GPU, with random weights of the true sh
     python recipes/benchmarks/gpu.py --teachers t0_3b --precisions int8
     python recipes/benchmarks/gpu.py --dry_run                         # the same calls on a CPU, on tiny shapes
 
-For each teacher and precision (int8 by bitsandbytes): completion tokens scored per second, and which share that is of
-the GPU's rate in large bfloat16 matrix multiplications, measured in the same run, by the FLOPs that are needed when
-each prompt is read once (`workload.py`); seconds per PPO step of `PPOKDTrainer`; peak memory of both. For the student:
-completion tokens per second of `Policy.sample` and of `generate()` on the repeated prompts, plain and with its static
-cache (`sampling.py`). Completions never end early. Wanted on one H200: scoring at half the matrix rate or more at
-256-token prompts, rollouts 4 times plain `generate()`.
+For each teacher and precision (int8 by bitsandbytes) it measures the completion tokens scored per second, the seconds
+of a step of `PPOKDTrainer`, and the peak memory of both. Scoring is also given as a share of the GPU's rate in large
+bfloat16 matrix multiplications, measured in the same run: the FLOPs that are needed if each prompt is read once
+(`workload.py`), per second, over that rate. For the student it measures completion tokens per second of
+`Policy.sample` and of `generate()` on the repeated prompts, plain and with its static cache (`sampling.py`).
+Completions never end early. The goals on one H200: scoring at half the matrix rate or more at 256-token prompts, and
+rollouts 4 times as fast as plain `generate()`.
 
-Writes `results/gpu.json` and `results/gpu.md` beside this file, or to `--results_dir`. A dry run has no numbers worth
-keeping: its files say "not measured", and it leaves files of measurements as they are.
+It writes `results/gpu.json` and `results/gpu.md` beside this file, or to `--results_dir`. A dry run measures nothing:
+its files say "not measured", and it does not overwrite files of measurements.
 """
 
 import argparse
@@ -26,15 +27,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from result_files import RESULTS, write_results
 from sampling import ways
-from transformers import BitsAndBytesConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration, TrainerCallback
-from workload import EOS, PAD, UNK, Dimensions, Shape, forward_flops, prompt_texts, word_tokenizer
+from transformers import BitsAndBytesConfig, PreTrainedModel, T5ForConditionalGeneration, TrainerCallback
+from workload import EOS, UNK, Dimensions, Shape, forward_flops, prompt_texts, t5_config, word_tokenizer
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
 from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.teachers import Teacher
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TEACHERS = {
     "t0_3b": Dimensions(d_model=2048, d_ff=5120, heads=32, layers=24),
     "t0_11b": Dimensions(d_model=4096, d_ff=10240, heads=64, layers=24),
@@ -47,21 +48,8 @@ TINY_SHAPE = Shape(prompt_tokens=6, completion_tokens=3, prompts=4, samples=2, v
 
 
 def random_model(dimensions: Dimensions, vocabulary: int, device: str, *, t0: bool, precision: str) -> PreTrainedModel:
-    """T0's architecture (gated GELU, untied head) or T5-base's; initialised on the device in bfloat16."""
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=dimensions.d_model,
-        d_kv=dimensions.d_kv,
-        d_ff=dimensions.d_ff,
-        num_layers=dimensions.layers,
-        num_heads=dimensions.heads,
-        feed_forward_proj="gated-gelu" if t0 else "relu",
-        tie_word_embeddings=not t0,
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-    )
+    """A model of T0's or T5-base's architecture, initialised on the device."""
+    config = t5_config(dimensions, vocabulary, v1_1=t0)
     torch.manual_seed(0)
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if precision == "float32" else torch.bfloat16)
@@ -83,13 +71,13 @@ def random_model(dimensions: Dimensions, vocabulary: int, device: str, *, t0: bo
 
 
 class Stopwatch:
-    """Seconds and peak GPU memory of calls; on a CPU memory is not looked at."""
+    """Measures seconds and peak GPU memory of calls; on a CPU no memory."""
 
     def __init__(self, device: str, repetitions: int):
         self._on_gpu, self._repetitions = device != "cpu", repetitions
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
-        """Median seconds of a call, and peak GiB; a first call is not counted."""
+        """The median seconds of a call, and its peak GiB; the first call does not count."""
         seconds = []
         for _ in range(self._repetitions + 1):
             self.reset()
@@ -113,7 +101,7 @@ class Stopwatch:
 
 
 def matmul_rate(device: str, size: int, stopwatch: Stopwatch) -> float:
-    """Operations per second of bfloat16 `[size, size]` products."""
+    """Floating-point operations per second in bfloat16 products of `[size, size]` matrices."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds, _ = stopwatch.time(lambda: [left @ right for _ in range(10)])
     return 10 * 2 * size**3 / seconds
@@ -134,13 +122,13 @@ def scoring(teacher: Teacher, dimensions: Dimensions, shape: Shape, rate: float,
 
 
 def rollouts(student: PreTrainedModel, tokenizer, shape: Shape, stopwatch: Stopwatch) -> dict:
-    """Ours in one batch, and `generate()` on as many rows, with its growing and its static cache."""
-    tokens, found = shape.completions * shape.completion_tokens, {}
+    """Tokens per second of `Policy.sample` in one batch, and of `generate()` with its growing and its static cache."""
+    tokens, results = shape.completions * shape.completion_tokens, {}
     with torch.no_grad():
         for name, call in ways(student, tokenizer, shape).items():
             seconds, peak_gib = stopwatch.time(call)
-            found[name] = {"tokens_per_second": tokens / seconds, "peak_gib": peak_gib}
-    return found
+            results[name] = {"tokens_per_second": tokens / seconds, "peak_gib": peak_gib}
+    return results
 
 
 class _StepClock(TrainerCallback):
@@ -162,7 +150,7 @@ class _StepClock(TrainerCallback):
 def ppo_steps(
     student: PreTrainedModel, teacher: Teacher, tokenizer, shape: Shape, steps: int, stopwatch: Stopwatch
 ) -> dict:
-    """A step has one update, accumulated over micro-batches; the first step is not counted."""
+    """Seconds of a PPO step with one update, accumulated over micro-batches; the first step does not count."""
     micro_batches = min(8, shape.prompts)
     on_cpu = student.device.type == "cpu"
     with tempfile.TemporaryDirectory() as output_dir:
@@ -199,14 +187,14 @@ def measure(teachers: list[str], precisions: list[str], shape: Shape, steps: int
         return random_model(student_size, shape.vocabulary, device, t0=False, precision="float32")
 
     rate = matmul_rate(device, 64 if dry else 8192, stopwatch)
-    found: dict = {"matmul_tflop_per_second": rate / 1e12, "student": {}, "teachers": {}}
-    found["student"] = rollouts(student().to(torch.bfloat16), tokenizer, shape, stopwatch)
+    results: dict = {"matmul_tflop_per_second": rate / 1e12, "student": {}, "teachers": {}}
+    results["student"] = rollouts(student().to(torch.bfloat16), tokenizer, shape, stopwatch)
     for name in teachers:
         dimensions = TINY if dry else TEACHERS[name]
         for precision in precisions:
             model = random_model(dimensions, shape.vocabulary, device, t0=True, precision=precision)
             teacher = Teacher(model, tokenizer)
-            found["teachers"][f"{name} {precision}"] = {
+            results["teachers"][f"{name} {precision}"] = {
                 "weights_gib": model.get_memory_footprint() / 2**30,
                 "scoring": scoring(teacher, dimensions, shape, rate, stopwatch),
                 "ppo": ppo_steps(student(), teacher, tokenizer, shape, steps, stopwatch),
@@ -214,15 +202,16 @@ def measure(teachers: list[str], precisions: list[str], shape: Shape, steps: int
             del model, teacher
             if not dry:
                 torch.cuda.empty_cache()
-    return found
+    return results
 
 
-def as_markdown(found: dict, shape: Shape) -> str:
-    ours, plain, static = found["student"].values()
+def as_markdown(results: dict, shape: Shape) -> str:
+    """The results of `measure`, with `device` and `date`, as text and a table."""
+    ours, plain, static = results["student"].values()
     lines = [
-        f"{found['device']}; torch {torch.__version__}, transformers {version('transformers')}; {found['date']}. "
+        f"{results['device']}; torch {torch.__version__}, transformers {version('transformers')}; {results['date']}. "
         f"{shape.prompts} prompts of {shape.prompt_tokens} tokens × {shape.samples} completions of "
-        f"{shape.completion_tokens}. Large bfloat16 products: {found['matmul_tflop_per_second']:.0f} TFLOP/s.",
+        f"{shape.completion_tokens}. Large bfloat16 products: {results['matmul_tflop_per_second']:.0f} TFLOP/s.",
         "",
         f"Rollouts, T5-base in bfloat16: {ours['tokens_per_second']:.0f} tokens/s; plain `generate()` "
         f"{plain['tokens_per_second']:.0f}, with its static cache {static['tokens_per_second']:.0f}. Peak "
@@ -232,7 +221,7 @@ def as_markdown(found: dict, shape: Shape) -> str:
     heads = ["teacher", "weights, GiB", "scored tokens/s", "share of matrix rate", "peak GiB"]
     heads += ["s per PPO step", "peak GiB"]
     rows = []
-    for name, row in found["teachers"].items():
+    for name, row in results["teachers"].items():
         score, ppo = row["scoring"], row["ppo"]
         scored = [f"{score['tokens_per_second']:.0f}", f"{score['share_of_matmul_rate']:.2f}"]
         scored.append(f"{score['peak_gib']:.1f}")
@@ -242,6 +231,7 @@ def as_markdown(found: dict, shape: Shape) -> str:
 
 
 def has_measurements(directory: Path) -> bool:
+    """Whether the directory holds results of a real run, not of a dry one."""
     file = directory / "gpu.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["measured"]
 
@@ -257,17 +247,16 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here: --dry_run makes the same calls on a CPU, on tiny shapes.")
     shape = TINY_SHAPE if args.dry_run else SHAPE
-    found = measure(args.teachers, args.precisions, shape, args.steps, dry=args.dry_run)
+    results = measure(args.teachers, args.precisions, shape, args.steps, dry=args.dry_run)
     if args.dry_run:
-        found, text = {"measured": False}, "Not measured. `python recipes/benchmarks/gpu.py` does it.\n"
+        results, text = {"measured": False}, "Not measured. `python recipes/benchmarks/gpu.py` does it.\n"
     else:
-        found |= {"measured": True, "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
-        text = as_markdown(found, shape)
+        results |= {"measured": True, "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+        text = as_markdown(results, shape)
     if not args.dry_run or not has_measurements(args.results_dir):
-        args.results_dir.mkdir(parents=True, exist_ok=True)
-        (args.results_dir / "gpu.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        (args.results_dir / "gpu.md").write_text(text, encoding="utf-8")
-    print(text)
+        write_results(args.results_dir, "gpu", results, text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

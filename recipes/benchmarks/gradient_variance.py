@@ -4,22 +4,22 @@ r"""How noisy is each method's gradient? The same prompts sampled again and agai
     python recipes/benchmarks/gradient_variance.py --teacher runs/teacher --student runs/warm --dataset train.csv \
         --source_column mr --templates templates.yaml
 
-Nothing is trained. Each method's own trainer makes `--num_rollouts` rollouts of the same prompts and takes the
-gradient of its loss. With g_r the gradient of rollout r, flattened, and ḡ their mean over R rollouts:
+Nothing is trained. The trainer of each method makes `--num_rollouts` rollouts of the same prompts and takes the
+gradient of its loss. With g_r the flattened gradient of rollout r, and ḡ their mean over R rollouts, the columns are:
 
 - variance: Σ_r ‖g_r − ḡ‖² / (R − 1), the trace of the covariance;
 - signal: ‖ḡ‖² − variance / R, an unbiased estimate of ‖E g‖²;
-- noise to signal: variance / signal. Two methods with different losses can be compared in this only.
+- noise to signal: variance / signal. Methods with different losses can only be compared by this ratio.
 
-`RLOO, sequence, log ratio` and `all actions, w = 1` estimate the gradient of the sequences' reverse KL, so their
-variances compare directly. For this every loss is taken as a sum over tokens divided by the number of sequences,
-where trainers of token-level methods divide by the sampled number of tokens. Writes `gradient_variance.json` and
-`.md` to `--results_dir`.
+`RLOO, sequence, log ratio` and `all actions, w = 1` estimate the same gradient, of the sequences' reverse KL, so their
+variances compare directly. To make this so, every loss is a sum over tokens divided by the number of sequences here;
+the trainers of token-level methods divide by the sampled number of tokens. The script writes `gradient_variance.json`
+and `.md` to `--results_dir`.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from result_files import RESULTS, write_results
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.checks import check_checkpoints, is_demo
@@ -32,9 +32,8 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
-# Name -> trainer, its settings, and the reward with its settings (None: the method has none).
+# The trainer of each method, its settings, and the reward with its settings; None for methods without rewards.
 METHODS = {
     "RLOO, sequence": ("RLOOKD", {"level": "sequence"}, ("TeacherForcingReward", {})),
     "RLOO, token": ("RLOOKD", {"level": "token"}, ("TeacherForcingReward", {})),
@@ -89,18 +88,18 @@ class VarianceSettings:
 
 
 def gradients(trainer, rows: list[dict], num_rollouts: int):
-    """The flattened gradient of each rollout's loss, `[R, parameters]`, per sequence of the rollout."""
+    """The gradient of each rollout's loss per sequence, flattened, `[R, number of parameters]`."""
     import torch
 
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    found = []
+    per_rollout = []
     for number in range(num_rollouts):
-        trainer.rollout_state.micro_step = number  # another rollout, with random numbers of its own
+        trainer.rollout_state.micro_step = number  # which determines the rollout's random numbers
         rollout = trainer.make_rollout(rows)
         sequences = torch.tensor(float(len(rollout.loss_mask_BT)))
         loss, _ = trainer.micro_batch_loss(trainer.model, rollout, tokens=sequences, sequences=sequences)
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    return torch.stack(found)
+        per_rollout.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(per_rollout)
 
 
 def columns_of(gradients_RN) -> dict[str, float]:
@@ -113,7 +112,7 @@ def columns_of(gradients_RN) -> dict[str, float]:
 
 
 def table(per_method: dict[str, dict[str, float]]) -> str:
-    """One row per method, in Markdown. Where noise hides the signal (an estimate ≤ 0), there is no ratio."""
+    """One row per method, in Markdown. There is no ratio if the estimate of the signal is not above 0."""
     rows = []
     for name, columns in per_method.items():
         ratio = f"{columns['noise_to_signal']:.3g}" if columns["signal"] > 0 else "–"
@@ -162,14 +161,10 @@ def main() -> None:
     per_method = measure(load_panel(teacher, templates), settings.student, rows, args)
 
     # Save.
-    results = Path(args.results_dir)
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "gradient_variance.json").write_text(json.dumps(per_method, indent=2) + "\n", encoding="utf-8")
-    asked = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
-    text = f"Gradients per sequence at the warm start, {asked}; {data.dataset or 'the embedded demo'}.\n\n"
+    sizes = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
+    text = f"Gradients per sequence at the warm start, {sizes}; {data.dataset or 'the embedded demo'}.\n\n"
     text += table(per_method) + "\n"
-    (results / "gradient_variance.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(args.results_dir, "gradient_variance", per_method, text)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ r"""What a long run leaves behind in its process: memory, open files, threads, a
 `PPOKDTrainer` on random T5 models so small that a step is mostly the trainer's own work, with prompts, a teacher, a
 critic and a KL penalty, as the demo has. It logs every `--logging_steps` steps and saves a checkpoint every 250.
 
-Slopes are least-squares lines over the steps behind the first quarter, in which libraries fill their caches. `rss` is
-the resident set, which glibc's allocator also lets grow by the holes between what is in use; `heap` is what is in use
-of the allocator's memory (mallinfo2), in which a leak shows and holes do not; Python's objects below 512 bytes lie
-elsewhere, and are counted as `blocks`. What grows by design is Trainer's list of all logs, which `trainer_state.json`
-holds too: one dictionary of about 30 numbers per log, for good. `--trace` counts Python's allocations by line
-(tracemalloc, several times slower) and names the lines that grow most. `drift` is the median step of the last quarter
-over that of the second, in CPU time. Each process of several reports its own.
-Linux with glibc only. The last line is one JSON object.
+Slopes are of least-squares lines over the steps after the first quarter, in which libraries fill their caches. `rss`
+is the resident set, which also grows by unused holes in the memory of glibc's allocator. `heap` is the memory that the
+allocator has given out (mallinfo2): a leak shows in it, holes do not. Python allocates objects below 512 bytes
+elsewhere; these are counted as `blocks`. By design Trainer's list of all logs grows, which `trainer_state.json` holds
+too: by one dictionary of about 30 numbers per log. `drift` is the median CPU time of a step in the last quarter over
+that in the second quarter. `--trace` counts Python's allocations by line (with tracemalloc, several times slower) and
+names the lines that grow most. With several processes each reports its own figures. Linux with glibc only. The last
+line is one JSON object.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def heap_in_use() -> int:
 
 @dataclass
 class Meter(TrainerCallback):
-    """Reads the process after every `interval` steps. With `trace`, tracemalloc is on from the first quarter on."""
+    """Takes readings of the process every `interval` steps. With `trace`, tracemalloc runs after the first quarter."""
 
     steps: int
     interval: int = 10
@@ -100,24 +100,24 @@ class Meter(TrainerCallback):
         gc.collect()
         after = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, tracemalloc.__file__)])
         tracemalloc.stop()
-        found = after.compare_to(self.before, "lineno")
+        differences = after.compare_to(self.before, "lineno")
         return [
             {
                 "line": f"{Path(line.traceback[0].filename).as_posix()}:{line.traceback[0].lineno}",
                 "bytes_per_step": line.size_diff / (self.steps - self.steps // 2),
             }
-            for line in sorted(found, key=lambda line: -line.size_diff)[:LINES_SHOWN]
+            for line in sorted(differences, key=lambda line: -line.size_diff)[:LINES_SHOWN]
         ]
 
 
 def slope(readings: list[dict[str, float]], name: str) -> float:
-    """Per step, least squares."""
+    """The growth of a reading per step, by least squares."""
     steps, values = [r["step"] for r in readings], [r[name] for r in readings]
     return statistics.linear_regression(steps, values).slope
 
 
 def summary(meter: Meter) -> dict[str, object]:
-    """One process's figures."""
+    """The figures of one process."""
     settled = [reading for reading in meter.readings if reading["step"] > meter.steps // 4]
     quarter = meter.steps // 4
     figures = {f"{name}_kib_per_step": round(slope(settled, name), 3) for name in ("rss", "heap")}

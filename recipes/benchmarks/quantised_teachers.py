@@ -20,6 +20,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from result_files import RESULTS, write_results
+
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.checks import check_checkpoints, require
 from rlkd_trl.commands.comparison.arguments import as_flags
@@ -31,7 +33,6 @@ from rlkd_trl.errors import InputError, run
 from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, LearningRate, Length, Seed, check_ranges
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COMPARE = Path(__file__).resolve().parents[1] / "compare.py"
 # The first is what the others are compared with.
 WEIGHTS = {
@@ -123,16 +124,16 @@ def compare_rewards(teacher: TeacherArguments, templates, inputs, num_generation
     from rlkd_trl.models.memory import held_bytes
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward
 
-    found, exact_BT = {}, None
+    columns_of_weights, exact_BT = {}, None
     for name, settings in WEIGHTS.items():
         panel = load_panel(dataclasses.replace(teacher, **settings), templates)
         model = RewardModel([TeacherForcingReward(panel)])
         rewards_BT = model.rewards(inputs, model.score(inputs)).rewards_BT
         exact_BT = rewards_BT if exact_BT is None else exact_BT
-        weights = sum(held_bytes(one.model) for one in {scorer.teacher for scorer in panel.scorers})
+        num_bytes = sum(held_bytes(teacher.model) for teacher in {scorer.teacher for scorer in panel.scorers})
         columns = error_columns(rewards_BT, exact_BT, inputs.completion_mask_BT, num_generations)
-        found[name] = {"bytes": weights, **columns}
-    return found
+        columns_of_weights[name] = {"bytes": num_bytes, **columns}
+    return columns_of_weights
 
 
 def compare_students(groups: list[object], args: QuantisationArguments) -> dict[str, dict]:
@@ -150,8 +151,8 @@ def compare_students(groups: list[object], args: QuantisationArguments) -> dict[
     command += ["--eval_target_column", args.eval_target_column] if args.eval_target_column else []
     command += ["--common", *args.common] if args.common else []
     subprocess.run([str(word) for word in command], check=True)
-    found = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
-    ((rows,),) = (budgets.values() for budgets in found["tests"].values())
+    comparison = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
+    ((rows,),) = (budgets.values() for budgets in comparison["tests"].values())
     columns = ("mean", "half_width")
     return {
         row["model"]: {
@@ -169,12 +170,12 @@ def tables(rewards: dict[str, dict], students: dict[str, dict]) -> str:
         [name, *(f"{columns[key]:,}" if key == "bytes" else f"{columns[key]:.4f}" for key in REWARD_COLUMNS)]
         for name, columns in rewards.items()
     ]
-    found = [markdown_table(["weights", *REWARD_COLUMNS.values()], rows)]
+    parts = [markdown_table(["weights", *REWARD_COLUMNS.values()], rows)]
     if students:
         known = [key for key in STUDENT_COLUMNS if all(key in columns for columns in students.values())]
         rows = [[name, *(_with_interval(**columns[key]) for key in known)] for name, columns in students.items()]
-        found.append(markdown_table(["student of", *(STUDENT_COLUMNS[key] for key in known)], rows))
-    return "\n\n".join(found)
+        parts.append(markdown_table(["student of", *(STUDENT_COLUMNS[key] for key in known)], rows))
+    return "\n\n".join(parts)
 
 
 def _with_interval(mean: float, half_width: float | None) -> str:
@@ -226,10 +227,6 @@ def main() -> None:
     students = {} if args.max_steps is None else compare_students(groups, args)
 
     # Save.
-    results = Path(args.results_dir)
-    results.mkdir(parents=True, exist_ok=True)
-    found = {"rewards": rewards, "students": students}
-    (results / "quantised_teachers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     text = (
         f"Rewards of {len(rows)} inputs × {args.num_generations} samples of the student; {Path(data.dataset).name}.\n"
     )
@@ -241,8 +238,7 @@ def main() -> None:
         )
         text += f"over seeds {seeds}.\n"
     text += f"\n{tables(rewards, students)}\n"
-    (results / "quantised_teachers.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(args.results_dir, "quantised_teachers", {"rewards": rewards, "students": students}, text)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,22 @@ r"""How the variance of the K-step return falls with K (Fan, Luo, Bowling & Mou 
     python recipes/benchmarks/return_variance.py --teacher runs/teacher --student runs/warm --dataset train.csv \
         --source_column mr --templates templates.yaml
 
-The student samples several completions for each prompt, the teacher reads them once, and from the same scores comes
-the return of every token for every K. Three variances, each as a mean over prompts (or positions):
+The student samples several completions for each prompt, and the teacher scores them once; from these scores come the
+returns of all tokens for each K. Three variances are given, each as a mean over prompts, or positions:
 
-- of the first token's return among the completions of a prompt: what a baseline that knows the prompt leaves over;
-- of every token's return among the completions of a prompt that have that position;
-- of a token's part of the policy gradient, (1 − π(y)) (G_t − b), with b the min-variance baseline of the rollout: the
-  gradient in the chosen token's logit, over all tokens.
+- of the first token's return among the completions of a prompt, which a baseline that knows the prompt does not
+remove; - of every token's return among the completions of a prompt that have that position; - of a token's part of the
+policy gradient in the chosen token's logit, (1 − π(y)) (G_t − b), over all tokens, with b
+  the min-variance baseline of the rollout.
 
-Larger K also changes the mean: K-step returns with V = max are never smaller, since the maxima they leave out are not
-subtracted. So each is also given as a share of the squared mean return. Completions that hit the length cap are
-bootstrapped. Writes `return_variance.json` and `return_variance.md` to `--results_dir`, results/ beside this file.
+A larger K also raises the mean return: with V = max it leaves out maxima that would be subtracted. So the second
+variance is also given as a share of the squared mean return. Completions that hit the length cap are bootstrapped. The
+script writes `return_variance.json` and `return_variance.md` to `--results_dir`.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from result_files import RESULTS, write_results
 
 from rlkd_trl.commands.arguments import (
     DataArguments,
@@ -39,7 +39,6 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
 COLUMNS = {
     "mean_return": "mean return",
@@ -83,7 +82,7 @@ class VarianceSettings:
 
 
 def measure(policy, tokenizer, panel, rows: list[dict], reward: RewardArguments, args: VarianceArguments):
-    """For each K, the columns of the table."""
+    """The columns of the table for each K."""
     from rlkd_trl.evaluation.samples import sampled_inputs
     from rlkd_trl.rewards import TeacherForcingReward
 
@@ -148,7 +147,7 @@ def columns_of(term, scores, inputs, num_generations: int) -> dict[str, float]:
 
 
 def table(per_k: dict[int, dict[str, float]]) -> str:
-    """One row per K, in Markdown; variances with their share of the first row's."""
+    """One row per K, in Markdown; in brackets, variances as a share of the first row's."""
     rows = []
     start = next(iter(per_k.values()))
     for k, columns in per_k.items():
@@ -192,14 +191,10 @@ def main() -> None:
     per_k = measure(policy, tokenizer, panel, rows, reward, args)
 
     # Save.
-    results = Path(args.results_dir)
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "return_variance.json").write_text(json.dumps(per_k, indent=2) + "\n", encoding="utf-8")
-    asked = f"{len(rows)} prompts × {args.num_generations} completions, V = {reward.value}"
-    text = f"Returns of {asked}; {data.dataset or 'the embedded demo'}. In brackets: of the first row.\n\n"
+    sizes = f"{len(rows)} prompts × {args.num_generations} completions, V = {reward.value}"
+    text = f"Returns of {sizes}; {data.dataset or 'the embedded demo'}. In brackets: of the first row.\n\n"
     text += table(per_k) + "\n"
-    (results / "return_variance.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(args.results_dir, "return_variance", per_k, text)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ r"""CPU seconds of sampling a rollout: `Policy.sample`, and `generate()` with it
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/sampling.py
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/sampling.py --prompt_tokens 256 --prompts 8 --samples 8
 
-The student is that of `step.py`, a random T5; completions never end early, so that dropping finished ones is no help.
-`generate()` reads each prompt once for each of its completions. `gpu.py` times the same three on a GPU,
-where a static cache can be compiled. One thread; process CPU time; medians over repetitions, the ways in
-turn, the first repetition not counted. The last line is one JSON object.
+The student is that of `step.py`, a random T5. Completions never end early, so that nothing is gained by dropping
+finished ones. `generate()` reads each prompt once for each of its completions. `gpu.py` times the same three ways on a
+GPU, where a static cache can be compiled. Everything runs in one thread and is measured in CPU time of the process;
+the ways alternate, and figures are medians over the repetitions, of which the first does not count. The last line is
+one JSON object.
 """
 
 import argparse
@@ -37,7 +38,10 @@ from rlkd_trl.students import Policy
 def ways(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: Shape
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each samples `shape.completions` of full length, of the same prompts; the result has their ids at its end."""
+    """Functions that sample `shape.completions` completions of full length, all for the same prompts.
+
+    Each returns ids that end with the completions' ids.
+    """
     policy = Policy(student.eval(), tokenizer)
     policy.forbidden_V[[EOS, UNK]] = True
     device = student.device

@@ -5,15 +5,17 @@ r"""Rewards per second and peak memory of our teacher's scoring against naive sc
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py --growth
 
 Both compute r_t = q_t − max_v f_{t+1}[v] of the same completions with the same random T5. "Naive" is what one writes
-first: the model's forward pass on every (prompt, completion) pair, encoder included, float32 logits of all positions
-at once. "Ours" is `Teacher.score` and the reward of its scalars; that both give the same rewards is checked.
+first: the model's forward pass on every (prompt, completion) pair, with its encoder, and float32 logits of all
+positions at once. "Ours" is `Teacher.score` and the reward from its statistics. The script checks that both give the
+same rewards.
 
-Time is process CPU seconds, one thread, naive and ours in turn, medians over `--repetitions`. Extra memory is how far
-the peak resident set of a fresh process rises above what it held with the model loaded, in a call after a tiny one
-(libraries allocate once on their first): the median of three processes. Linux only. The last line is one JSON object.
+Time is CPU seconds of the process in one thread, with naive and ours alternating, as the median over `--repetitions`.
+Extra memory is how far the peak resident set of a fresh process rises above what it held with the model loaded, as the
+median over three processes; a tiny call before lets libraries make their first allocations. Linux only. The last line
+is one JSON object.
 
-`--growth` instead measures ours alone over prompt tokens S, completion tokens T, samples K, vocabulary V and teacher
-layers, one at a time, each with its fitted exponent: the slope of log seconds (or log MiB) over log size.
+`--growth` measures ours alone instead, over prompt tokens S, completion tokens T, samples K, vocabulary V and teacher
+layers, one at a time, each with a fitted exponent: the slope of log seconds (or log MiB) over log size.
 """
 
 import argparse
@@ -107,7 +109,7 @@ def our_rewards(teacher: Teacher, prompts: list[str], completions: Completions) 
 
 
 class Scorers:
-    """Both ways over the same weights, each made when first asked; the naive one's model is as transformers has it."""
+    """Both ways of scoring, with the same weights in a model of its own for each, which is made when first needed."""
 
     def __init__(self, dimensions: Dimensions, vocabulary: int):
         self._size = dimensions, vocabulary
@@ -128,7 +130,7 @@ class Scorers:
 
 
 def extra_mib(way: str, dimensions: Dimensions, shape: Shape) -> float:
-    """In this process, which must not have scored anything else."""
+    """The extra memory of one way in this process, which must not have scored anything else."""
     scorers = Scorers(dimensions, shape.vocabulary)
     scorers.rewards(way, Shape(**{**asdict(TINY), "vocabulary": shape.vocabulary}))
     reset_peak()
@@ -138,17 +140,17 @@ def extra_mib(way: str, dimensions: Dimensions, shape: Shape) -> float:
 
 
 def extra_mib_in_children(way: str, dimensions: Dimensions, shape: Shape, processes: int = 3) -> float:
-    """The median of fresh processes: how memory is laid out differs from one to the next."""
+    """The median of `extra_mib` over fresh processes, as the layout of memory differs between processes."""
     argument = json.dumps({"way": way, "dimensions": asdict(dimensions), "shape": asdict(shape)})
     command = [sys.executable, __file__, "--measure_memory", argument]
-    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(processes)]
-    return statistics.median(float(lines.splitlines()[-1]) for lines in said)
+    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(processes)]
+    return statistics.median(float(output.splitlines()[-1]) for output in outputs)
 
 
 def cpu_seconds(
     scorers: Scorers, ways: list[str], shape: Shape, repetitions: int, rate: MatmulRate
 ) -> dict[str, float]:
-    """Medians, the ways in turn; the first round is not counted."""
+    """The median CPU seconds of each way; the ways alternate, and the first round does not count."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repetitions + 1):
         rate.measure()
@@ -186,7 +188,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 
 def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], repetitions: int) -> dict[str, object]:
-    """Ours at each size, the others as in `base`."""
+    """Seconds and memory of ours for each value of each size, with the other sizes as in `base`."""
     table: dict[str, object] = {"base": asdict(base), "dimensions": asdict(dimensions)}
     for name, values in sizes.items():
         rows = []
@@ -217,8 +219,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure_memory:
-        asked = json.loads(args.measure_memory)
-        print(extra_mib(asked["way"], Dimensions(**asked["dimensions"]), Shape(**asked["shape"])))
+        request = json.loads(args.measure_memory)
+        print(extra_mib(request["way"], Dimensions(**request["dimensions"]), Shape(**request["shape"])))
         return
     if args.growth is not None:
         sizes = {name: values for name, values in GROWTH.items() if name in args.growth or not args.growth}

@@ -4,16 +4,17 @@ r"""CPU seconds, arithmetic and memory of one whole PPO step, and the same step 
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step.py --prompt_tokens 256 --prompts 8 --samples 8 \
         --versus trl_0_11/bin/python
 
-A step samples `--samples` completions of `--prompts` prompts, has the teacher score them, and passes over them once,
-one optimizer step for every `--update_batch_size` completions, with a penalty on the KL to the initial student. TRL
-0.11.4's PPOTrainer always has that penalty, so both do the same work. `PPOKDTrainer` runs as a user would run it; the
-benchmark only reads its phases: generate, score, and update, which is everything else.
+A step samples `--samples` completions for each of `--prompts` prompts, has the teacher score them, and passes over
+them once, with one optimizer step for every `--update_batch_size` completions. There is a penalty on the KL to the
+initial student, because TRL 0.11.4's PPOTrainer always has one, so that both do the same work. `PPOKDTrainer` runs as
+a user would run it; the benchmark only times its phases: generate, score, and update, which is everything else.
 
-FLOPs are those of the matrix multiplications that the phase needs when each prompt is read once, also in the update
-(see `workload.py`); `floor_ratio` is CPU seconds over these FLOPs ÷ the rate of large matrix multiplications in the
-same run. Memory is the process's peak resident set, libraries included; `extra_mib` is above what was resident when
-the models were loaded. One thread; process CPU time, which other load on the machine moves less than wall time;
-medians over steps, the first not counted. Linux only. The last line is one JSON object.
+FLOPs are those of the matrix multiplications that a phase needs if each prompt is read once, also in the update (see
+`workload.py`). `floor_ratio` is the CPU seconds of the phase over the seconds that these FLOPs would take at the rate
+of large matrix multiplications in the same run. Memory is the process's peak resident set, libraries included;
+`extra_mib` is the part of it above what was resident when the models had been loaded. Everything runs in one thread,
+and is measured in CPU time, which other load on the machine affects less than wall time; figures are medians over
+steps, of which the first does not count. Linux only. The last line is one JSON object.
 
 `--versus PYTHON` is an interpreter of an environment with TRL 0.11.4, which runs `trl_0_11_step.py`:
 
@@ -96,7 +97,7 @@ def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: flo
 
 
 class PhaseMeter(PhaseTimer):
-    """CPU seconds and peak memory of the trainer's phases; what is between the named ones is the update's."""
+    """CPU seconds and peak memory of the trainer's phases; whatever is outside of those in `PHASES` is the update."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +108,7 @@ class PhaseMeter(PhaseTimer):
         self._current = "update"
 
     def begin(self) -> None:
-        """Counts from here, the matrix rate's own measurement left out."""
+        """Starts counting, after a measurement of the matrix rate."""
         self.rate.measure()
         reset_peak()
         self._since = time.process_time()
@@ -145,7 +146,10 @@ class _StepEnd(TrainerCallback):
 
 
 def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
-    """What each phase needs; backward passes twice a forward pass, old and reference log-probabilities one each."""
+    """The FLOPs that each phase needs.
+
+    In the update, the backward pass counts as two forward passes; old and reference log-probabilities need one each.
+    """
     student = forward_flops(STUDENT, shape)
     return {
         "generate": forward_flops(STUDENT, shape, cached=True),
@@ -183,15 +187,15 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
 
 
 def _in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict]]:
-    """What each command's last line says, the commands in turn."""
-    said: dict[str, list[dict]] = {name: [] for name in commands}
+    """The JSON in each command's last line, in every round; the commands alternate."""
+    results: dict[str, list[dict]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             finished = subprocess.run(command, capture_output=True, text=True)
             if finished.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
-            said[name].append(json.loads(finished.stdout.splitlines()[-1]))
-    return said
+            results[name].append(json.loads(finished.stdout.splitlines()[-1]))
+    return results
 
 
 def _medians(runs: list[dict[str, float]], names: Iterable[str] | None = None) -> dict[str, float]:
@@ -199,15 +203,15 @@ def _medians(runs: list[dict[str, float]], names: Iterable[str] | None = None) -
 
 
 def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int, beta: float, rounds: int) -> dict:
-    """Both libraries in fresh processes; ratios are theirs over ours, of medians over all rounds."""
+    """Runs both libraries in fresh processes; ratios are TRL's over ours, of medians over all rounds."""
     flags = [word for name, value in asdict(shape).items() for word in (f"--{name}", str(value))]
     flags += ["--steps", str(steps), "--update_batch_size", str(update_batch_size)]
     commands = {
         "ours": [sys.executable, __file__, *flags, "--beta", str(beta)],
         "trl": [rival_python, str(RIVAL), *flags],
     }
-    said = _in_turn(commands, rounds)
-    totals = {name: [s for run in runs for s in run["cpu_seconds_of_steps"]] for name, runs in said.items()}
+    results = _in_turn(commands, rounds)
+    totals = {name: [s for run in runs for s in run["cpu_seconds_of_steps"]] for name, runs in results.items()}
     ours, trl = (
         {
             **runs[0],
@@ -215,7 +219,7 @@ def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int,
             **_medians(runs, ("peak_mib", "extra_mib")),
             "phases": {name: _medians([run["phases"][name] for run in runs]) for name in runs[0]["phases"]},
         }
-        for name, runs in said.items()
+        for name, runs in results.items()
     )
     for name, result in (("ours", ours), ("trl", trl)):
         result["cpu_seconds_of_steps"] = totals[name]

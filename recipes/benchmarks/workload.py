@@ -1,6 +1,6 @@
-"""The work that the speed benchmarks share: random models, prompts, and how much arithmetic a phase needs.
+"""The work that the speed benchmarks share: random models, prompts, and the arithmetic that a phase needs.
 
-It imports nothing of this package, so that an interpreter with another library's versions can run the same work.
+It imports nothing of this package, so that an interpreter with other versions of the libraries can run the same work.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Shape:
-    """One step: `prompts` of `prompt_tokens`, `samples` completions of each, all of `completion_tokens`."""
+    """A step: `prompts` of `prompt_tokens` each, with `samples` completions of `completion_tokens` for each."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -47,7 +47,7 @@ class Shape:
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        """By default the smaller of the two shapes that results are given for."""
+        """Adds a flag for each size; the defaults are the smaller of the two shapes in the results."""
         for name, default in asdict(Shape(64, 32, 16, 4)).items():
             parser.add_argument(f"--{name}", type=int, default=default)
 
@@ -64,10 +64,9 @@ STUDENT = Dimensions(d_model=256, d_ff=512, heads=4, layers=4)
 TEACHER = Dimensions(d_model=512, d_ff=1024, heads=8, layers=8)
 
 
-def random_t5(dimensions: Dimensions, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
-    """Float32, without dropout."""
-    torch.manual_seed(seed)
-    config = T5Config(
+def t5_config(dimensions: Dimensions, vocabulary: int, *, v1_1: bool = True) -> T5Config:
+    """T5 v1.1's form, as T0 has it (gated GELU, a head of its own), or that of the first T5; without dropout."""
+    return T5Config(
         vocab_size=vocabulary,
         d_model=dimensions.d_model,
         d_kv=dimensions.d_kv,
@@ -75,15 +74,20 @@ def random_t5(dimensions: Dimensions, vocabulary: int, seed: int) -> T5ForCondit
         num_layers=dimensions.layers,
         num_decoder_layers=dimensions.layers,
         num_heads=dimensions.heads,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        feed_forward_proj="gated-gelu" if v1_1 else "relu",
+        tie_word_embeddings=not v1_1,
         dropout_rate=0.0,
         pad_token_id=PAD,
         eos_token_id=EOS,
         decoder_start_token_id=PAD,
     )
-    model = T5ForConditionalGeneration(config).float()
-    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties a new T5 whatever its config says
+
+
+def random_t5(dimensions: Dimensions, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
+    """A T5 v1.1 with random float32 weights."""
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(t5_config(dimensions, vocabulary)).float()
+    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties every new T5, whatever its config says
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model
 
@@ -110,11 +114,11 @@ def prompt_texts(shape: Shape, step: int) -> list[str]:
     return [" ".join(f"w{i}" for i in ids[:-1]) for ids in prompt_ids(shape, step).tolist()]
 
 
-# Arithmetic: matrix multiplications only, a multiplication and an addition being two operations.
+# Arithmetic: of matrix multiplications only; a multiplication and an addition are two operations.
 
 
 def prompt_flops(dimensions: Dimensions, shape: Shape) -> int:
-    """The encoder and the cross-attention keys and values of all layers, of one prompt."""
+    """Operations of the encoder and of all layers' cross-attention keys and values, for one prompt."""
     D, inner, S = dimensions.d_model, dimensions.inner, shape.prompt_tokens
     encoder_per_token = 4 * (2 * D * inner) + 3 * (2 * D * dimensions.d_ff) + 2 * (2 * S * inner)
     cross_keys_values_per_token = 2 * (2 * D * inner)
@@ -122,7 +126,10 @@ def prompt_flops(dimensions: Dimensions, shape: Shape) -> int:
 
 
 def completion_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False) -> int:
-    """Decoder and LM head, of one completion; `cached` is token by token, which skips the causal mask's zeros."""
+    """Operations of decoder and LM head for one completion.
+
+    cached: token by token, which does not compute what the causal mask hides.
+    """
     D, inner, S, T = dimensions.d_model, dimensions.inner, shape.prompt_tokens, shape.completion_tokens
     # Self-attention's four projections, cross-attention's query and output, the gated feed-forward layer's three.
     projections_per_token = 6 * (2 * D * inner) + 3 * (2 * D * dimensions.d_ff)
@@ -133,7 +140,7 @@ def completion_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = Fal
 
 
 def forward_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False, shared: bool = True) -> int:
-    """All completions of a step; each prompt is read once where `shared`, else once for each of its completions."""
+    """Operations for all completions of a step. shared: each prompt is read once, not once for each completion."""
     readings = shape.prompts if shared else shape.completions
     return readings * prompt_flops(dimensions, shape) + shape.completions * completion_flops(
         dimensions, shape, cached=cached
@@ -144,7 +151,7 @@ def forward_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False,
 
 
 class MatmulRate:
-    """Floating-point operations per CPU second of this process, measured again and again through a run."""
+    """Floating-point operations per CPU second of this process, measured several times during a run."""
 
     def __init__(self, size: int = 1024):
         self._left, self._right = torch.randn(size, size), torch.randn(size, size)
@@ -152,7 +159,7 @@ class MatmulRate:
         self._operations = 2 * size**3
 
     def measure(self, repetitions: int = 5) -> None:
-        self._left @ self._right  # the first after other work finds cold caches
+        self._left @ self._right  # not counted, as other work has replaced what was in the caches
         for _ in range(repetitions):
             start = time.process_time()
             self._left @ self._right
@@ -169,12 +176,12 @@ def resident_mib() -> float:
 
 
 def peak_resident_mib() -> float:
-    """Since the process began or since `reset_peak`: `ru_maxrss` would also count the parent it was forked from."""
+    """The peak since the process began, or since `reset_peak`; `ru_maxrss` would count its parent before the fork."""
     return _status_mib("VmHWM")
 
 
 def reset_peak() -> None:
-    """Lets `peak_resident_mib` begin anew. Linux only."""
+    """Starts a new count for `peak_resident_mib`. Linux only."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

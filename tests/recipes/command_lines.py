@@ -46,9 +46,12 @@ def main_of(recipe: str) -> Callable[[], None]:
         return command.main
     if recipe == "rlkd-trl":
         return console.main
-    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
+    script = ROOT / "recipes" / f"{recipe}.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", script)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(script.parent)  # as Python does for a script: it may import files beside it
+        spec.loader.exec_module(module)
     return module.main
 
 
