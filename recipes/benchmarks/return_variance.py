@@ -7,7 +7,7 @@ r"""How the variance of the K-step return falls with K (Fan, Luo, Bowling & Mou 
 The student samples several completions for each prompt, and the teacher scores them once; from these scores come the
 returns of all tokens for each K. Three variances are given, each as a mean over prompts, or positions:
 
-- of the first token's return among the completions of a prompt, which a baseline that knows the prompt does not remove;
+- of the first token's return among the completions of a prompt, which a baseline of the prompt does not remove;
 - of every token's return among the completions of a prompt that have that position;
 - of a token's part of the policy gradient in the chosen token's logit, (1 − π(y)) (G_t − b), over all tokens, with b
   the min-variance baseline of the rollout.

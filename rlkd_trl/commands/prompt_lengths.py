@@ -13,7 +13,6 @@ from rlkd_trl.prompts import (
     PromptTemplate,
     PromptTemplates,
     RenderedPrompt,
-    is_conversation,
     question_columns,
 )
 
@@ -52,7 +51,7 @@ def fit_rows(
     writer = student_writer(student)
     if max_prompt_length is not None:
         rows = _fit_student_prompts(rows, data_name, prompts.student_template, writer, max_prompt_length)
-    elif writer.is_chat or is_conversation(rows[0]["prompt"]):
+    elif not writer.is_plain(rows[0]["prompt"]):
         _written(writer, rows["prompt"], data_name)
     with naming(data_name):
         check_lengths(
@@ -138,7 +137,7 @@ def check_questions(
     for number, name in enumerate(teacher.teacher):
         writer = teacher_writer(teacher, name)
         longest = _longest_questions(writer, templates, rows, data_name)
-        if max_length is not None or writer.is_chat or is_conversation(rows[0]["prompt"]):
+        if max_length is not None or not writer.is_plain(rows[0]["prompt"]):
             longest = list(longest)
         with naming(data_name):
             check_lengths(

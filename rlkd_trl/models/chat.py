@@ -49,7 +49,7 @@ class PromptWriter:
             self.processing_class.eos_token = end
 
     def texts(self, prompts: Iterable[str | list[Message]]) -> list[str]:
-        """`text` of each."""
+        """The prompts as the model reads them. Raises `InputError` as `text`."""
         return [self.text(prompt) for prompt in prompts]
 
     def text(self, prompt: str | list[Message]) -> str:
@@ -70,6 +70,10 @@ class PromptWriter:
         if not self.is_chat or self._is_written(prompt):
             return prompt
         return self._written_text(prompt)
+
+    def is_plain(self, prompt: str | list[Message]) -> bool:
+        """Whether the model reads the prompt as it is: a text, without a chat template."""
+        return not self.is_chat and not is_conversation(prompt)
 
     def record(self) -> dict[str, object] | None:
         """What of this decides how prompts are written, in JSON's types; None without a chat template."""

@@ -20,7 +20,7 @@ WORDS = ("settings", "errors.py")
 
 # The rooms that each step of `distil` enters, for a run with a teacher, a student and a file of data.
 CHECKS = {
-    "check_data": ["data"],
+    "check_data": ["data", "prompts"],
     "connect_processes": ["trainers"],
     "settings": ["trainers"],
     "check": ["rewards", "trainers", "teachers", "models"],
