@@ -4,13 +4,14 @@ The teacher, a BERT of four layers, is trained here, on masked words and then on
 which knows nothing of how the run was launched.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.data import demo_dataset
-from rlkd_trl.data.demo import WORDS
+from rlkd_trl.data.demo import SPLIT_SIZES, WORDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,11 +54,27 @@ def demo_rows(split: str) -> "Dataset":
 
 def use_demo_teachers(settings: "EncoderSettings", output_dir: str | Path, *, seed: int) -> None:
     """Makes the demo's teachers in `output_dir/demo_models` and names them in the settings."""
+    request = EncoderDemoRequest(str(Path(output_dir) / "demo_models"), seed)
+    make_demo_teachers(request)
+    settings.teacher.teacher, settings.teacher.task_teacher = request.teacher, request.task_teacher
+
+
+def make_demo_teachers(request: EncoderDemoRequest) -> None:
+    """Has the teachers trained. Raises `RuntimeError` as `make_apart`."""
     from rlkd_trl.commands.demo import make_apart
 
-    request = EncoderDemoRequest(str(Path(output_dir) / "demo_models"), seed)
     make_apart("rlkd_trl.commands.encoder_demo:train_demo_teachers", request)
-    settings.teacher.teacher, settings.teacher.task_teacher = request.teacher, request.task_teacher
+
+
+def write_demo_files(output_dir: str | Path) -> dict[str, str]:
+    """The demo task's splits as files: JSON lines of `text` and `label`."""
+    paths = {}
+    for split in SPLIT_SIZES:
+        path = Path(output_dir) / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in demo_rows(split)), encoding="utf-8")
+        paths[split] = str(path)
+    return paths
 
 
 def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":

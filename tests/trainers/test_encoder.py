@@ -1,5 +1,6 @@
 """Encoder distillation: each loss and gradient is that of plain transformers and a loop, however the batch is cut."""
 
+import dataclasses
 import math
 import random
 
@@ -20,6 +21,7 @@ from rlkd_trl import EncoderKDConfig, EncoderKDTrainer
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.classification import IGNORED
 from rlkd_trl.students.from_teacher import smaller_student
+from rlkd_trl.trainers.base_config import BaseConfig
 from rlkd_trl.trainers.encoder_data import ROW, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS, parse_losses
 from tests.models.encoders import CLS, FIRST_WORD, MASK, PAD, SEP, VOCAB, bert_config, encoder_tokenizer, make
@@ -603,6 +605,38 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert len(set(accuracies)) > 1
     assert trainer.evaluate()["eval_accuracy"] == max(accuracies)
+
+
+# ---- settings
+
+# Setting of this trainer alone: losses that it is a setting of, one value and another.
+CHANGES_WHAT_IS_LEARNT = {
+    "losses": ("hidden_mse", ["hidden_mse"], ["2*hidden_mse"]),
+    "layer_map": ("hidden_mse", ["uniform"], ["top"]),
+    "temperature": ("logits_kl", [1.0], [3.0]),
+    "relation_heads": ("key_relation_kl", 2, 4),
+    "mlm_probability": ("mlm_ce+hidden_mse", 0.2, 0.5),
+    "max_length": ("hidden_mse", 32, 4),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_WHAT_IS_LEARNT)
+def test_a_setting_changes_what_is_learnt(name, tmp_path):
+    losses, *values = CHANGES_WHAT_IS_LEARNT[name]
+    found = []
+    for value in values:
+        text, settings = (value[0], {}) if name == "losses" else (losses, {name: value})
+        trainer = build(text, tmp_path, **settings)
+        trainer.train()
+        found.append(snapshot(trainer.student))
+    assert largest_difference(*found) > 1e-5
+
+
+def test_every_setting_is_tested():
+    """Those of stages are what `of_stage` hands on, below."""
+    inherited = {option.name for option in dataclasses.fields(BaseConfig)}
+    own = {option.name for option in dataclasses.fields(EncoderKDConfig)} - inherited
+    assert own == {*CHANGES_WHAT_IS_LEARNT, "stages", "stage_max_steps", "stage_epochs", "stage_learning_rates"}
 
 
 # ---- what goes wrong

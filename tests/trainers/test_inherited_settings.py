@@ -11,19 +11,20 @@ import transformers
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from rlkd_trl import AllActionsKDConfig, KDConfig, PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
+from rlkd_trl import AllActionsKDConfig, EncoderKDConfig, KDConfig, PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
 from rlkd_trl.errors import InputError
 from rlkd_trl.trainers import inherited_settings as tables
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import parsed
-from tests.trainers import tiny_runs
+from tests.trainers import test_encoder, tiny_runs
 from tests.trainers.tiny_runs import largest_difference, prompts, snapshot
 
 FIELDS = {option.name: option for option in dataclasses.fields(TrainingArguments)}
 ON_ROLLOUTS = [PPOKDConfig, RLOOKDConfig, ReinforceKDConfig, KDConfig, AllActionsKDConfig]
 REFUSED_BY = {config: tables.REFUSED | tables.REFUSED_ON_ROLLOUTS for config in ON_ROLLOUTS}
+REFUSED_BY[EncoderKDConfig] = tables.REFUSED | tables.REFUSED_ON_LAYERS
 REFUSED_BY[SupervisedConfig] = tables.REFUSED | tables.REFUSED_SUPERVISED
 
 # A value other than the default, for fields that are not a yes or no.
@@ -83,6 +84,8 @@ def test_every_field_of_the_installed_transformers_is_in_one_table():
     """A new version's field fails here until somebody has tried it."""
     names = [*tables.WORKS, *tables.REFUSED, *tables.REFUSED_ON_ROLLOUTS, *tables.REFUSED_SUPERVISED]
     assert sorted(FIELDS) == sorted(names)
+    # Each kind of trainer has a table of what it refuses besides, and all else works.
+    assert tables.REFUSED_ON_LAYERS.keys() < tables.REFUSED_ON_ROLLOUTS.keys()
 
 
 @pytest.mark.parametrize(("config", "name"), refused_fields(REFUSED_BY))
@@ -181,7 +184,19 @@ def supervised_trainer(output_dir, **settings):
     return SupervisedTrainer(MODELS["t5-tied"](), args, Dataset.from_list(rows), word_tokenizer())
 
 
-BUILDERS = {"rollouts": rollout_trainer, "supervised": supervised_trainer}
+def encoder_trainer(output_dir, **settings):
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        **settings,
+    }
+    settings = {"learning_rate": 1e-2, **settings}
+    return test_encoder.build("hidden_mse+attention_kl", output_dir, data=test_encoder.texts(16), **settings)
+
+
+BUILDERS = {"rollouts": rollout_trainer, "supervised": supervised_trainer, "encoders": encoder_trainer}
 
 # Other weights after the same two steps: (settings of one run, of the other).
 CHANGES_THE_WEIGHTS = {
@@ -226,12 +241,17 @@ def trained(kind: str, settings: dict, output_dir: Path) -> dict[str, torch.Tens
 
 
 # Where the trainers on rollouts have code of their own; the rest is the base class's for both.
+OWN_OF_ENCODERS = ("gradient_accumulation_steps", "num_train_epochs", "seed")
 OWN_ON_ROLLOUTS = ("gradient_accumulation_steps", "num_train_epochs", "bf16", "seed", "data_seed", "learning_rate")
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("supervised", name) for name in CHANGES_THE_WEIGHTS]
+    + [
+        pytest.param("encoders", name, marks=() if name in OWN_OF_ENCODERS else pytest.mark.slow)
+        for name in CHANGES_THE_WEIGHTS
+    ]
     + [
         pytest.param("rollouts", name, marks=() if name in OWN_ON_ROLLOUTS else pytest.mark.slow)
         for name in CHANGES_THE_WEIGHTS
@@ -376,6 +396,25 @@ def test_supervised_training_takes_it(name, tmp_path):
     assert differs == (name == "train_sampling_strategy")
     if name == "include_num_input_tokens_seen":
         assert trainer.state.num_input_tokens_seen == 2 * 2 * 3  # steps × pairs × (two words and EOS)
+
+
+@pytest.mark.parametrize("name", sorted(tables.REFUSED_ON_ROLLOUTS.keys() - tables.REFUSED_ON_LAYERS.keys()))
+def test_encoder_distillation_takes_it(name, tmp_path):
+    settings = {
+        "dataloader_num_workers": {"dataloader_num_workers": 1},
+        "dataloader_persistent_workers": {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+        "dataloader_prefetch_factor": {"dataloader_prefetch_factor": 2, "dataloader_num_workers": 1},
+        "dataloader_multiprocessing_context": {
+            "dataloader_multiprocessing_context": "fork",
+            "dataloader_num_workers": 1,
+        },
+    }
+    trainer = encoder_trainer(tmp_path, **settings.get(name) or WORKS_SUPERVISED[name])
+    trainer.train()
+    assert steps_logged(trainer) == [1, 2]
+    plain = trained("encoders", {}, tmp_path / "plain")
+    differs = largest_difference(snapshot(trainer.model), plain) > 1e-5
+    assert differs == (name == "train_sampling_strategy")
 
 
 # The best checkpoint
