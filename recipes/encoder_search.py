@@ -16,13 +16,12 @@ Each run has a directory of its own, OUTPUT_DIR/SET/seedN; a finished one is not
 command or a local file that it read has changed. In OUTPUT_DIR: search.md and search.json.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.cells import run_cells
-from rlkd_trl.commands.encoder_search import EncoderSearchSettings, Search, outcomes, report, use_demo
+from rlkd_trl.commands.encoder_search import EncoderSearchSettings, Search, use_demo
 from rlkd_trl.commands.run_directory import check_writable
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
@@ -43,6 +42,9 @@ def main() -> None:
     check_writable("--output_dir", output_dir)
     if settings.search.smoke:
         use_demo(settings)
+
+    from rlkd_trl.commands.encoder_search_results import write_results
+
     search = Search(settings, RECIPES)
     cells = search.cells()
     for cell in cells:
@@ -51,15 +53,7 @@ def main() -> None:
 
     # Run each combination with each seed, then say which is best.
     failures = run_cells(cells, settings.search.jobs)
-    found = outcomes(search)
-    text = report(search, found)
-    (output_dir / "search.md").write_text(text, encoding="utf-8")
-    results = [
-        {"set": one.combination.name, "losses": one.combination.losses, "scores": one.scores, "cpu_seconds": one.cost}
-        for one in found
-    ]
-    (output_dir / "search.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{text}\nsearch.md and search.json are in {output_dir}.", flush=True)
+    write_results(search)
     if failures:
         sys.exit(1)
 

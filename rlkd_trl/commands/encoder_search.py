@@ -1,8 +1,6 @@
-"""Which combination of losses is best for an encoder: the sets to try, their runs, and tables of what came out."""
+"""Which combination of losses is best for an encoder: the sets to try, and their runs."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +16,6 @@ from rlkd_trl.commands.arguments import (
 )
 from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.comparison.cells import Cell, Method
-from rlkd_trl.commands.comparison.statistics import Interval, mean_interval
 from rlkd_trl.commands.encoder_demo import EncoderDemoRequest, make_demo_teachers, write_demo_files
 from rlkd_trl.commands.encoder_stages import check_data, plan_stages
 from rlkd_trl.commands.files_read import FileDigests
@@ -26,7 +23,6 @@ from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.presets import find_preset
 from rlkd_trl.commands.settings import EncoderSettings, groups_of
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
 from rlkd_trl.settings.files import OutputPath, PresetPath
 from rlkd_trl.settings.ranges import Count, LearningRate, Range, Seed, check_ranges
 
@@ -265,115 +261,3 @@ def questions(base: Losses) -> list[Combination]:
 
 def _without(losses: Losses, names: Sequence[str]) -> Losses:
     return {name: weight for name, weight in losses.items() if name not in names}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the finished runs of a combination came to. scores: by seed. cost: mean CPU seconds of all stages."""
-
-    combination: Combination
-    scores: Mapping[int, float]
-    cost: float
-    failed: Sequence[int] = ()
-
-    @property
-    def interval(self) -> Interval:
-        """Over seeds."""
-        return mean_interval(list(self.scores.values())) if self.scores else Interval(math.nan, None)
-
-    def difference(self, other: "Outcome") -> Interval | None:
-        """This less another, paired by seed; None where they have no seed in common."""
-        seeds = [seed for seed in self.scores if seed in other.scores]
-        return mean_interval([self.scores[seed] - other.scores[seed] for seed in seeds]) if seeds else None
-
-
-def outcomes(search: Search) -> list[Outcome]:
-    """Of all combinations, in order, from what their runs have left. Raises `InputError` for a metric they lack."""
-    found = []
-    for combination in search.combinations:
-        cells = {seed: search.cell(combination, seed) for seed in search.search.seeds}
-        done = {seed: cell for seed, cell in cells.items() if cell.is_done}
-        metrics = {seed: cell.read("metrics.json")["after"] for seed, cell in done.items()}
-        for of_run in metrics.values():
-            if search.search.metric not in of_run:
-                known = ", ".join(name for name in METRICS if name in of_run)
-                raise InputError(f"--metric {search.search.metric} is not measured here; the runs have: {known}.")
-        costs = [_cpu_seconds(cell.directory) for cell in done.values()]
-        found.append(
-            Outcome(
-                combination,
-                {seed: of_run[search.search.metric] for seed, of_run in metrics.items()},
-                sum(costs) / len(costs) if costs else math.nan,
-                [seed for seed in cells if seed not in done],
-            )
-        )
-    return found
-
-
-def _cpu_seconds(directory: Path) -> float:
-    """Of a run's stages."""
-    files = [directory / "cost.json", *directory.glob("stage*/cost.json")]
-    return sum(json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"] for file in files)
-
-
-def report(search: Search, found: Sequence[Outcome]) -> str:
-    """The tables, in Markdown: all combinations, the best first; and what the questions come to."""
-    arguments = search.search
-    base = found[0]
-    ranked = sorted(found, key=lambda outcome: _rank(outcome.interval.mean), reverse=True)
-    lines = [
-        [
-            outcome.combination.name,
-            outcome.combination.text,
-            _shown(outcome.interval),
-            MISSING if outcome is base else _shown(outcome.difference(base), signed=True),
-            number(outcome.cost, ".1f"),
-        ]
-        for outcome in ranked
-    ]
-    heads = ["set", "losses", arguments.metric, f"less {BASE}", "CPU s"]
-    parts = [
-        "# Search for the best combination of losses",
-        f"The losses of the {arguments.stage} stages of {search.preset.stem}, {arguments.max_steps} steps a stage, "
-        f"learning rate {arguments.learning_rate:g}, seeds {' '.join(map(str, arguments.seeds))}. "
-        f"{arguments.metric} on held-out rows: mean over seeds ± half-width of its 95 % interval (Student's t); the "
-        "difference is paired by seed. Not corrected for the number of sets; the best of many is too good by chance.",
-        markdown_table(heads, lines),
-    ]
-    answers = [line for line in _answers({outcome.combination.name: outcome for outcome in found}) if line]
-    if answers:
-        parts += ["## Questions", "\n".join(f"- {line}" for line in answers)]
-    failed = [f"- {one.combination.name}: seeds {' '.join(map(str, one.failed))}" for one in found if one.failed]
-    if failed:
-        parts += ["## Failed runs", "\n".join(failed)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _answers(by_name: Mapping[str, Outcome]) -> list[str]:
-    """A line for each question to which the sets have an answer."""
-
-    def gain(name: str, other: str) -> str | None:
-        if name not in by_name or other not in by_name:
-            return None
-        difference = by_name[name].difference(by_name[other])
-        return None if difference is None else _shown(difference, signed=True)
-
-    asked = [
-        ("Attention losses", BASE, "without attention"),
-        ("Hard labels beside all other losses", BASE, "without hard labels"),
-        ("Hard labels beside soft targets alone", "soft and hard", "soft alone"),
-        ("All losses of the base over soft targets alone", BASE, "soft alone"),
-    ]
-    return [f"{what}: {found}" for what, name, other in asked if (found := gain(name, other)) is not None]
-
-
-def _rank(mean: float) -> float:
-    return -math.inf if math.isnan(mean) else mean
-
-
-def _shown(interval: Interval | None, *, signed: bool = False) -> str:
-    if interval is None or math.isnan(interval.mean):
-        return MISSING
-    sign = "+" if signed else ""
-    half = "" if interval.half_width is None else f" ± {interval.half_width:.3g}"
-    return f"{interval.mean:{sign}.4g}{half}"

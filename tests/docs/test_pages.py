@@ -83,7 +83,7 @@ def test_flags_are_known(snippet):
 def known_flags(capsys) -> set[str]:
     """Of all recipes and the planner, by their own `--help_all`."""
     flags = {action.dest for action in planner.parser()._actions}
-    for recipe in (*RECIPES, "compare"):
+    for recipe in (*RECIPES, "compare", "encoder_search"):
         assert run(f"{recipe} --help_all") == 0
         flags |= set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
     return flags

@@ -113,6 +113,14 @@ GROUPS = {
         "Distillation of encoders": "stages losses layer_map temperature relation_heads mlm_probability max_length",
         USUAL: TRAINING,
     },
+    "encoder_search": {
+        "Data of general stages": "dataset source_column",
+        "Data of task stages": "task_dataset task_source_column label_column",
+        "Held-out data": "task_eval_dataset",
+        "Teacher": "teacher task_teacher",
+        "Student: a checkpoint, or a smaller teacher": NEW_STUDENT,
+        "Search": "smoke base stage sets candidates up_to seeds max_steps learning_rate metric common jobs output_dir",
+    },
     "evaluate": {
         "Data": DATA,
         "Prompts": PROMPTS,
@@ -136,7 +144,7 @@ GROUPS = {
         ),
     },
 }
-WITH_HELP = (*RECIPES, "compare")
+WITH_HELP = (*RECIPES, "compare", "encoder_search")
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,13 @@ import typing
 
 import pytest
 
-from rlkd_trl.commands import arguments
+from rlkd_trl.commands import arguments, encoder_search
 from rlkd_trl.commands.comparison import arguments as of_compare
 from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
 from rlkd_trl.settings.files import Reads, files_read, places_written
 from rlkd_trl.trainers import config, encoder_config, full_vocabulary_config, supervised_config
 
-MODULES = [arguments, of_compare, config, encoder_config, full_vocabulary_config, supervised_config]
+MODULES = [arguments, of_compare, encoder_search, config, encoder_config, full_vocabulary_config, supervised_config]
 KINDS = sorted(
     {
         kind
@@ -31,7 +31,7 @@ NO_FILES = set(
     "sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
     "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs "
     "task_split task_config task_revision task_source_column task_pair_column task_eval_split task_teacher_revision "
-    "stages losses layer_map".split()
+    "stages losses layer_map stage sets candidates metric".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
