@@ -28,10 +28,14 @@ from rlkd_trl.commands.comparison.checks import (
     TrainerConfigs,
     check_flags,
     check_named,
+    check_runs,
     checked_rows,
     find_methods,
-    use_demo,
+    first_runs,
+    make_demo,
+    name_demo,
 )
+from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.run_directory import check_writable
 from rlkd_trl.commands.settings import parse_settings
@@ -60,25 +64,29 @@ def main() -> None:
     templates = load_templates(settings.prompts)
     check_flags(methods, settings.compare.common or [], CONFIGS, settings.teacher)
     check_writable("--output_dir", Path(settings.compare.output_dir))
-    if settings.compare.smoke:
-        use_demo(settings)
+    demo = name_demo(settings) if settings.compare.smoke else None
+    grid = Grid.of(settings, methods)
+    runs = first_runs(grid, CONFIGS)
+    if demo is not None:
+        make_demo(demo)
     tests = checked_rows(settings, templates)
+    check_runs(runs)
+    grid.check()
 
     from rlkd_trl.commands.comparison.examiner import Examiner
-    from rlkd_trl.commands.comparison.grid import Grid
     from rlkd_trl.commands.comparison.results import write_results
     from rlkd_trl.evaluation.evaluate import check_finite
 
-    grid = Grid.of(settings, methods)
-    grid.check()
+    # Test the teacher and the warm start: if one of them is broken, no run is begun.
+    examiner = Examiner(settings, tests, templates, grid.digests)
+    examiner.test_given_models(grid.output_dir)
 
     # Train: for each method's learning rate, then every budget and seed with it.
     failures: dict[Path, str] = {}
     search = grid.search(failures)
     best = grid.train(search["chosen"], failures)
 
-    # Test: the teacher, the warm start, and what each run made of it.
-    examiner = Examiner(settings, tests, templates, grid.digests)
+    # Test what each run made of the warm start.
     summaries = examiner.summaries(grid, search["chosen"], best, failures)
 
     # Compare, save, and say by the exit code if a run failed, or a test met numbers that are not finite.

@@ -160,16 +160,17 @@ def train_demo_models(**fields) -> None:
     _fit(student, tokenizer, pairs, request.student, max_steps=request.student_steps, learning_rate=3e-3, seed=seed)
 
 
-def write_demo_files(output_dir: str | Path) -> dict[str, str]:
-    """Writes the demo task's splits as JSON lines of `source` and `references`; returns each split's path."""
-    paths = {}
-    for split in SPLIT_SIZES:
-        path = Path(output_dir) / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+def demo_files(output_dir: str | Path) -> dict[str, str]:
+    """Where `write_demo_files` writes, by split."""
+    return {split: str(Path(output_dir) / f"{split}.jsonl") for split in SPLIT_SIZES}
+
+
+def write_demo_files(output_dir: str | Path) -> None:
+    """Writes the demo task's splits as JSON lines of `source` and `references`."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    for split, path in demo_files(output_dir).items():
         rows = demo_dataset(split).remove_columns("target")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        paths[split] = str(path)
-    return paths
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _fit(

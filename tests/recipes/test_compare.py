@@ -14,10 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rlkd_trl.commands import files_read
-from rlkd_trl.commands.arguments import TeacherArguments
 from rlkd_trl.commands.comparison import cells
+from rlkd_trl.commands.comparison.arguments import ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell
-from rlkd_trl.commands.comparison.checks import check_flags, find_method
+from rlkd_trl.commands.comparison.checks import check_flags, find_method, first_runs
+from rlkd_trl.commands.comparison.grid import Grid
+from rlkd_trl.commands.parser import RecipeParser
+from rlkd_trl.commands.settings import groups_of
 from rlkd_trl.trainers.config import RLOOKDConfig
 from tests.recipes.command_lines import (
     COLUMNS,
@@ -31,7 +34,7 @@ from tests.recipes.command_lines import (
     write_csv,
     write_templates,
 )
-from tests.recipes.stand_ins import GOOD, calls, compare, places, results_of
+from tests.recipes.stand_ins import DATA, GOOD, MODELS, calls, compare, places, results_of
 
 
 @pytest.mark.slow
@@ -546,7 +549,11 @@ def test_shipped_methods(preset):
     assert preset.read_text().startswith("# "), "names the paper"
     configs = main_of("compare").__globals__["CONFIGS"]
     method = find_method(str(preset), ROOT / "recipes")
-    check_flags([method], ["logging_steps=5"], configs, TeacherArguments(teacher=["t"]))
+    flags = f"{MODELS} {DATA} --max_steps 3 --common logging_steps=5".split()
+    settings = ComparisonSettings(*RecipeParser(*groups_of(ComparisonSettings).values(), description="").parse(flags))
+    check_flags([method], settings.compare.common, configs, settings.teacher)
+    (run,) = first_runs(Grid.of(settings, [method]), configs).values()
+    assert (run.args.logging_steps, run.args.max_steps, run.teacher.teacher) == (5, 3, ["teacher"])
 
 
 def test_a_method_may_keep_its_teacher_in_another_way(workplace):

@@ -68,6 +68,11 @@ class Cell:
         }
         return json.loads(json.dumps(record, default=str))
 
+    def words(self, *, goes_on: bool) -> list[str]:
+        """The recipe's command line. goes_on: from the run's own checkpoint."""
+        begin = "--resume" if goes_on else "--overwrite_output_dir"
+        return ["--config", str(self.method.preset), *self.flags, begin, "--output_dir", str(self.directory)]
+
     def check(self) -> None:
         """Raises `InputError` if the directory holds the results of another command, or of other files."""
         record = self.record()  # of every cell: the digests are taken here, before anything runs
@@ -92,11 +97,9 @@ class Cell:
         was_begun = command.is_file() and command.read_text(encoding="utf-8") == record
         goes_on = was_begun and newest_whole(self.directory)[0] is not None
         command.write_text(record, encoding="utf-8")
-        words = [sys.executable, str(self.method.recipe), "--config", str(self.method.preset), *self.flags]
-        words.append("--resume" if goes_on else "--overwrite_output_dir")
+        words = [sys.executable, str(self.method.recipe), *self.words(goes_on=goes_on)]
         stderr = self.directory / "stderr.txt"
         with (self.directory / "stdout.txt").open("w") as out, stderr.open("w") as err:
-            words += ["--output_dir", str(self.directory)]
             code = running.run(words, stdout=out, stderr=err, env=environment)
         if code == 0 and self.is_done:
             return None

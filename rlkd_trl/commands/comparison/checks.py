@@ -2,6 +2,7 @@
 
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,14 +11,17 @@ from rlkd_trl.commands.arguments import (
     DataArguments,
     HeldOutArguments,
     PromptArguments,
+    RunArguments,
     StudentArguments,
     TeacherArguments,
 )
 from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.arguments import BUDGETS, ComparisonArguments, ComparisonSettings, as_flags
 from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
+from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.data import load_prompts
-from rlkd_trl.commands.demo import DemoRequest, make_demo_models, write_demo_files
+from rlkd_trl.commands.demo import DemoRequest, demo_files, make_demo_models, write_demo_files
+from rlkd_trl.commands.distillation import check, check_data, within_lengths
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, groups_of
@@ -29,7 +33,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Flags of a run, beside those on data, prompts and models, that are not a method's own.
-SET_HERE = ("config", "output_dir", "seed", "learning_rate", "max_prompt_length", "max_completion_length", *BUDGETS)
+SET_HERE = (
+    *("config", "output_dir", "resume_from_checkpoint", "seed", "learning_rate"),
+    *("max_prompt_length", "max_completion_length", *BUDGETS),
+)
 # Its students write nothing that could be compared with what others write.
 ENCODERS = "encoder_kd"
 # These a preset may set nevertheless: teachers kept in different ways are methods to compare.
@@ -95,20 +102,17 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
 
 
 def check_flags(
-    methods: Sequence[Method],
-    common: Sequence[str],
-    configs: Mapping[str, type],
-    teacher: TeacherArguments,
+    methods: Sequence[Method], common: Sequence[str], configs: Mapping[str, type], teacher: TeacherArguments
 ) -> None:
-    """Presets and `--common` are flags that the recipes know, and none that is set here.
+    """Presets and `--common` set nothing that is set here for all methods alike.
 
     common: as name=value. configs: recipe to the class of its settings. teacher: as given to compare.py, whose tests
     ask it; a preset may only choose the weights' dtype or quantisation where that does not.
 
     Raises:
-        InputError: As above, a value is refused, or a recipe is not in `configs`.
+        InputError: As above, or a recipe is not in `configs`.
     """
-    groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments]
+    groups = [DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, StudentArguments, RunArguments]
     set_here = {option.name for group in groups for option in fields(group)}.union(SET_HERE)
     given_flags = {flag.removeprefix("--") for flag in as_flags(teacher)}
     set_here -= OF_THE_TEACHERS_WEIGHTS - given_flags
@@ -126,11 +130,48 @@ def check_flags(
                 )
             if clash := sorted(set_here.intersection(names)):
                 raise InputError(f"{source} sets {clash[0]}, which compare.py sets for all methods alike.")
-        config = configs[recipe]
+
+
+def first_runs(grid: Grid, configs: Mapping[str, type]) -> dict[str, DistillationSettings]:
+    """The settings of each method's first run, parsed as the recipe will parse them, by the method's name.
+
+    Raises:
+        InputError: The recipe would refuse a flag or a value.
+    """
+    runs = {}
+    for method in grid.methods:
+        config = configs[method.recipe.stem]
         has_rewards = any(option.name == "reward_weights" for option in fields(config))
         kind = RewardedSettings if has_rewards else DistillationSettings
-        parser = RecipeParser(*groups_of(kind, config).values(), description="", recipe=recipe)
-        parser.parse(["--config", str(method.preset), *(f"--{flag}" for flag in common)])
+        groups = groups_of(kind, config)
+        parser = RecipeParser(*groups.values(), description="", recipe=method.recipe.stem)
+        cell = grid.cell(next(iter(grid.budgets)), method, grid.seeds[0], grid.learning_rates[0])
+        with _naming(method.name):
+            parsed = parser.parse(cell.words(goes_on=False))
+            runs[method.name] = kind(**dict(zip(groups, parsed, strict=True)))
+    return runs
+
+
+def check_runs(runs: Mapping[str, DistillationSettings]) -> None:
+    """All that each method's recipe checks before it loads a model; of the data, which are the same for all, once.
+
+    Raises:
+        InputError: One of the recipes would; the message names the method.
+    """
+    data = check_data(next(iter(runs.values())))
+    for name, run in runs.items():
+        with _naming(name):
+            inputs = check(run, data)
+    within_lengths(run, inputs)
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    """Puts the method's name before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Method {method}: {error}") from error
 
 
 def load_test_rows(settings: ComparisonSettings, templates: PromptTemplates | None) -> dict[str, "Dataset"]:
@@ -175,15 +216,20 @@ def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None
     return {name: list(fit_rows(rows, f"Test data {name}", *of_prompts, **lengths)) for name, rows in tests.items()}
 
 
-def use_demo(settings: ComparisonSettings) -> None:
-    """Fills in the demo's data, and a teacher and a warm start of little training; makes them in
-    `--output_dir`/demo."""
+def name_demo(settings: ComparisonSettings) -> DemoRequest:
+    """Fills in the demo's data, a teacher and a warm start, in `--output_dir`/demo; returns what is to be trained."""
     directory = Path(settings.compare.output_dir) / "demo"
-    files = write_demo_files(directory)
+    files = demo_files(directory)
     settings.data.dataset = files["train"]
     settings.measurement.validation_dataset = files["validation"]
     settings.measurement.test_dataset = [files["test"]]
     request = DemoRequest(str(directory), asdict(settings.prompts), seed=0, **SMOKE_STEPS)
     settings.teacher.teacher, settings.student.student = [request.teacher], request.student
+    return request
+
+
+def make_demo(request: DemoRequest) -> None:
+    """Writes the demo's data and trains its models briefly, unless an earlier comparison has."""
+    write_demo_files(request.output_dir)
     if not Path(request.student, "config.json").is_file():
         make_demo_models(request)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import RewardArguments, StudentArguments
+from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings, as_flags
 from rlkd_trl.commands.comparison.cells import Method
 from rlkd_trl.commands.comparison.grid import Grid
@@ -20,7 +20,7 @@ from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
     from rlkd_trl.evaluation.evaluate import Evaluation
-
+    from rlkd_trl.rewards import RewardModel
 
 COVERAGE = "nll_of_teacher_samples_per_token"
 
@@ -44,11 +44,8 @@ class Examiner:
         self.baseline = settings.compare.baseline
         self.lengths = {"max_completion_length": test.max_completion_length, "batch_size": test.batch_size}
         self.max_prompt_length = test.max_prompt_length
-        from rlkd_trl.rewards import TeacherForcingReward
-
-        self.reward_model = load_reward_model(
-            [TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None
-        )
+        self._load_rewards = partial(_load_reward, teacher, templates)
+        self._reward_model: RewardModel | None = None
         self.digests = digests
         self.not_finite: dict[str, dict[str, float]] = {}  # metrics by directory, where numbers are not
         self.settings = {
@@ -59,6 +56,34 @@ class Examiner:
             "num_samples": test.num_samples,
         }
         self._teacher_samples: dict[str, Evaluation] = {}
+
+    @property
+    def reward_model(self) -> "RewardModel":
+        """With the teacher, which is loaded when it is first asked for."""
+        if self._reward_model is None:
+            self._reward_model = self._load_rewards()
+        return self._reward_model
+
+    def test_given_models(self, output_dir: Path) -> None:
+        """Tests what is there before any run, the teacher and the warm start, and leaves the memory to the runs.
+
+        Raises:
+            InputError: As `load_reward_model` and `load_student`.
+            TrainingError: Numbers that are not finite stand in the results.
+        """
+        from accelerate.utils import release_memory
+
+        from rlkd_trl.evaluation.evaluate import check_finite
+
+        for test in self.tests:
+            self._test_given_models(test, output_dir)
+        check_finite(self.not_finite, "No run was begun.")
+        (self._reward_model,) = release_memory(self._reward_model)
+
+    def _test_given_models(self, test: str, output_dir: Path) -> list[Entry]:
+        of_teacher = self._test_teacher(test, output_dir / "teacher")
+        of_warm_start = self._test_student(test, output_dir / "warm_start", self.student)
+        return [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
 
     def summaries(
         self,
@@ -73,9 +98,7 @@ class Examiner:
         """
         found = {}
         for test in self.tests:
-            of_teacher = self._test_teacher(test, grid.output_dir / "teacher")
-            of_warm_start = self._test_student(test, grid.output_dir / "warm_start", self.student)
-            given_models = [Entry("teacher", [of_teacher]), Entry("warm_start", [of_warm_start])]
+            given_models = self._test_given_models(test, grid.output_dir)
             found[test] = {}
             for budget in grid.budgets:
                 of_methods = []
@@ -87,7 +110,7 @@ class Examiner:
                     )
                 found[test][budget] = summarise(
                     [*given_models, *of_methods],
-                    teacher=of_teacher,
+                    teacher=given_models[0].outcomes[0],
                     baseline=self.baseline or grid.methods[0].name,
                     num_resamples=self.num_resamples,
                 )
@@ -191,3 +214,11 @@ class Examiner:
 
         tokenizer = self.reward_model.panels[0].scorers[0].teacher.processing_class
         return evaluate_teacher(tokenizer, self.tests[test], self.reward_model, **settings, **self.lengths)
+
+
+def _load_reward(teacher: TeacherArguments, templates: PromptTemplates | None) -> "RewardModel":
+    from rlkd_trl.rewards import TeacherForcingReward
+
+    return load_reward_model(
+        [TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None
+    )
