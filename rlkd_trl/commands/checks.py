@@ -120,10 +120,13 @@ def require(**flags: object) -> None:
             raise InputError(f"{flag} is needed here.")
 
 
-def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, fp16: bool = False) -> None:
+def check_checkpoints(
+    teacher: TeacherArguments, student: StudentArguments, *, fp16: bool = False, top_k: int = 0
+) -> None:
     """Checks that teacher and student share a tokenizer, and have an embedding for each of its tokens.
 
-    Only configs and tokenizers are read. fp16: whether the student is trained in mixed precision with float16.
+    Only configs and tokenizers are read. fp16: whether the student is trained in mixed precision with float16. top_k:
+    of how many tokens each is sampled, 0 for all.
 
     Raises:
         InputError: They do not, or as `check_teacher` and `check_student`; the message names what differs.
@@ -142,6 +145,8 @@ def check_checkpoints(teacher: TeacherArguments, student: StudentArguments, *, f
         check_same_tokenizer(student_tokenizer, teacher_writer(teacher, name).processing_class)
         config = load_config(name, revision=teacher.teacher_revision)
         check_embedding_rows("The teacher", student_tokenizer, config)
+    if top_k > len(student_tokenizer):
+        raise InputError(f"top_k = {top_k}, but the student has {len(student_tokenizer)} tokens: set top_k to 0.")
 
 
 def check_teacher(teacher: TeacherArguments) -> None:

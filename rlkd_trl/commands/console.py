@@ -148,7 +148,7 @@ def _end_in_words(code: int) -> str:
         return f"ended with code {code}"
     why = ": the machine's memory may not suffice" if -code == signal.SIGKILL else ""
     killed = f"was killed by signal {-code} ({signal.Signals(-code).name}){why}"
-    return f"{killed}. To continue: the same command with --resume, if a checkpoint was saved before"
+    return f"{killed}. To continue: the same command with --resume, if it trains and a checkpoint was saved before"
 
 
 def _config_file(arguments: Namespace) -> str | None:

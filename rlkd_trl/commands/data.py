@@ -61,34 +61,51 @@ def load_prompts(
     Raises:
         InputError: A file, column, split or template is wrong; the message names it.
     """
-    if data.dataset is None:
-        rows = demo_dataset("test" if held_out else "train").remove_columns("target")
-        source_column, target_column = "source", "references"
-    else:
-        rows = _load_rows(data, held_out)
-        source_column, target_column = data.source_column, data.target_column
-        if held_out is not None and held_out.eval_target_column is not None:
-            target_column = held_out.eval_target_column
-        require_columns(rows, source_column=source_column, target_column=target_column)
-    grouped = group_by_source(rows, source_column, target_column)
-    if data.max_rows is not None and held_out is None:
-        grouped = grouped.select(range(min(data.max_rows, len(grouped))))
-    if source_column != "source" or is_conversation(grouped[0]["prompt"]):
-        if "source" in grouped.column_names:
-            print(
-                f"The data's own column `source` is replaced by the source text, from `{source_column}`.", flush=True
-            )
-            grouped = grouped.remove_columns("source")
-        grouped = grouped.add_column("source", [source_text(prompt) for prompt in grouped["prompt"]])
     if prompts.student_template is not None:
         require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
-        texts = []
-        for i, row in enumerate(grouped):
-            with naming(f"Row {i + 1}"):
-                texts.append(str(student_prompt(prompts.student_template, row)))
-        grouped = grouped.remove_columns("prompt").add_column("prompt", texts)
-    check_templates(templates, grouped)
+    for template in templates or []:
+        require_variable(template.name, template.input_variables)
+    if data.dataset is None:
+        rows = demo_dataset("test" if held_out else "train").remove_columns("target")
+        grouped, name = group_by_source(rows, "source", "references"), "The demo's data"
+    else:
+        rows, name = _load_rows(data, held_out), data.dataset if held_out is None else held_out.eval_dataset
+        with naming(name):
+            grouped = _grouped(rows, data, held_out)
+    if data.max_rows is not None and held_out is None:
+        grouped = grouped.select(range(min(data.max_rows, len(grouped))))
+    with naming(name):
+        if prompts.student_template is not None:
+            grouped = _with_student_prompts(grouped, prompts.student_template)
+        if templates is not None:
+            templates.validate(question_columns(templates, row) for row in grouped)
     return grouped
+
+
+def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | None) -> "Dataset":
+    """One row for each distinct input, with a column `source` too. Raises `InputError` for a wrong column or row."""
+    target_column, target_flag = data.target_column, "target_column"
+    if held_out is not None and held_out.eval_target_column is not None:
+        target_column, target_flag = held_out.eval_target_column, "eval_target_column"
+    require_columns(rows, **{"source_column": data.source_column, target_flag: target_column})
+    require_two_columns(data.source_column, target_column, flag=target_flag)
+    grouped = group_by_source(rows, data.source_column, target_column)
+    if data.source_column == "source" and not is_conversation(grouped[0]["prompt"]):
+        return grouped
+    if "source" in grouped.column_names:
+        print(
+            f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.", flush=True
+        )
+        grouped = grouped.remove_columns("source")
+    return grouped.add_column("source", [source_text(prompt) for prompt in grouped["prompt"]])
+
+
+def _with_student_prompts(rows: "Dataset", template: str) -> "Dataset":
+    texts = []
+    for i, row in enumerate(rows):
+        with naming(f"Row {i + 1}"):
+            texts.append(str(student_prompt(template, row)))
+    return rows.remove_columns("prompt").add_column("prompt", texts)
 
 
 def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) -> "Dataset":
@@ -96,15 +113,6 @@ def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) ->
         (data.dataset, data.dataset_split) if held_out is None else (held_out.eval_dataset, held_out.eval_split)
     )
     return load_rows(name, split, revision=data.dataset_revision, config=data.dataset_config)
-
-
-def check_templates(templates: PromptTemplates | None, rows: "Dataset") -> None:
-    """Renders every row through every template. Raises `InputError` that names the first row and template to fail."""
-    if templates is None:
-        return
-    for template in templates:
-        require_variable(template.name, template.input_variables)
-    templates.validate(question_columns(templates, row) for row in rows)
 
 
 def require_variable(name: str, variables: Collection[str]) -> None:
@@ -117,9 +125,11 @@ def require_variable(name: str, variables: Collection[str]) -> None:
 
 
 def load_train_and_held_out(
-    settings: DistillationSettings, templates: PromptTemplates | None
+    settings: DistillationSettings, templates: PromptTemplates | None, *, flag: str = "--eval_dataset"
 ) -> tuple["Dataset", "Dataset"]:
     """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
+
+    flag: the name that `--eval_dataset` has for the user.
 
     Raises:
         InputError: As `load_prompts`; or too few inputs, to hold some out.
@@ -137,9 +147,9 @@ def load_train_and_held_out(
     else:
         count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
         if count == 0:
-            raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give --eval_dataset.")
+            raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give {flag}.")
         order = random.Random(args.seed).sample(range(len(train)), len(train))
-        print(f"No --eval_dataset: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
+        print(f"No {flag}: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
         train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
     return train, test
 

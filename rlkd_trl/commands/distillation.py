@@ -116,8 +116,10 @@ def distil(
     finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
 
 
-def check_data(settings: DistillationSettings) -> CheckedData:
+def check_data(settings: DistillationSettings, *, held_out_flag: str = "--eval_dataset") -> CheckedData:
     """Checks files, templates and rows, and loads the latter; a sketch of the trainer's config is enough.
+
+    held_out_flag: the name that `--eval_dataset` has for the user.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -125,7 +127,7 @@ def check_data(settings: DistillationSettings) -> CheckedData:
     is_demo(settings)
     require_files(settings)
     templates = load_templates(settings.prompts)
-    return CheckedData(templates, *load_train_and_held_out(settings, templates))
+    return CheckedData(templates, *load_train_and_held_out(settings, templates, flag=held_out_flag))
 
 
 def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
@@ -148,7 +150,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
         check_targets(data.train, settings.args)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not is_demo(settings):
-        check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16)
+        check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16, top_k=settings.args.top_k)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 
 

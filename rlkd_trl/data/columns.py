@@ -25,10 +25,10 @@ def require_columns(rows: Dataset, **flags: str | None) -> None:
             raise InputError(f"`--{flag} {column}` is not in the data; its columns are: {columns}.")
 
 
-def require_two_columns(source_column: str, target_column: str | None) -> None:
-    """Raises `InputError` if sources and targets are one column."""
+def require_two_columns(source_column: str, target_column: str | None, *, flag: str = "target_column") -> None:
+    """Raises `InputError` if sources and targets are one column. flag: the one that names the targets."""
     if source_column == target_column:
-        raise InputError(f"`--target_column {target_column}` is the source column too; name another or leave it out.")
+        raise InputError(f"`--{flag} {target_column}` is the source column too; name another or leave it out.")
 
 
 def group_by_source(rows: Dataset, source_column: str, target_column: str | None = None) -> Dataset:

@@ -4,6 +4,9 @@ Each is a row of a table: the recipes that it is given to, the flags with the mi
 files that they name are those of `bad_files`.
 """
 
+import shlex
+from collections.abc import Iterator
+
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS
 
 PRESETS = ROOT / "recipes" / "configs" / "methods"
@@ -36,7 +39,7 @@ GOOD |= {
     "--max_length 32 --output_dir out",
     "encoder_kd (task)": f"--task_teacher classifier --task_dataset texts.csv --label_column label {TWO_STEPS} "
     "--max_length 32 --output_dir out",
-    "compare": f"{COMPARISON} --max_steps 2 --output_dir out",
+    "compare": f"{COMPARISON} --max_steps 2 --common per_device_train_batch_size=8 --output_dir out",
     "plan": "--teacher teacher --student student --max_prompt_length 8 --max_completion_length 4",
 }
 ON_POLICY = ("ppo_kd", "rloo_kd", "reinforce_kd")
@@ -136,8 +139,15 @@ DATA_CASES = [
     (
         ("kd",),
         "--eval_dataset test.csv --eval_target_column text",
-        "text` is not in the data; its columns are: mr, ref",
+        "test.csv: `--eval_target_column text` is not in the data; its columns are: mr, ref",
     ),
+    (
+        DISTILLED,
+        "--eval_dataset test.csv --eval_target_column mr",
+        "test.csv: `--eval_target_column mr` is the source column too; name another or leave it out.",
+    ),
+    (SOME_DISTILLED, "--eval_dataset no_target.csv", "no_target.csv: Row 3: column `ref` is empty"),
+    (SOME_DISTILLED, "--eval_dataset test.csv --dataset no_target.csv", "no_target.csv: Row 3: column `ref` is empty"),
 ]
 PROMPT_CASES = [
     (ALL, "--templates nowhere.yaml", "no prompt template file nowhere.yaml"),
@@ -428,6 +438,7 @@ SETTING_CASES = [
     (("ppo_kd", "rloo_kd", "kd", "all_actions_kd"), "--top_k 5", "top_k=5"),
     (("reinforce_kd",), "--top_k 1", "top_k = 1: 0 samples from all tokens"),
     (("reinforce_kd",), "--top_k -3", "top_k = -3"),
+    (("reinforce_kd",), "--top_k 5000", "top_k = 5000, but the student has 29 tokens: set top_k to 0"),
     (("reinforce_kd",), "--top_k 5 --beta 0.1", "beta = 0.1 goes with neither top_k nor behaviour_sync_steps"),
     (("reinforce_kd",), "--behaviour_sync_steps 5 --beta 0.1", "beta = 0.1 goes with neither"),
     (("reinforce_kd",), "--top_k 5 --reward log_ratio", "log_ratio goes with neither top_k nor"),
@@ -757,7 +768,7 @@ COMPARISON_CASES = [
         ("--validation_dataset test.csv", "8 inputs of --test_dataset test.csv are in --validation_dataset too"),
         ("--dataset twice.csv", "twice.csv has the column `mr` twice"),
         ("--source_column text", "`--source_column text` is not in the data"),
-        ("--eval_target_column text", "`--target_column text` is not in the data"),
+        ("--eval_target_column text", "test.csv: `--eval_target_column text` is not in the data"),
         ("--templates bomb.yaml", "repeats to more than 10000000 elements"),
         ("--teacher other_tokenizer", "Teacher and student have different tokenizers"),
         ("--teacher_dtype float16", "T5 models overflow in float16"),
@@ -767,6 +778,40 @@ COMPARISON_CASES = [
         ("--max_stps 3", "unknown flag --max_stps; did you mean --max_steps"),
         ("--config yaml_bomb.yaml", "expands to more than 10000 values"),
     ]
+]
+# Which compare.py sets for all methods, itself or (the last) by default.
+NOT_IN_COMMON = ("--max_", "--seed", "--learning_rate", "--config", "--load_best_model_at_end")
+
+
+def _common_cases() -> Iterator[tuple[tuple[str], str, str]]:
+    """What a recipe refuses in its trainer's settings, compare.py refuses in `--common` before any run."""
+    for recipes, flags, message in SETTING_CASES:
+        recipe = next((recipe for recipe in DISTILLED if recipe in recipes), None)
+        words = shlex.split(flags)
+        pairs = list(zip(words[::2], words[1::2], strict=False))
+        is_of_pairs = len(words) == 2 * len(pairs) and all(name.startswith("--") for name, _ in pairs)
+        if recipe is None or not is_of_pairs or any(name.startswith(NOT_IN_COMMON) for name, _ in pairs):
+            continue
+        common = " ".join(f"{name.removeprefix('--')}={shlex.quote(value)}" for name, value in pairs)
+        yield ("compare",), f"--methods {recipe}/plain.yaml --common {common}", message
+
+
+COMMON_CASES = [
+    *_common_cases(),
+    (("compare",), "--common resume=true", "--common sets resume, which compare.py sets for all methods alike"),
+    (("compare",), "--common resume_from_checkpoint=begun", "--common sets resume_from_checkpoint, which compare.py"),
+    (("compare",), "--common per_device_train_batch_size=80", "Method gkd: A rollout takes 80 prompts"),
+    (("compare",), "--common fp16=true", "Method ppo: T5 models overflow in float16"),
+    (("compare",), "--common reward=nowhere.py:f --methods ppo", "Method ppo: `--reward nowhere.py:f`: there is no f"),
+    (
+        ("compare",),
+        "--methods ppo_kd/reward_fails.yaml",
+        "Method reward_fails: `--reward fails.py:f`: fails.py failed",
+    ),
+    (("compare",), "--max_rows 5", "5 distinct inputs are too few to hold some out: give --validation_dataset."),
+    (("compare",), "--validation_dataset no_target.csv", "no_target.csv: Row 3: column `ref` is empty"),
+    (("compare",), "--test_dataset no_source.csv", "no_source.csv: Row 3: column `mr` is empty"),
+    (("compare",), "--eval_target_column mr", "test.csv: `--eval_target_column mr` is the source column too"),
 ]
 PLANNER_CASES = [
     (("plan",), flags, message)
@@ -793,6 +838,10 @@ PLANNER_CASES = [
 ]
 # Whole commands, in which something is missing; and those of the console command.
 COMMAND_CASES = [
+    (
+        f"compare {GOOD['compare'].replace('--target_column ref', '')}",
+        "Method gkd: Distillation on data needs targets, but row 1 has none",
+    ),
     ("plan", "the following arguments are required: --teacher, --student"),
     ("plan --teacher teacher", "the following arguments are required: --student"),
     ("compare", "--dataset and --test_dataset and --teacher and --student missing. To try this on the embedded demo"),
@@ -818,14 +867,26 @@ LOADED_CASES = [
         "--student pickled_weights",
         "its weights are a pickle that holds more than tensors, and could run",
     ),
-    (("pseudo_label", "rloo_kd"), "--teacher nan_weights", "weights that are NaN or infinite, in shared.weight"),
-    (("sft", "kd"), "--student nan_weights", "weights that are NaN or infinite, in shared.weight: it was destroyed"),
+    (
+        ("pseudo_label", "rloo_kd", "compare"),
+        "--teacher nan_weights",
+        "that are NaN or infinite, in shared.weight",
+    ),
+    (
+        ("sft", "kd", "compare"),
+        "--student nan_weights",
+        "NaN or infinite, in shared.weight: it was destroyed",
+    ),
     (
         ("sft", "kd"),
         "--student without_embeddings",
         "is incomplete: 1 of its weights are not in the checkpoint (shared",
     ),
-    (("pseudo_label", "kd"), "--teacher without_block", "is incomplete: 21 of its weights are not in the checkpoint"),
+    (
+        ("pseudo_label", "kd", "compare"),
+        "--teacher without_block",
+        "is incomplete: 21 of its weights are not in the",
+    ),
     (("sft", "kd"), "--student other_shape", "its weights have other shapes than its config.json says. Copy or save"),
     (("sft", "evaluate"), "--student missing_shard", "No such file or directory: missing_shard/model-00001-of-00002"),
     (("sft", "kd"), "--student without_weights", "no file named model.safetensors, or pytorch_model.bin, found in"),

@@ -7,6 +7,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def parsed(line: str) -> dict[str, object]:
         with pytest.raises(_Parsed):
             main_of(recipe)()
     return {name: value for group in groups for name, value in vars(group).items()}
+
+
+@cache
+def flags_of(recipe: str) -> set[str]:
+    """Every flag that the command has."""
+    if recipe == "plan":
+        return {option for action in command.parser()._actions for option in action.option_strings}
+    return {f"--{name}" for name in [*parsed(recipe), "config", "help", "help_all", "debug"]}
 
 
 def word_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rlkd_trl.commands.comparison.grid import Grid
 from tests.recipes.bad_encoders import ENCODER_CASES, ENCODER_LOADED_CASES, make_encoder_files
 from tests.recipes.bad_files import make_files
 from tests.recipes.bad_inputs import (
     ALL,
     COMMAND_CASES,
+    COMMON_CASES,
     DATA,
     DISTILLED,
     GOOD,
@@ -23,7 +23,7 @@ from tests.recipes.bad_inputs import (
     REFUSED_AT_ONCE,
     UNLABELLED,
 )
-from tests.recipes.command_lines import PROMPTED, RECIPES, SAMPLING, TWO_STEPS, main_of, run
+from tests.recipes.command_lines import PROMPTED, RECIPES, SAMPLING, TWO_STEPS, flags_of, main_of, run
 
 MOST_SECONDS = 15
 
@@ -75,7 +75,6 @@ def workplace(place, monkeypatch) -> Path:
 
     monkeypatch.setattr(PreTrainedModel, "__init__", refuse_memory)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)  # which makes its models without memory, too
-    monkeypatch.setattr(Grid, "search", refuse)
     return place
 
 
@@ -95,6 +94,20 @@ def state_of(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def unknown_flags(command: str, message: str) -> set[str]:
+    """The flags in a message that the user can neither have given nor give to this command."""
+    recipe = next((word for word in command.split() if word in GOOD), None)
+    if recipe is None:  # of the launcher
+        return set()
+    known = flags_of(recipe) | {"--num_processes", "--config_file", "--cpu"}  # of launchers
+    known |= {"--flag", "--upgrade"}  # "every setting is a --flag", pip's
+    if method := re.match("error: Method ([a-z_]+): ", message):  # of compare.py: how a recipe would say it
+        preset = next(iter([*PRESETS.glob(f"*/{method[1]}.yaml"), *Path().glob(f"*/{method[1]}.yaml")]))
+        known |= flags_of(next((r for r in DISTILLED if f"{r}/plain" in command), preset.parent.name))
+    named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![-\w])--[\w-]+", message)}
+    return {flag for flag in named - known if flag not in command and f"{flag[2:]}=" not in command}
+
+
 def check_refusal(command: str, message: str, place: Path, capfd, *, begins: str = "error: ") -> None:
     before, start = state_of(place), time.monotonic()
     code = run(command)
@@ -105,6 +118,7 @@ def check_refusal(command: str, message: str, place: Path, capfd, *, begins: str
     assert len(lines) == 1, err
     assert lines[0].startswith(begins)
     assert message in lines[0]
+    assert not unknown_flags(command, lines[0]), "a flag that this command does not have"
     assert state_of(place) == before, "nothing is written"
     assert seconds < MOST_SECONDS
 
@@ -112,6 +126,12 @@ def check_refusal(command: str, message: str, place: Path, capfd, *, begins: str
 @pytest.mark.parametrize("recipe, flags, message", cases([*REFUSED_AT_ONCE, *ENCODER_CASES]))
 def test_refused_before_a_model_is_loaded(recipe, flags, message, workplace, capfd):
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, workplace, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, flags, message", cases(COMMON_CASES))
+def test_compare_refuses_before_the_first_run_what_a_run_would(recipe, flags, message, workplace, capfd):
+    check_refusal(f"{recipe} {GOOD[recipe]} {flags}", message, workplace, capfd)
 
 
 @pytest.mark.parametrize("recipe, flags, message", cases([*LOADED_CASES, *ENCODER_LOADED_CASES]))

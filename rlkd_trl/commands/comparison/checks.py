@@ -158,7 +158,7 @@ def check_runs(runs: Mapping[str, DistillationSettings]) -> None:
     Raises:
         InputError: One of the recipes would; the message names the method.
     """
-    data = check_data(next(iter(runs.values())))
+    data = check_data(next(iter(runs.values())), held_out_flag="--validation_dataset")
     for name, run in runs.items():
         with _naming(name):
             inputs = check(run, data)

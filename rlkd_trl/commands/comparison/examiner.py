@@ -75,6 +75,8 @@ class Examiner:
 
         from rlkd_trl.evaluation.evaluate import check_finite
 
+        load_student(self.student)  # before anything is written, as the teacher
+        self._reward_model = self._load_rewards()
         for test in self.tests:
             self._test_given_models(test, output_dir)
         check_finite(self.not_finite, "No run was begun.")
@@ -219,6 +221,4 @@ class Examiner:
 def _load_reward(teacher: TeacherArguments, templates: PromptTemplates | None) -> "RewardModel":
     from rlkd_trl.rewards import TeacherForcingReward
 
-    return load_reward_model(
-        [TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None
-    )
+    return load_reward_model([TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None)
