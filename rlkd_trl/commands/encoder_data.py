@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import EncoderHeldOutArguments
 from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE
-from rlkd_trl.commands.encoder_demo import demo_rows
 from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.data import load_rows, require_columns, require_no_blanks, require_text
+from rlkd_trl.data.demo import demo_sentences
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
     """
     data, task, held_out, seed = settings.data, settings.task, settings.held_out, settings.args.seed
     if is_demo(settings):
-        train, test = (demo_rows(split) for split in ("train", "test"))
+        train, test = (demo_sentences(split) for split in ("train", "test"))
         return {"general": Rows(*(rows.select_columns("text") for rows in (train, test))), "task": Rows(train, test)}
     found = {}
     if "general" in settings.args.stages:

@@ -5,13 +5,13 @@ which knows nothing of how the run was launched.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.data import demo_dataset
-from rlkd_trl.data.demo import SPLIT_SIZES, WORDS
+from rlkd_trl.commands.apart import make_apart
+from rlkd_trl.commands.encoder_data import Classes, with_numbers
+from rlkd_trl.data.demo import DIFFICULTIES, SPLIT_SIZES, demo_sentences
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from rlkd_trl.commands.settings import EncoderSettings
 
-NOT_SAID = "not said"
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 
 
@@ -41,17 +40,6 @@ class EncoderDemoRequest:
         return str(Path(self.output_dir) / "task_teacher")
 
 
-def demo_rows(split: str) -> "Dataset":
-    """`text`, a description of a trail, and `label`, its difficulty as far as the text says it."""
-    from datasets import Dataset
-
-    rows = []
-    for row in demo_dataset(split):
-        stated = re.search(r"difficulty\[(\w+)\]", row["source"])
-        rows.append({"text": row["target"], "label": stated.group(1) if stated else NOT_SAID})
-    return Dataset.from_list(rows)
-
-
 def use_demo_teachers(settings: "EncoderSettings", output_dir: str | Path, *, seed: int) -> None:
     """Makes the demo's teachers in `output_dir/demo_models` and names them in the settings."""
     request = EncoderDemoRequest(str(Path(output_dir) / "demo_models"), seed)
@@ -61,8 +49,6 @@ def use_demo_teachers(settings: "EncoderSettings", output_dir: str | Path, *, se
 
 def make_demo_teachers(request: EncoderDemoRequest) -> None:
     """Has the teachers trained. Raises `RuntimeError` as `make_apart`."""
-    from rlkd_trl.commands.demo import make_apart
-
     make_apart("rlkd_trl.commands.encoder_demo:train_demo_teachers", request)
 
 
@@ -72,7 +58,7 @@ def write_demo_files(output_dir: str | Path) -> dict[str, str]:
     for split in SPLIT_SIZES:
         path = Path(output_dir) / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in demo_rows(split)), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in demo_sentences(split)), encoding="utf-8")
         paths[split] = str(path)
     return paths
 
@@ -105,12 +91,10 @@ def train_demo_teachers(**fields) -> None:
     """Trains the teachers of an `EncoderDemoRequest` with these fields here, and saves them."""
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, set_seed
 
-    from rlkd_trl.commands.encoder_data import Classes, with_numbers
-
     request = EncoderDemoRequest(**fields)
-    rows = demo_rows("train")
+    rows = demo_sentences("train")
     tokenizer = demo_tokenizer(rows["text"][:])
-    names = dict(enumerate(sorted([*WORDS["difficulty"], NOT_SAID])))
+    names = dict(enumerate(DIFFICULTIES))
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

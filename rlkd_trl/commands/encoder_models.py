@@ -1,16 +1,18 @@
 """Teacher and student of a stage of encoder distillation: checked by their configs, then loaded or made."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlkd_trl.commands.arguments import EncoderStudentArguments
+from rlkd_trl.commands.encoder_data import Classes, Rows
 from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlkd_trl.commands.encoder_stages import Stage
+    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
     from rlkd_trl.trainers.encoder_objective import Objective
 
 _SIZES = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
@@ -28,6 +30,32 @@ class StudentPlan:
     revision: str | None = None
     sizes: dict[str, int | None] | None = None
     init: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its own settings, rows and teacher, and the student that it begins with.
+
+    classes: of a task. checkpoint: where it is gone on from. is_done: its student is there.
+    """
+
+    args: "EncoderKDConfig"
+    rows: Rows
+    teacher: str | None
+    teacher_revision: str | None
+    student: StudentPlan
+    classes: Classes | None
+    is_last: bool
+    checkpoint: str | None = None
+    is_done: bool = False
+
+    @property
+    def objective(self) -> "Objective":
+        return self.args.objective(0)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.args.output_dir)
 
 
 class Models(NamedTuple):
@@ -97,7 +125,7 @@ def check_teacher(name: str, revision: str | None, objective: "Objective") -> No
     check_has_head(name, objective.teachers_head, "The teacher", remedy, revision=revision)
 
 
-def check_stage_models(settings: EncoderSettings, stage: "Stage") -> None:
+def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
     """Tokenizers, layers and lengths, before weights are read. Raises `InputError`."""
     from rlkd_trl.models.encoders import load_encoder_config, skeleton
     from rlkd_trl.models.limits import check_embedding_rows
@@ -126,7 +154,7 @@ def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:
     return (student.student, student.student_revision) if student.student is not None else _source(settings)
 
 
-def load_models(settings: EncoderSettings, stage: "Stage") -> Models:
+def load_models(settings: EncoderSettings, stage: Stage) -> Models:
     """The stage's student, as it begins, and its teacher. Raises `InputError`."""
     from rlkd_trl.models.encoders import load_encoder
     from rlkd_trl.models.loading import load_tokenizer

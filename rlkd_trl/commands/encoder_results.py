@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.encoder_stages import Stage, mark_stage
+from rlkd_trl.commands.encoder_models import Stage
+from rlkd_trl.commands.encoder_stages import mark_stage
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import EncoderSettings, described

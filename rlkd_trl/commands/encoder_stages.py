@@ -3,20 +3,20 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.checks import require_files
-from rlkd_trl.commands.encoder_data import (
-    Classes,
-    Rows,
-    classes_of,
-    load_stage_rows,
-    with_next_sentences,
-    with_numbers,
+from rlkd_trl.commands.encoder_data import Rows, classes_of, load_stage_rows, with_next_sentences, with_numbers
+from rlkd_trl.commands.encoder_models import (
+    Stage,
+    StudentPlan,
+    check_stage_models,
+    check_teacher,
+    load_models,
+    plan_student,
 )
-from rlkd_trl.commands.encoder_models import StudentPlan, check_stage_models, check_teacher, load_models, plan_student
 from rlkd_trl.commands.run_directory import (
     FINISHED,
     check_free,
@@ -32,36 +32,8 @@ from rlkd_trl.errors import InputError, is_first_process
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.encoder import EncoderKDTrainer
-    from rlkd_trl.trainers.encoder_config import EncoderKDConfig
-    from rlkd_trl.trainers.encoder_objective import Objective
 
 _TRAINER = "EncoderKDTrainer"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage: its own settings, rows and teacher, and the student that it begins with.
-
-    classes: of a task. checkpoint: where it is gone on from. is_done: its student is there.
-    """
-
-    args: "EncoderKDConfig"
-    rows: Rows
-    teacher: str | None
-    teacher_revision: str | None
-    student: StudentPlan
-    classes: Classes | None
-    is_last: bool
-    checkpoint: str | None = None
-    is_done: bool = False
-
-    @property
-    def objective(self) -> "Objective":
-        return self.args.objective(0)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.args.output_dir)
 
 
 def check_data(settings: EncoderSettings) -> dict[str, Rows]:

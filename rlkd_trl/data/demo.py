@@ -9,6 +9,7 @@ attributes.
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,9 @@ WORDS = {
         )
     },
 }  # fmt: skip
+# The labels of `demo_sentences`; one of them for texts that leave the attribute out.
+_NOT_SAID = "not said"
+DIFFICULTIES = sorted([*WORDS["difficulty"], _NOT_SAID])
 DOG_CLAUSES = {
     "welcome": ("dogs are welcome", "you may bring your dog"),
     "on a lead": ("dogs must be kept on a lead", "you may bring your dog on a lead"),
@@ -113,6 +117,23 @@ def demo_dataset(split: str, seed: int = 0) -> Dataset:
     return Dataset.from_dict(
         {"source": list(rows), "target": [refs[0] for refs in references], "references": references}
     )
+
+
+def demo_sentences(split: str) -> Dataset:
+    """The references of one split of the demo task, for encoders: how hard is the trail that a text describes?
+
+    Columns: `text` (str, the first reference) and `label` (str, one of `DIFFICULTIES`).
+
+    Raises:
+        InputError: As `demo_dataset`.
+    """
+    from datasets import Dataset
+
+    rows = []
+    for row in demo_dataset(split):
+        stated = re.search(r"difficulty\[(\w+)\]", row["source"])
+        rows.append({"text": row["target"], "label": stated.group(1) if stated else _NOT_SAID})
+    return Dataset.from_list(rows)
 
 
 def _split_of(source: str) -> str:
