@@ -1,4 +1,4 @@
-"""Whether `Backbone` computes what a model's own forward pass does: its parts are called one by one there."""
+"""Checks that `Backbone`, which calls a model's parts one by one, computes the same as the model's forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from rlkd_trl.models.backbone import Backbone
 
 @torch.no_grad()
 def verify(backbone: Backbone) -> None:
-    """Compares the two on a few tokens. With a sharded model all processes call it together.
+    """Compares the logits of both on a few tokens. With a sharded model all processes call it together.
 
     Raises:
-        InputError: The model's own forward pass fails or gives logits that are not finite, or the architecture scales,
-            shifts or caches in a way that is not supported.
+        InputError: The model's own forward pass fails or gives logits that are not finite; or the logits differ, since
+            the architecture scales, shifts or caches in a way that is not supported.
     """
     model = backbone.model
     name, was_training = f"{type(model).__name__} (model type {model.config.model_type!r})", model.training
@@ -33,7 +33,7 @@ def verify(backbone: Backbone) -> None:
         if model.dtype == torch.float16:
             remedy = "It ends at 65,504: load the model in bfloat16 or float32."
         raise InputError(f"The logits of {name} are not finite in {precision}. {remedy}")
-    # In bfloat16, and where int8 layers round activations, a difference in the last bit can become a whole step.
+    # In bfloat16, and in int8 layers, which round activations, a difference in the last bit can grow.
     tolerance = 1e-3 if precision == "float32" and not is_quantised else 5e-2
     error = float((ours_BTV - theirs_BTV).norm() / theirs_BTV.norm())
     if not error <= tolerance:
@@ -43,7 +43,7 @@ def verify(backbone: Backbone) -> None:
 
 
 def logits_of_both(backbone: Backbone, name: str) -> tuple[Tensor, Tensor]:
-    """Logits `[2, 3, V]` of two completions of a prompt, by way of the backbone and by the model's own forward pass.
+    """Logits `[2, 3, V]` of two completions of a prompt, from the backbone and from the model's own forward pass.
 
     Raises:
         InputError: One of the two fails.
@@ -62,7 +62,7 @@ def logits_of_both(backbone: Backbone, name: str) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _refusing(what: str, remedy: str = "") -> Iterator[None]:
-    """Makes an `InputError` of whatever is raised, unless it is one already, or memory that has run out."""
+    """Turns every exception but `InputError` and `torch.OutOfMemoryError` into an `InputError`."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -72,7 +72,7 @@ def _refusing(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def _about_split_weights(model: PreTrainedModel) -> str:
-    """What to do about tied weights that a device map holds in different places; nothing where it has none such."""
+    """A remedy for tied weights that the device map puts in different places; "" if there are none."""
     places = getattr(model, "hf_device_map", None) or {}
 
     def place_of(weight: str) -> str | None:

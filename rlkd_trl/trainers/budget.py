@@ -9,10 +9,10 @@ from transformers import Trainer, TrainerCallback
 
 @dataclass(frozen=True)
 class Cost:
-    """What training has taken so far, over all processes, without the evaluations before and after it.
+    """The cost of training so far, over all processes, without the evaluations before and after it.
 
     generated_tokens: completion tokens of all rollouts, sampled from a model or, in distillation on data, taken from
-    the data. cpu_seconds: CPU time of all processes and their threads. wall_seconds: of the first process.
+    the data. cpu_seconds: CPU time of all processes and their threads. wall_seconds: elapsed in the first process.
     """
 
     optimizer_steps: int
@@ -31,13 +31,13 @@ class Spent:
 
 
 class Clock(TrainerCallback):
-    """Adds up time between optimizer steps, in its trainer's `spent`: a `Spent`, or something with these fields."""
+    """Adds up the time between optimizer steps in the trainer's attribute `spent`, which has the fields of `Spent`."""
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
 
     def cost(self) -> Cost:
-        """What training has taken so far; all processes call it together."""
+        """The cost of training so far. All processes call it together."""
         trainer, spent = self._trainer, self._trainer.spent
         cpu_seconds = torch.tensor(spent.cpu_seconds, device=trainer.accelerator.device)
         return Cost(
@@ -58,7 +58,7 @@ class Clock(TrainerCallback):
 
 
 class BudgetMeter(Clock):
-    """Stops the run when its budget is spent, too."""
+    """A clock that also stops the run when its budget is spent."""
 
     def is_spent(self) -> bool:
         """Whether `max_generated_tokens` or `max_cpu_seconds` are used up; every process gets the same answer."""

@@ -1,6 +1,7 @@
-"""Optimizer steps that NaN and infinity cannot spread by.
+"""A trainer whose optimizer steps do not spread NaN or infinity to the weights.
 
-Samples that are not finite are left out of them, a step that is not finite even so is skipped, many stop the run.
+Samples that are not finite are left out of a step. A step that is not finite without them is skipped, and too many
+skipped steps in a row stop the run.
 """
 
 import math
@@ -19,7 +20,7 @@ from rlkd_trl.trainers.checkpoint_files import newest_whole
 from rlkd_trl.trainers.gradient_scaler import tolerating_empty_steps
 
 logger = logging.get_logger(__name__)
-# What a `FiniteTrainer` has counted, by attribute; plain values, for a checkpoint to hold.
+# The attributes in which a `FiniteTrainer` counts: plain values, which are saved in checkpoints.
 COUNTERS = (
     "steps_skipped",
     "_skipped_in_a_row",
@@ -28,27 +29,28 @@ COUNTERS = (
     "_dropped_since_log",
     "_first_seen",
 )
-PROMPTS_SHOWN = 3  # of the samples dropped at one time
+PROMPTS_SHOWN = 3  # so many prompts of samples that are dropped together are logged
 _PROMPT_WIDTH = 200
-# What a training step is given: a method's own kind of samples, and the count that Trainer divides losses by, if any.
+# The arguments of a training step: the samples, in a type of the method's own, and the number that Trainer divides the
+# loss by, if any.
 MicroBatch = tuple[object, Tensor | int | None]
 
 
 class FiniteTrainer(Trainer):
-    """`transformers.Trainer` whose updates are those of the samples whose loss and gradients are finite.
+    """`transformers.Trainer` that updates with those samples only whose loss and gradients are finite.
 
-    If the loss or a gradient of an optimizer step is NaN or infinite, each of its samples is tried alone, the bad ones
-    are counted and logged with their prompts, and the step is done again as if they had never been there, on all
-    processes. If no sample is to blame, or none is left, the step is skipped whole: weights and optimizer state are
-    left alone; the step still counts, and the learning rate's schedule goes on with the count. After
-    `args.max_skipped_steps` of these in a row `train` saves a checkpoint and raises `TrainingError`. A gradient whose
-    square overflows float32 counts as infinite.
+    If the loss or a gradient of an optimizer step is NaN or infinite, each sample is tried alone. Samples that are not
+    finite are counted and logged with their prompts, and the step is done again without them, on all processes. If no
+    single sample is the cause, or none is left, the whole step is skipped: weights and optimizer state stay as they
+    are, while the step and the learning rate's schedule are counted on. After `args.max_skipped_steps` skipped steps
+    in a row `train` saves a checkpoint and raises `TrainingError`. A gradient whose square overflows float32 counts as
+    infinite.
 
-    With `fp16`, gradients that overflow are the scaler's business: it skips the step and lowers the scale, which
-    counts here only when the scale is down to 1. With DeepSpeed, which updates within the backward pass, losses are
-    looked at before it, one micro-batch at a time: what earlier ones of the same step have added stays as it was. The
-    run stops at the first loss that no bad sample explains, before the update, and at the first gradient that is not
-    finite, after it.
+    With `fp16` the gradient scaler handles gradients that overflow: it skips the step and lowers its scale. Such a
+    step counts as skipped here only when the scale is 1 or less. DeepSpeed updates within the backward pass, so that
+    losses are checked before it, one micro-batch at a time; what earlier micro-batches of the same step have added to
+    the gradients stays. There the run stops before the update at a loss that is not finite although no sample's own
+    is, and after the update at gradients that are not finite.
 
     Weights that are not finite are never saved.
     """
@@ -61,7 +63,7 @@ class FiniteTrainer(Trainer):
         self._first_seen = ""
         self._losses_are_finite = torch.ones((), device=self.args.device)
         self._loss_of_step = torch.zeros((), device=self.args.device)
-        self._micro_batches: list[MicroBatch] = []  # of the step in work
+        self._micro_batches: list[MicroBatch] = []  # of the current optimizer step
         self.contributes = True
         self._step_is_bad = False
         self._stop_reason = ""
@@ -74,7 +76,7 @@ class FiniteTrainer(Trainer):
     # What a method defines
 
     def sample_loss(self, model: nn.Module, micro_batch: MicroBatch, b: int) -> Tensor:
-        """What sample b adds to the step's loss. All processes call it together, equally often."""
+        """The share of sample b in the step's loss, a scalar. All processes call it together, equally often."""
         raise NotImplementedError
 
     def prompt_of(self, micro_batch: MicroBatch, b: int) -> str:
@@ -82,33 +84,33 @@ class FiniteTrainer(Trainer):
         raise NotImplementedError
 
     def samples_in(self, micro_batch: MicroBatch) -> Tensor:
-        """`[B]`: which of the micro-batch's samples are in the update."""
+        """Which of the micro-batch's samples are in the update, `[B]`, bool."""
         raise NotImplementedError
 
     def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
-        """The current step's micro-batches without the samples where `kept`, `[B]` of each, is False.
+        """The micro-batches of the current step without some samples; losses are divided by the numbers that remain.
 
-        Counts that losses are divided by are those without them too. All processes call it together.
+        kept: for each micro-batch, `[B]`, False for the samples to leave out. All processes call it together.
         """
         raise NotImplementedError
 
     # Training
 
     def train(self, *args, **kwargs):
-        """As Trainer's. Raises `TrainingError` if too many steps in a row were not finite."""
+        """Trains as Trainer does. Raises `TrainingError` if too many steps in a row were not finite."""
         self._stop_reason = ""
         output = super().train(*args, **kwargs)
         if self._stop_reason:
             raise TrainingError(self._stop_reason)
-        return output._replace(training_loss=output.metrics["train_loss"])  # as it is logged
+        return output._replace(training_loss=output.metrics["train_loss"])  # which leaves out skipped steps
 
     def mean_loss(self, total: float) -> float:
-        """The sum of all steps' losses over the steps that were taken, NaN if there is none."""
+        """The sum of all steps' losses, divided by the number of steps that were not skipped; NaN if all were."""
         taken = self.state.global_step - self.steps_skipped
         return total / taken if taken else math.nan
 
     def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
-        """As Trainer's, but the losses of a skipped step add up to 0: in Trainer's running sum a NaN would stay."""
+        """As Trainer's, but losses of a skipped step are returned as 0, since a NaN would stay in Trainer's sum."""
         if self.is_deepspeed_enabled:
             return self._engine_step(model, inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -130,19 +132,23 @@ class FiniteTrainer(Trainer):
         return self._step_is_bad
 
     def forget_step(self) -> None:
-        """Takes back what the step in work has recorded of its micro-batches: it is done again."""
+        """Deletes what was recorded of the current step's micro-batches, before the step is done again."""
 
     def checked_loss(self, loss: Tensor) -> Tensor:
-        """The loss as the backward pass is given it; with DeepSpeed it is finite on all processes.
+        """The loss for the backward pass; a zero without gradients if this process has no sample left in the step.
 
-        In a step that is done again, a micro-batch without any sample gets one without gradients.
+        Raises:
+            _LossNotFiniteError: With DeepSpeed, a process's loss is not finite.
         """
         if self.is_deepspeed_enabled and not self.on_all_ranks(torch.isfinite(loss.detach()).float()):
             raise _LossNotFiniteError(float(loss))
         return loss if self.contributes else torch.zeros_like(loss).requires_grad_()
 
     def _finish_step(self, model: nn.Module) -> None:
-        """Of the step whose last gradients are there: it is finite, or made so without some samples, or skipped."""
+        """Checks the step after its last backward pass; one that is not finite is done again with fewer samples.
+
+        If it is still not finite, it is skipped.
+        """
         micro_batches, self._micro_batches = self._micro_batches, []
         reason = self._why_not_finite()
         if reason is None:
@@ -156,11 +162,11 @@ class FiniteTrainer(Trainer):
             self.skip_step(reason)
 
     def _why_not_finite(self) -> str | None:
-        """Why the step can do harm, in words; None if its losses and gradients are finite on all processes."""
+        """Which of the step's losses and gradients are not finite, in words; None if all are, on all processes."""
         scaler = self.accelerator.scaler
         is_scaled = scaler is not None and scaler.is_enabled()
         finite = own_losses = self._losses_are_finite
-        if not is_scaled:  # scaled ones are the scaler's business
+        if not is_scaled:  # the gradient scaler checks scaled gradients itself
             finite = finite * self._gradients_are_finite().to(finite.device)
         self._losses_are_finite = torch.ones_like(finite)
         if self.on_all_ranks(finite):
@@ -169,7 +175,7 @@ class FiniteTrainer(Trainer):
         return _reason(names, losses_are_finite=bool(own_losses), norm_is_finite=bool(finite))
 
     def _gradients_are_finite(self) -> Tensor:
-        """1 or 0, by the norm of all gradients."""
+        """1 if the norm of all gradients is finite, else 0."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:
             return torch.ones(())
@@ -178,10 +184,10 @@ class FiniteTrainer(Trainer):
         return torch.isfinite(norm).float()
 
     def _samples_to_keep(self, model: nn.Module, micro_batches: list[MicroBatch]) -> list[Tensor] | None:
-        """`[B]` of each micro-batch: the samples whose own loss and gradients are finite, each tried alone.
+        """For each micro-batch the samples whose own loss and gradients are finite, `[B]`, each tried alone.
 
-        The others are counted, and logged with their prompts. None if there are no others, or nothing is left of the
-        micro-batches on any process.
+        The others are counted, and a few of their prompts logged. Returns None if all samples are finite, or none on
+        any process.
         """
         kept, bad_prompts = [], []
         for micro_batch in micro_batches:
@@ -206,7 +212,7 @@ class FiniteTrainer(Trainer):
 
     def _is_usable(self, model: nn.Module, micro_batch: MicroBatch, b: int) -> bool:
         """Whether the loss of a sample alone, and its gradients, are finite on this process."""
-        if self.is_deepspeed_enabled:  # whose backward pass updates
+        if self.is_deepspeed_enabled:  # its backward pass would update the weights
             with torch.no_grad():
                 return bool(torch.isfinite(self.sample_loss(model, micro_batch, b)))
         self.model.zero_grad(set_to_none=True)
@@ -217,7 +223,7 @@ class FiniteTrainer(Trainer):
         return bool(torch.isfinite(loss)) and bool(self._gradients_are_finite())
 
     def _do_again(self, model: nn.Module, micro_batches: list[MicroBatch], kept: list[Tensor]) -> None:
-        """The step's gradients and loss anew. A process without any sample adds nothing to them."""
+        """Computes the step's gradients and loss again. A process without a sample adds nothing to them."""
         self.forget_step()
         self._loss_of_step = torch.zeros_like(self._loss_of_step)
         for (inputs, num_items_in_batch), kept_B in zip(micro_batches, kept, strict=True):
@@ -230,7 +236,7 @@ class FiniteTrainer(Trainer):
         self._average_gradients()
 
     def _average_gradients(self) -> None:
-        """Over the processes, of which some may have none: their share is 0."""
+        """Averages gradients over the processes; one that has no gradient of a weight counts as 0."""
         if self.accelerator.num_processes == 1:
             return
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -241,17 +247,17 @@ class FiniteTrainer(Trainer):
                 weight.grad = self.accelerator.reduce(own, reduction="mean")
 
     def warn_of_prompts(self, what: str, prompts: Sequence[str]) -> None:
-        """One line of the log for each of a few prompts."""
+        """Logs one line for each prompt: `what` happened, and the beginning of the prompt."""
         for prompt in prompts:
             logger.warning(f"{what}, of the prompt: {textwrap.shorten(prompt, _PROMPT_WIDTH)!r}")
 
     def skip_step(self, reason: str) -> None:
-        """The optimizer step in work is left out, for a reason that the log gives; all processes call it together."""
+        """Leaves out the current optimizer step and logs the reason. All processes call it together."""
         self.model.zero_grad(set_to_none=True)
         self._note_skipped(reason)
 
     def _engine_step(self, model: nn.Module, inputs, num_items_in_batch) -> Tensor:
-        """With DeepSpeed: a micro-batch, without the samples whose losses are not finite."""
+        """A training step with DeepSpeed, without the samples whose losses are not finite. Raises `TrainingError`."""
         try:
             try:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -271,7 +277,7 @@ class FiniteTrainer(Trainer):
         return loss
 
     def _check_engine(self) -> None:
-        """Raises `TrainingError` if DeepSpeed has updated by gradients that are not finite; with fp16 it does not."""
+        """Raises `TrainingError` if DeepSpeed has updated with gradients that are not finite; with fp16 it skips."""
         norm = self.model_wrapped.get_global_grad_norm()
         if norm is not None and not math.isfinite(norm) and not self.args.fp16:
             raise TrainingError(
@@ -280,7 +286,7 @@ class FiniteTrainer(Trainer):
             )
 
     def on_all_ranks(self, finite: Tensor) -> bool:
-        """Whether `finite`, 1 or 0, is 1 on every process."""
+        """Whether `finite`, a scalar of 1 or 0, is 1 on every process."""
         return float(self.accelerator.reduce(finite.clone(), reduction="sum")) == self.accelerator.num_processes
 
     def _note_skipped(self, reason: str) -> None:
@@ -313,9 +319,9 @@ class FiniteTrainer(Trainer):
         return True
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """`loss` is the mean over the steps taken, NaN if there is none; adds how many were skipped, if any.
+        """Logs as Trainer does, with `loss` as the mean over the steps that were not skipped, NaN if all were.
 
-        And how many samples were dropped from updates.
+        `steps_skipped` and `samples_dropped`, the numbers since the last log, are added if they are not 0.
         """
         if "loss" in logs:
             steps, skipped = self._steps_since_log, self._skipped_since_log
@@ -332,7 +338,7 @@ class FiniteTrainer(Trainer):
         """As Trainer's. Raises `TrainingError`, on all processes, rather than write weights that are not finite."""
         bad = not_finite(weights_of(self.model))
         finite = torch.tensor(float(not bad), device=self.args.device)
-        # Only DeepSpeed's processes may hold different parts; of others a single one may call this.
+        # DeepSpeed's processes may hold different weights, and all call this; otherwise a single one may do so.
         is_whole = self.on_all_ranks(finite) if self.is_deepspeed_enabled else not bad
         if not is_whole:
             raise TrainingError(
@@ -351,7 +357,7 @@ class FiniteTrainer(Trainer):
 
 
 class _LossNotFiniteError(Exception):
-    """With DeepSpeed: a loss that must not come to the backward pass; on all processes, each with its own."""
+    """With DeepSpeed, raised on all processes before the backward pass, each with its own `loss`."""
 
     def __init__(self, loss: float):
         super().__init__(loss)
@@ -359,7 +365,7 @@ class _LossNotFiniteError(Exception):
 
 
 def _reason(gradients: list[str], *, losses_are_finite: bool, norm_is_finite: bool) -> str:
-    """What was not finite in a step, in words. gradients: the names of the weights whose gradients were not."""
+    """What was not finite in a step, in words. gradients: the weights, by name, whose gradients were not finite."""
     what_was_bad = [] if losses_are_finite else ["the loss"]
     if gradients:
         what_was_bad.append(f"gradients of {listed(gradients)}")
@@ -369,7 +375,7 @@ def _reason(gradients: list[str], *, losses_are_finite: bool, norm_is_finite: bo
 
 
 class _SkippedSteps(TrainerCallback):
-    """Asks the trainer after each step whether the run is to stop, and has it save first."""
+    """After each step asks the trainer whether the run has to stop, and if so has it save a checkpoint first."""
 
     def __init__(self, trainer: FiniteTrainer):
         self._trainer = trainer

@@ -1,11 +1,11 @@
-"""Loss scaling for float16 that goes on where an optimizer step has no gradients."""
+"""Loss scaling for float16 that allows optimizer steps without gradients."""
 
 import torch
 from torch.amp import GradScaler
 
 
 def tolerating_empty_steps(scaler: GradScaler | None, device: torch.device) -> GradScaler | None:
-    """The scaler, for which a step without any gradient is a step like another; any but torch's own as it is."""
+    """A scaler with the same settings that allows steps without gradients; another class than torch's is returned."""
     if type(scaler) is not GradScaler or not scaler.is_enabled():
         return scaler
     return _TolerantScaler(
@@ -18,11 +18,12 @@ def tolerating_empty_steps(scaler: GradScaler | None, device: torch.device) -> G
 
 
 class _TolerantScaler(GradScaler):
-    """`torch.amp.GradScaler` asserts that a step has gradients, in which it looks for infinity.
+    """`torch.amp.GradScaler` without its assertion that each step has gradients.
 
-    Here a step without any is left to the optimizer, which then leaves weights alone, and the scale stays as it is.
+    In a step without gradients the optimizer is called, which does not change the weights, and the scale stays.
 
-    has_overflowed: in the last step. Of fused optimizers, which look for it themselves, Accelerate does not know.
+    has_overflowed: whether gradients overflowed in the last step. Accelerate does not notice this with fused
+    optimizers, which check gradients themselves.
     """
 
     has_overflowed = False

@@ -1,6 +1,6 @@
-"""Every field of `transformers.TrainingArguments`: it works here as documented, or it is refused.
+"""Every field of `transformers.TrainingArguments` either works here as documented or is refused.
 
-Each field is in one table; those that only some kinds of trainers refuse are in one table for each of these kinds. A
+Each field is in one table. Fields that only some kinds of trainers refuse are in a table for each of these kinds. A
 refused field may keep its default; any other value is an error, because it would be ignored, or make the run fail
 half-way.
 """
@@ -113,7 +113,7 @@ REFUSED_SUPERVISED = {
 
 _RECOMPUTED_LAYERS = "the losses read tensors from inside of layers, which recomputed layers would make a second time"
 
-# By encoder distillation, whose losses read layers; what the trainers on rollouts refuse for their rollouts works.
+# Refused by encoder distillation, whose losses read layers. Other fields that trainers on rollouts refuse work there.
 REFUSED_ON_LAYERS = {
     "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
     "debug": "its hooks do not know what layers are read",
@@ -165,7 +165,7 @@ def check_inherited(args: TrainingArguments, refused: dict[str, str]) -> None:
 
 @contextmanager
 def refusals_are_input_errors() -> Iterator[None]:
-    """Within it, what transformers' own checks of settings raise becomes an `InputError`."""
+    """A context in which exceptions of transformers' own checks of settings become `InputError`s."""
     try:
         yield
     except InputError:
@@ -206,7 +206,7 @@ def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
 
 
 def _made(args: TrainingArguments, name: str, settings: str, make):
-    """What `make` returns. Any exception, as each library has its own, becomes an `InputError` with both settings."""
+    """Calls `make` and returns the result. Any exception becomes an `InputError` that names both settings."""
     try:
         return make()
     except Exception as error:
@@ -246,7 +246,7 @@ def _check_json(args: TrainingArguments) -> None:
 
 
 def _check_launch(args: TrainingArguments) -> None:
-    """Raises `InputError` for FSDP in a single process, and for an unknown compiler or mode of it."""
+    """Raises `InputError` for FSDP in a single process, and for an unknown backend or mode of torch.compile."""
     if args.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
         raise InputError(
             f"fsdp = {args.fsdp} shards over several processes, and this is one: start them with accelerate launch or "

@@ -97,10 +97,11 @@ class Rollout:
         return replace(Rollout(**cut), prompt_index_B=prompt_index_b - first)
 
     def dropping(self, kept_B: Tensor) -> "Rollout":
-        """The rollout without the completions where `kept_B` is False, whose numbers no arithmetic may touch.
+        """The rollout without the completions where `kept_B` is False; the shapes stay the same.
 
-        A kept completion stands in for each of them, of the same prompt if there is one, else with its own prompt, out
-        of the loss: so the update's forward pass does not read what was not finite. Without any, numbers become 0.
+        Each of them is replaced by a kept completion, of the same prompt if there is one, otherwise together with the
+        prompt. These stand-ins are left out of the loss; with them the update's forward pass reads no number that is
+        not finite. If no completion is kept, all floating-point numbers become 0.
         """
         dropped = replace(self, loss_mask_BT=self.loss_mask_BT & kept_B[:, None], kept_B=kept_B)
         if not kept_B.any():

@@ -50,10 +50,10 @@ logger = logging.get_logger(__name__)
 
 
 class RolloutTrainer(ResumableTrainer):
-    """Base of every trainer that learns from completions: where they come from and what is learnt is the method's.
+    """Base of the trainers that learn from completions; a method says where these come from, and what the loss is.
 
-    What trains is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device. With
-    `peft_config` (a `peft.LoraConfig`, for instance) new adapters are trained and saved in place of the student's
+    The trained model is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device.
+    With `peft_config` (a `peft.LoraConfig`, for instance) new adapters are trained and saved in place of the student's
     weights, as in TRL; a critic's weights are trained and saved too.
 
     The column `prompt` holds texts or conversations, as in TRL. They go through the chat template of the student's
@@ -131,7 +131,7 @@ class RolloutTrainer(ResumableTrainer):
 
     @property
     def spent(self) -> RolloutState:
-        """Where the run's seconds are added up."""
+        """The state in which the run's seconds are added up."""
         return self.rollout_state
 
     @contextmanager
@@ -154,25 +154,33 @@ class RolloutTrainer(ResumableTrainer):
     # What each method defines
 
     def make_rollout(self, rows: list[dict]) -> Rollout:
-        """Completions for this device's prompts, with all that the updates read."""
+        """Completions for this device's prompts, with everything that the updates read.
+
+        rows: the data rows of the prompts, each with a column `prompt`.
+        """
         raise NotImplementedError
 
     def advantages(self, rollout: Rollout) -> Rollout:
-        """The rollout with what a completion is worth beside the others that are kept; as it is where nothing is."""
+        """The rollout with the advantages of its kept completions; unchanged for a method without advantages."""
         return rollout
 
     def micro_batch_loss(
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch, divided by the optimizer step's count of tokens or sequences."""
+        """The loss of one micro-batch, a scalar, and its metrics, as shares of the optimizer step's.
+
+        tokens, sequences: how many the optimizer step has per process; the loss is divided by one of them.
+        """
         raise NotImplementedError
 
     # For `make_rollout`
 
     def _dropping(self, rollout: Rollout, rows: list[dict], is_usable_B: dict[str, Tensor]) -> Rollout:
-        """The rollout without the completions of which any number is not usable; these are counted, and some logged.
+        """The rollout without the completions that have a number which is not finite.
 
-        If no process has any left, the rollout is lost, and its optimizer steps are skipped.
+        The dropped completions are counted, and the prompts of a few are logged. If no process keeps a completion, the
+        rollout is lost, and its optimizer steps are skipped. is_usable_B: for each kind of number, by name, which
+        completions have only finite ones, `[B]`.
         """
         device = rollout.completion_mask_BT.device
         kept_B = torch.stack([usable_B.to(device) for usable_B in is_usable_B.values()]).all(dim=0)
@@ -190,14 +198,16 @@ class RolloutTrainer(ResumableTrainer):
                 f"all {dropped:.0f} samples dropped, {reasons or 'on other processes'} not finite"
             )
         remaining = rollout.dropping(kept_B)
-        # Stand-ins were not generated; what they stand for was.
+        # The trainer counts the tokens of `remaining`, where stand-ins replace the completions that were generated.
         tokens = rollout.completion_mask_BT.sum() - remaining.completion_mask_BT.sum()
         self.rollout_state.generated_tokens += int(self._sum_over_ranks(tokens))
         return remaining
 
     def _guard(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Records how many prompts have a completion of their own, and warns of a reward that rises while the
-        completions get worse (see `Guards`)."""
+        """Records the share of distinct completions, and warns if the reward rises while completions get worse.
+
+        metrics: of the rollout's rewards; see `Guards` for what is compared.
+        """
         counts = repetition_counts(
             rollout.completion_ids_BT, rollout.counted_BT, num_generations=self.args.num_generations
         )
@@ -217,9 +227,10 @@ class RolloutTrainer(ResumableTrainer):
                 logger.warning(f"Step {self.state.global_step}: {warning}.")
 
     def _average_reward(self, rewards_BT: Tensor, rollout: Rollout) -> Tensor:
-        """ρ of each completion, `[B]`, reward per token, as `args.average_reward` says; 0 for 'none'.
+        """ρ, the average reward per token, `[B]`, over what `args.average_reward` names; 0 for "none".
 
-        `rewards_BT` are all that is summed; what completions earn once is left out here (see `ops.average_reward`).
+        rewards_BT: all rewards. Those that a completion earns once, as a whole, are subtracted here before the average
+        is taken (see `ops.average_reward`).
         """
         args, mask_BT = self.args, rollout.counted_BT
         if args.average_reward == "none":
@@ -235,8 +246,11 @@ class RolloutTrainer(ResumableTrainer):
     # Updates
 
     def compute_loss(self, model, inputs: Rollout, return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
-        accumulation = self.current_gradient_accumulation_steps  # Trainer divides by it: undo that
+        """The micro-batch's share of the loss of the optimizer step's whole batch, over all processes.
+
+        The sum of these shares has the gradient of one large batch, however it was divided into micro-batches.
+        """
+        accumulation = self.current_gradient_accumulation_steps  # Trainer divides the loss by this number
         tokens, sequences = self._window_counts()
         loss, metrics = self.micro_batch_loss(model, inputs, tokens=tokens, sequences=sequences)
         if not self.contributes:
@@ -246,9 +260,9 @@ class RolloutTrainer(ResumableTrainer):
         return self.checked_loss(loss * accumulation)
 
     def _window_counts(self) -> tuple[Tensor, Tensor]:
-        """Tokens and sequences that the losses of the current optimizer step are divided by, per process.
+        """The numbers of tokens and of sequences by which the losses of the current optimizer step are divided.
 
-        Gradients are averaged over processes.
+        They are the global numbers over the number of processes, since gradients are averaged over processes.
         """
         state, args = self.rollout_state, self.args
         window = (state.micro_step % args.steps_per_generation) // args.gradient_accumulation_steps
@@ -271,9 +285,10 @@ class RolloutTrainer(ResumableTrainer):
         return micro_batch[0].counted_B
 
     def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
-        """Of the rollout: later passes over it are without the others too.
+        """As in `FiniteTrainer`. The samples are dropped from the rollout, so that later passes leave them out, too.
 
-        Advantages are taken anew before its first step; in a later one they stay as the steps before had them.
+        If this is the rollout's first optimizer step, the advantages are computed anew; in a later step they stay what
+        they were in the steps before.
         """
         state, size = self.rollout_state, self.args.per_device_train_batch_size
         last = state.micro_step % self.args.steps_per_generation
@@ -294,7 +309,10 @@ class RolloutTrainer(ResumableTrainer):
         self._window_metrics.clear()
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
-        """One micro-batch of the rollout in use, of which the first micro-batch makes the next: `inputs` are rows."""
+        """Trains on the next micro-batch of the rollout; after its last pass a new rollout is made first.
+
+        inputs: the data rows of the prompts of a new rollout.
+        """
         state, args = self.rollout_state, self.args
         if state.rollout is None or state.micro_step % self._micro_steps_per_rollout == 0:
             state.lost = ""
@@ -303,7 +321,7 @@ class RolloutTrainer(ResumableTrainer):
             self._count_windows(state.rollout)
             state.generated_tokens += int(self._sum_over_ranks(state.rollout.completion_mask_BT.sum()))
         if state.stopped:
-            # Without gradients the optimizer leaves the weights alone; every process agrees on this.
+            # Without gradients the optimizer does not change the weights. All processes come here together.
             loss = torch.zeros((), device=args.device)
             if state.lost and (state.micro_step + 1) % args.gradient_accumulation_steps == 0:
                 self.skip_step(state.lost)
@@ -321,17 +339,17 @@ class RolloutTrainer(ResumableTrainer):
         return loss
 
     def _close_window(self) -> None:
-        """Records an optimizer step's metrics, unless it was skipped."""
+        """Records the metrics of an optimizer step, unless the step was skipped."""
         if not self.step_is_skipped:
             self._metrics.record(self._window_metrics)
             self._entropy = {name: value for name, value in self._window_metrics.items() if name == "entropy"}
         self._window_metrics.clear()
 
     def _prepare_inputs(self, inputs):
-        return inputs  # a rollout is made on its device
+        return inputs  # rows of text; the rollout's tensors are made on the device
 
     def _count_windows(self, rollout: Rollout) -> None:
-        """Tokens and sequences in the loss of each optimizer step, over all processes."""
+        """Counts tokens and sequences in the loss of each of the rollout's optimizer steps, over all processes."""
         loss_mask_BT = rollout.loss_mask_BT
         counts_B2 = torch.stack([loss_mask_BT.sum(dim=1), loss_mask_BT.any(dim=1)], dim=1).float()
         windows = self.args.steps_per_generation // self.args.gradient_accumulation_steps
@@ -342,7 +360,7 @@ class RolloutTrainer(ResumableTrainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each rollout's prompts, once per micro-batch made from it, whole groups on each device."""
+        """The prompts of each rollout, repeated for each micro-batch of it; a group of samples stays on one device."""
         args = self.args
         prompts = args.prompts_per_rollout
         sampler = EpochSeededSampler(
@@ -356,7 +374,7 @@ class RolloutTrainer(ResumableTrainer):
         return self.accelerator.prepare(loader)
 
     def cost(self) -> Cost:
-        """What the run has taken up to its last optimizer step, earlier parts of a resumed run included."""
+        """The seconds, tokens and steps of the run until its last optimizer step, also before it was resumed."""
         return self._budget.cost()
 
     def save_cost(self, path: Path) -> None:
@@ -366,13 +384,13 @@ class RolloutTrainer(ResumableTrainer):
             path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
 
     def mixed_precision(self) -> AbstractContextManager:
-        """For sampling, and for copies of the student: Accelerate puts `bf16` around its own forward pass only."""
+        """A context for sampling and for copies of the student, which Accelerate's own autocast does not cover."""
         return self.accelerator.autocast()
 
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of everything recorded since the last log."""
+        """Logs as Trainer does, with the means of the metrics recorded since the last log of training."""
         is_training_log = "loss" in logs
         if is_training_log:
             logs = {**logs, **self._metrics.take()}
@@ -431,7 +449,7 @@ class RolloutTrainer(ResumableTrainer):
     # Checkpoints
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Trainer's generic card before a push to the Hub, unless a recipe has left a better one."""
+        """Writes Trainer's generic card before a push to the Hub, unless there is one that a recipe has written."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
@@ -445,7 +463,7 @@ class RolloutTrainer(ResumableTrainer):
         torch.save(self.args, output_dir / "training_args.bin")
 
     def run_state(self) -> dict[str, object]:
-        """Adds the rollout in use and the place in it, metrics that are not logged yet, and what the run has cost."""
+        """Adds the current rollout, the place in it, metrics that are not logged yet, and the cost of the run."""
         return {
             **super().run_state(),
             "rollout_state": self.rollout_state.saved(),
@@ -472,7 +490,7 @@ class RolloutTrainer(ResumableTrainer):
         self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_deepspeed_zero3_enabled():  # only the engine can put weights into their shards
+        if is_deepspeed_zero3_enabled():  # only DeepSpeed's engine can load weights into their shards
             super()._load_best_model()
             return
         self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)

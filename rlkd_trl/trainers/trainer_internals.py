@@ -1,8 +1,9 @@
-"""What the trainers use of transformers' Trainer without its promise to keep it.
+"""The private parts of transformers' Trainer that the package's trainers use.
 
-Trainer has no public way into the end of a step, a checkpoint's parts, or what a resumed run goes on with. What is
-overridden is listed in `OVERRIDDEN`, what is called is one function each; other modules of the package use none of it.
-`tests/trainers/test_trainer_internals.py` names the versions that this was seen with, and says what a newer one lacks.
+Trainer has no public way to change the end of a step, to write the parts of a checkpoint, or to set the sums with
+which a resumed run goes on. `OVERRIDDEN` lists the methods that are overridden; for each method that is called there
+is a function here, and other modules call none. `tests/trainers/test_trainer_internals.py` names the versions of
+transformers that have all of them, and says what another version lacks.
 """
 
 import time
@@ -12,8 +13,7 @@ from typing import TypedDict
 from torch import Tensor
 from transformers import Trainer
 
-# The methods with an underscore, or with a parameter that has one, that trainers of the package override, by their
-# parameters in transformers.
+# Overridden methods whose name, or a parameter's, begins with an underscore -> their parameters in transformers.
 OVERRIDDEN = {
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
@@ -49,7 +49,7 @@ OVERRIDDEN = {
 
 
 class LossSums(TypedDict):
-    """What Trainer adds the losses of steps up in, from which it logs means."""
+    """The sums of losses from which Trainer logs means."""
 
     loss_since_log: Tensor
     loss_until_log: float
@@ -57,7 +57,7 @@ class LossSums(TypedDict):
 
 
 def loss_sums(trainer: Trainer) -> LossSums:
-    """The running sums as they are; `train` begins by setting them to 0."""
+    """The current sums; `train` begins by setting them to 0."""
     return {
         "loss_since_log": trainer._tr_loss,
         "loss_until_log": trainer._total_loss_scalar,
@@ -66,7 +66,7 @@ def loss_sums(trainer: Trainer) -> LossSums:
 
 
 def set_loss_sums(trainer: Trainer, sums: LossSums) -> None:
-    """Puts back what `loss_sums` gave; more entries than it has are ignored."""
+    """Sets the sums to those that `loss_sums` returned; other entries are ignored."""
     trainer._tr_loss = sums["loss_since_log"].to(trainer.args.device)
     trainer._total_loss_scalar = sums["loss_until_log"]
     trainer._globalstep_last_logged = sums["last_logged_step"]
@@ -87,14 +87,14 @@ def end_step(trainer: Trainer, *, grad_norm: float | None, learning_rate: float 
 
 
 def save_training_state(trainer: Trainer, directory: Path) -> None:
-    """Writes optimizer, learning rate's schedule, scaler and generators of random numbers, of this process."""
+    """Writes this process's states of optimizer, learning-rate schedule, gradient scaler and random numbers."""
     trainer._save_optimizer_and_scheduler(str(directory))
     trainer._save_scaler(str(directory))
     trainer._save_rng_state(str(directory))
 
 
 def save_without_push(trainer: Trainer, directory: Path) -> None:
-    """As `save_model`, which with `push_to_hub` sends what it has written to the Hub at once."""
+    """As `save_model`, without its push to the Hub."""
     trainer.save_model(str(directory), _internal_call=True)
 
 
