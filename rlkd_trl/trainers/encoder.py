@@ -1,20 +1,16 @@
 """Distillation of encoders: the student's layers and logits are drawn to those of the teacher."""
 
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput, logging
 
 from rlkd_trl.errors import InputError, is_first_process
@@ -30,9 +26,9 @@ from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.ops.classification import IGNORED, hard_cross_entropy, logits_kl, squared_error
 from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
-from rlkd_trl.trainers.budget import Clock, Cost, Spent
+from rlkd_trl.trainers.budget import Spent
 from rlkd_trl.trainers.checks import check_sharding
-from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.encoder_checks import (
     check_inputs,
     check_models,
@@ -44,7 +40,6 @@ from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS, PROJECTED, layer_loss
 from rlkd_trl.trainers.finite import MicroBatch
-from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
 from rlkd_trl.trainers.signatures import whole_signature
@@ -61,7 +56,7 @@ class Teachings:
     layers: Layers
 
 
-class EncoderKDTrainer(ResumableTrainer):
+class EncoderKDTrainer(DistillationTrainer):
     """One stage of encoder distillation: the sum of `args.losses`, each averaged over what it is a loss of.
 
     Layer losses and a language model's logits are averaged over the real tokens of the global batch, `hard_ce` and
@@ -148,13 +143,8 @@ class EncoderKDTrainer(ResumableTrainer):
         )
         self.train_dataset = NumberedRows(train_dataset)
         self.loss_is_scaled_for_ga = True  # by the counts of the whole step
-        if self.is_deepspeed_enabled:  # which moves the model only when training begins
-            self.model.to(self.accelerator.device)
         if self.teacher is not None:
             self.teacher.to(self.accelerator.device)
-        self._clock = Clock(self)
-        self.add_callback(self._clock)
-        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
         self.run_record |= {
             "student": {"architecture": type(model).__name__},
             "teacher": None if teacher is None else model_record(teacher),
@@ -370,49 +360,16 @@ class EncoderKDTrainer(ResumableTrainer):
             logs = {**logs, **self._means.take()}
         super().log(logs, *args, **kwargs)
 
-    # Cost
-
-    def cost(self) -> Cost:
-        """What the run has taken up to its last optimizer step, earlier parts of a resumed run included."""
-        return self._clock.cost()
-
-    def save_cost(self, path: Path) -> None:
-        """Writes `cost` as JSON."""
-        cost = asdict(self.cost())
-        if self.is_world_process_zero():
-            path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
-
     # Evaluation
 
-    def mixed_precision(self) -> AbstractContextManager:
-        """Accelerate puts `bf16` around its own forward pass only."""
-        return self.accelerator.autocast()
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Of a task: accuracy and F1, or correlations in regression, and agreement with the teacher. Of a general
-        stage: how like the teacher's the student's last states, and its similarities of texts, are.
-
-        Raises:
-            InputError: There is no evaluation data.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise InputError("There is nothing to evaluate on: give `eval_dataset`.")
-        if isinstance(dataset, dict):
-            metrics = {}
-            for name, rows in dataset.items():
-                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        with self.mixed_precision():
-            result = self._measured(dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     @torch.no_grad()
-    def _measured(self, dataset: Dataset) -> dict[str, float]:
-        """Losses and metrics of the student on these rows, which every process reads whole."""
+    def measured(self, dataset: Dataset) -> dict[str, float]:
+        """Each loss before its weight, the number of the student's parameters, and how well it does.
+
+        In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; in a
+        general stage, how like the teacher's its last hidden states and its similarities of texts are (see
+        `Seen.likeness`).
+        """
         was_training = self.student.training
         self.student.eval()
         sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -475,20 +432,6 @@ class EncoderKDTrainer(ResumableTrainer):
 
     # Checkpoints
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Trainer's generic card before a push to the Hub, unless a recipe has left a better one."""
-        if not (Path(self.args.output_dir) / "README.md").is_file():
-            super().create_model_card(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = Path(output_dir or self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, output_dir / "training_args.bin")
-
     def run_state(self) -> dict[str, object]:
         """Adds metrics that are not logged yet, and what the run has cost."""
         return {**super().run_state(), "unlogged_metrics": self._means.sums, "seconds": vars(self.spent)}
@@ -497,15 +440,6 @@ class EncoderKDTrainer(ResumableTrainer):
         super().load_run_state(state)
         self._means.sums = state["unlogged_metrics"]
         self.spent = Spent(**state["seconds"])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if is_deepspeed_zero3_enabled():  # only the engine can put weights into their shards
-            super()._load_best_model()
-            return
-        self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
 
 
 EncoderKDTrainer.__signature__ = whole_signature(EncoderKDTrainer)

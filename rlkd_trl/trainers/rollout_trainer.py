@@ -1,12 +1,9 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
@@ -14,18 +11,16 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.trainer.utils import print_prompt_completions_sample
 
-from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import Policy
-from rlkd_trl.trainers.budget import BudgetMeter, Cost
+from rlkd_trl.trainers.budget import BudgetMeter
 from rlkd_trl.trainers.checks import (
     check_best_metric,
     check_held_out,
@@ -33,12 +28,11 @@ from rlkd_trl.trainers.checks import (
     check_sharding,
 )
 from rlkd_trl.trainers.config import RolloutConfig
-from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.finite import PROMPTS_SHOWN, MicroBatch
 from rlkd_trl.trainers.guards import Guards, repetition_counts
 from rlkd_trl.trainers.preparation import prepare_student, teachers_of
 from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
-from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import PhaseTimer, RunningMeans
 from rlkd_trl.trainers.rollout_sampling import RolloutSampling
@@ -49,7 +43,7 @@ from rlkd_trl.trainers.signatures import whole_signature
 logger = logging.get_logger(__name__)
 
 
-class RolloutTrainer(ResumableTrainer):
+class RolloutTrainer(DistillationTrainer):
     """Base of the trainers that learn from completions; a method says where these come from, and what the loss is.
 
     The trained model is a `Policy`. `evaluate` measures with `reward_model`, whose teachers are kept on the device.
@@ -65,6 +59,7 @@ class RolloutTrainer(ResumableTrainer):
             as `PromptWriter`.
     """
 
+    clock_class = BudgetMeter
     critic_kind = "none"
 
     def __init__(
@@ -107,14 +102,9 @@ class RolloutTrainer(ResumableTrainer):
             data_collator=list,
             **kwargs,
         )
-        if self.is_deepspeed_enabled:  # which moves the model only when training begins
-            self.model.to(self.accelerator.device)
         for teacher in teachers_of(reward_model):
             teacher.to(self.accelerator.device)
         self.sampling = RolloutSampling(args, processing_class, self.accelerator)
-        self._budget = BudgetMeter(self)
-        self.add_callback(self._budget)
-        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
         self.run_record |= {
             "student": student_record(model, writer),
             "reward": reward_record(reward_model, train_dataset),
@@ -373,20 +363,6 @@ class RolloutTrainer(ResumableTrainer):
         loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
         return self.accelerator.prepare(loader)
 
-    def cost(self) -> Cost:
-        """The seconds, tokens and steps of the run until its last optimizer step, also before it was resumed."""
-        return self._budget.cost()
-
-    def save_cost(self, path: Path) -> None:
-        """Writes `cost` as JSON."""
-        cost = asdict(self.cost())
-        if self.is_world_process_zero():
-            path.write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
-
-    def mixed_precision(self) -> AbstractContextManager:
-        """A context for sampling and for copies of the student, which Accelerate's own autocast does not cover."""
-        return self.accelerator.autocast()
-
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -415,21 +391,13 @@ class RolloutTrainer(ResumableTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Greedy outputs on the evaluation prompts: text metrics, the teacher's NLL and the reward.
+        """As in `DistillationTrainer`. Raises `InputError` also for evaluation data without a column `prompt`."""
+        check_held_out(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-        Raises:
-            InputError: There is no evaluation data, or it has no column `prompt`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise InputError("There is nothing to evaluate on: give `eval_dataset`.")
-        check_held_out(dataset)
-        if isinstance(dataset, dict):
-            metrics = {}
-            for name, rows in dataset.items():
-                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        with self.mixed_precision(), self.whole_student():
+    def measured(self, dataset: Dataset) -> dict[str, float]:
+        """Greedy outputs on the rows' prompts: text metrics, the teacher's NLL and the reward."""
+        with self.whole_student():
             result = evaluate_student(
                 self.policy,
                 self.processing_class,
@@ -441,26 +409,9 @@ class RolloutTrainer(ResumableTrainer):
                 progress=None if self.args.disable_tqdm else "Evaluating the student",
                 after_batch=self.stop_if_asked,
             )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return result.metrics
 
     # Checkpoints
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes Trainer's generic card before a push to the Hub, unless there is one that a recipe has written."""
-        if not (Path(self.args.output_dir) / "README.md").is_file():
-            super().create_model_card(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = Path(output_dir or self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, output_dir / "training_args.bin")
 
     def run_state(self) -> dict[str, object]:
         """Adds the current rollout, the place in it, metrics that are not logged yet, and the cost of the run."""
@@ -484,13 +435,4 @@ class RolloutTrainer(ResumableTrainer):
         self._entropy = state["entropy_of_last_step"]
 
     def is_finished(self) -> bool:
-        return super().is_finished() or self._budget.is_spent()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.accelerator.unwrap_model(self.model if model is None else model).load_pretrained(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if is_deepspeed_zero3_enabled():  # only DeepSpeed's engine can load weights into their shards
-            super()._load_best_model()
-            return
-        self.accelerator.unwrap_model(self.model).load_pretrained(self.state.best_model_checkpoint)
+        return super().is_finished() or self._clock.is_spent()
