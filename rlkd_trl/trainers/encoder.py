@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
@@ -44,7 +44,6 @@ from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
 from rlkd_trl.trainers.signatures import whole_signature
 
-logger = logging.get_logger(__name__)
 Layers = dict[str, LayerTensors]
 
 
