@@ -102,7 +102,8 @@ def test_every_preset_trains(name, encoders, tmp_path):
         losses = {key: value for key, value in metrics["after"].items() if key.startswith("losses/")}
         assert losses and losses != {key: metrics["before"][key] for key in losses}
         assert (directory / "finished.json").is_file() and (directory / "report.html").is_file()
-    auto_class = AutoModelForSequenceClassification if TABLE[name][0][-1] == "task" else AutoModel
+    auto_class = AutoModelForMaskedLM if "mlm_ce" in TABLE[name][1][-1] else AutoModel
+    auto_class = AutoModelForSequenceClassification if TABLE[name][0][-1] == "task" else auto_class
     student, info = auto_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and student.config.num_hidden_layers == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == encoder_tokenizer().get_vocab()
