@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows: `text`, perhaps `text_pair`, and in a task perhaps `label`, as the data have it."""
+    """Training and held-out rows with `text`, optionally `text_pair`, and in a task `label`, as the data have it."""
 
     train: "Dataset"
     test: "Dataset"
@@ -27,7 +27,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a data set, with the flags that name them."""
+    """The columns of a data set: pairs of the flag that names the column, and its name."""
 
     source: tuple[str, str]
     pair: tuple[str, str | None]
@@ -35,7 +35,7 @@ class Columns:
 
 
 def is_demo(settings: EncoderSettings) -> bool:
-    """Whether nothing is named, so that data and models are the embedded demo's."""
+    """Whether neither data nor models are named, and the run is the embedded demo."""
     named = (
         settings.data.dataset,
         settings.task.task_dataset,
@@ -46,10 +46,10 @@ def is_demo(settings: EncoderSettings) -> bool:
 
 
 def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
-    """The rows of each kind of stage that there is.
+    """The rows of general stages and of task stages, by "general" and "task", for the kinds that the run has.
 
     Raises:
-        InputError: A stage's data is not named, a file, column or split is wrong, a text or a label is missing.
+        InputError: A stage's data is not named; a file, column or split is wrong; a text or a label is missing.
     """
     data, task, held_out, seed = settings.data, settings.task, settings.held_out, settings.args.seed
     if is_demo(settings):
@@ -94,7 +94,7 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
 
 
 def check_held_out_flags(held_out: EncoderHeldOutArguments, stages: Sequence[str]) -> None:
-    """Raises `InputError` for a flag that no stage reads."""
+    """Raises `InputError` for a flag of held-out data that no stage reads."""
     for kind, name, split in (
         ("general", "eval_dataset", "eval_split"),
         ("task", "task_eval_dataset", "task_eval_split"),
@@ -107,7 +107,7 @@ def check_held_out_flags(held_out: EncoderHeldOutArguments, stages: Sequence[str
 
 
 def _checked(rows: "Dataset", columns: Columns, max_rows: int | None = None) -> "Dataset":
-    """The texts and labels under their own names. Raises `InputError`."""
+    """The rows' texts and labels, as columns `text`, `text_pair` and `label`. Raises `InputError`."""
     from datasets import Dataset
 
     named = {"text": columns.source, "text_pair": columns.pair, "label": columns.label}
@@ -138,7 +138,11 @@ def _require_labels(labels: Sequence, column: str) -> None:
 
 
 def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Rows:
-    """With a share of the rows held out, where there are no others. Raises `InputError` if there are too few."""
+    """Training and held-out rows; without a test set a share of the training rows is held out.
+
+    Raises:
+        InputError: There are too few rows. flag: the flag that names a test set, for the message.
+    """
     if test is not None:
         return Rows(train, test)
     count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
@@ -150,7 +154,7 @@ def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Ro
 
 
 def with_next_sentences(rows: "Dataset", seed: int) -> "Dataset":
-    """Each pair twice: as it is, label 0 as in BERT, and with the second text of another row, label 1."""
+    """Each pair of texts twice: as it is, with label 0 as in BERT, and with another row's second text, label 1."""
     from datasets import Dataset
 
     texts, pairs, count = rows["text"][:], rows["text_pair"][:], len(rows)
@@ -167,7 +171,7 @@ def with_next_sentences(rows: "Dataset", seed: int) -> "Dataset":
 
 @dataclass(frozen=True)
 class Classes:
-    """What labels stand for. names: of the classes by number; None in regression."""
+    """The classes of a task. names: by the number of the class; None in regression."""
 
     names: dict[int, str] | None
 
@@ -177,7 +181,11 @@ class Classes:
 
 
 def classes_of(rows: Rows, teacher: "PreTrainedConfig | None") -> Classes:
-    """The teacher's classes; without a teacher those of the data's labels, and regression where these are floats."""
+    """The teacher's classes; without a teacher those of the data's labels, or regression if all labels are floats.
+
+    Raises:
+        InputError: A label is a negative number.
+    """
     if teacher is not None:
         if teacher.num_labels == 1 or teacher.problem_type == "regression":
             return Classes(None)
@@ -194,7 +202,9 @@ def classes_of(rows: Rows, teacher: "PreTrainedConfig | None") -> Classes:
 
 
 def with_numbers(rows: "Dataset", classes: Classes, column: str) -> "Dataset":
-    """With labels as numbers of classes, or as floats in regression.
+    """The rows with labels as numbers of classes, or as floats in regression.
+
+    column: the name of the labels' column in the data, for messages.
 
     Raises:
         InputError: A label is none of the classes.

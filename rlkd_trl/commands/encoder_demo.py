@@ -1,7 +1,7 @@
-"""The embedded demo of encoder distillation: how hard is the trail that a sentence describes?
+"""The embedded demo of encoder distillation, on the task: how hard is the trail that a sentence describes?
 
-The teacher, a BERT of four layers, is trained here, on masked words and then on the labels, in a process of its own,
-which knows nothing of how the run was launched.
+The teacher, a BERT of four layers, is trained first, on masked words and then on labels, in a separate process that
+knows nothing of how the run was launched (see `make_apart`).
 """
 
 import json
@@ -24,7 +24,7 @@ _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 
 @dataclass(frozen=True)
 class EncoderDemoRequest:
-    """What to train: in `output_dir/teacher` a model of masked words, in `output_dir/task_teacher` a classifier."""
+    """The teachers to train: of masked words in `output_dir/teacher`, of labels in `output_dir/task_teacher`."""
 
     output_dir: str
     seed: int
@@ -64,7 +64,7 @@ def write_demo_files(output_dir: str | Path) -> dict[str, str]:
 
 
 def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
-    """Of words, as BERT's: [CLS] before a text, [SEP] behind it."""
+    """A tokenizer of whole words that puts [CLS] before a text and [SEP] after it, as BERT's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import WordLevelTrainer
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ def demo_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
 
 
 def train_demo_teachers(**fields) -> None:
-    """Trains the teachers of an `EncoderDemoRequest` with these fields here, and saves them."""
+    """Trains and saves, in this process, the teachers of an `EncoderDemoRequest` with these fields."""
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, set_seed
 
     request = EncoderDemoRequest(**fields)

@@ -1,4 +1,4 @@
-"""Teacher and student of a stage of encoder distillation: checked by their configs, then loaded or made."""
+"""Teacher and student of a stage of encoder distillation: first checked by their configs, then loaded or made."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ _SIZES = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """How a stage's student begins: as a checkpoint, or as a new model made of the teacher's.
+    """How a stage's student begins: from a checkpoint, or as a new model made of the teacher.
 
-    config: of the student, without its head. sizes, init: of a new one.
+    config: the student's. sizes, init: of a new model, as in `students.from_teacher.smaller_student`.
     """
 
     config: "PreTrainedConfig"
@@ -34,9 +34,9 @@ class StudentPlan:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its own settings, rows and teacher, and the student that it begins with.
+    """One stage: its settings, rows and teacher, and the student that it begins with.
 
-    classes: of a task. checkpoint: where it is gone on from. is_done: its student is there.
+    classes: of a task stage. checkpoint: from which the stage is resumed. is_done: whether it is already finished.
     """
 
     args: "EncoderKDConfig"
@@ -59,7 +59,7 @@ class Stage:
 
 
 class Models(NamedTuple):
-    """A stage's models, and the tokenizer that they share."""
+    """The loaded models of a stage, and the tokenizer that they share."""
 
     student: "PreTrainedModel"
     teacher: "PreTrainedModel | None"
@@ -67,7 +67,7 @@ class Models(NamedTuple):
 
 
 def plan_student(settings: EncoderSettings) -> StudentPlan:
-    """The first stage's student. Raises `InputError` if it is neither named nor can be made."""
+    """How the first stage's student begins. Raises `InputError` if none is named and none can be made."""
     from rlkd_trl.models.encoders import load_encoder_config
     from rlkd_trl.students.from_teacher import RANDOM, SIZES, check_init, smaller_config
 
@@ -94,7 +94,7 @@ def plan_student(settings: EncoderSettings) -> StudentPlan:
 
 
 def _source(settings: EncoderSettings) -> tuple[str | None, str | None]:
-    """The teacher that a new student is made of: the first stage's."""
+    """Name and revision of the teacher that a new student is made of: the first stage's."""
     teacher = settings.teacher
     is_of_task = settings.args.stages[0] == "task" and teacher.task_teacher is not None
     if is_of_task or teacher.teacher is None:
@@ -112,7 +112,7 @@ def _refuse_sizes(student: EncoderStudentArguments) -> None:
 
 
 def check_teacher(name: str, revision: str | None, objective: "Objective") -> None:
-    """Raises `InputError` if a stage's teacher has not the head that the losses need."""
+    """Raises `InputError` if a stage's teacher lacks the head that the losses need."""
     from rlkd_trl.models.encoders import check_has_head
 
     if objective.teachers_head == "none":
@@ -126,7 +126,7 @@ def check_teacher(name: str, revision: str | None, objective: "Objective") -> No
 
 
 def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
-    """Tokenizers, layers and lengths, before weights are read. Raises `InputError`."""
+    """Checks tokenizers, layers and lengths before weights are read. Raises `InputError`."""
     from rlkd_trl.models.encoders import load_encoder_config, skeleton
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import check_dtype, load_tokenizer
@@ -155,7 +155,7 @@ def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:
 
 
 def load_models(settings: EncoderSettings, stage: Stage) -> Models:
-    """The stage's student, as it begins, and its teacher. Raises `InputError`."""
+    """Loads the stage's teacher, and loads or makes its student. Raises `InputError`."""
     from rlkd_trl.models.encoders import load_encoder
     from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.students.from_teacher import smaller_student

@@ -1,4 +1,4 @@
-"""How the stages of encoder distillation end: measured, saved, reported."""
+"""Measures, saves and reports the student of a stage of encoder distillation."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +16,15 @@ Results = dict[str, dict[str, float]]
 
 
 def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
-    """The student on the held-out rows; `when` is "before training" or "after training"."""
+    """The student's metrics on the held-out rows. when: "before training" or "after training"."""
     say(f"Evaluating the student {when}, on {len(trainer.eval_dataset)} held-out texts.")
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
 def save_student(trainer: "EncoderKDTrainer", results: Results) -> None:
-    """Writes the trained student, `cost.json`, and in `metrics.json` what is measured so far.
+    """Writes the trained student, `cost.json`, and the metrics so far to `metrics.json`.
 
-    Whatever fails after training then, an evaluation or the report, has nothing to lose. A signal to stop waits.
+    If an evaluation or the report fails later, nothing is lost. A signal to stop waits until all is written.
     """
     from rlkd_trl.evaluation.report import write_metrics
     from rlkd_trl.trainers.interruption import StopRequest
@@ -39,16 +39,16 @@ def save_student(trainer: "EncoderKDTrainer", results: Results) -> None:
 
 
 def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
-    """Of a saved student: writes `metrics.json`, prints the table, writes `report.html` and the model card.
+    """Reports on a saved student: writes `metrics.json`, `report.html` and the model card, and prints the table.
 
-    A signal to stop waits until all of it is there; it then ends a push, or the stages that are left.
+    A signal to stop waits until all is written; a push to the Hub, and stages that are left, do not begin then.
     """
     from rlkd_trl.trainers.interruption import StopRequest
 
     pushes = stage.is_last and trainer.args.push_to_hub
     with StopRequest().listening(is_last=stage.is_last and not pushes):
         _report(trainer, results, settings, stage)
-    if pushes and trainer.is_world_process_zero():  # last: all that it may fail on is over
+    if pushes and trainer.is_world_process_zero():  # last, so that a failing push loses nothing
         trainer.push_to_hub()
 
 

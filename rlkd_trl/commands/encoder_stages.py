@@ -1,4 +1,4 @@
-"""The stages of an encoder's distillation: what is to be done, in order, and how one is run."""
+"""Plans the stages of an encoder's distillation, checks them, and builds the trainer of each."""
 
 import json
 import shutil
@@ -37,18 +37,22 @@ _TRAINER = "EncoderKDTrainer"
 
 
 def check_data(settings: EncoderSettings) -> dict[str, Rows]:
-    """Files, columns and rows; of the trainer's settings a sketch is enough. Raises `InputError`."""
+    """Checks files, columns and rows, and loads the rows; a sketch of the trainer's config is enough.
+
+    Raises:
+        InputError: As `load_stage_rows`; or a file is missing.
+    """
     require_files(settings)
     return load_stage_rows(settings)
 
 
 def check_directories(settings: EncoderSettings) -> None:
-    """How the run was launched, and whether each stage's directory is free. Raises `InputError`."""
+    """Checks how the run was launched, and that each stage's directory may be written. Raises `InputError`."""
     from rlkd_trl.trainers.checks import check_sharding
 
     args = settings.args
     check_sharding(args)
-    for number in reversed(range(len(args.stages))):  # the last stage's is the one that is named
+    for number in reversed(range(len(args.stages))):  # first the directory that a user has named
         check_free(args.of_stage(number).output_dir, settings.run, args)
     if len(args.stages) > 1 and args.resume_from_checkpoint is not None:
         raise InputError(
@@ -58,10 +62,10 @@ def check_directories(settings: EncoderSettings) -> None:
 
 
 def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]:
-    """The stages with all that can be known before weights are read; those that are done are marked.
+    """The stages, with everything that is known before weights are read; finished stages are marked.
 
     Raises:
-        InputError: Something does not go together, or what is to be gone on with is of another run.
+        InputError: Settings, models and data do not fit each other, or a run to resume is another run.
     """
     args = settings.args
     stages, student = [], plan_student(settings)
@@ -111,7 +115,7 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
 
 
 def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]:
-    """The stages with what of them there is already."""
+    """The stages, those of a resumed run with their checkpoints, and marked if they are finished."""
     from rlkd_trl.trainers.checkpoint_files import checkpoints_in
     from rlkd_trl.trainers.run_record import check_same_run
 
@@ -138,14 +142,14 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
 
 
 def _has_begun(directory: Path) -> bool:
-    """Whether a stage has left something to go on from."""
+    """Whether there is a checkpoint of a stage, or its finished student."""
     from rlkd_trl.trainers.checkpoint_files import checkpoints_in
 
     return bool(checkpoints_in(directory)) or (directory / FINISHED).is_file()
 
 
 def _stage_record(stage: Stage, command: dict) -> dict[str, object]:
-    """What a finished stage was, beside its checkpoints, of which there may be none."""
+    """The record of a finished stage, by which a resumed run recognises it, also without checkpoints."""
     from rlkd_trl.trainers.run_record import rows_digest, settings_of
 
     return {
@@ -158,7 +162,7 @@ def _stage_record(stage: Stage, command: dict) -> dict[str, object]:
 
 
 def clear_unfinished(stages: Sequence[Stage]) -> None:
-    """Removes the results of an earlier run, when training begins, of the stages that are not done."""
+    """Removes an earlier run's results of the stages that are not finished; called when training begins."""
     for stage in stages:
         if stage.is_done:
             continue
@@ -186,7 +190,7 @@ def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
 
 
 def mark_stage(settings: EncoderSettings, stage: Stage, step: int) -> None:
-    """Says in the directory of a stage before the last that its student is there, and what it was."""
+    """Marks a stage before the last as finished, with its record, in its directory."""
     from rlkd_trl.trainers.run_record import RUN_RECORD
 
     if is_first_process():

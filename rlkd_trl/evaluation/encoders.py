@@ -1,4 +1,4 @@
-"""What an encoder is worth: on a task's labels, and as a copy of its teacher."""
+"""Metrics of encoders: on the labels of a task, and of the likeness to a teacher."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ _MOST_COMPARED = 500  # texts whose similarities to each other are compared: 125
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of the texts whose class is predicted, in percent."""
+    """The share of texts whose class is predicted correctly, in percent."""
     return 100 * sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
 
 
 def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """The classes' mean of 2 TP / (2 TP + FP + FN), in percent, over the classes that are labels or predicted."""
+    """Macro F1, in percent: the mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted."""
     scores = []
     for label in sorted({*predictions, *labels}):
         pairs = [(p == label, y == label) for p, y in zip(predictions, labels, strict=True)]
@@ -31,14 +31,14 @@ def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
 
 
 def pearson(x_N: Tensor, y_N: Tensor) -> float:
-    """The correlation of two lists of numbers; NaN where one of them does not vary."""
+    """Pearson's correlation of two lists of numbers; NaN if all numbers of one list are equal."""
     x_N, y_N = (values.double() - values.double().mean() for values in (x_N, y_N))
     norm = float(x_N.norm() * y_N.norm())
     return float(x_N @ y_N) / norm if norm > 0 else math.nan
 
 
 def spearman(x_N: Tensor, y_N: Tensor) -> float:
-    """The correlation of their ranks, of equal numbers the mean rank (Spearman 1904)."""
+    """Pearson's correlation of the ranks; equal numbers have their mean rank (Spearman 1904)."""
     return pearson(_ranks(x_N), _ranks(y_N))
 
 
@@ -49,7 +49,7 @@ def _ranks(values_N: Tensor) -> Tensor:
 
 
 def pair_similarities(embeddings_ND: Tensor) -> Tensor:
-    """The cosine of each pair of different texts, `[N (N − 1) / 2]`."""
+    """The cosines of all pairs of different texts' embeddings, `[N (N − 1) / 2]`."""
     unit_ND = torch.nn.functional.normalize(embeddings_ND.double(), dim=-1)
     N = len(unit_ND)
     rows, columns = torch.triu_indices(N, N, offset=1)
@@ -58,7 +58,7 @@ def pair_similarities(embeddings_ND: Tensor) -> Tensor:
 
 @dataclass
 class Seen:
-    """Collects what models make of batches, and measures it in the end."""
+    """Collects the models' outputs for all batches of evaluation data, and computes metrics of them."""
 
     predictions: list[Tensor] = field(default_factory=list)
     teachers: list[Tensor] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Seen:
     cosines: list[Tensor] = field(default_factory=list)
 
     def add_outputs(self, logits: Tensor, teachers_logits: Tensor | None, labels_B: Tensor | None) -> None:
-        """Of a task's batch."""
+        """Adds a batch of a task: logits `[B, C]`, `[B, 1]` in regression, and labels `[B]`."""
         self.predictions.append(_predicted(logits))
         if teachers_logits is not None:
             self.teachers.append(_predicted(teachers_logits))
@@ -75,7 +75,7 @@ class Seen:
             self.labels.append(labels_B.cpu())
 
     def add_states(self, student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor) -> None:
-        """Last hidden states of a batch of texts."""
+        """Adds the last hidden states of a batch of texts, of which the means over tokens are the embeddings."""
         for embeddings, states_BSD in zip(self.embeddings, (student_BSD, teacher_BSD), strict=True):
             states_BSD = torch.where(mask_BS[..., None], states_BSD.float(), 0)
             embeddings.append((states_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
@@ -84,7 +84,7 @@ class Seen:
             self.cosines.append(cosines_BS[mask_BS].cpu())
 
     def metrics(self, *, is_regression: bool) -> dict[str, float]:
-        """Accuracy and F1, or correlations; and agreement with the teacher's classes or numbers."""
+        """Accuracy and F1, or in regression correlations; and agreement with the teacher's classes or numbers."""
         predictions = torch.cat(self.predictions)
         metrics: dict[str, float] = {}
         if self.labels:
@@ -104,9 +104,11 @@ class Seen:
         return metrics
 
     def likeness(self) -> dict[str, float]:
-        """`similarity_spearman`: of student's and teacher's cosines of all pairs of texts, whose embeddings are the
-        means of their last states. `hidden_cosine`: mean cosine of the two models' states of a token, where they are
-        of one width."""
+        """How like the teacher's the student's last hidden states are.
+
+        `similarity_spearman`: Spearman's correlation of the student's and the teacher's cosines of all pairs of texts.
+        `hidden_cosine`: the mean cosine of the two models' states of the same token, if their widths are equal.
+        """
         metrics = {}
         if self.embeddings[0]:
             similarities = [pair_similarities(torch.cat(one)[:_MOST_COMPARED]) for one in self.embeddings]
@@ -117,7 +119,7 @@ class Seen:
         return metrics
 
     def samples(self, rows: Dataset, config: PreTrainedConfig) -> list[dict[str, object]]:
-        """The first texts with what was predicted of them."""
+        """The first rows, with the predicted classes or numbers."""
         table = []
         columns = {"student": self.predictions, "teacher": self.teachers, "label": self.labels}
         predicted = {name: torch.cat(batches).tolist() for name, batches in columns.items() if batches}
@@ -129,7 +131,7 @@ class Seen:
 
 
 def _predicted(logits: Tensor) -> Tensor:
-    """Classes, or a regression's numbers."""
+    """The predicted classes `[B]`, or in regression the predicted numbers."""
     return (logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(dim=1)).cpu()
 
 

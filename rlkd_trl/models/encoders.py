@@ -26,21 +26,21 @@ from rlkd_trl.models.sharding import loading_shards
 
 @dataclass(frozen=True)
 class Head:
-    """name: in words. classes: config's class to the model's, of transformers."""
+    """A kind of head. name: in words. classes: transformers' mapping from config classes to model classes."""
 
     name: str
     classes: Callable[[PreTrainedConfig], object]
 
 
 def _masked_language_model(config: PreTrainedConfig):
-    """The model that predicts tokens: of masked ones; of what follows, for models that are not encoders."""
+    """transformers' mapping to models that predict masked tokens, or for other than encoders the next token."""
     if config.is_encoder_decoder:
         return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     return MODEL_FOR_MASKED_LM_MAPPING if is_encoder(config) else MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 HEADS = {
-    # Of models that are not encoders the language model itself: a later recipe trains it on.
+    # Models other than encoders keep their language-modelling head, since a later recipe trains it.
     "none": Head("no head", lambda config: MODEL_MAPPING if is_encoder(config) else _masked_language_model(config)),
     "tokens": Head("a language-modelling head", _masked_language_model),
     "tokens and next sentence": Head("a next-sentence head", lambda config: MODEL_FOR_PRETRAINING_MAPPING),
@@ -49,7 +49,7 @@ HEADS = {
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether it is a model like BERT, which reads in both directions and predicts masked tokens."""
+    """Whether the config is of a model like BERT, which attends in both directions and predicts masked tokens."""
     in_mapping = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     return in_mapping and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
 
@@ -89,11 +89,12 @@ def load_encoder(
 ) -> PreTrainedModel:
     """A checkpoint's model with one of `HEADS`.
 
-    may_be_new: whether a head that the checkpoint lacks is made, with random numbers of the seed. num_labels,
-    label_names: of a new head of classes; None keeps the checkpoint's own.
+    head: one of `HEADS`. who: "The teacher" or "The student", for messages. may_be_new: whether a missing head is
+    added, with random weights of the seed. num_labels, label_names: for a classification head; None for the
+    checkpoint's.
 
     Raises:
-        InputError: It cannot be loaded, lacks weights, or has some that are not finite.
+        InputError: The checkpoint cannot be loaded, lacks weights, or has weights that are not finite.
     """
     check_dtype(dtype)
     config = load_encoder_config(name_or_path, revision=revision)
@@ -113,7 +114,7 @@ def load_encoder(
             config=config,
             dtype=DTYPES[dtype],
             output_loading_info=True,
-            quietly=True,  # of weights that are missing or not used, what matters is said below
+            quietly=True,  # missing weights are checked below
             ignore_mismatched_sizes=may_be_new and num_labels is not None,
         )
     missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}
@@ -126,9 +127,9 @@ def load_encoder(
 
 
 def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revision: str | None = None) -> None:
-    """Raises `InputError` if the checkpoint lacks weights of the head; weights are not read, only their names.
+    """Raises `InputError` if the checkpoint lacks weights of the head. Only the names of weights are read.
 
-    Of checkpoints in other files than safetensors nothing is known before they are loaded.
+    A checkpoint in other files than safetensors is not checked, since its names are not known before it is loaded.
     """
     config = load_encoder_config(name_or_path, revision=revision)
     names = weight_names(name_or_path, revision)
@@ -143,7 +144,7 @@ def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revis
 
 
 def skeleton(config: PreTrainedConfig, head: str, who: str) -> LayerReader:
-    """A model of this config without memory: what its layers offer, before weights are read. Raises `InputError`."""
+    """The layers of a model of this config on the meta device, without weights. Raises `InputError`."""
     with torch.device("meta"):
         return LayerReader(model_class(config, head, who)(config))
 
@@ -153,5 +154,5 @@ def _is_of_body(name: str, model: PreTrainedModel) -> bool:
 
 
 def _is_pooler(name: str) -> bool:
-    """Which checkpoints of language models lack, and nothing reads but a head of classes."""
+    """Whether a weight is the pooler's, which checkpoints of language models lack and only classifiers read."""
     return "pooler." in name

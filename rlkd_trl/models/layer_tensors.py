@@ -1,12 +1,12 @@
-"""Which tensors a model's layers offer, and how they are read during one forward pass, whatever the architecture.
+"""Reads tensors of a model's layers during one forward pass, for many architectures.
 
     outputs, layers = LayerReader(model).read(inputs, {"encoder": {"hidden_states": [0, 4], "scores": [2, 4]}})
     layers["encoder"].scores[4]      # [B, H, S, S]
 
-A layer offers its output (`hidden_states`), its attention's scores before softmax and probabilities after it, and the
-queries, keys and values of each head. They are found in all encoders that transformers has in these forms, and in the
-self-attention of encoder-decoder and decoder-only models: by hooks on the projections, and by what softmax is given
-inside of an attention module. Nothing is copied: with gradients, the tensors are parts of the model's graph.
+The tensors of a layer are its output (`hidden_states`), the scores of its self-attention before softmax and the
+probabilities after it, and the queries, keys and values of each head. Queries, keys and values are the outputs of the
+projections of an attention module, read by hooks; scores and probabilities are the argument and the result of the
+softmax within the module. Nothing is copied: with gradients, the tensors are parts of the model's graph.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -41,24 +41,25 @@ _PROJECTIONS = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
 )
-# One projection for all three, and how its output is to be cut: in three, or for each head in three.
+# One projection for all three. Its output is three parts, each of all heads; or for each head three parts.
 _PACKED = {"Wqkv": "three of heads", "in_proj": "heads of three"}  # ModernBERT; DeBERTa
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention")
 _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, Tensor.softmax)
 _EAGER_WHERE_WANTED = "rlkd_layer_maps"
 _TAP = "_rlkd_softmax_tap"
-# By stack and kind the layers, counted from 1; of hidden states, 0 is the embeddings'.
+# Stack ("encoder", "decoder") -> kind of tensor -> layers, counted from 1; 0 for the embeddings' hidden states.
 Wanted = Mapping[str, Mapping[str, Collection[int]]]
 
 
 @dataclass
 class LayerTensors:
-    """What was read of one stack of layers, by layer, counted from 1.
+    """The tensors that were read of one stack of layers, by the number of the layer, counted from 1.
 
-    hidden_states: outputs of the embeddings (at 0) and of layers, `[B, S, D]`; the last as the model returns it,
-    behind a final norm where there is one. scores, probabilities: `[B, H, S, S]`; where attention may not look, scores
-    are the dtype's least number or near it. queries, keys, values: `[B, S, H, d]`, as projected, before rotary
-    positions and scaling; with grouped queries, keys and values have fewer heads.
+    hidden_states: outputs of the embeddings (layer 0) and of layers, `[B, S, D]`; the last layer's as the model
+    returns it, which is after a final norm if the model has one. scores, probabilities: `[B, H, S, S]`; for keys that
+    a query must not attend to, scores are about the smallest number of the dtype. queries, keys, values:
+    `[B, S, H, d]`, as projected, before rotary positions and scaling; with grouped queries, keys and values have
+    fewer heads.
     """
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
@@ -70,10 +71,13 @@ class LayerTensors:
 
 
 class LayerReader:
-    """Reads a model's layers: of "encoder" and "decoder", of which most models have one (`stacks`).
+    """Reads a model's layers.
 
     Args:
-        model: Of transformers, with or without a head or PEFT's adapters.
+        model: A model of transformers, with or without a head or PEFT's adapters.
+
+    Attributes:
+        stacks: The model's stacks of layers: "encoder", "decoder", or both.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
@@ -88,15 +92,15 @@ class LayerReader:
         self.stacks: tuple[str, ...] = tuple(self._attention) or both
 
     def num_layers(self, stack: str) -> int:
-        """Layers of a stack."""
+        """The number of layers of a stack."""
         return _of_stack(self.config, stack, "num_hidden_layers", "num_decoder_layers", "decoder_layers")
 
     def num_heads(self, stack: str) -> int:
-        """Attention heads of a stack."""
+        """The number of attention heads of a layer of this stack."""
         return _of_stack(self.config, stack, "num_attention_heads", "decoder_attention_heads")
 
     def vector_width(self, stack: str, kind: str) -> int:
-        """Numbers in a token's queries, keys or values, of all heads together."""
+        """The width of a token's queries, keys or values, of all heads together."""
         module = self._attention[stack][0]
         name, kinds = next((name, kinds) for name, kinds in _form_of(module).items() if kind in kinds)
         return getattr(module, name).weight.shape[0] // len(kinds)
@@ -112,14 +116,14 @@ class LayerReader:
             )
 
     def read(self, inputs: Mapping[str, object], wanted: Wanted) -> tuple[ModelOutput, dict[str, LayerTensors]]:
-        """One forward pass: its outputs, and the wanted tensors of each stack.
+        """Runs one forward pass and returns the model's outputs and the wanted tensors of each stack.
 
-        Layers of which maps are wanted run eager attention, and only these: no other layer's map is made or kept,
-        where the model leaves it to transformers how attention is computed (DeBERTa does not), and SDPA needs none
-        (for gradients of a bias on scores, which T5 learns, it does).
+        Only layers whose maps (scores or probabilities) are wanted run eager attention; all others run SDPA and keep
+        no map. Exceptions are models with an attention of their own (DeBERTa), which make all maps, and SDPA with a
+        learned bias on scores (T5), which makes maps for the bias's gradients.
 
         Raises:
-            InputError: A layer has run and computed no softmax of its own: its attention gives no maps.
+            InputError: Maps of a layer are wanted whose attention computes no softmax that can be read.
         """
         layers = {stack: LayerTensors() for stack in self.stacks}
         with ExitStack() as context:
@@ -145,7 +149,7 @@ def _of_stack(config: PreTrainedConfig, stack: str, name: str, *of_decoder: str)
 
 
 def _form_of(module: nn.Module) -> dict[str, tuple[str, ...]] | None:
-    """Projection to the kinds of vectors that it gives, of an attention module; None of any other module."""
+    """An attention module's projections, by name, with the kinds of vectors each gives; None for other modules."""
     for names in _PROJECTIONS:
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
             return {name: (kind,) for name, kind in zip(names, VECTORS, strict=True)}
@@ -160,22 +164,22 @@ def _stack_of(name: str, module: nn.Module, is_encoder_decoder: bool) -> str:
 
 
 def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Of the model and of the models in it, which T5 has, each once."""
+    """The configs of the model and of the models within it (T5's encoder and decoder have their own), each once."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
 
 
 def _attention(module: nn.Module, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-    """The architecture's own eager attention in a layer whose maps are wanted, transformers' SDPA in all others."""
+    """The architecture's own eager attention in layers whose maps are wanted, transformers' SDPA in the others."""
     return (own_eager_attention(module) if hasattr(module, _TAP) else sdpa_attention_forward)(module, *args, **kwargs)
 
 
 AttentionInterface.register(_EAGER_WHERE_WANTED, _attention)
-AttentionMaskInterface.register(_EAGER_WHERE_WANTED, eager_mask)  # numbers to add, which SDPA takes too
+AttentionMaskInterface.register(_EAGER_WHERE_WANTED, eager_mask)  # an additive mask, which SDPA reads as well
 
 
 class _SoftmaxTap(TorchFunctionMode):
-    """Notes what softmax is given and returns, where these are attention maps."""
+    """Calls `note` with the argument and the result of each softmax of four dimensions: attention's maps."""
 
     def __init__(self, note: Callable[[Tensor, Tensor], None]):
         super().__init__()
@@ -239,7 +243,7 @@ class _Recorder:
         output: Tensor,
     ) -> None:
         wanted = [kind for kind in kinds if self._wants(kind) and self._layer not in getattr(self._tensors, kind)]
-        if not wanted:  # or it is called again, on something else: DeBERTa-v2 projects positions too
+        if not wanted:  # also in a second call within a layer: DeBERTa-v2 projects its positions, too
             return
         vectors = _per_head(output, kinds, _PACKED.get(name), self._heads, attention)
         for kind in wanted:

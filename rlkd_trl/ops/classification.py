@@ -1,4 +1,4 @@
-"""Losses of class logits and of regression, per row: soft targets, hard labels, squared errors."""
+"""Losses of class logits and of regression for each row: soft targets, hard labels, squared errors."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from rlkd_trl.ops.divergences import forward_kl, log_probs
 from rlkd_trl.ops.masking import masked
 
-IGNORED = -100  # a label that is none
+IGNORED = -100  # stands for a missing label, as in torch and transformers
 
 
 def logits_kl(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -28,6 +28,6 @@ def hard_cross_entropy(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def squared_error(student_N: Tensor, target_N: Tensor) -> Tensor:
-    """(z − y)², `[N]`: in regression, for soft and for hard targets alike."""
+    """(z − y)², `[N]`: regression's loss, with the teacher's numbers or with labels as targets."""
     dtype = torch.promote_types(student_N.dtype, torch.float32)
     return (student_N.to(dtype) - target_N.to(dtype)).square()

@@ -1,6 +1,6 @@
-"""Which layer of a student learns from which of its teacher: g(m) of the papers, by name or pair by pair.
+"""Layer maps: which layer of the student learns from which layer of the teacher, g(m) in the papers.
 
-Layers are counted from 1; M are the student's, L the teacher's.
+Layers are counted from 1; the student has M, the teacher L.
 """
 
 import re
@@ -25,17 +25,17 @@ def bottom(M: int, L: int) -> Pairs:
 
 
 def skip(M: int, L: int) -> Pairs:
-    """As `uniform`, without the last layer, which the logits teach: 2, 4, … 10 of 12 for 6 (Sun et al. 2019)."""
+    """As `uniform`, without the last layer: for 6 of 12 layers 2, 4, … 10 (Sun et al. 2019, PKD-Skip)."""
     return uniform(M, L)[:-1]
 
 
 def last(M: int, L: int) -> Pairs:
-    """As `top`, without the last layer: 7, 8, … 11 of 12 for 6 (Sun et al. 2019, PKD-Last)."""
+    """As `top`, without the last layer: for 6 of 12 layers 7, 8, … 11 (Sun et al. 2019, PKD-Last)."""
     return top(M, L)[:-1]
 
 
 def single(M: int, L: int) -> Pairs:
-    """The last by the last (Wang et al. 2020, MiniLM); `single=9`: by the teacher's 9th (Wang et al. 2021)."""
+    """The last layer from the teacher's last (Wang et al. 2020, MiniLM); `single=9`: its 9th (Wang et al. 2021)."""
     return [(M, L)]
 
 
@@ -51,11 +51,11 @@ FORMS = f"{', '.join(NAMED)}, single=9 (a layer of the teacher) or pairs of stud
 
 
 def layer_pairs(layer_map: str, M: int, L: int) -> Pairs:
-    """The pairs (student's layer, teacher's layer) of a map by its name, `single=9`, or pair by pair as `1:2,2:4`.
+    """The pairs (student's layer, teacher's layer) of a map: a name in `NAMED`, `single=9`, or pairs as `1:2,2:4`.
 
     Raises:
-        ValueError: It is none of these, leads outside of the M or L layers, names a student's layer twice, or leaves
-            no layer at all.
+        ValueError: The map is none of these, has a number outside of the M or L layers, names a student's layer twice,
+            or has no pair at all.
     """
     if layer_map in NAMED:
         pairs = NAMED[layer_map](M, L)

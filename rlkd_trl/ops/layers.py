@@ -1,9 +1,9 @@
-"""How far a student's layers are from its teacher's, per token: the losses of TinyBERT, PKD, DistilBERT and MiniLM.
+"""Distances of a student's layers from its teacher's: the losses of TinyBERT, PKD, DistilBERT and MiniLM.
 
-Each takes the student's tensor first and returns one number per token, `[B, S]` (of a text's first token, `[B]`), 0
-behind the mask, so that sums over batches that are cut in any way can be divided by one count. `mask_BS` is True on
-real tokens. Padding never enters the arithmetic. All of them are 0, with gradient 0, where student and teacher agree;
-the teacher's tensors are constants for the caller to detach. At least float32.
+Each function takes the student's tensor first and returns a number per token, `[B, S]`, or for a text's first token,
+`[B]`. It is 0 where the mask is False: sums over batches can then be divided by one count, however the batches were
+divided. `mask_BS` is True on real tokens; padding is not read. Every loss is 0, with gradient 0, if student and
+teacher agree. The caller detaches the teacher's tensors. Computed in float32 or better.
 """
 
 import torch
@@ -15,7 +15,7 @@ from rlkd_trl.ops.masking import masked
 def mean_squared_error(student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor) -> Tensor:
     """‖h^S − h^T‖² / D, `[B, S]`: L_hidn of states, L_embd of embeddings (Jiao et al. 2020, TinyBERT, eq. 8, 9).
 
-    Where the widths differ, the student's tensor comes multiplied by a learned W (W_h, W_e there).
+    If the widths differ, the student's tensor is to be multiplied by a learned matrix (W_h, W_e in the paper) before.
     """
     difference_BSD = masked(_float(student_BSD) - _float(teacher_BSD), mask_BS[..., None])
     return difference_BSD.square().mean(dim=-1)
@@ -36,8 +36,8 @@ def normalised_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 def attention_score_mse(student_BHSS: Tensor, teacher_BHSS: Tensor, mask_BSS: Tensor) -> Tensor:
     """1/h Σ_i MSE(A_i^S, A_i^T) of scores A = Q Kᵀ / √d before softmax: L_attn (Jiao et al. 2020, TinyBERT, eq. 7).
 
-    `[B, S]`: for each query the mean over heads and over the keys that it may attend to, which are True in `mask_BSS`;
-    0 where there are none. For texts of one length its mean over tokens is the paper's.
+    `[B, S]`: for each query the mean over heads and over the keys that it may attend to, where `mask_BSS` is True; 0
+    if there are none. If all texts have the same length, the mean over tokens is the paper's loss.
     """
     difference_BHSS = masked(_float(student_BHSS) - _float(teacher_BHSS), mask_BSS[:, None])
     keys_BS = mask_BSS.sum(dim=-1).clamp(min=1)
@@ -47,8 +47,8 @@ def attention_score_mse(student_BHSS: Tensor, teacher_BHSS: Tensor, mask_BSS: Te
 def attention_kl(student_BHSS: Tensor, teacher_BHSS: Tensor, mask_BSS: Tensor) -> Tensor:
     """1/A_h Σ_a KL(A^T_{a,t} ‖ A^S_{a,t}), `[B, S]`, of attention distributions: L_AT (Wang et al. 2020, eq. 6).
 
-    Of the scores that softmax makes them of, as `attention_score_mse` takes them: logarithms of small probabilities
-    stay exact.
+    The arguments are the scores before softmax, as for `attention_score_mse`, so that logarithms of small
+    probabilities are exact.
     """
     mask_BHSS = mask_BSS[:, None]
     student_BHSS, teacher_BHSS = (

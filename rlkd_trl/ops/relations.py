@@ -1,4 +1,4 @@
-"""Relations among a layer's queries, keys or values: the losses of MiniLM and MiniLMv2, of models of any widths."""
+"""Relations among a layer's queries, keys or values: the losses of MiniLM and MiniLMv2, for models of any widths."""
 
 import math
 
@@ -12,9 +12,9 @@ from rlkd_trl.ops.masking import masked
 def relation_scores(vectors_BSD: Tensor, mask_BS: Tensor, *, relation_heads: int) -> Tensor:
     """A_a A_aᵀ / √d_r for each of A_r relation heads, `[B, A_r, S, S]` (Wang et al. 2021, MiniLMv2, eq. 7).
 
-    vectors_BSD: queries, keys or values, those of all attention heads side by side; they are cut anew into A_r parts
-    of d_r = D / A_r numbers. With as many relation heads as attention heads and values, softmax makes of them MiniLM's
-    VR (Wang et al. 2020, eq. 7). Behind the mask they are 0.
+    vectors_BSD: queries, keys or values, concatenated over attention heads; they are split into A_r parts of d_r =
+    D / A_r numbers. With values, and as many relation heads as attention heads, the softmax of the scores is MiniLM's
+    VR (Wang et al. 2020, eq. 7). Scores of padding are 0.
 
     Raises:
         ValueError: D is not divisible by the number of relation heads.
@@ -30,7 +30,7 @@ def relation_scores(vectors_BSD: Tensor, mask_BS: Tensor, *, relation_heads: int
 def relation_kl(student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor, *, relation_heads: int) -> Tensor:
     """1/A_r Σ_a KL(R^T_{a,t} ‖ R^S_{a,t}), `[B, S]`, R the softmax of `relation_scores` (MiniLMv2, eq. 6; L_VR).
 
-    Zero, with gradient zero, where the relations agree, which models of different widths can.
+    The loss is 0, with gradient 0, if the relations agree, which is possible for models of different widths.
 
     Raises:
         ValueError: As `relation_scores`.

@@ -1,4 +1,4 @@
-"""A student whose layers are read: the model, and projections to its teacher's width where the two differ."""
+"""The student of encoder distillation: a model, and learned projections to the teacher's width if theirs differ."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,16 +22,15 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 
 
 class EncoderStudent(nn.Module):
-    """A model whose `forward` makes something of its outputs and layers.
+    """A student whose `forward` returns a function of the model's outputs and of tensors of its layers.
 
-    All that is learnt from a forward pass comes through it, since distributed wrappers look for unused weights in what
-    a `forward` returns.
+    Losses are computed within `forward`, since distributed wrappers find unused weights by what `forward` returns.
 
     Args:
-        model: The student.
-        projections: Name to (student's width, teacher's width): a learned W without bias for each, the same numbers
-            for a seed (TinyBERT's W_h and W_e). They are trained with the student, stand in checkpoints in a file of
-            their own, and are no part of the model.
+        model: The student's model.
+        projections: Name -> (student's width, teacher's width): for each a learned matrix without bias (TinyBERT's W_h
+            and W_e). They are trained with the model, and saved beside it in a file of their own.
+        seed: Of the projections' first weights.
     """
 
     accepts_loss_kwargs = False  # else `Trainer` takes `**kwargs` for a loss that is divided over the whole step
@@ -65,19 +64,19 @@ class EncoderStudent(nn.Module):
         wanted: Wanted,
         function: Callable[[ModelOutput, dict[str, LayerTensors]], Result],
     ) -> Result:
-        """`function` of the model's outputs and the wanted tensors of its layers (see `LayerReader.read`)."""
+        """Calls `function` with the model's outputs and the wanted tensors of its layers (see `LayerReader.read`)."""
         return function(*self.reader.read(inputs, wanted))
 
     def projected(self, name: str, student_BSD: Tensor) -> Tensor:
-        """In the teacher's width, where there is a projection of this name."""
+        """The states `[B, S, D]` in the teacher's width; unchanged if there is no projection of this name."""
         return self.projections[name](student_BSD) if name in self.projections else student_BSD
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint that plain transformers loads; projections go to a file of their own, if there are any."""
+        """Writes a checkpoint that plain transformers loads, and projections, if there are any, in another file."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        for name, source in tied.items():  # of a sharded run two copies, which transformers does not know for one
+        for name, source in tied.items():  # gathered shards hold two copies, which transformers does not recognise
             if name in student and source in student and torch.equal(student[name], student[source]):
                 del student[name]
         self.model.save_pretrained(output_dir, state_dict=student)
@@ -89,10 +88,10 @@ class EncoderStudent(nn.Module):
             save_file(projections, Path(output_dir) / _PROJECTIONS_FILE)
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
-        """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory.
+        """Loads the weights of a checkpoint that `save_pretrained` wrote, into the model or its adapters.
 
         Raises:
-            InputError: There are projections, and the checkpoint has none.
+            InputError: The checkpoint lacks the student's projections, or weights of the model.
         """
         file = Path(checkpoint_dir) / _PROJECTIONS_FILE
         if self.projections and not file.is_file():

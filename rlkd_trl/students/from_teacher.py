@@ -1,4 +1,4 @@
-"""A smaller encoder of its teacher's architecture, with some of its layers or with random weights."""
+"""Makes a smaller encoder of the teacher's architecture, with some of the teacher's layers or with random weights."""
 
 import copy
 import re
@@ -11,7 +11,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.ops.layer_maps import FORMS, layer_pairs
 
-# Of a new student -> the names that configs have for it.
+# A new student's size -> the names that configs have for it.
 SIZES = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
@@ -22,12 +22,13 @@ RANDOM = "random"
 
 
 def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -> PreTrainedConfig:
-    """The teacher's config in the sizes given; None keeps the teacher's.
+    """The teacher's config with other sizes.
 
-    sizes: of `SIZES`. In encoder-decoder models, `num_layers` are those of encoder and decoder each.
+    sizes: by the names of `SIZES`; None keeps the teacher's. In an encoder-decoder model, encoder and decoder have
+    `num_layers` layers each.
 
     Raises:
-        InputError: There is no such size in this architecture; the width is not divisible by the number of heads.
+        InputError: The architecture has no such size; the width is not divisible by the number of heads.
     """
     config = copy.deepcopy(teacher)
     for size, value in sizes.items():
@@ -52,7 +53,7 @@ def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -
 
 
 def _shorten(config: PreTrainedConfig, teacher: PreTrainedConfig, num_layers: int) -> None:
-    """What else in a config speaks of layers: the decoder's number, and ModernBERT's kinds of attention."""
+    """Sets the config's other fields about layers: the decoder's number, and ModernBERT's kinds of attention."""
     for name in ("num_decoder_layers", "decoder_layers"):
         if config.is_encoder_decoder and getattr(config, name, None) is not None:
             setattr(config, name, num_layers)
@@ -62,7 +63,7 @@ def _shorten(config: PreTrainedConfig, teacher: PreTrainedConfig, num_layers: in
 
 
 def check_init(init: str, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raises `InputError` if a new student cannot begin so: see `smaller_student`."""
+    """Raises `InputError` if a new student cannot begin with these layers; `init` as in `smaller_student`."""
     if init == RANDOM:
         return
     try:
@@ -82,12 +83,13 @@ def check_init(init: str, student: PreTrainedConfig, teacher: PreTrainedConfig) 
 def smaller_student(
     teacher: PreTrainedModel, sizes: Mapping[str, int | None], *, init: str = "uniform", seed: int = 0
 ) -> PreTrainedModel:
-    """A new model of the teacher's class, with its head, in other sizes.
+    """A new model of the teacher's class, with its kind of head, in other sizes.
 
     Args:
         sizes: As in `smaller_config`.
-        init: Which of the teacher's layers it begins with, as a layer map says, and with the teacher's embeddings and
-            head; a layer that the map leaves out, or "random" for all, begins with random numbers of the seed.
+        init: A layer map (see `ops.layer_maps`), which says the teacher's layers that are copied; the embeddings and
+            the head are copied as well, and layers that the map leaves out are random. Or "random" for all weights.
+        seed: Of the random weights.
 
     Raises:
         InputError: As `smaller_config` and `check_init`.
@@ -104,7 +106,10 @@ def smaller_student(
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
-    """Gives the student the teacher's weights: of layers by pairs, counted from 1, and all others as they are."""
+    """Copies the teacher's weights to the student: layers by pairs, counted from 1, and all weights outside of layers.
+
+    pairs: (student's layer, teacher's layer).
+    """
     source_of = {m - 1: n - 1 for m, n in pairs}
     weights = teacher.state_dict()
     copied = {}
@@ -122,5 +127,5 @@ def copy_layers(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[in
     student.load_state_dict(copied, strict=False)
 
 
-# The number of a layer in a weight's name; ALBERT's groups are shared by all layers and go as they are.
+# The number of a layer in a weight's name. ALBERT's layers share groups of weights, which are copied as they are.
 _LAYER = re.compile(r"(?:^|\.)(?:layer|layers|block|h)\.(?P<number>\d+)\.")

@@ -1,4 +1,4 @@
-"""Distillation of encoders: the student's layers and logits are drawn to those of the teacher."""
+"""Distillation of encoders: the student learns the teacher's hidden states, attention and logits."""
 
 import inspect
 from collections import defaultdict
@@ -49,26 +49,26 @@ Layers = dict[str, LayerTensors]
 
 @dataclass(frozen=True)
 class Teachings:
-    """What a teacher has made of a batch: logits, if it has a head, and the tensors of its layers that are wanted."""
+    """A teacher's outputs for a batch: logits, if it has a head, and by stack the tensors that the losses read."""
 
     logits: Tensor | None
     layers: Layers
 
 
 class EncoderKDTrainer(DistillationTrainer):
-    """One stage of encoder distillation: the sum of `args.losses`, each averaged over what it is a loss of.
+    """Trains one stage of encoder distillation on a weighted sum of losses, `args.losses`.
 
-    Layer losses and a language model's logits are averaged over the real tokens of the global batch, `hard_ce` and
-    the logits of classes over its texts, `mlm_ce` over its masked tokens; losses on a layer map are added up over its
-    pairs. So the update is the same however the batch is cut.
+    Losses of layers and of a language model's logits are averaged over the real tokens of the global batch, `hard_ce`
+    and losses of class logits over its texts, `mlm_ce` over its masked tokens. Losses on a layer map are summed over
+    the map's pairs. The update does not depend on how the batch is divided into micro-batches and processes.
 
     Args:
-        model: The student, with the head of the stage (`models.encoders.HEADS`), or the name of a checkpoint; a head
-            that the checkpoint lacks is made. `students.from_teacher.smaller_student` makes new ones.
-        teacher: The teacher, or the name of a checkpoint; None where no loss needs one.
-        train_dataset: Rows with `text`, or `input_ids`; and perhaps `text_pair` (an encoder-decoder's target), `label`
-            (a class's number, or a float in regression), `next_sentence_label`.
-        data_collator: In place of the trainer's own, as one of transformers' for tokenised rows.
+        model: The student, with the head that the stage trains (`models.encoders.HEADS`), or the name of a checkpoint,
+            to which a missing head is added. `students.from_teacher.smaller_student` makes new students.
+        teacher: The teacher, or the name of a checkpoint; None if no loss needs one.
+        train_dataset: Rows with `text`, or `input_ids`; optional are `text_pair` (an encoder-decoder's target),
+            `label` (a class's number, or a float in regression) and `next_sentence_label`.
+        data_collator: Replaces the trainer's own, for instance by one of transformers' for tokenised rows.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
 
     Raises:
@@ -141,7 +141,7 @@ class EncoderKDTrainer(DistillationTrainer):
             **kwargs,
         )
         self.train_dataset = NumberedRows(train_dataset)
-        self.loss_is_scaled_for_ga = True  # by the counts of the whole step
+        self.loss_is_scaled_for_ga = True  # the counts that losses are divided by are those of the whole step
         if self.teacher is not None:
             self.teacher.to(self.accelerator.device)
         self.run_record |= {
@@ -158,10 +158,10 @@ class EncoderKDTrainer(DistillationTrainer):
         """The student as it is now, out of its distributed wrapper."""
         return self.accelerator.unwrap_model(self.model_wrapped)
 
-    # What is read
+    # Layers and inputs of the two models
 
     def _wanted_layers(self, student: LayerReader) -> tuple[Wanted, Wanted]:
-        """By stack and kind the layers that are to be read, of the student and of the teacher."""
+        """By stack and kind of tensor, the layers whose tensors the losses read: the student's, the teacher's."""
         if self.teachers_reader is None:
             return {}, {}
         of_stacks = {
@@ -171,7 +171,7 @@ class EncoderKDTrainer(DistillationTrainer):
         return tuple({stack: pair[i] for stack, pair in of_stacks.items()} for i in range(2))
 
     def _mapped_layers(self) -> str:
-        """The layers whose maps are read, in words."""
+        """The layers whose attention maps are read, in words."""
         parts = []
         for who, wanted in zip(("the student", "the teacher"), self._wanted, strict=True):
             layers = sorted({layer for of_stack in wanted.values() for layer in of_stack.get("scores", ())})
@@ -179,7 +179,7 @@ class EncoderKDTrainer(DistillationTrainer):
         return " and ".join(parts)
 
     def _model_inputs(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch this model's `forward` takes, labels left out."""
+        """The tensors of a batch that this model's `forward` takes, without labels."""
         known = inspect.signature(base_of(model).forward).parameters
         names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
         return {name: batch[name] for name in names if name in batch and name in known}
@@ -194,7 +194,7 @@ class EncoderKDTrainer(DistillationTrainer):
     # The loss
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the global batch's loss: the gradient of one big batch, however it was cut."""
+        """The micro-batch's share of the global batch's loss; the shares' gradients sum to that of the whole batch."""
         shares = self._shares(model, inputs, num_items_in_batch)
         shown = [share.detach().float() if self.contributes else torch.zeros(()) for share in shares.values()]
         means = self.accelerator.reduce(torch.stack(shown).to(self.args.device), reduction="mean")
@@ -203,8 +203,10 @@ class EncoderKDTrainer(DistillationTrainer):
         return self.checked_loss(self._weighted_sum(shares))
 
     def _shares(self, model, batch: dict[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each ingredient of a micro-batch, divided by its count in the global batch; times the processes, over which
-        gradients are averaged."""
+        """By ingredient, a micro-batch's loss divided by the global batch's count of tokens or texts.
+
+        It is multiplied by the number of processes, since gradients are averaged over processes.
+        """
         inputs, wanted = self._model_inputs(self.student.model, batch), self._wanted[0]
         losses_B = model(inputs, wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
         world = self.accelerator.num_processes
@@ -222,7 +224,10 @@ class EncoderKDTrainer(DistillationTrainer):
     def _losses(
         self, outputs: ModelOutput, layers: Layers, *, batch: Mapping[str, Tensor], teachings: Teachings | None
     ) -> dict[str, dict[str, Tensor]]:
-        """Each ingredient of each text, summed, `[B]`, by what it is to be divided by the count of."""
+        """By ingredient and then by unit ("texts", "encoder tokens", ...), the sum of each text's losses, `[B]`.
+
+        Later they are divided by the number of these units in the global batch.
+        """
         losses_B: dict[str, dict[str, Tensor]] = {}
         for name in self.objective.weights:
             ingredient = INGREDIENTS[name]
@@ -237,7 +242,7 @@ class EncoderKDTrainer(DistillationTrainer):
     def _loss_of_layers(
         self, name: str, stack: str, layers: Layers, batch: Mapping[str, Tensor], teachings: Teachings
     ) -> dict[str, Tensor]:
-        """A layer loss in one stack, summed over its pairs of layers."""
+        """A loss of layers in one stack, summed over its pairs of layers, `[B]`, by unit."""
         mask_BS = _token_mask(batch, stack)
         kind = INGREDIENTS[name].reads
         student, teacher = getattr(layers[stack], kind), getattr(teachings.layers[stack], kind)
@@ -254,7 +259,7 @@ class EncoderKDTrainer(DistillationTrainer):
     def _loss_of_outputs(
         self, name: str, outputs: ModelOutput, batch: Mapping[str, Tensor], teachings: Teachings | None
     ) -> dict[str, Tensor]:
-        """A loss of logits."""
+        """A loss of logits for each text, `[B]`, by unit."""
         logits = _logits(outputs)
         if name == "nsp_ce":
             labels_B = batch["next_sentence_label"]
@@ -283,15 +288,20 @@ class EncoderKDTrainer(DistillationTrainer):
         return config.num_labels == 1 or config.problem_type == "regression"
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """As Trainer's, with tokens masked in a general stage, and all that losses are divided by, counted over all
-        micro-batches and processes."""
+        """The micro-batches of a step, with masked tokens in a general stage, and the counts losses are divided by.
+
+        The counts are over all micro-batches and processes.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
         batches = [self._with_masked_tokens(batch, epoch) for batch in batches]
         return batches, self._global_counts(batches) if batches else None
 
     def _global_counts(self, batches: Iterable[dict[str, Tensor]], units: Iterable[str] = ()) -> dict[str, Tensor]:
-        """What losses are divided by, of all processes' batches; `units` for a process that may have none."""
+        """How many tokens, texts and labels all processes' batches have, by unit; at least 1 each.
+
+        units: names of all units, for a process without any batch.
+        """
         counts: dict[str, float] = defaultdict(float, dict.fromkeys(units, 0.0))
         for batch in batches:
             for unit, count in _counts(batch, self.student.reader.stacks).items():
@@ -301,7 +311,7 @@ class EncoderKDTrainer(DistillationTrainer):
         return dict(zip(counts, totals, strict=True))
 
     def _with_masked_tokens(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
-        """With tokens masked, where the collator has not done it."""
+        """The batch with some tokens masked in a general stage, unless the collator has masked them."""
         probability = self.args.mlm_probability
         if self.objective.stage != "general" or probability == 0 or "labels" in batch or ROW not in batch:
             return batch
@@ -341,7 +351,7 @@ class EncoderKDTrainer(DistillationTrainer):
     def keeping(self, micro_batches: list[MicroBatch], kept: list[Tensor]) -> list[MicroBatch]:
         parts, counted = [], []
         for (inputs, _), kept_B in zip(micro_batches, kept, strict=True):
-            # One without any text is gone through as it is, for nothing.
+            # A micro-batch without any text left is computed as it is, and its loss is not used.
             rows_B = kept_B if kept_B.any() else torch.ones_like(kept_B)
             parts.append({name: tensor[rows_B.to(tensor.device)] for name, tensor in inputs.items()})
             counted += [parts[-1]] if kept_B.any() else []
@@ -354,7 +364,7 @@ class EncoderKDTrainer(DistillationTrainer):
     # Logging
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means of each ingredient, before its weight, since the last log."""
+        """Logs as Trainer does, with each ingredient's mean since the last log, before its weight."""
         if "loss" in logs:
             logs = {**logs, **self._means.take()}
         super().log(logs, *args, **kwargs)
@@ -405,7 +415,7 @@ class EncoderKDTrainer(DistillationTrainer):
         return self.student.reader, self.teachers_reader
 
     def _last_states(self, reader: LayerReader, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden states of the encoder, or of the only stack there is, `[B, S, D]`."""
+        """The last hidden states of the encoder, or of a model's only stack, `[B, S, D]`."""
         stack = reader.stacks[0]
         last = reader.num_layers(stack)
         inputs = self._model_inputs(reader.model, batch)
@@ -419,7 +429,7 @@ class EncoderKDTrainer(DistillationTrainer):
             self.stop_if_asked()
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher under the same metrics, on the evaluation data of a task; elsewhere there is nothing to say."""
+        """The teacher's metrics on the evaluation data; {} in a general stage, or if no loss reads its classes."""
         if self.teacher is None or self.objective.stage != "task" or self.objective.teachers_head != "classes":
             return {}
         seen = Seen()
@@ -432,7 +442,7 @@ class EncoderKDTrainer(DistillationTrainer):
     # Checkpoints
 
     def run_state(self) -> dict[str, object]:
-        """Adds metrics that are not logged yet, and what the run has cost."""
+        """Adds metrics that are not logged yet, and the cost of the run."""
         return {**super().run_state(), "unlogged_metrics": self._means.sums, "seconds": vars(self.spent)}
 
     def load_run_state(self, state: dict[str, object]) -> None:
@@ -445,7 +455,7 @@ EncoderKDTrainer.__signature__ = whole_signature(EncoderKDTrainer)
 
 
 def _logits(outputs: ModelOutput) -> Tensor | None:
-    """Of classes or of tokens; None of a model without a head."""
+    """The logits of classes or tokens; None of a model without a head."""
     return next((outputs[name] for name in ("logits", "prediction_logits") if name in outputs), None)
 
 
@@ -462,7 +472,7 @@ def _token_mask(batch: Mapping[str, Tensor], stack: str = "encoder") -> Tensor:
 
 
 def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[str, float]:
-    """Of what losses are averaged over."""
+    """How many of each unit, over which losses are averaged, the batch has: tokens of each stack, texts, labels."""
     counts = {f"{stack} tokens": float(_token_mask(batch, stack).sum()) for stack in stacks}
     counts["texts"] = float(len(batch["input_ids"]))
     labels = batch.get("labels")

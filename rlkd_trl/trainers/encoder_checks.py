@@ -1,4 +1,4 @@
-"""What does not go together in encoder distillation, found from configs and data before weights are read."""
+"""Checks that losses, models and data of encoder distillation fit each other, from configs and data alone."""
 
 import numbers
 
@@ -53,7 +53,7 @@ def check_inputs(
     student: LayerReader,
     teacher: LayerReader | None,
 ) -> None:
-    """Raises `InputError` if models and tokenizer cannot read the texts as the losses need it."""
+    """Raises `InputError` if the models have too few positions, or tokenizer or data lack what the losses need."""
     for who, reader in (("student", student), ("teacher", teacher)):
         limit = None if reader is None else position_limits(reader.model).prompt
         if limit is not None and args.max_length > limit:
@@ -70,7 +70,7 @@ def check_inputs(
 
 
 def check_models(objective: Objective, student: LayerReader, teacher: LayerReader | None) -> None:
-    """Raises `InputError` if the losses cannot compare these two models; the message says what can be done."""
+    """Raises `InputError` if the losses cannot compare these two models; the message names a remedy."""
     is_seq2seq = student.config.is_encoder_decoder
     if objective.stage == "task" and is_seq2seq:
         raise InputError(
@@ -130,7 +130,7 @@ def _check_stack(objective: Objective, stack: str, student: LayerReader, teacher
 
 
 def relation_heads_of(objective: Objective, teacher: LayerReader | None) -> int:
-    """A_r: as set, or the teacher's attention heads."""
+    """A_r, the number of relation heads: as set, or as many as the teacher's attention heads."""
     if objective.relation_heads is not None:
         return objective.relation_heads
     return 1 if teacher is None else teacher.num_heads(teacher.stacks[0])
@@ -139,7 +139,7 @@ def relation_heads_of(objective: Objective, teacher: LayerReader | None) -> int:
 def projections_needed(
     objective: Objective, student: LayerReader, teacher: LayerReader | None
 ) -> dict[str, tuple[int, int]]:
-    """Name to widths of the projections that the losses need, where the models differ in width."""
+    """By name, the widths (student's, teacher's) of the projections that the losses need; {} if they are equal."""
     if teacher is None or student.config.hidden_size == teacher.config.hidden_size:
         return {}
     widths = student.config.hidden_size, teacher.config.hidden_size

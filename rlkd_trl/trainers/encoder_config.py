@@ -17,9 +17,9 @@ _PER_STAGE = ("losses", "layer_map", "temperature", "stage_max_steps", "stage_ep
 
 @dataclass
 class EncoderKDConfig(BaseConfig):
-    """Distillation of encoders, layer by layer.
+    """Settings of encoder distillation in one stage or in several, one after the other.
 
-    One stage or several, one after the other. What has one value for each stage may have one for all of them.
+    A setting with one value per stage may also have a single value, for all of them.
     """
 
     refused = REFUSED | REFUSED_ON_LAYERS
@@ -115,9 +115,9 @@ class EncoderKDConfig(BaseConfig):
         )
 
     def of_stage(self, number: int) -> "EncoderKDConfig":
-        """The settings of one stage alone, with its steps, epochs and learning rate; and its directory.
+        """The settings of one stage alone, counted from 0, with its steps, epochs, learning rate and directory.
 
-        The last stage has `output_dir`, those before it directories in it: `stage1-general`.
+        The last stage's directory is `output_dir`; those of the earlier ones are in it, as `stage1-general`.
         """
         is_last = number == len(self.stages) - 1
         directory = Path(self.output_dir) / f"stage{number + 1}-{self.stages[number]}"

@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.ops.classification import IGNORED
 
-ROW = "row"  # the number of a row in the training data, by which its masked tokens are drawn
-_KEPT, _RANDOM = 0.1, 0.1  # of the chosen tokens (Devlin et al. 2019): as they are; another one; all others <mask>
+ROW = "row"  # column of a row's number in the training data, on which the choice of masked tokens depends
+# Shares of the chosen tokens that stay, and that become a random token; the others become the mask token.
+_KEPT, _RANDOM = 0.1, 0.1
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """Rows that know their numbers, under `ROW`."""
+    """The rows, each with its number in the column `ROW`."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -29,11 +30,11 @@ class NumberedRows(torch.utils.data.Dataset):
 
 @dataclass
 class TextCollator:
-    """Batches of rows with `text`, and perhaps `text_pair`, `label`, `next_sentence_label` and `row`.
+    """Makes batches of rows with `text`; optional are `text_pair`, `label`, `next_sentence_label` and `row`.
 
-    start_ids: of an encoder-decoder, what its decoder reads first; `text_pair` is then the target. None: text and
-    `text_pair` are read as one pair. with_labels: whether a column `label` is read. Rows that have `input_ids` are
-    tokenised already, and are padded only.
+    start_ids: the ids that an encoder-decoder's decoder reads first, with `text_pair` as its target; None: `text` and
+    `text_pair` are tokenised as one pair. with_labels: whether a column `label` is read. Rows with `input_ids` are
+    already tokenised and are only padded.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,11 +73,11 @@ class TextCollator:
 def masked_tokens(
     batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, *, probability: float, seed: int, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids with some masked, and labels that name these and are `IGNORED` elsewhere (Devlin et al. 2019, 3.1).
+    """Token ids `[B, S]` with some masked, and labels `[B, S]`: their ids, else `IGNORED` (Devlin et al. 2019, 3.1).
 
-    Of a row's real tokens that are not special each is chosen with this probability, and at least one where there is
-    any; of the chosen, 80 % become the mask token, 10 % a random one, 10 % stay. What is drawn depends on the seed,
-    the epoch and the row's number only: the same however batches are cut, and when a run is resumed.
+    Each of a row's real tokens that is no special token is chosen with this probability, and at least one of them is.
+    Of the chosen ones 80 % become the mask token, 10 % a random token, and 10 % stay. The draws depend only on the
+    seed, the epoch and the row's number, so that they do not depend on the batches, and a resumed run repeats them.
     """
     ids_BS = batch["input_ids"].clone()
     labels_BS = torch.full_like(ids_BS, IGNORED)

@@ -1,4 +1,4 @@
-"""What a stage of encoder distillation learns: ingredients with weights, on which layers, at which temperature."""
+"""The loss of a stage of encoder distillation: a weighted sum of ingredients, their layers and their temperature."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ STAGES = ("general", "task")
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A loss by name.
+    """A loss that can be part of the sum.
 
-    reads: the kind of tensor that it compares, of `models.layer_tensors`; None for logits. where: on the layers of the
-    "map", the "last" one, or the "embeddings". stages: in which it stands. paper: for the tables of the documentation.
+    stages: in which it may be used. reads: the kind of tensor that it compares (see `models.layer_tensors`); None for
+    logits. where: whether it compares the layers of the "map", the "last" ones, or the "embeddings".
     """
 
     stages: tuple[str, ...]
@@ -50,7 +50,7 @@ INGREDIENTS: dict[str, Ingredient] = {
     "mlm_ce": Ingredient(("general",), needs_teacher=False),
     "nsp_ce": Ingredient(("general",), needs_teacher=False),
 }
-# Those that compare tensors of layers which have to be of one width, for want of a projection or of sense in one.
+# These have no learned projection: student and teacher must have the same width.
 SAME_WIDTH = ("cls_mse", "cosine")
 SAME_HEADS = ("attention_mse", "attention_kl")
 PROJECTED = ("embedding_mse", "hidden_mse")
@@ -58,10 +58,10 @@ RELATIONS = ("query_relation_kl", "key_relation_kl", "value_relation_kl")
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """Ingredient to weight, of a sum like "5*logits_kl + 2*mlm_ce + cosine".
+    """The weight of each ingredient in a sum like "5*logits_kl + 2*mlm_ce + cosine".
 
     Raises:
-        InputError: An ingredient is unknown, or there twice; a weight is no number above 0.
+        InputError: An ingredient is unknown or named twice; a weight is not a number above 0.
     """
     weights: dict[str, float] = {}
     for term in text.split("+") if text.strip() else []:
@@ -86,10 +86,10 @@ def parse_losses(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """One stage's losses.
+    """The losses of one stage.
 
-    stage: one of `STAGES`. weights: by ingredient. layer_map: as `ops.layer_maps.layer_pairs` reads it. temperature: T
-    of `logits_kl`. relation_heads: A_r; None: the teacher's number of attention heads.
+    stage: one of `STAGES`. weights: of the ingredients, by name. layer_map: in a form of `ops.layer_maps.layer_pairs`.
+    temperature: T of `logits_kl`. relation_heads: A_r (Wang et al. 2021); None for the teacher's attention heads.
     """
 
     stage: str
@@ -100,7 +100,7 @@ class Objective:
 
     @property
     def head(self) -> str:
-        """The head that a student of this stage has, of `models.encoders.HEADS`."""
+        """The head that the student has in this stage, one of `models.encoders.HEADS`."""
         if self.stage == "task":
             return "classes"
         if "nsp_ce" in self.weights:
@@ -109,7 +109,7 @@ class Objective:
 
     @property
     def teachers_head(self) -> str:
-        """The head that its teacher needs."""
+        """The head that the teacher needs, one of `models.encoders.HEADS`."""
         if "logits_kl" not in self.weights:
             return "none"
         return "classes" if self.stage == "task" else "tokens"
@@ -120,11 +120,11 @@ class Objective:
 
     @property
     def reads_maps(self) -> bool:
-        """Whether attention maps are read, for which layers run eager attention."""
+        """Whether a loss reads attention maps, for which the layers have to run eager attention."""
         return any(INGREDIENTS[name].reads == "scores" for name in self.weights)
 
     def kinds(self) -> set[str]:
-        """The kinds of tensors that it reads of layers."""
+        """The kinds of tensors that the losses read from layers."""
         return {kind for name in self.weights if (kind := INGREDIENTS[name].reads) is not None}
 
     def pairs(self, student_layers: int, teacher_layers: int) -> Pairs:
@@ -138,14 +138,14 @@ class Objective:
             ) from error
 
     def layers_of(self, name: str, student_layers: int, teacher_layers: int) -> Pairs:
-        """The pairs of layers that an ingredient compares; 0 are the embeddings."""
+        """The pairs (student's layer, teacher's layer) that an ingredient compares; layer 0 is the embeddings."""
         where = INGREDIENTS[name].where
         if where == "embeddings":
             return [(0, 0)]
         return [(student_layers, teacher_layers)] if where == "last" else self.pairs(student_layers, teacher_layers)
 
     def wanted(self, student_layers: int, teacher_layers: int) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-        """By kind the layers that are to be read of student and teacher."""
+        """By kind of tensor, the layers that the losses read: the student's, the teacher's."""
         wanted: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})
         for name in self.weights:
             if (kind := INGREDIENTS[name].reads) is not None:
@@ -156,12 +156,15 @@ class Objective:
 
 
 def layer_loss(name: str, student: Tensor, teacher: Tensor, mask_BS: Tensor, relation_heads: int) -> Tensor:
-    """An ingredient on one pair of layers, per token `[B, S]`, for `cls_mse` `[B]`; `student` is projected already."""
+    """An ingredient's loss on one pair of layers: `[B, S]`, per token, or for `cls_mse` `[B]`, per text.
+
+    student, teacher: the tensors that the ingredient reads; the student's have the teacher's width by a projection.
+    """
     return _LAYER_LOSSES[name](student, teacher, mask_BS, relation_heads)
 
 
 def _of_maps(loss: Callable) -> Callable:
-    """On attention scores: of the keys that both models may attend to, by padding, causality and windows."""
+    """The loss of attention scores, over the keys that both models may attend to (padding, causality, windows)."""
 
     def of_scores(student_BHSS: Tensor, teacher_BHSS: Tensor, mask_BS: Tensor, relation_heads: int) -> Tensor:
         mask_BSS = mask_BS[:, :, None] & mask_BS[:, None, :]
