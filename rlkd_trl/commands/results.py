@@ -108,6 +108,7 @@ def _report(
         dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
+        chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
     )
     check_finite(results, saved)
     mark_finished(output_dir, trainer.state.global_step)

@@ -17,6 +17,7 @@ import yaml
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number, plain_table
+from rlkd_trl.prompts import ChatFormat
 
 Results = dict[str, dict[str, float]]
 Column = tuple[str, str, str]  # a metric's name, the column's heading, the format of its numbers
@@ -172,12 +173,14 @@ def write_model_card(
     dataset: str,
     auto_class: str = "AutoModelForSeq2SeqLM",
     has_content_tokens: bool = False,
+    chat: ChatFormat | None = None,
     columns: Sequence[Column] = DEFAULT_COLUMNS,
 ) -> None:
     """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it and let it write.
 
     method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". has_content_tokens: whether special tokens
-    are part of the model's texts, so that the example must keep them when it decodes. The metadata name `base_model`
+    are part of the model's texts, so that the example must keep them when it decodes. chat: how prompts were put into
+    the chat template of the model's tokenizer, if they were. The metadata name `base_model`
     and `datasets` if these are Hub ids ("owner/name"), not if they are local paths; they name no license, which only
     the author can choose.
 
@@ -201,7 +204,7 @@ def write_model_card(
         'checkpoint = "path/or/hub-id/of/this-model"\n'
         "tokenizer = AutoTokenizer.from_pretrained(checkpoint)\n"
         f"model = {auto_class}.from_pretrained(checkpoint)\n\n"
-        'inputs = tokenizer("the source text", return_tensors="pt")\n'
+        f"inputs = {_example_inputs(chat)}\n"
     )
     if auto_class in WRITING_CLASSES:
         loading += (
@@ -219,6 +222,20 @@ def write_model_card(
         f"## How to use\n\n```python\n{loading}\n```",
     ]
     _write_text(path, "\n\n".join(sections) + "\n")
+
+
+def _example_inputs(chat: ChatFormat | None) -> str:
+    """Code that tokenises a prompt as it was in training."""
+    if chat is None:
+        return 'tokenizer("the source text", return_tensors="pt")'
+    messages = [{"role": "user", "content": "the source text"}]
+    if chat.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": chat.system_prompt})
+    lines = [f"    {messages!r},", "    add_generation_prompt=True,", '    return_tensors="pt",']
+    if chat.template_kwargs:
+        lines.append(f"    **{dict(chat.template_kwargs)!r},")
+    # Of backticks, which would end the block of code, only the text's own are here: inside of quotes.
+    return "tokenizer.apply_chat_template(\n" + "\n".join(lines).replace("`", "\\x60") + "\n)"
 
 
 # --- numbers and files

@@ -9,8 +9,11 @@ import yaml
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.report import AUTO_CLASSES, comparison_table, write_metrics, write_model_card, write_report
+from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.generation_config import set_trained_generation_config
-from tests.conftest import MODELS, word_tokenizer
+from rlkd_trl.models.prompts import prompt_token_ids
+from rlkd_trl.prompts import ChatFormat
+from tests.conftest import CHAT_TEMPLATE, MODELS, chat_tokenizer, word_tokenizer
 
 RESULTS = {
     "student before": {"bleu": 12.3456, "rougeL": 30.0, "reward": -1.5, "loss_of_my_own": 0.25},
@@ -271,6 +274,28 @@ def test_text_cannot_leave_its_place_in_the_model_card(tmp_path):
     assert "# Größe --- license: mit\n" in body
     assert "| a\\|b # c &lt;b&gt; | 1.00 |" in body
     assert "`` x`y ``" in body
+
+
+def test_the_cards_code_speaks_as_in_training(tmp_path, capsys):
+    """In the chat template, with the system prompt and the template's variables, whatever they hold."""
+    model, tokenizer = MODELS["llama"](seed=3), chat_tokenizer(CHAT_TEMPLATE + "{{ more }}")
+    system = "w3 ``` w4\n``` \\"
+    chat = ChatFormat(system_prompt=system, template_kwargs={"more": "w5 `w6"})
+    writer = PromptWriter(tokenizer, chat)
+    set_trained_generation_config(model, writer.processing_class, max_completion_length=5)
+    model.save_pretrained(tmp_path)
+    writer.processing_class.save_pretrained(tmp_path)
+    _, body = model_card(tmp_path / "README.md", auto_class="AutoModelForCausalLM", chat=chat)
+    assert body.count("```") == 2
+    code = body.split("```python\n")[1].split("```")[0]
+    seen = []
+    code = code.replace("path/or/hub-id/of/this-model", str(tmp_path)).replace("the source text", "w5 w9")
+    exec(
+        code.replace("model.generate(**inputs)", "(seen.append(inputs), model.generate(**inputs))[1]"), {"seen": seen}
+    )
+    expected = prompt_token_ids(writer.processing_class, [writer.text("w5 w9")])
+    assert seen[0]["input_ids"].tolist() == expected
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize(("name", "auto_class"), [("t5-untied", AUTO_CLASSES[0]), ("llama", AUTO_CLASSES[1])])

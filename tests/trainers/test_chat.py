@@ -53,18 +53,28 @@ def reward(tokenizer, chat: ChatFormat | None = None, templates=None) -> Teacher
     return TeacherForcingReward(tiny_llama(seed=5), tokenizer, chat=chat, templates=templates)
 
 
-def weights_of(method: str, output_dir, data: Dataset, tokenizer, scorer, chat=None) -> dict[str, torch.Tensor]:
+# Those that sample of the teacher, too.
+OF_TEACHERS = {"kd": {"sequences": "teacher", "lmbda": 0.0}, "all-actions": {"teacher_mix": 0.5}}
+
+
+def weights_of(
+    method: str, output_dir, data: Dataset, tokenizer, scorer, chat=None, **more
+) -> dict[str, torch.Tensor]:
     # The plain model ends with the turn's end; of the chat model, the trainer has to find that out.
     model = tiny_llama()
     model.generation_config.eos_token_id = 26
-    settings = {"learning_rate": 1e-1, "max_steps": 2, "tokenizer": tokenizer, "chat": chat}
+    settings = {"learning_rate": 1e-1, "max_steps": 2, "tokenizer": tokenizer, "chat": chat, **more}
     recorder = run(method, output_dir, family="llama", model=model, reward=scorer, data=data, **settings)
     assert recorder.trainer.policy.eos_ids == [26]
     return recorder.weights[-1]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
-def test_texts_conversations_and_prompts_by_hand_train_the_same(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [*((method, {}) for method in (*METHODS, *FULL_VOCABULARY_METHODS)), *OF_TEACHERS.items()],
+    ids=[*METHODS, *FULL_VOCABULARY_METHODS, "kd of the teacher's samples", "all-actions of a mixture"],
+)
+def test_texts_conversations_and_prompts_by_hand_train_the_same(method, more, tmp_path):
     """The teacher's questions are its own: a template's words inside of its own chat."""
     texts = prompts(16)
     system = "w11 w12"
@@ -75,14 +85,17 @@ def test_texts_conversations_and_prompts_by_hand_train_the_same(method, tmp_path
         texts.map(lambda row: {"prompt": through_template(row["prompt"], system), "source": row["prompt"]}),
         plain_tokenizer(),
         reward(plain_tokenizer(), templates=PromptTemplates([through_template(QUESTION, "w13")])),
+        **more,
     )
     asked = reward(chat_tokenizer(), teacher, PromptTemplates([QUESTION]))
-    found = weights_of(method, tmp_path / "texts", texts, chat_tokenizer(), asked, student)
+    found = weights_of(method, tmp_path / "texts", texts, chat_tokenizer(), asked, student, **more)
     assert_same_weights(found, expected)
     conversations = texts.map(lambda row: {"prompt": talk(row["prompt"], system)})
-    found = weights_of(method, tmp_path / "talks", conversations, chat_tokenizer(), asked)
+    found = weights_of(method, tmp_path / "talks", conversations, chat_tokenizer(), asked, **more)
     assert_same_weights(found, expected)
-    other = weights_of(method, tmp_path / "without", texts, chat_tokenizer(), asked)  # without the system prompt
+    other = weights_of(
+        method, tmp_path / "without", texts, chat_tokenizer(), asked, **more
+    )  # without the system prompt
     assert largest_difference(other, expected) > 1e-4
 
 
