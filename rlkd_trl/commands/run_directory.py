@@ -183,12 +183,13 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
         InputError: There is none, the one that is named is incomplete, or both flags are given.
     """
     from rlkd_trl.trainers.checkpoint_files import defect_of, newest_whole
+    from rlkd_trl.trainers.processes import from_first_process
 
     output_dir, named = args.output_dir, args.resume_from_checkpoint
     if named is not None:
         if run.resume:
             raise InputError(f"--resume and --resume_from_checkpoint {named} are two checkpoints: give one of them.")
-        defect = defect_of(named)
+        defect = from_first_process(lambda: defect_of(named))
         if defect is not None:
             raise InputError(
                 f"--resume_from_checkpoint {named} is no checkpoint of a run to go on with: {defect}. --resume takes "
@@ -197,7 +198,7 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
         return named
     if not run.resume:
         return None
-    newest, defects = newest_whole(output_dir)
+    newest, defects = from_first_process(lambda: newest_whole(output_dir))
     passed_over = [f"{path} is not whole ({defect})" for path, defect in defects.items()]
     if newest is None:
         raise InputError(

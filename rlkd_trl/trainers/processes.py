@@ -4,19 +4,22 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import get_int_from_env, str_to_bool
+from accelerate.utils import broadcast_object_list, get_int_from_env, str_to_bool
 from transformers import TrainingArguments
 
 from rlkd_trl import errors
 from rlkd_trl.errors import InputError
+
+Result = TypeVar("Result")
 
 _STORE_PATIENCE = timedelta(seconds=10)
 _ROLL_CALL = 5.0  # seconds; processes that wait for a missing one give up at about the same time
@@ -67,6 +70,26 @@ def wait_for_all() -> None:
     """Waits until every launched process has called this; a single process goes on at once."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def from_first_process(work: Callable[[], Result]) -> Result:
+    """What `work` returns on the first process, on all of them; the others do not call it.
+
+    Raises:
+        InputError: On all processes, if `work` has raised it.
+    """
+    if not torch.distributed.is_initialized():
+        return work()
+    outcome: list[Result | InputError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except InputError as error:
+            outcome = [error]
+    (result,) = broadcast_object_list(outcome)
+    if isinstance(result, InputError):
+        raise result
+    return result
 
 
 def register_process() -> None:

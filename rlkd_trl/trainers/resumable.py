@@ -15,10 +15,19 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
-from rlkd_trl.trainers.checkpoint_files import STAGING, defect_of, keep_newest, newest_whole, publish, seal, state_of
+from rlkd_trl.trainers.checkpoint_files import (
+    STAGING,
+    defect_of,
+    keep_newest,
+    make_empty,
+    newest_whole,
+    publish,
+    seal,
+    state_of,
+)
 from rlkd_trl.trainers.finite import COUNTERS, FiniteTrainer
 from rlkd_trl.trainers.interruption import StopAsked, StopRequest
-from rlkd_trl.trainers.processes import register_process
+from rlkd_trl.trainers.processes import from_first_process, register_process
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run, rows_digest, settings_of
 from rlkd_trl.trainers.trainer_internals import (
     end_step,
@@ -210,15 +219,16 @@ class ResumableTrainer(FiniteTrainer):
         """The path of the checkpoint, after checks; True stands for the newest complete one. Raises `InputError`."""
         if not resume_from:
             return None
+        # Digests of a large checkpoint are taken once, not by every process.
         if resume_from is True:
-            checkpoint, defects = newest_whole(self.args.output_dir)
+            checkpoint, defects = from_first_process(lambda: newest_whole(self.args.output_dir))
             if self.is_world_process_zero():
                 for path, defect in defects.items():
                     print(f"Skipping {path}: {defect}.", flush=True)
             if checkpoint is None:
                 raise InputError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         else:
-            checkpoint, defect = Path(resume_from), defect_of(resume_from)
+            checkpoint, defect = Path(resume_from), from_first_process(lambda: defect_of(resume_from))
             if defect is not None:
                 raise InputError(f"A run cannot be resumed from {resume_from}: {defect}.")
         check_same_run(checkpoint, self.run_record)
@@ -291,7 +301,7 @@ class ResumableTrainer(FiniteTrainer):
         staged = final.parent / STAGING / final.name
         waits_inside = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return (
-            self._failure(lambda: _make_empty(staged), self.args.should_save)
+            self._failure(lambda: make_empty(staged), self.args.should_save)
             or self._failure(lambda: self.write_checkpoint(staged), True, waits_inside=waits_inside)
             or self._failure(lambda: seal(staged, resumable=not self._saves_model_only), self.args.should_save)
             or self._failure(lambda: publish(staged, final), self.args.should_save)
@@ -344,8 +354,3 @@ class _Continuation(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._trainer._epoch_has_ended = True
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory.parent, ignore_errors=True)
-    directory.mkdir(parents=True)

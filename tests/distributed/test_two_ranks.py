@@ -90,3 +90,9 @@ def test_a_process_without_any_sample_leaves_the_step_to_the_other(method, accum
     for step in range(3):
         assert_same_weights(second["weights"][step], first["weights"][step])
         assert_same_weights(first["weights"][step], single["weights"][step], rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_first_process_is_asked(two_ranks, one_rank):
+    for results in (*two_ranks, one_rank):
+        assert results["asked"]["found"] == ("found", {"by": 0})
+    assert [results["asked"]["calls"] for results in (*two_ranks, one_rank)] == [[1, 2], [], [1, 2]]

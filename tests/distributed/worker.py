@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from rlkd_trl.errors import TrainingError
+from rlkd_trl.errors import InputError, TrainingError
+from rlkd_trl.trainers.processes import from_first_process
 from tests.conftest import PAD
 from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, teacher_reward
 
@@ -235,6 +236,24 @@ def spend(output_dir: Path, *, cpu_budget: float) -> dict:
     return asdict(trainer.cost())
 
 
+def ask_first_process() -> dict:
+    """What the first process finds, and what it refuses, and how often this one was asked."""
+    calls = []
+
+    def find():
+        calls.append(1)
+        return Path("found"), {"by": PartialState().process_index}
+
+    def refuse():
+        calls.append(2)
+        raise InputError("no such checkpoint")
+
+    found = from_first_process(find)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        from_first_process(refuse)
+    return {"found": (str(found[0]), found[1]), "calls": calls}
+
+
 def main(output_dir: Path) -> None:
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
@@ -255,6 +274,7 @@ def main(output_dir: Path) -> None:
         for accumulation in (1, several)
     }
     results["cost by budget"] = {budget: spend(output_dir / "runs", cpu_budget=budget) for budget in BUDGETS}
+    results["asked"] = ask_first_process()
     torch.save(results, output_dir / f"rank{state.process_index}.pt")
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -40,7 +40,8 @@ def test_a_harmed_checkpoint_is_passed_over(name, harm, saved, tmp_path):
     if harm == "missing":
         file.unlink()
     elif harm == "changed":
-        file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        middle = len(content) // 2  # one bit
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
     else:
         file.write_bytes(b"" if harm == "empty" else content[: len(content) // 2])
     found, defects = newest_whole(directory)
