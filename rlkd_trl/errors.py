@@ -167,9 +167,9 @@ def _hint(before: str = "\n", *, is_saved: bool = False) -> str:
 
 
 @contextmanager
-def _signals(handler: Handler) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM have this handler."""
-    before = _handle_signals(handler)
+def _signals(handler: Handler, *, but_not: Handler | None = None) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM have this handler, except where they had `but_not`."""
+    before = _handle_signals(handler, but_not=but_not)
     try:
         yield
     finally:
@@ -177,11 +177,12 @@ def _signals(handler: Handler) -> Iterator[None]:
             signal.signal(signum, old)
 
 
-def _handle_signals(handler: Handler) -> dict[int, Handler]:
+def _handle_signals(handler: Handler, *, but_not: Handler | None = None) -> dict[int, Handler]:
     """Sets the handler; the ones before, none where signals cannot be set: elsewhere than in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signums = [s for s in (signal.SIGINT, signal.SIGTERM) if but_not is None or signal.getsignal(s) != but_not]
+    return {signum: signal.signal(signum, handler) for signum in signums}
 
 
 @contextmanager
@@ -200,7 +201,8 @@ def _stopping_at_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Stopped(signum)
 
-    with _signals(stop):
+    # One that a shell has it ignore, as Ctrl-C where it is started in the background, stays so.
+    with _signals(stop, but_not=signal.SIG_IGN):
         yield
 
 

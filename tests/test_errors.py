@@ -102,6 +102,14 @@ errors.run(main)
     assert subprocess.run([sys.executable, "-c", as_usual], capture_output=True, text=True).stdout == "collected\n"
 
 
+def test_ctrl_c_that_a_shell_has_it_ignore_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_other_errors_of_files_keep_their_traceback():
     with pytest.raises(FileNotFoundError):
         run(lambda: Path("nowhere").read_text())

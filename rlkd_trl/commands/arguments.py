@@ -147,6 +147,16 @@ class TeacherArguments:
 
 
 @dataclass
+class CodeArguments:
+    """Code of checkpoints"""
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that checkpoints named here bring along. Read it first."},
+    )
+
+
+@dataclass
 class StudentArguments:
     """Student"""
 

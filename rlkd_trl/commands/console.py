@@ -4,7 +4,6 @@ import ast
 import difflib
 import importlib.util
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -135,11 +134,20 @@ def launch(argv: list[str]) -> NoReturn:
         if error.returncode < 0:
             print(f"error: the process {_end_in_words(error.returncode)}.", file=sys.stderr, flush=True)
         sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
-    except KeyboardInterrupt:  # a single process has received it too
-        with suppress(ChildProcessError, AttributeError, KeyboardInterrupt):  # Windows has no os.wait
-            os.wait()
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as stop:  # raised for a single process
+        _end_children()
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     sys.exit(0)
+
+
+def _end_children() -> None:
+    """Sends SIGTERM to the processes that this one has started, which ignore it after a Ctrl-C, and waits for them."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, KeyboardInterrupt):
+            child.terminate()
+            child.wait()
 
 
 def _end_in_words(code: int) -> str:

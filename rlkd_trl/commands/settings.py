@@ -4,11 +4,13 @@ import json
 import os
 import pkgutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, get_type_hints
 
 from rlkd_trl.commands.arguments import (
+    CodeArguments,
     DataArguments,
     EncoderHeldOutArguments,
     EncoderStudentArguments,
@@ -29,8 +31,9 @@ from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.run_directory import check_apart
 from rlkd_trl.errors import continued_by
+from rlkd_trl.models.remote_code import trust_code_of
 from rlkd_trl.settings.declared import declared
-from rlkd_trl.settings.files import check_names
+from rlkd_trl.settings.files import Reads, check_names, files_read
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import RolloutConfig
@@ -50,6 +53,7 @@ class DistillationSettings:
     prompts: PromptArguments
     teacher: TeacherArguments
     student: StudentArguments
+    code: CodeArguments
     run: RunArguments
     args: "RolloutConfig"
 
@@ -69,6 +73,7 @@ class SupervisedSettings:
     prompts: PromptArguments
     student: StudentArguments
     new: NewModelArguments
+    code: CodeArguments
     run: RunArguments
     args: "SupervisedConfig"
 
@@ -82,6 +87,7 @@ class EncoderSettings:
     held_out: EncoderHeldOutArguments
     teacher: EncoderTeacherArguments
     student: EncoderStudentArguments
+    code: CodeArguments
     run: RunArguments
     args: "EncoderKDConfig"
 
@@ -93,6 +99,7 @@ class PseudoLabelSettings:
     data: DataArguments
     prompts: PromptArguments
     teacher: TeacherArguments
+    code: CodeArguments
     labels: PseudoLabelArguments
 
 
@@ -104,6 +111,7 @@ class EvaluationSettings:
     prompts: PromptArguments
     teacher: TeacherArguments
     student: StudentArguments
+    code: CodeArguments
     reward: RewardArguments
     evaluation: EvaluationArguments
 
@@ -170,8 +178,22 @@ class CommandLine(Generic[Settings]):
         for group in parsed:
             check_names(group)
         check_apart(parsed, parser.preset)
+        trust_code_of(
+            _named_checkpoints(parsed) if any(getattr(g, "trust_remote_code", False) for g in parsed) else []
+        )
         continued_by("the same command with --resume" if RunArguments in groups.values() else "")
         return self.kind(**dict(zip(groups, parsed, strict=True)))
+
+
+def _named_checkpoints(groups: Sequence[object]) -> list[str]:
+    """The values of all flags that name checkpoints."""
+    values = [
+        getattr(group, name)
+        for group in groups
+        for name, reads in files_read(type(group)).items()
+        if reads == Reads.CHECKPOINT
+    ]
+    return [name for value in values if value for name in (value if isinstance(value, list) else [value])]
 
 
 def parse_settings(

@@ -20,6 +20,7 @@ from transformers import (
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.prompts import prompt_lengths
+from rlkd_trl.models.remote_code import may_run_code
 
 _BATCH_SIZE = 1000  # texts that are tokenised at a time
 
@@ -63,7 +64,7 @@ def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
     """`position_limits` before any weights are read, from a model on the meta device."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return position_limits(auto_class.from_config(config))
+        return position_limits(auto_class.from_config(config, trust_remote_code=may_run_code(config.name_or_path)))
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
@@ -97,13 +98,7 @@ def check_lengths(
     Raises:
         InputError: There are too few positions; the message has the numbers, and the row counted from 1.
     """
-    room = limits.completion if limits.completion is None or not limits.is_shared else limits.completion - 1
-    if room is not None and max_completion_length > room:
-        raise InputError(
-            f"{who} has positions for completions of {room} tokens, and max_completion_length is "
-            f"{max_completion_length}: lower it."
-        )
-    longest = limits.longest_prompt(max_completion_length)
+    longest = _longest_prompt(who, limits, max_completion_length)
     if longest is None or (max_prompt_length is not None and max_prompt_length <= longest):
         return
     for row, length in enumerate(_lengths(tokenizer, prompts), start=1):
@@ -115,6 +110,28 @@ def check_lengths(
                 f"{completion}. Cut prompts with {prompt_flag} {longest}"
                 + (", or lower max_completion_length." if limits.is_shared else ".")
             )
+
+
+def check_caps(who: str, limits: PositionLimits, *, max_prompt_length: int, max_completion_length: int) -> None:
+    """`check_lengths` for a prompt and a completion that are as long as they may be."""
+    longest = _longest_prompt(who, limits, max_completion_length)
+    if longest is not None and max_prompt_length > longest:
+        beside = f" with a completion of {max_completion_length}" if limits.is_shared else ""
+        raise InputError(
+            f"{who} has positions for {limits.prompt} tokens, too few for a prompt of {max_prompt_length}{beside}: "
+            f"give max_prompt_length {longest} at most."
+        )
+
+
+def _longest_prompt(who: str, limits: PositionLimits, max_completion_length: int) -> int | None:
+    """The longest prompt that leaves room for such a completion; None: there is no limit. Raises `InputError`."""
+    room = limits.completion if limits.completion is None or not limits.is_shared else limits.completion - 1
+    if room is not None and max_completion_length > room:
+        raise InputError(
+            f"{who} has positions for completions of {room} tokens, and max_completion_length is "
+            f"{max_completion_length}: lower it."
+        )
+    return limits.longest_prompt(max_completion_length)
 
 
 def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Iterator[int]:

@@ -33,6 +33,7 @@ from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import settings_not_used
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
+from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.settings.files import require_checkpoint
 
@@ -83,7 +84,8 @@ def check_language_model(config: PreTrainedConfig, what: str) -> None:
         and not config.is_encoder_decoder
         and not getattr(config, "is_decoder", False)
     )
-    if kind not in mapping or is_encoder:
+    auto_class = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    if (kind not in mapping or is_encoder) and not brings_model(config, auto_class):
         raise InputError(
             f"{what} (model type {config.model_type!r}) is neither an encoder-decoder nor a decoder-only language "
             "model: give one of T5's, BART's, Llama's or a like kind."
@@ -259,12 +261,17 @@ def load_part(auto_class, name_or_path: str, part: str, *, quietly: bool = False
     """
     require_checkpoint("model", name_or_path)
     try:
+        # Never left open: at a terminal transformers would ask.
+        may_run = may_run_code(name_or_path, kwargs.get("revision"))
         with _quietly_unless_loaded(shows_logs=not quietly):
-            return auto_class.from_pretrained(name_or_path, **kwargs)
+            return auto_class.from_pretrained(name_or_path, trust_remote_code=may_run, **kwargs)
+    except InputError:
+        raise
     except Exception as error:  # a damaged file can make any of the libraries raise anything
         is_local = Path(name_or_path).is_dir()
         hint = "" if is_local else " (no directory here, so taken for a Hub id)"
-        remedy = " If the files are damaged, copy or download them again." if is_local else ""
+        may_be_damaged = is_local and "trust_remote_code" not in str(error)
+        remedy = " If the files are damaged, copy or download them again." if may_be_damaged else ""
         raise InputError(f"Could not load the {part} of {name_or_path!r}{hint}: {_reason(error)}{remedy}") from error
 
 
@@ -273,8 +280,8 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return (
-            "its architecture is code of its own in the checkpoint, which is not run here. Use a checkpoint of an "
-            "architecture that transformers has."
+            "its architecture is Python code that comes with the checkpoint. Read it, and give --trust_remote_code if "
+            "you want it to run; or use a checkpoint of an architecture that transformers has."
         )
     if "weights_only" in text or "Weights only load failed" in text:
         return (

@@ -11,6 +11,7 @@ import argparse
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.remote_code import trust_code_of
 from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
 
 _DTYPES = ("float32", "bfloat16")
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
     flags.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    flags.add_argument("--trust_remote_code", action="store_true", help="Run code in the checkpoints. Read it first.")
     flags.add_argument("--bf16", action="store_true", help="Train in mixed precision.")
     return flags
 
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the tables and the advice. Raises `InputError`."""
     flags = parser().parse_args(argv)
     _check(flags)
+    trust_code_of([flags.teacher, flags.student] if flags.trust_remote_code else [])
     # Imported only now: torch and transformers take seconds, for which `--help` and a wrong flag should not wait.
     import transformers
 

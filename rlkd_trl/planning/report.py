@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.limits import check_caps, position_limits_of_config
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.advice import advice
 from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
@@ -32,10 +33,18 @@ def report(teacher: str, student: str, workload: Workload, cluster: Cluster, tra
     """The planner's output for two checkpoints, as text.
 
     Raises:
-        InputError: As `Checkpoint.of`, before anything is computed; or a model cannot be run on fake tensors.
+        InputError: As `Checkpoint.of` and `check_caps`, before anything is computed; or a model cannot be run on fake
+            tensors.
     """
     teacher_checkpoint = Checkpoint.of("--teacher", teacher)
     student_checkpoint = Checkpoint.of("--student", student)
+    for who, checkpoint in (("The teacher", teacher_checkpoint), ("The student", student_checkpoint)):
+        check_caps(
+            who,
+            position_limits_of_config(checkpoint.config),
+            max_prompt_length=workload.prompt_tokens,
+            max_completion_length=workload.completion_tokens,
+        )
     with _explained(f"--teacher {teacher}"):
         teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
     with _explained(f"--student {student}"):

@@ -30,6 +30,7 @@ from transformers import (
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import check_language_model, require_checkpoint
+from rlkd_trl.models.remote_code import may_run_code
 
 # Integer tensors with more elements than this have no values.
 _MAX_REAL_ELEMENTS = 2**20
@@ -145,7 +146,8 @@ class Checkpoint:
         """The model without memory, in this dtype and in eval mode."""
         auto_class = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
         with ShapesOnly() as mode:
-            model = auto_class.from_config(self.config, dtype=dtype).eval()
+            may_run = may_run_code(self.config.name_or_path)
+            model = auto_class.from_config(self.config, dtype=dtype, trust_remote_code=may_run).eval()
             head = model.get_output_embeddings()
             if not self.head_is_tied and head.weight is model.get_input_embeddings().weight:
                 head.weight = nn.Parameter(torch.empty_like(head.weight))
@@ -158,10 +160,13 @@ def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
     """The config as transformers reads it, and the settings as they stand in its file."""
     require_checkpoint(flag, name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path), PreTrainedConfig.get_config_dict(name_or_path)[0]
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=may_run_code(name_or_path))
+        return config, PreTrainedConfig.get_config_dict(name_or_path)[0]
     except Exception as error:  # it may be missing, unreachable, private, malformed, or of an unknown model type
         hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        if "trust_remote_code=True" in str(error):
+            reason = "it is Python code. Read it, and give --trust_remote_code if you want it to run."
         raise InputError(f"Could not read the config of `{flag} {name_or_path}`: {reason}{hint}") from error
 
 

@@ -48,7 +48,9 @@ class StopRequest:
             yield
             return
         self.signum = 0
-        before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
+        # One that a shell has this process ignore stays so.
+        heard = [signum for signum in _SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        before = {signum: signal.signal(signum, self._note) for signum in heard}
         self.is_listening = True
         try:
             yield

@@ -176,7 +176,7 @@ def test_without_the_hub_a_local_directory_is_asked_for(configs, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    def unreachable(name):
+    def unreachable(name, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
 
     monkeypatch.setattr(skeletons.AutoConfig, "from_pretrained", unreachable)

@@ -293,12 +293,12 @@ MODEL_CASES = [
     (
         ("sft", "ppo_kd", "evaluate"),
         "--student remote_code",
-        "code of its own in the checkpoint, which is not run here. Use a",
+        "its architecture is Python code that comes with the checkpoint. Read it, and give --trust_remote_code",
     ),
     (
         ("pseudo_label", "rloo_kd", "evaluate"),
         "--teacher remote_code",
-        "code of its own in the checkpoint, which is not run here. Use a",
+        "its architecture is Python code that comes with the checkpoint. Read it, and give --trust_remote_code",
     ),
     (
         ("sft", "ppo_kd", "evaluate"),
@@ -890,6 +890,17 @@ LOADED_CASES = [
     (("sft", "kd"), "--student other_shape", "its weights have other shapes than its config.json says. Copy or save"),
     (("sft", "evaluate"), "--student missing_shard", "No such file or directory: missing_shard/model-00001-of-00002"),
     (("sft", "kd"), "--student without_weights", "no file named model.safetensors, or pytorch_model.bin, found in"),
+    (
+        ("plan",),
+        "--student few_positions",
+        "The student has positions for 8 tokens, too few for a prompt of 8 with a completion of 4: give "
+        "max_prompt_length 4 at most",
+    ),
+    (
+        ("plan",),
+        "--teacher few_positions --max_completion_length 8",
+        "The teacher has positions for completions of 7 tokens, and max_completion_length is 8: lower it",
+    ),
     (("sft",), "--student few_positions", "The model has positions for 8 tokens, too few for row 1: its prompt of 5"),
     (
         ("kd", "reinforce_kd"),

@@ -383,6 +383,7 @@ ARRIVES = {
         """--student_chat_template {chat} --student_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
         lambda r, seen, base: read_by_student(r, seen) == read_by_student(r, base) + 2 + 4,
     ),
+    "CodeArguments.trust_remote_code": ((), "", None),  # test_remote_code
     "RewardArguments.reward": (WITH_REWARDS, "--reward length", lambda r, seen, base: reward(seen) != reward(base)),
     "RewardArguments.value": (WITH_REWARDS, "--value expected", lambda r, seen, base: reward(seen) > reward(base)),
     "RewardArguments.k": (

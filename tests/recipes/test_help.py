@@ -144,6 +144,8 @@ GROUPS = {
         ),
     },
 }
+for _groups in GROUPS.values():
+    _groups["Code of checkpoints"] = "trust_remote_code"
 WITH_HELP = (*RECIPES, "compare", "encoder_search")
 
 

@@ -113,7 +113,7 @@ def test_every_format_of_data_gives_the_same_run(checkpoints, test_csv, tmp_path
 
 
 def settings(data: DataArguments, held_out: HeldOutArguments, args: RLOOKDConfig) -> DistillationSettings:
-    rest = {"prompts": PromptArguments(), "teacher": None, "student": None, "run": None}
+    rest = {"prompts": PromptArguments(), "teacher": None, "student": None, "code": None, "run": None}
     return DistillationSettings(data=data, held_out=held_out, args=args, **rest)
 
 

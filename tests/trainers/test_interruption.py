@@ -60,3 +60,15 @@ def test_one_that_has_ended_the_block_has_acted(handled):
         signal.raise_signal(signal.SIGTERM)
         raise InputError("stopped")
     assert handled == []
+
+
+def test_one_that_a_shell_has_it_ignore_stays_ignored(handled):
+    """As Ctrl-C where a script has started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request = StopRequest()
+    try:
+        with request.listening():
+            signal.raise_signal(signal.SIGINT)
+        assert request.signum == 0 and handled == []
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.arguments import (
+    CodeArguments,
+    DataArguments,
+    PromptArguments,
+    StudentArguments,
+    TeacherArguments,
+)
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
 from rlkd_trl.settings.files import DataPath, OutputPath, PresetPath
@@ -159,10 +165,11 @@ class ComparisonSettings:
     prompts: PromptArguments
     teacher: TeacherArguments
     student: StudentArguments
+    code: CodeArguments
     compare: ComparisonArguments
     measurement: MeasurementArguments
 
     def run_flags(self) -> list[str]:
         """What every training run gets, beside its method, budget, learning rate and seed."""
-        named = as_flags(self.data, self.prompts, self.teacher, self.student)
+        named = as_flags(self.data, self.prompts, self.teacher, self.student, self.code)
         return [*named, *self.measurement.run_flags(), *self.compare.common_flags()]
