@@ -110,7 +110,7 @@ GROUPS = {
         "Teacher": "teacher task_teacher teacher_revision teacher_dtype",
         "Student: a checkpoint, or a smaller teacher": f"{NEW_STUDENT} student student_revision",
         "Run": "resume",
-        "Distillation of encoders": "stages losses layer_map temperature relation_heads mlm_probability max_length",
+        "encoder distillation": "stages losses layer_map temperature relation_heads mlm_probability max_length",
         USUAL: TRAINING,
     },
     "encoder_search": {
@@ -144,8 +144,8 @@ GROUPS = {
         ),
     },
 }
-for _groups in GROUPS.values():
-    _groups["Code of checkpoints"] = "trust_remote_code"
+for _recipe in GROUPS.keys() - {"encoder_search"}:
+    GROUPS[_recipe]["Code of checkpoints"] = "trust_remote_code"
 WITH_HELP = (*RECIPES, "compare", "encoder_search")
 
 

@@ -6,10 +6,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlkd_trl.evaluation.evaluate import Evaluation
 from rlkd_trl.evaluation.metrics import self_bleu
 from rlkd_trl.evaluation.report import write_metrics
+
+if TYPE_CHECKING:
+    from rlkd_trl.evaluation.evaluate import Evaluation
 
 _DIRECTORY = "tests"  # beside a checkpoint
 
@@ -30,7 +33,7 @@ class Outcome:
     inputs: list[dict]
 
 
-def measure(answer: Callable[[int | None], Evaluation], rows: Sequence[Mapping], num_samples: int) -> Outcome:
+def measure(answer: "Callable[[int | None], Evaluation]", rows: Sequence[Mapping], num_samples: int) -> Outcome:
     """`answer(None)` evaluates greedy outputs on the rows, `answer(seed)` sampled ones; two samples or more."""
     greedy = answer(None)
     draws = [answer(seed) for seed in range(num_samples)]
