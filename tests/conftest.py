@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from transformers import (
 
 # The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
 torch.set_num_threads(1)
+# A shell has the jobs that it starts in the background ignore Ctrl-C; the tests of Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAD, EOS, UNK = 0, 1, 2
 WORDS = 24

@@ -82,7 +82,6 @@ def test_imports_point_down(path):
 def test_the_reader_of_imports_sees_them():
     """So that the test above cannot pass for want of imports."""
     assert parts_imported(PACKAGE / "trainers" / "rollout_trainer.py") >= {
-        "errors",
         "evaluation",
         "models",
         "rewards",

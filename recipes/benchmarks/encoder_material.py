@@ -195,6 +195,7 @@ def add_token_head(source: Path, target: Path, texts: Sequence[str], steps: int)
         str(target),
         stages=["general"],
         losses=["mlm_ce"],
+        max_length=40,
         max_steps=steps,
         learning_rate=1e-3,
         per_device_train_batch_size=32,

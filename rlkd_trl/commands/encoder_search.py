@@ -20,7 +20,7 @@ from rlkd_trl.commands.encoder_demo import EncoderDemoRequest, make_demo_teacher
 from rlkd_trl.commands.encoder_stages import check_data, plan_stages
 from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.parser import RecipeParser
-from rlkd_trl.commands.presets import find_preset
+from rlkd_trl.commands.presets import find_preset, read_preset
 from rlkd_trl.commands.settings import EncoderSettings, groups_of
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import OutputPath, PresetPath
@@ -118,7 +118,9 @@ def use_demo(settings: EncoderSearchSettings) -> None:
     directory = Path(settings.search.output_dir) / "demo"
     files = write_demo_files(directory)
     settings.data.dataset = settings.task.task_dataset = files["train"]
-    settings.held_out.eval_dataset = settings.held_out.task_eval_dataset = files["validation"]
+    settings.held_out.task_eval_dataset = files["validation"]
+    if "general" in read_preset(find_preset(settings.search.base)).values_for(_RECIPE).get("stages", []):
+        settings.held_out.eval_dataset = files["validation"]
     settings.task.label_column = "label"
     request = EncoderDemoRequest(str(directory), seed=0)
     settings.teacher.teacher, settings.teacher.task_teacher = request.teacher, request.task_teacher

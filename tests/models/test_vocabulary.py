@@ -94,7 +94,7 @@ def test_eos_from_the_generation_config_comes_first():
     model.generation_config = GenerationConfig(eos_token_id=[5, 1])
     assert eos_token_ids(model, word_tokenizer()) == [5, 1]
     model.generation_config = GenerationConfig(eos_token_id=7)
-    assert eos_token_ids(model, word_tokenizer()) == [7]
+    assert eos_token_ids(model, word_tokenizer()) == [7, EOS], "the tokenizer's is what targets end with"
 
 
 @pytest.mark.parametrize("generation_config", [None, GenerationConfig()], ids=["none", "without EOS"])

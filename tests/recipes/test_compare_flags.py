@@ -111,7 +111,7 @@ ARRIVES = {
     ),
     "MeasurementArguments.validation_split": (
         f"--validation_dataset {HUB_ID} --validation_split dev",
-        lambda seen: seen.of_runs("--eval_split") == ["dev"] and seen.splits == ["dev"],
+        lambda seen: seen.of_runs("--eval_split") == ["dev"] and set(seen.splits) == {"dev"},
     ),
     "MeasurementArguments.test_dataset": (
         f"--test_dataset {HUB_ID}",

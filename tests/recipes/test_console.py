@@ -160,7 +160,7 @@ def test_a_wheel_brings_everything(installed, tmp_path):
     assert packed == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     recipes = Path(found.strip()).parent / "recipes"
     presets = {path.relative_to(recipes) for path in recipes.rglob("*.yaml")}
-    assert presets == {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert presets == {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes" / "configs").rglob("*.yaml")}
     assert not (recipes / "benchmarks").exists()
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from rlkd_trl.commands import demo
+from rlkd_trl.commands import apart
 from rlkd_trl.commands.comparison import cells
 from rlkd_trl.evaluation import evaluate, report
 from rlkd_trl.teachers import pseudo_labels
@@ -128,7 +128,7 @@ def test_evaluate(checkpoints, train_csv, tmp_path, monkeypatch, capsys):
 def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monkeypatch, capsys):
     pid_file = tmp_path / "pid"
     script = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
-    monkeypatch.setattr(demo, "_TRAIN", script)
+    monkeypatch.setattr(apart, "_TRAIN", script)
 
     def signal_once_it_runs():
         while not (pid_file.exists() and pid_file.read_text()):
