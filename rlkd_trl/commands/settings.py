@@ -31,9 +31,9 @@ from rlkd_trl.commands.launched import check_launch
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.run_directory import check_apart
 from rlkd_trl.errors import continued_by
-from rlkd_trl.models.remote_code import trust_code_of
 from rlkd_trl.settings.declared import declared
 from rlkd_trl.settings.files import Reads, check_names, files_read
+from rlkd_trl.settings.trusted_code import trust_code_of
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.config import RolloutConfig

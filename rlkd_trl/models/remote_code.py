@@ -1,20 +1,13 @@
 """Python code that checkpoints bring along: run for those that the user has named and trusts, and for no others."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.trusted_code import trusted_checkpoints
 
 # What may name code: by `auto_map`, or by the checkpoint that adapters belong to.
 _FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
-_trusted: frozenset[str] = frozenset()
-
-
-def trust_code_of(names: Collection[str]) -> None:
-    """From here on the code in these checkpoints, directories or Hub ids, may run; that of all others may not."""
-    global _trusted
-    _trusted = frozenset(names)
 
 
 def may_run_code(name_or_path: str, revision: str | None = None) -> bool:
@@ -23,9 +16,10 @@ def may_run_code(name_or_path: str, revision: str | None = None) -> bool:
     Raises:
         InputError: The checkpoint is trusted, and names code in another one that is not.
     """
-    if name_or_path not in _trusted:
+    trusted = trusted_checkpoints()
+    if name_or_path not in trusted:
         return False
-    others = _named_in(name_or_path, revision) - _trusted
+    others = _named_in(name_or_path, revision) - trusted
     if others:
         raise InputError(
             f"{name_or_path!r} names code in {', '.join(map(repr, sorted(others)))}, and --trust_remote_code is for "

@@ -11,8 +11,8 @@ import argparse
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.remote_code import trust_code_of
 from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
+from rlkd_trl.settings.trusted_code import trust_code_of
 
 _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from rlkd_trl.models import remote_code
+from rlkd_trl.settings import trusted_code
 from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run
 
@@ -31,7 +31,7 @@ def modules_cache(tmp_path_factory, monkeypatch):
     place = tmp_path_factory.mktemp("modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place))
     yield
-    remote_code.trust_code_of([])
+    trusted_code.trust_code_of([])
 
 
 def with_code(directory: Path, *, prefix: str = "", seed: int = 0) -> Path:
