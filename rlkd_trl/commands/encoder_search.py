@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rlkd_trl.commands.arguments import (
+    CodeArguments,
     EncoderHeldOutArguments,
     EncoderStudentArguments,
     EncoderTeacherArguments,
@@ -95,12 +96,13 @@ class EncoderSearchSettings:
     held_out: EncoderHeldOutArguments
     teacher: EncoderTeacherArguments
     student: EncoderStudentArguments
+    code: CodeArguments
     search: EncoderSearchArguments
 
     @property
     def run_flags(self) -> list[str]:
         """What every run gets, but for its losses and seed."""
-        groups = (self.data, self.task, self.held_out, self.teacher, self.student)
+        groups = (self.data, self.task, self.held_out, self.teacher, self.student, self.code)
         common = [f"--{flag}" for flag in self.search.common or []]
         budget = [f"--max_steps={self.search.max_steps}", f"--learning_rate={self.search.learning_rate}"]
         return [*as_flags(*groups), *_QUIET, *budget, *common]

@@ -22,6 +22,7 @@ from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.settings import groups_of
 from rlkd_trl.trainers.config import RLOOKDConfig
+from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
     COLUMNS,
     ROOT,
@@ -580,3 +581,23 @@ def test_smoke(tmp_path, monkeypatch):
     assert [row["model"] for row in rows] == ["teacher", "warm_start", "gkd_on_policy", "ppo"]
     assert all(row["greedy"]["bleu"]["mean"] > 0 and row["sampled"]["self_bleu"]["mean"] > 0 for row in rows)
     assert all(row["cost"]["optimizer_steps"]["values"] == [4] for row in rows[2:])
+
+
+def test_a_run_whose_student_gives_numbers_that_are_not_finite(workplace, monkeypatch, capsys):
+    """Of finite weights, for some inputs: the tables are written, and the exit code says that they do not hold."""
+    spoiled = workplace / "spoiled"
+    shutil.copytree(workplace / "student", spoiled)
+    weights = load_file(spoiled / "model.safetensors")
+    first_word = word_rows(8, seed=1)[0]["mr"].split()[0]  # of the test inputs
+    weights["shared.weight"][word_tokenizer().convert_tokens_to_ids(first_word)] = 1e30  # its square is infinite
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("TRAINED", str(spoiled))
+    flags = GOOD.replace("--methods ppo rloo_sequence --seeds 0 1", "--methods ppo --seeds 0")
+    for _ in range(2):  # the second time by what is kept
+        assert compare(flags, workplace) == 1
+        error = capsys.readouterr().err
+        said = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and "Traceback" not in error
+        assert "The evaluation cannot be relied on" in said[0] and "max_steps_3/ppo/seed0 (test, greedy)" in said[0]
+        (lines,) = results_of(workplace)["tests"]["test"].values()
+        assert [line["model"] for line in lines] == ["teacher", "warm_start", "ppo"]

@@ -144,7 +144,7 @@ GROUPS = {
         ),
     },
 }
-for _recipe in GROUPS.keys() - {"encoder_search"}:
+for _recipe in GROUPS:
     GROUPS[_recipe]["Code of checkpoints"] = "trust_remote_code"
 WITH_HELP = (*RECIPES, "compare", "encoder_search")
 
