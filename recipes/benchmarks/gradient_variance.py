@@ -132,11 +132,11 @@ def measure(panel, student: StudentArguments, rows: list[dict], args: VarianceAr
     common |= {"max_completion_length": args.max_completion_length, "output_dir": args.output_dir}
     per_method = {}
     for name, (kind, settings, reward) in METHODS.items():
-        model, tokenizer = load_student(student)
+        model, writer = load_student(student)
         config = getattr(rlkd_trl, f"{kind}Config")(**common, **settings)
         signal = panel if reward is None else getattr(rewards, reward[0])(panel, **reward[1])
         trainer = getattr(rlkd_trl, f"{kind}Trainer")(
-            model, signal, config, Dataset.from_list(rows), processing_class=tokenizer
+            model, signal, config, Dataset.from_list(rows), processing_class=writer.processing_class, chat=writer.chat
         )
         per_method[name] = columns_of(gradients(trainer, rows, args.num_rollouts))
         print(f"{name}: {per_method[name]}", flush=True)

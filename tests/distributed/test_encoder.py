@@ -17,12 +17,12 @@ TIMES = ("runtime", "per_second", "epoch")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
-    return launch("encoder_worker", tmp_path_factory.mktemp("two"), 2)
+    return launch("tests.distributed.encoder_worker", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return launch("encoder_worker", tmp_path_factory.mktemp("one"), 1)[0]
+    return launch("tests.distributed.encoder_worker", tmp_path_factory.mktemp("one"), 1)[0]
 
 
 def numbers(entry: dict) -> dict[str, float]:

@@ -96,7 +96,8 @@ def test_a_completion_that_was_cut_off_is_bootstrapped(settings):
 
 def test_the_advantages_here_are_those_of_trls_leave_one_out(tmp_path):
     """Of an ended and a cut-off completion of one prompt: in RLOO, each one's reward minus the other's."""
-    trainer = build("rloo-sequence", tmp_path, data=prompts(1), per_device_train_batch_size=2, max_steps=1)
+    settings = {"per_device_train_batch_size": 2, "max_steps": 1, "average_reward": "none"}
+    trainer = build("rloo-sequence", tmp_path, data=prompts(1), **settings)
     completions = [[5, 9, EOS], [4, 4, 7, 20]]
     samples_instead(trainer, *completions)
     rollout = trainer.make_rollout([trainer.train_dataset[0]])
