@@ -2,7 +2,8 @@
 
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from accelerate.utils import str_to_bool
 from datasets import Dataset
@@ -16,6 +17,7 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.prompts import checked_messages, is_conversation
 from rlkd_trl.rewards import LogRatioReward, RewardModel
+from rlkd_trl.teachers.panel import Scorer, TeacherPanel
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
@@ -71,6 +73,21 @@ def check_prompt_column(dataset: Dataset, what: str) -> None:
                 f"Row {i + 1} of the {what}: `prompt` is {reprlib.repr(prompt)} ({type(prompt).__name__}), not text "
                 "and not a conversation (a list of messages): convert it, or leave the row out."
             )
+
+
+def check_conversations(write: Callable[[Mapping[str, object]], object], dataset: Dataset, what: str) -> None:
+    """Raises `InputError`, which names the row, if a conversation in the column `prompt` cannot be written.
+
+    That is: there is no chat template, or it refuses the conversation (two turns of one role in a row, for instance).
+
+    write: writes a row's prompt as the model reads it.
+    """
+    conversations = [i for i, prompt in enumerate(dataset["prompt"]) if is_conversation(prompt)]
+    for i in conversations:
+        try:
+            write(dataset[i])
+        except InputError as error:
+            raise InputError(f"Row {i + 1} of the {what}: {error}") from error
 
 
 def check_targets(dataset: Dataset, args: KDConfig) -> None:
@@ -190,16 +207,21 @@ def check_positions(
     writer: PromptWriter,
     reward_model: RewardModel,
     args: RolloutConfig,
-    datasets: Sequence[Dataset | dict[str, Dataset] | None],
+    train_dataset: Dataset,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
 ) -> None:
     """Raises `InputError` if student or teachers have too few positions or embeddings for prompts and completions.
+
+    So it does for a conversation that a chat template refuses.
 
     writer: of the student's prompts.
     """
     tokenizer = writer.processing_class
-    parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows]) if part]
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    parts = [(train_dataset, "training data"), *((rows, "evaluation data") for rows in held_out if rows)]
     check_embedding_rows("The student", tokenizer, model.config)
-    for rows in parts:
+    for rows, what in parts:
+        check_conversations(lambda row: writer.text(row["prompt"]), rows, what)
         check_lengths(
             "The student",
             position_limits(model),
@@ -211,16 +233,23 @@ def check_positions(
     for panel in reward_model.panels:
         for scorer in panel.scorers:
             teacher = scorer.teacher
-            for rows in parts:
+            asked = partial(_asked, panel, scorer)
+            for rows, what in parts:
+                check_conversations(asked, rows, what)
                 check_lengths(
                     "The teacher",
                     position_limits(teacher.model),
                     teacher.processing_class,
-                    (scorer.prompts([panel.questions(row)])[0] for row in rows),
+                    map(asked, rows),
                     max_prompt_length=teacher.max_prompt_length,
                     max_completion_length=args.max_completion_length,
                     prompt_flag="the teacher's max_prompt_length",
                 )
+
+
+def _asked(panel: TeacherPanel, scorer: Scorer, row: Mapping[str, object]) -> str:
+    """A row's question as the scorer's teacher reads it."""
+    return scorer.prompts([panel.questions(row)])[0]
 
 
 def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:

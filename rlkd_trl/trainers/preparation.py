@@ -1,7 +1,5 @@
 """The student, made ready for training, and everything that is checked before training begins."""
 
-from collections.abc import Sequence
-
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +25,8 @@ def prepare_student(
     peft_config: PeftConfig | None,
     reward_model: RewardModel,
     args: RolloutConfig,
-    datasets: Sequence[Dataset | None],
+    train_dataset: Dataset,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
     chat: ChatFormat | None,
 ) -> tuple[PreTrainedModel, PromptWriter]:
     """The student, loaded and with its adapters, and the writer of its prompts, which has its tokenizer.
@@ -39,8 +38,9 @@ def prepare_student(
 
     Raises:
         InputError: A loaded student without its tokenizer, tokenizers that differ, prompts and completions beyond a
-            model's positions, T5 with fp16, weights that are not finite or in float16, `peft_config` for a student
-            with adapters, adapters on an LM head that ZeRO-3 shards; or as `PromptWriter`.
+            model's positions, a conversation that a chat template refuses, T5 with fp16, weights that are not
+            finite or in float16, `peft_config` for a student with adapters, adapters on an LM head that ZeRO-3 shards;
+            or as `PromptWriter`.
     """
     if isinstance(model, str):
         processing_class = processing_class or load_tokenizer(model)
@@ -58,10 +58,9 @@ def prepare_student(
     teachers = teachers_of(reward_model)
     for teacher in teachers:
         check_same_tokenizer(processing_class, teacher.processing_class)
-    check_positions(model, writer, reward_model, args, datasets)
-    share_special_tokens(
-        [model, *(teacher.model for teacher in teachers)], processing_class, reference_texts(*datasets)
-    )
+    check_positions(model, writer, reward_model, args, train_dataset, eval_dataset)
+    references = reference_texts(train_dataset, eval_dataset)
+    share_special_tokens([model, *(teacher.model for teacher in teachers)], processing_class, references)
     set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
     return model, writer
 

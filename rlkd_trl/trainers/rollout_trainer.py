@@ -80,7 +80,7 @@ class RolloutTrainer(DistillationTrainer):
         check_best_metric(args, eval_dataset, has_teacher=bool(reward_model.panels))
         check_sharding(args)
         model, writer = prepare_student(
-            model, processing_class, peft_config, reward_model, args, [train_dataset, eval_dataset], chat
+            model, processing_class, peft_config, reward_model, args, train_dataset, eval_dataset, chat
         )
         processing_class = writer.processing_class
         self.reward_model = reward_model

@@ -19,7 +19,7 @@ from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_tok
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
-from rlkd_trl.trainers.checks import check_column, check_prompt_column, empty_targets
+from rlkd_trl.trainers.checks import check_column, check_conversations, check_prompt_column, empty_targets
 from rlkd_trl.trainers.curves import keep_curves_in
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
@@ -61,6 +61,7 @@ class SupervisedTrainer(ResumableTrainer):
         check_column(train_dataset, "target", "training data")
         writer = PromptWriter(processing_class, chat)
         processing_class = writer.processing_class
+        check_conversations(lambda row: writer.text(row["prompt"]), train_dataset, "training data")
         model = with_adapters(model, peft_config, seed=args.seed)
         require_eos(processing_class)
         empty = empty_targets(train_dataset["target"])

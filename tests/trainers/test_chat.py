@@ -18,7 +18,7 @@ from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.pseudo_labels import pseudo_labels
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import END, chat_tokenizer, tiny_llama
+from tests.conftest import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,
     METHODS,
@@ -232,6 +232,37 @@ def test_bad_prompts_are_named_by_their_row(tmp_path):
         data = Dataset.from_list([{"prompt": talk("w3")}, {"prompt": bad}, *[{"prompt": talk("w4")}] * 8])
         with pytest.raises(InputError, match=message):
             build("ppo", tmp_path, family="llama", data=data, tokenizer=chat_tokenizer())
+
+
+STRICT = (  # as those of many models: the roles have to alternate
+    "{%- for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}" + CHAT_TEMPLATE.partition("-%}")[2]
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "strict", "place"),
+    [
+        ("ppo", "student", "Row 3 of the training data"),
+        ("ppo", "teacher", "Row 3 of the training data"),
+        ("kd", "student", "Row 2 of the evaluation data"),
+        ("sft", "student", "Row 3 of the training data"),
+    ],
+)
+def test_a_conversation_that_a_chat_template_refuses_is_named_by_its_row(method, strict, place, tmp_path):
+    twice = [{"role": "user", "content": "w3"}, {"role": "user", "content": "w4"}]
+    good, both = Dataset.from_list([{"prompt": talk("w3")}] * 8), [{"prompt": talk("w3")}, {"prompt": twice}]
+    tokenizer, lenient = chat_tokenizer(STRICT), chat_tokenizer()
+    with pytest.raises(InputError, match=f"{place}: The chat template of .* refuses a conversation: .*alternate"):
+        if method == "sft":
+            data = Dataset.from_list([good[0], *both]).add_column("target", ["w5"] * 3)
+            SupervisedTrainer(tiny_llama(), SupervisedConfig(tmp_path), data, tokenizer)
+        elif "evaluation" in place:
+            build(method, tmp_path, family="llama", data=good, eval_data=Dataset.from_list(both), tokenizer=tokenizer)
+        else:
+            data = Dataset.from_list([good[0], *both, *good])
+            student, teacher = (tokenizer, lenient) if strict == "student" else (lenient, tokenizer)
+            build(method, tmp_path, family="llama", data=data, tokenizer=student, reward=reward(teacher))
 
 
 def test_pseudo_labels_of_a_chat_teacher_are_plain_generates(tmp_path):
