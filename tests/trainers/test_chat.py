@@ -257,12 +257,13 @@ def test_a_conversation_that_a_chat_template_refuses_is_named_by_its_row(method,
         if method == "sft":
             data = Dataset.from_list([good[0], *both]).add_column("target", ["w5"] * 3)
             SupervisedTrainer(tiny_llama(), SupervisedConfig(tmp_path), data, tokenizer)
-        elif "evaluation" in place:
-            build(method, tmp_path, family="llama", data=good, eval_data=Dataset.from_list(both), tokenizer=tokenizer)
-        else:
-            data = Dataset.from_list([good[0], *both, *good])
-            student, teacher = (tokenizer, lenient) if strict == "student" else (lenient, tokenizer)
-            build(method, tmp_path, family="llama", data=data, tokenizer=student, reward=reward(teacher))
+            return
+        data, held_out = Dataset.from_list([good[0], *both, *good]), None
+        if "evaluation" in place:
+            data, held_out = good, Dataset.from_list(both)
+        student, teacher = (tokenizer, lenient) if strict == "student" else (lenient, tokenizer)
+        settings = {"data": data, "eval_data": held_out, "tokenizer": student, "reward": reward(teacher)}
+        build(method, tmp_path, family="llama", **settings)
 
 
 def test_pseudo_labels_of_a_chat_teacher_are_plain_generates(tmp_path):
