@@ -198,7 +198,11 @@ class Run:
 
 
 class Plan:
-    """All runs, in the order in which a table is of use earliest: general stages, then the tasks seed by seed."""
+    """All runs, in the order in which a table is of use earliest.
+
+    Presets with students of the same width come first, with all seeds; students of half the width and ablations have
+    the first seed alone.
+    """
 
     def __init__(
         self, work_dir: Path, methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], steps: dict
@@ -206,15 +210,18 @@ class Plan:
         self.here, self.tasks, self.seeds, self.steps = work_dir, tasks, seeds, steps
         self.methods = {name: method for name, method in {**METHODS, **ABLATIONS}.items() if name in methods}
 
+    def seeds_of(self, name: str) -> Sequence[int]:
+        return self.seeds if name in METHODS and METHODS[name].size == "same width" else self.seeds[:1]
+
     def runs(self) -> list[Run]:
         half_width = [name for name in METHODS if METHODS[name].size == "half width"]
         groups = [[name for name in METHODS if name not in half_width], half_width, list(ABLATIONS)]
-        groups = [[name for name in group if name in self.methods] for group in groups]
         runs = []
         for group in groups:
-            runs += self.general_runs(group) + self.task_runs(group, self.seeds[0])
-        for seed in self.seeds[1:]:
-            runs += [one for group in groups for one in self.task_runs(group, seed)]
+            names = [name for name in group if name in self.methods]
+            runs += self.general_runs(names)
+            for seed in self.seeds:
+                runs += self.task_runs([name for name in names if seed in self.seeds_of(name)], seed)
         return list({one.directory: one for one in runs}.values())  # a teacher once, before its first student
 
     def general_runs(self, names: Sequence[str]) -> list[Run]:
@@ -474,9 +481,10 @@ def task_table(plan: Plan, names: Sequence[str]) -> str:
     ]
     lines = [["teacher's accuracy", *(number(value, ".1f") for value in accuracies), MISSING, MISSING]]
     for name in names:
-        by_task = [[retained(plan, name, task, seed) for seed in plan.seeds] for task in plan.tasks]
+        seeds = plan.seeds_of(name)
+        by_task = [[retained(plan, name, task, seed) for seed in seeds] for task in plan.tasks]
         means = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in zip(*by_task, strict=True)]
-        runs = [plan.task(name, task, seed) for task in plan.tasks for seed in plan.seeds]
+        runs = [plan.task(name, task, seed) for task in plan.tasks for seed in seeds]
         seconds = [one.measured["cpu_seconds"] for one in runs if one.is_done]
         if seconds:
             cells = [_cell(values) for values in [*by_task, means]]
@@ -493,7 +501,7 @@ def orders(plan: Plan) -> list[str]:
         pairs = [
             (retained(plan, better, task, seed), retained(plan, worse, task, seed))
             for task in plan.tasks
-            for seed in plan.seeds
+            for seed in plan.seeds_of(worse)
         ]
         differences = [first - second for first, second in pairs if first is not None and second is not None]
         lines.append(f"- {source}. {better} minus {worse}: {order(differences)}")
@@ -535,7 +543,8 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
         general_table(plan),
         "",
         "Tasks: accuracy in percent of the teacher's. Means over seeds with their 95 % interval (Student's t); in "
-        "brackets the number of seeds where not all are done, and no interval where there is one.",
+        "brackets the number of seeds where not all are done, and no interval where there is one. Students of half "
+        "the width and ablations have the first seed alone.",
         "",
         task_table(plan, main),
         "",

@@ -105,9 +105,9 @@ def test_the_order_of_runs(names, tmp_path):
         *seed0[:2],
         ("teacher", "rating", "rating", 0),
         *seed0[2:],
+        *[("task", method, task, 1) for method, task in tasks],
         *[("general", method, None, 0) for method in ("tinybert, random, top", "minilm, random")],
         *[("task", method, task, 0) for method, task in ablations],
-        *[("task", method, task, 1) for method, task in [*tasks, *ablations]],
     ]
     assert len({one.directory for one in runs}) == len(runs)
 
