@@ -23,8 +23,9 @@ from pathlib import Path
 
 from rlkd_trl.commands.encoder_data import is_demo
 from rlkd_trl.commands.encoder_demo import use_demo_teachers
-from rlkd_trl.commands.encoder_results import evaluate, finish_stage, save_student
+from rlkd_trl.commands.encoder_results import evaluate, evaluate_untrained, finish_stage, save_student
 from rlkd_trl.commands.encoder_stages import build, check_data, check_directories, clear_unfinished, plan_stages
+from rlkd_trl.commands.run_directory import leaves_no_empty_directory
 from rlkd_trl.commands.settings import CommandLine, EncoderSettings
 from rlkd_trl.errors import run
 
@@ -53,8 +54,9 @@ def main() -> None:
         if stage.is_done:
             continue
         # Build, and measure teacher and student.
-        trainer = build(settings, stage)
-        results = {"teacher": trainer.evaluate_teacher(), "before": evaluate(trainer, "before training")}
+        with leaves_no_empty_directory(stage.directory):
+            trainer = build(settings, stage)
+            results = evaluate_untrained(trainer, stage)
 
         # Train, save, and measure the student again.
         clear_unfinished(stages[number:])

@@ -52,9 +52,8 @@ def main() -> None:
     print(f"{len(search.combinations)} sets of losses, {len(cells)} runs.", flush=True)
 
     # Run each combination with each seed, then say which is best.
-    failures = run_cells(cells, settings.search.jobs)
-    write_results(search)
-    if failures:
+    run_cells(cells, settings.search.jobs)
+    if not write_results(search):
         sys.exit(1)
 
 

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 Results = dict[str, dict[str, float]]
 
 
+def evaluate_untrained(trainer: "EncoderKDTrainer", stage: Stage) -> Results:
+    """The metrics of the teacher, and of the student before training, on the held-out rows.
+
+    Raises:
+        TrainingError: There are numbers that are not finite. The students of earlier stages are kept.
+    """
+    from rlkd_trl.evaluation.evaluate import check_finite
+
+    results = {"teacher": trainer.evaluate_teacher(), "before": evaluate(trainer, "before training")}
+    check_finite(results, f"The {stage.objective.stage} stage was not begun.")
+    return results
+
+
 def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
     """The student's metrics on the held-out rows. when: "before training" or "after training"."""
     say(f"Evaluating the student {when}, on {len(trainer.eval_dataset)} held-out texts.")
@@ -42,6 +55,10 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
     """Reports on a saved student: writes `metrics.json`, `report.html` and the model card, and prints the table.
 
     A signal to stop waits until all is written; a push to the Hub, and stages that are left, do not begin then.
+
+    Raises:
+        TrainingError: An evaluation met numbers that are not finite. Everything is written then, but not pushed, and
+            no later stage begins.
     """
     from rlkd_trl.trainers.interruption import StopRequest
 
@@ -53,6 +70,7 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
 
 
 def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
+    from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.evaluation.report import (
         ENCODER_COLUMNS,
         columns_in,
@@ -62,9 +80,11 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
         write_report,
     )
 
-    if not trainer.is_world_process_zero():
-        return
     directory, objective = stage.directory, stage.objective
+    saved = f"The student, metrics.json and report.html are in {directory}."
+    if not trainer.is_world_process_zero():
+        check_finite(results, saved)
+        return
     method = f"{objective.stage} distillation: {' + '.join(objective.weights)}"
     columns = columns_in(results, ENCODER_COLUMNS)
     write_metrics(directory / "metrics.json", results)
@@ -90,6 +110,7 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
         auto_class=_AUTO_CLASSES[objective.head],
         columns=columns,
     )
+    check_finite(results, saved)
     step = trainer.state.global_step
     if stage.is_last:
         mark_finished(directory, step)

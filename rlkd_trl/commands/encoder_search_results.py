@@ -15,12 +15,17 @@ from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the finished runs of a combination came to. scores: by seed. cost: mean CPU seconds of all stages."""
+    """What the finished runs of a combination came to.
+
+    scores: by seed. cost: mean CPU seconds of all stages. failed: seeds without a sound result. undefined: those of
+    them whose run is finished, and whose metric is no number, as a correlation with predictions that are all equal.
+    """
 
     combination: Combination
     scores: Mapping[int, float]
     cost: float
     failed: Sequence[int] = ()
+    undefined: Sequence[int] = ()
 
     @property
     def interval(self) -> Interval:
@@ -44,13 +49,16 @@ def outcomes(search: Search) -> list[Outcome]:
             if search.search.metric not in of_run:
                 known = ", ".join(name for name in METRICS if name in of_run)
                 raise InputError(f"--metric {search.search.metric} is not measured here; the runs have: {known}.")
+        scores = {seed: of_run[search.search.metric] for seed, of_run in metrics.items()}
+        scores = {seed: score for seed, score in scores.items() if score is not None}  # as JSON has NaN
         costs = [_cpu_seconds(cell.directory) for cell in done.values()]
         found.append(
             Outcome(
                 combination,
-                {seed: of_run[search.search.metric] for seed, of_run in metrics.items()},
+                scores,
                 sum(costs) / len(costs) if costs else math.nan,
-                [seed for seed in cells if seed not in done],
+                [seed for seed in cells if seed not in scores],
+                [seed for seed in done if seed not in scores],
             )
         )
     return found
@@ -63,10 +71,13 @@ def _cpu_seconds(directory: Path) -> float:
 
 
 def report(search: Search, found: Sequence[Outcome]) -> str:
-    """The tables, in Markdown: all combinations, the best first; and what the questions come to."""
+    """The tables, in Markdown: all combinations, the best first; and what the questions come to.
+
+    A combination with a failed run is behind all others: those of its seeds that are left may be its better ones.
+    """
     arguments = search.search
     base = found[0]
-    ranked = sorted(found, key=lambda outcome: _rank(outcome.interval.mean), reverse=True)
+    ranked = sorted(found, key=lambda outcome: (not outcome.failed, _rank(outcome.interval.mean)), reverse=True)
     lines = [
         [
             outcome.combination.name,
@@ -89,10 +100,18 @@ def report(search: Search, found: Sequence[Outcome]) -> str:
     answers = [line for line in _answers({outcome.combination.name: outcome for outcome in found}) if line]
     if answers:
         parts += ["## Questions", "\n".join(f"- {line}" for line in answers)]
-    failed = [f"- {one.combination.name}: seeds {' '.join(map(str, one.failed))}" for one in found if one.failed]
-    if failed:
+    if failed := [_failures(one, arguments.metric) for one in found if one.failed]:
         parts += ["## Failed runs", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
+
+
+def _failures(one: Outcome, metric: str) -> str:
+    undefined = f"; of {_listed(one.undefined)} {metric} is no number" if one.undefined else ""
+    return f"- {one.combination.name}: {_listed(one.failed)}{undefined}"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return f"seeds {' '.join(map(str, seeds))}"
 
 
 def _answers(by_name: Mapping[str, Outcome]) -> list[str]:
@@ -125,14 +144,25 @@ def _shown(interval: Interval | None, *, signed: bool = False) -> str:
     return f"{interval.mean:{sign}.4g}{half}"
 
 
-def write_results(search: Search) -> None:
-    """search.md (printed too) and search.json, of what the runs have left. Raises `InputError` as `outcomes`."""
+def write_results(search: Search) -> bool:
+    """search.md (printed too) and search.json, of what the runs have left; whether all runs have a sound result.
+
+    Raises:
+        InputError: As `outcomes`.
+    """
     found = outcomes(search)
     text, output_dir = report(search, found), Path(search.search.output_dir)
     results = [
-        {"set": one.combination.name, "losses": one.combination.losses, "scores": one.scores, "cpu_seconds": one.cost}
+        {
+            "set": one.combination.name,
+            "losses": one.combination.losses,
+            "scores": one.scores,
+            "failed": one.failed,
+            "cpu_seconds": one.cost,
+        }
         for one in found
     ]
     write_metrics(output_dir / "search.json", {"metric": search.search.metric, "sets": results})
     (output_dir / "search.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nsearch.md and search.json are in {output_dir}.", flush=True)
+    return not any(one.failed for one in found)

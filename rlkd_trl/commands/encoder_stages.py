@@ -23,7 +23,6 @@ from rlkd_trl.commands.run_directory import (
     checkpoint_to_resume,
     clear_results,
     is_finished,
-    leaves_no_empty_directory,
     mark_finished,
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
@@ -175,16 +174,15 @@ def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
     """The trainer of a stage, with its models loaded. Raises `InputError`."""
     from rlkd_trl.trainers.encoder import EncoderKDTrainer
 
-    with leaves_no_empty_directory(stage.args.output_dir):
-        models = load_models(settings, stage)
-        trainer = EncoderKDTrainer(
-            models.student,
-            models.teacher,
-            stage.args,
-            stage.rows.train,
-            eval_dataset=stage.rows.test,
-            processing_class=models.tokenizer,
-        )
+    models = load_models(settings, stage)
+    trainer = EncoderKDTrainer(
+        models.student,
+        models.teacher,
+        stage.args,
+        stage.rows.train,
+        eval_dataset=stage.rows.test,
+        processing_class=models.tokenizer,
+    )
     trainer.run_record["command"] = command_record(settings)
     return trainer
 

@@ -1,7 +1,8 @@
 """Metrics of encoders: on the labels of a task, and of the likeness to a teacher."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rlkd_trl.ops.classification import IGNORED
+from rlkd_trl.ops.finite import usable_rows, usable_states
 
 _SAMPLES = 20  # texts shown in a report
 _MOST_COMPARED = 500  # texts whose similarities to each other are compared: 125,000 pairs
@@ -65,23 +67,40 @@ class Seen:
     labels: list[Tensor] = field(default_factory=list)
     embeddings: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
     cosines: list[Tensor] = field(default_factory=list)
+    usable: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_losses(self, losses: Iterable[Tensor]) -> None:
+        """Adds a batch's losses, each `[B]`."""
+        self._note("the losses", torch.stack(list(losses), dim=1))
 
     def add_outputs(self, logits: Tensor, teachers_logits: Tensor | None, labels_B: Tensor | None) -> None:
         """Adds a batch of a task: logits `[B, C]`, `[B, 1]` in regression, and labels `[B]`."""
+        self._note("the logits", logits)
         self.predictions.append(_predicted(logits))
         if teachers_logits is not None:
+            self._note("the teacher's logits", teachers_logits)
             self.teachers.append(_predicted(teachers_logits))
         if labels_B is not None:
             self.labels.append(labels_B.cpu())
 
     def add_states(self, student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor) -> None:
         """Adds the last hidden states of a batch of texts, of which the means over tokens are the embeddings."""
+        for name, states_BSD in (("the states", student_BSD), ("the teacher's states", teacher_BSD)):
+            self.usable[name].append(usable_states(states_BSD, mask_BS).cpu())
         for embeddings, states_BSD in zip(self.embeddings, (student_BSD, teacher_BSD), strict=True):
             states_BSD = torch.where(mask_BS[..., None], states_BSD.float(), 0)
             embeddings.append((states_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
         if student_BSD.shape[-1] == teacher_BSD.shape[-1]:
             cosines_BS = torch.nn.functional.cosine_similarity(student_BSD.float(), teacher_BSD.float(), dim=-1)
             self.cosines.append(cosines_BS[mask_BS].cpu())
+
+    def _note(self, name: str, numbers_BN: Tensor) -> None:
+        self.usable[name].append(usable_rows(numbers_BN, torch.ones_like(numbers_BN, dtype=torch.bool)).cpu())
+
+    @property
+    def is_usable(self) -> dict[str, Tensor]:
+        """Whether the numbers of each text are finite, `[N]`, by what they are."""
+        return {name: torch.cat(batches) for name, batches in self.usable.items()}
 
     def metrics(self, *, is_regression: bool) -> dict[str, float]:
         """Accuracy and F1, or in regression correlations; and agreement with the teacher's classes or numbers."""

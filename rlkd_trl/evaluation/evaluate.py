@@ -99,22 +99,25 @@ def evaluate_completions(
             nll = sum(scored["teacher_nll"])
             metrics["teacher_nll_per_token"] = nll / sum(per_input["tokens"])
             metrics["teacher_nll_per_sequence"] = nll / len(rows)
-    metrics[NOT_FINITE] = _count_not_finite(is_usable, rows)
+    metrics[NOT_FINITE] = count_not_finite(is_usable, rows)
     if metrics[NOT_FINITE]:
         metrics |= {name: math.nan for name in metrics if name == "reward" or name.startswith("teacher_nll")}
     return Evaluation(metrics, outputs, completions, per_input)
 
 
-def _count_not_finite(is_usable: Mapping[str, Tensor], rows: Sequence[Mapping[str, object]]) -> int:
+def count_not_finite(
+    is_usable: Mapping[str, Tensor], rows: Sequence[Mapping[str, object]], column: str = "prompt"
+) -> int:
     """The number of rows with a number that is not finite, with a warning that names the first of them.
 
-    is_usable: for each kind of number, by its name, whether it is finite in each row, `[B]`.
+    is_usable: for each kind of number, by its name, whether it is finite in each row, `[B]`. column: what a row is
+    named by; its number, where there is no such column.
     """
     bad = sorted({b for usable_B in is_usable.values() for b in (~usable_B).nonzero()[:, 0].tolist()})
     if bad and is_first_process():
         what = " and ".join(name for name, usable_B in is_usable.items() if not usable_B.all())
-        prompt = textwrap.shorten(str(rows[bad[0]]["prompt"]), _PROMPT_WIDTH)
-        logger.warning(f"{what} not finite for {len(bad)} of {len(rows)} prompts, the first of them {prompt!r}")
+        first = textwrap.shorten(str(rows[bad[0]].get(column, f"row {bad[0] + 1}")), _PROMPT_WIDTH)
+        logger.warning(f"{what} not finite for {len(bad)} of {len(rows)} {column}s, the first of them {first!r}")
     return len(bad)
 
 
@@ -128,7 +131,7 @@ def check_finite(results: Mapping[str, Mapping[str, float]], consequence: str = 
         listed = ", ".join(f"{count:.0f} samples of {name!r}" for name, count in bad.items())
         raise TrainingError(
             f"The evaluation cannot be relied on: numbers that are not finite in {listed}; the warnings above name "
-            f"the first prompts. {consequence}".rstrip()
+            f"the first of them. {consequence}".rstrip()
         )
 
 
@@ -237,7 +240,7 @@ def evaluate_student(
         result.per_input["teacher_tokens"] = tokens_B.double().tolist()
         result.metrics["student_nll_of_teacher_per_token"] = float(nll_B.sum() / tokens_B.sum())
         is_usable_B = usable_rows(logps_BT, mask_BT)
-        result.metrics[NOT_FINITE] += _count_not_finite(
+        result.metrics[NOT_FINITE] += count_not_finite(
             {"log-probabilities of the teacher's answers": is_usable_B}, rows
         )
     return result

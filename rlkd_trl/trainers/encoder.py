@@ -1,6 +1,7 @@
 """Distillation of encoders: the student learns the teacher's hidden states, attention and logits."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
+from rlkd_trl.evaluation.evaluate import NOT_FINITE, count_not_finite
 from rlkd_trl.models.encoders import load_encoder
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids
@@ -377,7 +379,8 @@ class EncoderKDTrainer(DistillationTrainer):
 
         In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; in a
         general stage, how like the teacher's its last hidden states and its similarities of texts are (see
-        `Seen.likeness`).
+        `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too large; if
+        there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
         """
         was_training = self.student.training
         self.student.eval()
@@ -393,6 +396,7 @@ class EncoderKDTrainer(DistillationTrainer):
             for name, by_unit in losses_B.items():
                 for unit, of_stack_B in by_unit.items():
                     sums[name][unit] += float(of_stack_B.sum())
+            seen.add_losses(loss_B for by_unit in losses_B.values() for loss_B in by_unit.values())
             for unit, count in _counts(batch | masked_batch, self.student.reader.stacks).items():
                 counts[unit] += float(count)
             if self.objective.stage == "task":
@@ -405,10 +409,15 @@ class EncoderKDTrainer(DistillationTrainer):
             f"losses/{name}": sum(total / max(counts[unit], 1) for unit, total in by_unit.items())
             for name, by_unit in sums.items()
         }
+        return {**self._metrics_of(seen, dataset), **losses, "parameters": float(_num_parameters(self.student.model))}
+
+    def _metrics_of(self, seen: Seen, dataset: Dataset) -> dict[str, float]:
+        """What the outputs for all rows come to; NaN, if the numbers of some are not finite."""
         metrics = (
             seen.metrics(is_regression=self._is_regression) if self.objective.stage == "task" else seen.likeness()
         )
-        return {**metrics, **losses, "parameters": float(_num_parameters(self.student.model))}
+        count = count_not_finite(seen.is_usable, dataset, "text")
+        return {**(dict.fromkeys(metrics, math.nan) if count else metrics), NOT_FINITE: count}
 
     @property
     def _readers(self) -> tuple[LayerReader, LayerReader]:
@@ -436,8 +445,7 @@ class EncoderKDTrainer(DistillationTrainer):
         for batch in self._evaluation_batches(self.eval_dataset):
             teachings = self._teachings(batch)
             seen.add_outputs(teachings.logits, None, batch.get("labels"))
-        metrics = seen.metrics(is_regression=self._is_regression)
-        return {**metrics, "parameters": float(_num_parameters(self.teacher))}
+        return {**self._metrics_of(seen, self.eval_dataset), "parameters": float(_num_parameters(self.teacher))}
 
     # Checkpoints
 

@@ -35,6 +35,8 @@ if os.environ.get("FAIL", "nothing") in str(here):
 names = [term.split("*")[-1].strip() for term in losses[-1].split("+")]
 seed = int(values["--seed"])
 score = 50 + sum(WORTH.get(name, 0) for name in names) + seed * (1 + ("hard_ce" in names))
+if os.environ.get("UNDEFINED", "nothing") in str(here):
+    score = None
 here.mkdir(parents=True, exist_ok=True)
 (here / "metrics.json").write_text(json.dumps({"after": {"accuracy": score, "agreement": 1.0}}))
 for place in (here, here / "stage1-general"):
@@ -166,6 +168,18 @@ def test_a_run_is_made_once(encoders, workplace, monkeypatch, capsys):
     assert search(f"{flags} --learning_rate 1e-3", encoders, workplace) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "holds the results of another command: it had --learning_rate 5e-05, now --learning_rate 0.001" in error
+
+
+def test_a_set_without_all_of_its_results_is_named_and_not_the_best(encoders, workplace, monkeypatch):
+    """Without attention losses is best, by the seed that is left; of the base one run fails, as one that diverges."""
+    monkeypatch.setenv("UNDEFINED", "without_attention/seed0")
+    monkeypatch.setenv("FAIL", "base/seed1")
+    assert search("--base one.yaml --sets questions --seeds 0 1", encoders, workplace) == 1
+    text = (workplace / "out" / "search.md").read_text()
+    ranked = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert ranked[-2:] == ["without attention", "base"] and ranked[0] == "soft and hard"
+    assert "- without attention: seeds 0; of seeds 0 accuracy is no number" in text and "- base: seeds 1\n" in text
+    assert sets(workplace)["without attention"]["failed"] == [0]
 
 
 @pytest.mark.parametrize(
