@@ -1,14 +1,15 @@
-"""Kills training at many moments, resumes it, and compares the end with an uninterrupted run's, to the last bit.
+"""Kills runs at many moments, resumes them, and compares their ends with an uninterrupted run's, to the last bit.
 
-    python -m tests.resuming.kills --methods ppo rloo reinforce kd all-actions sft --kills 20 --processes 1
+    python -m tests.resuming.kills --methods ppo sft encoder compare --kills 20 --processes 1
 
 A run is a process of its own (two with --processes 2), forked from this one so that nothing is imported again, and
-killed by SIGKILL: after a random part of its CPU time, and, every third time, at a call by which a checkpoint is
-written. It is resumed from the newest whole checkpoint, or begun anew where there is none, and may be killed again.
-Prints one line of JSON per method.
+killed by SIGKILL with the processes that it has started: after a random part of its CPU time, and, every third time,
+at a call by which a checkpoint is written. It is resumed from the newest whole checkpoint, or begun anew where there
+is none, and may be killed again. Prints one line of JSON per method.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -17,81 +18,29 @@ import signal
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
-from rlkd_trl.trainers.checkpoint_files import newest_whole
-from rlkd_trl.trainers.supervised import SupervisedTrainer
-from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import tiny_t5, word_tokenizer
-from tests.trainers.tiny_runs import build, pairs, prompts
+from tests.resuming.runs import COMMANDS, TRAINERS, finish, make_inputs, same
 
-# Rollouts of several optimizer steps with accumulation, so that most checkpoints lie inside of one; logs and saves at
-# other intervals than these.
-INSIDE_ROLLOUTS = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "steps_per_generation": 4,
-    "num_iterations": 2,
-    "max_steps": 6,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "save_total_limit": 2,
-    "logging_steps": 3,
-    "lr_scheduler_type": "linear",
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "eval_data": prompts(4, seed=3),
-    "data": prompts(24),
-}
-ADAPTIVE_KL = {"beta": 0.2, "kl_target": 1.0, "kl_horizon": 100.0}
-RUNS = {
-    "ppo": ("ppo", {**ADAPTIVE_KL, "early_stop_kl": 0.05}),
-    "rloo": ("rloo-token", ADAPTIVE_KL),
-    "reinforce": ("reinforce", {"behaviour_sync_steps": 8, "baseline": "min_variance"}),
-    "kd": ("kd", {"lmbda": 0.5, "sequences": "data", "data": pairs(24)}),
-    "all-actions": ("all-actions", {"teacher_mix": 0.3}),
-    "sft": ("sft", {}),
-}
-# Seconds and what is computed from them differ between any two runs.
-TIMES = ("seconds", "runtime", "per_second", "flos")
+METHODS = (*TRAINERS, *COMMANDS)
 # The calls by which a checkpoint is written, from its first file to its name.
 WRITING = ((torch, "save"), (os, "fsync"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir"))
 
 
-def make_trainer(method: str, output_dir: Path):
-    name, settings = RUNS[method]
-    if name != "sft":
-        return build(name, output_dir, **{**INSIDE_ROLLOUTS, **settings})
-    ignored = ("steps_per_generation", "num_iterations", "eval_data", "data", "eval_strategy", "eval_steps")
-    settings = {k: v for k, v in INSIDE_ROLLOUTS.items() if k not in ignored}
-    data = prompts(30).map(lambda row: {"target": row["prompt"]})
-    args = SupervisedConfig(str(output_dir), learning_rate=1e-2, disable_tqdm=True, **settings)
-    return SupervisedTrainer(tiny_t5(tied=True, dropout=0.1), args, data, word_tokenizer())
-
-
-def train(method: str, output_dir: Path, killed_at: int | None) -> None:
+def work(method: str, output_dir: Path, rank: int, killed_at: int | None) -> None:
     """In a process of its own. killed_at: number of the call in `WRITING` at which it kills itself."""
-    trainer = make_trainer(method, output_dir)
-    checkpoint, _ = newest_whole(output_dir) if output_dir.is_dir() else (None, {})
-    (output_dir.parent / "started").touch()
-    if killed_at is not None:
-        die_at_call(killed_at)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    logs = [
-        {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
-        for entry in trainer.state.log_history
-    ]
-    end = {
-        "weights": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "logs": logs,
-        "generated_tokens": getattr(getattr(trainer, "rollout_state", None), "generated_tokens", 0),
-        "beta": getattr(getattr(trainer, "rollout_state", None), "beta", 0),
-    }
-    result = output_dir.parent / f"rank{trainer.args.process_index}.pt"
+
+    def begin() -> None:
+        (output_dir.parent / "started").touch()
+        if killed_at is not None:
+            die_at_call(killed_at)
+
+    end = finish(method, output_dir, begin)
+    result = output_dir.parent / f"rank{rank}.pt"
     torch.save(end, result.with_suffix(".part"))
     os.replace(result.with_suffix(".part"), result)
 
@@ -113,6 +62,13 @@ def die_at_call(number: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
+def share_with_runs() -> None:
+    """Imports what runs import late, and keeps their garbage collection from copying all that is imported."""
+    extract_model_from_parallel(torch.nn.Linear(1, 1))
+    gc.collect()
+    gc.freeze()
+
+
 def start(method: str, output_dir: Path, processes: int, killed_at: int | None = None) -> list[int]:
     """Process ids of a run in processes of its own."""
     with socket.socket() as probe:
@@ -121,6 +77,8 @@ def start(method: str, output_dir: Path, processes: int, killed_at: int | None =
     ids = []
     for rank in range(processes):
         process = os.fork()
+        with suppress(PermissionError):  # both do it, so that it is done for both; the child may have ended
+            os.setpgid(process, process)
         if process:
             ids.append(process)
             continue
@@ -132,7 +90,7 @@ def start(method: str, output_dir: Path, processes: int, killed_at: int | None =
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost"})
             torch.set_num_threads(1)
-            train(method, output_dir, killed_at if rank == 0 else None)
+            work(method, output_dir, rank, killed_at if rank == 0 else None)
             code = 0
         except BaseException:
             import traceback
@@ -144,9 +102,10 @@ def start(method: str, output_dir: Path, processes: int, killed_at: int | None =
 
 
 def run_to_end(ids: list[int], *, kill_after: float | None, started: Path) -> tuple[bool, float]:
-    """Whether the processes have ended by themselves with success, and the CPU seconds of training of the first.
+    """Whether the processes have ended by themselves with success, and the CPU seconds of the first since `started`.
 
-    It is killed after `kill_after` of these, whatever else the machine has to do. If one dies, the others are killed.
+    It is killed after `kill_after` of these, whatever else the machine has to do, with what it has started. If one
+    dies, the others are killed.
     """
     alive, codes, to_be_killed = set(ids), [], False
     before, spent = None, 0.0
@@ -158,7 +117,7 @@ def run_to_end(ids: list[int], *, kill_after: float | None, started: Path) -> tu
             to_be_killed |= kill_after is not None and spent >= kill_after
         if to_be_killed:
             for process in alive:
-                os.kill(process, signal.SIGKILL)
+                os.killpg(process, signal.SIGKILL)
         for process in list(alive):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
@@ -170,20 +129,14 @@ def run_to_end(ids: list[int], *, kill_after: float | None, started: Path) -> tu
 
 
 def _cpu_seconds(process: int) -> float:
-    """User and system time, from Linux's table of processes; 0 of one that has ended."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def same(one, other) -> bool:
-    """Equal to the last bit, in tensors and in plain values."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    """User and system time of a process and all that it has started, from Linux's tables; 0 of one that has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        place = Path(f"/proc/{process}")
+        fields = (place / "stat").read_text().rpartition(")")[2].split()
+        own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # the last two: of children that have ended
+        children = [child for task in place.glob("task/*/children") for child in task.read_text().split()]
+        return own + sum(map(_cpu_seconds, map(int, children)))
+    return 0.0
 
 
 def differences(ends: list[dict], expected: list[dict]) -> list[str]:
@@ -195,13 +148,15 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
     """Runs once without and `kills` times with kills; how many of these end as the first."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "inputs").mkdir()
+        make_inputs(method, Path(root) / "inputs")
         whole = Path(root) / "whole" / "run"
         whole.parent.mkdir()
         ids = start(method, whole, processes)
         ended, seconds = run_to_end(ids, kill_after=None, started=whole.parent / "started")
         if not ended:
             raise RuntimeError((whole.parent / "log0.txt").read_text()[-3000:])
-        expected = [torch.load(whole.parent / f"rank{rank}.pt") for rank in range(processes)]
+        expected = [torch.load(whole.parent / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
         survived, failures, deaths = 0, [], 0
         for number in range(kills):
             directory = Path(root) / f"killed{number}"
@@ -227,7 +182,7 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
             if not ended or not all(file.is_file() for file in files):
                 failures.append([moments, (directory / "log0.txt").read_text()[-1500:]])
                 continue
-            wrong = differences([torch.load(file) for file in files], expected)
+            wrong = differences([torch.load(file, weights_only=False) for file in files], expected)
             if wrong:
                 failures.append([moments, wrong])
             else:
@@ -245,11 +200,12 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    share_with_runs()
     for method in flags.methods:
         print(json.dumps(survive(method, flags.kills, flags.processes, flags.seed)), flush=True)
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.trainers import resumable
 from rlkd_trl.trainers.checkpoint_files import newest_whole
-from tests.resuming.kills import make_trainer, same
+from tests.resuming.runs import same, trainer_of
 from tests.trainers.tiny_runs import build, prompts, snapshot
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -143,9 +143,9 @@ def test_the_directory_is_removed_meanwhile(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(method, signum, tmp_path):
     """After step 5, inside of a rollout, where nothing would be saved; the resumed run ends as one without."""
-    whole = make_trainer(method, tmp_path / "whole")
+    whole = trainer_of(method, tmp_path / "whole")
     whole.train()
-    stopped = make_trainer(method, tmp_path / "run")
+    stopped = trainer_of(method, tmp_path / "run")
     stopped.args.save_steps = 100
     step, micro_batches = stopped.training_step, []
 
@@ -161,7 +161,7 @@ def test_a_signal_saves_and_stops(method, signum, tmp_path):
     with pytest.raises(Interrupted, match="checkpoint-5") as stop:
         stopped.train()
     assert stop.value.signum == signum and signal.getsignal(signum) is handler
-    resumed = make_trainer(method, tmp_path / "run")
+    resumed = trainer_of(method, tmp_path / "run")
     resumed.train(resume_from_checkpoint=True)
     assert same(snapshot(resumed.model), snapshot(whole.model))
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == [

@@ -1,21 +1,20 @@
 """A comparison whose runs were killed, run again, ends as one that was not interrupted."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlkd_trl.commands.comparison import cells
 from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, run, word_rows, write_csv
+from tests.resuming.runs import Fork, without_times
 
 pytestmark = pytest.mark.slow
 
 CELL = Path("max_steps_20/ppo/seed0")
-# What differs between any two runs.
-TIMES = ("cpu_seconds", "wall_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +37,10 @@ def command(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("whole")
-    assert run(f"{command} {output_dir}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "subprocess", SimpleNamespace(Popen=Fork))
+        assert run(f"{command} {output_dir}") == 0
     return output_dir
-
-
-def without_times(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: without_times(part) for name, part in value.items() if name not in TIMES}
-    return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(("moment", "flag"), [("checkpoint-6", "--resume"), ("stdout.txt", "--overwrite_output_dir")])
@@ -53,13 +48,13 @@ def test_a_killed_run_is_made_up_for(moment, flag, command, whole, tmp_path, mon
     """Killed when a checkpoint is there, it goes on from it; when none is there, it begins anew."""
     started, kills = [], []
 
-    class WithKills(subprocess.Popen):
+    class WithKills(Fork):
         def __init__(self, words, **kwargs):
             started.append(words)
             super().__init__(words, **kwargs)
 
         def wait(self):
-            while not kills and self.poll() is None:
+            while not kills and not self.has_ended():
                 seen = tmp_path / CELL / moment
                 if seen.is_dir() or (seen.is_file() and "Teacher" in seen.read_text()):
                     self.kill()
@@ -67,7 +62,7 @@ def test_a_killed_run_is_made_up_for(moment, flag, command, whole, tmp_path, mon
                 time.sleep(0.01)
             return super().wait()
 
-    monkeypatch.setattr(cells, "subprocess", type("Subprocess", (), {"Popen": WithKills}))
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=WithKills))
     assert run(f"{command} {tmp_path}") == 1 and len(kills) == 1
     assert not (tmp_path / CELL / "finished.json").exists()
     assert run(f"{command} {tmp_path}") == 0
