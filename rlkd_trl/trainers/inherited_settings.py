@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -221,7 +222,8 @@ def _is_set(value: object, default: object) -> bool:
     if default is dataclasses.MISSING:  # an empty list or dictionary
         return bool(value)
     value = getattr(value, "value", value)
-    return value != getattr(default, "value", default) and (bool(value) or default is True)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)  # 0 is something else than None
+    return value != getattr(default, "value", default) and (bool(value) or default is True or is_number)
 
 
 def _check_json(args: TrainingArguments) -> None:

@@ -105,6 +105,11 @@ def test_it_is_refused_on_the_command_line_too(config, name):
         parsed(f"{command} {on_the_command_line(name)}")
 
 
+def test_a_zero_where_nothing_is_the_default_is_refused_too(tmp_path):
+    with pytest.raises(InputError, match=r"^neftune_noise_alpha = 0 is not supported"):
+        PPOKDConfig(output_dir=str(tmp_path), neftune_noise_alpha=0)
+
+
 @pytest.mark.parametrize("config", REFUSED_BY)
 def test_settings_that_are_filled_in_can_be_given_again(config, tmp_path):
     """`dataclasses.replace` constructs with what construction has made of the defaults."""
