@@ -10,14 +10,16 @@ Teacher scoring and the training forward pass read whole completions with `compl
 except that an encoder-decoder model with shared cross-attention reads a completion in one call, without a cache.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from rlkd_trl.errors import InputError
@@ -50,6 +52,12 @@ def _logit_factor(config: PreTrainedConfig) -> float:
         value = getattr(config, name, None) or 1.0
         factor = factor * value if config.model_type.startswith("hyperclovax") else factor / value
     return factor
+
+
+@cache
+def _cache_argument(reader: type[nn.Module]) -> str:
+    """By which name a model takes its cache: `cache` since transformers 5.24, `past_key_values` in older code."""
+    return "cache" if "cache" in inspect.signature(reader.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -285,7 +293,7 @@ class EncoderDecoderBackbone(Backbone):
             prefix.encoder_hidden_BSD,
             prefix.mask,
             prefix.prompt_rows,
-            past_key_values=prefix.cache,
+            **{_cache_argument(type(self.model.get_decoder())): prefix.cache},
             use_cache=True,
         )
         prefix.hidden_B1D = hidden_BtD[:, -1:]
@@ -337,12 +345,13 @@ class DecoderOnlyBackbone(Backbone):
     def _read(self, prefix: Prefix, token_ids_Bt: Tensor, mask_Bt: Tensor) -> Tensor:
         prefix.mask = torch.cat([prefix.mask, mask_Bt], dim=1)
         position_ids_Bt = (prefix.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -token_ids_Bt.shape[1] :]
+        reader = self.model.base_model
         with self._fused.in_place():
-            hidden_BtD = self.model.base_model(
+            hidden_BtD = reader(
                 input_ids=token_ids_Bt,
                 attention_mask=prefix.mask,
                 position_ids=position_ids_Bt,
-                past_key_values=prefix.cache,
+                **{_cache_argument(type(reader)): prefix.cache},
                 use_cache=True,
             ).last_hidden_state
         prefix.hidden_B1D = hidden_BtD[:, -1:]

@@ -299,8 +299,8 @@ def test_verify_refuses_a_model_that_forgets_its_prompt():
     model = tiny_llama()
     body = model.model.forward
 
-    def without_cache(*, past_key_values=None, attention_mask=None, position_ids=None, **kwargs):
-        return body(**kwargs)
+    def without_cache(*, input_ids, **kwargs):
+        return body(input_ids=input_ids)
 
     model.model.forward = without_cache
     with pytest.raises(InputError, match="is not supported"):
