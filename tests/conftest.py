@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores > 1:
         config.option.numprocesses, config.option.dist = min(cores, MOST_WORKERS), "loadfile"
+        config.option.loadscopereorder = False  # by number of tests; here files go as below
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes each takes the files with most slow tests first, so that none ends long after another."""
+    if hasattr(config, "workerinput"):
+        slow_tests = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow_tests[item.path])
 
 
 @pytest.fixture(scope="module", autouse=True)
