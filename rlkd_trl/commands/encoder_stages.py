@@ -39,8 +39,18 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
     """Checks files, columns and rows, and loads the rows; a sketch of the trainer's config is enough.
 
     Raises:
-        InputError: As `load_stage_rows`; or a file is missing.
+        InputError: As `load_stage_rows`; or a file is missing; or several stages are to run under DeepSpeed.
     """
+    from rlkd_trl.trainers.processes import uses_deepspeed
+
+    stages = settings.args.stages
+    if len(stages) > 1 and uses_deepspeed(settings.args):
+        raise InputError(
+            f"--stages {' '.join(stages)}: under DeepSpeed a command trains one stage, since Accelerate allows one "
+            "trainer in a process. Run one after the other, each with its own --stages, --losses, --layer_map, "
+            "--temperature and --output_dir, and give the next one the last one's student by --student; or launch "
+            "without DeepSpeed."
+        )
     require_files(settings)
     return load_stage_rows(settings)
 

@@ -45,13 +45,18 @@ def connect_processes(args: TrainingArguments) -> None:
 
     args: the settings, or a sketch of them (see `settings.declared`).
     """
-    if args.deepspeed or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
+    if uses_deepspeed(args):
         # DeepSpeed uses deprecated names whenever it gathers weights, which prints twenty lines in a step of ZeRO-3.
         deprecated = r"`torch\.distributed\.\w+` is deprecated"
         warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     if args.use_cpu or not torch.accelerator.is_available():
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
         register_process()
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether the run is one of DeepSpeed, by a setting or by how it was launched. args: may be a sketch."""
+    return bool(args.deepspeed) or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
 
 
 def check_timeout(args: TrainingArguments) -> None:

@@ -413,6 +413,20 @@ def test_begun_anew_all_stages_are(encoders, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "finished.json").is_file()
 
 
+@pytest.mark.parametrize("way", ["ACCELERATE_USE_DEEPSPEED", "--deepspeed"])
+def test_several_stages_under_deepspeed_are_refused(way, encoders, tmp_path, monkeypatch, capsys):
+    """Before data is read: the second stage's trainer would fail when the first is done."""
+    flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES} --dataset nowhere.csv"
+    if way == "--deepspeed":
+        (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+        flags += f" --deepspeed {tmp_path / 'zero2.json'}"
+    else:
+        monkeypatch.setenv(way, "true")
+    assert run(flags) == 2
+    error = capsys.readouterr().err
+    assert "--stages general task: under DeepSpeed a command trains one stage" in error and error.count("\n") == 1
+
+
 def test_maps_are_announced(encoders, tmp_path, capsys):
     assert run(f"{command(encoders, tmp_path / 'out', 'general')} --config minilm") == 0
     said = capsys.readouterr().out

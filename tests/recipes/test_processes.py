@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.commands import demo
@@ -50,6 +51,26 @@ def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_pa
     assert largest_difference(one, start) > 0.01, "nothing was learnt"
     files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+def test_stages_of_two_processes_do_what_those_of_one_do(encoders, tmp_path):
+    """The same global batch in a general stage and in the task stage after it."""
+    flags = f"--teacher {encoders.general} --dataset {encoders.train} --eval_dataset {encoders.test} "
+    flags += f"--task_teacher {encoders.task} --task_dataset {encoders.train} --task_eval_dataset {encoders.test} "
+    flags += f"--label_column label {TWO_STEPS} --max_length 32 --optim sgd --learning_rate 0.05 "
+    flags += "--stages general task --losses hidden_mse+mlm_ce logits_kl+hard_ce --init random"
+    assert run(f"encoder_kd {flags} --output_dir {tmp_path / 'one'}") == 0
+    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
+    flags += " --per_device_train_batch_size 4 --output_dir two"
+    finished = launched(f"{accelerate} {ROOT}/recipes/encoder_kd.py {flags}", tmp_path)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    for place in ("stage1-general", "."):
+        one, two = (load_file(tmp_path / name / place / "model.safetensors") for name in ("one", "two"))
+        assert_same_weights(two, one, rtol=1e-4, atol=1e-5)
+        found, expected = (metrics_of(tmp_path / name / place) for name in ("two", "one"))
+        for row in expected:
+            assert found[row] == pytest.approx(expected[row], rel=1e-3), row
+        assert (tmp_path / "two" / place / "finished.json").is_file()
 
 
 HANGING_REWARD = """
