@@ -90,12 +90,18 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
     """Checks, within seconds, that a model checkpoint is a local directory or on the Hub.
 
     Raises:
-        InputError: It looks like a path and is missing; it is a directory without `config.json`; or the Hub does not
-            have it, or cannot be reached (see `require_on_hub`).
+        InputError: It looks like a path and is missing; it is a directory without `config.json`, for instance of
+            adapters; or the Hub does not have it, or cannot be reached (see `require_on_hub`).
     """
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"`{flag} {name_or_path}` holds adapters only. Merge them into their model, with "
+                "`PeftModel.from_pretrained(model, directory).merge_and_unload()`, save it and its tokenizer with "
+                "`save_pretrained`, and give that directory."
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"`{flag} {name_or_path}` is a directory without config.json, so not a model checkpoint.")
     elif looks_local or path.exists():

@@ -1,3 +1,3 @@
-"""The recipes' checkpoints, for the pages' commands."""
+"""The recipes' checkpoints and data, for the pages' commands."""
 
-from tests.recipes.conftest import checkpoints, own_cache  # noqa: F401  (fixtures)
+from tests.recipes.conftest import checkpoints, encoders, own_cache  # noqa: F401  (fixtures)

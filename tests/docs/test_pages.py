@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rlkd_trl import PromptTemplates
 from rlkd_trl.planning import command as planner
@@ -19,7 +19,7 @@ from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.teachers import TeacherScores
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, commands, links, recipe_command, snippets
 from tests.recipes.command_lines import RECIPES, parsed, run, word_rows, write_csv, write_templates
-from tests.recipes.conftest import Pair
+from tests.recipes.conftest import Encoders, Pair, labelled_rows
 
 SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
 SHELL = [snippet for snippet in SNIPPETS if snippet.language == "sh"]
@@ -33,6 +33,7 @@ STAND_INS = {
     "google/t5-v1_1-base": "runs/base",
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": "runs/teacher",
     "HuggingFaceTB/SmolLM2-135M": "runs/base",
+    "bert-base-uncased": "runs/teacher",
 }
 
 
@@ -105,6 +106,8 @@ SMALL = {
     "evaluate": "--max_completion_length 6",
     "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
     "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd rloo_token",
+    "encoder_kd": "--max_steps 1 --stage_max_steps 1 --per_device_train_batch_size 8 --max_length 32",
+    "encoder_search": "--base soft_only --sets leave_one_out --seeds 0 --max_steps 1 --common max_length=32",
 }
 SMALL_TRAINING = "--max_steps 1 --per_device_train_batch_size 8 --num_generations 2 --max_completion_length 6"
 
@@ -115,6 +118,8 @@ def place(tmp_path, monkeypatch) -> Path:
     write_csv(tmp_path / "train.csv", word_rows(40))
     write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
     write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    for name, count in (("texts", 40), ("labelled", 40), ("dev_labelled", 8)):
+        write_csv(tmp_path / f"{name}.csv", labelled_rows(count))
     talks = [
         {"prompt": _said("user", row["mr"]), "completion": _said("assistant", row["ref"])} for row in word_rows(40)
     ]
@@ -129,8 +134,10 @@ def _said(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def pair_for(page: Path, checkpoints: dict[str, Pair]) -> Pair:
+def pair_for(page: Path, checkpoints: dict[str, Pair], encoders: Encoders) -> Pair:
     """The checkpoints that a page's commands and snippets are about."""
+    if page.name == "encoders.md":
+        return Pair(encoders.general, encoders.student, encoders.task)
     return checkpoints["chat" if page.name == "chat_models.md" else "t5-untied"]
 
 
@@ -176,12 +183,15 @@ def assert_command_left(words: list[str], printed: str) -> None:
             rows = [json.loads(line) for line in (output_dir / "outputs.jsonl").read_text().splitlines()]
             assert len(rows) == 8 and all("student" in row for row in rows)
             assert "student" in json.loads((output_dir / "metrics.json").read_text())
+    elif recipe == "encoder_search":
+        assert (output_dir / "search.md").read_text() in printed
     elif recipe == "compare":
         assert (output_dir / "comparison.md").read_text() in printed
         assert (output_dir / "comparison.csv").is_file() and (output_dir / "comparison.json").is_file()
     else:
         assert (output_dir / "finished.json").is_file()
-        assert weights_of(str(output_dir)) and f"in {output_dir}." in printed
+        assert f"in {output_dir}." in printed
+        assert load_file(output_dir / "model.safetensors") if recipe == "encoder_kd" else weights_of(str(output_dir))
         if recipe != "sft":
             assert {"before", "after", "teacher"} <= json.loads((output_dir / "metrics.json").read_text()).keys()
             assert (output_dir / "report.html").is_file() and (output_dir / "README.md").is_file()
@@ -189,12 +199,12 @@ def assert_command_left(words: list[str], printed: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
-def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, capsys):
+def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, encoders, capsys):
     for words in runnable(page):
         words = [word for word in shlex.split(stood_in(shlex.join(words)))]
         while words[0].startswith("--"):  # of the launcher
             words = words[2:]
-        provide(words, pair_for(page, checkpoints))
+        provide(words, pair_for(page, checkpoints, encoders))
         small = SMALL.get(words[0], SMALL_TRAINING)
         if words[0] == "sft" and "--student" not in words:
             small += " --d_model 16 --num_layers 1 --num_heads 2"
@@ -275,6 +285,12 @@ def left_by_margin(names: dict[str, object]) -> None:
     assert names["margin"](SimpleNamespace(scores=scores)).tolist() == [[-3.0, 0.0]]  # 1 − 4, 3 − 3
 
 
+def left_by_encoder(names: dict[str, object]) -> None:
+    assert names["trainer"].state.global_step == 1
+    trained, start = (AutoModel.from_pretrained(f"runs/{place}").state_dict() for place in ("encoder", "warm"))
+    assert trained.keys() == start.keys() and not all(torch.equal(trained[name], start[name]) for name in start)
+
+
 # What each Python snippet must leave behind, by a word that only it has.
 LEFT = {
     'PPOKDConfig("runs/ppo"': left_by_ppo,
@@ -283,12 +299,13 @@ LEFT = {
     "LoraConfig(": left_by_lora,
     "not_too_many_commas": left_by_commas,
     "def margin": left_by_margin,
+    "EncoderKDTrainer(": left_by_encoder,
 }
 
 
 @pytest.mark.parametrize("snippet", PYTHON, ids=str)
-def test_python_snippets_leave_what_they_say(snippet, place, checkpoints):
-    pair = pair_for(snippet.page, checkpoints)
+def test_python_snippets_leave_what_they_say(snippet, place, checkpoints, encoders):
+    pair = pair_for(snippet.page, checkpoints, encoders)
     shutil.copytree(pair.teacher, "runs/teacher")
     shutil.copytree(pair.student, "runs/warm")
     names = {"texts": [row["mr"] for row in word_rows(80)]}

@@ -315,7 +315,11 @@ MODEL_CASES = [
         "--student vision",
         "(model type 'vit') is neither an encoder-decoder nor a decoder-only",
     ),
-    (("sft", "ppo_kd", "evaluate"), "--student adapter", "`--student adapter` is a directory without config.json"),
+    (
+        ("sft", "ppo_kd", "evaluate"),
+        "--student adapter",
+        "`--student adapter` holds adapters only. Merge them into their model",
+    ),
     (
         ("sft", "ppo_kd", "evaluate"),
         "--student a_file",
