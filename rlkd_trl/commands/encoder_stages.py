@@ -41,7 +41,10 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
     Raises:
         InputError: As `load_stage_rows`; or a file is missing; or several stages are to run under DeepSpeed.
     """
-    from rlkd_trl.trainers.processes import uses_deepspeed
+    require_files(settings)
+    rows = load_stage_rows(settings)
+
+    from rlkd_trl.trainers.processes import uses_deepspeed  # late: it takes seconds, and what is wrong is said before
 
     stages = settings.args.stages
     if len(stages) > 1 and uses_deepspeed(settings.args):
@@ -51,8 +54,7 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
             "--temperature and --output_dir, and give the next one the last one's student by --student; or launch "
             "without DeepSpeed."
         )
-    require_files(settings)
-    return load_stage_rows(settings)
+    return rows
 
 
 def check_directories(settings: EncoderSettings) -> None:

@@ -415,8 +415,10 @@ def test_begun_anew_all_stages_are(encoders, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way", ["ACCELERATE_USE_DEEPSPEED", "--deepspeed"])
 def test_several_stages_under_deepspeed_are_refused(way, encoders, tmp_path, monkeypatch, capsys):
-    """Before data is read: the second stage's trainer would fail when the first is done."""
-    flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES} --dataset nowhere.csv"
+    """Before models are: the second stage's trainer would fail when the first is done."""
+    flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES} --teacher {tmp_path / 'teacher'}"
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("")
     if way == "--deepspeed":
         (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
         flags += f" --deepspeed {tmp_path / 'zero2.json'}"
