@@ -30,6 +30,7 @@ _LAUNCHERS = (
     "rlkd-trl",
     "rlkd_trl",
 )
+_CHECKPOINTS_CODE = "transformers_modules."  # the package into which transformers copies it
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
@@ -113,10 +114,10 @@ def run(main: Callable[[], None]) -> None:
     With `--debug` on the command line the traceback is printed before them.
 
     SIGINT and SIGTERM end it at once, unless it saves something first (see `trainers.interruption`). Exit codes: 2 for
-    input to be corrected; 1 if numbers are not finite, a checkpoint could not be written, or another
-    process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several processes only one prints. When a command
-    succeeds, or all processes leave it at the same step, it also closes the connection between the processes, whose
-    threads could otherwise abort the interpreter on its way out.
+    input to be corrected, which the code of a user's rewards and checkpoints is too; 1 if numbers are not finite, a
+    checkpoint could not be written, or another process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several
+    processes only one prints. When a command succeeds, or all processes leave it at the same step, it also closes the
+    connection between the processes, whose threads could otherwise abort the interpreter on its way out.
     """
     _end_with_launcher()
     # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
@@ -277,7 +278,13 @@ def _refuse(error: InputError) -> NoReturn:
 
 
 def _end_unexpectedly(error: Exception) -> NoReturn:
-    """Ends with a traceback, printed by one of several processes; with one line if another process has died."""
+    """Ends with a traceback, printed by one of several processes; with one line if another process has died.
+
+    An error in the Python code that a checkpoint brings along is one of the input.
+    """
+    place = _place_in_checkpoints_code(error)
+    if place is not None:
+        _refuse(InputError(f"The code of a checkpoint raised {type(error).__name__}: {error} ({place})."))
     if _peers is None:
         raise error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a launcher sends when one process has ended
@@ -292,6 +299,16 @@ def _end_unexpectedly(error: Exception) -> NoReturn:
         why = " ".join(missing.split())
         print(f"error: {why}; the others cannot go on.{_hint(' ')}", file=sys.stderr, flush=True)
     _leave(1)
+
+
+def _place_in_checkpoints_code(error: Exception) -> str | None:
+    """The innermost line of such code that led to the error, in words; None if none did."""
+    places = [
+        f"line {line} of {frame.f_code.co_filename}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(_CHECKPOINTS_CODE)
+    ]
+    return places[-1] if places else None
 
 
 def _wait_for_end(code: int) -> NoReturn:

@@ -90,24 +90,33 @@ def teacher_reward(
     scores: Sequence[TeacherScores],
     inputs: RewardInputs,
     allow_not_finite: bool = False,
-) -> Tensor:
-    """A `TeacherReward`'s rewards `[B, T]`, the weighted mean over its panel's scorers.
+) -> tuple[Tensor, Tensor]:
+    """A `TeacherReward`'s rewards `[B, T]` and potentials `[B, T+1]`, the weighted means over its panel's scorers.
 
     Raises:
-        InputError: A user's class raised, called `sys.exit`, or returned something else than rewards.
+        InputError: A user's class raised, called `sys.exit`, or returned something else than these.
     """
     if type(reward).__module__.startswith("rlkd_trl."):
-        return reward.mean_over_scorers(scores, inputs)
+        return reward.mean_over_scorers(scores, inputs), reward.mean_potentials(scores)
     try:
         rewards = [reward.rewards(of_scorer, inputs) for of_scorer in scores]
+        potentials = [reward.potentials(of_scorer) for of_scorer in scores]
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
     for rewards_BT in rewards:
         _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT, allow_not_finite)
-    mean_BT = sum(w * rewards_BT.detach() for w, rewards_BT in zip(reward.panel.weights, rewards, strict=True))
-    return masked(mean_BT.float(), inputs.completion_mask_BT)
+    for of_scorer, potentials_BT1 in zip(scores, potentials, strict=True):
+        if not isinstance(potentials_BT1, Tensor) or potentials_BT1.shape != of_scorer.mean.shape:
+            returned = _shape_of(potentials_BT1)
+            expected = f"{tuple(of_scorer.mean.shape)}, one per token and one more"
+            raise _error(reward, name, f"has potentials of {returned}; expected {expected}")
+    mean_BT, mean_BT1 = (
+        sum(w * of_scorer.detach() for w, of_scorer in zip(reward.panel.weights, tensors, strict=True))
+        for tensors in (rewards, potentials)
+    )
+    return masked(mean_BT.float(), inputs.completion_mask_BT), mean_BT1.float()
 
 
 def _result(function: Callable, inputs: RewardInputs) -> object:
@@ -159,12 +168,11 @@ def _as_tensor(result: object, function: Callable, name: str, mask_BT: Tensor) -
 
 def _check_scores(scores: object, reward: object, name: str, mask_BT: Tensor, allow_not_finite: bool) -> None:
     if not isinstance(scores, Tensor) or scores.shape != mask_BT.shape:
-        returned = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else _short(scores)
         raise _error(
             reward,
             name,
-            f"returned {returned}; expected {tuple(mask_BT.shape)} (one per token) or {tuple(mask_BT.shape[:1])} (one "
-            "per completion)",
+            f"returned {_shape_of(scores)}; expected {tuple(mask_BT.shape)} (one per token) or "
+            f"{tuple(mask_BT.shape[:1])} (one per completion)",
         )
     if not allow_not_finite and not torch.isfinite(scores[mask_BT]).all():
         raise _error(reward, name, "returned NaN or infinity")
@@ -213,6 +221,10 @@ def _first_failing(function: Callable, inputs: RewardInputs, kind: type[BaseExce
 def _of_batch(inputs: RewardInputs) -> str:
     prompt = inputs.rows[int(inputs.prompt_index_B[0])]["prompt"]
     return f"on a batch of {len(inputs.completion_ids_BT)} completions that begins with the prompt {_short(prompt)}"
+
+
+def _shape_of(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _short(value)
 
 
 def _short(value: object) -> str:

@@ -145,8 +145,10 @@ class RewardModel:
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
             if isinstance(term, TeacherReward):
-                terms_BT[name] = teacher_reward(name, term, scores[id(term.panel)], inputs, allow_not_finite)
-                potentials_BT1 += weight * term.mean_potentials(scores[id(term.panel)])
+                terms_BT[name], of_term_BT1 = teacher_reward(
+                    name, term, scores[id(term.panel)], inputs, allow_not_finite
+                )
+                potentials_BT1 += weight * of_term_BT1
             else:
                 terms_BT[name], is_per_completion = function_reward(name, term, inputs, allow_not_finite)
                 if is_per_completion:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from rlkd_trl import PromptTemplates, TeacherForcingReward
+from rlkd_trl import ChatFormat, PromptTemplates, TeacherForcingReward
 from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
 from rlkd_trl.evaluation.samples import completion_log_probs, sampled_inputs
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.prompts import PromptTemplate
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.students import Policy
-from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.conftest import EOS, MODELS, chat_tokenizer, word_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
 from tests.students.plain_forward import ALLOWED, chosen_log_probs, plain_forward
 from tests.trainers.tiny_runs import prompts
@@ -133,6 +133,32 @@ def test_log_ratio_compares_each_row_with_its_own_log_probs(family, batch_size):
         teacher_logp = own_log_probability(teacher, question(row["prompt"]), completion)
         expected.append(teacher_logp - own_log_probability(student, row["prompt"], completion))
     assert result.per_input["reward"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_reward_function_reads_each_rows_own_output():
+    seen = []
+
+    def noting(prompts, completions, completion_ids):
+        seen.extend(zip(prompts, completions, completion_ids, strict=True))
+        return [0.0] * len(prompts)
+
+    policy = Policy(student_of("t5-untied"), word_tokenizer())
+    lengths = {"max_prompt_length": None, "max_completion_length": LENGTH, "batch_size": 3}
+    result = evaluate_student(policy, word_tokenizer(), ROWS, RewardModel([noting]), **lengths)
+    texts = [row["prompt"] for row in ROWS]
+    assert seen == list(zip(texts, result.outputs, rows_of(result.completions), strict=True))
+    assert len(set(result.outputs)) > 2, "the rows must differ"
+
+
+def test_a_teacher_asked_without_its_chat_is_measured_without_it():
+    """Beside a student with the same tokenizer, which is spoken to through its chat template."""
+
+    def outputs(tokenizer, chat=None) -> list[str]:
+        rewards = RewardModel([TeacherForcingReward(teacher_of("llama"), tokenizer, chat=chat)])
+        return evaluate_teacher(chat_tokenizer(), ROWS, rewards, max_completion_length=LENGTH).outputs
+
+    plain = outputs(chat_tokenizer(None))
+    assert outputs(chat_tokenizer(), ChatFormat("none")) == plain != outputs(chat_tokenizer())
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

@@ -317,7 +317,7 @@ def test_push_to_hub_comes_last_with_the_runs_own_card(checkpoints, train_csv, t
     models = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} --eval_dataset {test_csv}"
     hub = "--push_to_hub True --hub_model_id owner/name --hub_token secret --hub_strategy end"
     assert run(f"rloo_kd {models} {DISTIL} {hub} --output_dir {output_dir}") == 0
-    repo_id, files = sent[-1]
+    ((repo_id, files),) = sent  # once
     assert repo_id == "owner/name"
     card = files["README.md"].decode()
     assert "Method: RLOO" in card and str(pair.teacher) in card

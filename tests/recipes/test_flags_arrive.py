@@ -76,9 +76,11 @@ class Seen:
         return max(shape[0] for shape in self.shapes[role])
 
     def has_revision(self, role: str, revision: str | None) -> bool:
-        """Whether config, model and tokenizer were all loaded at it. (transformers loads configs anew by itself.)"""
-        kinds = {call["what"] for call in self.loads[role] if call.get("revision") == revision}
-        return kinds == {"config", "model", "tokenizer"}
+        """Whether model and tokenizer were loaded at it only, and a config too, of which transformers loads more."""
+        revisions = defaultdict(set)
+        for call in self.loads[role]:
+            revisions[call["what"]].add(call.get("revision"))
+        return revision in revisions["config"] and revisions["model"] == revisions["tokenizer"] == {revision}
 
     def of_model(self, role: str, argument: str) -> object:
         (call,) = [call for call in self.loads[role] if call["what"] == "model"]
@@ -167,7 +169,7 @@ def files(tmp_path_factory, checkpoints) -> dict[str, object]:
         "test": write_csv(directory / "test.csv", held_out),
         "templates": write_templates(directory / "t.yaml", one="w3 w4 w5 w6 {{ mr }}", two="{{ mr }} w7"),
         "chat": write_chat_template(directory / "chat.jinja"),
-        "renaming": write_templates(directory / "r.yaml", one="w3 w4 w5 w6 {{ meaning }}"),
+        "renaming": write_templates(directory / "r.yaml", one="w3 {{ meaning }} {{ longer }}"),
     }
 
 
@@ -291,8 +293,8 @@ ARRIVES = {
     ),
     "PromptArguments.rename_columns": (
         WITH_TEACHERS,
-        "--templates {renaming} --rename_columns mr=meaning",
-        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 4,
+        "--templates {renaming} --rename_columns mr=meaning better=longer",
+        lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 1 + 5,
     ),
     "PromptArguments.student_template": (
         WITH_STUDENTS,

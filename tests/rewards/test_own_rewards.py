@@ -191,6 +191,17 @@ class Wants(TeacherReward):
     def __init__(self, panel, scale):
         super().__init__(panel)
 
+class Potential(TeacherReward):
+    def rewards(self, scores, inputs):
+        return scores.chosen
+
+    def potentials(self, scores):
+        return scores.mean / None               # line 34
+
+class Narrow(Potential):
+    def potentials(self, scores):
+        return scores.chosen
+
 nothing = 3
 """
 
@@ -220,6 +231,8 @@ def own_file(tmp_path):
             r"'Fails' raised \w+Error: .* \(line 19 of FILE\), on a batch of 4 completions that begins .* 'w3 w4'",
         ),
         ("Text", r"'Text' returned 'good'; expected \(4, 4\)"),
+        ("Potential", r"'Potential' raised TypeError: .* \(line 34 of FILE\), on a batch of 4 completions"),
+        ("Narrow", r"'Narrow' has potentials of shape \(4, 4\); expected \(4, 5\), one per token and one more"),
         ("Wants", r"'Wants' cannot be made of the teachers: TypeError: .*scale"),
     ],
 )

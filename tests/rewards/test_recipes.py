@@ -105,16 +105,24 @@ def test_a_weighted_sum_of_teacher_and_sequence_terms(tokenizer):
     assert result.scorer_weights == [1.0] and len(result.scores) == 1
 
 
-def test_potentials_are_the_weighted_values_of_the_terms_that_have_one(tokenizer):
-    model = tiny_llama()
-    panel = TeacherPanel([Teacher(model, tokenizer)])
-    reward_model = RewardModel([TeacherForcingReward(panel), LogLikelihoodReward(panel)], [3.0, 1.0])
-    potentials_BT1 = result_of(reward_model).potentials_BT1
-    assert potentials_BT1.shape == (4, 5)
+class OwnForcing(TeacherForcingReward):
+    """As a user's class, which the package calls with care."""
+
+
+@pytest.mark.parametrize("kind", [TeacherForcingReward, OwnForcing])
+def test_potentials_are_the_weighted_values_of_the_terms_that_have_one(kind, tokenizer):
+    models = [tiny_llama(seed=1), tiny_llama(seed=2)]
+    panel = TeacherPanel([Teacher(model, tokenizer) for model in models], teacher_weights=[1.0, 3.0])
+    result = result_of(RewardModel([kind(panel), LogLikelihoodReward(panel)], [3.0, 1.0]))
+    assert result.potentials_BT1.shape == (4, 5)
+    expected_BT = sum(w * teacher_forcing_BT(m, tokenizer) for w, m in zip((0.25, 0.75), models, strict=True))
+    torch.testing.assert_close(result.terms[kind.__name__], expected_BT, rtol=1e-5, atol=1e-4)
     for b, (p, ids) in enumerate(zip(INDEX, COMPLETIONS, strict=True)):
-        z_TV = logits_of(model, tokenizer, PROMPTS[p], ids)
+        first_TV, second_TV = (logits_of(model, tokenizer, PROMPTS[p], ids) for model in models)
         for t in range(len(ids)):
-            assert float(potentials_BT1[b, t]) == pytest.approx(3 * (max(z_TV[t]) - sum(z_TV[t]) / 32), abs=1e-4)
+            first, second = (max(z_TV[t]) - sum(z_TV[t]) / 32 for z_TV in (first_TV, second_TV))
+            expected = 3 * (0.25 * first + 0.75 * second)
+            assert float(result.potentials_BT1[b, t]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_panel_is_asked_once_whatever_reads_it(tokenizer, monkeypatch):

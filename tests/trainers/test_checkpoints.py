@@ -122,3 +122,12 @@ def test_a_critic_of_an_earlier_run_does_not_stay(later, tmp_path):
     build(later, tmp_path).save_model()
     assert not {"value_head.safetensors", "adapter_config.json"} & {path.name for path in tmp_path.iterdir()}
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+
+
+def test_a_push_from_python_brings_a_card_unless_there_is_one(tmp_path):
+    trainer, card = build("kd", tmp_path), tmp_path / "README.md"
+    trainer.create_model_card(model_name="tiny")
+    assert "tiny" in card.read_text()
+    card.write_text("of a recipe")
+    trainer.create_model_card(model_name="tiny")
+    assert card.read_text() == "of a recipe"

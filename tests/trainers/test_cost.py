@@ -104,11 +104,14 @@ def test_what_a_run_costs_adds_up_and_survives_a_resume(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["kd", pytest.param("all-actions", marks=pytest.mark.slow)])
 def test_a_run_stops_when_its_tokens_are_spent(method, tmp_path):
-    """At the end of the step in which they are: one token more than the first rollout takes is spent in the second."""
+    """At the end of the step in which they are: one token more than the first rollout takes is spent in the second.
+
+    A budget of seconds that is not spent makes no difference.
+    """
     free = run(method, tmp_path / "free", max_steps=3)
     tokens = [int(rollout.completion_mask_BT.sum()) for rollout in free.rollouts]
-    for budget, steps in ((tokens[0], 1), (tokens[0] + 1, 2)):
-        trainer = build(method, tmp_path / "budget", max_steps=3, max_generated_tokens=budget)
+    for budget, steps, seconds in ((tokens[0], 1, 1e6), (tokens[0] + 1, 2, None)):
+        trainer = build(method, tmp_path / "budget", max_steps=3, max_generated_tokens=budget, max_cpu_seconds=seconds)
         trainer.train()
         assert trainer.state.global_step == steps == trainer.cost().optimizer_steps
         assert trainer.cost().generated_tokens == sum(tokens[:steps])

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from rlkd_trl import AllActionsKDConfig, EncoderKDConfig, KDConfig, PPOKDConfig, ReinforceKDConfig, RLOOKDConfig
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
 from rlkd_trl.trainers import inherited_settings as tables
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
@@ -425,24 +426,30 @@ def test_encoder_distillation_takes_it(name, tmp_path):
 # The best checkpoint
 
 
-@pytest.mark.parametrize("prefix", ["", "eval_"])
-@pytest.mark.parametrize(
-    ("metric", "is_greater"),
-    [
-        ("bleu", True),
-        ("distinct2", True),
-        ("reward", True),
-        ("teacher_nll_per_token", False),
-        ("teacher_nll_per_sequence", False),
-    ],
-)
-def test_the_metric_says_which_way_is_better(prefix, metric, is_greater, tmp_path):
+MORE_IS_BETTER = (
+    "bleu rouge1 rouge2 rougeL ibleu distinct1 distinct2 distinct_outputs eos_rate reward "
+    "accuracy f1 pearson spearman agreement similarity_spearman hidden_cosine"
+).split()
+LESS_IS_BETTER = (
+    "self_bleu teacher_nll_per_token teacher_nll_per_sequence student_nll_of_teacher_per_token "
+    "nll_of_teacher_samples_per_token"
+).split()
+
+
+@pytest.mark.parametrize("metric", HIGHER_IS_BETTER)
+def test_the_metric_says_which_way_is_better(metric, tmp_path):
     settings = {"output_dir": str(tmp_path), "eval_strategy": "steps", "load_best_model_at_end": True}
-    settings |= {"metric_for_best_model": prefix + metric, "eval_steps": 5, "save_steps": 5}
-    assert PPOKDConfig(**settings).greater_is_better is is_greater
-    assert PPOKDConfig(**settings, greater_is_better=is_greater).greater_is_better is is_greater
-    with pytest.raises(InputError, match=f"greater_is_better = {not is_greater} would keep the worst checkpoint"):
-        PPOKDConfig(**settings, greater_is_better=not is_greater)
+    for name in (metric, f"eval_{metric}"):
+        settings |= {"metric_for_best_model": name, "eval_steps": 5, "save_steps": 5}
+        if metric not in MORE_IS_BETTER + LESS_IS_BETTER:  # lengths
+            assert PPOKDConfig(**settings, greater_is_better=True).greater_is_better
+            assert not PPOKDConfig(**settings, greater_is_better=False).greater_is_better
+            continue
+        is_greater = metric in MORE_IS_BETTER
+        assert PPOKDConfig(**settings).greater_is_better is is_greater
+        assert PPOKDConfig(**settings, greater_is_better=is_greater).greater_is_better is is_greater
+        with pytest.raises(InputError, match=f"greater_is_better = {not is_greater} would keep the worst checkpoint"):
+            PPOKDConfig(**settings, greater_is_better=not is_greater)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
+import statistics
+
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from tests.conftest import EOS, MODELS, word_tokenizer
-from tests.students.plain_forward import entropies, plain_forward
+from tests.students.plain_forward import entropies, plain_forward, plain_values
 from tests.trainers.tiny_runs import METHODS, Recorder, build, prompts, run, samples_instead
 
 EVERY_METHOD = {
@@ -93,6 +95,25 @@ def test_numbers_of_a_rollout_worked_out_by_hand(accumulation, tmp_path):
     assert entry["tokens_per_second"] == pytest.approx(7 / seconds, rel=1e-3)
     assert 0 < entry["seconds/update"] < 60
     assert "teacher_nll" not in entry
+
+
+def test_explained_variance_is_of_the_tokens_in_the_loss(tmp_path):
+    """Returns are 3, 2 and 2; the other completion was cut off, and is left out."""
+
+    def per_token(inputs):
+        return torch.tensor([[1.0, 0.0, 2.0, 0.0], [5.0, -5.0, 5.0, 9.0]])
+
+    trainer = build("ppo", tmp_path, reward=per_token, data=prompts(1), per_device_train_batch_size=2, max_steps=1,
+                    lam=1.0, mask_truncated_completions=True, average_reward="none")  # fmt: skip
+    torch.manual_seed(11)
+    torch.nn.init.normal_(trainer.model.value_head.weight)
+    samples_instead(trainer, *COMPLETIONS)
+    prompt = word_tokenizer()(prompts(1)[0]["prompt"])["input_ids"]
+    values = plain_values(trainer.model.model, trainer.model.value_head, prompt, COMPLETIONS[0])[:3].tolist()
+    trainer.train()
+    errors = [target - value for target, value in zip((3, 2, 2), values, strict=True)]
+    expected = 1 - statistics.pvariance(errors) / statistics.pvariance((3, 2, 2))
+    assert trainer.state.log_history[0]["explained_variance"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_teacher_nll_is_the_teachers_own(tmp_path):
