@@ -4,7 +4,6 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,7 +24,6 @@ from rlkd_trl.models.limits import check_embedding_rows
 from rlkd_trl.models.loading import check_fp16, load_tokenizer
 from rlkd_trl.models.private_apis import whole_shape
 from rlkd_trl.models.vocabulary import base_of
-from rlkd_trl.ops.classification import IGNORED, hard_cross_entropy, logits_kl, squared_error
 from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
 from rlkd_trl.trainers.budget import Spent
@@ -36,25 +34,14 @@ from rlkd_trl.trainers.encoder_checks import (
     check_models,
     check_rows,
     projections_needed,
-    relation_heads_of,
 )
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
-from rlkd_trl.trainers.encoder_objective import INGREDIENTS, PROJECTED, layer_loss
+from rlkd_trl.trainers.encoder_losses import StageLosses, Teachings, count_units, logits_of, token_mask
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
 from rlkd_trl.trainers.signatures import whole_signature
-
-Layers = dict[str, LayerTensors]
-
-
-@dataclass(frozen=True)
-class Teachings:
-    """A teacher's outputs for a batch: logits, if it has a head, and by stack the tensors that the losses read."""
-
-    logits: Tensor | None
-    layers: Layers
 
 
 class EncoderKDTrainer(DistillationTrainer):
@@ -120,7 +107,7 @@ class EncoderKDTrainer(DistillationTrainer):
         self.teachers_reader = None if teacher is None else LayerReader(teacher)
         projections = projections_needed(objective, LayerReader(model), self.teachers_reader)
         student = EncoderStudent(model, projections, seed=args.seed)
-        self._relation_heads = relation_heads_of(objective, self.teachers_reader)
+        self._losses = StageLosses(objective, student, self.teachers_reader)
         self._wanted = self._wanted_layers(student.reader)
         self._means = RunningMeans()
         self._step_metrics: dict[str, float] = defaultdict(float)
@@ -191,7 +178,7 @@ class EncoderKDTrainer(DistillationTrainer):
         if self.teacher is None or not self.objective.needs_teacher:
             return None
         outputs, layers = self.teachers_reader.read(self._model_inputs(self.teacher, batch), self._wanted[1])
-        return Teachings(_logits(outputs), layers)
+        return Teachings(logits_of(outputs), layers)
 
     # The loss
 
@@ -220,75 +207,6 @@ class EncoderKDTrainer(DistillationTrainer):
     def _weighted_sum(self, shares: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.objective.weights[name] * share for name, share in shares.items()]).sum()
 
-    def _losses_and_logits(self, outputs: ModelOutput, layers: Layers, **of_batch):
-        return self._losses(outputs, layers, **of_batch), _logits(outputs)
-
-    def _losses(
-        self, outputs: ModelOutput, layers: Layers, *, batch: Mapping[str, Tensor], teachings: Teachings | None
-    ) -> dict[str, dict[str, Tensor]]:
-        """By ingredient and then by unit ("texts", "encoder tokens", ...), the sum of each text's losses, `[B]`.
-
-        Later they are divided by the number of these units in the global batch.
-        """
-        losses_B: dict[str, dict[str, Tensor]] = {}
-        for name in self.objective.weights:
-            ingredient = INGREDIENTS[name]
-            if ingredient.reads is None:
-                losses_B[name] = self._loss_of_outputs(name, outputs, batch, teachings)
-                continue
-            losses_B[name] = {}
-            for stack in layers:
-                losses_B[name] |= self._loss_of_layers(name, stack, layers, batch, teachings)
-        return losses_B
-
-    def _loss_of_layers(
-        self, name: str, stack: str, layers: Layers, batch: Mapping[str, Tensor], teachings: Teachings
-    ) -> dict[str, Tensor]:
-        """A loss of layers in one stack, summed over its pairs of layers, `[B]`, by unit."""
-        mask_BS = _token_mask(batch, stack)
-        kind = INGREDIENTS[name].reads
-        student, teacher = getattr(layers[stack], kind), getattr(teachings.layers[stack], kind)
-        pairs = self.objective.layers_of(
-            name, self.student.reader.num_layers(stack), self.teachers_reader.num_layers(stack)
-        )
-        total_B = 0
-        for m, n in pairs:
-            projected = self.student.projected(f"{stack}_{name}", student[m]) if name in PROJECTED else student[m]
-            loss = layer_loss(name, projected, teacher[n], mask_BS, self._relation_heads)
-            total_B = total_B + (loss.sum(dim=1) if loss.dim() == 2 else loss)
-        return {"texts" if name == "cls_mse" else f"{stack} tokens": total_B}
-
-    def _loss_of_outputs(
-        self, name: str, outputs: ModelOutput, batch: Mapping[str, Tensor], teachings: Teachings | None
-    ) -> dict[str, Tensor]:
-        """A loss of logits for each text, `[B]`, by unit."""
-        logits = _logits(outputs)
-        if name == "nsp_ce":
-            labels_B = batch["next_sentence_label"]
-            return {"texts": hard_cross_entropy(outputs["seq_relationship_logits"], labels_B)}
-        if name == "mlm_ce":
-            labels_BS = batch["labels"]
-            is_masked_BS = labels_BS != IGNORED
-            losses_N = hard_cross_entropy(logits[is_masked_BS], labels_BS[is_masked_BS])
-            return {"masked tokens": _by_text(losses_N, is_masked_BS)}
-        if name == "hard_ce":
-            if self._is_regression:
-                return {"labels": squared_error(logits[:, 0], batch["labels"])}
-            return {"labels": hard_cross_entropy(logits, batch["labels"])}
-        if self.objective.stage == "task":
-            if self._is_regression:
-                return {"texts": squared_error(logits[:, 0], teachings.logits[:, 0])}
-            return {"texts": logits_kl(logits, teachings.logits, temperature=self.objective.temperature)}
-        stack = self.student.reader.stacks[-1]
-        mask_BS = _token_mask(batch, stack)
-        losses_N = logits_kl(logits[mask_BS], teachings.logits[mask_BS], temperature=self.objective.temperature)
-        return {f"{stack} tokens": _by_text(losses_N, mask_BS)}
-
-    @property
-    def _is_regression(self) -> bool:
-        config = base_of(self.student.model).config
-        return config.num_labels == 1 or config.problem_type == "regression"
-
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The micro-batches of a step, with masked tokens in a general stage, and the counts losses are divided by.
 
@@ -306,7 +224,7 @@ class EncoderKDTrainer(DistillationTrainer):
         """
         counts: dict[str, float] = defaultdict(float, dict.fromkeys(units, 0.0))
         for batch in batches:
-            for unit, count in _counts(batch, self.student.reader.stacks).items():
+            for unit, count in count_units(batch, self.student.reader.stacks).items():
                 counts[unit] += count
         totals = torch.tensor(list(counts.values()), device=self.accelerator.device)
         totals = self.accelerator.reduce(totals, reduction="sum").clamp(min=1)
@@ -373,6 +291,9 @@ class EncoderKDTrainer(DistillationTrainer):
 
     # Evaluation
 
+    def _losses_and_logits(self, outputs: ModelOutput, layers: dict[str, LayerTensors], **of_batch):
+        return self._losses(outputs, layers, **of_batch), logits_of(outputs)
+
     @torch.no_grad()
     def measured(self, dataset: Dataset) -> dict[str, float]:
         """Each loss before its weight, the number of the student's parameters, and how well it does.
@@ -397,12 +318,12 @@ class EncoderKDTrainer(DistillationTrainer):
                 for unit, of_stack_B in by_unit.items():
                     sums[name][unit] += float(of_stack_B.sum())
             seen.add_losses(loss_B for by_unit in losses_B.values() for loss_B in by_unit.values())
-            for unit, count in _counts(batch | masked_batch, self.student.reader.stacks).items():
+            for unit, count in count_units(batch | masked_batch, self.student.reader.stacks).items():
                 counts[unit] += float(count)
             if self.objective.stage == "task":
                 seen.add_outputs(logits, None if teachings is None else teachings.logits, batch.get("labels"))
             elif self.teacher is not None:
-                seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), _token_mask(batch))
+                seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), token_mask(batch))
         self.student.train(was_training)
         self.sample_table = seen.samples(dataset, self.student.config) if self.objective.stage == "task" else []
         losses = {
@@ -414,7 +335,9 @@ class EncoderKDTrainer(DistillationTrainer):
     def _metrics_of(self, seen: Seen, dataset: Dataset) -> dict[str, float]:
         """What the outputs for all rows come to; NaN, if the numbers of some are not finite."""
         metrics = (
-            seen.metrics(is_regression=self._is_regression) if self.objective.stage == "task" else seen.likeness()
+            seen.metrics(is_regression=self._losses.is_regression)
+            if self.objective.stage == "task"
+            else seen.likeness()
         )
         count = count_not_finite(seen.is_usable, dataset, "text")
         return {**(dict.fromkeys(metrics, math.nan) if count else metrics), NOT_FINITE: count}
@@ -460,33 +383,6 @@ class EncoderKDTrainer(DistillationTrainer):
 
 
 EncoderKDTrainer.__signature__ = whole_signature(EncoderKDTrainer)
-
-
-def _logits(outputs: ModelOutput) -> Tensor | None:
-    """The logits of classes or tokens; None of a model without a head."""
-    return next((outputs[name] for name in ("logits", "prediction_logits") if name in outputs), None)
-
-
-def _by_text(losses_N: Tensor, mask_BS: Tensor) -> Tensor:
-    """The losses of the tokens where the mask is True, summed for each text, `[B]`."""
-    losses_BS = torch.zeros(mask_BS.shape, dtype=losses_N.dtype, device=losses_N.device)
-    return losses_BS.masked_scatter(mask_BS, losses_N).sum(dim=1)
-
-
-def _token_mask(batch: Mapping[str, Tensor], stack: str = "encoder") -> Tensor:
-    """True on the real tokens that a stack of layers reads, `[B, S]`."""
-    is_second = stack == "decoder" and "decoder_input_ids" in batch
-    return batch["decoder_attention_mask" if is_second else "attention_mask"].bool()
-
-
-def _counts(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[str, float]:
-    """How many of each unit, over which losses are averaged, the batch has: tokens of each stack, texts, labels."""
-    counts = {f"{stack} tokens": float(_token_mask(batch, stack).sum()) for stack in stacks}
-    counts["texts"] = float(len(batch["input_ids"]))
-    labels = batch.get("labels")
-    if labels is not None:
-        counts["labels" if labels.dim() == 1 else "masked tokens"] = float((labels != IGNORED).sum())
-    return counts
 
 
 def _num_parameters(model: PreTrainedModel | PeftModel) -> int:
