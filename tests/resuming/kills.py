@@ -10,6 +10,7 @@ is none, and may be killed again. Prints one line of JSON per method.
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import random
@@ -29,6 +30,9 @@ from tests.resuming.runs import COMMANDS, TRAINERS, finish, make_inputs, same
 METHODS = (*TRAINERS, *COMMANDS)
 # The calls by which a checkpoint is written, from its first file to its name.
 WRITING = ((torch, "save"), (os, "fsync"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir"))
+
+# Large modules that a recipe imports only when it needs them.
+LATE = ("matplotlib.backends.backend_agg", "rouge_score.rouge_scorer", "rlkd_trl.trainers.encoder")
 
 
 def work(method: str, output_dir: Path, rank: int, killed_at: int | None) -> None:
@@ -64,7 +68,9 @@ def die_at_call(number: int) -> None:
 
 def share_with_runs() -> None:
     """Imports what runs import late, and keeps their garbage collection from copying all that is imported."""
-    extract_model_from_parallel(torch.nn.Linear(1, 1))
+    for module in LATE:
+        importlib.import_module(module)
+    extract_model_from_parallel(torch.nn.Linear(1, 1))  # DeepSpeed's
     gc.collect()
     gc.freeze()
 
