@@ -6,9 +6,11 @@ mistake is in the reward and not in this package.
 
 import asyncio
 import inspect
+import os
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -55,14 +57,15 @@ def function_reward(
     """A function's scores as `[B, T]`, 0 behind the mask, and whether it returned one score per completion.
 
     Raises:
-        InputError: The function raised or called `sys.exit`, or did not return one number per completion or token.
+        InputError: The function raised anything but `KeyboardInterrupt`, or did not return one number per completion
+            or token.
     """
     mask_BT = inputs.completion_mask_BT
     try:
         result = _result(function, inputs)
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         place = _first_failing(function, inputs, type(error))
         raise _error(function, name, f"raised {_shown(error, function)}, {place}") from error
     scores = _as_tensor(result, function, name, mask_BT).to(mask_BT.device)
@@ -73,13 +76,24 @@ def function_reward(
     return masked(scores, mask_BT), is_per_completion
 
 
+@contextmanager
+def same_directory() -> Iterator[None]:
+    """After it the current directory is what it was: a run's own files may be named relative to it."""
+    here = os.open(".", os.O_RDONLY)  # which works for one that was removed, too
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
 def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> TeacherReward:
     """An instance of the class for the teachers of `panel`. Raises `InputError` if the constructor fails."""
     try:
         return kind(panel, **settings)
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         arguments = ", ".join(["the teachers", *settings])
         raise _error(kind, None, f"cannot be made of {arguments}: {type(error).__name__}: {error}") from error
 
@@ -94,16 +108,17 @@ def teacher_reward(
     """A `TeacherReward`'s rewards `[B, T]` and potentials `[B, T+1]`, the weighted means over its panel's scorers.
 
     Raises:
-        InputError: A user's class raised, called `sys.exit`, or returned something else than these.
+        InputError: A user's class raised anything but `KeyboardInterrupt`, or returned something else than these.
     """
     if type(reward).__module__.startswith("rlkd_trl."):
         return reward.mean_over_scorers(scores, inputs), reward.mean_potentials(scores)
     try:
-        rewards = [reward.rewards(of_scorer, inputs) for of_scorer in scores]
-        potentials = [reward.potentials(of_scorer) for of_scorer in scores]
-    except InputError:
+        with same_directory():
+            rewards = [reward.rewards(of_scorer, inputs) for of_scorer in scores]
+            potentials = [reward.potentials(of_scorer) for of_scorer in scores]
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
     for rewards_BT in rewards:
         _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT, allow_not_finite)
@@ -121,10 +136,11 @@ def teacher_reward(
 
 def _result(function: Callable, inputs: RewardInputs) -> object:
     """What the function returns, called by its own protocol and awaited if it is asynchronous."""
-    if not follows_trl_protocol(function):
-        return function(inputs)
-    result = function(**_trl_arguments(function, inputs))
-    return _wait_for(result) if inspect.isawaitable(result) else result
+    with same_directory():
+        if not follows_trl_protocol(function):
+            return function(inputs)
+        result = function(**_trl_arguments(function, inputs))
+        return _wait_for(result) if inspect.isawaitable(result) else result
 
 
 def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
@@ -209,11 +225,13 @@ def _first_failing(function: Callable, inputs: RewardInputs, kind: type[BaseExce
     for b in range(len(inputs.completion_ids_BT)):
         try:
             _result(function, inputs.of_completion(b))
+        except KeyboardInterrupt:
+            raise
         except kind:
             prompt = inputs.rows[int(inputs.prompt_index_B[b])]["prompt"]
             completion = "" if inputs.completions is None else f" with the completion {_short(inputs.completions[b])}"
             return f"on the prompt {_short(prompt)}{completion}"
-        except (Exception, SystemExit):
+        except BaseException:
             continue
     return _of_batch(inputs)
 

@@ -16,7 +16,13 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.ops.rewards import log_likelihood
 from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
-from rlkd_trl.rewards.own_rewards import check_signature, follows_trl_protocol, function_reward, teacher_reward
+from rlkd_trl.rewards.own_rewards import (
+    check_signature,
+    follows_trl_protocol,
+    function_reward,
+    same_directory,
+    teacher_reward,
+)
 from rlkd_trl.rewards.teacher_rewards import (
     LogLikelihoodReward,
     LogRatioReward,
@@ -187,8 +193,11 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look up the module of a class
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        with same_directory():
+            module_spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[module_name]
         raise InputError(f"`--reward {spec}`: {path} failed: {type(error).__name__}: {error}") from error
     reward = getattr(module, name, None)

@@ -43,7 +43,8 @@ class FiniteTrainer(Trainer):
     finite are counted and logged with their prompts, and the step is done again without them, on all processes. If no
     single sample is the cause, or none is left, the whole step is skipped: weights and optimizer state stay as they
     are, while the step and the learning rate's schedule are counted on. After `args.max_skipped_steps` skipped steps
-    in a row `train` saves a checkpoint and raises `TrainingError`. A gradient whose square overflows float32 counts as
+    in a row `train` saves a checkpoint and raises `TrainingError`, as it does after a shorter run that has skipped all
+    its steps. A gradient whose square overflows float32 counts as
     infinite.
 
     With `fp16` the gradient scaler handles gradients that overflow: it skips the step and lowers its scale. Such a
@@ -97,9 +98,14 @@ class FiniteTrainer(Trainer):
     # Training
 
     def train(self, *args, **kwargs):
-        """Trains as Trainer does. Raises `TrainingError` if too many steps in a row were not finite."""
+        """Trains as Trainer does. Raises `TrainingError` if too many steps in a row, or all, were not finite."""
         self._stop_reason = ""
         output = super().train(*args, **kwargs)
+        if not self._stop_reason and self.steps_skipped and self.steps_skipped == self.state.global_step:
+            self._stop_reason = (
+                f"Nothing was learnt: all {self.steps_skipped} steps were skipped, since their loss or gradients were "
+                f"not finite, first in {self._first_seen}. Look at the data, the reward, and the models' weights."
+            )
         if self._stop_reason:
             raise TrainingError(self._stop_reason)
         return output._replace(training_loss=output.metrics["train_loss"])  # which leaves out skipped steps

@@ -277,6 +277,13 @@ def test_verify_refuses_nan(model):
         verify(backbone_of(model))
 
 
+def test_a_new_head_of_zeros_is_supported():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    verify(backbone_of(model))
+
+
 def test_verify_refuses_a_model_that_overflows_in_float16():
     """Each weight is a float16 number, and the largest logit is not."""
     model = tiny_llama()

@@ -1,6 +1,7 @@
 """Rewards that users write: what they see of the teacher, and one sentence for whatever they do wrong."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +203,10 @@ class Narrow(Potential):
     def potentials(self, scores):
         return scores.chosen
 
+def cancelled(completions):
+    import asyncio
+    raise asyncio.CancelledError                # line 42, no Exception either
+
 nothing = 3
 """
 
@@ -233,6 +238,7 @@ def own_file(tmp_path):
         ("Text", r"'Text' returned 'good'; expected \(4, 4\)"),
         ("Potential", r"'Potential' raised TypeError: .* \(line 34 of FILE\), on a batch of 4 completions"),
         ("Narrow", r"'Narrow' has potentials of shape \(4, 4\); expected \(4, 5\), one per token and one more"),
+        ("cancelled", r"'cancelled' raised CancelledError: .*\(line 42 of FILE\), on the prompt 'w3 w4'"),
         ("Wants", r"'Wants' cannot be made of the teachers: TypeError: .*scale"),
     ],
 )
@@ -255,6 +261,18 @@ def test_a_file_that_leaves(tmp_path):
     (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(InputError, match=r"mine.py failed: SystemExit: 0"):
         load_reward(f"{tmp_path / 'mine.py'}:f")
+
+
+def test_a_reward_may_change_the_directory_for_itself(tmp_path, monkeypatch):
+    """What a run reads and writes later may be named relative to the directory that it was started in."""
+    (tmp_path / "data").mkdir()
+    moves = "def moves(inputs):\n    os.chdir('/')\n    return [1.0] * len(inputs.completions)\n"
+    (tmp_path / "mine.py").write_text(f"import os\nos.chdir('data')\n{moves}")
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("mine.py:moves")
+    assert Path.cwd() == tmp_path
+    rewards_of(reward)
+    assert Path.cwd() == tmp_path
 
 
 def test_the_packages_own_rewards_are_not_wrapped():

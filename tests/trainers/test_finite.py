@@ -142,6 +142,15 @@ def test_one_micro_batch_spoils_the_whole_step(tmp_path):
     assert is_whole(weights[3]) and trainer.steps_skipped == 1
 
 
+@pytest.mark.parametrize("method", ["ppo", "sft"])
+def test_a_short_run_of_skipped_steps_only_is_no_success(method, tmp_path):
+    """Fewer than stop a run; but the student has learnt nothing."""
+    trainer = build_any(method, tmp_path, max_steps=2)
+    Spoiler(trainer, {1, 2}, "gradient", math.nan)
+    with pytest.raises(TrainingError, match=r"Nothing was learnt: all 2 steps were skipped, .* first in step 1 \("):
+        trainer.train()
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_many_in_a_row_stop_the_run_with_its_last_good_state(method, tmp_path):
     trainer = build_any(method, tmp_path, max_steps=20, max_skipped_steps=2)
