@@ -190,7 +190,9 @@ class ResumableTrainer(FiniteTrainer):
         """As `Trainer.save_model`. Raises `CheckpointError` if the model cannot be written."""
         try:
             super().save_model(output_dir, _internal_call)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not _is_of_the_disk(error):
+                raise
             raise CheckpointError(
                 f"The model cannot be saved in {output_dir or self.args.output_dir} ({error}). Checkpoints are as "
                 "they were: make room, and continue with --resume."
@@ -338,6 +340,11 @@ class ResumableTrainer(FiniteTrainer):
             name: states_of_kind if len(states_of_kind) > 1 else states_of_kind[0]
             for name, states_of_kind in states.items()
         }
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a file could not be written. Libraries in Rust have errors of their own for that, tokenizers none."""
+    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 class _Continuation(TrainerCallback):

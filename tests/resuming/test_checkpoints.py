@@ -103,6 +103,26 @@ def test_a_disk_that_refuses(failures, tmp_path, monkeypatch, capsys):
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-1", {})
 
 
+def test_a_full_disk_that_the_tokenizer_meets_first(tmp_path, monkeypatch, capsys):
+    """Its library raises an `Exception` of no kind, as recorded on a full tmpfs (tokenizers 0.23)."""
+    monkeypatch.setattr(resumable, "_SECONDS_BETWEEN_ATTEMPTS", 0)
+    trainer = build("rloo-token", tmp_path, **SAVING)
+    save = trainer.processing_class.save_pretrained
+
+    def refusing(*args, **kwargs):
+        if trainer.state.global_step >= 2:
+            raise Exception("No space left on device (os error 28)")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.processing_class, "save_pretrained", refusing)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2 cannot be saved .*No space left.* checkpoint-1 is intact"
+    ):
+        trainer.train()
+    assert capsys.readouterr().out.count("trying again") == 2
+    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-1", {})
+
+
 def test_a_process_that_others_wait_for_ends_at_once(tmp_path, monkeypatch):
     """With DeepSpeed they gather weights while they save: one that would try again leaves them waiting for good."""
     trainer, tries = build("rloo-token", tmp_path, **SAVING), []
