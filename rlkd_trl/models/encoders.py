@@ -20,7 +20,7 @@ from transformers import (
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
-from rlkd_trl.models.loading import DTYPES, check_complete, check_dtype, load_part, weight_names
+from rlkd_trl.models.loading import DTYPES, check_complete, check_dtype, load_part, making_model_of, weight_names
 from rlkd_trl.models.sharding import loading_shards
 
 
@@ -145,7 +145,7 @@ def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revis
 
 def skeleton(config: PreTrainedConfig, head: str, who: str) -> LayerReader:
     """The layers of a model of this config on the meta device, without weights. Raises `InputError`."""
-    with torch.device("meta"):
+    with torch.device("meta"), making_model_of(config):
         return LayerReader(model_class(config, head, who)(config))
 
 

@@ -7,11 +7,14 @@ Greedy decoding, sampling and beam search use the same three: the ids that open 
 its own distribution; the others say how to decode (temperature, num_beams, ...), which flags do here.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import (
     ALLOWED_SPECIAL_TOKENS,
     allowed_special_tokens,
@@ -79,6 +82,32 @@ def set_trained_generation_config(
     config = plain_generation_config(model, tokenizer, max_completion_length=max_completion_length)
     setattr(config, ALLOWED_SPECIAL_TOKENS, allowed_special_tokens(model))
     base_of(model).generation_config = config
+
+
+def check_generation_config(model: PreTrainedModel, file: str | None, name: str) -> None:
+    """Raises `InputError` if a checkpoint's generation config is damaged, or has other token ids than the model.
+
+    file: its `generation_config.json`, if there is one. transformers goes on without one that it cannot read.
+    """
+    if file is not None:
+        try:
+            is_mapping = isinstance(json.loads(Path(file).read_text(encoding="utf-8")), dict)
+        except (OSError, ValueError, RecursionError):
+            is_mapping = False
+        if not is_mapping:
+            raise InputError(f"The generation_config.json of {name!r} is damaged, no JSON of settings: copy it again.")
+    if not model.can_generate():
+        return
+    rows = model.get_input_embeddings().num_embeddings
+    for setting in ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
+        value = getattr(model.generation_config, setting, None)
+        ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        for token_id in ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < rows:
+                raise InputError(
+                    f"The generation config of {name!r} has {setting} = {value!r}: the model's token ids are whole "
+                    f"numbers from 0 to {rows - 1}. Correct generation_config.json, or copy it again."
+                )
 
 
 def settings_not_used(config: GenerationConfig) -> dict[str, object]:

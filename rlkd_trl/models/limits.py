@@ -19,6 +19,7 @@ from transformers import (
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.generation_config import completion_start_ids
+from rlkd_trl.models.loading import making_model_of
 from rlkd_trl.models.prompts import prompt_lengths
 from rlkd_trl.models.remote_code import may_run_code
 
@@ -61,9 +62,9 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
 
 
 def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
-    """`position_limits` before any weights are read, from a model on the meta device."""
+    """`position_limits` before any weights are read, from a model on the meta device. Raises `InputError`."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), making_model_of(config):
         return position_limits(auto_class.from_config(config, trust_remote_code=may_run_code(config.name_or_path)))
 
 

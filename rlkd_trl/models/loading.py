@@ -26,12 +26,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
-from rlkd_trl.models.generation_config import settings_not_used
+from rlkd_trl.models.generation_config import check_generation_config, settings_not_used
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
 from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
@@ -92,6 +92,20 @@ def check_language_model(config: PreTrainedConfig, what: str) -> None:
         )
 
 
+@contextmanager
+def making_model_of(config: PreTrainedConfig) -> Iterator[None]:
+    """Turns whatever a model's constructor raises about a config into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"No model can be made of the config of {config.name_or_path!r}: {_reason(error)}. Correct its "
+            "config.json, or copy it again."
+        ) from error
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -109,8 +123,8 @@ def load_model(
 
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
-            T5 in float16, whose feed-forward layers overflow, a weight that is not in the checkpoint, or one that is
-            NaN or infinite.
+            T5 in float16, whose feed-forward layers overflow, a weight that is not in the checkpoint or is NaN or
+            infinite, or a generation config that cannot be used.
     """
     check_dtype(dtype)
     check_quantization(quantization)
@@ -131,6 +145,7 @@ def load_model(
     untied = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
     check_complete(untied, f"The model {name_or_path!r}")
     check_weights(model, f"The model {name_or_path!r}")
+    check_generation_config(model, checkpoint_file(name_or_path, GENERATION_CONFIG_NAME, revision), name_or_path)
     refuse_t5_in_float16(config, model.dtype)  # "auto" takes the weights' dtype where the config names none
     not_used = settings_not_used(model.generation_config) if model.can_generate() else {}
     if not_used and is_first_process():

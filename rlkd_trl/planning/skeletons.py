@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.loading import check_language_model, require_checkpoint
+from rlkd_trl.models.loading import check_language_model, making_model_of, require_checkpoint
 from rlkd_trl.models.remote_code import may_run_code
 
 # Integer tensors with more elements than this have no values.
@@ -143,9 +143,9 @@ class Checkpoint:
         return self.build(torch.float32).num_parameters
 
     def build(self, dtype: torch.dtype) -> Skeleton:
-        """The model without memory, in this dtype and in eval mode."""
+        """The model without memory, in this dtype and in eval mode. Raises `InputError` if its config makes none."""
         auto_class = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
-        with ShapesOnly() as mode:
+        with ShapesOnly() as mode, making_model_of(self.config):
             may_run = may_run_code(self.config.name_or_path)
             model = auto_class.from_config(self.config, dtype=dtype, trust_remote_code=may_run).eval()
             head = model.get_output_embeddings()

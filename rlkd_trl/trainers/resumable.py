@@ -57,6 +57,7 @@ class ResumableTrainer(FiniteTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._check_is_a_batch()
         register_process()
         self.run_record: dict[str, object] = {
             "trainer": type(self).__name__,
@@ -197,6 +198,16 @@ class ResumableTrainer(FiniteTrainer):
                 f"The model cannot be saved in {output_dir or self.args.output_dir} ({error}). Checkpoints are as "
                 "they were: make room, and continue with --resume."
             ) from error
+
+    def _check_is_a_batch(self) -> None:
+        """Raises `InputError` if each epoch would be empty: Trainer ends such a run as one that has succeeded."""
+        args, rows = self.args, None if self.train_dataset is None else len(self.train_dataset)
+        batch = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows is not None and rows < batch:
+            raise InputError(
+                f"dataloader_drop_last leaves out batches that are not full, and {rows} rows of training data fill "
+                f"none of {batch}: leave it out, or lower per_device_train_batch_size."
+            )
 
     def _check_space(self) -> None:
         """Raises `InputError` if there is no space for one checkpoint: the weights, and Adam's two moments of them."""

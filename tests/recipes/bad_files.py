@@ -270,6 +270,10 @@ def _make_checkpoints(here: Path) -> None:
         "config_of_bytes": None,
     }.items():
         (copy(name) / "config.json").write_bytes(b"\xff\xfe\x00" if text is None else text.encode())
+    _edit_config(copy("dropout_of_7"), dropout_rate=7)
+    (copy("generation_is_torn") / "generation_config.json").write_text('{"eos_token_id": ')
+    (copy("eos_is_text") / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    (copy("start_is_no_token") / "generation_config.json").write_text('{"decoder_start_token_id": 999}')
     (copy("tokenizer_is_text") / "tokenizer.json").write_text("w3 w4")
     remote = copy("remote_code")
     _edit_config(

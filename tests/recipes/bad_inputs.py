@@ -864,6 +864,31 @@ COMMAND_CASES = [
 ]
 # What only a model's weights, or a reward's first call, show: (recipes, what is wrong, a part of the message)
 LOADED_CASES = [
+    (
+        ("evaluate", "ppo_kd"),
+        "--teacher dropout_of_7",
+        "made of the config of 'dropout_of_7': dropout probab",
+    ),
+    (
+        ("pseudo_label", "kd"),
+        "--teacher generation_is_torn",
+        "The generation_config.json of 'generation_is_torn' is",
+    ),
+    (
+        ("sft", "rloo_kd"),
+        "--student eos_is_text",
+        "'eos_is_text' has eos_token_id = '</s>': the model's token ids",
+    ),
+    (
+        ("evaluate",),
+        "--student start_is_no_token",
+        "has decoder_start_token_id = 999: the model's token ids are",
+    ),
+    (
+        ("sft",),
+        "--dataloader_drop_last True --per_device_train_batch_size 64",
+        "30 rows of training data fill none of 64: leave it out",
+    ),
     (("pseudo_label", "kd", "evaluate"), "--teacher torn_weights", "Could not load the model of 'torn_weights': "),
     (("sft", "ppo_kd"), "--student no_safetensors", "If the files are damaged, copy or download them again"),
     (
