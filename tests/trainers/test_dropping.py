@@ -281,9 +281,11 @@ def test_sft_without_pairs_that_the_model_cannot_read(family, size, tmp_path, ca
 def test_a_batch_of_nothing_but_bad_pairs_names_its_prompts(tmp_path, caplog):
     logging.getLogger("rlkd_trl").propagate = True
     rows = [{"prompt": f"w26 w{3 + i}", "target": "w5"} for i in range(5)]
-    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
-        recorder = sft_step("t5-tied", tmp_path, rows)
-    assert recorder.logs[0]["steps_skipped"] == 1 and "samples_dropped" not in recorder.logs[0]
+    with (
+        caplog.at_level(logging.WARNING, logger="rlkd_trl"),
+        pytest.raises(TrainingError, match="all 1 steps"),
+    ):
+        sft_step("t5-tied", tmp_path, rows)
     said = [record.getMessage() for record in caplog.records if "spoils the step" in record.getMessage()]
     assert len(said) == 3 and all("of the prompt: 'w26 w" in line for line in said)
 
