@@ -43,8 +43,13 @@ def test_two_ranks_train_as_one(name, two_ranks, one_rank):
 
 
 def test_adaptive_beta_moves(one_rank):
-    """Or the case above shows nothing: by its own rank's KL, each process would go on with another beta."""
-    assert len({entry["beta"] for entry in one_rank["rloo-token-adaptive-kl"]["logs"]}) == 3
+    """Or the case above shows nothing: by its own rank's KL, each process would go on with another beta.
+
+    An error of more than a fifth of the target counts as a fifth, on which the ranks could agree.
+    """
+    logs = one_rank["rloo-token-adaptive-kl"]["logs"]
+    assert len({entry["beta"] for entry in logs}) == 3
+    assert abs(logs[1]["kl"] / worker.KL_TARGET - 1) < 0.2
 
 
 def test_the_cpu_seconds_of_all_processes_are_the_budget(two_ranks, one_rank):

@@ -63,7 +63,7 @@ CASES = {
         # Both sequences that are left in the loss have ended, which is good: at a higher rate, both are clipped.
         {"num_generations": 4, "mask_truncated_completions": True, "temperature": 1.3, "learning_rate": 1e-4},
     ),
-    "rloo, tokens": ("rloo-token", "llama", {"gamma": 0.9}),
+    "rloo, tokens": ("rloo-token", "llama", {"gamma": 0.9, "entropy_coef": 0.1}),
     "rloo, tokens, every option": (
         "rloo-token",
         "t5-untied",
