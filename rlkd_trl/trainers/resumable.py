@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate.utils import gather_object
@@ -51,7 +52,8 @@ class ResumableTrainer(FiniteTrainer):
     `errors.Interrupted`.
 
     `train` raises:
-        InputError: The checkpoint to resume from is incomplete, or of another run; or there is no space for one.
+        InputError: The checkpoint to resume from is incomplete, of another run, or holds a pickle of other things than
+            tensors; or there is no space for one.
         CheckpointError: A checkpoint could not be written; the older ones are as they were.
     """
 
@@ -120,6 +122,11 @@ class ResumableTrainer(FiniteTrainer):
             except StopAsked as stop:  # in an evaluation before the first step
                 what = f"Stopped before step {self.state.global_step + 1}."
                 raise Interrupted(stop.signum, what, is_saved=checkpoint is not None) from None
+            except UnpicklingError as error:  # of torch, which reads tensors and plain values only
+                raise InputError(
+                    f"A run cannot be resumed from {checkpoint}: a file of it is a pickle that holds more than tensors, "
+                    "and could run code. It was not read."
+                ) from error
             if signum:
                 self._stop_after_training(signum)
         return output

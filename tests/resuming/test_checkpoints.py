@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,26 @@ def test_training_goes_on_from_the_one_before(saved, tmp_path, capsys):
     assert "checkpoint-3: optimizer.pt has 4 bytes" in capsys.readouterr().out
     again, whole = (torch.load(d / "checkpoint-3" / "optimizer.pt") for d in (directory, saved))
     assert same(again, whole), "the torn one is replaced by the same step's"
+
+
+class _Touches:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "run_state.pth"])
+def test_a_forged_checkpoint_runs_no_code(name, saved, tmp_path):
+    """Its digests are right."""
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    (directory / "checkpoint-2" / name).write_bytes(pickle.dumps(_Touches(tmp_path / "touched")))
+    resumable.seal(directory / "checkpoint-2", resumable=True)
+    with pytest.raises(InputError, match="checkpoint-2: a file of it is a pickle that holds more than tensors"):
+        build("ppo", directory, **SAVING).train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    assert not (tmp_path / "touched").exists()
 
 
 def test_there_is_none_that_is_whole(saved, tmp_path):
