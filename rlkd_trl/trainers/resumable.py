@@ -124,8 +124,8 @@ class ResumableTrainer(FiniteTrainer):
                 raise Interrupted(stop.signum, what, is_saved=checkpoint is not None) from None
             except UnpicklingError as error:  # of torch, which reads tensors and plain values only
                 raise InputError(
-                    f"A run cannot be resumed from {checkpoint}: a file of it is a pickle that holds more than tensors, "
-                    "and could run code. It was not read."
+                    f"A run cannot be resumed from {checkpoint}: a file of it is a pickle that holds more than "
+                    "tensors, and could run code. It was not read."
                 ) from error
             if signum:
                 self._stop_after_training(signum)
