@@ -55,8 +55,8 @@ TRAINERS = {
 _ENCODER_FLAGS = (
     "--teacher ../inputs/general --task_teacher ../inputs/task --dataset ../inputs/train.csv "
     "--task_dataset ../inputs/train.csv --label_column label --max_length 32 --learning_rate 1e-2 --max_steps 5 "
-    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --save_strategy steps --save_steps 2 "
-    "--logging_steps 2 --eval_strategy steps --eval_steps 3 --disable_tqdm True"
+    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --save_strategy steps --save_steps 1 "
+    "--logging_steps 3 --eval_strategy steps --eval_steps 2 --disable_tqdm True"
 )
 _COMPARED = "per_device_train_batch_size=8 num_iterations=2 save_strategy=steps save_steps=2 logging_steps=1"
 COMMANDS = {
