@@ -127,7 +127,6 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
 
 def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]:
     """The stages, those of a resumed run with their checkpoints, and marked if they are finished."""
-    from rlkd_trl.trainers.checkpoint_files import checkpoints_in
     from rlkd_trl.trainers.run_record import check_same_run
 
     run = settings.run
@@ -139,7 +138,7 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
     found, all_done = [], True
     for stage in stages:
         if run.resume and all_done and len(stages) > 1:
-            if checkpoints_in(stage.directory):
+            if _has_checkpoint(stage.directory):
                 stage = replace(stage, checkpoint=checkpoint_to_resume(run, stage.args))
             elif (stage.directory / FINISHED).is_file():
                 check_same_run(stage.directory, _stage_record(stage, record))
@@ -154,9 +153,16 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
 
 def _has_begun(directory: Path) -> bool:
     """Whether there is a checkpoint of a stage, or its finished student."""
-    from rlkd_trl.trainers.checkpoint_files import checkpoints_in
+    return _has_checkpoint(directory) or (directory / FINISHED).is_file()
 
-    return bool(checkpoints_in(directory)) or (directory / FINISHED).is_file()
+
+def _has_checkpoint(directory: Path) -> bool:
+    """Whether there is a checkpoint, whole or harmed. One whose writing was broken off is none."""
+    from rlkd_trl.trainers.checkpoint_files import newest_whole
+    from rlkd_trl.trainers.processes import from_first_process
+
+    whole, defects = from_first_process(lambda: newest_whole(directory))
+    return whole is not None or bool(defects)
 
 
 def _stage_record(stage: Stage, command: dict) -> dict[str, object]:

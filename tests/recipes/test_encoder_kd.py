@@ -401,6 +401,22 @@ def test_another_run_is_not_continued(changed, named, encoders, tmp_path, monkey
     assert "is of another run" in error.splitlines()[-1] and named in error
 
 
+def test_a_stage_that_was_killed_in_its_first_save_begins_anew(encoders, tmp_path):
+    """And the one before it does not."""
+    out = tmp_path / "out"
+    flags = f"{command(encoders, out)} {TWO_STAGES}"
+    assert run(flags) == 0
+    whole, of_first = weights(out), (out / "stage1-general" / "model.safetensors").stat().st_mtime_ns
+    for path in out.iterdir():
+        if path.name != "stage1-general":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (out / ".unfinished" / "checkpoint-1").mkdir(parents=True)
+    (out / ".unfinished" / "checkpoint-1" / "config.json").write_text("{")
+    assert run(f"{flags} --resume") == 0
+    assert_same_weights(weights(out), whole)
+    assert (out / "stage1-general" / "model.safetensors").stat().st_mtime_ns == of_first
+
+
 def test_begun_anew_all_stages_are(encoders, tmp_path, monkeypatch):
     """Also those that a killed attempt to do so has not come to."""
     flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES}"

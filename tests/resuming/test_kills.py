@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.resuming.kills import METHODS
+from tests.resuming.runs import TRAINERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,13 @@ def test_a_few_kills():
 @pytest.mark.slow
 def test_killed_at_random_moments():
     """In one process, which imports everything once."""
-    check_survival(list(METHODS), 20)
+    check_survival([*TRAINERS, "encoder"], 20)
+
+
+@pytest.mark.slow
+def test_several_runs_in_one_command():
+    """Each of these is of 2 or 3 runs, and costs as much."""
+    check_survival(["encoder-stages", "compare"], 8)
 
 
 @pytest.mark.slow
