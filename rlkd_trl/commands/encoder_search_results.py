@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlkd_trl.commands.comparison.statistics import Interval, mean_interval
-from rlkd_trl.commands.encoder_search import BASE, METRICS, Combination, Search
+from rlkd_trl.commands.encoder_search import BASE, METRICS, Combination, Search, questions
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.report import write_metrics
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
@@ -97,8 +97,7 @@ def report(search: Search, found: Sequence[Outcome]) -> str:
         "difference is paired by seed. Not corrected for the number of sets; the best of many is too good by chance.",
         markdown_table(heads, lines),
     ]
-    answers = [line for line in _answers({outcome.combination.name: outcome for outcome in found}) if line]
-    if answers:
+    if answers := _answers(found):
         parts += ["## Questions", "\n".join(f"- {line}" for line in answers)]
     if failed := [_failures(one, arguments.metric) for one in found if one.failed]:
         parts += ["## Failed runs", "\n".join(failed)]
@@ -114,22 +113,25 @@ def _listed(seeds: Sequence[int]) -> str:
     return f"seeds {' '.join(map(str, seeds))}"
 
 
-def _answers(by_name: Mapping[str, Outcome]) -> list[str]:
-    """A line for each question to which the sets have an answer."""
-
-    def gain(name: str, other: str) -> str | None:
-        if name not in by_name or other not in by_name:
-            return None
-        difference = by_name[name].difference(by_name[other])
-        return None if difference is None else _shown(difference, signed=True)
-
+def _answers(found: Sequence[Outcome]) -> list[str]:
+    """A line for each question to which the sets have an answer, under whichever names they were tried."""
+    by_losses = {frozenset(outcome.combination.losses): outcome for outcome in found}
+    of_base = found[0].combination
+    by_name = {one.name: by_losses.get(frozenset(one.losses)) for one in (of_base, *questions(of_base.losses))}
     asked = [
         ("Attention losses", BASE, "without attention"),
         ("Hard labels beside all other losses", BASE, "without hard labels"),
         ("Hard labels beside soft targets alone", "soft and hard", "soft alone"),
         ("All losses of the base over soft targets alone", BASE, "soft alone"),
     ]
-    return [f"{what}: {found}" for what, name, other in asked if (found := gain(name, other)) is not None]
+    lines = []
+    for what, name, other_name in asked:
+        one, other = by_name.get(name), by_name.get(other_name)
+        if one is None or other is None or one is other:
+            continue
+        if (difference := one.difference(other)) is not None:
+            lines.append(f"{what}: {_shown(difference, signed=True)}")
+    return lines
 
 
 def _rank(mean: float) -> float:

@@ -215,6 +215,18 @@ def test_attention_is_all_losses_that_read_it():
     ]
 
 
+def test_a_set_that_answers_two_questions_is_run_once(encoders, workplace):
+    """Without attention losses this base is soft and hard targets, and without hard labels too it is soft alone."""
+    (workplace / "three.yaml").write_text("stages: [task]\nlosses: [logits_kl + hard_ce + attention_mse]\n")
+    assert search("--base three.yaml --sets questions --seeds 0 1", encoders, workplace) == 0
+    assert len(calls(workplace)) == 4 * 2
+    text = (workplace / "out" / "search.md").read_text()
+    # 5, 2 and −3 of the three losses: base 54, 56; soft and hard 57, 59; soft alone 55, 56
+    assert "- Attention losses: -3 ± 0" in text
+    assert "- Hard labels beside soft targets alone: +2.5 ± 6.35" in text  # 2 and 3: 12.706 · 0.707 / √2
+    assert "- All losses of the base over soft targets alone: -0.5 ± 6.35" in text
+
+
 def test_differences_are_of_the_seeds_that_both_have():
     one = Outcome(Combination("one", {}), {0: 3.0, 1: 5.0}, 1.0)
     other = Outcome(Combination("other", {}), {1: 1.0, 2: 9.0}, 1.0)
