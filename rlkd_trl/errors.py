@@ -280,15 +280,19 @@ def _refuse(error: InputError) -> NoReturn:
 def _end_unexpectedly(error: Exception) -> NoReturn:
     """Ends with a traceback, printed by one of several processes; with one line if another process has died.
 
-    An error in the Python code that a checkpoint brings along is one of the input.
+    An error in the Python code that a checkpoint brings along is one of the input, unless another process has died,
+    for which layers wait that gather their shards, or memory has run out.
     """
+    missing = None
+    if _peers is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a launcher sends when one process has ended
+        missing = _peers.missing(error)
     place = _place_in_checkpoints_code(error)
-    if place is not None:
-        _refuse(InputError(f"The code of a checkpoint raised {type(error).__name__}: {error} ({place})."))
+    if place is not None and missing is None and not _is_out_of_memory(error):
+        raised = f"The code of a checkpoint raised {type(error).__name__}: {error} ({place})."
+        _refuse(InputError(f"{raised} Correct it there, or give another checkpoint."))
     if _peers is None:
         raise error
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a launcher sends when one process has ended
-    missing = _peers.missing(error)
     # If another process has ended by an error of its own, it has printed that; the consequences need no message.
     is_said_by_launcher = missing is not None and "has ended" in missing and LAUNCHER in os.environ
     if is_said_by_launcher or not _peers.is_first_to_speak():
@@ -299,6 +303,10 @@ def _end_unexpectedly(error: Exception) -> NoReturn:
         why = " ".join(missing.split())
         print(f"error: {why}; the others cannot go on.{_hint(' ')}", file=sys.stderr, flush=True)
     _leave(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
 def _place_in_checkpoints_code(error: Exception) -> str | None:

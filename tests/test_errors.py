@@ -130,11 +130,15 @@ class FakePeers:
         return self._missing
 
 
-def end_of_one_of_two(error: Exception, peers: FakePeers, monkeypatch) -> int:
+def fail(error: Exception) -> None:
+    raise error
+
+
+def end_of_one_of_two(error: Exception, peers: FakePeers, monkeypatch, work=fail) -> int:
     """The exit code."""
 
     def main():
-        raise error
+        work(error)
 
     def leave(code):
         raise Ended(code)
@@ -167,6 +171,32 @@ def test_of_several_processes_the_first_speaks(error, missing, code, said, monke
     assert capsys.readouterr().err.startswith(said)
     assert end_of_one_of_two(error, FakePeers(False, missing), monkeypatch) == code
     assert capsys.readouterr().err == ""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "missing", "code", "said"),
+    [
+        (
+            KeyError("own"),
+            None,
+            2,
+            "error: The code of a checkpoint raised KeyError: 'own' (line 2 of own.py). Correct",
+        ),
+        # In a layer that waited for the other's shard.
+        (RuntimeError("gloo"), "process 0 has ended", 1, "error: process 0 has ended; the others cannot go on."),
+        (OutOfMemoryError("28 GiB"), None, 1, "Traceback (most recent call last)"),
+    ],
+)
+def test_whose_error_it_is_in_the_code_of_a_checkpoint(error, missing, code, said, monkeypatch, capsys):
+    names = {"__name__": "transformers_modules.own"}
+    exec(compile("def forward(error):\n    raise error", "own.py", "exec"), names)
+    peers = FakePeers(True, missing)
+    assert end_of_one_of_two(error, peers, monkeypatch, work=names["forward"]) == code
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_the_launcher_says_itself_which_process_was_killed(monkeypatch, capsys):
