@@ -85,7 +85,10 @@ def set_trained_generation_config(
 
 
 def check_generation_config(model: PreTrainedModel, file: str | None, name: str) -> None:
-    """Raises `InputError` if a checkpoint's generation config is damaged, or has other token ids than the model.
+    """Raises `InputError` if a checkpoint's generation config is damaged, or has a token that the model does not have.
+
+    An EOS beyond the vocabulary does no harm, as it is never sampled; small models made of a large one's config often
+    have one.
 
     file: its `generation_config.json`, if there is one. transformers goes on without one that it cannot read.
     """
@@ -98,15 +101,15 @@ def check_generation_config(model: PreTrainedModel, file: str | None, name: str)
             raise InputError(f"The generation_config.json of {name!r} is damaged, no JSON of settings: copy it again.")
     if not model.can_generate():
         return
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.config.get_text_config().vocab_size
     for setting in ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
-        value = getattr(model.generation_config, setting, None)
+        value, is_read = _id_of(model, setting), setting != "eos_token_id"
         ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
         for token_id in ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < rows:
+            if not isinstance(token_id, int) or token_id < 0 or (is_read and token_id >= rows):
                 raise InputError(
-                    f"The generation config of {name!r} has {setting} = {value!r}: the model's token ids are whole "
-                    f"numbers from 0 to {rows - 1}. Correct generation_config.json, or copy it again."
+                    f"The checkpoint {name!r} has {setting} = {value!r}: the model's token ids are whole numbers from "
+                    f"0 to {rows - 1}. Correct generation_config.json or config.json, or copy them again."
                 )
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
 from rlkd_trl.models.prompts import prompt_token_ids, tokenize_prompts
-from tests.conftest import MODELS, tiny_llama, tiny_t5, word_tokenizer
+from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids_of
+from tests.conftest import EOS, MODELS, PADDED_VOCAB, VOCAB, tiny_llama, tiny_t5, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +335,27 @@ def test_settings_of_a_generation_config_that_are_not_used_are_named(tmp_path, c
     model.save_pretrained(tmp_path)
     load_model(str(tmp_path))
     assert "not used" not in capsys.readouterr().out
+
+
+def test_a_small_model_with_the_eos_of_a_large_vocabulary(tmp_path):
+    """GPT-2's default: it is never sampled, and the tokenizer's EOS ends completions."""
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert eos_token_ids(model, word_tokenizer()) == [50256, EOS]
+    assert not forbidden_ids_of(model, word_tokenizer())[EOS]
+
+
+def test_a_token_that_the_decoder_cannot_read_is_refused_in_the_config_too(tmp_path):
+    """It is read there if the generation config has none."""
+    tiny_t5(tied=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": PADDED_VOCAB}))
+    (tmp_path / "generation_config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=f"has decoder_start_token_id = {PADDED_VOCAB}: .* from 0 to {PADDED_VOCAB - 1}"
+    ):
+        load_model(str(tmp_path))
 
 
 def without(directory, destination, *parts: str):
