@@ -90,7 +90,8 @@ def same_directory() -> Iterator[None]:
 def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> TeacherReward:
     """An instance of the class for the teachers of `panel`. Raises `InputError` if the constructor fails."""
     try:
-        return kind(panel, **settings)
+        with same_directory():
+            return kind(panel, **settings)
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:

@@ -1,6 +1,7 @@
 """Rewards that users write: what they see of the teacher, and one sentence for whatever they do wrong."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel, TeacherReward, load_reward
+from rlkd_trl.rewards.own_rewards import construct
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.recipes.command_lines import ROOT
@@ -272,6 +274,14 @@ def test_a_reward_may_change_the_directory_for_itself(tmp_path, monkeypatch):
     reward = load_reward("mine.py:moves")
     assert Path.cwd() == tmp_path
     rewards_of(reward)
+    assert Path.cwd() == tmp_path
+
+    class Moves(LogLikelihoodReward):
+        def __init__(self, panel):
+            os.chdir("/")
+            super().__init__(panel)
+
+    construct(Moves, panel())
     assert Path.cwd() == tmp_path
 
 
