@@ -43,9 +43,8 @@ class FiniteTrainer(Trainer):
     finite are counted and logged with their prompts, and the step is done again without them, on all processes. If no
     single sample is the cause, or none is left, the whole step is skipped: weights and optimizer state stay as they
     are, while the step and the learning rate's schedule are counted on. After `args.max_skipped_steps` skipped steps
-    in a row `train` saves a checkpoint and raises `TrainingError`, as it does after a shorter run that has skipped all
-    its steps. A gradient whose square overflows float32 counts as
-    infinite.
+    in a row `train` saves a checkpoint and raises `TrainingError`; it also raises it after a shorter run that has
+    skipped all its steps. A gradient whose square overflows float32 counts as infinite.
 
     With `fp16` the gradient scaler handles gradients that overflow: it skips the step and lowers its scale. Such a
     step counts as skipped here only when the scale is 1 or less. DeepSpeed updates within the backward pass, so that
