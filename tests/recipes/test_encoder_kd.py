@@ -453,9 +453,9 @@ def test_maps_are_announced(encoders, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo(tmp_path):
-    """100 % for the teacher; from 10 to 90 % and more for the student."""
+    """Of five classes, of which the commonest has 56 % of the texts: the student learns all of them."""
     assert run(f"encoder_kd --output_dir {tmp_path / 'demo'} --disable_tqdm True") == 0
     metrics = metrics_of(tmp_path / "demo")
     assert metrics["teacher"]["accuracy"] > 95
-    assert metrics["after"]["accuracy"] > metrics["before"]["accuracy"] + 40
+    assert metrics["after"]["accuracy"] > 90 and metrics["after"]["f1"] > 90
     assert (ROOT / "recipes" / "configs" / "demo_encoder.yaml").is_file()
