@@ -1,7 +1,7 @@
 """Loads the data that a recipe's flags name, as prompts or pairs, and checks it before any model is loaded."""
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
@@ -19,7 +19,14 @@ from rlkd_trl.data import (
     require_two_columns,
 )
 from rlkd_trl.errors import InputError
-from rlkd_trl.prompts import PromptTemplate, PromptTemplates, is_conversation, question_columns, source_text
+from rlkd_trl.prompts import (
+    PromptTemplate,
+    PromptTemplates,
+    is_conversation,
+    question_columns,
+    source_text,
+    variable_of_source,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +86,16 @@ def load_prompts(
             grouped = _with_student_prompts(grouped, prompts.student_template)
         if templates is not None:
             templates.validate(question_columns(templates, row) for row in grouped)
+    if templates is not None and held_out is None:
+        _say_what_gets_the_source(templates, grouped[0])
     return grouped
+
+
+def _say_what_gets_the_source(templates: PromptTemplates, row: Mapping[str, object]) -> None:
+    """Says which variable of the templates gets the source text: it could be a column's name misspelt."""
+    variable = variable_of_source(templates, row)
+    if variable is not None:
+        print(f"The templates read `{variable}`, which is no column of the data: it gets the source text.", flush=True)
 
 
 def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | None) -> "Dataset":
@@ -186,6 +202,8 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         columns = {**columns, "source": source_text(row[source]), "prompt": row[source]}
         with naming(f"Row {i + 1}"):
             if templates is not None:
+                if i == 0:
+                    _say_what_gets_the_source(templates, columns)
                 questions = templates.render(question_columns(templates, columns))
             else:
                 questions = [student_prompt(prompts.student_template, columns)]

@@ -33,5 +33,5 @@ def check_launch(environment: Mapping[str, str]) -> None:
         raise InputError(
             "accelerate launch was asked for several processes and has started one (with --cpu, or without GPUs, "
             "it does so): give it --config_file accelerate_configs/cpu_2_processes.yaml, or start with rlkd-trl "
-            "--num_processes N. If one is meant, unset MASTER_ADDR."
+            "--num_processes N, without --cpu. If one is meant, unset MASTER_ADDR."
         )

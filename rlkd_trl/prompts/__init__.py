@@ -2,7 +2,7 @@
 
 from rlkd_trl.prompts.chat import ChatFormat, ChatText
 from rlkd_trl.prompts.conversations import Message, checked_messages, is_conversation, source_text
-from rlkd_trl.prompts.questions import question_columns
+from rlkd_trl.prompts.questions import question_columns, variable_of_source
 from rlkd_trl.prompts.shortening import RenderedPrompt, can_fit, cannot_fit, shortened
 from rlkd_trl.prompts.templates import PromptTemplate, PromptTemplates
 
@@ -20,4 +20,5 @@ __all__ = [
     "question_columns",
     "shortened",
     "source_text",
+    "variable_of_source",
 ]

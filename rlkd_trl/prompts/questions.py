@@ -15,7 +15,14 @@ def question_columns(templates: PromptTemplates, row: Mapping[str, object]) -> d
     it.
     """
     columns = {name: value for name, value in row.items() if name != "references"}
+    variable = variable_of_source(templates, columns)
+    return columns if variable is None else {**columns, variable: row.get("source", source_text(row["prompt"]))}
+
+
+def variable_of_source(templates: PromptTemplates, row: Mapping[str, object]) -> str | None:
+    """The variable that gets the source text, since the row has no column of its name; None if there is none."""
     # Templates that read several columns have no `source_variable`; if one is missing, rendering will say so.
     with contextlib.suppress(InputError):
-        columns.setdefault(templates.source_variable, row.get("source", source_text(row["prompt"])))
-    return columns
+        variable = templates.source_variable
+        return None if variable in row or variable in templates.renamed_variables else variable
+    return None

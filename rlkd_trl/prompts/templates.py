@@ -263,6 +263,11 @@ class PromptTemplates(Sequence[PromptTemplate]):
         return [template.name for template in self]
 
     @property
+    def renamed_variables(self) -> set[str]:
+        """The variables that get a column of another name."""
+        return set(self._rename.values())
+
+    @property
     def source_variable(self) -> str:
         """The one column that the inputs of all templates read.
 

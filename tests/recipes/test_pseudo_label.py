@@ -113,3 +113,26 @@ def test_the_source_is_the_source_column_whatever_else_is_called_source(checkpoi
     flags = f"--templates {templates} --max_completion_length 6 --output {output}"
     assert run(f"pseudo_label --teacher {teacher} --dataset {data} --source_column text {flags}") == 0
     assert labels(output) == generated(teacher, [f"w9 {row['text']}" for row in rows])
+
+
+GETS_THE_SOURCE = "The templates read `{}`, which is no column of the data: it gets the source text."
+
+
+@pytest.mark.parametrize("recipe", ["pseudo_label", "sft"])
+def test_a_variable_that_gets_the_source_is_named(recipe, checkpoints, test_csv, tmp_path, capsys):
+    """It may be a column's name misspelt. Names that are a column's, or renamed, get what they name without a word."""
+    pair = checkpoints["t5-tied"]
+    for number, (template, more, is_named) in enumerate(
+        [
+            ("w9 {{ reff }}", "", True),
+            ("w9 {{ mr }}", "", False),
+            ("w9 {{ source }}", "", False),
+            ("w9 {{ reff }}", "--rename_columns mr=reff", False),
+        ]
+    ):
+        output = tmp_path / f"{number}"
+        command = f"pseudo_label --teacher {pair.teacher} --source_column mr --output {output}.jsonl"
+        if recipe == "sft":
+            command = f"sft --student {pair.student} {COLUMNS} {TWO_STEPS} --output_dir {output}"
+        assert run(f"{command} --dataset {test_csv} --template '{template}' {more}") == 0
+        assert (GETS_THE_SOURCE.format("reff") in capsys.readouterr().out) is is_named
