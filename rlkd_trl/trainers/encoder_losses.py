@@ -114,7 +114,9 @@ def count_units(batch: Mapping[str, Tensor], stacks: tuple[str, ...]) -> dict[st
     counts["texts"] = float(len(batch["input_ids"]))
     labels = batch.get("labels")
     if labels is not None:
-        counts["labels" if labels.dim() == 1 else "masked tokens"] = float((labels != IGNORED).sum())
+        # A number to predict may be any, that which elsewhere says that there is no label, too.
+        is_label = torch.ones_like(labels) if labels.is_floating_point() else labels != IGNORED
+        counts["labels" if labels.dim() == 1 else "masked tokens"] = float(is_label.sum())
     return counts
 
 

@@ -23,6 +23,7 @@ from rlkd_trl.ops.classification import IGNORED
 from rlkd_trl.students.from_teacher import smaller_student
 from rlkd_trl.trainers.base_config import BaseConfig
 from rlkd_trl.trainers.encoder_data import ROW, TextCollator, masked_tokens
+from rlkd_trl.trainers.encoder_losses import count_units
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS, parse_losses
 from tests.models.encoders import CLS, FIRST_WORD, MASK, PAD, SEP, VOCAB, bert_config, encoder_tokenizer, make
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, snapshot
@@ -395,6 +396,13 @@ def test_batches_by_hand():
     pair = collate([{"text": "w5", "text_pair": "w6 w7"}])
     assert pair["input_ids"].tolist() == [[CLS, 5, SEP, 6, 7, SEP]]
     assert pair["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_labels_are_counted_and_numbers_to_predict_whatever_they_are():
+    """-100 says only among classes that there is no label; it may be a temperature."""
+    batch = {"input_ids": torch.ones(3, 2), "attention_mask": torch.ones(3, 2)}
+    for labels, count in (([-100, 2, 1], 2), ([-100.0, 3.5, -100.0], 3)):
+        assert count_units({**batch, "labels": torch.tensor(labels)}, ("encoder",))["labels"] == count
 
 
 def test_an_encoder_decoders_batch_by_hand():
