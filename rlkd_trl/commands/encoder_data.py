@@ -1,5 +1,6 @@
 """Texts and labels of encoder distillation, checked before any model is loaded."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,9 +220,12 @@ def with_numbers(rows: "Dataset", classes: Classes, column: str) -> "Dataset":
 def _number(label: str | float, classes: Classes, column: str) -> int | float:
     if classes.names is None:
         try:
-            return float(label)
-        except ValueError as error:
-            raise InputError(f"Column `{column}` holds {label!r}, and the task is to predict numbers.") from error
+            number = float(label)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(f"Column `{column}` holds {label!r}, and the task is to predict numbers.")
+        return number
     by_name = {name: number for number, name in classes.names.items()}
     if isinstance(label, str) and label in by_name:
         return by_name[label]

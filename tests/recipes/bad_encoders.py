@@ -28,6 +28,7 @@ def make_encoder_files(here: Path, encoders: Encoders) -> None:
     write_csv(here / "blank_label.csv", [*rows[:2], {**rows[2], "label": ""}, *rows[3:]])
     write_csv(here / "other_labels.csv", [*rows[:2], {**rows[2], "label": "huge"}, *rows[3:]])
     write_csv(here / "more_classes.csv", [*rows[:2], {**rows[2], "number": 3}, *rows[3:]])
+    write_csv(here / "infinite_score.csv", [*rows[:2], {**rows[2], "score": "inf"}, *rows[3:]])
     write_csv(here / "few_texts.csv", rows[:5])
     (here / "list_labels.jsonl").write_text("".join(json.dumps({**row, "label": ["low"]}) + "\n" for row in rows))
 
@@ -84,6 +85,11 @@ ENCODER_CASES = [
     (TASK, "--label_column score", "which is none of the 3 classes: 'low' (0), 'mid' (1), 'high' (2)"),
     (TASK, "--task_teacher two_labels", "which is none of the 2 classes: 'LABEL_0' (0), 'LABEL_1' (1)"),
     (TASK, "--task_teacher regressor", "Column `label` holds 'high', and the task is to predict numbers"),
+    (
+        TASK,
+        "--task_teacher regressor --label_column score --task_dataset infinite_score.csv",
+        "Column `score` holds inf, and the task is to predict numbers",
+    ),
     (GENERAL, "--dataset few_texts.csv", "5 rows are too few to hold some out: give --eval_dataset"),
     (TASK, "--task_dataset few_texts.csv", "5 rows are too few to hold some out: give --task_eval_dataset"),
     (GENERAL, "--eval_split test", "--eval_split test is a split of --eval_dataset: give that too"),
