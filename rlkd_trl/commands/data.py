@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.prompt_lengths import fit_prompts, naming, student_prompt
 from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
@@ -95,7 +96,7 @@ def _say_what_gets_the_source(templates: PromptTemplates, row: Mapping[str, obje
     """Says which variable of the templates gets the source text: it could be a column's name misspelt."""
     variable = variable_of_source(templates, row)
     if variable is not None:
-        print(f"The templates read `{variable}`, which is no column of the data: it gets the source text.", flush=True)
+        say(f"The templates read `{variable}`, which is no column of the data: it gets the source text.")
 
 
 def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | None) -> "Dataset":
@@ -109,9 +110,7 @@ def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | 
     if data.source_column == "source" and not is_conversation(grouped[0]["prompt"]):
         return grouped
     if "source" in grouped.column_names:
-        print(
-            f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.", flush=True
-        )
+        say(f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.")
         grouped = grouped.remove_columns("source")
     return grouped.add_column("source", [source_text(prompt) for prompt in grouped["prompt"]])
 
@@ -165,7 +164,7 @@ def load_train_and_held_out(
         if count == 0:
             raise InputError(f"{len(train)} distinct inputs are too few to hold some out: give {flag}.")
         order = random.Random(args.seed).sample(range(len(train)), len(train))
-        print(f"No {flag}: {count} of {len(train)} distinct inputs are held out for evaluation.", flush=True)
+        say(f"No {flag}: {count} of {len(train)} distinct inputs are held out for evaluation.")
         train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
     return train, test
 

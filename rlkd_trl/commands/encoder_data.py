@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import EncoderHeldOutArguments
 from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE
+from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.data import load_rows, require_columns, require_no_blanks, require_text
 from rlkd_trl.data.demo import demo_sentences
@@ -150,7 +151,7 @@ def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Ro
     if count == 0:
         raise InputError(f"{len(train)} rows are too few to hold some out: give {flag}.")
     order = random.Random(seed).sample(range(len(train)), len(train))
-    print(f"No {flag}: {count} of {len(train)} rows are held out for evaluation.", flush=True)
+    say(f"No {flag}: {count} of {len(train)} rows are held out for evaluation.")
     return Rows(train.select(sorted(order[count:])), train.select(sorted(order[:count])))
 
 

@@ -131,6 +131,19 @@ def test_a_tenth_is_held_out_without_held_out_data(train_csv):
     assert split(seed=1) != (train, held_out)
 
 
+@pytest.mark.parametrize(("rank", "is_said"), [("0", True), ("1", False)])
+def test_of_several_processes_the_first_says_what_becomes_of_the_data(rank, is_said, tmp_path, monkeypatch, capsys):
+    rows = [{"text": f"w{i}", "source": "w3"} for i in range(20)]
+    data = DataArguments(dataset=str(write_csv(tmp_path / "data.csv", rows)), source_column="text")
+    templates = PromptTemplates([PromptTemplate("one", "w9 {{ tetx }}")])
+    args = RLOOKDConfig(str(tmp_path))
+    monkeypatch.setenv("RANK", rank)
+    load_train_and_held_out(settings(data, HeldOutArguments(), args), templates)
+    said = capsys.readouterr().out
+    for line in ("data's own column `source` is replaced", "2 of 20 distinct inputs are held out", "read `tetx`"):
+        assert (line in said) is is_said
+
+
 def test_held_out_data_of_its_own_is_used_whole(train_csv, test_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
     held_out = HeldOutArguments(eval_dataset=str(test_csv))
