@@ -123,6 +123,8 @@ class ResumableTrainer(FiniteTrainer):
                 what = f"Stopped before step {self.state.global_step + 1}."
                 raise Interrupted(stop.signum, what, is_saved=checkpoint is not None) from None
             except UnpicklingError as error:  # of torch, which reads tensors and plain values only
+                if checkpoint is None:
+                    raise
                 raise InputError(
                     f"A run cannot be resumed from {checkpoint}: a file of it is a pickle that holds more than "
                     "tensors, and could run code. It was not read."

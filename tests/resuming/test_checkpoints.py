@@ -85,6 +85,16 @@ def test_a_forged_checkpoint_runs_no_code(name, saved, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_pickle_of_something_else_is_not_called_a_checkpoint(tmp_path, monkeypatch):
+    def unpickle(*args):
+        raise pickle.UnpicklingError("of the data")
+
+    trainer = build("ppo", tmp_path, **SAVING)
+    monkeypatch.setattr(trainer, "training_step", unpickle)
+    with pytest.raises(pickle.UnpicklingError, match="of the data"):
+        trainer.train()
+
+
 def test_there_is_none_that_is_whole(saved, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(saved, directory)
