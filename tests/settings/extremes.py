@@ -82,7 +82,7 @@ def what_is_wrong(line: str, output_dir: Path) -> str | None:
     if "Traceback" in text:
         return text.strip().splitlines()[-1]
     if code == 2:
-        return None
+        return "refused, but not before it wrote" if output_dir.exists() else None
     bad = [str(name) for name in _not_finite(output_dir)]
     return f"exit code {code}" if code else f"not finite: {', '.join(bad)}" if bad else None
 
