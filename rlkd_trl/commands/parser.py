@@ -11,7 +11,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from rlkd_trl.commands.argparse_internals import HelpFormatter, flags_of, is_switch, sort_into_groups
-from rlkd_trl.commands.presets import Preset, find_preset, read_preset
+from rlkd_trl.commands.presets import Preset, find_preset, read_preset, shipped_presets
 from rlkd_trl.commands.shipped import recipe_scripts
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import Reads, files_read
@@ -135,6 +135,8 @@ class RecipeParser(TrlParser):
 
     def _read_defaults(self, path: Path | None, preset: Preset) -> None:
         """Takes a preset's values as defaults: first those for every recipe, then those of this recipe's section."""
+        if path in shipped_presets() and path.parent.name in recipe_scripts() and path.parent.name != self._recipe:
+            raise InputError(f"{path.stem} is a preset of {path.parent.name}, not of {self._recipe}.")
         self._set_defaults(str(path), preset.shared)
         self._set_defaults(f"{path}, under {self._recipe}", preset.sections.get(self._recipe, {}))
 

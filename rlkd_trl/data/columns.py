@@ -21,8 +21,10 @@ def require_columns(rows: Dataset, **flags: str | None) -> None:
     """
     for flag, column in flags.items():
         if column is not None and column not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            raise InputError(f"`--{flag} {column}` is not in the data; its columns are: {columns}.")
+            message = f"`--{flag} {column}` is not in the data; its columns are: {', '.join(rows.column_names)}."
+            if len(rows.column_names) == 1 and any(separator in rows.column_names[0] for separator in ";\t|"):
+                message += " That is one column: are the cells separated by something else than commas?"
+            raise InputError(message)
 
 
 def require_two_columns(source_column: str, target_column: str | None, *, flag: str = "target_column") -> None:

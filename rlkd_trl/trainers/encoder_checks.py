@@ -58,7 +58,7 @@ def check_inputs(
         limit = None if reader is None else position_limits(reader.model).prompt
         if limit is not None and args.max_length > limit:
             raise InputError(
-                f"max_length = {args.max_length}: the {who} has positions for {limit} tokens; lower it to that."
+                f"--max_length {args.max_length}: the {who} has positions for {limit} tokens; lower it to that."
             )
     if "mlm_ce" in objective.weights and tokenizer.mask_token_id is None:
         raise InputError("mlm_ce needs a mask token, and the tokenizer has none: leave it out of the losses.")

@@ -140,7 +140,7 @@ ENCODER_CASES = [
         "3 relation heads do not divide the student's keys of wid",
     ),
     (GENERAL, "--relation_heads 0", "relation_heads = 0 is out of range"),
-    (GENERAL, "--max_length 100", "max_length = 100: the student has positions for 64 tokens; lower it to that"),
+    (GENERAL, "--max_length 100", "--max_length 100: the student has positions for 64 tokens; lower it to that"),
     (GENERAL, "--mlm_probability 1", "mlm_probability = 1.0 is out of range"),
     (TASK, "--stage_learning_rates nan", "stage_learning_rates = [nan] is out of range"),
     (TASK, "--stage_epochs 0", "stage_epochs = [0.0] is out of range"),
@@ -191,7 +191,7 @@ ENCODER_CASES = [
         "The teacher 'encoder' has not a classification head (classifier.bias is missing)",
     ),
     (GENERAL, "--teacher without_mask --losses mlm_ce+hidden_mse", "mlm_ce needs a mask token, and the tokenizer has"),
-    (GENERAL, "--student few_places", "max_length = 32: the student has positions for 8 tokens; lower it to that"),
+    (GENERAL, "--student few_places", "--max_length 32: the student has positions for 8 tokens; lower it to that"),
     (GENERAL, "--student t5_pair", "The student has encoder and decoder, the teacher encoder: choose two encoders"),
     (GENERAL, "--student encoder --num_layers 2", "--num_layers 2 is for a new student, and --student encoder names"),
     (GENERAL, "--student encoder --init random", "--init random is for a new student, and --student encoder names"),
@@ -232,6 +232,7 @@ ENCODER_CASES = [
     (ONE_STAGE, "--resume --resume_from_checkpoint files", "are two checkpoints: give one of them"),
     (ONE_STAGE, "--resume_from_checkpoint files", "--resume_from_checkpoint files is no checkpoint of a run"),
     (ONE_STAGE, "--layr_map top", "unknown flag --layr_map; did you mean --layer_map"),
+    (ONE_STAGE, "--config gkd", "gkd is a preset of kd, not of encoder_kd"),
     (ONE_STAGE, "--config misspelt_key.yaml", "misspelt_key.yaml: unknown key sorce_column; did you mean"),
 ]
 ENCODER_LOADED_CASES = [
