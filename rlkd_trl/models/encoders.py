@@ -20,7 +20,15 @@ from transformers import (
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
-from rlkd_trl.models.loading import DTYPES, check_complete, check_dtype, load_part, making_model_of, weight_names
+from rlkd_trl.models.loading import (
+    DTYPES,
+    check_complete,
+    check_dtype,
+    check_no_layers_left,
+    load_part,
+    making_model_of,
+    weight_names,
+)
 from rlkd_trl.models.sharding import loading_shards
 
 
@@ -120,6 +128,7 @@ def load_encoder(
     missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}
     of_head = {name for name in missing if may_be_new and (not _is_of_body(name, model) or _is_pooler(name))}
     check_complete(missing - of_head, f"{who} {name_or_path!r}")
+    check_no_layers_left(model, info["unexpected_keys"], f"{who} {name_or_path!r}")
     check_weights(model, f"{who} {name_or_path!r}")
     if of_head and is_first_process():
         print(f"{who}'s head is new: {', '.join(sorted(of_head))}.", flush=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import sys
 import textwrap
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -144,6 +146,7 @@ def load_model(
     missing = {*info["missing_keys"], *_lost_tied_weights(model, name_or_path, revision)}
     untied = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
     check_complete(untied, f"The model {name_or_path!r}")
+    check_no_layers_left(model, info["unexpected_keys"], f"The model {name_or_path!r}")
     check_weights(model, f"The model {name_or_path!r}")
     check_generation_config(model, checkpoint_file(name_or_path, GENERATION_CONFIG_NAME, revision), name_or_path)
     refuse_t5_in_float16(config, model.dtype)  # "auto" takes the weights' dtype where the config names none
@@ -163,6 +166,22 @@ def check_complete(missing: Collection[str], model_name: str) -> None:
             f"{model_name} is incomplete: {len(missing)} of its weights are not in the checkpoint ({names}), and "
             "would be random numbers. Copy or download it again."
         )
+
+
+def check_no_layers_left(model: nn.Module, unexpected: Collection[str], model_name: str) -> None:
+    """Raises `InputError` if a checkpoint has weights of more layers than the model was made with.
+
+    unexpected: the names of the checkpoint's weights that the model has no place for.
+    """
+    for name in sorted(unexpected):
+        for number in re.finditer(r"\.(\d+)\.", name):
+            layers = dict(model.named_modules()).get(name[: number.start()])
+            if isinstance(layers, nn.ModuleList) and int(number[1]) >= len(layers):
+                raise InputError(
+                    f"{model_name} has weights of more layers than its config.json names ({name}, and "
+                    f"{name[: number.start()]} has {len(layers)} layers): the two are of different models. Copy or "
+                    "download it again."
+                )
 
 
 def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str | None) -> set[str]:

@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.encoders import load_encoder
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
 from rlkd_trl.models.prompts import prompt_token_ids, tokenize_prompts
@@ -388,6 +389,29 @@ def test_an_incomplete_checkpoint_is_refused(checkpoints, name, part, named, qua
     directory = without(checkpoints[name], tmp_path / "copy", part)
     with pytest.raises(InputError, match=rf"is incomplete: \d+ of its weights.*{re.escape(named)}"):
         load_model(directory, quantization=quantization)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "layers"),
+    [
+        ("t5-tied", "num_layers", "encoder.block"),
+        ("t5-untied", "num_decoder_layers", "decoder.block"),
+        ("llama", "num_hidden_layers", "model.layers"),
+        ("bert", "num_hidden_layers", "bert.encoder.layer"),
+    ],
+)
+def test_a_config_of_fewer_layers_than_there_are_weights_of_is_refused(checkpoints, name, setting, layers, tmp_path):
+    """transformers leaves the others out, with a report that is easily overlooked: another model than is meant."""
+    copy = tmp_path / "copy"
+    if name == "bert":
+        sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(copy)
+    else:
+        shutil.copytree(checkpoints[name], copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, setting: 1}))
+    with pytest.raises(InputError, match=rf"has weights of more layers than its config.json names .*{layers} has 1 "):
+        load_encoder(str(copy), "tokens", "The teacher") if name == "bert" else load_model(str(copy))
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
