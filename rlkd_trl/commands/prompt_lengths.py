@@ -53,10 +53,11 @@ def fit_rows(
         rows = _fit_student_prompts(rows, data_name, prompts.student_template, writer, max_prompt_length)
     elif not writer.is_plain(rows[0]["prompt"]):
         _written(writer, rows["prompt"], data_name)
+    limits = position_limits_of_config(load_config(student.student, revision=student.student_revision))
     with naming(data_name):
         check_lengths(
             "The student",
-            position_limits_of_config(load_config(student.student, revision=student.student_revision)),
+            limits,
             writer.processing_class,
             map(writer.text, rows["prompt"]),
             max_prompt_length=max_prompt_length,
@@ -139,10 +140,11 @@ def check_questions(
         longest = _longest_questions(writer, templates, rows, data_name)
         if max_length is not None or not writer.is_plain(rows[0]["prompt"]):
             longest = list(longest)
+        limits = position_limits_of_config(load_config(name, revision=teacher.teacher_revision))
         with naming(data_name):
             check_lengths(
                 "The teacher",
-                position_limits_of_config(load_config(name, revision=teacher.teacher_revision)),
+                limits,
                 writer.processing_class,
                 longest,
                 max_prompt_length=max_length,

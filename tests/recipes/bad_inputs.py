@@ -872,7 +872,7 @@ LOADED_CASES = [
     (
         ("evaluate", "ppo_kd"),
         "--teacher dropout_of_7",
-        "made of the config of 'dropout_of_7': dropout probab",
+        "error: No model can be made of the config of 'dropout_of_7': dropout probab",
     ),
     (
         ("pseudo_label", "kd"),
