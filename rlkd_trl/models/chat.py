@@ -64,8 +64,7 @@ class PromptWriter:
             if not self.is_chat:
                 raise InputError(
                     f"A prompt is a conversation, and {self._name} has no chat template to write it with: give one (a "
-                    "file of Jinja: --student_chat_template, --teacher_chat_template), or texts as prompts (with a "
-                    "template, '{{ source }}' is what the user said last)."
+                    "file of Jinja), or texts as prompts (with a template, '{{ source }}' is what the user said last)."
                 )
             return self._written_conversation(checked_messages(prompt))
         if not self.is_chat or self._is_written(prompt):
