@@ -120,7 +120,8 @@ def finish(method: str, output_dir: Path, begin: Callable[[], None]) -> dict:
     code = run(f"{line} --output_dir {output_dir.name}")
     if code != 0:
         raise RuntimeError(f"exit code {code}")
-    return _content(output_dir)
+    # The first process writes it, while the others are at their end.
+    return _content(output_dir) if os.environ.get("RANK", "0") == "0" else {}
 
 
 def _finish_trainer(method: str, output_dir: Path, begin: Callable[[], None]) -> dict:
