@@ -27,7 +27,6 @@ Methods ask the teacher through one of its templates, which judges them too.
 import argparse
 import csv
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ import time
 from pathlib import Path
 
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, STUDENT, TEACHER, TEMPLATE_NAMES, delexicalise, stage
+from result_files import made_by
 
 # Inputs: of the first file for test and validation; with variants, for the students; of the second file.
 TEST_INPUTS, VALIDATION_INPUTS, STUDENT_INPUTS, OFFICIAL_INPUTS = 300, 60, 600, 300
@@ -150,8 +150,16 @@ def compare(args: argparse.Namespace, warm_start: str, seeds: list[str], *, minu
         shutil.copy(path, target / path.name)
     if (target / "comparison.md").is_file():
         with (target / "comparison.md").open("a", encoding="utf-8") as file:
-            file.write(f"\nMade by `python {shlex.join(sys.argv)}`.\n")
+            file.write(f"\n{share_of_the_whole(args)}{made_by()}\n")
     return code
+
+
+def share_of_the_whole(args: argparse.Namespace) -> str:
+    """A sentence that says what a call with fewer methods, rates or seeds leaves out; empty where it has them all."""
+    of_each = {"methods": (args.methods, METHODS), "learning rates": (args.learning_rates, RATES)}
+    parts = [f"{len(some)} of {len(all_)} {name}" for name, (some, all_) in of_each.items() if len(some) < len(all_)]
+    parts += [] if args.top else ["no seeds more for the best"]
+    return f"A part of the whole comparison: {', '.join(parts)}. " if parts else ""
 
 
 def main() -> None:

@@ -17,13 +17,12 @@ lose greedy BLEU against the warm start last. A finished stage is not run again;
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from e2e import QUIET, RESULTS, TEMPLATE_NAMES, stage
+from result_files import made_by
 
 from rlkd_trl.evaluation.tables import markdown_table, number
 
@@ -170,7 +169,7 @@ def main() -> None:
                 rows.append((name, rate, seed, measured(here)))
     text = f"{args.max_steps} steps from the {args.warm_start} warm start; validation inputs.\n\n"
     text += table(rows, measured(search / "before"))
-    text += f"\n\n{left} runs are left. Made by `python {shlex.join(sys.argv)}`.\n"
+    text += f"\n\n{left} runs are left. {made_by()}\n"
     args.results.write_text(text, encoding="utf-8")
     print(text)
 

@@ -1,9 +1,22 @@
 """Where a benchmark's results go, and how they are written."""
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def made_by() -> str:
+    """A sentence with the command that is running, and the commit that it is of where this is a clone."""
+    found = ""
+    if shutil.which("git"):
+        asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return f"Made by `python {shlex.join(sys.argv)}`{f', commit {found}' if found else ''}."
 
 
 def write_results(directory: str | Path, name: str, results: object, text: str) -> None:

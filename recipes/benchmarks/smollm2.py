@@ -22,7 +22,6 @@ import importlib.util
 import itertools
 import json
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import zipfile
 from pathlib import Path
 
 from e2e import QUIET, RECIPES, RESULTS, stage
+from result_files import made_by
 
 from rlkd_trl.commands.comparison.statistics import mean_interval
 from rlkd_trl.evaluation.metrics import bleu
@@ -261,7 +261,7 @@ def main() -> None:
     text = (
         "Mean over seeds ± half-width of its 95 % interval. BLEU is against the teacher's greedy answers but in one "
     )
-    text += f"column.\n\n{table(lines)}\n\nMade by `python {shlex.join(sys.argv)}`.\n"
+    text += f"column.\n\n{table(lines)}\n\n{made_by()}\n"
     (args.results_dir / "smollm2.md").write_text(text, encoding="utf-8")
     print(text)
     sys.exit(code)

@@ -98,3 +98,13 @@ def test_a_seed_of_everything_comes_before_the_next(run):
 
 def test_it_stops_in_time(run):
     assert [name for name, _, _ in run("--seeds 0 1 2 --stop_after_minutes 2")] == ["middling", "good"]
+
+
+def test_a_part_says_what_it_leaves_out(names, monkeypatch):
+    said = names["share_of_the_whole"]
+    whole = argparse.Namespace(methods=names["METHODS"], learning_rates=names["RATES"], top=4)
+    assert said(whole) == ""
+    part = argparse.Namespace(methods=["ppo", "gkd"], learning_rates=["1e-3"], top=0)
+    assert said(part).startswith(f"A part of the whole comparison: 2 of {len(names['METHODS'])} methods, 1 of 6 ")
+    monkeypatch.setattr(sys, "argv", ["here/e2e_comparison.py", "--train", "two words"])
+    assert names["made_by"]().startswith("Made by `python here/e2e_comparison.py --train 'two words'`")
