@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from rlkd_trl.errors import InputError
-from tests.recipes.command_lines import ROOT, main_of, write_csv
+from tests.recipes.command_lines import ROOT, write_csv
 
 PRESETS = ROOT / "recipes" / "configs" / "methods" / "encoder_kd"
 SENTENCES = ["Cheap French food at The Vaults.", "The Mill is a pub in the city centre.", "Rated low, and not cheap."]
@@ -30,9 +30,12 @@ ROWS = [
 
 @pytest.fixture
 def names(monkeypatch) -> dict:
-    """The script's global names; it imports its neighbours, as a script does."""
+    """The global names of the script's parts, which import each other as neighbours."""
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
-    return main_of("benchmarks/encoders").__globals__
+    import encoder_runs
+    import encoder_tables
+
+    return vars(encoder_runs) | vars(encoder_tables)
 
 
 @pytest.fixture
@@ -89,27 +92,38 @@ def test_terms_are_left_out(names):
 # The plan
 
 
-def plan_of(names, tmp_path, methods, seeds=(0, 1)):
-    return names["Plan"](tmp_path, methods, ["food", "rating"], list(seeds), names["STEPS"])
+def plan_of(names, tmp_path, methods, tasks=("food", "rating")):
+    return names["Plan"](tmp_path, methods, tasks, seeds=(0, 1))
 
 
 def test_the_order_of_runs(names, tmp_path):
-    runs = plan_of(names, tmp_path, ["kd", "tinybert", "tinybert, random, top", "minilm, random"]).runs()
+    """Group by group and seed by seed; some groups have less tasks."""
+    methods = ["kd", "tinybert", "tinybert, random, top", "kd, half width"]
+    runs = plan_of(names, tmp_path, methods, ("price range", "food")).runs()
     found = [(one.kind, one.of, one.task, one.seed) for one in runs]
-    tasks = [(method, task) for task in ("food", "rating") for method in ("kd", "tinybert")]
-    ablations = [("tinybert, random, top", task) for task in ("food", "rating")]
-    seed0 = [("task", method, task, 0) for method, task in tasks]
     assert found == [
         ("general", "tinybert", None, 0),
+        ("teacher", "price range", "price range", 0),
+        ("task", "kd", "price range", 0),
+        ("task", "tinybert", "price range", 0),
         ("teacher", "food", "food", 0),
-        *seed0[:2],
-        ("teacher", "rating", "rating", 0),
-        *seed0[2:],
-        *[("task", method, task, 1) for method, task in tasks],
-        *[("general", method, None, 0) for method in ("tinybert, random, top", "minilm, random")],
-        *[("task", method, task, 0) for method, task in ablations],
+        ("task", "kd", "food", 0),
+        ("task", "tinybert", "food", 0),
+        *[("task", method, task, 1) for task in ("price range", "food") for method in ("kd", "tinybert")],
+        ("general", "tinybert, random, top", None, 0),
+        *[("task", "tinybert, random, top", "food", seed) for seed in (0, 1)],
+        *[("task", "kd, half width", "food", seed) for seed in (0, 1)],
     ]
     assert len({one.directory for one in runs}) == len(runs)
+
+
+def test_each_group_has_its_budget(names, tmp_path):
+    plan = plan_of(names, tmp_path, ["tinybert", "tinybert, random"])
+    budgets = {"tinybert": ((40, "5e-4"), (30, "3e-4")), "tinybert, random": ((100, "1e-3"), (50, "1e-3"))}
+    for method, expected in budgets.items():
+        for one, (steps, rate) in zip((plan.general(method), plan.task(method, "food", 0)), expected, strict=True):
+            assert (one.steps, one.flags[one.flags.index("--learning_rate") + 1]) == (steps, rate)
+    assert names["Plan"](tmp_path, most_steps=2).general("tinybert").steps == 2
 
 
 def finished(one, accuracy: float, **settings) -> None:

@@ -1,0 +1,134 @@
+"""Carries out a run of the encoder benchmark in a process of its own, and measures what it has made."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from encoder_material import MAX_LENGTH, read_csv
+from encoder_runs import MEASURED, Run, slug
+
+RECIPE = Path(__file__).resolve().parents[1] / "encoder_kd.py"
+
+
+def apart(function: Callable, *args: object, log: Path) -> None:
+    """Calls the function in a process of its own, which has the libraries imported. Ends the script if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlkd_trl.trainers.encoder"])
+    process = context.Process(target=_logged, args=(function, args, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{log.read_text(encoding='utf-8', errors='replace')[-4000:]}\n{log} ends with this.")
+
+
+def _logged(function: Callable, args: Sequence[object], log: Path) -> None:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    function(*args)
+
+
+def call_recipe(flags: Sequence[str], seconds: Path) -> None:
+    """`python recipes/encoder_kd.py FLAGS` in this process; leaves its CPU time in a file."""
+    sys.argv = [str(RECIPE), *flags]
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    finally:
+        seconds.write_text(f"{time.process_time():.1f}\n", encoding="utf-8")
+
+
+def carry_out(one: Run, here: Path) -> None:
+    """Runs the recipe, and measures what it has made."""
+    shutil.rmtree(one.directory, ignore_errors=True)
+    logs = here / "logs" / one.directory.relative_to(here)
+    logs.mkdir(parents=True, exist_ok=True)
+    preset = logs / "preset.yaml"
+    preset.write_text(yaml.safe_dump(one.settings), encoding="utf-8")
+    flags = ["--config", str(preset), *one.flags, "--max_steps", str(one.steps), "--output_dir", str(one.directory)]
+    seconds = logs / "cpu_seconds"
+    apart(call_recipe, flags, seconds, log=logs / "output.txt")
+    measure = measure_likeness if one.kind == "general" else measure_accuracy
+    apart(measure, one, here, float(seconds.read_text()), log=logs / "measuring.txt")
+    if one.kind == "task":  # its numbers are all that is wanted of it
+        (one.directory / "model.safetensors").unlink()
+
+
+def measure_likeness(one: Run, here: Path, cpu_seconds: float) -> None:
+    """Of a general student, and of the teacher as it is: how like the teacher's its states are, size and time."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from rlkd_trl.evaluation.encoders import Seen
+
+    tokenizer = AutoTokenizer.from_pretrained(here / "teacher")
+    student, teacher = (AutoModel.from_pretrained(place).eval() for place in (one.directory, here / "teacher"))
+    found: dict[str, float] = {"parameters": student.num_parameters(), "teacher_parameters": teacher.num_parameters()}
+    found["cpu_seconds"] = cpu_seconds
+    times = []
+    for kind in ("e2e", "docstrings"):
+        seen = Seen()
+        for batch in _batches(tokenizer, [row["text"] for row in read_csv(here / "general" / f"{kind}.csv")]):
+            (states_BSD, own), (teachers_BSD, teachers) = (_timed(model, batch) for model in (student, teacher))
+            seen.add_states(states_BSD, teachers_BSD, batch["attention_mask"].bool())
+            times.append(teachers / own)
+        found |= {f"{kind}_{name}": value for name, value in seen.likeness().items()}
+    found["speed_up"] = statistics.median(times)
+    _save(one, found)
+
+
+def measure_accuracy(one: Run, here: Path, cpu_seconds: float) -> None:
+    """On all held-out sentences of the task."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rlkd_trl.evaluation.encoders import accuracy
+
+    tokenizer = AutoTokenizer.from_pretrained(one.directory)
+    model = AutoModelForSequenceClassification.from_pretrained(one.directory).eval()
+    rows = read_csv(here / "tasks" / slug(one.task) / "test.csv")
+    predictions: list[int] = []
+    for batch in _batches(tokenizer, [row["text"] for row in rows]):
+        predictions += _outputs(model, batch).logits.argmax(dim=1).tolist()
+    labels = [model.config.label2id[row["label"]] for row in rows]
+    _save(one, {"accuracy": accuracy(predictions, labels), "cpu_seconds": cpu_seconds})
+
+
+def _batches(tokenizer, texts: Sequence[str]):
+    for start in range(0, len(texts), 25):
+        some = texts[start : start + 25]
+        yield tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+
+
+def _outputs(model, batch):
+    import torch
+
+    with torch.no_grad():
+        return model(**batch)
+
+
+def _timed(model, batch) -> tuple[object, float]:
+    """Last hidden states, and the CPU seconds of a second forward pass."""
+    states_BSD = _outputs(model, batch).last_hidden_state
+    began = time.process_time()
+    _outputs(model, batch)
+    return states_BSD, time.process_time() - began
+
+
+def _save(one: Run, found: Mapping[str, float]) -> None:
+    text = json.dumps({**found, "commit": commit(), "run": one.record}, indent=1)
+    (one.directory / MEASURED).write_text(text + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """That of the code, as git says it; "unknown" outside of a clone."""
+    command = ["git", "-C", str(RECIPE.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    return finished.stdout.strip() if finished.returncode == 0 else "unknown"
