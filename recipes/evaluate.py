@@ -8,7 +8,14 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
-from rlkd_trl.commands.checks import check_checkpoints, checked_rewards, refuse_unused, require, require_files
+from rlkd_trl.commands.checks import (
+    check_checkpoints,
+    check_evaluation_panel,
+    checked_rewards,
+    refuse_unused,
+    require,
+    require_files,
+)
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
@@ -28,6 +35,7 @@ def main() -> None:
     refuse_unused(settings.evaluation, "temperature", unless=settings.evaluation.sample, needs="--sample")
     rewards = checked_rewards(settings.reward, settings.evaluation.reward_weights)
     check_checkpoints(settings.teacher, settings.student)
+    check_evaluation_panel(settings, templates, rows)
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
     lengths = {name: getattr(settings.evaluation, name) for name in ("max_prompt_length", "max_completion_length")}
     rows = list(fit_rows(rows, "Data", *of_prompts, **lengths))

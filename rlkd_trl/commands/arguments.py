@@ -11,9 +11,20 @@ from typing import ClassVar
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import chat
 from rlkd_trl.settings.files import ChatTemplatePath, CheckpointPath, DataPath, OutputPath, RewardPath, TemplatesPath
-from rlkd_trl.settings.ranges import Count, Length, Seed, Share, ShareBelowOne, Temperature, Weight, check_ranges
+from rlkd_trl.settings.ranges import (
+    Count,
+    Length,
+    Positive,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Temperature,
+    Weight,
+    check_ranges,
+)
 
 _CHAT_TEMPLATE = "auto: the tokenizer's, if it has one; none; or a .jinja file, or a checkpoint with a tokenizer's."
+WEIGHTINGS = ("fixed", "validation", "per_example")
 _SYSTEM_PROMPT = "What the system says first, in its chat template."
 _CHAT_TEMPLATE_KWARGS = """Variables of its chat template, in JSON: '{"enable_thinking": false}'."""
 
@@ -144,6 +155,36 @@ class TeacherArguments:
             "quantization": self.teacher_quantization,
             "offload_path": self.teacher_offload_path,
         }
+
+
+@dataclass
+class PanelArguments:
+    """Several teachers or templates"""
+
+    teacher_weights: list[Positive] | None = field(
+        default=None, metadata={"help": "One weight per teacher, of the mean over teachers; default: equal."}
+    )
+    template_weights: list[Positive] | None = field(
+        default=None, metadata={"help": "One weight per template, of the mean over templates; default: equal."}
+    )
+    teacher_weighting: str = field(
+        default="fixed",
+        metadata={
+            "help": "fixed: these weights; validation: each over 1 + its loss on held-out references; per_example: "
+            "over 1 + its loss on the example's own reference or, without one, its distance from the others (MT-BERT)."
+        },
+    )
+    teacher_column: str | None = field(
+        default=None, metadata={"help": "Column that names the one teacher of each example; default: all are asked."}
+    )
+    template_column: str | None = field(
+        default=None, metadata={"help": "Column that names the one template of each example; default: all are asked."}
+    )
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.teacher_weighting not in WEIGHTINGS:
+            raise InputError(f"--teacher_weighting {self.teacher_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
 
 
 @dataclass

@@ -1,21 +1,27 @@
 """Checks of a command's input, before any model is loaded. A check changes nothing and makes nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.arguments import PanelArguments, RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.launched import say
-from rlkd_trl.commands.loading import student_writer, teacher_writer
+from rlkd_trl.commands.loading import routing_of, student_writer, teacher_writer
 from rlkd_trl.commands.run_directory import check_not_there
-from rlkd_trl.commands.settings import DistillationSettings, PseudoLabelSettings, SupervisedSettings
+from rlkd_trl.commands.settings import (
+    DistillationSettings,
+    EvaluationSettings,
+    PseudoLabelSettings,
+    SupervisedSettings,
+)
 from rlkd_trl.data import require_dataset
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import Reads, files_read, require_checkpoint
 from rlkd_trl.settings.hub import require_on_hub
 
 if TYPE_CHECKING:
+    from rlkd_trl.prompts import PromptTemplates
     from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.config import OnPolicyConfig
 
@@ -162,6 +168,48 @@ def check_teacher(teacher: TeacherArguments) -> None:
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
         if teacher_writer(teacher, name).is_chat:
             say(f"Teacher {name}: asked through a chat template (--teacher_chat_template none: without).")
+
+
+def check_panel(panel: PanelArguments, teacher: TeacherArguments, templates: "PromptTemplates | None") -> None:
+    """Checks the flags for several teachers or templates. Raises `InputError`."""
+    num_teachers, num_templates = len(teacher.teacher or ["the demo's"]), 1 if templates is None else len(templates)
+    for flag, weights, count, what in (
+        ("--teacher_weights", panel.teacher_weights, num_teachers, "teachers"),
+        ("--template_weights", panel.template_weights, num_templates, "templates"),
+    ):
+        if weights is not None and len(weights) != count:
+            raise InputError(f"{flag} has {len(weights)} weights for {count} {what}: give one each.")
+    refuse_unused(
+        panel, "teacher_weighting", unless=num_teachers * num_templates > 1, needs="several teachers or templates"
+    )
+    refuse_unused(panel, "teacher_column", unless=num_teachers > 1, needs="several teachers (--teacher A B)")
+    refuse_unused(panel, "template_column", unless=num_templates > 1, needs="several templates")
+
+
+def check_routing(
+    panel: PanelArguments,
+    teacher: TeacherArguments,
+    templates: "PromptTemplates | None",
+    parts: Mapping[str, Sequence[Mapping[str, object]]],
+) -> None:
+    """Raises `InputError` if a row names no teacher or template; parts: the rows, by what they are called."""
+    routing = routing_of(panel, teacher)
+    for name, rows in parts.items() if routing is not None else ():
+        routing.check(rows, templates.names if templates is not None else [], name)
+
+
+def check_evaluation_panel(
+    settings: EvaluationSettings, templates: "PromptTemplates | None", rows: Sequence[Mapping[str, object]]
+) -> None:
+    """As `check_panel` and `check_routing`; refuses weights that would come from the rows to be measured on."""
+    check_panel(settings.panel, settings.teacher, templates)
+    if settings.panel.teacher_weighting == "validation":
+        raise InputError(
+            "--teacher_weighting validation would weigh the teachers by the rows that are measured: give the weights "
+            "that the training run has printed, with --teacher_weights."
+        )
+    if settings.teacher.teacher is not None:
+        check_routing(settings.panel, settings.teacher, templates, {"Data": rows})
 
 
 def check_student(student: StudentArguments, *, fp16: bool = False) -> None:

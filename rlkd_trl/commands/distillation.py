@@ -6,10 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.checks import check_checkpoints, checked_rewards, is_demo, require_files
+from rlkd_trl.commands.checks import (
+    check_checkpoints,
+    check_panel,
+    check_routing,
+    checked_rewards,
+    is_demo,
+    require_files,
+)
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
-from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
+from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student, weigh_by_validation
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
 from rlkd_trl.commands.run_directory import (
@@ -21,6 +28,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
+from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
@@ -148,10 +156,27 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(data.train, settings.args)
+    check_panel(settings.panel, settings.teacher, data.templates)
+    check_owners(settings, data)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not is_demo(settings):
         check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16, top_k=settings.args.top_k)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
+
+
+def check_owners(settings: DistillationSettings, data: CheckedData) -> None:
+    """Raises `InputError` if a row names no teacher or template, or held-out references to weigh by are missing."""
+    panel = settings.panel
+    references = data.test["references"] if "references" in data.test.column_names else [[]]
+    if panel.teacher_weighting == "validation" and not all(references):
+        raise InputError(
+            "--teacher_weighting validation weighs teachers by their loss on held-out references, and not every "
+            "held-out row has one: name their column with --target_column, or choose another weighting."
+        )
+    if not is_demo(settings):
+        check_routing(
+            panel, settings.teacher, data.templates, {"Training data": data.train, "Held-out data": data.test}
+        )
 
 
 def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:
@@ -169,23 +194,22 @@ def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> Che
 
 def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, inputs: CheckedInputs) -> "RolloutTrainer":
     """The trainer, with teacher and student loaded. Raises `InputError`."""
+    args = settings.args
+    panel = load_panel(
+        settings.teacher, inputs.templates, settings.panel, max_reference_length=args.max_completion_length
+    )
+    if settings.panel.teacher_weighting == "validation":
+        weigh_by_validation(panel, inputs.test)
+    scorer = panel
     if isinstance(settings, RewardedSettings):
-        args = settings.args
         scorer = load_reward_model(
-            inputs.rewards,
-            settings.reward,
-            settings.teacher,
-            inputs.templates,
-            gamma=args.gamma,
-            weights=args.reward_weights,
+            inputs.rewards, settings.reward, panel, gamma=args.gamma, weights=args.reward_weights
         )
-    else:
-        scorer = load_panel(settings.teacher, inputs.templates)
     model, writer = load_student(settings.student)
     return trainer(
         model,
         scorer,
-        settings.args,
+        args,
         inputs.train,
         eval_dataset=inputs.test,
         processing_class=writer.processing_class,

@@ -3,7 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import NewModelArguments, RewardArguments, StudentArguments, TeacherArguments
+from rlkd_trl.commands.arguments import (
+    NewModelArguments,
+    PanelArguments,
+    RewardArguments,
+    StudentArguments,
+    TeacherArguments,
+)
 from rlkd_trl.commands.launched import say
 from rlkd_trl.prompts import PromptTemplates, source_text
 
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
     from rlkd_trl.models.chat import PromptWriter
     from rlkd_trl.rewards import RewardModel, TeacherReward
     from rlkd_trl.teachers import TeacherPanel
+    from rlkd_trl.teachers.routing import Routing
 
 
 def teacher_writer(teacher: TeacherArguments, name: str) -> "PromptWriter":
@@ -66,8 +73,14 @@ def load_or_make_model(
     return new_model(writer.processing_class, **sizes, seed=seed)
 
 
-def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> "TeacherPanel":
-    """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`."""
+def load_panel(
+    teacher: TeacherArguments, templates: PromptTemplates | None, panel: PanelArguments | None = None, **settings
+) -> "TeacherPanel":
+    """The named teachers, asked through the templates; prints how each is kept. Raises `InputError`.
+
+    panel: how they are weighed, and which examples are whose; by default equally, and everyone's. settings: of
+    `TeacherPanel` too.
+    """
     from rlkd_trl.teachers import Teacher, TeacherPanel
 
     teachers = [
@@ -85,27 +98,51 @@ def load_panel(teacher: TeacherArguments, templates: PromptTemplates | None) -> 
     ]
     for name, loaded in zip(teacher.teacher, teachers, strict=True):
         say(f"Teacher {name}: {loaded.describe()}.")
-    return TeacherPanel(teachers, templates)
+    panel = panel or PanelArguments()
+    return TeacherPanel(
+        teachers,
+        templates,
+        teacher_weights=panel.teacher_weights,
+        template_weights=panel.template_weights,
+        weighting="per_example" if panel.teacher_weighting == "per_example" else "fixed",
+        routing=routing_of(panel, teacher),
+        **settings,
+    )
+
+
+def routing_of(panel: PanelArguments, teacher: TeacherArguments) -> "Routing | None":
+    """Which examples are whose, by the columns that the flags name."""
+    from rlkd_trl.teachers.routing import Routing
+
+    if panel.teacher_column is None and panel.template_column is None:
+        return None
+    return Routing(panel.teacher_column, panel.template_column, tuple(teacher.teacher))
+
+
+def weigh_by_validation(panel: "TeacherPanel", rows: Sequence[Mapping[str, object]]) -> None:
+    """Weighs the scorers by their mean loss on the rows' first references, and prints losses and weights."""
+    losses = panel.reference_losses(rows).mean(dim=1).tolist()
+    panel.weigh_by(losses)
+    listed = ", ".join(f"{loss:.3f} → {weight:.3f}" for loss, weight in zip(losses, panel.weights, strict=True))
+    say(f"Validation losses of the teachers, per token, on {len(rows)} references, and their weights: {listed}.")
 
 
 def load_reward_model(
     rewards: Sequence["type[TeacherReward] | Callable"],
     reward: RewardArguments,
-    teacher: TeacherArguments,
-    templates: PromptTemplates | None,
+    panel: "TeacherPanel",
     *,
     gamma: float,
     weights: Sequence[float] | None,
 ) -> "RewardModel":
-    """The rewards (see `checks.checked_rewards`) on one panel of the named teachers.
+    """The rewards (see `checks.checked_rewards`) on one panel of teachers.
 
     Raises:
-        InputError: As `Teacher.from_pretrained`, `TeacherForcingReward` and `RewardModel`.
+        InputError: As `TeacherForcingReward` and `RewardModel`.
     """
     from rlkd_trl.rewards import RewardModel, TeacherForcingReward, TeacherReward
     from rlkd_trl.rewards.own_rewards import construct
 
-    panel = load_panel(teacher, templates)
     terms = []
     for term in rewards:
         if isinstance(term, type) and issubclass(term, TeacherForcingReward):

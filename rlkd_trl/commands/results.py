@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.launched import say
-from rlkd_trl.commands.loading import load_reward_model, load_student
+from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, described
 from rlkd_trl.prompts import PromptTemplates
@@ -147,8 +147,12 @@ def evaluate_checkpoints(
         reward_model = load_reward_model(
             rewards,
             settings.reward,
-            settings.teacher,
-            templates,
+            load_panel(
+                settings.teacher,
+                templates,
+                settings.panel,
+                max_reference_length=evaluation.max_completion_length,
+            ),
             gamma=evaluation.gamma,
             weights=evaluation.reward_weights,
         )

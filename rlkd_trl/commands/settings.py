@@ -19,6 +19,7 @@ from rlkd_trl.commands.arguments import (
     GeneralDataArguments,
     HeldOutArguments,
     NewModelArguments,
+    PanelArguments,
     PromptArguments,
     PseudoLabelArguments,
     RewardArguments,
@@ -52,6 +53,7 @@ class DistillationSettings:
     held_out: HeldOutArguments
     prompts: PromptArguments
     teacher: TeacherArguments
+    panel: PanelArguments
     student: StudentArguments
     code: CodeArguments
     run: RunArguments
@@ -110,6 +112,7 @@ class EvaluationSettings:
     data: DataArguments
     prompts: PromptArguments
     teacher: TeacherArguments
+    panel: PanelArguments
     student: StudentArguments
     code: CodeArguments
     reward: RewardArguments

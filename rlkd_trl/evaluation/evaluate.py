@@ -18,7 +18,7 @@ from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.finite import usable_rows
-from rlkd_trl.ops.masking import masked_sum
+from rlkd_trl.ops.masking import masked_sum, pad_columns
 from rlkd_trl.ops.rewards import sequence_sum
 from rlkd_trl.prompts import Message, source_text
 from rlkd_trl.rewards import RewardInputs, RewardModel
@@ -252,8 +252,13 @@ def evaluate_teacher(
     reward_model: RewardModel,
     **settings,
 ) -> Evaluation:
-    """`evaluate_student` for the first teacher, asked through its first template; `settings` go there."""
+    """`evaluate_student` for the first teacher, asked through its first template; `settings` go there.
+
+    Where the panel's routing says whose a row is, the first of its owners answers it.
+    """
     panel = reward_model.panels[0]
+    if panel.routing is not None:
+        return _evaluate_owners(tokenizer, rows, reward_model, **settings)
     scorer = panel.scorers[0]
     teacher = scorer.teacher
     return evaluate_student(
@@ -264,6 +269,60 @@ def evaluate_teacher(
         prompts=scorer.prompts([panel.questions(row) for row in rows]),
         max_prompt_length=teacher.max_prompt_length,
         **settings,
+    )
+
+
+def _evaluate_owners(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, object]],
+    reward_model: RewardModel,
+    *,
+    max_completion_length: int,
+    batch_size: int = 64,
+    seed: int | None = None,
+    with_ibleu: bool = False,
+    progress: str | None = None,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """`evaluate_completions` of each row's answer by the first scorer that owns it; settings of `evaluate_student`."""
+    panel = reward_model.panels[0]
+    questions_of_rows = [panel.questions(row) for row in rows]
+    owner_P = panel.owned(rows).long().argmax(dim=0)
+    parts, own_logps, order, policy = [], [], [], None
+    for k, scorer in enumerate(panel.scorers):
+        indices = (owner_P == k).nonzero()[:, 0].tolist()
+        teacher = scorer.teacher
+        policy = Policy(teacher.model, tokenizer, writer=teacher.writer)
+        prompts = scorer.prompts([questions_of_rows[i] for i in indices])
+        lengths = {"max_prompt_length": teacher.max_prompt_length, "batch_size": batch_size}
+        if not indices:
+            continue
+        answers = answer_prompts(
+            teacher.model,
+            tokenizer,
+            prompts,
+            strategy="greedy" if seed is None else "sample",
+            max_completion_length=max_completion_length,
+            seed=seed or 0,
+            **lengths,
+        )
+        part = joined(_counted(answers, lambda count: after_batch()), pad_id=policy.pad_id)
+        own_logps.append(completion_log_probs(policy, tokenizer, prompts, part, **lengths))
+        parts.append(part)
+        order += indices
+    completions = joined(parts, pad_id=policy.pad_id)
+    place_P = torch.tensor(order, device=completions.ids_BT.device).argsort()
+    logps_BT = pad_columns(own_logps, completions.ids_BT.shape[1])
+    completions = Completions(completions.ids_BT[place_P], completions.mask_BT[place_P], completions.ended_B[place_P])
+    return evaluate_completions(
+        rows,
+        completions,
+        tokenizer,
+        reward_model,
+        own_logps_BT=logps_BT[place_P],
+        forbidden_V=policy.forbidden_V,
+        batch_size=batch_size,
+        with_ibleu=with_ibleu,
     )
 
 

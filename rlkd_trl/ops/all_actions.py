@@ -44,7 +44,14 @@ import torch
 from torch import Tensor
 
 from rlkd_trl.ops.advantages import leave_one_out, return_to_go
-from rlkd_trl.ops.divergences import TeacherStates, log_probs, mean_of_probabilities, teacher_logits
+from rlkd_trl.ops.divergences import (
+    TeacherStates,
+    cut_with_states,
+    log_probs,
+    mean_of_probabilities,
+    of_slice,
+    teacher_logits,
+)
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS, map_head_slices
 from rlkd_trl.ops.masking import masked
 from rlkd_trl.ops.rewards import VALUES
@@ -95,7 +102,7 @@ def mixture_importance(
 
 def log_ratio_signal(
     teacher_logits_KNV: Sequence[Tensor],
-    weights_K: Sequence[float],
+    weights_K: Sequence[float | Tensor],
     *,
     ensemble: Callable[..., Tensor] = mean_of_probabilities,
     forbidden_V: Tensor | None = None,
@@ -112,7 +119,7 @@ def log_ratio_signal(
 
 
 def teacher_forcing_signal(
-    teacher_logits_KNV: Sequence[Tensor], weights_K: Sequence[float], *, value: str = "max"
+    teacher_logits_KNV: Sequence[Tensor], weights_K: Sequence[float | Tensor], *, value: str = "max"
 ) -> Tensor:
     """The teacher-forcing advantage g = f − V, `[N, V]`, its mean over K teachers (Hao, Liu & Mou 2022; LLMR).
 
@@ -135,7 +142,9 @@ def teacher_forcing_signal(
             value_N1 = (z_NV.softmax(dim=-1) * z_NV).sum(dim=-1, keepdim=True)
         else:
             value_N1 = z_NV.logsumexp(dim=-1, keepdim=True)
-        signal_NV = signal_NV + weight / total * (z_NV - value_N1)[:, :V]
+        share = weight / total
+        share = share[:, None] if isinstance(share, Tensor) else share
+        signal_NV = signal_NV + share * (z_NV - value_N1)[:, :V]
     return signal_NV
 
 
@@ -216,7 +225,7 @@ def sliced_all_actions_loss(
     futures_N: Tensor,
     old_logps_N: Tensor,
     *,
-    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float | Tensor]], Tensor],
     vocab_size: int,
     max_elements: int = MAX_SLICE_ELEMENTS,
     **settings,
@@ -227,8 +236,8 @@ def sliced_all_actions_loss(
     `all_actions_loss`. The other arguments are those of `ops.divergences.sliced_divergence`.
     """
 
-    def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *teacher_hidden_KnD):
-        signal_nV = _signal_of_states(teachers, teacher_hidden_KnD, teacher_signal)
+    def per_slice(student_logits_nV, weights_n, chosen_n, futures_n, old_logps_n, *of_teachers):
+        signal_nV = _signal_of_states(teachers, of_teachers, teacher_signal)
         return all_actions_loss(student_logits_nV, signal_nV, weights_n, chosen_n, futures_n, old_logps_n, **settings)
 
     return weighted_sliced_loss(
@@ -240,7 +249,7 @@ def sliced_all_actions_loss(
         chosen_N,
         futures_N,
         old_logps_N,
-        *(teacher.hidden_ND for teacher in teachers),
+        *cut_with_states(teachers),
         vocab_size=vocab_size,
         max_elements=max_elements,
     )
@@ -249,12 +258,13 @@ def sliced_all_actions_loss(
 @torch.no_grad()
 def _signal_of_states(
     teachers: Sequence[TeacherStates],
-    hidden_KnD: Sequence[Tensor],
-    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    cut: Sequence[Tensor],
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float | Tensor]], Tensor],
 ) -> Tensor:
-    """The teachers' signal in a slice of positions, outside of the student's autocast."""
+    """The teachers' signal in a slice of positions, outside of the student's autocast; cut: see `of_slice`."""
+    hidden_KnD, weights_K = of_slice(teachers, cut)
     with torch.autocast(hidden_KnD[0].device.type, enabled=False):
-        return teacher_signal(teacher_logits(teachers, hidden_KnD), [teacher.weight for teacher in teachers])
+        return teacher_signal(teacher_logits(teachers, hidden_KnD), weights_K)
 
 
 @torch.no_grad()
@@ -263,7 +273,7 @@ def expected_signals(
     head: Callable[[Tensor], Tensor],
     teachers: Sequence[TeacherStates],
     *,
-    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float | Tensor]], Tensor],
     vocab_size: int,
     subtract_log_pi: bool,
     temperature: float = 1.0,
@@ -275,10 +285,10 @@ def expected_signals(
     The arguments are those of `sliced_all_actions_loss` and `all_actions_loss`.
     """
 
-    def per_slice(student_logits_nV: Tensor, *teacher_hidden_KnD: Tensor) -> tuple[Tensor]:
+    def per_slice(student_logits_nV: Tensor, *of_teachers: Tensor) -> tuple[Tensor]:
         expected_n, _, _ = _expected_signal(
             student_logits_nV,
-            _signal_of_states(teachers, teacher_hidden_KnD, teacher_signal),
+            _signal_of_states(teachers, of_teachers, teacher_signal),
             subtract_log_pi=subtract_log_pi,
             temperature=temperature,
             forbidden_V=forbidden_V,
@@ -289,7 +299,7 @@ def expected_signals(
         head,
         hidden_ND,
         per_slice,
-        *(teacher.hidden_ND for teacher in teachers),
+        *cut_with_states(teachers),
         vocab_size=vocab_size,
         max_elements=max_elements,
     )
@@ -300,15 +310,15 @@ def chosen_signals(
     teachers: Sequence[TeacherStates],
     chosen_N: Tensor,
     *,
-    teacher_signal: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    teacher_signal: Callable[[Sequence[Tensor], Sequence[float | Tensor]], Tensor],
     vocab_size: int,
     max_elements: int = MAX_SLICE_ELEMENTS,
 ) -> Tensor:
     """The teacher's part of g at the sampled tokens, `[N]` float32, in slices of positions."""
-    weights_K = [teacher.weight for teacher in teachers]
 
-    def per_slice(logits_nV: Tensor, chosen_n: Tensor, *other_hidden_nD: Tensor) -> tuple[Tensor]:
-        others = [teacher.head(hidden) for teacher, hidden in zip(teachers[1:], other_hidden_nD, strict=True)]
+    def per_slice(logits_nV: Tensor, chosen_n: Tensor, *of_teachers: Tensor) -> tuple[Tensor]:
+        hidden_KnD, weights_K = of_slice(teachers, of_teachers)
+        others = [teacher.head(hidden) for teacher, hidden in zip(teachers[1:], hidden_KnD[1:], strict=True)]
         signal_nV = teacher_signal([logits_nV, *others], weights_K)
         return (signal_nV.gather(-1, chosen_n[:, None]).squeeze(-1),)
 
@@ -317,7 +327,7 @@ def chosen_signals(
         teachers[0].hidden_ND,
         per_slice,
         chosen_N,
-        *(teacher.hidden_ND for teacher in teachers[1:]),
+        *cut_with_states(teachers),
         vocab_size=vocab_size,
         max_elements=max_elements,
     )

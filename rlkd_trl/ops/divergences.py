@@ -136,20 +136,21 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 def mean_of_probabilities(
     logits_KNV: Sequence[Tensor],
-    weights_K: Sequence[float],
+    weights_K: Sequence[float | Tensor],
     *,
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> Tensor:
     """log Σ_k w_k softmax(z_k / T): the arithmetic mean of K teachers (Hinton et al. 2015), `[N, V]`.
 
-    `weights_K` are divided by their sum.
+    `weights_K` are divided by their sum; each is a number, or `[N]` where it differs from position to position.
     """
     shares_K = _shares(logits_KNV, weights_K)
     return functools.reduce(
         torch.logaddexp,
         (
-            log_probs(logits_NV, temperature=temperature, forbidden_V=forbidden_V) + math.log(share)
+            log_probs(logits_NV, temperature=temperature, forbidden_V=forbidden_V)
+            + (share.log() if isinstance(share, Tensor) else math.log(share))
             for logits_NV, share in zip(logits_KNV, shares_K, strict=True)
         ),
     )
@@ -157,14 +158,14 @@ def mean_of_probabilities(
 
 def mean_of_logits(
     logits_KNV: Sequence[Tensor],
-    weights_K: Sequence[float],
+    weights_K: Sequence[float | Tensor],
     *,
     temperature: float = 1.0,
     forbidden_V: Tensor | None = None,
 ) -> Tensor:
     """log softmax(Σ_k w_k z_k / T): the geometric mean of K teachers, renormalised (Hinton et al. 2015), `[N, V]`.
 
-    `weights_K` are divided by their sum.
+    `weights_K` as in `mean_of_probabilities`.
     """
     shares_K = _shares(logits_KNV, weights_K)
     mean_NV = sum(
@@ -174,12 +175,16 @@ def mean_of_logits(
     return log_probs(mean_NV, temperature=temperature, forbidden_V=forbidden_V)
 
 
-def _shares(logits_KNV: Sequence[Tensor], weights_K: Sequence[float]) -> list[float]:
-    if not logits_KNV or len(logits_KNV) != len(weights_K) or min(weights_K) <= 0:
+def _shares(logits_KNV: Sequence[Tensor], weights_K: Sequence[float | Tensor]) -> list[float | Tensor]:
+    """The weights over their sum: numbers, or `[N, 1]` each."""
+    numbers = [weight for weight in weights_K if not isinstance(weight, Tensor)]
+    if not logits_KNV or len(logits_KNV) != len(weights_K) or min(numbers, default=1) <= 0:
         raise ValueError(
             f"need one weight > 0 for each of at least one teacher; got {weights_K} for {len(logits_KNV)}"
         )
-    return [weight / sum(weights_K) for weight in weights_K]
+    total = sum(weights_K)
+    shares_K = [weight / total for weight in weights_K]
+    return [share[:, None] if isinstance(share, Tensor) else share for share in shares_K]
 
 
 ENSEMBLES: dict[str, Callable[..., Tensor]] = {
@@ -200,7 +205,7 @@ def distillation_loss(
     divergence: Callable[[Tensor, Tensor], Tensor],
     temperature: float = 1.0,
     alpha: float = 1.0,
-    teacher_weights_K: Sequence[float] | None = None,
+    teacher_weights_K: Sequence[float | Tensor] | None = None,
     ensemble: Callable[..., Tensor] = mean_of_probabilities,
     forbidden_V: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -257,11 +262,26 @@ def distillation_loss(
 
 
 class TeacherStates(NamedTuple):
-    """A teacher's hidden states at the student's N positions, `[N, D']`, its LM head, and its share in an ensemble."""
+    """A teacher's hidden states at the student's N positions, `[N, D']`, its LM head, and its share in an ensemble.
+
+    The share is a number, or `[N]` where it differs from position to position.
+    """
 
     hidden_ND: Tensor
     head: Callable[[Tensor], Tensor]
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
+
+
+def cut_with_states(teachers: Sequence[TeacherStates]) -> list[Tensor]:
+    """The tensors of N positions that a loss in slices has to cut: all teachers' states, then their `[N]` weights."""
+    weights = [teacher.weight for teacher in teachers if isinstance(teacher.weight, Tensor)]
+    return [*(teacher.hidden_ND for teacher in teachers), *weights]
+
+
+def of_slice(teachers: Sequence[TeacherStates], cut: Sequence[Tensor]) -> tuple[list[Tensor], list[float | Tensor]]:
+    """K states `[n, D']` and K weights, of a slice of what `cut_with_states` returned."""
+    states, weights = list(cut[: len(teachers)]), iter(cut[len(teachers) :])
+    return states, [next(weights) if isinstance(t.weight, Tensor) else t.weight for t in teachers]
 
 
 @torch.no_grad()
@@ -303,17 +323,18 @@ def sliced_divergence(
     kept_N = weights_N.nonzero().squeeze(-1)
     labels_n = [] if labels_N is None else [labels_N[kept_N]]
 
-    def per_slice(student_logits_nV, weights_n, *states_and_labels_n):
-        hidden_KnD, labels_n = states_and_labels_n[: len(teachers)], states_and_labels_n[len(teachers) :]
+    def per_slice(student_logits_nV, weights_n, *labels_and_teachers_n):
+        cut = labels_and_teachers_n[len(labels_n) :]
+        hidden_KnD, teacher_weights_K = of_slice(teachers, cut)
         return distillation_loss(
             student_logits_nV,
             teacher_logits(teachers, hidden_KnD) if teachers else [],
             weights_n,
-            *labels_n,
+            *labels_and_teachers_n[: len(labels_n)],
             divergence=divergence,
             temperature=temperature,
             alpha=alpha,
-            teacher_weights_K=[teacher.weight for teacher in teachers],
+            teacher_weights_K=teacher_weights_K,
             ensemble=ensemble,
             forbidden_V=forbidden_V,
         )
@@ -324,8 +345,8 @@ def sliced_divergence(
         hidden_ND[kept_N],
         per_slice,
         weights_N[kept_N],
-        *(teacher.hidden_ND[kept_N] for teacher in teachers),
         *labels_n,
+        *(tensor_N[kept_N.to(tensor_N.device)] for tensor_N in cut_with_states(teachers)),
         vocab_size=vocab_size,
         max_elements=max_elements,
     )

@@ -22,7 +22,7 @@ from rlkd_trl.prompts import is_conversation
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.rewards.teacher_rewards import TeacherReward
 from rlkd_trl.teachers.panel import TeacherPanel
-from rlkd_trl.teachers.scores import TeacherScores
+from rlkd_trl.teachers.scores import TeacherScores, weighted_mean
 
 # A function that has one of these parameters, or takes any keyword (`**kwargs`), follows TRL's protocol.
 _TRL_NAMES = ("prompts", "completions", "completion_ids")
@@ -129,8 +129,7 @@ def teacher_reward(
             expected = f"{tuple(of_scorer.mean.shape)}, one per token and one more"
             raise _error(reward, name, f"has potentials of {returned}; expected {expected}")
     mean_BT, mean_BT1 = (
-        sum(w * of_scorer.detach() for w, of_scorer in zip(reward.panel.weights, tensors, strict=True))
-        for tensors in (rewards, potentials)
+        weighted_mean([of_scorer.detach() for of_scorer in tensors], scores) for tensors in (rewards, potentials)
     )
     return masked(mean_BT.float(), inputs.completion_mask_BT), mean_BT1.float()
 

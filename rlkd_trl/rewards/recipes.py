@@ -6,14 +6,13 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.ops.rewards import log_likelihood
 from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.rewards.own_rewards import (
@@ -31,7 +30,7 @@ from rlkd_trl.rewards.teacher_rewards import (
     score_panel,
 )
 from rlkd_trl.teachers.panel import TeacherPanel
-from rlkd_trl.teachers.scores import TeacherScores, mean_scores
+from rlkd_trl.teachers.scores import TeacherScores, mean_scores, weighted_mean
 
 # Everything `--reward NAME` accepts. A class is built on the run's teachers; a function is used as it is.
 REWARDS: dict[str, type[TeacherReward] | Callable] = {
@@ -53,7 +52,7 @@ class RewardResult:
     rewards_BT: the weighted sum of all terms. completion_rewards_BT: the part of it from terms that give one number
     per completion, which stands on the last token. potentials_BT1: the same weighted sum of the terms' potentials.
     terms: each term by name, unweighted, `[B, T]`. scores: the first panel's scores, one per scorer, None without a
-    teacher; scorer_weights: the scorers' weights.
+    teacher.
     """
 
     rewards_BT: Tensor
@@ -61,14 +60,10 @@ class RewardResult:
     potentials_BT1: Tensor
     terms: dict[str, Tensor]
     scores: list[TeacherScores] | None = None
-    scorer_weights: list[float] = field(default_factory=list)
 
     def teacher_nll_BT(self, mask_BT: Tensor) -> Tensor:
         """−log p_teacher(y_t | s_t) in nats, the weighted mean over scorers; 0 behind the mask. Needs `scores`."""
-        return -sum(
-            weight * log_likelihood(scores.chosen, scores.logsumexp[:, :-1], mask_BT)
-            for weight, scores in zip(self.scorer_weights, self.scores, strict=True)
-        )
+        return -weighted_mean((scores.log_likelihood(mask_BT) for scores in self.scores), self.scores)
 
 
 class RewardModel:
@@ -147,7 +142,7 @@ class RewardModel:
         potentials_BT1 = torch.zeros(batch_size, length + 1, device=device)
         panel = self.panels[0] if self.panels else None
         if panel is not None:
-            inputs = replace(inputs, scores=mean_scores(scores[id(panel)], panel.weights))
+            inputs = replace(inputs, scores=mean_scores(scores[id(panel)]))
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
             if isinstance(term, TeacherReward):
@@ -166,7 +161,6 @@ class RewardModel:
             potentials_BT1,
             terms_BT,
             scores[id(panel)] if panel else None,
-            panel.weights if panel else [],
         )
 
 

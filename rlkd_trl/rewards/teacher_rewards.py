@@ -27,7 +27,7 @@ from rlkd_trl.prompts import ChatFormat, Message, PromptTemplates, is_conversati
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
 from rlkd_trl.teachers.panel import TeacherPanel
-from rlkd_trl.teachers.scores import TeacherScores
+from rlkd_trl.teachers.scores import TeacherScores, weighted_mean
 from rlkd_trl.teachers.teacher import Teacher
 
 
@@ -154,11 +154,11 @@ class TeacherReward:
 
     def mean_over_scorers(self, scores: list[TeacherScores], inputs: RewardInputs) -> Tensor:
         """The weighted mean of `rewards` over teachers and templates, `[B, T]`."""
-        return sum(w * self.rewards(s, inputs) for w, s in zip(self.panel.weights, scores, strict=True))
+        return weighted_mean((self.rewards(of_scorer, inputs) for of_scorer in scores), scores)
 
     def mean_potentials(self, scores: list[TeacherScores]) -> Tensor:
         """The weighted mean of `potentials`, `[B, T+1]`."""
-        return sum(w * self.potentials(s) for w, s in zip(self.panel.weights, scores, strict=True))
+        return weighted_mean(map(self.potentials, scores), scores)
 
 
 class TeacherForcingReward(TeacherReward):

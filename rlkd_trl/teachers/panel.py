@@ -2,15 +2,22 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.prompts import target_token_ids
+from rlkd_trl.ops.ensembles import disagreement, mean_token_loss, weights_by_loss
 from rlkd_trl.prompts import Message, PromptTemplates, is_conversation, question_columns, source_text
+from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.teachers.scores import TeacherScores
 from rlkd_trl.teachers.teacher import Teacher
+
+# How scorers are weighed: by numbers that are the same for all examples, or on each example by its losses.
+FIXED, PER_EXAMPLE = "fixed", "per_example"
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,40 @@ class Scorer:
         return self.teacher.writer.texts(questions[self.template_index] for questions in questions_of_rows)
 
 
+class _Reading(NamedTuple):
+    """What a scorer reads: its distinct prompts, each completion's index in them `[B]`, and which completions.
+
+    owned_b: indices of the completions that are the scorer's; None for all.
+    """
+
+    scorer: Scorer
+    prompts: list[str]
+    index_B: Tensor
+    owned_b: Tensor | None
+
+    def of(self, *tensors: Tensor) -> list[Tensor]:
+        """The rows of tensors of B completions that the scorer reads."""
+        return list(tensors) if self.owned_b is None else [tensor[self.owned_b] for tensor in tensors]
+
+
 class TeacherPanel:
     """Every teacher × every template, with weights that add up to 1 (equal by default).
 
     LLMR averages its reward over templates; Hinton's ensemble averages over teachers.
 
+    Args:
+        teacher_weights, template_weights: Given weights; a scorer's is the product of its teacher's and template's.
+        weighting: "fixed", these weights; or "per_example", MT-BERT's (Wu, Wu & Huang 2021): on each example the given
+            weight over 1 + CE(y, p_i), and these divided by their sum. y is the row's first reference, and CE its mean
+            per token. Without a reference it is the teachers' own agreement: CE becomes how far a scorer's
+            log-probabilities of the completion's tokens are from the panel's median (`ops.ensembles.disagreement`), so
+            that of three or more the odd one out has less to say; two are then weighed as given.
+        routing: Of each example only the scorers that own it are asked; their weights are divided by their sum.
+        max_reference_length: So many tokens of a reference are read, EOS among them.
+
     Raises:
-        InputError: No teacher, another number of weights than of teachers, or a weight that is not positive.
+        InputError: No teacher, another number of weights than of teachers or templates, a weight that is not positive,
+            an unknown weighting.
     """
 
     def __init__(
@@ -41,23 +75,46 @@ class TeacherPanel:
         templates: PromptTemplates | None = None,
         *,
         teacher_weights: Sequence[float] | None = None,
+        template_weights: Sequence[float] | None = None,
+        weighting: str = FIXED,
+        routing: Routing | None = None,
+        max_reference_length: int = 256,
     ):
-        teacher_weights = [1.0] * len(teachers) if teacher_weights is None else list(teacher_weights)
-        if not teachers or len(teacher_weights) != len(teachers):
-            raise InputError(f"{len(teachers)} teachers and {len(teacher_weights)} weights: give one weight each.")
-        if not all(0 < weight < math.inf for weight in teacher_weights):
-            raise InputError(f"The teachers' weights must be positive, for an average; got {teacher_weights}.")
-        self.templates = templates
+        if weighting not in (FIXED, PER_EXAMPLE):
+            raise InputError(f"Unknown weighting {weighting!r}: choose {FIXED!r} or {PER_EXAMPLE!r}.")
         num_templates = 1 if templates is None else len(templates)
+        self.templates, self.weighting, self.routing = templates, weighting, routing
+        self.max_reference_length = max_reference_length
         self.scorers = [
-            Scorer(teacher, template_index, weight / sum(teacher_weights) / num_templates)
-            for teacher, weight in zip(teachers, teacher_weights, strict=True)
-            for template_index in range(num_templates)
+            Scorer(teacher, template_index, teacher_share * template_share)
+            for teacher, teacher_share in zip(
+                teachers, _shares(teacher_weights, len(teachers), "teacher"), strict=True
+            )
+            for template_index, template_share in enumerate(_shares(template_weights, num_templates, "template"))
         ]
 
     @property
     def weights(self) -> list[float]:
+        """The scorers' weights, of a weighting per example the given ones."""
         return [scorer.weight for scorer in self.scorers]
+
+    @property
+    def differs_by_example(self) -> bool:
+        """Whether a scorer's share depends on the example."""
+        return self.weighting == PER_EXAMPLE or self.routing is not None
+
+    def weigh_by(self, losses: Sequence[float]) -> None:
+        """Divides each scorer's weight by 1 + its loss, and all by their sum, as for weights by validation loss.
+
+        Raises:
+            InputError: A loss is NaN, infinite or below 0.
+        """
+        if not all(0 <= loss < math.inf for loss in losses):
+            raise InputError(f"The losses to weigh teachers by must be finite and not below 0; got {list(losses)}.")
+        shares = [scorer.weight / (1 + loss) for scorer, loss in zip(self.scorers, losses, strict=True)]
+        self.scorers = [
+            replace(scorer, weight=share / sum(shares)) for scorer, share in zip(self.scorers, shares, strict=True)
+        ]
 
     def questions(self, row: Mapping[str, object]) -> list[str | list[Message]]:
         """What the teachers are asked about a data row, one question per template, before any chat template.
@@ -76,6 +133,19 @@ class TeacherPanel:
             return self.templates.render_source(source_text(row["prompt"]))
         return self.templates.render(question_columns(self.templates, row))
 
+    def owned(self, rows: Sequence[Mapping[str, object]]) -> Tensor:
+        """Whether each scorer is asked about each row, `[K, P]`. Raises `InputError` as `Routing.owners`."""
+        if self.routing is None:
+            return torch.ones(len(self.scorers), len(rows), dtype=torch.bool)
+        names = [] if self.templates is None else self.templates.names
+        num_templates = max(len(names), 1)
+        owned_KP = torch.zeros(len(self.scorers), len(rows), dtype=torch.bool)
+        for p, row in enumerate(rows):
+            teacher, template = self.routing.owners(row, names)
+            for k in range(len(self.scorers)):
+                owned_KP[k, p] = teacher in (None, k // num_templates) and template in (None, k % num_templates)
+        return owned_KP
+
     def score(
         self,
         rows: Sequence[Mapping[str, object]],
@@ -85,7 +155,7 @@ class TeacherPanel:
         ended_B: Tensor,
         **statistics,
     ) -> list[TeacherScores]:
-        """One `TeacherScores` per scorer, in the order of `scorers`.
+        """One `TeacherScores` per scorer, in the order of `scorers`, with its weight; 0 where a scorer is not asked.
 
         Args:
             rows: The P prompts' data rows, each with a `prompt`. Rows with the same question are read once.
@@ -94,13 +164,20 @@ class TeacherPanel:
             statistics: `expected`, `tau` and `forbidden_V` of `Teacher.score`: what to compute beyond the default.
 
         Raises:
-            InputError: As `questions`, or a question has no tokens.
+            InputError: As `questions` and `Routing.owners`, or a question has no tokens.
         """
         completions = (completion_ids_BT, completion_mask_BT, ended_B)
-        return [
-            scorer.teacher.score(*prompts, *completions, **statistics)
-            for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
-        ]
+        scores = []
+        for reading in self._readings(rows, prompt_index_B):
+            of_scorer = reading.scorer.teacher.score(
+                reading.prompts, *reading.of(reading.index_B, *completions), **statistics
+            )
+            if reading.owned_b is not None:
+                of_scorer = of_scorer.spread(reading.owned_b, len(prompt_index_B))
+            scores.append(of_scorer)
+        logps_KBT = [of_scorer.log_likelihood(completion_mask_BT) for of_scorer in scores]
+        shares = self.shares(rows, prompt_index_B, logps_KBT, completion_mask_BT)
+        return [replace(of_scorer, weight=share) for of_scorer, share in zip(scores, shares, strict=True)]
 
     def states(
         self,
@@ -109,19 +186,104 @@ class TeacherPanel:
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
     ) -> list[Tensor]:
-        """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as for `score`."""
-        return [
-            scorer.teacher.states(*prompts, completion_ids_BT, completion_mask_BT)
-            for scorer, prompts in self._distinct_prompts(rows, prompt_index_B)
-        ]
+        """`Teacher.states` of each scorer, for losses over the whole vocabulary; arguments as for `score`.
 
-    def _distinct_prompts(
-        self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor
-    ) -> Iterator[tuple[Scorer, tuple[list[str], Tensor]]]:
-        """Each scorer with its distinct prompts, and for each completion the index of its prompt in them, `[B]`."""
+        They are 0 where a scorer is not asked. `shares` says how much each counts.
+        """
+        all_states = []
+        for reading in self._readings(rows, prompt_index_B):
+            states_bTD = reading.scorer.teacher.states(
+                reading.prompts, *reading.of(reading.index_B, completion_ids_BT, completion_mask_BT)
+            )
+            if reading.owned_b is not None:
+                zeros_BTD = states_bTD.new_zeros(len(prompt_index_B), *states_bTD.shape[1:])
+                states_bTD = zeros_BTD.index_copy(0, reading.owned_b.to(states_bTD.device), states_bTD)
+            all_states.append(states_bTD)
+        return all_states
+
+    def shares(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        prompt_index_B: Tensor,
+        logps_KBT: Sequence[Tensor],
+        completion_mask_BT: Tensor,
+        *,
+        are_references: bool = False,
+    ) -> list[float | Tensor]:
+        """Each scorer's share of the mean, which add up to 1: a number, or `[B, 1]` where it differs by example.
+
+        logps_KBT: The scorers' log p(y_t | s_t) of the completions, read where `weighting` is per example.
+        are_references: the completions themselves are what is right.
+        """
+        if not self.differs_by_example:
+            return self.weights
+        device = completion_mask_BT.device
+        given_K1 = torch.tensor(self.weights, device=device)[:, None]
+        given_KB = given_K1 * self.owned(rows).to(device)[:, prompt_index_B]
+        losses_KB = torch.zeros_like(given_KB)
+        if self.weighting == PER_EXAMPLE and are_references:
+            losses_KB = torch.stack([mean_token_loss(logps_BT, completion_mask_BT) for logps_BT in logps_KBT])
+        elif self.weighting == PER_EXAMPLE:
+            of_references_KB = self.reference_losses(rows).to(device)[:, prompt_index_B]
+            without_B = torch.tensor([not row.get("references") for row in rows], device=device)[prompt_index_B]
+            losses_KB = torch.where(without_B, disagreement(logps_KBT, completion_mask_BT), of_references_KB)
+        return list(weights_by_loss(losses_KB, given_KB)[..., None])
+
+    def reference_losses(self, rows: Sequence[Mapping[str, object]]) -> Tensor:
+        """Each scorer's mean cross-entropy per token of each row's first reference, in nats, `[K, P]`.
+
+        It is 0 for rows without references, and for those that are not the scorer's by the routing. With sharded
+        teachers all processes call this together.
+        """
+        losses_KP = torch.zeros(len(self.scorers), len(rows))
+        has_reference_P = torch.tensor([bool(row.get("references")) for row in rows])
+        for k, reading in enumerate(self._readings(rows, torch.arange(len(rows)))):
+            read_r = has_reference_P.nonzero()[:, 0]
+            if reading.owned_b is not None:
+                read_r = read_r[torch.isin(read_r, reading.owned_b)]
+            teacher = reading.scorer.teacher
+            ids = [
+                target_token_ids(
+                    teacher.processing_class, rows[p]["references"][0], max_length=self.max_reference_length
+                )
+                for p in read_r.tolist()
+            ]
+            ids_rT = torch.zeros(len(ids), max([1, *map(len, ids)]), dtype=torch.long)
+            mask_rT = torch.zeros_like(ids_rT, dtype=torch.bool)
+            for row_T, mask_T, of_row in zip(ids_rT, mask_rT, ids, strict=True):
+                row_T[: len(of_row)] = torch.tensor(of_row)
+                mask_T[: len(of_row)] = True
+            ended_r = torch.ones(len(ids), dtype=torch.bool)
+            scores = teacher.score(reading.prompts, reading.index_B[read_r], ids_rT, mask_rT, ended_r)
+            losses_KP[k, read_r] = mean_token_loss(scores.log_likelihood(mask_rT), mask_rT)
+        return losses_KP
+
+    def record(self) -> dict[str, object]:
+        """What says how the scorers are weighed, in JSON's types; nothing for equal weights."""
+        is_equal = max(self.weights) - min(self.weights) < 1e-12
+        record: dict[str, object] = {} if is_equal else {"weights": self.weights}
+        if self.weighting != FIXED:
+            record["weighting"] = self.weighting
+        if self.routing is not None:
+            record["routing"] = [self.routing.teacher_column, self.routing.template_column]
+        return record
+
+    def _readings(self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor) -> Iterator[_Reading]:
         questions_of_rows = [self.questions(row) for row in rows]
-        for scorer in self.scorers:
+        owned_KP = None if self.routing is None else self.owned(rows).to(prompt_index_B.device)
+        for k, scorer in enumerate(self.scorers):
             prompts_P = scorer.prompts(questions_of_rows)
             index_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts_P))}
             index_P = torch.tensor([index_of[prompt] for prompt in prompts_P], device=prompt_index_B.device)
-            yield scorer, (list(index_of), index_P[prompt_index_B])
+            owned_b = None if owned_KP is None else owned_KP[k][prompt_index_B].nonzero()[:, 0]
+            yield _Reading(scorer, list(index_of), index_P[prompt_index_B], owned_b)
+
+
+def _shares(weights: Sequence[float] | None, count: int, what: str) -> list[float]:
+    """The weights over their sum; equal ones without any. Raises `InputError`."""
+    weights = [1.0] * count if weights is None else list(weights)
+    if count == 0 or len(weights) != count:
+        raise InputError(f"{count} {what}s and {len(weights)} weights: give one weight each.")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"The {what}s' weights must be positive, for an average; got {weights}.")
+    return [weight / sum(weights) for weight in weights]

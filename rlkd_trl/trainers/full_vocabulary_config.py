@@ -23,6 +23,11 @@ class FullVocabularyConfig(RolloutConfig):
         },
     )
 
+    @property
+    def samples_from_teachers(self) -> str:
+        """The setting by which completions are sampled from the teachers, who take turns; empty if none is."""
+        return ""
+
     def _check(self) -> None:
         super()._check()
         self._check_choice("ensemble", ENSEMBLES)
@@ -65,6 +70,10 @@ class KDConfig(FullVocabularyConfig):
         default=0.0,
         metadata={"help": "Probability that a rollout is the student's own samples instead (GKD); 1: on-policy."},
     )
+
+    @property
+    def samples_from_teachers(self) -> str:
+        return "sequences = 'teacher'" if self.sequences == "teacher" and self.lmbda < 1 else ""
 
     @property
     def divergence_settings(self) -> dict[str, float]:
@@ -141,6 +150,10 @@ class AllActionsKDConfig(FullVocabularyConfig):
             "help": "Clip range of the policy ratio in the future's term, for num_iterations > 1 (MiniLLM: 0.2)."
         },
     )
+
+    @property
+    def samples_from_teachers(self) -> str:
+        return f"teacher_mix = {self.teacher_mix}" if self.teacher_mix else ""
 
     def _check(self) -> None:
         super()._check()

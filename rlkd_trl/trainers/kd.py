@@ -73,7 +73,7 @@ class KDTrainer(FullVocabularyTrainer):
             rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))
         with timer.phase("score"):
             if args.alpha > 0:
-                rollout = self._with_teacher_states(rollout, rows)
+                rollout = self._with_teacher_states(rollout, rows, are_references=source == "data")
                 rollout = self._dropping(rollout, rows, self._usable_states(rollout))
                 if self.rollout_state.lost:
                     return rollout

@@ -21,7 +21,8 @@ class Rollout:
 
     loss_mask_BT: True on tokens that enter the loss: all real ones, unless truncated completions are masked.
     support_BTk: with top_k, the ids that each token was sampled from. teacher_states: each scorer's hidden states that
-    predict the completion's tokens, `[B, T, D']`. old_logps_BT, old_values_BT1: of the policy and critic that sampled;
+    predict the completion's tokens, `[B, T, D']`. teacher_shares: each scorer's share of their mean, `[B, 1]`, where
+    that differs by example. old_logps_BT, old_values_BT1: of the policy and critic that sampled;
     if old_logps_BT is None, the update uses its own. rewards_BT: per token, with the penalties for KL and truncation;
     completion_rewards_BT: the part of them that a completion earns once, on its last token. potentials_BT1: the
     teacher's V. importance_BT: the weight of each token's loss, for samples of a mixture. advantages_BT, and with a
@@ -39,6 +40,7 @@ class Rollout:
     ended_B: Tensor = field(metadata=_COMPLETIONS)
     support_BTk: Tensor | None = field(default=None, metadata=_TOKENS)
     teacher_states: list[Tensor] | None = field(default=None, metadata=_TOKENS)
+    teacher_shares: list[Tensor] | None = field(default=None, metadata=_COMPLETIONS)
     old_logps_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     old_values_BT1: Tensor | None = field(default=None, metadata=_STATES)
     rewards_BT: Tensor | None = field(default=None, metadata=_TOKENS)

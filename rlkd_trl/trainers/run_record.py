@@ -74,13 +74,18 @@ def student_record(model: nn.Module, writer: PromptWriter) -> dict[str, object]:
 
 
 def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]:
-    """A reward's terms with their weights and settings; its teachers, and their questions about the first row."""
+    """A reward's terms with their weights and settings; its teachers, and their questions about the first row.
+
+    How they are weighed stands there unless it is equally.
+    """
     scorers = [scorer for panel in reward_model.panels for scorer in panel.scorers]
     teachers = list({id(scorer.teacher): scorer.teacher for scorer in scorers}.values())
+    weightings = [record for panel in reward_model.panels if (record := panel.record())]
     return {
         "terms": {name: [weight, _plain_settings(term)] for name, (term, weight) in reward_model.terms.items()},
         "teachers": [model_record(teacher.model) for teacher in teachers],
         "questions": [panel.questions(rows[0]) for panel in reward_model.panels],
+        **({"weightings": weightings} if weightings else {}),
     }
 
 

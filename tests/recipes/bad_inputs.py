@@ -434,6 +434,26 @@ REWARD_CASES = [
     (("evaluate",), "--gamma nan", "--gamma nan is out of range"),
     (("evaluate",), "--reward_weights inf", "--reward_weights inf is out of range"),
 ]
+PANEL_CASES = [
+    (COMPARED, "--teacher_weights 1 2", "--teacher_weights has 2 weights for 1 teachers: give one each"),
+    (("kd", "evaluate"), "--template_weights 1 2", "--template_weights has 2 weights for 1 templates: give one each"),
+    (SOME_DISTILLED, "--teacher_weights 0", "--teacher_weights 0.0 is out of range"),
+    (COMPARED, "--teacher_weighting best", "--teacher_weighting best: choose one of fixed, validation, per_example"),
+    (("rloo_kd",), "--teacher_weighting per_example", "--teacher_weighting per_example has no effect without several"),
+    (SOME_DISTILLED, "--teacher_column mr", "--teacher_column mr has no effect without several teachers"),
+    (("evaluate",), "--template_column mr", "--template_column mr has no effect without several templates"),
+    (
+        COMPARED,
+        "--teacher teacher teacher --teacher_column expert",
+        "row 1: there is no `expert`; its columns are:",
+    ),
+    (SOME_DISTILLED, "--teacher teacher student --teacher_column mr", "which names no teacher of: teacher, student"),
+    (
+        ("evaluate",),
+        "--teacher teacher teacher --teacher_weighting validation",
+        "would weigh the teachers by the rows that are measured",
+    ),
+]
 SETTING_CASES = [
     (("rloo_kd",), "--num_generations 1", "num_generations = 1"),
     (("rloo_kd",), "--level word", "level = 'word': choose one of sequence, token"),
@@ -963,6 +983,15 @@ LOADED_CASES = [
     (("rloo_kd",), "--reward bad_rewards.py:of_inputs", "returned shape (3, 1, 1); expected (3, 6) (one per token)"),
 ]
 REFUSED_AT_ONCE = (
-    *(DATA_CASES + PROMPT_CASES + MODEL_CASES + REWARD_CASES + SETTING_CASES + PARSER_CASES + OUTPUT_CASES),
+    *(
+        DATA_CASES
+        + PROMPT_CASES
+        + MODEL_CASES
+        + REWARD_CASES
+        + PANEL_CASES
+        + SETTING_CASES
+        + PARSER_CASES
+        + OUTPUT_CASES
+    ),
     *(COMPARISON_CASES + PLANNER_CASES),
 )

@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlkd_trl.commands import arguments, checks
 from rlkd_trl.models.vocabulary import allowed_special_tokens
-from rlkd_trl.teachers import Teacher
+from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
 
@@ -156,7 +156,11 @@ def observe(files, tmp_path, monkeypatch):
 def files(tmp_path_factory, checkpoints) -> dict[str, object]:
     directory, pair = tmp_path_factory.mktemp("flags"), checkpoints["t5-untied"]
     rows, held_out = (
-        [{**row, "better": f"{row['ref']} w3"} for row in made] for made in (word_rows(30), word_rows(8, seed=1))
+        [
+            {**row, "better": f"{row['ref']} w3", "expert": ("teacher", "other")[i % 2], "ask": ("one", "two")[i % 2]}
+            for i, row in enumerate(made)
+        ]
+        for made in (word_rows(30), word_rows(8, seed=1))
     )
     words = word_tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<triplet>"]})
@@ -196,6 +200,12 @@ BASE = {
 WITH_REWARDS = ("ppo_kd", "rloo_kd", "reinforce_kd", "evaluate")
 WITH_TEACHERS = (*DISTILLING, "pseudo_label", "evaluate")
 WITH_STUDENTS = (*DISTILLING, "sft", "evaluate")
+
+
+def panel(seen: Seen) -> TeacherPanel:
+    """How the trainer's teachers are weighed."""
+    (only,) = seen.trainer.reward_model.panels
+    return only
 
 
 def reward(seen: Seen) -> float:
@@ -354,6 +364,33 @@ ARRIVES = {
         ("pseudo_label",),
         """--teacher_chat_template {chat} --teacher_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
         lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2 + 4,
+    ),
+    "PanelArguments.teacher_weights": (
+        DISTILLING,
+        "--teacher {teacher} {other} --teacher_weights 3 1",
+        lambda r, seen, _: panel(seen).weights == pytest.approx([0.75, 0.25]),
+    ),
+    "PanelArguments.template_weights": (
+        DISTILLING,
+        f"{ASKED} --template_weights 1 4",
+        lambda r, seen, _: panel(seen).weights == pytest.approx([0.2, 0.8]),
+    ),
+    "PanelArguments.teacher_weighting": (
+        (*DISTILLING, "evaluate"),
+        f"{ASKED} --teacher_weighting per_example",
+        lambda r, seen, _: r == "evaluate" or panel(seen).weighting == "per_example",
+    ),
+    "PanelArguments.teacher_column": (
+        (*DISTILLING, "evaluate"),
+        "--teacher {teacher} {other} --teacher_column expert",
+        lambda r, seen, base: (
+            seen.metrics["teacher"]["teacher_nll_per_token"] != base.metrics["teacher"]["teacher_nll_per_token"]
+        ),
+    ),
+    "PanelArguments.template_column": (
+        (*DISTILLING, "evaluate"),
+        f"{ASKED} --template_column ask",
+        lambda r, seen, base: seen.widest("teacher") > base.widest("teacher"),
     ),
     "StudentArguments.student": (
         WITH_STUDENTS,

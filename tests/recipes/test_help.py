@@ -18,6 +18,7 @@ TEACHER = (
     "teacher_batch_tokens"
 )
 STUDENT = "student student_dtype"
+PANEL = "teacher_weights template_weights teacher_weighting teacher_column template_column"
 REWARD = "reward value k tau"
 TRAINING = (
     "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "
@@ -55,6 +56,7 @@ GROUPS = {
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -66,6 +68,7 @@ GROUPS = {
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -77,6 +80,7 @@ GROUPS = {
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -88,6 +92,7 @@ GROUPS = {
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Run": "resume",
         "Distillation by a divergence": f"{ROLLOUTS} ensemble divergence beta skew alpha sequences lmbda",
@@ -98,6 +103,7 @@ GROUPS = {
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Run": "resume",
         "policy gradient": f"{ROLLOUTS} ensemble signal value future_weight length_normalization baseline epsilon",
@@ -125,6 +131,7 @@ GROUPS = {
         "Data": DATA,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "Several teachers or templates": PANEL,
         "Student": STUDENT,
         "Reward": REWARD,
         "Evaluation": "output_dir max_completion_length batch_size sample temperature seed ibleu reward_weights",

@@ -102,7 +102,7 @@ def test_a_weighted_sum_of_teacher_and_sequence_terms(tokenizer):
     assert list(result.terms) == ["TeacherForcingReward", "LogLikelihoodReward", "length"]
     torch.testing.assert_close(result.terms["TeacherForcingReward"], forcing_BT, **FLOAT32)  # without its weight
     torch.testing.assert_close(result.terms["length"], lengths_BT)
-    assert result.scorer_weights == [1.0] and len(result.scores) == 1
+    assert [scores.weight for scores in result.scores] == [1.0]
 
 
 class OwnForcing(TeacherForcingReward):
@@ -203,7 +203,7 @@ def test_what_stands_behind_the_mask_changes_nothing(tokenizer):
 def test_without_a_teacher():
     result = result_of(RewardModel([sequence_rewards.length]))
     torch.testing.assert_close(result.rewards_BT, on_last([3.0, 1.0, 4.0, 1.0]))
-    assert result.scores is None and result.scorer_weights == [] and (result.potentials_BT1 == 0).all()
+    assert result.scores is None and (result.potentials_BT1 == 0).all()
 
 
 # A user's own functions.

@@ -15,7 +15,7 @@ from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.comparison.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.commands.comparison.statistics import Entry, summarise
 from rlkd_trl.commands.files_read import FileDigests
-from rlkd_trl.commands.loading import load_reward_model, load_student
+from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Examiner:
         """Tests what is there before any run, the teacher and the warm start, and leaves the memory to the runs.
 
         Raises:
-            InputError: As `load_reward_model` and `load_student`.
+            InputError: As `load_panel` and `load_student`.
             TrainingError: Numbers that are not finite stand in the results.
         """
         from accelerate.utils import release_memory
@@ -221,4 +221,5 @@ class Examiner:
 def _load_reward(teacher: TeacherArguments, templates: PromptTemplates | None) -> "RewardModel":
     from rlkd_trl.rewards import TeacherForcingReward
 
-    return load_reward_model([TeacherForcingReward], RewardArguments(), teacher, templates, gamma=1.0, weights=None)
+    panel = load_panel(teacher, templates)
+    return load_reward_model([TeacherForcingReward], RewardArguments(), panel, gamma=1.0, weights=None)

@@ -1,0 +1,41 @@
+"""Shares of K teachers in their mean, from losses: a teacher that is wrong has less to say.
+
+Wu, Wu & Huang 2021, "One Teacher is Enough? Pre-trained Language Model Distillation from Multiple Teachers"
+("MT-BERT"), weigh teacher i on an example with the label y by its own error, 1 / (1 + CE(y, p_i)). There it is a
+factor of each teacher's loss; where teachers are averaged, the shares here are these numbers over their sum, so that
+the loss or reward keeps its scale.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.ops.masking import masked, masked_sum
+
+
+def mean_token_loss(logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """CE(y, p) of a text per token, −(1/n) Σ_t log p(y_t | s_t) over its n real tokens, in nats, `[B]`."""
+    return -masked_sum(logps_BT, mask_BT, dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+def disagreement(logps_KBT: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
+    """How far each of K teachers is from all of them on a completion, in nats per token, `[K, B]`.
+
+    (1/n) Σ_t | log p_i(y_t | s_t) − median_k log p_k(y_t | s_t) |. It is symmetric, so that neither a teacher that
+    likes everything nor one that likes nothing is preferred; the median of an even number is the mean of the middle
+    two. So one or two teachers have equal disagreement, and of three or more the one that differs has the most.
+    """
+    logps_KBT = torch.stack([masked(logps_BT, mask_BT) for logps_BT in logps_KBT])
+    middle_BT = logps_KBT.quantile(0.5, dim=0)
+    return (logps_KBT - middle_BT).abs().sum(dim=-1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+def weights_by_loss(losses_KB: Tensor, prior_KB: Tensor) -> Tensor:
+    """w_i = v_i / (1 + L_i) over its sum (MT-BERT's factor 1 / (1 + CE(y, p_i)), times a given weight v_i), `[K, B]`.
+
+    losses_KB: L_i ≥ 0 of teacher i on each example. prior_KB: v_i ≥ 0, some above 0 for each example; a teacher with
+    v_i = 0 has no share there, whatever its loss.
+    """
+    shares_KB = torch.where(prior_KB > 0, prior_KB / (1 + losses_KB), torch.zeros_like(losses_KB))
+    return shares_KB / shares_KB.sum(dim=0)
