@@ -116,6 +116,8 @@ SMALL_TRAINING = "--max_steps 1 --per_device_train_batch_size 8 --num_generation
 def place(tmp_path, monkeypatch) -> Path:
     """A directory with the files that the pages presume."""
     write_csv(tmp_path / "train.csv", word_rows(40))
+    domains = [{**row, "domain": ("restaurants", "hotels")[i % 2]} for i, row in enumerate(word_rows(40))]
+    write_csv(tmp_path / "domains.csv", domains)
     write_csv(tmp_path / "dev.csv", word_rows(8, seed=2))
     write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
     for name, count in (("texts", 40), ("labelled", 40), ("dev_labelled", 8)):
@@ -143,9 +145,12 @@ def pair_for(page: Path, checkpoints: dict[str, Pair], encoders: Encoders) -> Pa
 
 def provide(words: list[str], pair: Pair) -> None:
     """What a command reads and no earlier command of the page has made: teacher, warm start, pseudo-labels."""
-    for flag, name in pairwise(words):
+    flag = ""
+    for name in words:
         missing = Path(name)
-        if missing.exists():
+        if name.startswith("--"):
+            flag = name
+        if name == flag or missing.exists():
             continue
         if flag in ("--teacher", "--student", "--tokenizer"):
             shutil.copytree(pair.teacher if name == "runs/teacher" else pair.student, missing)
