@@ -20,10 +20,12 @@ comparison.json, metrics.png and quality_diversity.png.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings
+from rlkd_trl.commands.comparison.cells import Method
 from rlkd_trl.commands.comparison.checks import (
     TrainerConfigs,
     check_flags,
@@ -37,9 +39,10 @@ from rlkd_trl.commands.comparison.checks import (
 )
 from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.data import load_templates
-from rlkd_trl.commands.run_directory import check_writable
+from rlkd_trl.commands.run_directory import check_writable, held_alone
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
+from rlkd_trl.prompts import PromptTemplates
 
 RECIPES = Path(__file__).resolve().parent
 DEMO_PRESET = RECIPES / "configs" / "demo_compare.yaml"
@@ -64,6 +67,12 @@ def main() -> None:
     templates = load_templates(settings.prompts)
     check_flags(methods, settings.compare.common or [], CONFIGS, settings.teacher)
     check_writable("--output_dir", Path(settings.compare.output_dir))
+    with held_alone(settings.compare.output_dir):
+        compare(settings, methods, templates)
+
+
+def compare(settings: ComparisonSettings, methods: Sequence[Method], templates: PromptTemplates | None) -> None:
+    # Check the runs, as far as can be without models.
     demo = name_demo(settings) if settings.compare.smoke else None
     grid = Grid.of(settings, methods)
     runs = first_runs(grid, CONFIGS)

@@ -21,11 +21,11 @@ Without `--student` a new one is made of the teacher, with some of its layers (`
 
 from pathlib import Path
 
-from rlkd_trl.commands.encoder_data import is_demo
+from rlkd_trl.commands.encoder_data import Rows, is_demo
 from rlkd_trl.commands.encoder_demo import use_demo_teachers
 from rlkd_trl.commands.encoder_results import evaluate, evaluate_untrained, finish_stage, save_student
 from rlkd_trl.commands.encoder_stages import build, check_data, check_directories, clear_unfinished, plan_stages
-from rlkd_trl.commands.run_directory import leaves_no_empty_directory
+from rlkd_trl.commands.run_directory import held_alone, leaves_no_empty_directory
 from rlkd_trl.commands.settings import CommandLine, EncoderSettings
 from rlkd_trl.errors import run
 
@@ -44,7 +44,12 @@ def main() -> None:
     from rlkd_trl.trainers.processes import connect_processes
 
     connect_processes(sketch.args)
-    settings = command.settings()
+    with held_alone(sketch.args.output_dir):
+        distil(command.settings(), rows)
+
+
+def distil(settings: EncoderSettings, rows: dict[str, Rows]) -> None:
+    # Check what is left to be checked before weights are read.
     check_directories(settings)
     if is_demo(settings):
         use_demo_teachers(settings, settings.args.output_dir, seed=settings.args.seed)

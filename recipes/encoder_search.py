@@ -22,7 +22,7 @@ from pathlib import Path
 from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.cells import run_cells
 from rlkd_trl.commands.encoder_search import EncoderSearchSettings, Search, use_demo
-from rlkd_trl.commands.run_directory import check_writable
+from rlkd_trl.commands.run_directory import check_writable, held_alone
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
 
@@ -40,20 +40,25 @@ def main() -> None:
     require_files(settings)
     output_dir = Path(settings.search.output_dir)
     check_writable("--output_dir", output_dir)
+    with held_alone(output_dir):
+        search(settings)
+
+
+def search(settings: EncoderSearchSettings) -> None:
     if settings.search.smoke:
         use_demo(settings)
 
     from rlkd_trl.commands.encoder_search_results import write_results
 
-    search = Search(settings, RECIPES)
-    cells = search.cells()
+    plan = Search(settings, RECIPES)
+    cells = plan.cells()
     for cell in cells:
         cell.check()
-    print(f"{len(search.combinations)} sets of losses, {len(cells)} runs.", flush=True)
+    print(f"{len(plan.combinations)} sets of losses, {len(cells)} runs.", flush=True)
 
     # Run each combination with each seed, then say which is best.
     run_cells(cells, settings.search.jobs)
-    if not write_results(search):
+    if not write_results(plan):
         sys.exit(1)
 
 

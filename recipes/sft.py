@@ -21,8 +21,8 @@ from rlkd_trl.commands.run_directory import (
     check_free,
     checkpoint_to_resume,
     clear_results,
+    held_alone,
     is_finished,
-    leaves_no_empty_directory,
     mark_finished,
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
@@ -44,7 +44,12 @@ def main() -> None:
     from rlkd_trl.trainers.processes import connect_processes
 
     connect_processes(sketch.args)
-    settings = command.settings()
+    with held_alone(sketch.args.output_dir):
+        train(command.settings(), pairs)
+
+
+def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
+    # Find out what is wrong with the directory and the checkpoints.
     args = settings.args
     check_free(args.output_dir, settings.run, args)
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
@@ -58,15 +63,12 @@ def main() -> None:
     from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.supervised import SupervisedTrainer
 
-    with leaves_no_empty_directory(args.output_dir):
-        writer = supervised_writer(settings.student, settings.new, pairs)
-        dataset = pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
-        model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
-        tokenizer = writer.processing_class
-        print(
-            f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True
-        )
-        trainer = SupervisedTrainer(model, args, dataset, tokenizer, chat=writer.chat)
+    writer = supervised_writer(settings.student, settings.new, pairs)
+    dataset = pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
+    model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
+    tokenizer = writer.processing_class
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    trainer = SupervisedTrainer(model, args, dataset, tokenizer, chat=writer.chat)
     trainer.run_record["command"] = record
 
     # Train and save.

@@ -23,8 +23,8 @@ from rlkd_trl.commands.run_directory import (
     check_free,
     checkpoint_to_resume,
     clear_results,
+    held_alone,
     is_finished,
-    leaves_no_empty_directory,
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
@@ -92,6 +92,14 @@ def distil(
     from rlkd_trl.trainers.processes import connect_processes
 
     connect_processes(sketch.args)
+    with held_alone(sketch.args.output_dir):
+        _distil(command, data, trainer, title)
+
+
+def _distil(
+    command: CommandLine, data: "CheckedData", trainer: str, title: str | Callable[[DistillationSettings], str]
+) -> None:
+    """The rest of `distil`, which writes into the output directory."""
     settings = command.settings()
     inputs = check(settings, data)
 
@@ -108,11 +116,10 @@ def distil(
     from rlkd_trl.evaluation.evaluate import check_finite
 
     # 3 build, and measure teacher and student, which calls the reward for the first time.
-    with leaves_no_empty_directory(settings.args.output_dir):
-        trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
-        trainer.run_record["command"] = record
-        results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
-        check_finite(results, "Nothing was trained.")
+    trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
+    trainer.run_record["command"] = record
+    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
+    check_finite(results, "Nothing was trained.")
 
     # 4 train, save at once, and measure the student again.
     clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)

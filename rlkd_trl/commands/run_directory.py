@@ -1,8 +1,10 @@
 """The output directory of a command: what may be overwritten, and the checkpoint from which a run continues."""
 
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 FINISHED = "finished.json"  # written last
 RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "outputs.jsonl")
+_SECONDS_TO_END = 10.0  # of a run that was told to end, as a killed comparison's is
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
 
 
@@ -158,6 +161,56 @@ def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
             for place in new_directories:
                 place.rmdir()
         raise
+
+
+@contextmanager
+def held_alone(output_dir: str | Path) -> Iterator[None]:
+    """Within it no other command that does the same writes into the directory, which is made if it can be.
+
+    The operating system lets go of it when the process ends, however it does. A new directory that stays empty is
+    removed, as by `leaves_no_empty_directory`. Windows has no such locks, nor have some network file systems, and
+    others keep them to one machine.
+
+    Raises:
+        InputError: Another command has held the directory for ten seconds.
+    """
+    from rlkd_trl.trainers.processes import from_first_process
+
+    locks = []
+    with leaves_no_empty_directory(output_dir):
+        try:
+            from_first_process(lambda: locks.extend(_lock(Path(output_dir))))
+            yield
+        finally:
+            for lock in locks:
+                os.close(lock)
+
+
+def _lock(directory: Path) -> list[int]:
+    """The open directory with a lock on it; nothing where there is no directory or there are no locks."""
+    with suppress(OSError):  # which is said when the directory is checked
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return []
+    if not directory.is_dir():
+        return []
+    place, end = os.open(directory, os.O_RDONLY), time.monotonic() + _SECONDS_TO_END
+    while True:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return [place]
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(place)
+                raise InputError(
+                    f"--output_dir {directory} is in use by another command that writes there: wait for its end, or "
+                    "name another directory."
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # the file system has none
+            return [place]
 
 
 def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:

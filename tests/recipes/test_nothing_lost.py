@@ -3,10 +3,16 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from rlkd_trl.commands import run_directory
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run
 
 SFT = f"sft {COLUMNS} {TWO_STEPS}"
@@ -231,6 +237,46 @@ def test_an_evaluation_that_fails_keeps_what_it_has(inputs, test_csv, capsys):
     assert "8 samples of 'student'" in capsys.readouterr().err
     metrics = json.loads((inputs / "two" / "metrics.json").read_text())
     assert metrics["student"]["reward"] is None and metrics["student"]["samples_not_finite"] == 8
+
+
+IN_USE = {
+    "sft": f"{SFT} --student {{i}}/student --dataset {{i}}/data/train.csv",
+    "rloo": f"{RLOO} {DISTIL}",
+    "resume": f"{RLOO} {DISTIL} --resume",
+    "overwrite": f"{RLOO} {DISTIL} --overwrite_output_dir",
+    "encoder": "encoder_kd",
+    "search": "encoder_search --smoke",
+    "compare": f"compare {COLUMNS} --teacher {{i}}/teacher --student {{i}}/student --dataset {{i}}/data/train.csv "
+    "--test_dataset {i}/data --methods ppo --max_steps 2 --seeds 0",
+}
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_two_commands_do_not_write_into_one_directory(name, inputs, capsys, monkeypatch):
+    monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)
+    monkeypatch.chdir(inputs)  # of a demo's teachers
+    (inputs / "run").mkdir()
+    (inputs / "run" / "weights").touch()
+    before = contents(inputs)
+    with run_directory.held_alone(inputs / "run"):
+        assert run(f"{IN_USE[name].format(i=inputs)} --output_dir {inputs / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output_dir {inputs / 'run'} is in use by another command")
+    assert error.count("\n") == 1
+    assert contents(inputs) == before
+
+
+def test_a_directory_is_free_when_its_run_is_killed(tmp_path):
+    """The run that follows waits for the one that is about to end."""
+    program = "import sys, time; from rlkd_trl.commands.run_directory import held_alone\n"
+    program += "with held_alone(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(600)"
+    run_there = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert run_there.stdout.readline() == "holds\n"
+    threading.Timer(0.5, run_there.kill).start()
+    began = time.monotonic()
+    with run_directory.held_alone(tmp_path):
+        assert time.monotonic() - began > 0.3
+    assert run_there.wait() == -signal.SIGKILL
 
 
 def test_nowhere_to_write(inputs, capsys):
