@@ -93,42 +93,35 @@ def distil(
 
     connect_processes(sketch.args)
     with held_alone(sketch.args.output_dir):
-        _distil(command, data, trainer, title)
+        settings = command.settings()
+        inputs = check(settings, data)
 
+        # 2 make the demo's models, if none are named.
+        if is_demo(settings):
+            use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
 
-def _distil(
-    command: CommandLine, data: "CheckedData", trainer: str, title: str | Callable[[DistillationSettings], str]
-) -> None:
-    """The rest of `distil`, which writes into the output directory."""
-    settings = command.settings()
-    inputs = check(settings, data)
+        inputs = within_lengths(settings, inputs)
+        record = command_record(settings)
+        check_own_checkpoint(inputs.checkpoint, trainer.partition(":")[2], settings.args, record, inputs.train)
+        if is_finished(inputs.checkpoint, settings.args):
+            return
 
-    # 2 make the demo's models, if none are named.
-    if is_demo(settings):
-        use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
+        from rlkd_trl.evaluation.evaluate import check_finite
 
-    inputs = within_lengths(settings, inputs)
-    record = command_record(settings)
-    check_own_checkpoint(inputs.checkpoint, trainer.partition(":")[2], settings.args, record, inputs.train)
-    if is_finished(inputs.checkpoint, settings.args):
-        return
+        # 3 build, and measure teacher and student, which calls the reward for the first time.
+        trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
+        trainer.run_record["command"] = record
+        results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
+        check_finite(results, "Nothing was trained.")
 
-    from rlkd_trl.evaluation.evaluate import check_finite
+        # 4 train, save at once, and measure the student again.
+        clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
+        trainer.train(resume_from_checkpoint=inputs.checkpoint)
+        save_student(trainer, results)
+        results["after"] = evaluate(trainer, "after training")
 
-    # 3 build, and measure teacher and student, which calls the reward for the first time.
-    trainer = build(pkgutil.resolve_name(trainer), settings, inputs)
-    trainer.run_record["command"] = record
-    results = {"teacher": evaluate_teacher_of(trainer), "before": evaluate(trainer, "before training")}
-    check_finite(results, "Nothing was trained.")
-
-    # 4 train, save at once, and measure the student again.
-    clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
-    trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    save_student(trainer, results)
-    results["after"] = evaluate(trainer, "after training")
-
-    # 5 report.
-    finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
+        # 5 report.
+        finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
 
 
 def check_data(settings: DistillationSettings, *, held_out_flag: str = "--eval_dataset") -> CheckedData:

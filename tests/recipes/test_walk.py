@@ -22,6 +22,7 @@ WORDS = ("settings", "errors.py")
 CHECKS = {
     "check_data": ["data", "prompts"],
     "connect_processes": ["trainers"],
+    "__enter__": ["trainers"],  # of `held_alone`
     "settings": ["trainers"],
     "check": ["rewards", "trainers", "teachers", "models"],
     "within_lengths": ["models"],
