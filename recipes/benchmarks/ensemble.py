@@ -1,0 +1,147 @@
+r"""Hinton, Vinyals & Dean (2015), §3: a model, an ensemble of such models, and one distilled from it, on E2E.
+
+    python recipes/benchmarks/ensemble.py --train e2e/train.csv --work_dir runs/ensemble
+
+The CSV file has the columns `mr` and `ref` (devset.csv of the E2E dataset); names are delexicalised as in `e2e.py`.
+200 of its 547 inputs, drawn with seed 0, are the test inputs with all their references. All models are T5 of one size
+and one tokenizer, trained from random weights for the same number of steps on the same data by `kd.py`, and differ in
+the seed of weights and order and in what they learn from:
+
+    base       the references alone (the preset `seq_kd` on them), k = 3 models per repetition
+    ensemble   no training: the mean of the k models' probabilities
+    distilled  the preset `hinton` with these k models as teachers (soft targets at T = 2, a tenth of hard ones)
+    per example  the same with MT-BERT's weights (`--teacher_weighting per_example`)
+
+Measured on the test inputs' references, token by token as Hinton measures frames: cross-entropy in nats and accuracy
+of the next token. Three repetitions, each with its own base models; the distilled begin with seeds of their own. A
+finished stage is not run again. Writes `results/ensemble.json` and `results/ensemble.md`.
+"""
+
+import argparse
+import resource
+from pathlib import Path
+
+import torch
+from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, delexicalise, stage
+from e2e_comparison import drawn_inputs, read_rows, write_rows
+from result_files import made_by, write_results
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlkd_trl.commands.comparison.statistics import Interval, mean_interval
+from rlkd_trl.data import train_tokenizer
+from rlkd_trl.evaluation.tables import markdown_table
+from rlkd_trl.ops.divergences import mean_of_probabilities
+from rlkd_trl.students.from_scratch import new_model
+
+TEST_INPUTS, TEACHERS, REPETITIONS = 200, 3, 3
+SIZE = {"d_model": 64, "num_layers": 2, "num_heads": 4, "dropout": 0.1}
+TRAINING = "--learning_rate 3e-3 --warmup_steps 30 --per_device_train_batch_size 32 --max_completion_length 64".split()
+PRESETS = RECIPES / "configs" / "methods" / "kd"
+
+
+def random_weights(here: Path, seed: int, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A new model with this seed; its directory."""
+    begin = here / f"begin{seed}"
+    new_model(tokenizer, **SIZE, seed=seed).save_pretrained(begin)
+    tokenizer.save_pretrained(begin)
+    return begin
+
+
+def train(
+    here: Path, name: str, preset: str, begin: Path, seed: int, teachers: list[Path], steps: int, *flags: str
+) -> Path:
+    """A student of `kd.py` on the training inputs' references; its directory."""
+    of_run = ["--dataset", here / "train.csv", "--eval_dataset", here / "dev.csv", *DATA_FLAGS, "--student", begin]
+    of_run += ["--teacher", *teachers, "--output_dir", here / name, "--seed", seed, "--max_steps", steps]
+    of_run += ["--config", PRESETS / f"{preset}.yaml"]
+    stage("kd", here / name / "finished.json", *of_run, *TRAINING, *QUIET, *flags)
+    return here / name
+
+
+@torch.no_grad()
+def measure(models: list[Path], rows: list[dict[str, str]]) -> dict[str, float]:
+    """Cross-entropy per token and accuracy of the models' mean probabilities on the references, EOS included."""
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    loaded = [AutoModelForSeq2SeqLM.from_pretrained(model).eval() for model in models]
+    nll, right, count = 0.0, 0, 0
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        inputs = tokenizer([row["mr"] for row in batch], padding=True, return_tensors="pt")
+        ids = [
+            [*tokenizer(row["ref"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for row in batch
+        ]
+        labels_BT = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(i) for i in ids], batch_first=True, padding_value=-100
+        )
+        mask_BT = labels_BT >= 0
+        logits = [
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels_BT).logits
+            for model in loaded
+        ]
+        logps_NV = mean_of_probabilities([z_BTV[mask_BT] for z_BTV in logits], [1.0] * len(logits))
+        labels_N = labels_BT[mask_BT]
+        nll -= float(logps_NV.gather(1, labels_N[:, None]).sum())
+        right += int((logps_NV.argmax(dim=1) == labels_N).sum())
+        count += len(labels_N)
+    return {"nats": nll / count, "accuracy": 100 * right / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/ensemble"))
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--max_steps", type=int, default=300)
+    args = parser.parse_args()
+    here = args.work_dir
+    delexicalise(args.train, here / "all.csv")
+    test, dev, rest = drawn_inputs(read_rows(here / "all.csv"), TEST_INPUTS, 8)
+    for name, rows in (("test", test), ("dev", dev), ("train", rest)):
+        write_rows(here / f"{name}.csv", rows)
+
+    tokenizer = train_tokenizer([text for row in rest for text in row.values()], vocab_size=1200)
+    results: dict[str, list[dict[str, float]]] = {"base": [], "ensemble": [], "distilled": [], "per example": []}
+    for repetition in range(REPETITIONS):
+        seeds = range(TEACHERS * repetition, TEACHERS * (repetition + 1))
+        begins = [random_weights(here, seed, tokenizer) for seed in seeds]
+        bases = [
+            train(here, f"base{seed}", "seq_kd", begin, seed, [begin], args.max_steps)
+            for seed, begin in zip(seeds, begins, strict=True)
+        ]
+        seed = 100 + repetition
+        begin = random_weights(here, seed, tokenizer)
+        each = [measure([base], test) for base in bases]
+        results["base"].append({name: sum(one[name] for one in each) / TEACHERS for name in each[0]})
+        results["ensemble"].append(measure(bases, test))
+        distilled = train(here, f"distilled{repetition}", "hinton", begin, seed, bases, args.max_steps)
+        results["distilled"].append(measure([distilled], test))
+        weighed = ["--teacher_weighting", "per_example"]
+        weighed = train(here, f"per_example{repetition}", "hinton", begin, seed, bases, args.max_steps, *weighed)
+        results["per example"].append(measure([weighed], test))
+
+    table, base = [], results["base"]
+    for model, of_model in results.items():
+        cells = [model]
+        for name in ("nats", "accuracy"):
+            values = [one[name] for one in of_model]
+            differences = [value - one[name] for value, one in zip(values, base, strict=True)]
+            cells.append(_shown(mean_interval(values)))
+            cells.append("" if model == "base" else _shown(mean_interval(differences), sign="+"))
+        table.append(cells)
+    header = ["model", "nats / token", "− base", "next token right, %", "− base"]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    about = (
+        f"E2E, {TEST_INPUTS} test inputs with {len(test)} references; T5 with {args.max_steps} steps; mean ± "
+        f"half-width of the 95 % interval over {REPETITIONS} repetitions, each with {TEACHERS} base models."
+    )
+    cost = f"{used.ru_utime + used.ru_stime:.0f} s of CPU time, stages that were done already not counted."
+    text = f"{about}\n\n{markdown_table(header, table)}\n\n{made_by()} {cost}\n"
+    write_results(args.results_dir, "ensemble", results, text)
+
+
+def _shown(interval: Interval, sign: str = "") -> str:
+    return f"{interval.mean:{sign}.3f} ± {interval.half_width:.3f}"
+
+
+if __name__ == "__main__":
+    main()
