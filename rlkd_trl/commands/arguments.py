@@ -25,6 +25,7 @@ from rlkd_trl.settings.ranges import (
 
 _CHAT_TEMPLATE = "auto: the tokenizer's, if it has one; none; or a .jinja file, or a checkpoint with a tokenizer's."
 WEIGHTINGS = ("fixed", "validation", "per_example")
+ENCODER_WEIGHTINGS = ("per_example", "fixed")
 _SYSTEM_PROMPT = "What the system says first, in its chat template."
 _CHAT_TEMPLATE_KWARGS = """Variables of its chat template, in JSON: '{"enable_thinking": false}'."""
 
@@ -311,6 +312,32 @@ class EncoderTeacherArguments:
     teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub --teacher."})
     task_teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub --task_teacher."})
     teacher_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
+
+
+@dataclass
+class EncoderPanelArguments:
+    """Several teachers"""
+
+    more_teachers: list[CheckpointPath] | None = field(
+        default=None,
+        metadata={"help": "More teachers of task stages, beside --task_teacher: each loss is summed over all."},
+    )
+    teacher_weighting: str = field(
+        default="per_example",
+        metadata={"help": "per_example: logits_kl of each over 1 + its own loss on the text (MT-BERT); or fixed."},
+    )
+    train_along: list[CheckpointPath] | None = field(
+        default=None,
+        metadata={
+            "help": "More encoders, fine-tuned together with --student on labels, with one pooler and head for all: "
+            "MT-BERT's co-finetuning of teachers. They are saved in OUTPUT_DIR/encoder2, encoder3 …"
+        },
+    )
+
+    def __post_init__(self):
+        if self.teacher_weighting not in ENCODER_WEIGHTINGS:
+            known = ", ".join(ENCODER_WEIGHTINGS)
+            raise InputError(f"--teacher_weighting {self.teacher_weighting}: choose one of {known}.")
 
 
 @dataclass

@@ -36,7 +36,8 @@ class StudentPlan:
 class Stage:
     """One stage: its settings, rows and teacher, and the student that it begins with.
 
-    classes: of a task stage. checkpoint: from which the stage is resumed. is_done: whether it is already finished.
+    classes: of a task stage. more_teachers: beside `teacher`. trained_along: more encoders, which are trained together
+    with the student. checkpoint: from which the stage is resumed. is_done: whether it is already finished.
     """
 
     args: "EncoderKDConfig"
@@ -46,6 +47,8 @@ class Stage:
     student: StudentPlan
     classes: Classes | None
     is_last: bool
+    more_teachers: tuple[str, ...] = ()
+    trained_along: tuple[str, ...] = ()
     checkpoint: str | None = None
     is_done: bool = False
 
@@ -64,6 +67,8 @@ class Models(NamedTuple):
     student: "PreTrainedModel"
     teacher: "PreTrainedModel | None"
     tokenizer: "PreTrainedTokenizerBase"
+    more_teachers: "list[PreTrainedModel]"
+    trained_along: "list[PreTrainedModel]"
 
 
 def plan_student(settings: EncoderSettings) -> StudentPlan:
@@ -147,6 +152,15 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
         check_embedding_rows("The teacher", tokenizer, config)
     check_models(objective, student, teacher)
     check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, teacher)
+    for name in (*stage.more_teachers, *stage.trained_along):
+        config = load_encoder_config(name)
+        who = "The teacher" if name in stage.more_teachers else "The encoder"
+        other = skeleton(config, objective.teachers_head if name in stage.more_teachers else objective.head, who)
+        check_same_vocabulary(tokenizer, load_tokenizer(name))
+        check_embedding_rows(who, tokenizer, config)
+        if name in stage.more_teachers:
+            check_models(objective, student, other)
+        check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, other)
 
 
 def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:
@@ -190,4 +204,12 @@ def load_models(settings: EncoderSettings, stage: Stage) -> Models:
         )
         student = smaller_student(whole, plan.sizes, init=plan.init, seed=seed)
     name, revision = _tokenizer_of(settings)
-    return Models(student, teacher, load_tokenizer(name, revision=revision))
+    more_teachers = [
+        load_encoder(one, objective.teachers_head, "The teacher", dtype=settings.teacher.teacher_dtype)
+        for one in stage.more_teachers
+    ]
+    trained_along = [
+        load_encoder(one, objective.head, "The encoder", may_be_new=True, seed=seed, **of_classes)
+        for one in stage.trained_along
+    ]
+    return Models(student, teacher, load_tokenizer(name, revision=revision), more_teachers, trained_along)

@@ -104,7 +104,7 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
         title=directory.name,
         results=results,
         method=method,
-        teacher=stage.teacher or "none, but labels",
+        teacher=", ".join([stage.teacher, *stage.more_teachers]) if stage.teacher else "none, but labels",
         student=settings.student.student or "a smaller model of the teacher's architecture",
         dataset=_dataset(settings, objective.stage),
         auto_class=_AUTO_CLASSES[objective.head],

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.checks import require_files
+from rlkd_trl.commands.checks import refuse_unused, require_files
 from rlkd_trl.commands.encoder_data import Rows, classes_of, load_stage_rows, with_next_sentences, with_numbers
 from rlkd_trl.commands.encoder_models import (
     Stage,
@@ -30,6 +30,8 @@ from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.errors import InputError, is_first_process
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from rlkd_trl.trainers.encoder import EncoderKDTrainer
 
 _TRAINER = "EncoderKDTrainer"
@@ -79,6 +81,7 @@ def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]
         InputError: Settings, models and data do not fit each other, or a run to resume is another run.
     """
     args = settings.args
+    check_panel(settings)
     stages, student = [], plan_student(settings)
     for number in range(len(args.stages)):
         stage = _stage(settings, number, rows, student)
@@ -121,8 +124,50 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
                 "nsp_ce learns which text follows which: name the second one's column with --pair_column."
             )
         of_stage = Rows(*(with_next_sentences(part, args.seed) for part in (of_stage.train, of_stage.test)))
+    more_teachers = tuple(settings.panel.more_teachers or ()) if objective.stage == "task" and name is not None else ()
+    for other in more_teachers:
+        check_teacher(other, None, objective)
+        _check_same_classes(name, load_encoder_config(name, revision=revision), other, load_encoder_config(other))
     is_last = number == len(settings.args.stages) - 1
-    return Stage(args, of_stage, name, revision, student, classes, is_last)
+    trained_along = tuple(settings.panel.train_along or ())
+    return Stage(args, of_stage, name, revision, student, classes, is_last, more_teachers, trained_along)
+
+
+def _check_same_classes(
+    name: str, config: "PreTrainedConfig", other: str, config_of_other: "PreTrainedConfig"
+) -> None:
+    if config.id2label != config_of_other.id2label:
+        raise InputError(
+            f"--more_teachers {other} has other classes than {name} ({', '.join(config_of_other.id2label.values())}; "
+            f"{', '.join(config.id2label.values())}): fine-tune both on the same labels."
+        )
+
+
+def check_panel(settings: EncoderSettings) -> None:
+    """Checks the flags for several teachers. Raises `InputError`."""
+    from rlkd_trl.trainers.encoder_checks import check_trained_along
+
+    panel, stages, args = settings.panel, settings.args.stages, settings.args
+    teaches = [
+        number
+        for number in range(len(stages))
+        if (objective := args.objective(number)).stage == "task" and objective.needs_teacher
+    ]
+    named = settings.teacher.task_teacher or settings.teacher.teacher
+    refuse_unused(
+        panel,
+        "more_teachers",
+        unless=bool(teaches and named),
+        needs="a task stage with a --task_teacher and its losses",
+    )
+    refuse_unused(panel, "teacher_weighting", unless=bool(panel.more_teachers), needs="--more_teachers")
+    if panel.train_along:
+        check_trained_along(args.objective(0), None, len(panel.train_along))
+        if settings.student.student is None or len(stages) > 1:
+            raise InputError(
+                "--train_along fine-tunes encoders together with --student, in one task stage: name that student, and "
+                "no other stages."
+            )
 
 
 def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]:
@@ -200,6 +245,9 @@ def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
         stage.rows.train,
         eval_dataset=stage.rows.test,
         processing_class=models.tokenizer,
+        more_teachers=models.more_teachers,
+        weigh_teachers=settings.panel.teacher_weighting == "per_example",
+        trained_along=models.trained_along,
     )
     trainer.run_record["command"] = command_record(settings)
     return trainer

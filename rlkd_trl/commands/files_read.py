@@ -9,6 +9,7 @@ from pathlib import Path
 from rlkd_trl.commands.arguments import (
     DataArguments,
     EncoderHeldOutArguments,
+    EncoderPanelArguments,
     EncoderStudentArguments,
     EncoderTeacherArguments,
     GeneralDataArguments,
@@ -139,7 +140,7 @@ READ_BY_FLAG: dict[str, Reads] = {f"--{name}": reads for name, reads in INHERITE
         *(DataArguments, HeldOutArguments, PromptArguments),
         *(TeacherArguments, StudentArguments, RewardArguments),
         *(GeneralDataArguments, TaskDataArguments, EncoderHeldOutArguments),
-        *(EncoderTeacherArguments, EncoderStudentArguments),
+        *(EncoderTeacherArguments, EncoderPanelArguments, EncoderStudentArguments),
     )
     for name, reads in files_read(group).items()
 }

@@ -13,6 +13,7 @@ from rlkd_trl.commands.arguments import (
     CodeArguments,
     DataArguments,
     EncoderHeldOutArguments,
+    EncoderPanelArguments,
     EncoderStudentArguments,
     EncoderTeacherArguments,
     EvaluationArguments,
@@ -88,6 +89,7 @@ class EncoderSettings:
     task: TaskDataArguments
     held_out: EncoderHeldOutArguments
     teacher: EncoderTeacherArguments
+    panel: EncoderPanelArguments
     student: EncoderStudentArguments
     code: CodeArguments
     run: RunArguments

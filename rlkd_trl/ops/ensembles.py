@@ -31,11 +31,16 @@ def disagreement(logps_KBT: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
     return (logps_KBT - middle_BT).abs().sum(dim=-1) / mask_BT.sum(dim=1).clamp(min=1)
 
 
+def loss_factor(loss: Tensor) -> Tensor:
+    """1 / (1 + L), MT-BERT's factor of a teacher's soft loss on an example where its own loss is L ≥ 0."""
+    return 1 / (1 + loss)
+
+
 def weights_by_loss(losses_KB: Tensor, prior_KB: Tensor) -> Tensor:
-    """w_i = v_i / (1 + L_i) over its sum (MT-BERT's factor 1 / (1 + CE(y, p_i)), times a given weight v_i), `[K, B]`.
+    """w_i = v_i / (1 + L_i) over its sum: `loss_factor` times a given weight v_i, `[K, B]`.
 
     losses_KB: L_i ≥ 0 of teacher i on each example. prior_KB: v_i ≥ 0, some above 0 for each example; a teacher with
     v_i = 0 has no share there, whatever its loss.
     """
-    shares_KB = torch.where(prior_KB > 0, prior_KB / (1 + losses_KB), torch.zeros_like(losses_KB))
+    shares_KB = torch.where(prior_KB > 0, prior_KB * loss_factor(losses_KB), torch.zeros_like(losses_KB))
     return shares_KB / shares_KB.sum(dim=0)

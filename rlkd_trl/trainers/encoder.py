@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from rlkd_trl.models.private_apis import whole_shape
 from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
+from rlkd_trl.students.joint_encoders import JointEncoders
 from rlkd_trl.trainers.budget import Spent
 from rlkd_trl.trainers.checks import check_sharding
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
@@ -33,11 +34,19 @@ from rlkd_trl.trainers.encoder_checks import (
     check_inputs,
     check_models,
     check_rows,
+    check_trained_along,
     projections_needed,
 )
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_losses import StageLosses, Teachings, count_units, logits_of, token_mask
+from rlkd_trl.trainers.encoder_teachers import (
+    PanelLosses,
+    SeveralTeachings,
+    check_panel,
+    merged,
+    panel_projections,
+)
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
 from rlkd_trl.trainers.run_record import model_record
@@ -59,6 +68,9 @@ class EncoderKDTrainer(DistillationTrainer):
             `label` (a class's number, or a float in regression) and `next_sentence_label`.
         data_collator: Replaces the trainer's own, for instance by one of transformers' for tokenised rows.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
+        more_teachers: More teachers of a task stage; each loss is summed over all (see `PanelLosses`).
+        weigh_teachers: With several: whether `logits_kl` is weighed per text by each teacher's own error (MT-BERT).
+        trained_along: More encoders, trained on labels together with `model`, under its head (see `JointEncoders`).
 
     Raises:
         InputError: The losses do not fit the models or the data; tokenizers or labels differ; `args` has more than one
@@ -78,6 +90,9 @@ class EncoderKDTrainer(DistillationTrainer):
         *,
         data_collator=None,
         peft_config: PeftConfig | None = None,
+        more_teachers: Sequence[PreTrainedModel | str] = (),
+        weigh_teachers: bool = True,
+        trained_along: Sequence[PreTrainedModel] = (),
         **kwargs,
     ):
         if len(args.stages) > 1:
@@ -90,25 +105,41 @@ class EncoderKDTrainer(DistillationTrainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_encoder(model, objective.head, "The student", may_be_new=True, seed=args.seed)
-        if isinstance(teacher, str):
-            teacher = load_encoder(teacher, objective.teachers_head, "The teacher")
+        teachers = [
+            load_encoder(one, objective.teachers_head, "The teacher") if isinstance(one, str) else one
+            for one in ([] if teacher is None else [teacher, *more_teachers])
+        ]
+        check_panel(objective, len(teachers))
+        check_trained_along(objective, peft_config, len(trained_along))
         if processing_class is None:
             raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
         if args.fp16:
             check_fp16(model.config, on_cpu=args.use_cpu)
         check_embedding_rows("The student", processing_class, model.config)
-        readers = LayerReader(model), None if teacher is None else LayerReader(teacher)
-        check_models(objective, *readers)
-        check_inputs(args, objective, train_dataset, processing_class, *readers)
+        self._teachers_readers = [LayerReader(one.eval().requires_grad_(False)) for one in teachers]
+        for reader in self._teachers_readers or [None]:
+            check_models(objective, LayerReader(model), reader)
+            check_inputs(args, objective, train_dataset, processing_class, LayerReader(model), reader)
         model = with_adapters(model, peft_config, seed=args.seed)
         check_weights(model, "The student")
         refuse_float16_weights(model)
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.teachers_reader = None if teacher is None else LayerReader(teacher)
-        projections = projections_needed(objective, LayerReader(model), self.teachers_reader)
-        student = EncoderStudent(model, projections, seed=args.seed)
-        self._losses = StageLosses(objective, student, self.teachers_reader)
-        self._wanted = self._wanted_layers(student.reader)
+        self.teacher = teachers[0] if teachers else None
+        self.teachers_reader = next(iter(self._teachers_readers), None)
+        if trained_along:
+            for companion in trained_along:
+                refuse_float16_weights(companion)
+            student = JointEncoders(model, trained_along)
+        elif len(teachers) > 1:
+            projections = panel_projections(objective, LayerReader(model), self._teachers_readers)
+            student = EncoderStudent(model, projections, seed=args.seed)
+        else:
+            projections = projections_needed(objective, LayerReader(model), self.teachers_reader)
+            student = EncoderStudent(model, projections, seed=args.seed)
+        if len(teachers) > 1:
+            self._losses = PanelLosses.of(objective, student, self._teachers_readers, per_example=weigh_teachers)
+        else:
+            self._losses = StageLosses(objective, student, self.teachers_reader)
+        self._wanted, self._wanted_of_teachers = self._wanted_layers(student.reader)
         self._means = RunningMeans()
         self._step_metrics: dict[str, float] = defaultdict(float)
         self.spent = Spent()
@@ -131,12 +162,17 @@ class EncoderKDTrainer(DistillationTrainer):
         )
         self.train_dataset = NumberedRows(train_dataset)
         self.loss_is_scaled_for_ga = True  # the counts that losses are divided by are those of the whole step
-        if self.teacher is not None:
-            self.teacher.to(self.accelerator.device)
+        for one in teachers:
+            one.to(self.accelerator.device)
         self.run_record |= {
             "student": {"architecture": type(model).__name__},
-            "teacher": None if teacher is None else model_record(teacher),
+            "teacher": model_record(teachers[0]) if teachers else None,
         }
+        if len(teachers) > 1:
+            more = [model_record(one) for one in teachers[1:]]
+            self.run_record["more_teachers"] = {"models": more, "weighed_per_text": weigh_teachers}
+        if trained_along:
+            self.run_record["trained_along"] = [type(one).__name__ for one in trained_along]
         if objective.reads_maps and is_first_process():
             print(
                 f"Attention maps are read: {self._mapped_layers()} run eager attention, all others SDPA.", flush=True
@@ -149,20 +185,22 @@ class EncoderKDTrainer(DistillationTrainer):
 
     # Layers and inputs of the two models
 
-    def _wanted_layers(self, student: LayerReader) -> tuple[Wanted, Wanted]:
-        """By stack and kind of tensor, the layers whose tensors the losses read: the student's, the teacher's."""
-        if self.teachers_reader is None:
-            return {}, {}
-        of_stacks = {
-            stack: self.objective.wanted(student.num_layers(stack), self.teachers_reader.num_layers(stack))
-            for stack in student.stacks
-        }
-        return tuple({stack: pair[i] for stack, pair in of_stacks.items()} for i in range(2))
+    def _wanted_layers(self, student: LayerReader) -> tuple[Wanted, list[Wanted]]:
+        """By stack and kind of tensor, the layers whose tensors the losses read: the student's, each teacher's."""
+        of_student, of_teachers = [], []
+        for teacher in self._teachers_readers:
+            of_stacks = {
+                stack: self.objective.wanted(student.num_layers(stack), teacher.num_layers(stack))
+                for stack in student.stacks
+            }
+            of_student.append({stack: pair[0] for stack, pair in of_stacks.items()})
+            of_teachers.append({stack: pair[1] for stack, pair in of_stacks.items()})
+        return merged(of_student), of_teachers
 
     def _mapped_layers(self) -> str:
         """The layers whose attention maps are read, in words."""
         parts = []
-        for who, wanted in zip(("the student", "the teacher"), self._wanted, strict=True):
+        for who, wanted in (("the student", self._wanted), ("the teacher", merged(self._wanted_of_teachers))):
             layers = sorted({layer for of_stack in wanted.values() for layer in of_stack.get("scores", ())})
             parts.append(f"layers {', '.join(map(str, layers))} of {who}")
         return " and ".join(parts)
@@ -174,11 +212,14 @@ class EncoderKDTrainer(DistillationTrainer):
         return {name: batch[name] for name in names if name in batch and name in known}
 
     @torch.no_grad()
-    def _teachings(self, batch: Mapping[str, Tensor]) -> Teachings | None:
-        if self.teacher is None or not self.objective.needs_teacher:
+    def _teachings(self, batch: Mapping[str, Tensor]) -> Teachings | SeveralTeachings | None:
+        if not self._teachers_readers or not self.objective.needs_teacher:
             return None
-        outputs, layers = self.teachers_reader.read(self._model_inputs(self.teacher, batch), self._wanted[1])
-        return Teachings(logits_of(outputs), layers)
+        each = []
+        for reader, wanted in zip(self._teachers_readers, self._wanted_of_teachers, strict=True):
+            outputs, layers = reader.read(self._model_inputs(reader.model, batch), wanted)
+            each.append(Teachings(logits_of(outputs), layers))
+        return each[0] if len(each) == 1 else SeveralTeachings(each)
 
     # The loss
 
@@ -196,8 +237,8 @@ class EncoderKDTrainer(DistillationTrainer):
 
         It is multiplied by the number of processes, since gradients are averaged over processes.
         """
-        inputs, wanted = self._model_inputs(self.student.model, batch), self._wanted[0]
-        losses_B = model(inputs, wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
+        inputs = self._model_inputs(self.student.model, batch)
+        losses_B = model(inputs, self._wanted, partial(self._losses, batch=batch, teachings=self._teachings(batch)))
         world = self.accelerator.num_processes
         return {
             name: sum(loss_B.sum() / counts[unit] for unit, loss_B in by_unit.items()) * world
@@ -313,7 +354,7 @@ class EncoderKDTrainer(DistillationTrainer):
             teachings = self._teachings(masked_batch)
             losses = partial(self._losses_and_logits, batch=masked_batch, teachings=teachings)
             inputs = self._model_inputs(self.student.model, masked_batch)
-            losses_B, logits = self.student(inputs, self._wanted[0], losses)
+            losses_B, logits = self.student(inputs, self._wanted, losses)
             for name, by_unit in losses_B.items():
                 for unit, of_stack_B in by_unit.items():
                     sums[name][unit] += float(of_stack_B.sum())
@@ -322,7 +363,7 @@ class EncoderKDTrainer(DistillationTrainer):
                 counts[unit] += float(count)
             if self.objective.stage == "task":
                 seen.add_outputs(logits, None if teachings is None else teachings.logits, batch.get("labels"))
-            elif self.teacher is not None:
+            elif self.teachers_reader is not None:
                 seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), token_mask(batch))
         self.student.train(was_training)
         self.sample_table = seen.samples(dataset, self.student.config) if self.objective.stage == "task" else []
@@ -361,16 +402,28 @@ class EncoderKDTrainer(DistillationTrainer):
             self.stop_if_asked()
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher's metrics on the evaluation data; {} in a general stage, or if no loss reads its classes."""
-        if self.teacher is None or self.objective.stage != "task" or self.objective.teachers_head != "classes":
+        """The teacher's metrics on the evaluation data; {} in a general stage, or if no loss reads its classes.
+
+        Of several teachers they are those of their mean.
+        """
+        if self.teachers_reader is None or self.objective.stage != "task" or self.objective.teachers_head != "classes":
             return {}
         seen = Seen()
         for batch in self._evaluation_batches(self.eval_dataset):
             teachings = self._teachings(batch)
             seen.add_outputs(teachings.logits, None, batch.get("labels"))
-        return {**self._metrics_of(seen, self.eval_dataset), "parameters": float(_num_parameters(self.teacher))}
+        parameters = sum(_num_parameters(reader.model) for reader in self._teachers_readers)
+        return {**self._metrics_of(seen, self.eval_dataset), "parameters": float(parameters)}
 
     # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the base class; encoders that are trained along are checkpoints with a tokenizer, too."""
+        super()._save(output_dir, state_dict)
+        student = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and isinstance(student, JointEncoders):
+            for directory in student.directories(output_dir or self.args.output_dir, len(student.companions)):
+                self.processing_class.save_pretrained(directory)
 
     def run_state(self) -> dict[str, object]:
         """Adds metrics that are not logged yet, and the cost of the run."""

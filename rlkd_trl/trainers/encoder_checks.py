@@ -45,6 +45,18 @@ def check_rows(rows: Dataset, objective: Objective, what: str) -> None:
         check_column(rows, "next_sentence_label", what)
 
 
+def check_trained_along(objective: Objective, peft_config: object, count: int) -> None:
+    """Raises `InputError` if encoders are to be trained along with the model in another stage than on labels alone."""
+    if count and (set(objective.weights) != {"hard_ce"} or peft_config is not None):
+        how = (
+            "adapters" if peft_config is not None else f"a {objective.stage} stage of {' + '.join(objective.weights)}"
+        )
+        raise InputError(
+            f"Encoders are trained together on labels alone (stage task, losses hard_ce), and without adapters; this "
+            f"is with {how}."
+        )
+
+
 def check_inputs(
     args: EncoderKDConfig,
     objective: Objective,

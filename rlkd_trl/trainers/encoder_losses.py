@@ -29,11 +29,15 @@ class Teachings:
 
 @dataclass(frozen=True)
 class StageLosses:
-    """The losses of one stage for these two models; teacher: None if no loss needs one."""
+    """The losses of one stage for these two models.
+
+    teacher: None if no loss needs one. suffix: behind the names of the projections, which each teacher has of its own.
+    """
 
     objective: Objective
     student: EncoderStudent
     teacher: LayerReader | None
+    suffix: str = ""
 
     @property
     def is_regression(self) -> bool:
@@ -65,7 +69,9 @@ class StageLosses:
         pairs = self.objective.layers_of(name, self.student.reader.num_layers(stack), self.teacher.num_layers(stack))
         total_B = 0
         for m, n in pairs:
-            projected = self.student.projected(f"{stack}_{name}", student[m]) if name in PROJECTED else student[m]
+            projected = student[m]
+            if name in PROJECTED:
+                projected = self.student.projected(f"{stack}_{name}{self.suffix}", projected)
             loss = layer_loss(name, projected, teacher[n], mask_BS, relation_heads)
             total_B = total_B + (loss.sum(dim=1) if loss.dim() == 2 else loss)
         return {"texts" if name == "cls_mse" else f"{stack} tokens": total_B}

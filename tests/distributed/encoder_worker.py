@@ -25,6 +25,8 @@ GLOBAL_BATCH = 8
 CASES = {
     "general": ("general", ALL_GENERAL, None, ("ddp", "accumulated", "zero2", "zero3")),
     "task": ("task", ALL_TASK, None, ("ddp", "zero3")),
+    "several teachers": ("task", "hidden_mse+logits_kl+hard_ce", None, ("ddp",)),
+    "trained along": ("task", "hard_ce", None, ("ddp",)),
     # Weights behind the layer that is read get no gradients, and projections some.
     "projected": ("general", "hidden_mse+value_relation_kl", 8, ("ddp", "zero2")),
 }
@@ -36,9 +38,12 @@ def train(name: str, mode: str, output_dir: Path, world: int) -> dict:
     unset_hf_deepspeed_config()
     stage, losses, width, _ = CASES[name]
     accumulation = 2 if mode == "accumulated" else 1
+    others = [make(layers=3, head="classes", num_labels=3, seed=4)]
+    several = {"several teachers": {"more_teachers": others}, "trained along": {"trained_along": others}}.get(name)
     trainer = build(
         losses,
         output_dir,
+        several=several,
         stage=stage,
         student=None if width is None else make(layers=2, width=width, seed=1),
         data=texts(32, seed=1),
@@ -49,7 +54,7 @@ def train(name: str, mode: str, output_dir: Path, world: int) -> dict:
         learning_rate=0.05,
         max_grad_norm=0.5,
         mlm_probability=0.3 if stage == "general" else 0.0,
-        layer_map=["single=2"] if name == "projected" else ["uniform"],
+        layer_map=["single=2"] if name == "projected" else ["top"] if name == "several teachers" else ["uniform"],
         deepspeed={"zero2": deepspeed_settings(2), "zero3": deepspeed_settings(3)}.get(mode),
     )
     before = snapshot(trainer.student.model) if world == 1 else {}

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from rlkd_trl.ops.ensembles import disagreement, mean_token_loss, weights_by_loss
+from rlkd_trl.ops.ensembles import disagreement, loss_factor, mean_token_loss, weights_by_loss
 
 MASK_BT = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -20,6 +20,10 @@ def test_cross_entropy_per_token():
     # −(−1 − 2 − 0.6)/3 = 1.2 and −(−0.5)/1
     loss_B = mean_token_loss(log_probs([-1.0, -2.0, -0.6], [-0.5]), MASK_BT)
     assert loss_B.tolist() == pytest.approx([1.2, 0.5])
+
+
+def test_mt_berts_factor():
+    assert loss_factor(torch.tensor([0.0, 1.0, 3.0])).tolist() == [1.0, 0.5, 0.25]
 
 
 def test_mt_berts_weights():

@@ -60,6 +60,20 @@ def make_encoder_files(here: Path, encoders: Encoders) -> None:
 
 
 ENCODER_CASES = [
+    # several teachers
+    (GENERAL, "--more_teachers encoder", "--more_teachers ['encoder'] has no effect without a task stage with a"),
+    (TASK, "--teacher_weighting fixed", "--teacher_weighting fixed has no effect without --more_teachers"),
+    (TASK, "--teacher_weighting validation", "--teacher_weighting validation: choose one of per_example, fixed"),
+    (TASK, "--more_teachers two_labels", "--more_teachers two_labels has other classes than classifier"),
+    (TASK, "--more_teachers headless", "The teacher 'headless' has not a classification head"),
+    (TASK, "--more_teachers nowhere", "nowhere"),
+    (TASK, "--train_along classifier", "trained together on labels alone (stage task, losses hard_ce)"),
+    (
+        TASK,
+        "--losses hard_ce --train_along classifier",
+        "together with --student, in one task stage: name that student",
+    ),
+    (TASK, "--losses hard_ce --student classifier --train_along other_classes", "have different tokenizers"),
     # data
     (GENERAL, "--source_column mr", "`--source_column mr` is not in the data; its columns are: text, next, label"),
     (TASK, "--task_source_column mr", "`--task_source_column mr` is not in the data; its columns are: text, next"),

@@ -187,6 +187,22 @@ ARRIVES = {
             and s.trainers[0].student.model.dtype == torch.float32
         ),
     ),
+    "EncoderPanelArguments.more_teachers": (
+        "--more_teachers {task}",
+        lambda s: (
+            "more_teachers" in s.trainers[1].run_record
+            and "more_teachers" not in s.trainers[0].run_record
+            and len([call for call in s.loads["task"] if call["what"] == "model"]) == 2
+        ),
+    ),
+    "EncoderPanelArguments.teacher_weighting": (
+        "--more_teachers {task} --teacher_weighting fixed",
+        lambda s: s.trainers[1].run_record["more_teachers"]["weighed_per_text"] is False,
+    ),
+    "EncoderPanelArguments.train_along": (
+        "--stages task --losses hard_ce --student {general} --label_column label --train_along {task}",
+        lambda s: len(s.trainers[0].student.companions) == 1,
+    ),
     "EncoderStudentArguments.student": (
         "--student {student}",
         lambda s: (
@@ -228,7 +244,7 @@ GROUPS = [
 
 
 def test_every_flag_has_its_line():
-    assert len(GROUPS) == 5
+    assert len(GROUPS) == 6
     missing = {
         f"{kind.__name__}.{option.name}" for kind in GROUPS for option in dataclasses.fields(kind)
     } - ARRIVES.keys()

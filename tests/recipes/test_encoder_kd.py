@@ -40,6 +40,7 @@ TABLE = {
         [*[{"embedding_mse", "attention_mse", "hidden_mse"}] * 2, {"logits_kl"}],
     ),
     "soft_only": (TASK, [{"logits_kl"}]),
+    "mt_bert": (TASK, [{"logits_kl", "hidden_mse", "hard_ce"}]),
 }
 LAYERS = {"embedding_mse", "hidden_mse"}
 ATTENTION = {"attention_mse", "attention_kl", "query_relation_kl", "key_relation_kl", "value_relation_kl"}
@@ -137,6 +138,29 @@ def test_students_of_other_sizes(name, sizes, encoders, tmp_path):
     if "intermediate_size" not in wanted:
         assert config["intermediate_size"] == 2 * config["hidden_size"], "in the teacher's proportion"
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+# Several teachers
+
+
+def test_teachers_fine_tuned_together_teach_one_student(encoders, tmp_path, capfd):
+    labelled = f"--task_dataset {encoders.train} --label_column label {STEPS}"
+    together = f"encoder_kd --losses hard_ce --student {encoders.general} --train_along {encoders.task} {labelled}"
+    assert run(f"{together} --output_dir {tmp_path / 'teachers'}") == 0
+    first, second = weights(tmp_path / "teachers"), weights(tmp_path / "teachers" / "encoder2")
+    assert torch.equal(first["classifier.weight"], second["classifier.weight"])
+    assert largest_difference(weights(encoders.task), second) > 1e-3
+    several = f"--task_teacher {tmp_path / 'teachers'} --more_teachers {tmp_path / 'teachers' / 'encoder2'}"
+    assert run(f"encoder_kd --config mt_bert {several} {labelled} --output_dir {tmp_path / 'student'}") == 0
+    metrics = metrics_of(tmp_path / "student")
+    assert metrics["after"]["losses/hidden_mse"] != metrics["before"]["losses/hidden_mse"]
+    assert metrics["teacher"]["parameters"] == sum(w.numel() for w in [*first.values(), *second.values()])
+    projections = load_file(tmp_path / "student" / "projections.safetensors")
+    assert len(projections) == 2
+    whole = weights(tmp_path / "student")
+    fixed = f"encoder_kd --config mt_bert {several} {labelled} --teacher_weighting fixed"
+    assert run(f"{fixed} --output_dir {tmp_path / 'fixed'}") == 0
+    assert largest_difference(whole, weights(tmp_path / "fixed")) > 1e-5
 
 
 # The student that a run begins with

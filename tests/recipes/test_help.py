@@ -114,6 +114,7 @@ GROUPS = {
         "Data of task stages": "task_dataset task_split task_source_column task_pair_column label_column",
         "Held-out data": "eval_dataset eval_split task_eval_dataset task_eval_split",
         "Teacher": "teacher task_teacher teacher_revision teacher_dtype",
+        "Several teachers": "more_teachers teacher_weighting train_along",
         "Student: a checkpoint, or a smaller teacher": f"{NEW_STUDENT} student student_revision",
         "Run": "resume",
         "encoder distillation": "stages losses layer_map temperature relation_heads mlm_probability max_length",

@@ -54,9 +54,13 @@ def build(
     held_out: Dataset | None = None,
     data_collator=None,
     peft_config=None,
+    several=None,
     **settings,
 ) -> EncoderKDTrainer:
-    """All eight texts in one step of plain gradient descent, unless `settings` say otherwise."""
+    """All eight texts in one step of plain gradient descent, unless `settings` say otherwise.
+
+    several: more arguments of the trainer, for several teachers or students.
+    """
     head = "classes" if stage == "task" else "tokens"
     classes = {"num_labels": 3} if stage == "task" else {}
     data = texts() if data is None else data
@@ -83,6 +87,7 @@ def build(
         encoder_tokenizer(),
         data_collator=data_collator,
         peft_config=peft_config,
+        **(several or {}),
     )
 
 
