@@ -34,7 +34,9 @@ def main() -> None:
     rows = load_prompts(settings.data, settings.prompts, templates)
     refuse_unused(settings.evaluation, "temperature", unless=settings.evaluation.sample, needs="--sample")
     rewards = checked_rewards(settings.reward, settings.evaluation.reward_weights)
-    check_checkpoints(settings.teacher, settings.student)
+    align = settings.evaluation.align_tokenizers
+    refuse_unused(settings.evaluation, "align_tokenizers", unless=settings.teacher.teacher, needs="--teacher")
+    check_checkpoints(settings.teacher, settings.student, align=align)
     check_evaluation_panel(settings, templates, rows)
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
     lengths = {name: getattr(settings.evaluation, name) for name in ("max_prompt_length", "max_completion_length")}

@@ -437,6 +437,10 @@ class EvaluationArguments:
     sample: bool = field(default=False, metadata={"help": "Sample the student's outputs instead of greedy."})
     temperature: Temperature = field(default=1.0, metadata={"help": "Temperature of --sample."})
     seed: Seed = field(default=0, metadata={"help": "Seed of --sample."})
+    align_tokenizers: bool = field(
+        default=False,
+        metadata={"help": "The teacher may have another tokenizer: it reads the texts in its own tokens."},
+    )
     ibleu: bool = field(default=False, metadata={"help": "Also iBLEU against the source, for paraphrase."})
     gamma: Share = field(default=1.0, metadata={"help": "Discount γ of the teacher-forcing reward."})
     reward_weights: list[Weight] | None = field(default=None, metadata={"help": "One weight per reward."})

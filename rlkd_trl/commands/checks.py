@@ -127,19 +127,24 @@ def require(**flags: object) -> None:
 
 
 def check_checkpoints(
-    teacher: TeacherArguments, student: StudentArguments, *, fp16: bool = False, top_k: int = 0
+    teacher: TeacherArguments,
+    student: StudentArguments,
+    *,
+    fp16: bool = False,
+    top_k: int = 0,
+    align: bool | None = None,
 ) -> None:
     """Checks that teacher and student share a tokenizer, and have an embedding for each of its tokens.
 
     Only configs and tokenizers are read. fp16: whether the student is trained in mixed precision with float16. top_k:
-    of how many tokens each is sampled, 0 for all.
+    of how many tokens each is sampled, 0 for all. align: as in `check_tokenizers`.
 
     Raises:
         InputError: They do not, or as `check_teacher` and `check_student`; the message names what differs.
     """
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import load_config
-    from rlkd_trl.models.vocabulary import check_same_tokenizer, check_special_tokens
+    from rlkd_trl.models.vocabulary import check_special_tokens, check_tokenizers
 
     check_teacher(teacher)
     check_student(student, fp16=fp16)
@@ -147,10 +152,12 @@ def check_checkpoints(
     check_special_tokens(student_tokenizer, teacher.allowed_special_tokens or [])
     config = load_config(student.student, revision=student.student_revision)
     check_embedding_rows("The student", student_tokenizer, config)
-    for name in teacher.teacher or []:
-        check_same_tokenizer(student_tokenizer, teacher_writer(teacher, name).processing_class)
+    teachers = {name: teacher_writer(teacher, name).processing_class for name in teacher.teacher or []}
+    check_tokenizers(student_tokenizer, list(teachers.values()), align=align)
+    for name, tokenizer in teachers.items():
         config = load_config(name, revision=teacher.teacher_revision)
-        check_embedding_rows("The teacher", student_tokenizer, config)
+        check_embedding_rows("The teacher", tokenizer if align else student_tokenizer, config)
+        check_special_tokens(tokenizer, teacher.allowed_special_tokens or [])
     if top_k > len(student_tokenizer):
         raise InputError(f"top_k = {top_k}, but the student has {len(student_tokenizer)} tokens: set top_k to 0.")
 

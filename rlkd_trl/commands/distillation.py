@@ -160,7 +160,9 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_owners(settings, data)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
     if not is_demo(settings):
-        check_checkpoints(settings.teacher, settings.student, fp16=settings.args.fp16, top_k=settings.args.top_k)
+        args = settings.args
+        align = args.align_tokenizers if args.can_align else None
+        check_checkpoints(settings.teacher, settings.student, fp16=args.fp16, top_k=args.top_k, align=align)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 
 

@@ -25,7 +25,6 @@ def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
         return {}
     say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return evaluate_teacher(
-        trainer.processing_class,
         list(trainer.eval_dataset),
         trainer.reward_model,
         max_completion_length=trainer.args.max_completion_length,
@@ -141,8 +140,8 @@ def evaluate_checkpoints(
     model.to(default_device())
     allow_special_tokens(model, tokenizer, settings.teacher.allowed_special_tokens or [])
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
-    evaluations, reward_model, teacher_completions = {}, None, None
-    share_special_tokens([model], tokenizer, reference_texts(rows))
+    evaluations, reward_model, teacher_completions, teacher_tokenizer = {}, None, None, None
+    share_special_tokens([(model, tokenizer)], reference_texts(rows))
     if settings.teacher.teacher is not None:
         reward_model = load_reward_model(
             rewards,
@@ -156,12 +155,13 @@ def evaluate_checkpoints(
             gamma=evaluation.gamma,
             weights=evaluation.reward_weights,
         )
-        teachers = [scorer.teacher.model for panel in reward_model.panels for scorer in panel.scorers]
-        share_special_tokens([model, *teachers], tokenizer)
+        teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
+        of_teachers = [(teacher.model, teacher.processing_class) for teacher in teachers]
+        share_special_tokens([(model, tokenizer), *of_teachers])
         if reward_model.panels:
             say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
+            teacher_tokenizer = teachers[0].processing_class
             evaluations["teacher"] = evaluate_teacher(
-                tokenizer,
                 rows,
                 reward_model,
                 with_ibleu=evaluation.ibleu,
@@ -180,6 +180,7 @@ def evaluate_checkpoints(
         max_prompt_length=evaluation.max_prompt_length,
         seed=evaluation.seed if evaluation.sample else None,
         teacher_completions=teacher_completions,
+        teacher_tokenizer=teacher_tokenizer,
         with_ibleu=evaluation.ibleu,
         progress="Evaluating the student",
         **lengths,

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlkd_trl.data import listed_references
-from rlkd_trl.errors import TrainingError, is_first_process
+from rlkd_trl.errors import InputError, TrainingError, is_first_process
 from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
+from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.vocabulary import are_same_tokens
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum, pad_columns
 from rlkd_trl.ops.rewards import sequence_sum
@@ -28,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 NOT_FINITE = "samples_not_finite"
 _PROMPT_WIDTH = 200
+_TOKENS_OF_TEACHER = "tokens_of_teacher"
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,13 @@ def evaluate_completions(
     large for float32's statistics. If there are any, a warning names a prompt, and `reward` and `teacher_nll_*` are
     NaN, because a mean over the others would look better than the model is. See `check_finite`.
 
+    Where a teacher has another tokenizer than `tokenizer`, `teacher_nll_per_token` is per token of the teacher, and
+    `unreadable` counts the completions that it has no tokens for, which `reward` and `teacher_nll_*` leave out (they
+    are NaN in `per_input`).
+
     Args:
         rows: The N data rows, each with a `prompt`.
+        tokenizer: That of the completions.
         own_logps_BT: The model's log-probabilities of its completions, for rewards that read them.
         forbidden_V: True on ids that the model may not sample.
         with_ibleu: Also compare each output with its row's `source`, or `prompt` where there is none.
@@ -89,16 +97,25 @@ def evaluate_completions(
     if own_logps_BT is not None:
         is_usable["the model's log-probabilities"] = usable_rows(own_logps_BT, completions.mask_BT)
     if reward_model is not None:
-        scored, is_usable_of_scores = _reward_per_input(
-            rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
+        scored, is_usable_of_scores, readable = _reward_per_input(
+            rows, completions, outputs, tokenizer, reward_model, own_logps_BT, forbidden_V, batch_size, advance
         )
+        teacher_tokens = scored.pop(_TOKENS_OF_TEACHER, per_input["tokens"])
         per_input |= scored
         is_usable |= is_usable_of_scores
-        metrics["reward"] = sum(scored["reward"]) / len(rows)
+        read = [b for b in range(len(rows)) if readable is None or readable[b]]
+        if readable is not None:
+            metrics["unreadable"] = len(rows) - len(read)
+            if not read:
+                raise InputError(
+                    "The teacher's tokenizer has no tokens for any of the outputs, so nothing can be measured: give a "
+                    "teacher whose tokenizer knows their characters."
+                )
+        metrics["reward"] = sum(scored["reward"][b] for b in read) / len(read)
         if reward_model.panels:
-            nll = sum(scored["teacher_nll"])
-            metrics["teacher_nll_per_token"] = nll / sum(per_input["tokens"])
-            metrics["teacher_nll_per_sequence"] = nll / len(rows)
+            nll = sum(scored["teacher_nll"][b] for b in read)
+            metrics["teacher_nll_per_token"] = nll / sum(teacher_tokens[b] for b in read)
+            metrics["teacher_nll_per_sequence"] = nll / len(read)
     metrics[NOT_FINITE] = count_not_finite(is_usable, rows)
     if metrics[NOT_FINITE]:
         metrics |= {name: math.nan for name in metrics if name == "reward" or name.startswith("teacher_nll")}
@@ -136,13 +153,15 @@ def check_finite(results: Mapping[str, Mapping[str, float]], consequence: str = 
 
 
 def _reward_per_input(
-    rows, completions, outputs, reward_model, own_logps_BT, forbidden_V, batch_size, advance
-) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    rows, completions, outputs, tokenizer, reward_model, own_logps_BT, forbidden_V, batch_size, advance
+) -> tuple[dict[str, list[float]], dict[str, Tensor], list[bool] | None]:
     """`reward` and, with a teacher, `teacher_nll` of each row's whole completion; and whether they are finite.
 
-    The latter is, by the name of each kind of number, `[B]`.
+    The latter is, by the name of each kind of number, `[B]`. With a teacher that has another tokenizer, also its
+    tokens in each row, and last whether it has any for the row's text.
     """
     reward, nll, usable = [], [], {"the reward": [], "the teacher's log-probabilities": []}
+    readable, teacher_tokens = [], []
     for start in range(0, len(rows), batch_size):
         cut = slice(start, start + batch_size)
         inputs = RewardInputs(
@@ -154,18 +173,26 @@ def _reward_per_input(
             completions=outputs[cut],
             student_logps_BT=None if own_logps_BT is None else own_logps_BT[cut],
             forbidden_V=forbidden_V,
+            tokenizer=tokenizer,
         )
         result = reward_model.rewards(inputs, reward_model.score(inputs), allow_not_finite=True)
         mask_BT = inputs.completion_mask_BT
         reward += sequence_sum(result.rewards_BT, mask_BT).tolist()
-        usable["the reward"].append(usable_rows(result.rewards_BT, mask_BT))
+        unread_B = torch.zeros_like(inputs.ended_B)
+        if result.readable_B is not None:
+            unread_B = ~result.readable_B
+            readable += result.readable_B.tolist()
+            teacher_tokens += result.teacher_tokens_B(mask_BT).tolist()
+        usable["the reward"].append(usable_rows(result.rewards_BT, mask_BT) | unread_B)
         if result.scores is not None:
             nll_BT = result.teacher_nll_BT(mask_BT)
             nll += sequence_sum(nll_BT, mask_BT).tolist()
-            usable["the teacher's log-probabilities"].append(usable_rows(nll_BT, mask_BT))
+            usable["the teacher's log-probabilities"].append(usable_rows(nll_BT, mask_BT) | unread_B)
         advance(len(inputs.rows))
     values = {"reward": reward, "teacher_nll": nll} if reward_model.panels else {"reward": reward}
-    return values, {name: torch.cat(parts) for name, parts in usable.items() if parts}
+    if readable:
+        values[_TOKENS_OF_TEACHER] = teacher_tokens
+    return values, {name: torch.cat(parts) for name, parts in usable.items() if parts}, readable or None
 
 
 def evaluate_student(
@@ -180,6 +207,7 @@ def evaluate_student(
     seed: int | None = None,
     prompts: Sequence[str | list[Message]] | None = None,
     teacher_completions: Completions | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     with_ibleu: bool = False,
     progress: str | None = None,
     after_batch: Callable[[], object] = lambda: None,
@@ -192,7 +220,9 @@ def evaluate_student(
         seed: Of samples at the policy's temperature; without it decoding is greedy.
         prompts: What the model is asked, one prompt per row; by default each row's `prompt`.
         teacher_completions: One per row; with them there is also `student_nll_of_teacher_per_token`, the coverage risk
-            of Wen et al., in nats.
+            of Wen et al., in nats per token of the model.
+        teacher_tokenizer: That of `teacher_completions`, if it may be another one. The model then reads their texts in
+            its own tokens; those that it has no tokens for are left out, and counted in `unreadable_of_teacher`.
         with_ibleu: As `evaluate_completions`.
         progress: The label of a progress bar on the first process; None shows no bar.
         after_batch: Called after each batch of each pass, equally often on all processes.
@@ -231,6 +261,9 @@ def evaluate_student(
             advance=advance,
         )
     if teacher_completions is not None:
+        if teacher_tokenizer is not None and not are_same_tokens(teacher_tokenizer, tokenizer):
+            teacher_completions, readable_B = _in_own_tokens(policy, tokenizer, teacher_completions, teacher_tokenizer)
+            result.metrics["unreadable_of_teacher"] = int((~readable_B).sum())
         logps_BT = completion_log_probs(
             policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
         )
@@ -238,7 +271,8 @@ def evaluate_student(
         nll_B, tokens_B = -masked_sum(logps_BT, mask_BT, dim=1), mask_BT.sum(dim=1)
         result.per_input["nll_of_teacher"] = nll_B.tolist()
         result.per_input["teacher_tokens"] = tokens_B.double().tolist()
-        result.metrics["student_nll_of_teacher_per_token"] = float(nll_B.sum() / tokens_B.sum())
+        if tokens_B.any():
+            result.metrics["student_nll_of_teacher_per_token"] = float(nll_B.sum() / tokens_B.sum())
         is_usable_B = usable_rows(logps_BT, mask_BT)
         result.metrics[NOT_FINITE] += count_not_finite(
             {"log-probabilities of the teacher's answers": is_usable_B}, rows
@@ -247,7 +281,6 @@ def evaluate_student(
 
 
 def evaluate_teacher(
-    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, object]],
     reward_model: RewardModel,
     **settings,
@@ -258,12 +291,12 @@ def evaluate_teacher(
     """
     panel = reward_model.panels[0]
     if panel.routing is not None:
-        return _evaluate_owners(tokenizer, rows, reward_model, **settings)
+        return _evaluate_owners(rows, reward_model, **settings)
     scorer = panel.scorers[0]
     teacher = scorer.teacher
     return evaluate_student(
-        Policy(teacher.model, tokenizer, writer=teacher.writer),
-        tokenizer,
+        Policy(teacher.model, teacher.processing_class, writer=teacher.writer),
+        teacher.processing_class,
         rows,
         reward_model,
         prompts=scorer.prompts([panel.questions(row) for row in rows]),
@@ -273,7 +306,6 @@ def evaluate_teacher(
 
 
 def _evaluate_owners(
-    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, object]],
     reward_model: RewardModel,
     *,
@@ -286,6 +318,7 @@ def _evaluate_owners(
 ) -> Evaluation:
     """`evaluate_completions` of each row's answer by the first scorer that owns it; settings of `evaluate_student`."""
     panel = reward_model.panels[0]
+    tokenizer = panel.scorers[0].teacher.processing_class  # all teachers' (see `TeacherPanel`)
     questions_of_rows = [panel.questions(row) for row in rows]
     owner_P = panel.owned(rows).long().argmax(dim=0)
     parts, own_logps, order, policy = [], [], [], None
@@ -324,6 +357,21 @@ def _evaluate_owners(
         batch_size=batch_size,
         with_ibleu=with_ibleu,
     )
+
+
+def _in_own_tokens(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Completions,
+    other: PreTrainedTokenizerBase,
+) -> tuple[Completions, Tensor]:
+    """Completions of the `other` tokenizer in the policy's tokens, and which of them it has tokens for, `[B]`.
+
+    The others are empty.
+    """
+    aligner = TokenAligner(other, tokenizer, forbidden_V=policy.forbidden_V, eos_ids=policy.eos_ids)
+    aligned = aligner.align(completions.ids_BT, completions.mask_BT, completions.ended_B)
+    return Completions(aligned.ids_BU, aligned.mask_BU, aligned.ended_B), aligned.readable_B
 
 
 def _counted(parts: Iterable[Completions], advance: Callable[[int], object]) -> Iterator[Completions]:

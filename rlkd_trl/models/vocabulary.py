@@ -90,16 +90,18 @@ def allow_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def share_special_tokens(
-    models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
+    models: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]], texts: Iterable[str] = ()
 ) -> None:
     """Lets all models write the same special tokens: those that any of them may write, and those in target `texts`.
+
+    models: each with its tokenizer; the texts' special tokens are those of the first one.
 
     Raises:
         InputError: As `check_special_tokens`.
     """
-    tokens = [token for model in models for token in allowed_special_tokens(model)]
-    tokens += special_tokens_in(tokenizer, texts)
-    for model in models:
+    tokens = [token for model, _ in models for token in allowed_special_tokens(model)]
+    tokens += special_tokens_in(models[0][1], texts)
+    for model, tokenizer in models:
         allow_special_tokens(model, tokenizer, tokens)
 
 
@@ -138,14 +140,25 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def are_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether an id is the same token for both, and the same one ends a text."""
+    return student.get_vocab() == teacher.get_vocab() and student.eos_token_id == teacher.eos_token_id
+
+
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, can_align: bool = False
+) -> None:
     """Checks that an id is the same token for both, since the teacher scores the student's tokens one by one.
 
     Tokenizers are compared, not `config.vocab_size`: t5-base and T0 share a tokenizer but differ in LM-head rows.
 
+    can_align: whether there is a setting `align_tokenizers`, which the message then names.
+
     Raises:
         InputError: Their vocabularies or EOS ids differ; the message shows where.
     """
+    or_align = ", or set align_tokenizers to sum the teacher's rewards over the text that both have read"
+    remedy = f"choose a student of the teacher's family{or_align if can_align else ''}."
     student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
     if student_vocab != teacher_vocab:
         differing = [t for t, i in student_vocab.items() if teacher_vocab.get(t) != i]
@@ -155,10 +168,40 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"Teacher and student have different tokenizers ({len(teacher_vocab)} and {len(student_vocab)} tokens, "
             f"{len(differing)} of them different; e.g. {example!r} is {teacher_vocab.get(example, 'missing')} for the "
             f"teacher and {student_vocab.get(example, 'missing')} for the student). Per-token rewards need one "
-            "tokenizer: choose a student of the teacher's family."
+            f"tokenizer: {remedy}"
         )
     if student.eos_token_id != teacher.eos_token_id:
         raise InputError(
             f"Teacher and student end a completion with different tokens: EOS is {teacher.eos_token_id} for the "
-            f"teacher, {student.eos_token_id} for the student."
+            f"teacher, {student.eos_token_id} for the student. Give both the same `eos_token`"
+            f"{or_align if can_align else ''}."
+        )
+
+
+def check_tokenizers(
+    student: PreTrainedTokenizerBase, teachers: Sequence[PreTrainedTokenizerBase], *, align: bool | None
+) -> None:
+    """Checks the teachers' tokenizers against the student's.
+
+    align: whether they may differ (`align_tokenizers`); None where there is no such setting.
+
+    Raises:
+        InputError: They differ and may not; they may, and none does; or one cannot be aligned (`check_alignable`).
+    """
+    for teacher in teachers:
+        if not align:
+            check_same_tokenizer(student, teacher, can_align=align is not None)
+        elif not are_same_tokens(student, teacher):
+            check_alignable(teacher)
+    if align and teachers and all(are_same_tokens(student, teacher) for teacher in teachers):
+        raise InputError("align_tokenizers has no effect: teacher and student have one tokenizer. Leave it out.")
+
+
+def check_alignable(teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `InputError` if texts of others cannot be aligned with this tokenizer's tokens."""
+    require_eos(teacher)
+    if not teacher.is_fast:
+        raise InputError(
+            f"The teacher's tokenizer ({type(teacher).__name__}) cannot say where its tokens end in a text, so the "
+            "student's tokens cannot be aligned with them: give the teacher a fast one (a tokenizer.json)."
         )

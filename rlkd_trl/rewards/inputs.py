@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlkd_trl.models.alignment import Alignment
 from rlkd_trl.teachers.scores import TeacherScores
 
 
@@ -23,12 +25,16 @@ class RewardInputs:
     student_logps_BT: log π(y_t | s_t) under the distribution that was sampled from, without gradient; None if no
         reward reads it (see `TeacherReward`), as computing it can take a forward pass.
     forbidden_V: True on ids that are not in that distribution.
+    tokenizer: that of the completions, if a teacher may have another one (`align_tokenizers`); None: they are in each
+        teacher's tokens. A `TeacherReward` gets its teacher's own tokens as `completion_ids_BT`, and no
+        `student_logps_BT`; its rewards are then summed over the text that both tokenizers have read.
     scores: statistics of the teacher's raw logits z_t `[V]` in the state s_t, in which y_t was chosen:
         `scores.chosen`, z_t[y_t], is `[B, T]`; `scores.mean`, `scores.max` and `scores.logsumexp`, over the
         vocabulary, are `[B, T+1]`, where column T+1 is the state after a completion that was cut off (see
         `TeacherScores`). So log p(y_t) is `scores.chosen - scores.logsumexp[:, :-1]`. With several teachers or
         templates, each statistic is a weighted mean over them; a reward that is not linear in the statistics should be
-        a `TeacherReward`, whose rewards are averaged instead. None if the rewards have no teacher.
+        a `TeacherReward`, whose rewards are averaged instead. None if the rewards have no teacher, or if one of the
+        teachers has another tokenizer.
     """
 
     rows: Sequence[Mapping[str, object]]
@@ -39,6 +45,7 @@ class RewardInputs:
     completions: Sequence[str] | None = None
     student_logps_BT: Tensor | None = None
     forbidden_V: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     scores: TeacherScores | None = None
 
     def of_completion(self, b: int) -> "RewardInputs":
@@ -54,6 +61,17 @@ class RewardInputs:
             completions=None if self.completions is None else self.completions[row],
             student_logps_BT=None if self.student_logps_BT is None else self.student_logps_BT[row],
             scores=None if self.scores is None else self.scores.rows(row),
+        )
+
+    def of_teacher(self, alignment: Alignment) -> "RewardInputs":
+        """The inputs with the completions in a teacher's own tokens, of which the student has no log-probabilities."""
+        return replace(
+            self,
+            completion_ids_BT=alignment.ids_BU,
+            completion_mask_BT=alignment.mask_BU,
+            ended_B=alignment.ended_B,
+            student_logps_BT=None,
+            forbidden_V=None,
         )
 
     def column(self, name: str) -> list[object]:

@@ -115,19 +115,22 @@ def teacher_reward(
         return reward.mean_over_scorers(scores, inputs), reward.mean_potentials(scores)
     try:
         with same_directory():
-            rewards = [reward.rewards(of_scorer, inputs) for of_scorer in scores]
+            inputs_of = [inputs if s.alignment is None else inputs.of_teacher(s.alignment) for s in scores]
+            rewards = [reward.rewards(*of_scorer) for of_scorer in zip(scores, inputs_of, strict=True)]
             potentials = [reward.potentials(of_scorer) for of_scorer in scores]
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise _error(reward, name, f"raised {_shown(error, reward)}, {_of_batch(inputs)}") from error
-    for rewards_BT in rewards:
-        _check_scores(rewards_BT, reward, name, inputs.completion_mask_BT, allow_not_finite)
+    for rewards_BT, of_scorer in zip(rewards, inputs_of, strict=True):
+        _check_scores(rewards_BT, reward, name, of_scorer.completion_mask_BT, allow_not_finite)
     for of_scorer, potentials_BT1 in zip(scores, potentials, strict=True):
         if not isinstance(potentials_BT1, Tensor) or potentials_BT1.shape != of_scorer.mean.shape:
             returned = _shape_of(potentials_BT1)
             expected = f"{tuple(of_scorer.mean.shape)}, one per token and one more"
             raise _error(reward, name, f"has potentials of {returned}; expected {expected}")
+    rewards = [s.on_students_tokens(of_one) for of_one, s in zip(rewards, scores, strict=True)]
+    potentials = [s.at_students_states(of_one) for of_one, s in zip(potentials, scores, strict=True)]
     mean_BT, mean_BT1 = (
         weighted_mean([of_scorer.detach() for of_scorer in tensors], scores) for tensors in (rewards, potentials)
     )

@@ -62,8 +62,22 @@ class RewardResult:
     scores: list[TeacherScores] | None = None
 
     def teacher_nll_BT(self, mask_BT: Tensor) -> Tensor:
-        """−log p_teacher(y_t | s_t) in nats, the weighted mean over scorers; 0 behind the mask. Needs `scores`."""
+        """−log p_teacher(y_t | s_t) in nats, the weighted mean over scorers; 0 behind the mask. Needs `scores`.
+
+        Of a teacher with another tokenizer, that of its own tokens of a common span on the span's last token.
+        """
         return -weighted_mean((scores.log_likelihood(mask_BT) for scores in self.scores), self.scores)
+
+    def teacher_tokens_B(self, mask_BT: Tensor) -> Tensor:
+        """How many tokens of its own a teacher reads of each completion, the weighted mean over scorers, `[B]`."""
+        counts = (scores.mask_of_own_tokens(mask_BT).sum(dim=1, keepdim=True) for scores in self.scores)
+        return weighted_mean(counts, self.scores)[:, 0]
+
+    @property
+    def readable_B(self) -> Tensor | None:
+        """Whether all teachers have tokens for a completion's text; None if they have the student's tokenizer."""
+        readable = [scores.alignment.readable_B for scores in self.scores or [] if scores.alignment is not None]
+        return torch.stack(readable).all(dim=0) if readable else None
 
 
 class RewardModel:
@@ -142,7 +156,8 @@ class RewardModel:
         potentials_BT1 = torch.zeros(batch_size, length + 1, device=device)
         panel = self.panels[0] if self.panels else None
         if panel is not None:
-            inputs = replace(inputs, scores=mean_scores(scores[id(panel)]))
+            is_aligned = any(of_scorer.alignment is not None for of_scorer in scores[id(panel)])
+            inputs = replace(inputs, scores=None if is_aligned else mean_scores(scores[id(panel)]))
         terms_BT = {}
         for name, (term, weight) in self.terms.items():
             if isinstance(term, TeacherReward):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.vocabulary import eos_token_ids
+from rlkd_trl.models.vocabulary import eos_token_ids, require_eos
 from rlkd_trl.ops.rewards import (
     VALUES,
     bootstrap_truncated,
@@ -41,6 +41,9 @@ class TeacherReward:
         templates: How the teacher is asked; without templates it is asked what the student is.
         chat: Whether the teacher is asked through a chat template; by default, if its tokenizer has one (see
             `PromptWriter`). A `Teacher` has a `chat` of its own.
+        student_tokenizer: That of the completions that this is called with, where a teacher may have another one: its
+            rewards are then summed over the text that both tokenizers have read. A completion for which the teacher
+            has no tokens gets NaN. (The trainers here have `align_tokenizers` instead.)
 
     Raises:
         InputError: As `Teacher` and `TeacherPanel`; a loaded model comes without its tokenizer, or a `Teacher` or
@@ -64,7 +67,9 @@ class TeacherReward:
         *,
         templates: PromptTemplates | None = None,
         chat: ChatFormat | None = None,
+        student_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
+        self.student_tokenizer = student_tokenizer
         if isinstance(model, TeacherPanel):
             if chat is not None:
                 raise InputError("The teachers of a `TeacherPanel` have their chat format: give `chat` to `Teacher`.")
@@ -139,7 +144,11 @@ class TeacherReward:
     def _inputs(self, rows: list[dict], completions_ids: list[list[int]]) -> RewardInputs:
         """The `RewardInputs` of one completion per row; without EOS at its end a completion counts as truncated."""
         teacher = self.panel.scorers[0].teacher
-        eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
+        if self.student_tokenizer is None:
+            eos_ids = set(eos_token_ids(teacher.model, teacher.processing_class))
+        else:
+            require_eos(self.student_tokenizer)
+            eos_ids = {self.student_tokenizer.eos_token_id}
         lengths = [len(ids) for ids in completions_ids]
         ids_BT = torch.zeros(len(rows), max([1, *lengths]), dtype=torch.long)
         for row_T, ids in zip(ids_BT, completions_ids, strict=True):
@@ -150,15 +159,25 @@ class TeacherReward:
             completion_ids_BT=ids_BT,
             completion_mask_BT=torch.arange(ids_BT.shape[1])[None, :] < torch.tensor(lengths)[:, None],
             ended_B=torch.tensor([bool(ids) and ids[-1] in eos_ids for ids in completions_ids]),
+            tokenizer=self.student_tokenizer,
         )
 
     def mean_over_scorers(self, scores: list[TeacherScores], inputs: RewardInputs) -> Tensor:
         """The weighted mean of `rewards` over teachers and templates, `[B, T]`."""
-        return weighted_mean((self.rewards(of_scorer, inputs) for of_scorer in scores), scores)
+        return weighted_mean((self.on_students_tokens(of_scorer, inputs) for of_scorer in scores), scores)
+
+    def on_students_tokens(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        """`rewards` of one scorer; of a teacher with another tokenizer, summed over common spans (see `Alignment`).
+
+        Each completion's sum stays what it is in the teacher's tokens.
+        """
+        if scores.alignment is None:
+            return self.rewards(scores, inputs)
+        return scores.on_students_tokens(self.rewards(scores, inputs.of_teacher(scores.alignment)))
 
     def mean_potentials(self, scores: list[TeacherScores]) -> Tensor:
         """The weighted mean of `potentials`, `[B, T+1]`."""
-        return weighted_mean(map(self.potentials, scores), scores)
+        return weighted_mean((s.at_students_states(self.potentials(s)) for s in scores), scores)
 
 
 class TeacherForcingReward(TeacherReward):
@@ -184,6 +203,7 @@ class TeacherForcingReward(TeacherReward):
         *,
         templates: PromptTemplates | None = None,
         chat: ChatFormat | None = None,
+        student_tokenizer: PreTrainedTokenizerBase | None = None,
         value: str = "max",
         gamma: float = 1.0,
         k: int = 1,
@@ -192,7 +212,7 @@ class TeacherForcingReward(TeacherReward):
         if value not in VALUES:
             raise InputError(f"Unknown value {value!r} for the teacher-forcing reward; choose one of {VALUES}.")
         check_values({"k": k, "tau": tau, "gamma": gamma}, {"k": Count, "tau": Temperature, "gamma": Share}, prefix="")
-        super().__init__(model, processing_class, templates=templates, chat=chat)
+        super().__init__(model, processing_class, templates=templates, chat=chat, student_tokenizer=student_tokenizer)
         self.value, self.gamma, self.k, self.tau = value, gamma, k, tau
 
     def wanted_statistics(self) -> dict[str, object]:
@@ -230,11 +250,20 @@ class LogRatioReward(TeacherReward):
     reads_allowed_logsumexp = True
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        return self.on_students_tokens(scores, inputs)
+
+    def on_students_tokens(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
+        """The teacher's log-probabilities less those of the student's tokens.
+
+        Those of a teacher with another tokenizer are summed over common spans, so that the completion's sum is the
+        ratio of two probabilities of its text, each in its model's own tokens.
+        """
         if inputs.student_logps_BT is None:
             raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
-        logsumexp_BT1 = scores.logsumexp if scores.allowed_logsumexp is None else scores.allowed_logsumexp
-        teacher_logps_BT = log_likelihood(scores.chosen, logsumexp_BT1[:, :-1], inputs.completion_mask_BT)
-        return log_ratio(teacher_logps_BT, inputs.student_logps_BT, inputs.completion_mask_BT)
+        mask_BT = inputs.completion_mask_BT
+        logsumexp = scores.logsumexp if scores.allowed_logsumexp is None else scores.allowed_logsumexp
+        teacher_logps = log_likelihood(scores.chosen, logsumexp[:, :-1], scores.mask_of_own_tokens(mask_BT))
+        return log_ratio(scores.on_students_tokens(teacher_logps), inputs.student_logps_BT, mask_BT)
 
 
 def _checked(prompt: object, index: int) -> str | list[Message]:
@@ -267,6 +296,7 @@ def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[Teach
         inputs.completion_ids_BT,
         inputs.completion_mask_BT,
         inputs.ended_B,
+        tokenizer=inputs.tokenizer,
         forbidden_V=inputs.forbidden_V if any(term.reads_allowed_logsumexp for term in terms) else None,
         **statistics,
     )

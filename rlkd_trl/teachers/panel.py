@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.prompts import target_token_ids
+from rlkd_trl.models.vocabulary import are_same_tokens
 from rlkd_trl.ops.ensembles import disagreement, mean_token_loss, weights_by_loss
 from rlkd_trl.prompts import Message, PromptTemplates, is_conversation, question_columns, source_text
 from rlkd_trl.teachers.routing import Routing
@@ -66,7 +68,7 @@ class TeacherPanel:
 
     Raises:
         InputError: No teacher, another number of weights than of teachers or templates, a weight that is not positive,
-            an unknown weighting.
+            an unknown weighting, or a routing of teachers with different tokenizers.
     """
 
     def __init__(
@@ -82,6 +84,12 @@ class TeacherPanel:
     ):
         if weighting not in (FIXED, PER_EXAMPLE):
             raise InputError(f"Unknown weighting {weighting!r}: choose {FIXED!r} or {PER_EXAMPLE!r}.")
+        if routing is not None and not all(
+            are_same_tokens(teachers[0].processing_class, teacher.processing_class) for teacher in teachers[1:]
+        ):
+            raise InputError(
+                "The teachers of a routing need one tokenizer: their answers are evaluated as one model's."
+            )
         num_templates = 1 if templates is None else len(templates)
         self.templates, self.weighting, self.routing = templates, weighting, routing
         self.max_reference_length = max_reference_length
@@ -153,6 +161,9 @@ class TeacherPanel:
         completion_ids_BT: Tensor,
         completion_mask_BT: Tensor,
         ended_B: Tensor,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        forbidden_V: Tensor | None = None,
         **statistics,
     ) -> list[TeacherScores]:
         """One `TeacherScores` per scorer, in the order of `scorers`, with its weight; 0 where a scorer is not asked.
@@ -161,7 +172,10 @@ class TeacherPanel:
             rows: The P prompts' data rows, each with a `prompt`. Rows with the same question are read once.
             prompt_index_B: The prompt, 0 to P − 1, that each completion answers.
             completion_ids_BT, completion_mask_BT, ended_B: The completions, as everywhere.
-            statistics: `expected`, `tau` and `forbidden_V` of `Teacher.score`: what to compute beyond the default.
+            tokenizer: That of the completions. A teacher with another one reads them in its own tokens, and its scores
+                have an `alignment`. None: they are in each teacher's tokens.
+            forbidden_V, statistics: `forbidden_V`, `expected` and `tau` of `Teacher.score`: what to compute beyond the
+                default. An aligned teacher has its own forbidden ids in place of `forbidden_V`.
 
         Raises:
             InputError: As `questions` and `Routing.owners`, or a question has no tokens.
@@ -169,9 +183,16 @@ class TeacherPanel:
         completions = (completion_ids_BT, completion_mask_BT, ended_B)
         scores = []
         for reading in self._readings(rows, prompt_index_B):
-            of_scorer = reading.scorer.teacher.score(
-                reading.prompts, *reading.of(reading.index_B, *completions), **statistics
-            )
+            teacher = reading.scorer.teacher
+            index_b, *texts = reading.of(reading.index_B, *completions)
+            aligner = None if tokenizer is None else teacher.aligner(tokenizer)
+            alignment, own_V = None, forbidden_V
+            if aligner is not None:
+                alignment = aligner.align(*texts)
+                texts = [alignment.ids_BU, alignment.mask_BU, alignment.ended_B]
+                own_V = None if forbidden_V is None else aligner.forbidden_V
+            of_scorer = teacher.score(reading.prompts, index_b, *texts, forbidden_V=own_V, **statistics)
+            of_scorer = replace(of_scorer, alignment=alignment)
             if reading.owned_b is not None:
                 of_scorer = of_scorer.spread(reading.owned_b, len(prompt_index_B))
             scores.append(of_scorer)

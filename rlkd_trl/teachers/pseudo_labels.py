@@ -36,7 +36,7 @@ def pseudo_labels(
         InputError: As `answer_prompts`; or `interpolate` and a row without references.
     """
     teacher = panel.scorers[0].teacher
-    share_special_tokens([teacher.model], teacher.processing_class, reference_texts(rows))
+    share_special_tokens([(teacher.model, teacher.processing_class)], reference_texts(rows))
     for i, row in enumerate(rows if interpolate else []):
         if not row.get("references"):
             raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")

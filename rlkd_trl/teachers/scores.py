@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rlkd_trl.models.alignment import Alignment
 from rlkd_trl.ops.rewards import log_likelihood
 
 
@@ -20,6 +21,9 @@ class TeacherScores:
 
     weight: the scorer's share of the mean over teachers and templates, one number, or `[B, 1]` where it differs from
     completion to completion.
+
+    alignment: of a teacher with another tokenizer than the student's: all of these are then of its own tokens, U in
+    place of T, and the alignment says where in the student's tokens they belong.
     """
 
     chosen: Tensor
@@ -30,10 +34,28 @@ class TeacherScores:
     soft: Tensor | None = None
     allowed_logsumexp: Tensor | None = None
     weight: float | Tensor = 1.0
+    alignment: Alignment | None = None
 
     def log_likelihood(self, mask_BT: Tensor) -> Tensor:
-        """log p(y_t | s_t) of each token, in nats, `[B, T]`, 0 behind the mask."""
-        return log_likelihood(self.chosen, self.logsumexp[:, :-1], mask_BT)
+        """log p(y_t | s_t) of each of the student's tokens, in nats, `[B, T]`, 0 behind the mask.
+
+        Of a teacher with another tokenizer, that of a common span on the span's last token.
+        """
+        return self.on_students_tokens(
+            log_likelihood(self.chosen, self.logsumexp[:, :-1], self.mask_of_own_tokens(mask_BT))
+        )
+
+    def mask_of_own_tokens(self, mask_BT: Tensor) -> Tensor:
+        """The completions' mask in the teacher's tokens."""
+        return mask_BT if self.alignment is None else self.alignment.mask_BU
+
+    def on_students_tokens(self, values: Tensor) -> Tensor:
+        """Values of the scores' tokens on the student's tokens, `[B, T]`; see `Alignment.on_students_tokens`."""
+        return values if self.alignment is None else self.alignment.on_students_tokens(values)
+
+    def at_students_states(self, values: Tensor) -> Tensor:
+        """Values of the scores' states at the student's states, `[B, T+1]`; see `Alignment.at_students_states`."""
+        return values if self.alignment is None else self.alignment.at_students_states(values)
 
     def rows(self, selected: slice) -> "TeacherScores":
         """The scores of the selected completions."""
@@ -45,7 +67,10 @@ class TeacherScores:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TeacherScores":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherScores(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        changed = {name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        if self.alignment is not None:
+            changed["alignment"] = self.alignment.each(change)
+        return TeacherScores(**changed)
 
 
 def weighted_mean(tensors: Iterable[Tensor], scores: Sequence[TeacherScores]) -> Tensor:
@@ -54,9 +79,12 @@ def weighted_mean(tensors: Iterable[Tensor], scores: Sequence[TeacherScores]) ->
 
 
 def mean_scores(scores: Sequence[TeacherScores]) -> TeacherScores:
-    """Each statistic's weighted mean over scorers (teachers and templates); None where a scorer lacks it."""
+    """Each statistic's weighted mean over scorers (teachers and templates); None where a scorer lacks it.
+
+    All scores are of the student's own tokens.
+    """
     means = {}
-    for name in (field.name for field in fields(TeacherScores) if field.name != "weight"):
+    for name in (field.name for field in fields(TeacherScores) if field.name not in ("weight", "alignment")):
         values = [getattr(scores_of_one, name) for scores_of_one in scores]
         means[name] = None if any(value is None for value in values) else weighted_mean(values, scores)
     return TeacherScores(**means)

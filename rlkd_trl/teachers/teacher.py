@@ -7,15 +7,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights
-from rlkd_trl.models.limits import check_embedding_rows
+from rlkd_trl.models.limits import check_embedding_rows, position_limits
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.models.verification import verify
-from rlkd_trl.models.vocabulary import allow_special_tokens, padding_id
+from rlkd_trl.models.vocabulary import (
+    allow_special_tokens,
+    are_same_tokens,
+    eos_token_ids,
+    forbidden_ids_of,
+    padding_id,
+)
 from rlkd_trl.ops.lm_head import allowed_logsumexp, logit_statistics, map_head_slices
 from rlkd_trl.ops.masking import state_mask
 from rlkd_trl.prompts import ChatFormat, Message
@@ -81,6 +89,8 @@ class Teacher:
         self._max_batch_tokens = max_batch_tokens
         verify(self.backbone)
         allow_special_tokens(model, self.processing_class, allowed_special_tokens)
+        # Kept with their tokenizers, whose ids are then no others'.
+        self._aligners: dict[int, tuple[PreTrainedTokenizerBase, TokenAligner | None]] = {}
 
     @classmethod
     def from_pretrained(
@@ -128,6 +138,36 @@ class Teacher:
     def describe(self) -> str:
         """How the weights are kept, and how many bytes of them this process holds, in one line."""
         return self.placement.describe(self.model)
+
+    def aligner(self, student: PreTrainedTokenizerBase) -> TokenAligner | None:
+        """What writes texts of this tokenizer's tokens in the teacher's; None if both have the same tokens.
+
+        Raises:
+            InputError: As `TokenAligner`; or prompt and completion share a table of positions, and there is no
+                `max_prompt_length`, which says how much room it leaves for a completion.
+        """
+        if id(student) not in self._aligners:
+            has_same = student is self.processing_class or are_same_tokens(student, self.processing_class)
+            self._aligners[id(student)] = student, None if has_same else self._new_aligner(student)
+        return self._aligners[id(student)][1]
+
+    def _new_aligner(self, student: PreTrainedTokenizerBase) -> TokenAligner:
+        limits = position_limits(self.model)
+        max_length = limits.completion
+        if limits.is_shared and limits.completion is not None:
+            if self.max_prompt_length is None:
+                raise InputError(
+                    f"The teacher has positions for {limits.completion} tokens, and how many of them a completion of "
+                    "another tokenizer needs is not known: set the teacher's max_prompt_length, which leaves the rest."
+                )
+            max_length = limits.completion - self.max_prompt_length
+        return TokenAligner(
+            student,
+            self.processing_class,
+            forbidden_V=forbidden_ids_of(self.model, self.processing_class),
+            eos_ids=eos_token_ids(self.model, self.processing_class),
+            max_length=max_length,
+        )
 
     @torch.no_grad()
     def score(

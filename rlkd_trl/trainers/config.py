@@ -36,6 +36,7 @@ class RolloutConfig(BaseConfig):
     """
 
     refused = REFUSED | REFUSED_ON_ROLLOUTS
+    can_align = True  # whether there can be `align_tokenizers`
 
     # Defaults of the base class that do not suit this use.
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
@@ -61,6 +62,14 @@ class RolloutConfig(BaseConfig):
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave truncated completions out of the loss."}
+    )
+
+    align_tokenizers: bool = field(
+        default=False,
+        metadata={
+            "help": "Teachers may have other tokenizers than the student: what they say is summed over the text that "
+            "both have read."
+        },
     )
 
     # Update and budget

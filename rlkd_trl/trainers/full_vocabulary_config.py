@@ -15,6 +15,8 @@ SEQUENCES = ("data", "teacher")
 class FullVocabularyConfig(RolloutConfig):
     """The settings that `KDConfig` and `AllActionsKDConfig` share."""
 
+    can_align = False
+
     ensemble: str = field(
         default="probabilities",
         metadata={
@@ -31,6 +33,11 @@ class FullVocabularyConfig(RolloutConfig):
     def _check(self) -> None:
         super()._check()
         self._check_choice("ensemble", ENSEMBLES)
+        if self.align_tokenizers and not self.can_align:
+            raise InputError(
+                "align_tokenizers does not go with this method, which compares teacher and student over all tokens of "
+                "one vocabulary: leave it out, or use PPO, RLOO or REINFORCE."
+            )
 
 
 @dataclass

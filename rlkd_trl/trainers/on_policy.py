@@ -122,7 +122,7 @@ class OnPolicyTrainer(RolloutTrainer):
             self.args.num_completions_to_print,
             reward_B=sequence_sum(result.rewards_BT, rollout.completion_mask_BT),
         )
-        rollout = self._dropping(rollout, rows, _usable(rollout, result))
+        rollout = self._dropping(rollout, rows, _usable(rollout, result), readable_B=result.readable_B)
         if self.rollout_state.lost:
             return rollout
         rollout = self.advantages(rollout)  # 4 advantage
@@ -155,6 +155,7 @@ class OnPolicyTrainer(RolloutTrainer):
             completions=decode(rollout.completions, self.processing_class),
             student_logps_BT=rollout.old_logps_BT,
             forbidden_V=self.policy.forbidden_V,
+            tokenizer=self.processing_class,
         )
 
     def _rewarded(

@@ -10,7 +10,7 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import check_fp16, load_model, load_tokenizer
-from rlkd_trl.models.vocabulary import check_same_tokenizer, share_special_tokens
+from rlkd_trl.models.vocabulary import check_tokenizers, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import with_adapters
@@ -56,11 +56,14 @@ def prepare_student(
     check_weights(model, "The student")
     refuse_float16_weights(model)
     teachers = teachers_of(reward_model)
-    for teacher in teachers:
-        check_same_tokenizer(processing_class, teacher.processing_class)
+    align = args.align_tokenizers if args.can_align else None
+    check_tokenizers(processing_class, [teacher.processing_class for teacher in teachers], align=align)
     check_positions(model, writer, reward_model, args, train_dataset, eval_dataset)
     references = reference_texts(train_dataset, eval_dataset)
-    share_special_tokens([model, *(teacher.model for teacher in teachers)], processing_class, references)
+    of_teachers = [(teacher.model, teacher.processing_class) for teacher in teachers]
+    share_special_tokens([(model, processing_class), *of_teachers], references)
+    for teacher in teachers:
+        teacher.aligner(processing_class)
     set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
     return model, writer
 

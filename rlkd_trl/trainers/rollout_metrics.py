@@ -23,7 +23,8 @@ def rollout_metrics(
     """Means over the completions, or tokens, of all processes; dropped completions do not count.
 
     reward, reward_std and rewards/TERM: per sequence, before the penalties for KL and truncation. teacher_nll: in nats
-    per token, the weighted mean over scorers. kl: in nats per sequence. And `completion_metrics`.
+    per token (the teacher's own, where it has another tokenizer), the weighted mean over scorers. kl: in nats per
+    sequence. And `completion_metrics`.
     """
     mask_BT, counted_B, total = rollout.counted_BT, rollout.counted_B, sum_over_ranks
     sequences, tokens = (total(count) for count in _counts(rollout))
@@ -33,7 +34,10 @@ def rollout_metrics(
     for name, term_BT in result.terms.items():
         metrics[f"rewards/{name}"] = total(masked_sum(term_BT, mask_BT)) / sequences
     if result.scores is not None:
-        metrics["teacher_nll"] = total(masked_sum(result.teacher_nll_BT(mask_BT), mask_BT)) / tokens
+        nll = total(masked_sum(result.teacher_nll_BT(mask_BT), mask_BT))
+        if result.readable_B is not None:
+            tokens = total(masked_sum(result.teacher_tokens_B(mask_BT), counted_B)).clamp(min=1)
+        metrics["teacher_nll"] = nll / tokens
     if kl_B is not None:
         metrics["kl"] = total(masked_sum(kl_B, counted_B)) / sequences
     return {name: float(value) for name, value in metrics.items()}

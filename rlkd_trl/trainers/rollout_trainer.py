@@ -41,6 +41,7 @@ from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
 
 logger = logging.get_logger(__name__)
+_READABLE = "its text in the teacher's vocabulary"
 
 
 class RolloutTrainer(DistillationTrainer):
@@ -165,14 +166,27 @@ class RolloutTrainer(DistillationTrainer):
 
     # For `make_rollout`
 
-    def _dropping(self, rollout: Rollout, rows: list[dict], is_usable_B: dict[str, Tensor]) -> Rollout:
-        """The rollout without the completions that have a number which is not finite.
+    def _dropping(
+        self,
+        rollout: Rollout,
+        rows: list[dict],
+        is_usable_B: dict[str, Tensor],
+        *,
+        readable_B: Tensor | None = None,
+    ) -> Rollout:
+        """The rollout without the completions that have a number which is not finite, or that a teacher cannot read.
 
         The dropped completions are counted, and the prompts of a few are logged. If no process keeps a completion, the
         rollout is lost, and its optimizer steps are skipped. is_usable_B: for each kind of number, by name, which
-        completions have only finite ones, `[B]`.
+        completions have only finite ones, `[B]`. readable_B: which of them have tokens in all teachers' vocabularies,
+        `[B]`; None if these are the student's.
         """
         device = rollout.completion_mask_BT.device
+        if readable_B is not None:
+            is_usable_B = {name: usable_B.to(device) | ~readable_B for name, usable_B in is_usable_B.items()}
+            is_usable_B[_READABLE] = readable_B
+            unreadable, count = self._sum_over_ranks(torch.stack([~readable_B, readable_B | True]).sum(dim=1))
+            self._metrics.record({"completions/unreadable": unreadable / count})
         kept_B = torch.stack([usable_B.to(device) for usable_B in is_usable_B.values()]).all(dim=0)
         dropped, kept = self._sum_over_ranks(torch.stack([(~kept_B).sum(), kept_B.sum()]).float()).tolist()
         if not dropped:
@@ -181,11 +195,11 @@ class RolloutTrainer(DistillationTrainer):
         for b in (~kept_B).nonzero()[:PROMPTS_SHOWN, 0].tolist():
             bad = " and ".join(name for name, usable_B in is_usable_B.items() if not usable_B[b])
             prompt = str(rows[int(rollout.prompt_index_B[b])]["prompt"])
-            self.warn_of_prompts(f"A sample is dropped, {bad} not finite", [prompt])
+            self.warn_of_prompts(f"A sample is dropped, {_what_is_wrong(bad)}", [prompt])
         if not kept:
             reasons = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
             self.rollout_state.lost = (
-                f"all {dropped:.0f} samples dropped, {reasons or 'on other processes'} not finite"
+                f"all {dropped:.0f} samples dropped, {_what_is_wrong(reasons or 'on other processes')}"
             )
         remaining = rollout.dropping(kept_B)
         # The trainer counts the tokens of `remaining`, where stand-ins replace the completions that were generated.
@@ -436,3 +450,8 @@ class RolloutTrainer(DistillationTrainer):
 
     def is_finished(self) -> bool:
         return super().is_finished() or self._clock.is_spent()
+
+
+def _what_is_wrong(kinds: str) -> str:
+    """Why samples are dropped, from the kinds of number that are not usable."""
+    return "its text not in the teacher's vocabulary" if kinds == _READABLE else f"{kinds} not finite"

@@ -87,7 +87,7 @@ class SupervisedTrainer(ResumableTrainer):
             check_fp16(model.config, on_cpu=args.use_cpu)
         check_weights(model, "The model")
         refuse_float16_weights(model)
-        share_special_tokens([model], processing_class, train_dataset["target"])
+        share_special_tokens([(model, processing_class)], train_dataset["target"])
         set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         collate = PairCollator(
             processing_class,

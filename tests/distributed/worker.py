@@ -10,9 +10,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.trainers.processes import from_first_process
-from tests.conftest import PAD
+from tests.conftest import MODELS, PAD
+from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, teacher_reward
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient
@@ -38,6 +40,7 @@ class Case:
     settings: tuple = ()
     rows: int = 32
     has_bad_rewards: bool = False
+    of_characters: bool = False  # the teacher's tokens are characters
     is_misread: bool = False  # the student reads some completions as NaN
 
 
@@ -64,6 +67,7 @@ CASES = {
     "rloo-token-dropped": Case("rloo-token", "llama", 2, settings=(("num_generations", 4),), has_bad_rewards=True),
     "rloo-sequence-misread": Case("rloo-sequence", "llama", 2, is_misread=True),
     "kd-misread": Case("kd", "t5-untied", 4, settings=(("divergence", "reverse_kl"),), is_misread=True),
+    "rloo-token-aligned": Case("rloo-token", "llama", 2, settings=(("align_tokenizers", True),), of_characters=True),
     "reinforce": Case(
         "reinforce",
         settings=(("baseline", "mean"), ("mask_truncated_completions", True), ("average_reward", "rollout")),
@@ -177,13 +181,19 @@ def misread_some(trainer) -> None:
     backbone.completion_states = of_completions
 
 
+def reward_of(case: Case) -> TeacherForcingReward | list | None:
+    if case.of_characters:
+        return TeacherForcingReward(MODELS[case.family](seed=5), character_tokenizer())
+    return [teacher_reward(case.family), sometimes_nan] if case.has_bad_rewards else None
+
+
 def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation: int) -> dict:
     trainer = build(
         case.method,
         output_dir,
         family=case.family,
         data=pairs(case.rows, seed=1),
-        reward=[teacher_reward(case.family), sometimes_nan] if case.has_bad_rewards else None,
+        reward=reward_of(case),
         per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
         gradient_accumulation_steps=gradient_accumulation,
         **{**COMMON, **(REWARDED if case.method in METHODS else {}), **dict(case.settings)},

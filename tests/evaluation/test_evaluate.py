@@ -75,7 +75,7 @@ def rows_of(completions: Completions) -> list[list[int]]:
 def test_every_row_is_measured_as_if_it_were_alone(family, who, batch_size):
     student, rewards = student_of(family), reward_model(family)
     settings = {"max_completion_length": LENGTH, "batch_size": batch_size}
-    of_teacher = evaluate_teacher(word_tokenizer(), ROWS, rewards, **settings)
+    of_teacher = evaluate_teacher(ROWS, rewards, **settings)
     answers = [greedy(teacher_of(family), question(row["prompt"])) for row in ROWS]
     result = of_teacher
     if who == "student":
@@ -155,7 +155,7 @@ def test_a_teacher_asked_without_its_chat_is_measured_without_it():
 
     def outputs(tokenizer, chat=None) -> list[str]:
         rewards = RewardModel([TeacherForcingReward(teacher_of("llama"), tokenizer, chat=chat)])
-        return evaluate_teacher(chat_tokenizer(), ROWS, rewards, max_completion_length=LENGTH).outputs
+        return evaluate_teacher(ROWS, rewards, max_completion_length=LENGTH).outputs
 
     plain = outputs(chat_tokenizer(None))
     assert outputs(chat_tokenizer(), ChatFormat("none")) == plain != outputs(chat_tokenizer())
@@ -168,7 +168,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(who):
     def sampled(seed, batch_size):
         settings = {"max_completion_length": LENGTH, "batch_size": batch_size, "seed": seed}
         if who == "teacher":
-            result = evaluate_teacher(word_tokenizer(), ROWS, rewards, **settings)
+            result = evaluate_teacher(ROWS, rewards, **settings)
         else:
             policy = Policy(MODELS["llama"](), word_tokenizer())
             result = evaluate_student(policy, word_tokenizer(), ROWS, rewards, max_prompt_length=None, **settings)

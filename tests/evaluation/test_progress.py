@@ -49,9 +49,7 @@ def test_a_student(with_rewards, progress, bars):
 
 def test_a_teacher(bars):
     rewards = RewardModel([LogLikelihoodReward(MODELS["t5-tied"](seed=5), word_tokenizer())])
-    evaluate.evaluate_teacher(
-        word_tokenizer(), ROWS, rewards, max_completion_length=4, batch_size=3, progress="The teacher"
-    )
+    evaluate.evaluate_teacher(ROWS, rewards, max_completion_length=4, batch_size=3, progress="The teacher")
     assert [(bar["desc"], sum(bar["updates"])) for bar in bars] == [("The teacher", 21)]
 
 

@@ -252,6 +252,12 @@ MODEL_CASES = [
     (COMPARED, "--teacher teacher ./nowhere", "nowhere` is not a directory"),
     (COMPARED, "--student ./nowhere", "nowhere` is not a directory"),
     (COMPARED, "--teacher other_tokenizer", "Teacher and student have different tokenizers (30 and 29 tokens"),
+    (
+        (*ON_POLICY, "evaluate"),
+        "--align_tokenizers True",
+        "align_tokenizers has no effect: teacher and student have one",
+    ),
+    (("all_actions_kd",), "--align_tokenizers True", "align_tokenizers does not go with this method"),
     (COMPARED, "--teacher other_eos", "EOS is 5 for the teacher, 1 for the student"),
     (ASKED, "--teacher_dtype float8", "Unknown dtype 'float8'; choose one of: auto, float32"),
     (ASKED, "--teacher_quantization int4", "Unknown quantisation 'int4'; choose one of: none, int8, nf4"),

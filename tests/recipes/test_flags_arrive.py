@@ -445,6 +445,7 @@ ARRIVES = {
     "RunArguments.overwrite_output_dir": ((), "", None),  # these three: where their refusal is tested
     "PseudoLabelArguments.overwrite_output_dir": ((), "", None),
     "EvaluationArguments.overwrite_output_dir": ((), "", None),
+    "EvaluationArguments.align_tokenizers": ((), "", None),  # test_other_tokenizers
     "RunArguments.resume": (
         (),
         "",

@@ -107,10 +107,12 @@ OF_METHOD = {
 REFUSED = {("kd", "local_rollout_forward_batch_size"), ("rloo-sequence", "teacher_baseline")}
 # Without an effect on a run in which nothing is amiss: tests/trainers/test_guards.py, tests/trainers/test_finite.py.
 IN_TROUBLE = {"guards", "max_skipped_steps"}
+# Refused where teacher and student have one tokenizer: tests/trainers/test_other_tokenizers.py.
+OF_OTHER_TOKENIZERS = {"align_tokenizers"}
 
 
 def own_settings(method: str) -> list[str]:
-    elsewhere = IN_TROUBLE | TRUNCATED_SAMPLING - ({"top_k"} if method == "reinforce" else set())
+    elsewhere = IN_TROUBLE | OF_OTHER_TOKENIZERS | TRUNCATED_SAMPLING - ({"top_k"} if method == "reinforce" else set())
     names = (option.name for option in dataclasses.fields(EVERY_METHOD[method][1]))
     return [name for name in names if name not in INHERITED | elsewhere]
 

@@ -214,8 +214,7 @@ class Examiner:
     def _evaluate_teacher(self, test: str, **settings) -> "Evaluation":
         from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
-        tokenizer = self.reward_model.panels[0].scorers[0].teacher.processing_class
-        return evaluate_teacher(tokenizer, self.tests[test], self.reward_model, **settings, **self.lengths)
+        return evaluate_teacher(self.tests[test], self.reward_model, **settings, **self.lengths)
 
 
 def _load_reward(teacher: TeacherArguments, templates: PromptTemplates | None) -> "RewardModel":

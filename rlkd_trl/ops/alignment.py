@@ -1,0 +1,73 @@
+"""Two tokenisations of one text: their smallest common spans, and sums of token values over them.
+
+A token's end is the number of characters that have been read after it. A common span begins and ends where a token of
+either side ends, and no smaller one within it does. Shapes: T tokens of the student, U of the teacher.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlkd_trl.ops.masking import masked
+
+INSIDE = -1  # as a token's end: it ends within a character, or where the text read so far is not the text's beginning
+
+
+def common_ends(first_ends: Sequence[int], second_ends: Sequence[int]) -> list[tuple[int, int]]:
+    """Numbers of tokens (i, j) after which both sides have read the same text: the ends of the common spans.
+
+    Both sequences do not decrease, but for tokens that are `INSIDE`, and their last ends are the same. A token without
+    characters of its own belongs to the span of the token before it, and one at the very beginning to the first span.
+    Each span has a token of either side; if one side has no token at all, there is no span.
+    """
+    firsts = {end: number for number, end in enumerate(first_ends, start=1) if end != INSIDE}
+    seconds = {end: number for number, end in enumerate(second_ends, start=1) if end != INSIDE}
+    pairs, i, j = [], 0, 0
+    for end, next_i in firsts.items():
+        next_j = seconds.get(end, 0)
+        if next_i > i and next_j > j:
+            pairs.append((next_i, next_j))
+            i, j = next_i, next_j
+    return pairs
+
+
+def receivers(spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """For each token of the first and of the second side, the index of the last token of its span on the first side.
+
+    A reward of the second side that is put there is earned when its text is complete: every token of the span has it
+    in its return, and no later one.
+    """
+    firsts, seconds = [], []
+    for (i, j), (next_i, next_j) in itertools.pairwise([(0, 0), *spans]):
+        firsts += [next_i - 1] * (next_i - i)
+        seconds += [next_i - 1] * (next_j - j)
+    return firsts, seconds
+
+
+def states_before(spans: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """For each of `length + 1` states of the first side, the second side's state at the beginning of its span.
+
+    State t is the one after t tokens. Behind the last span it is the state after all tokens.
+    """
+    states: Iterator[int] = itertools.chain.from_iterable(
+        [j] * (next_i - i) for (i, j), (next_i, _) in itertools.pairwise([(0, 0), *spans])
+    )
+    final = spans[-1][1] if spans else 0
+    return [*itertools.islice(itertools.chain(states, itertools.repeat(final)), length + 1)]
+
+
+def summed_at(values_BU: Tensor, receiver_BU: Tensor, mask_BU: Tensor, *, length: int) -> Tensor:
+    """Σ over the real tokens u with receiver t, `[B, length]`; a completion's sum stays what it is."""
+    sums_BT = torch.zeros(len(values_BU), length, dtype=values_BU.dtype, device=values_BU.device)
+    return sums_BT.scatter_add(1, receiver_BU, masked(values_BU, mask_BU))
+
+
+def in_two_log_probs(logps: Tensor) -> Tensor:
+    """(log p, log(1 − p)) of log-probabilities, `[..., 2]`: "the text goes on so" and "otherwise".
+
+    p is kept 1e-6 below 1, where the gradient of log(1 − p) is not finite.
+    """
+    logps = logps.clamp(max=-1e-6)
+    return torch.stack([logps, torch.log(-torch.expm1(logps))], dim=-1)

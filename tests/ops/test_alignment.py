@@ -1,0 +1,76 @@
+"""Common spans of two tokenisations, against a search over all pairs of positions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlkd_trl.ops.alignment import INSIDE, common_ends, in_two_log_probs, receivers, states_before, summed_at
+
+# Lengths of tokens; 0 is a token without characters, None one that ends within a character.
+LENGTHS = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
+
+
+def ends_of(lengths: list[int | None], total: int) -> list[int]:
+    """Ends of such tokens in a text of `total` characters, which the last one completes."""
+    ends, read = [], 0
+    for length in lengths:
+        read = min(total, read + (length or 0))
+        ends.append(INSIDE if length is None else read)
+    return [*ends[:-1], total]
+
+
+def slow_spans(first: list[int], second: list[int]) -> list[tuple[int, int]]:
+    """All pairs (i, j) after which both have read the same text, one by one: the last of each kind counts."""
+    pairs, i0, j0 = [], 0, 0
+    for end in range(max(first) + 1):
+        i = max((n + 1 for n, e in enumerate(first) if e == end), default=0)
+        j = max((n + 1 for n, e in enumerate(second) if e == end), default=0)
+        if i > i0 and j > j0:
+            pairs.append((i, j))
+            i0, j0 = i, j
+    return pairs
+
+
+@given(LENGTHS, LENGTHS, st.integers(1, 20))
+def test_spans_are_the_smallest_ones_and_cover_both_sides(first, second, total):
+    first, second = ends_of(first, total), ends_of(second, total)
+    spans = common_ends(first, second)
+    assert spans == slow_spans(first, second)
+    assert spans[-1] == (len(first), len(second))
+
+
+def test_spans_of_a_worked_example():
+    # "The café is" as The| ca|fé| is and T|he ca|f|é| is, where f| and é| are bytes: é is two tokens.
+    first = [3, 6, 8, 11]
+    second = [1, 6, 7, INSIDE, 8, 11]
+    assert common_ends(first, second) == [(2, 2), (3, 5), (4, 6)]
+    assert receivers([(2, 2), (3, 5), (4, 6)]) == ([1, 1, 2, 3], [1, 1, 2, 2, 2, 3])
+    # State 1, within the first span, has the value of its beginning.
+    assert states_before([(2, 2), (3, 5), (4, 6)], 5) == [0, 0, 2, 5, 6, 6]
+
+
+def test_one_side_without_tokens_has_no_span():
+    assert common_ends([], [1]) == [] and common_ends([1, 1], []) == []
+    assert states_before([], 2) == [0, 0, 0]
+
+
+def test_sums_keep_each_completions_sum_and_read_nothing_behind_the_mask():
+    values_BU = torch.tensor([[0.5, -2.0, 4.0, math.nan], [1.0, math.nan, math.nan, math.nan]])
+    mask_BU = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    receiver_BU = torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0]])
+    # Row 0: token 1 gets 0.5 − 2 and token 2 gets 4; row 1: token 0 gets 1.
+    expected = [[0.0, -1.5, 4.0], [1.0, 0.0, 0.0]]
+    assert summed_at(values_BU, receiver_BU, mask_BU, length=3).tolist() == expected
+
+
+def test_two_way_log_probabilities_and_their_gradient():
+    logps = torch.tensor([-0.25, -40.0, 0.0], requires_grad=True)
+    both = in_two_log_probs(logps)
+    # log(1 − e^−0.25) = log(0.2211992) = −1.508692; of e^−40 it is −e^−40.
+    assert both[0].tolist() == pytest.approx([-0.25, -1.508692], rel=1e-5)
+    assert both[1, 1].item() == pytest.approx(-math.exp(-40), rel=1e-5)
+    both.sum().backward()
+    assert torch.isfinite(logps.grad).all()

@@ -1,0 +1,48 @@
+"""The commands with a teacher of characters and a student of words."""
+
+import shutil
+
+import pytest
+
+from tests.conftest import MODELS
+from tests.models.tokenizers_of_all_kinds import character_tokenizer
+from tests.recipes.command_lines import SAMPLING, TWO_STEPS, metrics_of, run, word_rows, write_csv
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, checkpoints):
+    """A teacher, a student and data."""
+    place = tmp_path_factory.mktemp("characters")
+    MODELS["llama"](seed=5).save_pretrained(place / "teacher")
+    character_tokenizer().save_pretrained(place / "teacher")
+    shutil.copytree(checkpoints["t5-tied"].student, place / "student")
+    write_csv(place / "data.csv", word_rows(30))
+    return place
+
+
+def command(recipe: str, place) -> str:
+    return (
+        f"{recipe} --teacher {place}/teacher --student {place}/student --dataset {place}/data.csv --source_column mr"
+    )
+
+
+def test_a_run_and_its_evaluation(place):
+    flags = f"--align_tokenizers True {SAMPLING} {TWO_STEPS}"
+    assert run(f"{command('rloo_kd', place)} {flags} --output_dir {place}/out") == 0
+    metrics = metrics_of(place / "out")
+    assert metrics["after"]["unreadable"] == metrics["before"]["unreadable"] == 0
+    evaluate = command("evaluate", place).replace("/student", "/out")
+    flags = "--align_tokenizers True --max_completion_length 6 --reward log_likelihood"
+    assert run(f"{evaluate} {flags} --output_dir {place}/scores") == 0
+    student = metrics_of(place / "scores")["student"]
+    assert student["teacher_nll_per_sequence"] == pytest.approx(-student["reward"])
+    assert student["unreadable"] == 0 and "unreadable_of_teacher" in student
+
+
+@pytest.mark.parametrize("recipe", ["ppo_kd", "all_actions_kd", "evaluate"])
+def test_without_the_flag_it_is_refused_before_models_load(recipe, place, capsys, monkeypatch):
+    monkeypatch.setattr("rlkd_trl.models.loading.load_model", None)
+    assert run(f"{command(recipe, place)} --output_dir {place}/refused") == 2
+    said = capsys.readouterr().err
+    assert "different tokenizers (15 and 29 tokens" in said
+    assert ("set align_tokenizers" in said) == (recipe != "all_actions_kd")
