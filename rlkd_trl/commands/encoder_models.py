@@ -151,7 +151,8 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
         check_same_vocabulary(tokenizer, theirs)
         check_embedding_rows("The teacher", tokenizer, config)
     check_models(objective, student, teacher)
-    check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, teacher)
+    data = [stage.rows.train, stage.rows.test]
+    check_inputs(stage.args, objective, data, tokenizer, student, teacher)
     for name in (*stage.more_teachers, *stage.trained_along):
         config = load_encoder_config(name)
         who = "The teacher" if name in stage.more_teachers else "The encoder"
@@ -160,7 +161,7 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
         check_embedding_rows(who, tokenizer, config)
         if name in stage.more_teachers:
             check_models(objective, student, other)
-        check_inputs(stage.args, objective, stage.rows.train, tokenizer, student, other)
+        check_inputs(stage.args, objective, data, tokenizer, student, other)
 
 
 def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:

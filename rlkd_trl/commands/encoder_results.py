@@ -10,6 +10,8 @@ from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import EncoderSettings, described
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from rlkd_trl.trainers.encoder import EncoderKDTrainer
 
 Results = dict[str, dict[str, float]]
@@ -107,7 +109,7 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
         teacher=", ".join([stage.teacher, *stage.more_teachers]) if stage.teacher else "none, but labels",
         student=settings.student.student or "a smaller model of the teacher's architecture",
         dataset=_dataset(settings, objective.stage),
-        auto_class=_AUTO_CLASSES[objective.head],
+        auto_class=_auto_class(objective.head, trainer.student.config),
         columns=columns,
     )
     check_finite(results, saved)
@@ -124,9 +126,15 @@ def _dataset(settings: EncoderSettings, stage: str) -> str:
     return named or "the embedded demo of rlkd_trl"
 
 
-_AUTO_CLASSES = {
-    "none": "AutoModel",
-    "tokens": "AutoModelForMaskedLM",
-    "tokens and next sentence": "AutoModelForPreTraining",
-    "classes": "AutoModelForSequenceClassification",
-}
+def _auto_class(head: str, config: "PreTrainedConfig") -> str:
+    """The class that loads a student with this head, for its model card."""
+    from rlkd_trl.models.encoders import is_encoder
+
+    if head in ("tokens", "kept") and not is_encoder(config):
+        return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    return {
+        "kept": "AutoModel",
+        "tokens": "AutoModelForMaskedLM",
+        "tokens and next sentence": "AutoModelForPreTraining",
+        "classes": "AutoModelForSequenceClassification",
+    }[head]

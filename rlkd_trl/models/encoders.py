@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     set_seed,
 )
 
@@ -48,8 +49,9 @@ def _masked_language_model(config: PreTrainedConfig):
 
 
 HEADS = {
-    # Models other than encoders keep their language-modelling head, since a later recipe trains it.
-    "none": Head("no head", lambda config: MODEL_MAPPING if is_encoder(config) else _masked_language_model(config)),
+    "none": Head("no head", lambda config: MODEL_MAPPING),
+    # None, but other models than encoders keep their language-modelling head, since a later recipe trains it.
+    "kept": Head("no head", lambda config: MODEL_MAPPING if is_encoder(config) else _masked_language_model(config)),
     "tokens": Head("a language-modelling head", _masked_language_model),
     "tokens and next sentence": Head("a next-sentence head", lambda config: MODEL_FOR_PRETRAINING_MAPPING),
     "classes": Head("a classification head", lambda config: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
@@ -150,6 +152,12 @@ def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revis
     wanted = of_head - set(model.all_tied_weights_keys)
     if missing := sorted(wanted - names):
         raise InputError(f"{who} {name_or_path!r} has not {HEADS[head].name} ({missing[0]} is missing): {remedy}")
+
+
+def know_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells a config without a pad token the tokenizer's: a decoder-only model classifies by the last other token."""
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def skeleton(config: PreTrainedConfig, head: str, who: str) -> LayerReader:

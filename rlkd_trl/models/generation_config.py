@@ -46,8 +46,8 @@ def completion_start_ids(model: PreTrainedModel) -> list[int]:
 
 
 def _id_of(model: PreTrainedModel, name: str) -> int | None:
-    """The token id of this name in the generation config, or else in the config."""
-    token_id = getattr(model.generation_config, name, None)
+    """The token id of this name in the generation config, which classifiers lack, or else in the config."""
+    token_id = getattr(getattr(model, "generation_config", None), name, None)
     return getattr(model.config, name, None) if token_id is None else token_id
 
 

@@ -40,16 +40,30 @@ def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -
         setattr(config, name, value)
         if size == "num_layers":
             _shorten(config, teacher, value)
-    if sizes.get("hidden_size") is not None:
-        for name in ("pooler_hidden_size", "head_dim"):
-            if getattr(config, name, None) is not None:
-                setattr(config, name, config.hidden_size if name == "pooler_hidden_size" else None)
+    if getattr(config, "pooler_hidden_size", None) is not None:
+        config.pooler_hidden_size = config.hidden_size
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"hidden_size {config.hidden_size} of the new student is not divisible by num_heads "
             f"{config.num_attention_heads}."
         )
+    _fit_heads(config, teacher)
     return config
+
+
+def _fit_heads(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Sets a head's width, where it is the teacher's width over heads, and the number of heads of keys and values.
+
+    T5's heads have a width of their own, which stays. Grouped keys and values have as many heads as the teacher's, or
+    the next smaller number that divides the queries'.
+    """
+    if getattr(config, "head_dim", None) == teacher.hidden_size // teacher.num_attention_heads:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    groups = getattr(teacher, "num_key_value_heads", None)
+    if groups is not None:
+        heads = config.num_attention_heads
+        most = heads if groups == teacher.num_attention_heads else groups
+        config.num_key_value_heads = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
 
 def _shorten(config: PreTrainedConfig, teacher: PreTrainedConfig, num_layers: int) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
 from rlkd_trl.evaluation.evaluate import NOT_FINITE, count_not_finite
-from rlkd_trl.models.encoders import load_encoder
+from rlkd_trl.models.encoders import know_padding, load_encoder
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
@@ -117,9 +117,12 @@ class EncoderKDTrainer(DistillationTrainer):
             check_fp16(model.config, on_cpu=args.use_cpu)
         check_embedding_rows("The student", processing_class, model.config)
         self._teachers_readers = [LayerReader(one.eval().requires_grad_(False)) for one in teachers]
+        data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
         for reader in self._teachers_readers or [None]:
             check_models(objective, LayerReader(model), reader)
-            check_inputs(args, objective, train_dataset, processing_class, LayerReader(model), reader)
+            check_inputs(args, objective, data, processing_class, LayerReader(model), reader)
+        for one in (model, *teachers, *trained_along):
+            know_padding(base_of(one).config, processing_class)
         model = with_adapters(model, peft_config, seed=args.seed)
         check_weights(model, "The student")
         refuse_float16_weights(model)
@@ -144,7 +147,8 @@ class EncoderKDTrainer(DistillationTrainer):
         self._step_metrics: dict[str, float] = defaultdict(float)
         self.spent = Spent()
         self.sample_table: list[dict[str, object]] = []
-        config = base_of(model).config
+        # The tokenizer puts a forced BOS into the target itself, so only the first of the start ids is given.
+        start_id = completion_start_ids(model)[0] if base_of(model).config.is_encoder_decoder else None
         super().__init__(
             model=student,
             args=args,
@@ -155,8 +159,8 @@ class EncoderKDTrainer(DistillationTrainer):
             or TextCollator(
                 processing_class,
                 args.max_length,
-                start_ids=completion_start_ids(model) if config.is_encoder_decoder else None,
-                with_labels=objective.stage == "task",
+                start_id=start_id,
+                of_task=objective.stage == "task",
             ),
             **kwargs,
         )

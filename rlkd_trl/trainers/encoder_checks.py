@@ -1,6 +1,7 @@
 """Checks that losses, models and data of encoder distillation fit each other, from configs and data alone."""
 
 import numbers
+from collections.abc import Sequence
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -60,12 +61,15 @@ def check_trained_along(objective: Objective, peft_config: object, count: int) -
 def check_inputs(
     args: EncoderKDConfig,
     objective: Objective,
-    rows: Dataset,
+    data: Sequence[Dataset],
     tokenizer: PreTrainedTokenizerBase,
     student: LayerReader,
     teacher: LayerReader | None,
 ) -> None:
-    """Raises `InputError` if the models have too few positions, or tokenizer or data lack what the losses need."""
+    """Raises `InputError` if the models have too few positions, or tokenizer or data lack what the losses need.
+
+    data: rows to train on, and to evaluate on if there are any.
+    """
     for who, reader in (("student", student), ("teacher", teacher)):
         limit = None if reader is None else position_limits(reader.model).prompt
         if limit is not None and args.max_length > limit:
@@ -74,21 +78,41 @@ def check_inputs(
             )
     if "mlm_ce" in objective.weights and tokenizer.mask_token_id is None:
         raise InputError("mlm_ce needs a mask token, and the tokenizer has none: leave it out of the losses.")
-    if student.config.is_encoder_decoder and not {"text_pair", "input_ids"} & set(rows.column_names):
+    if not student.config.is_encoder_decoder:
+        return
+    for rows in data:
+        if objective.stage == "task":
+            _check_one_eos(rows, tokenizer, student, args.max_length)
+        elif not {"text_pair", "input_ids"} & set(rows.column_names):
+            raise InputError(
+                f"The student, a {student.config.model_type}, reads pairs of source and target: name the target's "
+                "column with --pair_column (`text_pair` in the data)."
+            )
+
+
+def _check_one_eos(rows: Dataset, tokenizer: PreTrainedTokenizerBase, student: LayerReader, max_length: int) -> None:
+    """Raises `InputError` unless each text ends with EOS and has it only there: an encoder-decoder's classes are read
+    at the last EOS, and transformers' models want the same number of them in all texts.
+    """
+    if "text" not in rows.column_names:
+        return
+    first = tokenizer(rows["text"][0], truncation=True, max_length=max_length)["input_ids"]
+    if first.count(student.config.eos_token_id) != 1:
         raise InputError(
-            f"The student, a {student.config.model_type}, reads pairs of source and target: name the target's column "
-            "with --pair_column (`text_pair` in the data)."
+            f"A {student.config.model_type} classifies a text by its state at EOS, and the tokenizer ends no text "
+            f"with the model's, {student.config.eos_token_id}: save the checkpoint's own tokenizer with it."
         )
+    for name in {"text", "text_pair"} & set(rows.column_names):
+        for i, text in enumerate(rows[name]):
+            if tokenizer.eos_token in text:
+                raise InputError(
+                    f"Row {i + 1}: the text holds {tokenizer.eos_token}, and a {student.config.model_type} classifies "
+                    "a text by its state at this token: take it out."
+                )
 
 
 def check_models(objective: Objective, student: LayerReader, teacher: LayerReader | None) -> None:
     """Raises `InputError` if the losses cannot compare these two models; the message names a remedy."""
-    is_seq2seq = student.config.is_encoder_decoder
-    if objective.stage == "task" and is_seq2seq:
-        raise InputError(
-            f"A task stage is for encoders and decoder-only models; the student is a {student.config.model_type}: "
-            "distil its text with recipes/kd.py."
-        )
     if {"mlm_ce"} & objective.weights.keys() and not is_encoder(student.config):
         raise InputError(
             f"mlm_ce is for encoders with masked language modelling, and the student is a "
@@ -102,6 +126,11 @@ def check_models(objective: Objective, student: LayerReader, teacher: LayerReade
         raise InputError(
             f"The student has {' and '.join(student.stacks)}, the teacher {' and '.join(teacher.stacks)}: choose two "
             "encoders, two encoder-decoders or two decoder-only models."
+        )
+    if "cls_mse" in objective.weights and not is_encoder(student.config):
+        raise InputError(
+            "cls_mse compares the first token's states, which in a decoder know nothing of the text behind it, and "
+            f"the student is a {student.config.model_type}: use hidden_mse."
         )
     student.check_offers(objective.kinds(), "The student")
     teacher.check_offers(objective.kinds(), "The teacher")

@@ -32,19 +32,22 @@ class NumberedRows(torch.utils.data.Dataset):
 class TextCollator:
     """Makes batches of rows with `text`; optional are `text_pair`, `label`, `next_sentence_label` and `row`.
 
-    start_ids: the ids that an encoder-decoder's decoder reads first, with `text_pair` as its target; None: `text` and
-    `text_pair` are tokenised as one pair. with_labels: whether a column `label` is read. Rows with `input_ids` are
-    already tokenised and are only padded.
+    start_id: the id that an encoder-decoder's decoder reads first, None for other models. What it reads then is
+    `text_pair`, its target, or in a task the text itself once more, as in transformers' classifiers. Elsewhere `text`
+    and `text_pair` are tokenised as one pair. of_task: whether the rows are a task's, whose column `label` is read.
+    Rows with `input_ids` are already tokenised and are only padded.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    start_ids: list[int] | None = None
-    with_labels: bool = True
+    start_id: int | None = None
+    of_task: bool = True
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         batch = self._tokens(rows)
-        if self.with_labels and "label" in rows[0]:
+        if self.start_id is not None and self.of_task:
+            batch |= self._decoder_inputs(batch)
+        if self.of_task and "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         for name in (ROW, "next_sentence_label"):
             if name in rows[0]:
@@ -59,15 +62,22 @@ class TextCollator:
         texts = [row["text"] for row in rows]
         pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
         settings = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        if self.start_ids is None:
+        if self.start_id is None or self.of_task:
             return dict(self.tokenizer(texts, pairs, **settings))
-        batch = dict(self.tokenizer(texts, **settings))
-        targets = self.tokenizer(pairs, **settings)
-        start = torch.tensor([self.start_ids] * len(rows))
-        batch["decoder_input_ids"] = torch.cat([start, targets["input_ids"][:, :-1]], dim=1)
-        mask = torch.cat([torch.ones_like(start), targets["attention_mask"][:, :-1]], dim=1)
-        batch["decoder_attention_mask"] = mask
-        return batch
+        targets = self.tokenizer(text_target=pairs, **settings)
+        return {**self.tokenizer(texts, **settings), **self._decoder_inputs(targets)}
+
+    def _decoder_inputs(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the decoder reads to predict the target: the start, and the target without its last token.
+
+        Where a target is over, nothing is predicted: positions are real where the predicted tokens are.
+        """
+        ids_BS = targets["input_ids"]
+        start_B1 = torch.full_like(ids_BS[:, :1], self.start_id)
+        return {
+            "decoder_input_ids": torch.cat([start_B1, ids_BS[:, :-1]], dim=1),
+            "decoder_attention_mask": targets["attention_mask"],
+        }
 
 
 def masked_tokens(

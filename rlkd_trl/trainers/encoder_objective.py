@@ -105,7 +105,7 @@ class Objective:
             return "classes"
         if "nsp_ce" in self.weights:
             return "tokens and next sentence"
-        return "tokens" if {"logits_kl", "mlm_ce"} & self.weights.keys() else "none"
+        return "tokens" if {"logits_kl", "mlm_ce"} & self.weights.keys() else "kept"
 
     @property
     def teachers_head(self) -> str:

@@ -411,13 +411,20 @@ def test_labels_are_counted_and_numbers_to_predict_whatever_they_are():
 
 
 def test_an_encoder_decoders_batch_by_hand():
-    """The target behind the start token, without its last token."""
-    batch = TextCollator(encoder_tokenizer(), 6, start_ids=[PAD])(
-        [{"text": "w5 w6", "text_pair": "w7"}, {"text": "w8", "text_pair": "w9 w10"}]
-    )
+    """The target behind the start token, without its last token; nothing is predicted behind a target's end."""
+    rows = [{"text": "w5 w6", "text_pair": "w7"}, {"text": "w8", "text_pair": "w9 w10"}]
+    batch = TextCollator(encoder_tokenizer(), 6, start_id=PAD, of_task=False)(rows)
     assert batch["input_ids"].tolist() == [[CLS, 5, 6, SEP], [CLS, 8, SEP, PAD]]
     assert batch["decoder_input_ids"].tolist() == [[PAD, CLS, 7, SEP], [PAD, CLS, 9, 10]]
-    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_an_encoder_decoders_batch_of_a_task_by_hand():
+    """The decoder reads the text, too."""
+    batch = TextCollator(encoder_tokenizer(), 9, start_id=PAD)([{"text": "w5 w6"}, {"text": "w8"}])
+    assert batch["input_ids"].tolist() == [[CLS, 5, 6, SEP], [CLS, 8, SEP, PAD]]
+    assert batch["decoder_input_ids"].tolist() == [[PAD, CLS, 5, 6], [PAD, CLS, 8, SEP]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def tokenised(data: Dataset, *names: str) -> Dataset:
