@@ -73,6 +73,21 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
 
 def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
     from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.trainers.processes import wait_for_all
+
+    directory, step = stage.directory, trainer.state.global_step
+    if trainer.is_world_process_zero():
+        _write(trainer, results, settings, stage)
+    wait_for_all()  # else the others' error could end the first process before it has written
+    check_finite(results, f"The student, metrics.json and report.html are in {directory}.")
+    if not stage.is_last:
+        mark_stage(settings, stage, step)
+        return
+    mark_finished(directory, step)
+    say(f"Student, metrics.json and report.html are in {directory}.")
+
+
+def _write(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
     from rlkd_trl.evaluation.report import (
         ENCODER_COLUMNS,
         columns_in,
@@ -83,10 +98,6 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
     )
 
     directory, objective = stage.directory, stage.objective
-    saved = f"The student, metrics.json and report.html are in {directory}."
-    if not trainer.is_world_process_zero():
-        check_finite(results, saved)
-        return
     method = f"{objective.stage} distillation: {' + '.join(objective.weights)}"
     columns = columns_in(results, ENCODER_COLUMNS)
     write_metrics(directory / "metrics.json", results)
@@ -112,13 +123,6 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
         auto_class=_auto_class(objective.head, trainer.student.config),
         columns=columns,
     )
-    check_finite(results, saved)
-    step = trainer.state.global_step
-    if stage.is_last:
-        mark_finished(directory, step)
-        print(f"Student, metrics.json and report.html are in {directory}.", flush=True)
-    else:
-        mark_stage(settings, stage, step)
 
 
 def _dataset(settings: EncoderSettings, stage: str) -> str:

@@ -78,14 +78,24 @@ def _report(
     trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
     from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.trainers.processes import wait_for_all
+
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        _write(trainer, results, settings, method=method)
+    wait_for_all()  # else the others' error could end the first process before it has written
+    check_finite(results, f"The student, metrics.json and report.html are in {output_dir}.")
+    mark_finished(output_dir, trainer.state.global_step)
+    say(f"Student, metrics.json and report.html are in {output_dir}.")
+
+
+def _write(
+    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
+) -> None:
     from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
     from rlkd_trl.models.vocabulary import allowed_special_tokens
 
     output_dir = Path(trainer.args.output_dir)
-    saved = f"The student, metrics.json and report.html are in {output_dir}."
-    if not trainer.is_world_process_zero():
-        check_finite(results, saved)
-        return
     write_metrics(output_dir / "metrics.json", results)
     print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n", flush=True)
     write_report(
@@ -109,9 +119,6 @@ def _report(
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
     )
-    check_finite(results, saved)
-    mark_finished(output_dir, trainer.state.global_step)
-    print(f"Student, metrics.json and report.html are in {output_dir}.", flush=True)
 
 
 def evaluate_checkpoints(
