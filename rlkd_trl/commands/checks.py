@@ -54,17 +54,17 @@ def is_demo(settings: DistillationSettings) -> bool:
     return bool(missing)
 
 
-def require_files(settings: object) -> None:
+def require_files(settings: object, *, may_be_adapters: bool = False) -> None:
     """Raises `InputError` for a flag whose data or checkpoint is neither local nor on the Hub.
 
-    Also for the revision of something that is local.
+    Also for the revision of something that is local. may_be_adapters: whether directories of adapters are checkpoints.
     """
     for flag, path in _named(settings, Reads.DATA):
         require_dataset(path)
         if not Path(path).expanduser().exists():
             require_on_hub(flag, path, "dataset")
     for flag, path in _named(settings, Reads.CHECKPOINT):
-        require_checkpoint(flag, path)
+        require_checkpoint(flag, path, may_be_adapters=may_be_adapters)
     _check_revisions(settings)
 
 

@@ -43,7 +43,7 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
     Raises:
         InputError: As `load_stage_rows`; or a file is missing; or several stages are to run under DeepSpeed.
     """
-    require_files(settings)
+    require_files(settings, may_be_adapters=True)
     rows = load_stage_rows(settings)
 
     from rlkd_trl.trainers.processes import uses_deepspeed  # late: it takes seconds, and what is wrong is said before

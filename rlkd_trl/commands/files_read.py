@@ -23,7 +23,7 @@ from rlkd_trl.commands.arguments import (
 from rlkd_trl.data import content_digest, data_files
 from rlkd_trl.prompts.promptsource import resolve_file
 from rlkd_trl.prompts.templates import BUILTIN_DIRECTORY, BUILTIN_PREFIX
-from rlkd_trl.settings.files import INHERITED, Reads, files_read
+from rlkd_trl.settings.files import INHERITED, Reads, adapted_model, files_read
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # The files of a checkpoint that `from_pretrained` reads: weights, configs, tokenizer. Results and reports are not.
@@ -90,8 +90,9 @@ def file_digest(file: Path) -> str:
 
 
 def checkpoint_files(name_or_path: str | Path) -> list[Path]:
-    """The model files of a local checkpoint directory, sorted; none for a Hub id."""
-    files = Path(name_or_path).glob("*")
+    """The model files of a local checkpoint directory, sorted, of adapters with their model's; none for a Hub id."""
+    model = adapted_model(name_or_path)
+    files = [*Path(name_or_path).glob("*"), *(Path(model).glob("*") if model else ())]
     return sorted(file for file in files if _is_any_of(file, CHECKPOINT_FILES) and file.is_file())
 
 

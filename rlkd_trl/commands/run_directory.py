@@ -14,7 +14,7 @@ from rlkd_trl.commands.arguments import EvaluationArguments, RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
 from rlkd_trl.commands.launched import say
 from rlkd_trl.errors import InputError, TrainingError, is_first_process
-from rlkd_trl.settings.files import INHERITED, files_read, places_written
+from rlkd_trl.settings.files import INHERITED, adapted_model, files_read, places_written
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -70,6 +70,8 @@ def _inputs(groups: Sequence[object]) -> Iterator[tuple[str, Path]]:
             for text in [value] if isinstance(value, str) else value:
                 path = Path(text).expanduser()
                 paths = [path] if path.exists() else FILES_OF[reads](text)
+                if (model := adapted_model(path)) and Path(model).exists():
+                    paths.append(Path(model))
                 yield from ((f"--{name} {text}", path) for path in paths)
 
 

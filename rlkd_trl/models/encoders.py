@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from rlkd_trl.errors import InputError, is_first_process
+from rlkd_trl.models.encoder_adapters import SavedAdapters, find_adapters
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
 from rlkd_trl.models.loading import (
@@ -65,8 +66,24 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def load_encoder_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """A checkpoint's config. Raises `InputError` if there is none, or transformers has no model for it."""
-    return load_part(AutoConfig, name_or_path, "model config", revision=revision)
+    """A checkpoint's config, of adapters their model's. Raises `InputError` if there is none, or of no known model."""
+    adapters = find_adapters(name_or_path, revision)
+    if adapters is None:
+        return load_part(AutoConfig, name_or_path, "model config", revision=revision)
+    config = load_part(AutoConfig, adapters.model, "model config", revision=adapters.model_revision)
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        _count_labels(config, adapters)
+    return config
+
+
+def _count_labels(config: PreTrainedConfig, adapters: SavedAdapters) -> None:
+    """Sets the number of labels to that of the adapters' own head: their model may have been made for another task."""
+    shapes = adapters.shapes()
+    with torch.device("meta"), making_model_of(config):
+        model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)](config)
+    for name, parameter in model.named_parameters():
+        if name in shapes and not _is_of_body(name, model) and shapes[name] != tuple(parameter.shape):
+            config.num_labels = shapes[name][0]
 
 
 def model_class(config: PreTrainedConfig, head: str, who: str) -> type[PreTrainedModel]:
@@ -103,10 +120,16 @@ def load_encoder(
     added, with random weights of the seed. num_labels, label_names: for a classification head; None for the
     checkpoint's.
 
+    A checkpoint of adapters is their model with the adapters merged into it.
+
     Raises:
         InputError: The checkpoint cannot be loaded, lacks weights, or has weights that are not finite.
     """
     check_dtype(dtype)
+    adapters = find_adapters(name_or_path, revision)
+    source, shown = (name_or_path, revision), f"{who} {name_or_path!r}"
+    if adapters is not None:
+        source, shown = (adapters.model, adapters.model_revision), f"{shown} with {adapters.model!r}"
     config = load_encoder_config(name_or_path, revision=revision)
     kind = model_class(config, head, who)
     if num_labels is not None:
@@ -118,20 +141,23 @@ def load_encoder(
     with loading_shards(None):
         model, info = load_part(
             kind,
-            name_or_path,
+            source[0],
             "model",
-            revision=revision,
+            revision=source[1],
             config=config,
             dtype=DTYPES[dtype],
             output_loading_info=True,
             quietly=True,  # missing weights are checked below
-            ignore_mismatched_sizes=may_be_new and num_labels is not None,
+            ignore_mismatched_sizes=(may_be_new and num_labels is not None) or adapters is not None,
         )
     missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}
+    if adapters is not None:
+        missing -= adapters.shapes().keys()
+        model = adapters.merged_into(model)
     of_head = {name for name in missing if may_be_new and (not _is_of_body(name, model) or _is_pooler(name))}
-    check_complete(missing - of_head, f"{who} {name_or_path!r}")
-    check_no_layers_left(model, info["unexpected_keys"], f"{who} {name_or_path!r}")
-    check_weights(model, f"{who} {name_or_path!r}")
+    check_complete(missing - of_head, shown)
+    check_no_layers_left(model, info["unexpected_keys"], shown)
+    check_weights(model, shown)
     if of_head and is_first_process():
         print(f"{who}'s head is new: {', '.join(sorted(of_head))}.", flush=True)
     return model
@@ -143,7 +169,11 @@ def check_has_head(name_or_path: str, head: str, who: str, remedy: str, *, revis
     A checkpoint in other files than safetensors is not checked, since its names are not known before it is loaded.
     """
     config = load_encoder_config(name_or_path, revision=revision)
-    names = weight_names(name_or_path, revision)
+    adapters = find_adapters(name_or_path, revision)
+    if adapters is not None:
+        names = weight_names(adapters.model, adapters.model_revision) | adapters.shapes().keys()
+    else:
+        names = weight_names(name_or_path, revision)
     if not names:
         return
     with torch.device("meta"):

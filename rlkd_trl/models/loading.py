@@ -37,7 +37,7 @@ from rlkd_trl.models.generation_config import check_generation_config, settings_
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
 from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
-from rlkd_trl.settings.files import require_checkpoint
+from rlkd_trl.settings.files import adapted_model, require_checkpoint
 
 DTYPES = {
     "auto": "auto",
@@ -55,10 +55,14 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; its pad token is set to EOS where it has none (as decoder-only models do).
 
+    A directory of adapters without a tokenizer has that of their model.
+
     Raises:
         InputError: There is no such directory or Hub repository, or it holds no tokenizer.
     """
-    tokenizer = load_part(AutoTokenizer, name_or_path, "tokenizer", revision=revision)
+    if (model := adapted_model(name_or_path)) and not (Path(name_or_path) / "tokenizer_config.json").is_file():
+        name_or_path, revision = model, None
+    tokenizer = load_part(AutoTokenizer, name_or_path, "tokenizer", revision=revision, may_be_adapters=True)
     if not _has_vocabulary(tokenizer, name_or_path, revision):
         raise InputError(f"{name_or_path!r} holds no tokenizer: save it there, with `tokenizer.save_pretrained`.")
     if tokenizer.pad_token_id is None:
@@ -285,15 +289,18 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
         raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
 
-def load_part(auto_class, name_or_path: str, part: str, *, quietly: bool = False, **kwargs):
+def load_part(
+    auto_class, name_or_path: str, part: str, *, quietly: bool = False, may_be_adapters: bool = False, **kwargs
+):
     """`auto_class.from_pretrained`.
 
-    part: what is loaded, for the message. quietly: whether what transformers says of it is not shown.
+    part: what is loaded, for the message. quietly: whether what transformers says of it is not shown. may_be_adapters:
+    as in `require_checkpoint`.
 
     Raises:
         InputError: For whatever fails.
     """
-    require_checkpoint("model", name_or_path)
+    require_checkpoint("model", name_or_path, may_be_adapters=may_be_adapters)
     try:
         # Never left open: at a terminal transformers would ask.
         may_run = may_run_code(name_or_path, kwargs.get("revision"))

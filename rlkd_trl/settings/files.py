@@ -8,6 +8,7 @@ a dataset or a checkpoint on the Hub, a reward or templates of the package.
 
 import dataclasses
 import enum
+import json
 import typing
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,7 @@ INHERITED = {
     "accelerator_config": Reads.JSON,
 }
 _INHERITED_WRITTEN = "output_dir"
+ADAPTERS_CONFIG = "adapter_config.json"  # as PEFT names it
 
 
 @cache
@@ -86,8 +88,10 @@ def check_names(group: object) -> None:
                 raise InputError(f"--{name} {path[:60]}… cannot be a path ({reason}): name another.") from error
 
 
-def require_checkpoint(flag: str, name_or_path: str) -> None:
+def require_checkpoint(flag: str, name_or_path: str, *, may_be_adapters: bool = False) -> None:
     """Checks, within seconds, that a model checkpoint is a local directory or on the Hub.
+
+    may_be_adapters: whether a directory of adapters will do; their model is checked in the same way.
 
     Raises:
         InputError: It looks like a path and is missing; it is a directory without `config.json`, for instance of
@@ -96,7 +100,12 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if path.is_dir():
-        if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        has_adapters = (path / ADAPTERS_CONFIG).is_file()
+        if may_be_adapters and has_adapters:
+            if model := adapted_model(path):
+                require_checkpoint(f"{flag} {name_or_path}, whose adapters are for", model)
+            return
+        if not (path / "config.json").is_file() and has_adapters:
             raise InputError(
                 f"`{flag} {name_or_path}` holds adapters only. Merge them into their model, with "
                 "`PeftModel.from_pretrained(model, directory).merge_and_unload()`, save it and its tokenizer with "
@@ -108,6 +117,16 @@ def require_checkpoint(flag: str, name_or_path: str) -> None:
         raise InputError(f"`{flag} {name_or_path}` is not a directory. Give a checkpoint directory or a Hub id.")
     else:
         require_on_hub(flag, name_or_path)
+
+
+def adapted_model(directory: str | Path) -> str | None:
+    """The checkpoint that adapters in this directory are for; None if there are none, or their config is damaged."""
+    try:
+        config = json.loads((Path(directory) / ADAPTERS_CONFIG).read_text(encoding="utf-8"))
+        model = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model if isinstance(model, str) and model else None
 
 
 def _noted(hint: object, kind: type[enum.Enum]) -> enum.Enum | None:

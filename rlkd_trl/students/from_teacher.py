@@ -4,11 +4,11 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.ops.layer_maps import FORMS, layer_pairs
 
 # A new student's size -> the names that configs have for it.
@@ -95,7 +95,7 @@ def check_init(init: str, student: PreTrainedConfig, teacher: PreTrainedConfig) 
 
 
 def smaller_student(
-    teacher: PreTrainedModel, sizes: Mapping[str, int | None], *, init: str = "uniform", seed: int = 0
+    teacher: PreTrainedModel | PeftModel, sizes: Mapping[str, int | None], *, init: str = "uniform", seed: int = 0
 ) -> PreTrainedModel:
     """A new model of the teacher's class, with its kind of head, in other sizes.
 
@@ -108,7 +108,8 @@ def smaller_student(
     Raises:
         InputError: As `smaller_config` and `check_init`.
     """
-    teacher = base_of(teacher)
+    if isinstance(teacher, PeftModel):
+        teacher = copy.deepcopy(teacher).merge_and_unload()
     config = smaller_config(teacher.config, sizes)
     check_init(init, config, teacher.config)
     set_seed(seed)

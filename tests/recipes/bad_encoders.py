@@ -46,6 +46,17 @@ def make_encoder_files(here: Path, encoders: Encoders) -> None:
     save("few_places", make(layers=2, max_position_embeddings=8))
     save("t5_pair", make("t5", layers=4))
     save("two_labels", make(layers=4, head="classes", num_labels=2))
+    for name, model in (
+        ("of_nothing", None),
+        ("of_what_is_gone", "./gone"),
+        ("of_encoder", "encoder"),
+        ("torn", "encoder"),
+    ):
+        (here / name).mkdir()
+        config = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "base_model_name_or_path": model}
+        (here / name / "adapter_config.json").write_text(json.dumps(config))
+        save_file({"base_model.model.x.lora_A.weight": torch.ones(2)}, here / name / "adapter_model.safetensors")
+    (here / "torn" / "adapter_model.safetensors").write_bytes(b"torn")
     tokenizer = encoder_tokenizer()
     tokenizer.mask_token = None
     save("without_mask", make(layers=4, head="tokens"), tokenizer)
@@ -187,6 +198,10 @@ ENCODER_CASES = [
     (GENERAL, "--teacher ./nowhere", "`--teacher ./nowhere` is not a directory"),
     (TASK, "--task_teacher files", "`--task_teacher files` is a directory without config.json"),
     (GENERAL, "--teacher config_is_text", "config_is_text/config.json' is not a valid JSON file"),
+    (GENERAL, "--teacher of_nothing", "adapter_config.json does not name the model that the adapters are for"),
+    (GENERAL, "--teacher of_what_is_gone", "--teacher of_what_is_gone, whose adapters are for ./gone` is not a direc"),
+    (GENERAL, "--teacher torn", "adapter_model.safetensors is damaged (Error while deserializing header"),
+    (TASK, "--task_teacher of_encoder", "The teacher 'of_encoder' has not a classification head (classifier.bias"),
     (GENERAL, "--teacher vision", "(model type 'vit') is of an architecture for which transformers has no model with"),
     (GENERAL, "--teacher other_words --student encoder", "Teacher and student have different tokenizers (31 and 30"),
     (
@@ -256,5 +271,6 @@ ENCODER_LOADED_CASES = [
         "weights that are NaN or infinite, in embeddings.word_embeddings.weight: it was destroyed",
     ),
     (GENERAL, "--teacher half_encoder", "is incomplete: 16 of its weights are not in the checkpoint (encoder.layer.3"),
+    (GENERAL, "--teacher of_encoder", "The adapters in 'of_encoder' cannot be merged into their model 'encoder'"),
     (GENERAL, "--student half_encoder", "is incomplete: 16 of its weights are not in the checkpoint"),
 ]

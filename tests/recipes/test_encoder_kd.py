@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -19,7 +20,7 @@ from transformers import (
 from rlkd_trl.commands.presets import shipped_presets
 from rlkd_trl.trainers.encoder import EncoderKDTrainer
 from tests.models.encoders import encoder_tokenizer, make
-from tests.recipes.command_lines import ROOT, metrics_of, parsed, run
+from tests.recipes.command_lines import ROOT, metrics_of, parsed, run, write_csv
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 PRESETS = {path.stem: path for path in shipped_presets() if path.parent.name == "encoder_kd"}
@@ -220,6 +221,41 @@ def test_a_student_of_another_architecture(encoders, tmp_path):
     flags = f"{command(encoders, tmp_path / 'out', 'task')} --losses hidden_mse+attention_kl+logits_kl+hard_ce"
     assert run(f"{flags} --student {tmp_path / 'student'}") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "distilbert"
+
+
+def with_adapters(source: Path, target: Path) -> Path:
+    """Adapters of a classifier, which has its head trained anew, in `adapters`; and the whole model in `merged`."""
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, ignore_mismatched_sizes=True)
+    settings = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(model, settings)
+    adapted.save_pretrained(target / "adapters")
+    adapted.merge_and_unload().save_pretrained(target / "merged")
+    for name in ("adapters", "merged") if target.name == "with_tokenizer" else ("merged",):
+        encoder_tokenizer().save_pretrained(target / name)
+    return target
+
+
+@pytest.mark.parametrize("place", ["with_tokenizer", "without"])
+def test_a_teacher_of_adapters_teaches_as_the_merged_model(place, encoders, tmp_path):
+    """For a task of two classes, and the model beneath is of three."""
+    place = with_adapters(encoders.task, tmp_path / place)
+    write_csv(tmp_path / "rows.csv", [{"text": f"w{5 + i} w{6 + i}", "class": i % 2} for i in range(20)])
+    data = f"--task_dataset {tmp_path}/rows.csv --label_column class --losses logits_kl+hidden_mse+hard_ce"
+    for name in ("adapters", "merged"):
+        assert run(f"encoder_kd --task_teacher {place / name} {data} {STEPS} --output_dir {tmp_path / name}") == 0
+    assert_same_weights(weights(tmp_path / "adapters"), weights(tmp_path / "merged"), rtol=1e-4, atol=1e-5)
+    found, expected = (metrics_of(tmp_path / name) for name in ("adapters", "merged"))
+    assert found["teacher"] == pytest.approx(expected["teacher"]) and found["after"] == pytest.approx(
+        expected["after"]
+    )
+
+
+def test_a_model_beneath_adapters_is_not_written_over(encoders, tmp_path, capsys):
+    place = with_adapters(encoders.task, tmp_path / "with_tokenizer") / "adapters"
+    flags = f"--task_teacher {place} --task_dataset {encoders.train} --losses logits_kl --output_dir {encoders.task}"
+    assert run(f"encoder_kd {flags} {STEPS}") == 2
+    assert f"is what --task_teacher {place} reads, which would be overwritten" in capsys.readouterr().err
 
 
 # Tasks

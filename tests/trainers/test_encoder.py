@@ -772,3 +772,14 @@ def test_smaller_students():
     assert (t5.config.num_layers, t5.config.num_decoder_layers) == (2, 2)
     with pytest.raises(InputError, match=r"init = uniform: layers of the teacher fit a student of its sizes only"):
         smaller_student(teacher, {"hidden_size": 8}, init="uniform")
+
+
+def test_a_smaller_student_of_a_teacher_with_adapters_has_their_changes():
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    teacher = get_peft_model(make(layers=4, seed=2), settings)
+    student = smaller_student(teacher, {"num_layers": 2}, init="top")
+    merged = teacher.merge_and_unload()
+    for m, n in ((0, 2), (1, 3)):
+        assert_same_weights(*(snapshot(model.encoder.layer[i]) for model, i in ((student, m), (merged, n))))
+    assert largest_difference(snapshot(merged), snapshot(make(layers=4, seed=2))) > 0.1
