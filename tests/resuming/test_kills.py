@@ -39,9 +39,10 @@ def test_killed_at_random_moments():
 
 
 @pytest.mark.slow
-def test_several_runs_in_one_command():
+@pytest.mark.parametrize(("method", "kills"), [("compare", 20), ("encoder-stages", 8)])
+def test_several_runs_in_one_command(method, kills):
     """Each of these is of 2 or 3 runs, and costs as much."""
-    check_survival(["encoder-stages", "compare"], 8)
+    check_survival([method], kills)
 
 
 @pytest.mark.slow
