@@ -33,12 +33,14 @@ def test_a_few_kills():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_random_moments():
     """In one process, which imports everything once."""
     check_survival([*TRAINERS, "encoder"], 20)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("method", "kills"), [("compare", 20), ("encoder-stages", 8)])
 def test_several_runs_in_one_command(method, kills):
     """Each of these is of 2 or 3 runs, and costs as much."""
