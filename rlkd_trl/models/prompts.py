@@ -73,6 +73,17 @@ def check_can_fit(tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, ma
         raise cannot_fit(prompt, max_length=max_length, **measures)
 
 
+def forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Removes truncation and padding from a fast tokenizer, before it is saved.
+
+    Each call leaves its own there, and `save_pretrained` would write them into `tokenizer.json`, where a reader that
+    is not transformers (which sets them at each call) would cut every text by them.
+    """
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+
+
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
     """Tokens of each whole prompt, special tokens included."""
     return [len(ids) for ids in _token_ids(tokenizer, prompts)]

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
+from rlkd_trl.models.prompts import forget_last_call
 from rlkd_trl.trainers.checkpoint_files import (
     STAGING,
     defect_of,
@@ -198,6 +199,8 @@ class ResumableTrainer(FiniteTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`. Raises `CheckpointError` if the model cannot be written."""
+        if self.processing_class is not None:
+            forget_last_call(self.processing_class)
         try:
             super().save_model(output_dir, _internal_call)
         except Exception as error:

@@ -198,6 +198,8 @@ def without_times(value: object) -> object:
 
 def same(one, other) -> bool:
     """Equal to the last bit, in tensors and in plain values."""
+    if type(one) is not type(other):
+        return False
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, numpy.ndarray):

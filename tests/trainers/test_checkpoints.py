@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.conftest import MODELS
@@ -33,6 +34,16 @@ def test_plain_transformers_loads_a_trained_student(method, family, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert tokenizer.get_vocab() == trainer.processing_class.get_vocab()
     assert (tmp_path / "student" / "generation_config.json").is_file()
+
+
+def test_the_saved_tokenizer_cuts_nothing(tmp_path):
+    """A call with `truncation` leaves it in a fast tokenizer, and `save_pretrained` writes what it finds there."""
+    trainer = build("rloo-token", tmp_path)
+    trainer.processing_class(["w3 w4 w5 w6", "w3"], truncation=True, max_length=3, padding="max_length")
+    trainer.save_model(str(tmp_path / "student"))
+    plain = Tokenizer.from_file(str(tmp_path / "student" / "tokenizer.json"))
+    assert plain.encode("w3 w4 w5 w6").ids == [3, 4, 5, 6, 1]
+    assert plain.encode("w3").ids == [3, 1]
 
 
 RESUMED = {
