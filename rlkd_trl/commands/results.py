@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
-    """The metrics of the first teacher's greedy outputs on the held-out rows; none without a teacher."""
+    """The metrics of the first teacher's greedy outputs on the held-out rows; none without a teacher that answers."""
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
-    if not trainer.reward_model.panels:
+    if not any(scorer.teacher.can_answer for panel in trainer.reward_model.panels for scorer in panel.scorers):
         return {}
     say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
     return evaluate_teacher(

@@ -14,6 +14,7 @@ from rlkd_trl.models.prompts import target_token_ids
 from rlkd_trl.models.vocabulary import are_same_tokens
 from rlkd_trl.ops.ensembles import disagreement, mean_token_loss, weights_by_loss
 from rlkd_trl.prompts import Message, PromptTemplates, is_conversation, question_columns, source_text
+from rlkd_trl.teachers.absent import AbsentTeacher
 from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.teachers.scores import TeacherScores
 from rlkd_trl.teachers.teacher import Teacher
@@ -26,7 +27,7 @@ FIXED, PER_EXAMPLE = "fixed", "per_example"
 class Scorer:
     """One teacher asked through one template, by its index in the panel's templates, with its share of the mean."""
 
-    teacher: Teacher
+    teacher: Teacher | AbsentTeacher
     template_index: int
     weight: float
 
@@ -73,7 +74,7 @@ class TeacherPanel:
 
     def __init__(
         self,
-        teachers: Sequence[Teacher],
+        teachers: Sequence[Teacher | AbsentTeacher],
         templates: PromptTemplates | None = None,
         *,
         teacher_weights: Sequence[float] | None = None,
@@ -105,6 +106,11 @@ class TeacherPanel:
     def weights(self) -> list[float]:
         """The scorers' weights, of a weighting per example the given ones."""
         return [scorer.weight for scorer in self.scorers]
+
+    @property
+    def can_score(self) -> bool:
+        """Whether the teachers can score any completion."""
+        return all(scorer.teacher.can_score for scorer in self.scorers)
 
     @property
     def differs_by_example(self) -> bool:

@@ -12,7 +12,7 @@ from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights
-from rlkd_trl.models.limits import check_embedding_rows, position_limits
+from rlkd_trl.models.limits import PositionLimits, check_embedding_rows, position_limits
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
@@ -64,6 +64,8 @@ class Teacher:
             in the embeddings, a weight is NaN or infinite, or one of `allowed_special_tokens` cannot be content; or as
             `PromptWriter`.
     """
+
+    can_score = can_answer = True  # as not every `AbsentTeacher` can
 
     def __init__(
         self,
@@ -128,6 +130,11 @@ class Teacher:
         """The limit given to the constructor, or the default for the device on which the model is now."""
         by_device = _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
         return by_device if self._max_batch_tokens is None else self._max_batch_tokens
+
+    @property
+    def limits(self) -> PositionLimits:
+        """How many tokens the model has positions for."""
+        return position_limits(self.model)
 
     def to(self, device: torch.device) -> None:
         """Moves the model, unless its weights are shards, or Accelerate has distributed or offloaded them."""

@@ -194,6 +194,11 @@ def checked_reward_model(
     else:
         terms = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         model = RewardModel(terms, args.reward_weights)
+    if not all(panel.can_score for panel in model.panels):
+        raise InputError(
+            "A teacher cache tells about fixed targets only, not about samples, which are what is rewarded here: "
+            "train with kd.py (`KDTrainer`), or give the teacher itself."
+        )
     for term in model.teacher_terms:
         if getattr(term, "gamma", args.gamma) != args.gamma:
             raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
@@ -238,7 +243,7 @@ def check_positions(
                 check_conversations(asked, rows, what)
                 check_lengths(
                     "The teacher",
-                    position_limits(teacher.model),
+                    teacher.limits,
                     teacher.processing_class,
                     map(asked, rows),
                     max_prompt_length=teacher.max_prompt_length,

@@ -61,6 +61,7 @@ class FullVocabularyTrainer(RolloutTrainer):
     ):
         reward = TeacherForcingReward(teacher, templates=templates)
         self.panel = reward.panel
+        self._check_panel(args)
         if self.panel.routing is not None and args.samples_from_teachers:
             raise InputError(
                 f"{args.samples_from_teachers} has the teachers take turns, and each example has its own by the "
@@ -68,6 +69,15 @@ class FullVocabularyTrainer(RolloutTrainer):
                 "these as data."
             )
         super().__init__(model, RewardModel([reward]), args, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    def _check_panel(self, args: FullVocabularyConfig) -> None:
+        """Raises `InputError` for teachers that do not tell what this method reads."""
+        for scorer in self.panel.scorers:
+            if scorer.teacher.model is None:
+                raise InputError(
+                    f"{type(self).__name__} reads the teacher's whole distribution along any completion, which needs "
+                    f"its model: {scorer.teacher.describe()} does not tell it."
+                )
 
     def _with_teacher_states(self, rollout: Rollout, rows: list[dict], *, are_references: bool = False) -> Rollout:
         """The rollout with the teachers' states, and with their shares where these differ by example.

@@ -1,5 +1,6 @@
 """Distillation without reinforcement learning: a divergence at every token of data, teacher or student sequences."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,7 +11,11 @@ from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
 from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES, sliced_divergence
 from rlkd_trl.ops.masking import completion_mask
+from rlkd_trl.ops.sliced_loss import LossAndMetrics
+from rlkd_trl.ops.truncated import sliced_truncated_divergence
 from rlkd_trl.students import Policy
+from rlkd_trl.teachers.cache import CachedPanel
+from rlkd_trl.trainers.cache_checks import check_cache_settings, check_same_ids
 from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
@@ -33,6 +38,9 @@ class KDTrainer(FullVocabularyTrainer):
     f-distill pairs its divergences with sequences (KL: teacher, reverse KL: student, JS and TVD: both), which presets
     do here; the adaptive part of DistiLLM's sampling (a replay buffer and a threshold) is left out.
 
+    A `CachedPanel` in place of teachers has their distributions along the data's targets in files; nothing of them is
+    loaded, and evaluations have no teacher.
+
     Raises:
         InputError: As `FullVocabularyTrainer`; data sequences are asked for, and `references` is missing or empty.
     """
@@ -52,6 +60,14 @@ class KDTrainer(FullVocabularyTrainer):
             for scorer in (self.panel.scorers if args.sequences == "teacher" else [])
         }
         self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
+        if isinstance(self.panel, CachedPanel):
+            check_same_ids(self.panel.cache.header, self.policy.forbidden_V, self.processing_class)
+
+    def _check_panel(self, args: KDConfig) -> None:
+        if not isinstance(self.panel, CachedPanel):
+            super()._check_panel(args)
+            return
+        check_cache_settings(self.panel.cache.header, args)
 
     @torch.no_grad()
     def make_rollout(self, rows: list[dict]) -> Rollout:
@@ -117,17 +133,26 @@ class KDTrainer(FullVocabularyTrainer):
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         args, mask_BT = self.args, batch.completion_mask_BT
-        teachers = self._teachers_at(batch) if args.alpha > 0 else []
         loss_of_states = partial(
-            sliced_divergence,
-            teachers=teachers,
+            self._loss_of_teachers(batch),
             weights_N=batch.loss_mask_BT[mask_BT].float() / tokens,
             labels_N=batch.completion_ids_BT[mask_BT],
             divergence=self._divergence,
             vocab_size=self.policy.backbone.vocab_size,
             temperature=args.distillation_temperature,
             alpha=args.alpha,
-            ensemble=ENSEMBLES[args.ensemble],
             forbidden_V=self.policy.forbidden_V,
         )
-        return self._with_teachers_heads(lambda: model(**batch.policy_inputs(), function_of_states=loss_of_states))
+        work = partial(model, **batch.policy_inputs(), function_of_states=loss_of_states)
+        return work() if isinstance(self.panel, CachedPanel) else self._with_teachers_heads(work)
+
+    def _loss_of_teachers(self, batch: Rollout) -> Callable[..., LossAndMetrics]:
+        """The loss of the student's states, with what the teachers say about the batch's real tokens bound to it."""
+        if isinstance(self.panel, CachedPanel):
+            logps_BTk1, ids_BTk = batch.teacher_states
+            mask_BT = batch.completion_mask_BT
+            return partial(
+                sliced_truncated_divergence, top_ids_Nk=ids_BTk[mask_BT], teacher_logps_Nk1=logps_BTk1[mask_BT]
+            )
+        teachers = self._teachers_at(batch) if self.args.alpha > 0 else []
+        return partial(sliced_divergence, teachers=teachers, ensemble=ENSEMBLES[self.args.ensemble])

@@ -10,11 +10,11 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import check_fp16, load_model, load_tokenizer
-from rlkd_trl.models.vocabulary import check_tokenizers, share_special_tokens
+from rlkd_trl.models.vocabulary import allow_special_tokens, check_tokenizers, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel
 from rlkd_trl.students import with_adapters
-from rlkd_trl.teachers import Teacher
+from rlkd_trl.teachers import AbsentTeacher, Teacher
 from rlkd_trl.trainers.checks import check_positions, check_sharded_head
 from rlkd_trl.trainers.config import RolloutConfig
 
@@ -60,7 +60,10 @@ def prepare_student(
     check_tokenizers(processing_class, [teacher.processing_class for teacher in teachers], align=align)
     check_positions(model, writer, reward_model, args, train_dataset, eval_dataset)
     references = reference_texts(train_dataset, eval_dataset)
-    of_teachers = [(teacher.model, teacher.processing_class) for teacher in teachers]
+    for teacher in teachers:
+        if teacher.model is None:
+            allow_special_tokens(model, processing_class, teacher.content_tokens)
+    of_teachers = [(teacher.model, teacher.processing_class) for teacher in teachers if teacher.model is not None]
     share_special_tokens([(model, processing_class), *of_teachers], references)
     for teacher in teachers:
         teacher.aligner(processing_class)
@@ -68,6 +71,6 @@ def prepare_student(
     return model, writer
 
 
-def teachers_of(reward_model: RewardModel) -> list[Teacher]:
+def teachers_of(reward_model: RewardModel) -> list[Teacher | AbsentTeacher]:
     """The teacher of each of the reward's scorers."""
     return [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]

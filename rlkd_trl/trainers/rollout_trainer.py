@@ -78,7 +78,7 @@ class RolloutTrainer(DistillationTrainer):
     ):
         check_prompts(train_dataset, args)
         check_held_out(eval_dataset)
-        check_best_metric(args, eval_dataset, has_teacher=bool(reward_model.panels))
+        check_best_metric(args, eval_dataset, has_teacher=any(panel.can_score for panel in reward_model.panels))
         check_sharding(args)
         model, writer = prepare_student(
             model, processing_class, peft_config, reward_model, args, train_dataset, eval_dataset, chat
@@ -410,13 +410,13 @@ class RolloutTrainer(DistillationTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def measured(self, dataset: Dataset) -> dict[str, float]:
-        """Greedy outputs on the rows' prompts: text metrics, the teacher's NLL and the reward."""
+        """Greedy outputs on the rows' prompts: text metrics; of teachers that can score them, NLL and reward."""
         with self.whole_student():
             result = evaluate_student(
                 self.policy,
                 self.processing_class,
                 list(dataset),
-                self.reward_model,
+                self.reward_model if all(panel.can_score for panel in self.reward_model.panels) else None,
                 max_prompt_length=self.args.max_prompt_length,
                 max_completion_length=self.args.max_completion_length,
                 batch_size=self.args.per_device_eval_batch_size,

@@ -83,7 +83,9 @@ def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]
     weightings = [record for panel in reward_model.panels if (record := panel.record())]
     return {
         "terms": {name: [weight, _plain_settings(term)] for name, (term, weight) in reward_model.terms.items()},
-        "teachers": [model_record(teacher.model) for teacher in teachers],
+        "teachers": [
+            teacher.record() if teacher.model is None else model_record(teacher.model) for teacher in teachers
+        ],
         "questions": [panel.questions(rows[0]) for panel in reward_model.panels],
         **({"weightings": weightings} if weightings else {}),
     }

@@ -1,0 +1,215 @@
+"""Writes a teacher cache (see `teachers.cache`), shard by shard, so that it can be stopped and continued."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlkd_trl.data import listed_references, reference_texts
+from rlkd_trl.errors import InputError
+from rlkd_trl.models.prompts import target_token_ids
+from rlkd_trl.models.vocabulary import (
+    allowed_special_tokens,
+    check_same_tokenizer,
+    eos_token_ids,
+    forbidden_ids_of,
+    share_special_tokens,
+)
+from rlkd_trl.ops.divergences import ENSEMBLES
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
+from rlkd_trl.ops.truncated import merged, top_ids
+from rlkd_trl.prompts import Message
+from rlkd_trl.teachers.cache import HEADER, TOKENIZER, Header, key_of, read_header, row_sum, shard_file
+from rlkd_trl.teachers.panel import TeacherPanel
+from rlkd_trl.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Target:
+    """A completion to be read: the row that it answers, the questions about that row, its ids, and its key."""
+
+    row: Mapping[str, object]
+    questions: Sequence[str | list[Message]]
+    ids: list[int]
+    key: bytes
+
+
+def targets_of(
+    rows: Iterable[Mapping[str, object]],
+    questions: Callable[[Mapping[str, object]], list],
+    tokenizer,
+    eos_ids: Sequence[int],
+    *,
+    max_completion_length: int,
+) -> list[Target]:
+    """The distinct targets of the rows' `references`, in their order, as `KDTrainer` makes completions of them."""
+    found: dict[bytes, Target] = {}
+    for row in rows:
+        asked = questions(row)
+        for text in listed_references(row["references"]):
+            ids = target_token_ids(tokenizer, text, max_length=max_completion_length)
+            end = next((t + 1 for t, token in enumerate(ids) if token in eos_ids), len(ids))
+            key = key_of(asked, ids[:end])
+            found.setdefault(key, Target(row, asked, ids[:end], key))
+    return list(found.values())
+
+
+def write_cache(
+    panel: TeacherPanel,
+    rows: Sequence[Mapping[str, object]],
+    directory: str | Path,
+    *,
+    names: Sequence[str],
+    identities: Sequence[dict[str, str]],
+    k: int,
+    dtype: str,
+    temperature: float,
+    ensemble: str,
+    max_completion_length: int,
+    batch_size: int = 64,
+    rows_per_shard: int = 1024,
+    progress: str | None = None,
+) -> Header:
+    """Reads the rows' targets with the panel's teachers, and returns the header of the complete cache.
+
+    Shards that are there already are left as they are.
+
+    Args:
+        names, identities: what each teacher is called, and the digest of its weights.
+        k: ids to keep at each token; 0 for all that may be sampled.
+        temperature, ensemble: of `KDConfig`.
+        batch_size: targets at a time.
+        progress: The label of a progress bar over shards; None shows none.
+
+    Raises:
+        InputError: The directory holds another cache; teachers differ in their tokenizers; or as `questions`.
+    """
+    directory = Path(directory)
+    teachers = list({id(scorer.teacher): scorer.teacher for scorer in panel.scorers}.values())
+    first = teachers[0]
+    tokenizer = first.processing_class
+    for other in teachers[1:]:
+        check_same_tokenizer(tokenizer, other.processing_class)
+    share_special_tokens([(teacher.model, teacher.processing_class) for teacher in teachers], reference_texts(rows))
+    eos_ids = eos_token_ids(first.model, tokenizer)
+    targets = targets_of(rows, panel.questions, tokenizer, eos_ids, max_completion_length=max_completion_length)
+    forbidden_V = forbidden_ids_of(first.model, tokenizer)
+    num_allowed = int((~forbidden_V).sum())
+    header = Header(
+        k=min(k or num_allowed, num_allowed),
+        num_allowed=num_allowed,
+        dtype=dtype,
+        temperature=temperature,
+        ensemble=ensemble,
+        vocab_size=len(tokenizer),
+        forbidden=forbidden_V[: len(tokenizer)].nonzero()[:, 0].tolist(),
+        content_tokens=allowed_special_tokens(first.model),
+        eos_ids=eos_ids,
+        max_completion_length=max_completion_length,
+        teachers=list(identities),
+        names=list(names),
+        weights=panel.weights,
+        chat=[teacher.writer.record() for teacher in teachers],
+        templates=[] if panel.templates is None else panel.templates.names,
+        max_prompt_length=first.max_prompt_length,
+        targets=len(targets),
+        keys=hashlib.sha256(b"".join(target.key for target in targets)).hexdigest(),
+        rows_per_shard=rows_per_shard,
+    )
+    begin(directory, header, first)
+    for number in tqdm(range(header.num_shards), desc=progress, unit="shard", disable=progress is None):
+        if not shard_file(directory, number).is_file():
+            of_shard = targets[number * rows_per_shard : (number + 1) * rows_per_shard]
+            _write(shard_file(directory, number), save(_shard(panel, of_shard, header, forbidden_V, batch_size)))
+    return header
+
+
+def begin(directory: Path, header: Header, teacher: Teacher) -> None:
+    """Writes tokenizer and header, or raises `InputError` if another header is there."""
+    if (directory / HEADER).is_file():
+        difference = read_header(directory).difference(Header(**json.loads(json.dumps(asdict(header)))))
+        if difference is not None:
+            raise InputError(
+                f"{directory} is a cache of something else: {difference}. Name another directory, or write over it "
+                "with --overwrite_output_dir."
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    teacher.processing_class.save_pretrained(directory / TOKENIZER)
+    teacher.model.config.save_pretrained(directory / TOKENIZER)  # from which some tokenizers are told apart
+    _write(directory / HEADER, json.dumps(asdict(header), indent=1).encode())  # last: without it there is no cache
+
+
+def _write(file: Path, content: bytes) -> None:
+    """The file appears whole: it is written beside, brought to the disk, and renamed."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    part.replace(file)
+    handle = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _shard(
+    panel: TeacherPanel, targets: Sequence[Target], header: Header, forbidden_V: Tensor, batch_size: int
+) -> dict[str, np.ndarray]:
+    """The arrays of one shard's file."""
+    parts = [
+        _distributions(panel, targets[start : start + batch_size], header, forbidden_V)
+        for start in range(0, len(targets), batch_size)
+    ]
+    ids, logps = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    ends = np.cumsum([len(target.ids) for target in targets])
+    rows = [slice(end - len(target.ids), end) for end, target in zip(ends, targets, strict=True)]
+    return {
+        "keys": np.frombuffer(b"".join(target.key for target in targets), dtype=np.uint8).reshape(len(targets), -1),
+        "ends": ends.astype(np.int64),
+        "ids": ids,
+        "logps": logps,
+        "sums": np.array([row_sum(ids[row], logps[row]) for row in rows], dtype=np.uint64),
+    }
+
+
+@torch.no_grad()
+def _distributions(
+    panel: TeacherPanel, targets: Sequence[Target], header: Header, forbidden_V: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ids` and `logps` of all tokens of the targets, one target after the other."""
+    ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(target.ids) for target in targets], batch_first=True)
+    lengths_B = torch.tensor([len(target.ids) for target in targets])
+    mask_BT = torch.arange(ids_BT.shape[1])[None, :] < lengths_B[:, None]
+    states = panel.states([target.row for target in targets], torch.arange(len(targets)), ids_BT, mask_BT)
+    states_KND = [states_BTD[mask_BT.to(states_BTD.device)] for states_BTD in states]
+    heads = [scorer.teacher.backbone.head for scorer in panel.scorers]
+    device, V = states_KND[0].device, min(scorer.teacher.backbone.vocab_size for scorer in panel.scorers)
+    forbidden_V, at_once = forbidden_V[:V].to(device), max(1, MAX_SLICE_ELEMENTS // V)
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(states_KND[0]), at_once):
+        logits_KnV = [
+            head(states_ND[start : start + at_once])[:, :V].to(device)
+            for head, states_ND in zip(heads, states_KND, strict=True)
+        ]
+        logps_nV = ENSEMBLES[header.ensemble](
+            logits_KnV, panel.weights, temperature=header.temperature, forbidden_V=forbidden_V
+        )
+        ids_nk = top_ids(logps_nV, header.k)
+        found.append((ids_nk.cpu(), merged(logps_nV, ids_nk).cpu()))
+    ids_Nk, logps_Nk1 = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not torch.isfinite(logps_Nk1).all():
+        raise InputError("The teacher's log-probabilities are not finite: it cannot be cached.")
+    with np.errstate(over="ignore"):  # log 0 becomes minus infinity in float16
+        logps = logps_Nk1.numpy().astype(header.dtype)
+    return ids_Nk.numpy().astype(np.uint16 if V <= 2**16 else np.uint32), logps

@@ -1,0 +1,221 @@
+"""`KDTrainer` on a cached teacher: the same run as with the teacher itself, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.prompts import PromptTemplate, PromptTemplates
+from rlkd_trl.rewards import TeacherForcingReward
+from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, key_of, shard_file
+from rlkd_trl.teachers.cache_writer import write_cache
+from rlkd_trl.trainers.run_record import model_record
+from tests.conftest import MODELS, word_tokenizer
+from tests.trainers.tiny_runs import assert_same_weights, largest_difference, pairs, run
+
+DATA = pairs(32)
+ON_DATA = {"sequences": "data", "lmbda": 0.0, "beta": None, "data": DATA}
+TEMPLATES = PromptTemplates([PromptTemplate("before", "w9 {{ source }}"), PromptTemplate("after", "{{ source }} w10")])
+
+
+class CachedReward:
+    """What `tiny_runs.run` takes the teachers of."""
+
+    def __init__(self, panel):
+        self.panel = panel
+
+
+def panel_of(family: str, templates=None) -> TeacherPanel:
+    seeds = (5,) if templates is None else (5, 6)
+    teachers = [Teacher(MODELS[family](seed=seed), word_tokenizer()) for seed in seeds]
+    weights = None if templates is None else [1.0, 3.0]
+    return TeacherPanel(teachers, templates, teacher_weights=weights)
+
+
+def cached(directory, panel, **settings) -> CachedPanel:
+    settings = {
+        "k": 0,
+        "dtype": "float32",
+        "temperature": 1.0,
+        "ensemble": "probabilities",
+        "max_completion_length": 6,
+        "batch_size": 5,
+        "rows_per_shard": 16,
+        **settings,
+    }
+    teachers = {id(scorer.teacher): scorer.teacher for scorer in panel.scorers}.values()
+    identities = [model_record(teacher.model) for teacher in teachers]
+    write_cache(panel, list(DATA), directory, names=["tiny"] * len(identities), identities=identities, **settings)
+    return CachedPanel(TeacherCache(directory), panel.templates)
+
+
+CASES = {
+    "word level": ("t5-tied", None, {"divergence": "forward_kl"}),
+    "hinton": (
+        "llama",
+        None,
+        {"divergence": "forward_kl", "distillation_temperature": 2.0, "alpha": 0.6, "num_generations": 4},
+    ),
+    "ensemble": ("glm", TEMPLATES, {"divergence": "jsd", "beta": 0.3, "ensemble": "logits"}),
+    "reverse": ("t5-untied", None, {"divergence": "reverse_kl", "mask_truncated_completions": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_all_ids_it_trains_as_with_the_teacher(case, tmp_path):
+    family, templates, settings = CASES[case]
+    panel = panel_of(family, templates)
+    settings = {**ON_DATA, "max_steps": 3, "optim": "sgd", "learning_rate": 0.5, **settings}
+    of_cache = {
+        "temperature": settings.get("distillation_temperature", 1.0),
+        "ensemble": settings.get("ensemble", "probabilities"),
+    }
+    with_teacher = run("kd", tmp_path / "teacher", family=family, reward=CachedReward(panel), **settings)
+    cache = cached(tmp_path / "cache", panel_of(family, templates), **of_cache)
+    with_cache = run("kd", tmp_path / "cached", family=family, reward=CachedReward(cache), **settings)
+    for ours, theirs in zip(with_cache.logs, with_teacher.logs, strict=True):
+        for name in ("loss", "grad_norm", "divergence"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert_same_weights(with_cache.weights[-1], with_teacher.weights[-1], rtol=1e-4, atol=1e-5)
+    assert largest_difference(with_teacher.weights[-1], with_teacher.weights[0]) > 1e-3
+
+
+def test_fewer_ids_give_a_lower_loss_and_float16_rounds(tmp_path):
+    """Divergence in nats of the first step, before anything is learnt: 5 of 25 ids miss some of it, 24 almost none."""
+    divergences = {}
+    for name, settings in {"all": {}, "24": {"k": 24}, "5": {"k": 5}, "half": {"dtype": "float16"}}.items():
+        cache = cached(tmp_path / name, panel_of("llama"), **settings)
+        recorder = run(
+            "kd",
+            tmp_path / f"of {name}",
+            family="llama",
+            reward=CachedReward(cache),
+            max_steps=1,
+            **{**ON_DATA, "divergence": "forward_kl"},
+        )
+        divergences[name] = recorder.logs[0]["divergence"]
+    assert divergences["5"] < divergences["24"] - 1e-3
+    assert divergences["24"] == pytest.approx(divergences["all"], rel=1e-3)
+    assert divergences["half"] == pytest.approx(divergences["all"], rel=1e-2)
+    assert divergences["half"] != divergences["all"]
+
+
+def test_the_files_hold_the_teachers_distribution(tmp_path):
+    """Of one target, read with plain forward passes in float64."""
+    panel = cached(tmp_path, panel_of("llama"), k=4, temperature=2.0)
+    row = DATA[3]
+    tokenizer, model = word_tokenizer(), MODELS["llama"](seed=5)
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    target = [*tokenizer(row["references"][0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:6]
+    ids, logps = panel.cache.read(panel.cache.place_of(key_of([row["prompt"]], target)))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1 : -1].double() / 2
+    forbidden = [0, 2, *range(27, logits.shape[1])]  # padding, unknown, sentinels, rows without a token
+    logits[:, forbidden] = -torch.inf
+    expected = logits.log_softmax(dim=-1)
+    assert ids.shape == (len(target), 4) and logps.shape == (len(target), 5)
+    assert torch.equal(ids, expected.topk(4).indices)
+    torch.testing.assert_close(logps[:, :4].double(), expected.topk(4).values, rtol=1e-5, atol=1e-5)
+    rest = expected.scatter(1, ids, -torch.inf).logsumexp(dim=-1)
+    torch.testing.assert_close(logps[:, 4].double(), rest, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stopped_writer_goes_on_and_leaves_whole_shards_alone(tmp_path, monkeypatch):
+    panel = panel_of("llama")
+    whole = cached(tmp_path / "whole", panel)
+    shards = [shard_file(tmp_path / "whole", n).read_bytes() for n in range(whole.cache.header.num_shards)]
+    assert len(shards) > 2
+    passes = []
+    states = panel.states
+
+    def stopped(*args):
+        passes.append(1)
+        if len(passes) == 6:  # in the second shard: four of them make the first
+            raise KeyboardInterrupt
+        return states(*args)
+
+    monkeypatch.setattr(panel, "states", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "stopped", panel)
+    assert shard_file(tmp_path / "stopped", 0).read_bytes() == shards[0]
+    assert not shard_file(tmp_path / "stopped", 1).exists()
+    with pytest.raises(InputError, match=f"not complete: {len(shards) - 1} of its {len(shards)} shards are missing"):
+        TeacherCache(tmp_path / "stopped")
+    first = shard_file(tmp_path / "stopped", 0).stat()
+    (tmp_path / "stopped" / "shard-00001.safetensors.part").write_bytes(b"torn")
+    cached(tmp_path / "stopped", panel)
+    assert [shard_file(tmp_path / "stopped", n).read_bytes() for n in range(len(shards))] == shards
+    after = shard_file(tmp_path / "stopped", 0).stat()
+    assert (after.st_mtime_ns, after.st_ino) == (first.st_mtime_ns, first.st_ino)
+
+
+def test_another_cache_is_not_mixed_into_a_directory(tmp_path):
+    cached(tmp_path, panel_of("llama"), k=3)
+    with pytest.raises(InputError, match="is a cache of something else: k is 3 and would be 25"):
+        cached(tmp_path, panel_of("llama"))
+    with pytest.raises(InputError, match="is a cache of something else: teachers is"):
+        cached(tmp_path, TeacherPanel([Teacher(MODELS["llama"](seed=8), word_tokenizer())]), k=3)
+
+
+def test_damage_is_noticed_where_it_is_read(tmp_path):
+    panel = cached(tmp_path, panel_of("llama"), k=3)
+    file = shard_file(tmp_path, 1)
+    arrays = load_file(file)
+    arrays["logps"][-1, 0] -= 0.125
+    save_file(arrays, file)
+    damaged = CachedPanel(TeacherCache(tmp_path))
+    first, last = 16, 16 + len(arrays["ends"]) - 1
+    assert torch.equal(damaged.cache.read(first)[1], panel.cache.read(first)[1])
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged: delete it, and run the command again"):
+        damaged.cache.read(last)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged"):
+        TeacherCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lmbda": 0.5}, "lmbda = 0.5: what the teacher says about the student's own samples cannot be in a cache"),
+        ({"sequences": "teacher"}, "sequences = 'teacher': a cache cannot write new samples"),
+        ({"alpha": 0.0, "divergence": "forward_kl"}, "alpha = 0 reads no teacher"),
+        ({"distillation_temperature": 2.0}, "distillation_temperature = 2.0, and the cache was made at 1.0"),
+        ({"max_completion_length": 7}, "max_completion_length = 7, and the cache has targets of up to 6 tokens"),
+        ({"data": pairs(32, seed=9)}, "is not in the teacher cache"),
+        ({"metric_for_best_model": "eval_reward"}, "needs a teacher that reads the student's outputs"),
+    ],
+)
+def test_what_a_cache_does_not_hold_is_refused(settings, message, tmp_path):
+    cache = cached(tmp_path / "cache", panel_of("llama"))
+    with pytest.raises(InputError, match=message):
+        run("kd", tmp_path, family="llama", reward=CachedReward(cache), **{**ON_DATA, "divergence": "tvd", **settings})
+
+
+def test_only_kd_takes_a_cache(tmp_path):
+    cache = cached(tmp_path / "cache", panel_of("llama"))
+    with pytest.raises(InputError, match="AllActionsKDTrainer reads the teacher's whole distribution"):
+        run("all-actions", tmp_path, family="llama", reward=CachedReward(cache))
+    with pytest.raises(InputError, match="tells about fixed targets only, not about samples"):
+        run("rloo-token", tmp_path, family="llama", reward=TeacherForcingReward(cache))
+
+
+def test_other_templates_and_other_special_tokens_are_refused(tmp_path):
+    panel = cached(tmp_path / "cache", panel_of("llama", TEMPLATES))
+    with pytest.raises(InputError, match=r"made with the templates before, after, and here there are none"):
+        CachedPanel(panel.cache)
+    header = replace(panel.cache.header, forbidden=[*panel.cache.header.forbidden, 9], weights=[1.0])
+    file = tmp_path / "cache" / "cache.json"
+    file.write_text(json.dumps(vars(header)))
+    other = CachedPanel(TeacherCache(tmp_path / "cache"), TEMPLATES)
+    with pytest.raises(InputError, match="may not write the same tokens; of 1 only one of them may write: 'w9'"):
+        run("kd", tmp_path, family="llama", reward=CachedReward(other), **{**ON_DATA, "divergence": "tvd"})
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="has format 2, and this version reads 1"):
+        TeacherCache(tmp_path / "cache")
+    file.write_text("[]")
+    with pytest.raises(InputError, match="is not the header of a teacher cache"):
+        TeacherCache(tmp_path / "cache")
