@@ -10,9 +10,18 @@ from typing import ClassVar
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import chat
-from rlkd_trl.settings.files import ChatTemplatePath, CheckpointPath, DataPath, OutputPath, RewardPath, TemplatesPath
+from rlkd_trl.settings.files import (
+    ChatTemplatePath,
+    CheckpointPath,
+    DataPath,
+    OutputPath,
+    RewardPath,
+    TeacherCachePath,
+    TemplatesPath,
+)
 from rlkd_trl.settings.ranges import (
     Count,
+    CountFromZero,
     Length,
     Positive,
     Seed,
@@ -186,6 +195,24 @@ class PanelArguments:
         check_ranges(self)
         if self.teacher_weighting not in WEIGHTINGS:
             raise InputError(f"--teacher_weighting {self.teacher_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
+
+
+@dataclass
+class AbsentTeacherArguments:
+    """A teacher that is not in this process, in place of --teacher"""
+
+    teacher_cache: TeacherCachePath | None = field(
+        default=None,
+        metadata={"help": "Directory that cache_teacher.py has written: kd.py learns from it without the teacher."},
+    )
+
+    def __post_init__(self):
+        check_ranges(self)
+
+    @property
+    def named(self) -> str | None:
+        """What names the teacher."""
+        return self.teacher_cache
 
 
 @dataclass
@@ -418,6 +445,31 @@ class PseudoLabelArguments:
     batch_size: Count = field(default=64, metadata={"help": "Prompts at a time."})
     seed: Seed = field(default=0, metadata={"help": "Seed of --strategy sample."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over --output, if it is there."})
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass
+class CacheArguments:
+    """Cache"""
+
+    output: OutputPath | None = field(default=None, metadata={"help": "Directory to write."})
+    k: CountFromZero = field(
+        default=64, metadata={"help": "Ids kept at each token, the most likely; 0: all, for the exact loss."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the log-probabilities kept: float32 or float16."})
+    distillation_temperature: Temperature = field(
+        default=1.0, metadata={"help": "T of the distributions; that of kd.py, which learns from them."}
+    )
+    ensemble: str = field(
+        default="probabilities",
+        metadata={"help": "Several teachers or templates as one: mean of their 'probabilities' or of their 'logits'."},
+    )
+    max_completion_length: Length = field(default=64, metadata={"help": "Cap on a target's tokens, EOS included."})
+    batch_size: Count = field(default=64, metadata={"help": "Targets at a time."})
+    rows_per_shard: Count = field(default=1024, metadata={"help": "Targets in a file: what a stopped run does again."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over the cache in --output."})
 
     def __post_init__(self):
         check_ranges(self)

@@ -43,7 +43,7 @@ def is_demo(settings: DistillationSettings) -> bool:
     """
     named = {
         "--dataset": settings.data.dataset,
-        "--teacher": settings.teacher.teacher,
+        "--teacher": settings.teacher.teacher or settings.absent.named,
         "--student": settings.student.student,
     }
     missing = [flag for flag, value in named.items() if value is None]

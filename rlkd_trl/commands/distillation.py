@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlkd_trl.commands.absent_teachers import check_absent_teacher, load_any_panel
 from rlkd_trl.commands.checks import (
     check_checkpoints,
     check_panel,
@@ -16,7 +17,7 @@ from rlkd_trl.commands.checks import (
 )
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
-from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student, weigh_by_validation
+from rlkd_trl.commands.loading import load_reward_model, load_student, weigh_by_validation
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
 from rlkd_trl.commands.run_directory import (
@@ -156,6 +157,8 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(data.train, settings.args)
+    if settings.absent.named is not None:
+        check_absent_teacher(settings, data.train, data.templates)
     check_panel(settings.panel, settings.teacher, data.templates)
     check_owners(settings, data)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)
@@ -197,9 +200,7 @@ def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> Che
 def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, inputs: CheckedInputs) -> "RolloutTrainer":
     """The trainer, with teacher and student loaded. Raises `InputError`."""
     args = settings.args
-    panel = load_panel(
-        settings.teacher, inputs.templates, settings.panel, max_reference_length=args.max_completion_length
-    )
+    panel = load_any_panel(settings, inputs.templates)
     if settings.panel.teacher_weighting == "validation":
         weigh_by_validation(panel, inputs.test)
     scorer = panel

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from rlkd_trl.commands.arguments import (
+    AbsentTeacherArguments,
     DataArguments,
     EncoderHeldOutArguments,
     EncoderPanelArguments,
@@ -112,6 +113,12 @@ def _reward_files(spec: str) -> list[Path]:
     return [file] if file.is_file() else []
 
 
+def _cache_files(spec: str) -> list[Path]:
+    """The header of a teacher cache, which has digests of what is in its shards."""
+    file = Path(spec) / "cache.json"
+    return [file] if file.is_file() else []
+
+
 def _chat_template_files(spec: str) -> list[Path]:
     """The file of a chat template, or a local checkpoint's files; none for a word of the package."""
     return [Path(spec)] if Path(spec).is_file() else checkpoint_files(spec)
@@ -126,6 +133,7 @@ def _preset_files(spec: str) -> list[Path]:
 # The local files that a value of each kind stands for; none if it names something elsewhere.
 FILES_OF: dict[Reads, Callable[[str], list[Path]]] = {
     Reads.DATA: data_files,
+    Reads.TEACHER_CACHE: _cache_files,
     Reads.TEMPLATES: _template_files,
     Reads.CHECKPOINT: checkpoint_files,
     Reads.RUN_CHECKPOINT: lambda path: sorted(file for file in Path(path).rglob("*") if file.is_file()),
@@ -139,7 +147,7 @@ READ_BY_FLAG: dict[str, Reads] = {f"--{name}": reads for name, reads in INHERITE
     f"--{name}": reads
     for group in (
         *(DataArguments, HeldOutArguments, PromptArguments),
-        *(TeacherArguments, StudentArguments, RewardArguments),
+        *(TeacherArguments, AbsentTeacherArguments, StudentArguments, RewardArguments),
         *(GeneralDataArguments, TaskDataArguments, EncoderHeldOutArguments),
         *(EncoderTeacherArguments, EncoderPanelArguments, EncoderStudentArguments),
     )

@@ -116,7 +116,7 @@ def routing_of(panel: PanelArguments, teacher: TeacherArguments) -> "Routing | N
 
     if panel.teacher_column is None and panel.template_column is None:
         return None
-    return Routing(panel.teacher_column, panel.template_column, tuple(teacher.teacher))
+    return Routing(panel.teacher_column, panel.template_column, tuple(teacher.teacher or []))
 
 
 def weigh_by_validation(panel: "TeacherPanel", rows: Sequence[Mapping[str, object]]) -> None:

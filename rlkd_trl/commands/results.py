@@ -112,13 +112,19 @@ def _write(
         title=output_dir.name,
         results=results,
         method=method,
-        teacher=", ".join(settings.teacher.teacher),
+        teacher=", ".join(settings.teacher.teacher or _descriptions(trainer)),
         student=settings.student.student,
         dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
     )
+
+
+def _descriptions(trainer: "RolloutTrainer") -> list[str]:
+    """What the trainer's teachers, which no flag names, say of themselves."""
+    scorers = [scorer for panel in trainer.reward_model.panels for scorer in panel.scorers]
+    return list(dict.fromkeys(scorer.teacher.describe() for scorer in scorers))
 
 
 def evaluate_checkpoints(

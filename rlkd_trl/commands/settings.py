@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, get_type_hints
 
 from rlkd_trl.commands.arguments import (
+    AbsentTeacherArguments,
+    CacheArguments,
     CodeArguments,
     DataArguments,
     EncoderHeldOutArguments,
@@ -55,6 +57,7 @@ class DistillationSettings:
     prompts: PromptArguments
     teacher: TeacherArguments
     panel: PanelArguments
+    absent: AbsentTeacherArguments
     student: StudentArguments
     code: CodeArguments
     run: RunArguments
@@ -105,6 +108,17 @@ class PseudoLabelSettings:
     teacher: TeacherArguments
     code: CodeArguments
     labels: PseudoLabelArguments
+
+
+@dataclass
+class CacheSettings:
+    """Settings of a teacher cache."""
+
+    data: DataArguments
+    prompts: PromptArguments
+    teacher: TeacherArguments
+    code: CodeArguments
+    cache: CacheArguments
 
 
 @dataclass

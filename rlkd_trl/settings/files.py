@@ -24,6 +24,7 @@ class Reads(enum.Enum):
     DATA = "data"
     CHECKPOINT = "checkpoint"
     RUN_CHECKPOINT = "checkpoint of a run"
+    TEACHER_CACHE = "teacher cache"
     TEMPLATES = "templates"
     REWARD = "reward"
     CHAT_TEMPLATE = "chat template"
@@ -39,6 +40,7 @@ class Writes(enum.Enum):
 
 DataPath = Annotated[str, Reads.DATA]
 CheckpointPath = Annotated[str, Reads.CHECKPOINT]
+TeacherCachePath = Annotated[str, Reads.TEACHER_CACHE]
 TemplatesPath = Annotated[str, Reads.TEMPLATES]
 RewardPath = Annotated[str, Reads.REWARD]
 ChatTemplatePath = Annotated[str, Reads.CHAT_TEMPLATE]

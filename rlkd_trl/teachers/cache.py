@@ -32,7 +32,7 @@ from rlkd_trl.models.loading import load_tokenizer
 from rlkd_trl.ops.truncated import LOG_0
 from rlkd_trl.prompts import Message, PromptTemplates
 from rlkd_trl.teachers.absent import AbsentTeacher
-from rlkd_trl.teachers.panel import Scorer, TeacherPanel
+from rlkd_trl.teachers.panel import TeacherPanel
 
 FORMAT = 1
 HEADER, TOKENIZER = "cache.json", "tokenizer"
@@ -203,7 +203,8 @@ class CachedPanel(TeacherPanel):
 
     def __init__(self, cache: TeacherCache, templates: PromptTemplates | None = None):
         self.cache, self.templates = cache, templates
-        self.scorers = [Scorer(cache, 0, 1.0)]
+        super().__init__([cache])
+        self.cache, self.templates = cache, templates
         names = [] if templates is None else templates.names
         if names != cache.header.templates:
             asked = f"the templates {', '.join(cache.header.templates)}" if cache.header.templates else "no templates"
