@@ -16,6 +16,7 @@ GOOD = {
     "sft": f"--student student {DATA} {TWO_STEPS} --output_dir out",
     "sft (new model)": f"{DATA} {TWO_STEPS} --output_dir out",
     "pseudo_label": f"--teacher teacher {DATA} --output out",
+    "cache_teacher": f"--teacher teacher {DATA} --output out",
     "ppo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "rloo_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",
     "reinforce_kd": f"--teacher teacher --student student {DATA} {TWO_STEPS} {SAMPLING} --output_dir out",

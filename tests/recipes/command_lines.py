@@ -20,7 +20,10 @@ from rlkd_trl.planning import command
 
 ROOT = Path(__file__).parents[2]
 # The recipes that read prompts, and all that there are but those that run others.
-PROMPTED = ("sft", "pseudo_label", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate")
+PROMPTED = (
+    *("sft", "pseudo_label", "cache_teacher"),
+    *("ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "evaluate"),
+)
 RECIPES = (*PROMPTED, "encoder_kd")
 
 COLUMNS = "--source_column mr --target_column ref"

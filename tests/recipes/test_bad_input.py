@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.recipes.bad_absent import ABSENT_CASES, ABSENT_COMMANDS, ABSENT_LOADED_CASES, make_absent_files
 from tests.recipes.bad_encoders import ENCODER_CASES, ENCODER_LOADED_CASES, make_encoder_files
 from tests.recipes.bad_files import make_files
 from tests.recipes.bad_inputs import (
@@ -42,6 +43,7 @@ def files(tmp_path_factory, checkpoints, encoders) -> Path:
     here = tmp_path_factory.mktemp("bad input")
     make_files(here, checkpoints["t5-tied"].teacher, checkpoints["t5-tied"].student)
     make_encoder_files(here, encoders)
+    make_absent_files(here)
     return here
 
 
@@ -123,7 +125,7 @@ def check_refusal(command: str, message: str, place: Path, capfd, *, begins: str
     assert seconds < MOST_SECONDS
 
 
-@pytest.mark.parametrize("recipe, flags, message", cases([*REFUSED_AT_ONCE, *ENCODER_CASES]))
+@pytest.mark.parametrize("recipe, flags, message", cases([*REFUSED_AT_ONCE, *ENCODER_CASES, *ABSENT_CASES]))
 def test_refused_before_a_model_is_loaded(recipe, flags, message, workplace, capfd):
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, workplace, capfd)
 
@@ -134,7 +136,7 @@ def test_compare_refuses_before_the_first_run_what_a_run_would(recipe, flags, me
     check_refusal(f"{recipe} {GOOD[recipe]} {flags}", message, workplace, capfd)
 
 
-@pytest.mark.parametrize("recipe, flags, message", cases([*LOADED_CASES, *ENCODER_LOADED_CASES]))
+@pytest.mark.parametrize("recipe, flags, message", cases([*LOADED_CASES, *ENCODER_LOADED_CASES, *ABSENT_LOADED_CASES]))
 def test_refused_once_a_model_is_loaded(recipe, flags, message, place, capfd):
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]} {flags}", message, place, capfd)
 
@@ -150,7 +152,7 @@ def test_a_reward_that_is_never_a_number(recipe, function, place, capfd):
     assert state_of(place) == before
 
 
-@pytest.mark.parametrize("command, message", COMMAND_CASES)
+@pytest.mark.parametrize("command, message", [*COMMAND_CASES, *ABSENT_COMMANDS])
 def test_a_whole_command(command, message, workplace, capfd):
     check_refusal(command, message, workplace, capfd)
 
@@ -182,6 +184,7 @@ def test_there_are_as_many_inputs_as_were_asked_for():
             "--strategy beam --interpolate",
             "--interpolate takes the teacher's beam that is nearest to the references: it needs --strategy beam and",
         ),
+        ("cache_teacher --teacher teacher --dataset data.csv --source_column mr --output out", "--target_column is"),
         (f"evaluate {DATA}", "--student is needed"),
         ("evaluate --student student", "--dataset is needed"),
         (f"ppo_kd {DATA} {TWO_STEPS} {SAMPLING}", "--teacher and --student missing"),

@@ -365,6 +365,16 @@ ARRIVES = {
         """--teacher_chat_template {chat} --teacher_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
         lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2 + 4,
     ),
+    "AbsentTeacherArguments.teacher_cache": ((), "", None),  # and those of a cache: test_cached_teacher.py
+    "CacheArguments.output": ((), "", None),
+    "CacheArguments.k": ((), "", None),
+    "CacheArguments.dtype": ((), "", None),
+    "CacheArguments.distillation_temperature": ((), "", None),
+    "CacheArguments.ensemble": ((), "", None),
+    "CacheArguments.max_completion_length": ((), "", None),
+    "CacheArguments.batch_size": ((), "", None),
+    "CacheArguments.rows_per_shard": ((), "", None),
+    "CacheArguments.overwrite_output_dir": ((), "", None),
     "PanelArguments.teacher_weights": (
         DISTILLING,
         "--teacher {teacher} {other} --teacher_weights 3 1",

@@ -19,6 +19,7 @@ TEACHER = (
 )
 STUDENT = "student student_dtype"
 PANEL = "teacher_weights template_weights teacher_weighting teacher_column template_column"
+ABSENT = "teacher_cache"
 REWARD = "reward value k tau"
 TRAINING = (
     "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "
@@ -51,12 +52,19 @@ GROUPS = {
         "Teacher": TEACHER,
         "Pseudo-labels": "output strategy num_beams interpolate temperature max_completion_length batch_size seed",
     },
+    "cache_teacher": {
+        "Data": DATA,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Cache": "output k dtype distillation_temperature ensemble max_completion_length batch_size rows_per_shard",
+    },
     "ppo_kd": {
         "Data": DATA,
         "Held-out data": HELD_OUT,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -69,6 +77,7 @@ GROUPS = {
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -81,6 +90,7 @@ GROUPS = {
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Reward": REWARD,
         "Run": "resume",
@@ -93,6 +103,7 @@ GROUPS = {
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Run": "resume",
         "Distillation by a divergence": f"{ROLLOUTS} ensemble divergence beta skew alpha sequences lmbda",
@@ -104,6 +115,7 @@ GROUPS = {
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Run": "resume",
         "policy gradient": f"{ROLLOUTS} ensemble signal value future_weight length_normalization baseline epsilon",

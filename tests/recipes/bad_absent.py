@@ -1,0 +1,73 @@
+"""Mistakes with teachers that are not in the process; rows of the same table as in `bad_inputs`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.bad_inputs import DATA
+from tests.recipes.command_lines import TWO_STEPS, run
+
+_CACHED = "--teacher_cache cache"
+ABSENT_CASES = [
+    (("cache_teacher",), "--dtype bfloat16", "--dtype bfloat16: choose one of float32, float16"),
+    (("cache_teacher",), "--ensemble median", "--ensemble median: choose one of probabilities, logits"),
+    (("cache_teacher",), "--teacher_placement zero3", "a cache is written by one process, which holds the whole"),
+    (("cache_teacher",), "--k -1", "--k -1 is out of range: 0 or more"),
+    (("cache_teacher",), "--rows_per_shard 0", "--rows_per_shard 0 is out of range: 1 or more"),
+    (("cache_teacher",), "--distillation_temperature 0", "--distillation_temperature 0.0 is out of range"),
+    (("cache_teacher",), "--output data.csv", "--output data.csv is what --dataset data.csv reads"),
+    (("cache_teacher",), "--output a_file", "--output a_file is a file: name a directory"),
+    (("cache_teacher",), "--output not_a_cache", "--output not_a_cache holds files that are no teacher cache"),
+    (("kd",), _CACHED, "--teacher_cache cache is in place of --teacher teacher: give one of them"),
+]
+_KD = f"--student student {DATA} {TWO_STEPS} --max_completion_length 6 --output_dir out"
+ABSENT_COMMANDS = [
+    (f"kd {_KD} {_CACHED} {flags}", message)
+    for flags, message in (
+        ("--lmbda 0.5", "lmbda = 0.5: what the teacher says about the student's own samples cannot be in a cache"),
+        ("--sequences teacher", "sequences = 'teacher': a cache cannot write new samples"),
+        ("--alpha 0", "alpha = 0 reads no teacher, so the cache would not be used"),
+        ("--distillation_temperature 2", "distillation_temperature = 2.0, and the cache was made at 1.0: give that"),
+        ("--max_completion_length 7", "max_completion_length = 7, and the cache has targets of up to 6 tokens"),
+        (
+            "--template 'w3 {{ source }}'",
+            "was made with no templates, and here they are template: give the same",
+        ),
+        ("--teacher_dtype bfloat16", "--teacher_dtype bfloat16 has no effect with --teacher_cache cache"),
+        ("--teacher_column mr", "--teacher_column mr has no effect with --teacher_cache cache"),
+        ("--dataset test.csv", "Row 1: A target of the prompt"),
+        ("--student other_tokenizer", "have different tokenizers"),
+        ("--teacher_cache torn_cache", "torn_cache is not complete: 1 of its 4 shards are missing. The command that"),
+        ("--teacher_cache cut_cache", "shard-00001.safetensors is damaged: delete it, and run the command again"),
+        ("--teacher_cache not_a_cache", "not_a_cache is no teacher cache: it has no cache.json. Make one with"),
+        ("--teacher_cache nowhere", "nowhere is no teacher cache: it has no cache.json"),
+        ("--teacher_cache newer_cache", "has format 2, and this version reads 1: make it anew"),
+        ("--teacher_cache ''", "--teacher_cache is empty: name something, or leave it out"),
+        ("--output_dir cache", "--output_dir cache is what --teacher_cache cache reads, which would be overwritten"),
+    )
+] + [
+    (f"{recipe} {_KD} --num_generations 2 {_CACHED}", "this method learns from the student's own samples: use kd.py")
+    for recipe in ("ppo_kd", "rloo_kd", "reinforce_kd", "all_actions_kd")
+]
+ABSENT_LOADED_CASES = [
+    (("cache_teacher",), "--output cache --k 3", "cache is a cache of something else: k is 25 and would be 3. Name"),
+]
+
+
+def make_absent_files(here: Path) -> None:
+    """Caches, sound and not, of the directory's teacher and data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        flags = f"--teacher teacher {DATA} --max_completion_length 6 --k 0 --rows_per_shard 9"
+        assert run(f"cache_teacher {flags} --output cache") == 0
+    for name in ("torn", "cut", "newer"):
+        shutil.copytree(here / "cache", here / f"{name}_cache")
+    (here / "torn_cache" / "shard-00003.safetensors").unlink()
+    shard = here / "cut_cache" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    header = here / "newer_cache" / "cache.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "format": 2}))
+    (here / "not_a_cache").mkdir()
+    (here / "not_a_cache" / "notes.txt").write_text("not one")
