@@ -31,7 +31,7 @@ NO_FILES = set(
     "dtype sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
     "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs "
     "task_split task_config task_revision task_source_column task_pair_column task_eval_split task_teacher_revision "
-    "stages losses layer_map stage sets candidates metric".split()
+    "stages losses layer_map teacher_weighting teacher_column template_column stage sets candidates metric".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
@@ -85,7 +85,8 @@ def test_a_training_run_is_known_by_all_that_it_reads():
     groups = [arguments.DataArguments, arguments.HeldOutArguments, arguments.PromptArguments]
     groups += [arguments.TeacherArguments, arguments.StudentArguments, arguments.RewardArguments, config.PPOKDConfig]
     groups += [arguments.GeneralDataArguments, arguments.TaskDataArguments, arguments.EncoderHeldOutArguments]
-    groups += [arguments.EncoderTeacherArguments, arguments.EncoderStudentArguments]
+    groups += [arguments.EncoderTeacherArguments, arguments.EncoderStudentArguments, arguments.EncoderPanelArguments]
+    groups += [arguments.AbsentTeacherArguments]
     expected = {f"--{name}" for group in groups for name in files_read(group)}
     assert set(READ_BY_FLAG) == expected
     assert expected >= {"--dataset", "--eval_dataset", "--templates", "--teacher", "--student", "--reward"}
