@@ -96,22 +96,24 @@ def _write(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSetti
         write_model_card,
         write_report,
     )
+    from rlkd_trl.evaluation.run_log import RunLog
 
     directory, objective = stage.directory, stage.objective
     method = f"{objective.stage} distillation: {' + '.join(objective.weights)}"
     columns = columns_in(results, ENCODER_COLUMNS)
     write_metrics(directory / "metrics.json", results)
     print(f"\nHeld-out texts ({method}):\n\n{comparison_table(results, columns)}\n", flush=True)
-    write_report(
-        directory / "report.html",
-        title=f"{method}: {directory.name}",
-        results=results,
-        history=trainer.state.log_history,
+    log = RunLog(
+        f"{method}: {directory.name}",
+        results,
+        trainer.state.log_history,
         samples=trainer.sample_table,
-        config=described(settings),
-        columns=columns,
         samples_heading="Sample texts",
+        config=described(settings),
+        headline=list(columns),
     )
+    log.save(directory)
+    write_report(directory / "report.html", {directory.name: log})
     write_model_card(
         directory / "README.md",
         title=directory.name,

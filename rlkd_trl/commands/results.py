@@ -92,20 +92,30 @@ def _report(
 def _write(
     trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
-    from rlkd_trl.evaluation.report import comparison_table, write_metrics, write_model_card, write_report
+    from rlkd_trl.evaluation.report import (
+        all_columns,
+        comparison_table,
+        write_metrics,
+        write_model_card,
+        write_report,
+    )
+    from rlkd_trl.evaluation.run_log import COMPLETIONS_FILE, RunLog, read_completions
     from rlkd_trl.models.vocabulary import allowed_special_tokens
 
     output_dir = Path(trainer.args.output_dir)
     write_metrics(output_dir / "metrics.json", results)
     print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n", flush=True)
-    write_report(
-        output_dir / "report.html",
-        title=f"{method}: {output_dir.name}",
-        results=results,
-        history=trainer.state.log_history,
+    log = RunLog(
+        f"{method}: {output_dir.name}",
+        results,
+        trainer.state.log_history,
         samples=trainer.sample_table,
         config=described(settings),
+        headline=list(all_columns(results)),
+        completions=read_completions(output_dir / COMPLETIONS_FILE),
     )
+    log.save(output_dir)
+    write_report(output_dir / "report.html", {output_dir.name: log})
     config = trainer.model.config
     write_model_card(
         output_dir / "README.md",

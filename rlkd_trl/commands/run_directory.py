@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 FINISHED = "finished.json"  # written last
-RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "outputs.jsonl")
+RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "run_log.json", "outputs.jsonl")
 _SECONDS_TO_END = 10.0  # of a run that was told to end, as a killed comparison's is
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
 

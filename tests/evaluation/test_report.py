@@ -1,7 +1,10 @@
+import base64
+import hashlib
 import json
 import math
-import xml.etree.ElementTree as ElementTree
+import re
 
+import lxml.html
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import yaml
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.report import AUTO_CLASSES, comparison_table, write_metrics, write_model_card, write_report
+from rlkd_trl.evaluation.run_log import RunLog
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.prompts import prompt_token_ids
@@ -21,15 +25,25 @@ RESULTS = {
 }
 
 
-def report(path, **changes):
-    """Write a report and return it parsed: the whole file is well-formed XML, so nothing broke out of its place."""
-    arguments = {"title": "A run", "results": RESULTS, "history": [], "samples": [], "config": {}} | changes
-    write_report(path, **arguments)
-    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+ATTACK = """</pre></title></script><script>alert("1")</script><img src='x' onerror=alert(1)>&amp;<!--"""
 
 
-def texts(root, path):
-    return ["".join(element.itertext()) for element in root.findall(path)]
+class Page:
+    """A page as a browser reads it."""
+
+    def __init__(self, text: str):
+        self._root = lxml.html.document_fromstring(text)
+
+    def texts(self, path: str) -> list[str]:
+        return [element.text_content() for element in self._root.xpath(path)]
+
+
+def report(directory, **changes) -> Page:
+    """Write a report and return it parsed."""
+    columns = [("bleu", "BLEU", ".2f"), ("reward", "mean reward", ".4f")]
+    log = RunLog(**({"title": "A run", "results": RESULTS, "headline": columns} | changes))
+    write_report(directory / "report.html", {"run": log})
+    return Page((directory / "report.html").read_text(encoding="utf-8"))
 
 
 def front_matter(card):
@@ -73,7 +87,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rlkd_trl.evaluation.report.os.replace", full_disk)
+    monkeypatch.setattr("rlkd_trl.evaluation.files.os.replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         write_metrics(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -112,105 +126,71 @@ def test_a_table_of_nothing_has_its_headings():
 
 def test_the_report_shows_results_samples_and_configuration(tmp_path):
     samples = [{"source": "a\nb", "completion": "Größe ✓ مرحبا", "reward": 0.123456}, {"source": "c", "extra": None}]
-    root = report(tmp_path / "report.html", samples=samples, config={"lr": 1e-5, "path": tmp_path, "x": math.nan})
-    assert texts(root, ".//h1") == ["A run"]
-    headings = texts(root, ".//table[@class='results']/thead/tr/th")
-    assert headings[:3] == ["model", "BLEU", "ROUGE-L"]
-    assert headings[-1] == "loss_of_my_own"
-    assert texts(root, ".//table[@class='results']/tbody/tr/th") == ["student before", "teacher"]
-    assert texts(root, ".//table[@class='samples']/thead/tr/th") == ["source", "completion", "reward", "extra"]
-    assert texts(root, ".//table[@class='samples']/tbody/tr/td") == [
-        *["a\nb", "Größe ✓ مرحبا", "0.1235", "–"],
-        *["c", "–", "–", "–"],
-    ]
-    assert json.loads(texts(root, ".//details/pre")[0]) == {"lr": 1e-5, "path": str(tmp_path), "x": None}
+    page = report(tmp_path, samples=samples, config={"lr": 1e-5, "path": tmp_path, "x": math.nan})
+    assert page.texts("//h1") == ["A run"]
+    assert page.texts("//table[@class='results']/thead//th") == ["metric", "student before", "teacher"]
+    names = ["BLEU", "mean reward", "rougeL", "loss_of_my_own", "teacher_nll_per_token"]
+    assert page.texts("//table[@class='results']/tbody//th") == names
+    cells = ["12.35", "45.00", "-1.5000", "–", "30", "–", "0.25", "–", "–", "0.7123"]
+    assert page.texts("//table[@class='results']//td") == cells
+    assert page.texts("//table[@class='samples']/thead//th") == ["source", "completion", "reward", "extra"]
+    assert page.texts("//table[@class='samples']//td") == ["a\nb", "Größe ✓ مرحبا", "0.1235", "–", "c", "–", "–", "–"]
+    assert json.loads(page.texts("//pre")[0]) == {"lr": 1e-5, "path": str(tmp_path), "x": None}
 
 
 def test_everything_is_escaped(tmp_path):
-    attack = """</pre></title><script>alert("1")</script><img src='x' onerror=alert(1)>&amp;"""
-    history = [{"step": 1, attack: 1.0}, {"step": 2, attack: 2.0}, {"step": 2, attack + "constant": 2.0}]
-    root = report(
-        tmp_path / "report.html",
-        title=attack,
-        results={attack: {attack: 1.0}},
-        history=history,
-        samples=[{attack: attack}],
-        config={attack: attack},
-    )
-    text = (tmp_path / "report.html").read_text()
-    assert "<script" not in text and "<img" not in text
-    assert "&lt;script&gt;" in text
-    for path in ("./head/title", ".//h1", ".//table[@class='samples']//td", ".//tbody/tr/th", ".//svg/title"):
-        assert attack in texts(root, path)
+    history = [{"step": step, ATTACK: step, f"{ATTACK} is always": 2.0} for step in (1, 2, 3)]
+    everywhere = {"title": ATTACK, "results": {ATTACK: {ATTACK: 1.0}}, "history": history, "config": {ATTACK: ATTACK}}
+    page = report(tmp_path, **everywhere, samples=[{ATTACK: ATTACK}])
+    assert len(page.texts("//script")) == 2 and not page.texts("//img")
+    for place in ("//title", "//h1", "//table[@class='samples']//td", "//table[@class='results']//th", "//strong"):
+        assert ATTACK in page.texts(place)
 
 
-def test_the_report_needs_no_network_and_no_script(tmp_path):
+def test_the_report_needs_no_network_and_runs_no_script_but_its_own(tmp_path):
     history = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
-    report(tmp_path / "report.html", history=history)
+    page = report(tmp_path, history=history)
     text = (tmp_path / "report.html").read_text()
-    for forbidden in ("http://", "https://", "<script", "<link", "src=", "url(", "@import"):
+    for forbidden in ("<link", "src=", "url(", "@import", "innerHTML", "eval("):
         assert forbidden not in text
+    assert set(re.findall(r"https?://[^\"\s]*", text)) == {"http://www.w3.org/2000/svg"}  # the name of a format
+    script = hashlib.sha256(page.texts("//script")[1].encode()).digest()
+    assert f"script-src 'sha256-{base64.b64encode(script).decode()}'" in text
 
 
 def test_control_characters_and_lone_surrogates_can_be_written(tmp_path):
-    root = report(tmp_path / "report.html", samples=[{"completion": "a\x00b\x1bc\ud800d\te"}])
-    assert texts(root, ".//table[@class='samples']//td") == ["a\ufffdb\ufffdc\\ud800d\te"]
-
-
-def test_a_chart_for_every_number_that_varies(tmp_path):
-    history = [
-        {"step": 10, "epoch": 0.1, "loss": 3.0, "lr": 1e-5, "note": "text", "flag": True, "eval_runtime": 1.0},
-        {"step": 10, "eval_reward": -2.0},
-        {"step": 30, "epoch": 0.3, "loss": 1.0, "lr": 1e-5, "note": "more", "flag": False, "eval_runtime": 2.0},
-        {"step": 20, "eval_reward": 0.5},
-        {"train_loss": 1.0},
-    ]
-    root = report(tmp_path / "report.html", history=history)
-    assert texts(root, ".//svg/title") == ["loss", "eval_reward"]
-    assert texts(root, ".//svg/desc")[0] == "From 3 to 1 over steps 10 to 30; lowest 1, highest 3."
-    assert texts(root, ".//main/p")[0] == "Logged, and did not vary: lr = 1e-05."
-    # Each chart is named by its own title and description.
-    ids = {element.get("id") for element in root.iter() if element.get("id")}
-    labels = [label for svg in root.iter("svg") for label in svg.get("aria-labelledby").split()]
-    assert sorted(labels) == sorted(ids) and len(ids) == 4
-
-
-def points_of(root):
-    return [
-        [tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in root.iter("polyline")
-    ]
-
-
-def test_the_line_goes_where_the_numbers_are(tmp_path):
-    # Steps 0, 1, 4 and values 0, 4, 1: across, the middle point lies at a quarter; up, the last lies at a quarter.
-    history = [{"step": 0, "a": 0.0}, {"step": 1, "a": 4.0}, {"step": 4, "a": 1.0}]
-    [[first, middle, last]] = points_of(report(tmp_path / "report.html", history=history))
-    assert middle[0] - first[0] == pytest.approx((last[0] - first[0]) / 4, abs=0.1)
-    assert first[1] - last[1] == pytest.approx((first[1] - middle[1]) / 4, abs=0.1)
-    assert middle[1] < last[1] < first[1]  # SVG counts downwards
-
-
-def test_nan_is_a_gap_in_the_line(tmp_path):
-    values = [1.0, 2.0, math.nan, 3.0, math.inf, 4.0, 5.0, 6.0]
-    history = [{"step": step, "a": value, "never": math.nan, "same": 2.0} for step, value in enumerate(values)]
-    root = report(tmp_path / "report.html", history=history)
-    assert [len(run) for run in points_of(root)] == [2, 3]
-    assert len(list(root.iter("circle"))) == 1  # the lone 3.0
-    assert texts(root, ".//main/p")[0] == "Logged, and did not vary: never (never finite); same = 2."
-    for element in root.find(".//svg").iter():
-        assert not any(value in ("nan", "inf") for value in element.attrib.values())
-
-
-def test_values_that_differ_at_one_step_only(tmp_path):
-    root = report(tmp_path / "report.html", history=[{"step": 5, "a": 1.0}, {"step": 5, "a": 2.0}])
-    [[first, last]] = points_of(root)
-    assert first[0] == last[0]
+    page = report(tmp_path, samples=[{"completion": "a\x00b\x1bc\ud800d\te"}])
+    assert page.texts("//table[@class='samples']//td") == ["a\ufffdb\ufffdc\\ud800d\te"]
 
 
 def test_a_report_of_nothing(tmp_path):
-    root = report(tmp_path / "report.html", results={})
-    assert list(root.iter("svg")) == []
-    assert texts(root, ".//main/p") == ["Nothing was logged.", "No samples were given."]
+    page = report(tmp_path, results={})
+    assert page.texts("//p[@class='note']") == [
+        "Nothing was evaluated.",
+        "Nothing was logged.",
+        "No samples were given.",
+    ]
+
+
+def test_ten_thousand_completions_are_kept_and_of_more_all_that_are_held_out(tmp_path):
+    record = {
+        "step": 1,
+        "kind": "rollout",
+        "by": "student",
+        "prompt": "p",
+        "text": "t",
+        "tokens": ["t"],
+        "ended": True,
+    }
+    many = [{**record, "step": i} for i in range(12_000)] + [{**record, "step": 0, "kind": "held-out"}] * 10
+    page = report(tmp_path, completions=many[:10_000])
+    assert len(json.loads(page.texts("//script")[0])["completions"]) == 10_000
+    page = report(tmp_path, completions=many)
+    kept = json.loads(page.texts("//script")[0])["completions"]
+    assert len(kept) == 10_000 and sum(one["kind"] == "held-out" for one in kept) == 10
+    steps = [one["step"] for one in kept if one["kind"] == "rollout"]
+    assert steps[:2] == [0, 1] and max(steps) > 11_990 and steps == sorted(steps)
+    assert "Of 12010 texts, 10000 evenly spaced ones are here." in (tmp_path / "report.html").read_text()
 
 
 # --- the model card
