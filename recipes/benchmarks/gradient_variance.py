@@ -13,13 +13,14 @@ gradient of its loss. With g_r the flattened gradient of rollout r, and ḡ thei
 
 `RLOO, sequence, log ratio` and `all actions, w = 1` estimate the same gradient, of the sequences' reverse KL, so their
 variances compare directly. To make this so, every loss is a sum over tokens divided by the number of sequences here;
-the trainers of token-level methods divide by the sampled number of tokens. The script writes `gradient_variance.json`
-and `.md` to `--results_dir`.
+the trainers of token-level methods divide by the sampled number of tokens. Two rows have RLOO's default, reward per
+token (`average_reward`); all others have the sum of rewards. The script writes `gradient_variance.json` and `.md` to
+`--results_dir`.
 """
 
 from dataclasses import dataclass, field
 
-from result_files import RESULTS, write_results
+from result_files import RESULTS, made_by, write_results
 
 from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.checks import check_checkpoints, is_demo
@@ -34,14 +35,17 @@ from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_rang
 
 DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
 # The trainer of each method, its settings, and the reward with its settings; None for methods without rewards.
+SUM = {"average_reward": "none"}
 METHODS = {
     "RLOO, sequence": ("RLOOKD", {"level": "sequence"}, ("TeacherForcingReward", {})),
     "RLOO, token": ("RLOOKD", {"level": "token"}, ("TeacherForcingReward", {})),
+    "RLOO, sequence, sum of rewards": ("RLOOKD", {"level": "sequence", **SUM}, ("TeacherForcingReward", {})),
+    "RLOO, token, sum of rewards": ("RLOOKD", {"level": "token", **SUM}, ("TeacherForcingReward", {})),
     "REINFORCE, K = 1": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 1})),
     "KETCHUP, K = 4": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 4})),
     "KETCHUP, K = 8": ("ReinforceKD", {"teacher_baseline": False}, ("TeacherForcingReward", {"k": 8})),
-    "RLOO, sequence, log ratio": ("RLOOKD", {"level": "sequence"}, ("LogRatioReward", {})),
-    "RLOO, token, log ratio": ("RLOOKD", {"level": "token"}, ("LogRatioReward", {})),
+    "RLOO, sequence, log ratio": ("RLOOKD", {"level": "sequence", **SUM}, ("LogRatioReward", {})),
+    "RLOO, token, log ratio": ("RLOOKD", {"level": "token", **SUM}, ("LogRatioReward", {})),
     "all actions, w = 1": ("AllActionsKD", {"future_weight": 1.0}, None),
     "all actions, w = 1, expected future": ("AllActionsKD", {"future_weight": 1.0, "future": "expected"}, None),
     "all actions, w = 0.1": ("AllActionsKD", {"future_weight": 0.1}, None),
@@ -163,7 +167,7 @@ def main() -> None:
     # Save.
     sizes = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
     text = f"Gradients per sequence at the warm start, {sizes}; {data.dataset or 'the embedded demo'}.\n\n"
-    text += table(per_method) + "\n"
+    text += f"{table(per_method)}\n\n{made_by()}\n"
     write_results(args.results_dir, "gradient_variance", per_method, text)
 
 

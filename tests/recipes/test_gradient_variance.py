@@ -26,7 +26,7 @@ def test_a_tiny_run(checkpoints, train_csv, tmp_path):
     places = f"--output_dir {tmp_path / 'run'} --results_dir {tmp_path / 'results'}"
     assert run(f"{BENCHMARK} {models} {sizes} {places}") == 0
     found = json.loads((tmp_path / "results" / "gradient_variance.json").read_text())
-    assert len(found) == 14 and all(columns["variance"] > 0 for columns in found.values())
+    assert len(found) == 16 and all(columns["variance"] > 0 for columns in found.values())
     # One token for itself varies less than with its future, in any sample of rollouts as in expectation.
     assert found["all actions, w = 0 (on-policy reverse KL)"]["variance"] < found["all actions, w = 1"]["variance"]
     table = (tmp_path / "results" / "gradient_variance.md").read_text()
