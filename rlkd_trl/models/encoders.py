@@ -150,6 +150,12 @@ def load_encoder(
             quietly=True,  # missing weights are checked below
             ignore_mismatched_sizes=(may_be_new and num_labels is not None) or adapters is not None,
         )
+    for name, *shapes in info["mismatched_keys"]:  # of a head for another number of labels they may be others
+        if _is_of_body(name, model):
+            raise InputError(
+                f"{shown}: its weights have other shapes than its config.json says ({name} is {tuple(shapes[0])}, and "
+                f"should be {tuple(shapes[1])}). Copy or save the two together again."
+            )
     missing = {name for name in info["missing_keys"] if head == "classes" or not _is_pooler(name)}
     if adapters is not None:
         missing -= adapters.shapes().keys()

@@ -43,6 +43,9 @@ def make_encoder_files(here: Path, encoders: Encoders) -> None:
     save("four_heads", make(layers=2, heads=4))
     save("narrow", make(layers=2, width=8))
     save("headless", make(layers=4))
+    save("other_shapes", make(layers=2, width=8))
+    config = json.loads((here / "other_shapes" / "config.json").read_text())
+    (here / "other_shapes" / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
     save("few_places", make(layers=2, max_position_embeddings=8))
     save("t5_pair", make("t5", layers=4))
     save("two_labels", make(layers=4, head="classes", num_labels=2))
@@ -272,5 +275,6 @@ ENCODER_LOADED_CASES = [
     ),
     (GENERAL, "--teacher half_encoder", "is incomplete: 16 of its weights are not in the checkpoint (encoder.layer.3"),
     (GENERAL, "--teacher of_encoder", "The adapters in 'of_encoder' cannot be merged into their model 'encoder'"),
+    (ONE_STAGE, "--student other_shapes", "its weights have other shapes than its config.json says"),
     (GENERAL, "--student half_encoder", "is incomplete: 16 of its weights are not in the checkpoint"),
 ]
