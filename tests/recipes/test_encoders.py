@@ -119,7 +119,7 @@ def test_the_order_of_runs(names, tmp_path):
 
 def test_each_group_has_its_budget(names, tmp_path):
     plan = plan_of(names, tmp_path, ["tinybert", "tinybert, random"])
-    budgets = {"tinybert": ((40, "5e-4"), (30, "3e-4")), "tinybert, random": ((100, "1e-3"), (50, "1e-3"))}
+    budgets = {"tinybert": ((40, "5e-4"), (30, "3e-4")), "tinybert, random": ((100, "1e-3"), (40, "1e-3"))}
     for method, expected in budgets.items():
         for one, (steps, rate) in zip((plan.general(method), plan.task(method, "food", 0)), expected, strict=True):
             assert (one.steps, one.flags[one.flags.index("--learning_rate") + 1]) == (steps, rate)
