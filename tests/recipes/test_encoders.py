@@ -75,8 +75,8 @@ def test_a_presets_stages_of_one_kind(names):
     assert names["stages_of"](yaml.safe_load((PRESETS / "kd.yaml").read_text()), "general") == {}
 
 
-def test_every_preset_is_run(names):
-    presets = {path.stem for path in PRESETS.glob("*.yaml")}
+def test_every_preset_of_one_teacher_is_run(names):
+    presets = {path.stem for path in PRESETS.glob("*.yaml")} - {"mt_bert"}
     assert {method.preset for method in names["METHODS"].values()} - {None} == presets
 
 
