@@ -7,14 +7,12 @@ The CSV file has the columns `mr` and `ref` (devset.csv of the E2E dataset); nam
 and one tokenizer, trained from random weights for the same number of steps on the same data by `kd.py`, and differ in
 the seed of weights and order and in what they learn from:
 
-    base       the references alone (the preset `seq_kd` on them), k = 3 models per repetition
+    base       the references alone (the preset `seq_kd` on them): k = 3 models
     ensemble   no training: the mean of the k models' probabilities
-    distilled  the preset `hinton` with these k models as teachers (soft targets at T = 2, a tenth of hard ones)
-    per example  the same with MT-BERT's weights (`--teacher_weighting per_example`)
+    distilled  the preset `hinton` with these k models as teachers (soft targets at T = 2, a tenth hard): 3 seeds
 
 Measured on the test inputs' references, token by token as Hinton measures frames: cross-entropy in nats and accuracy
-of the next token. Three repetitions, each with its own base models; the distilled begin with seeds of their own. A
-finished stage is not run again. Writes `results/ensemble.json` and `results/ensemble.md`.
+of the next token. A finished stage is not run again. Writes `results/ensemble.json` and `results/ensemble.md`.
 """
 
 import argparse
@@ -33,7 +31,8 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.ops.divergences import mean_of_probabilities
 from rlkd_trl.students.from_scratch import new_model
 
-TEST_INPUTS, TEACHERS, REPETITIONS = 200, 3, 3
+TEST_INPUTS = 200
+BASE_SEEDS, DISTILLED_SEEDS = (0, 1, 2), (100, 101, 102)
 SIZE = {"d_model": 64, "num_layers": 2, "num_heads": 4, "dropout": 0.1}
 TRAINING = "--learning_rate 3e-3 --warmup_steps 30 --per_device_train_batch_size 32 --max_completion_length 64".split()
 PRESETS = RECIPES / "configs" / "methods" / "kd"
@@ -47,14 +46,12 @@ def random_weights(here: Path, seed: int, tokenizer: PreTrainedTokenizerBase) ->
     return begin
 
 
-def train(
-    here: Path, name: str, preset: str, begin: Path, seed: int, teachers: list[Path], steps: int, *flags: str
-) -> Path:
+def train(here: Path, name: str, preset: str, begin: Path, seed: int, teachers: list[Path], steps: int) -> Path:
     """A student of `kd.py` on the training inputs' references; its directory."""
     of_run = ["--dataset", here / "train.csv", "--eval_dataset", here / "dev.csv", *DATA_FLAGS, "--student", begin]
     of_run += ["--teacher", *teachers, "--output_dir", here / name, "--seed", seed, "--max_steps", steps]
     of_run += ["--config", PRESETS / f"{preset}.yaml"]
-    stage("kd", here / name / "finished.json", *of_run, *TRAINING, *QUIET, *flags)
+    stage("kd", here / name / "finished.json", *of_run, *TRAINING, *QUIET)
     return here / name
 
 
@@ -100,47 +97,37 @@ def main() -> None:
         write_rows(here / f"{name}.csv", rows)
 
     tokenizer = train_tokenizer([text for row in rest for text in row.values()], vocab_size=1200)
-    results: dict[str, list[dict[str, float]]] = {"base": [], "ensemble": [], "distilled": [], "per example": []}
-    for repetition in range(REPETITIONS):
-        seeds = range(TEACHERS * repetition, TEACHERS * (repetition + 1))
-        begins = [random_weights(here, seed, tokenizer) for seed in seeds]
-        bases = [
-            train(here, f"base{seed}", "seq_kd", begin, seed, [begin], args.max_steps)
-            for seed, begin in zip(seeds, begins, strict=True)
-        ]
-        seed = 100 + repetition
-        begin = random_weights(here, seed, tokenizer)
-        each = [measure([base], test) for base in bases]
-        results["base"].append({name: sum(one[name] for one in each) / TEACHERS for name in each[0]})
-        results["ensemble"].append(measure(bases, test))
-        distilled = train(here, f"distilled{repetition}", "hinton", begin, seed, bases, args.max_steps)
-        results["distilled"].append(measure([distilled], test))
-        weighed = ["--teacher_weighting", "per_example"]
-        weighed = train(here, f"per_example{repetition}", "hinton", begin, seed, bases, args.max_steps, *weighed)
-        results["per example"].append(measure([weighed], test))
-
-    table, base = [], results["base"]
-    for model, of_model in results.items():
-        cells = [model]
-        for name in ("nats", "accuracy"):
-            values = [one[name] for one in of_model]
-            differences = [value - one[name] for value, one in zip(values, base, strict=True)]
-            cells.append(_shown(mean_interval(values)))
-            cells.append("" if model == "base" else _shown(mean_interval(differences), sign="+"))
-        table.append(cells)
-    header = ["model", "nats / token", "− base", "next token right, %", "− base"]
+    bases = [
+        train(here, f"base{seed}", "seq_kd", begin, seed, [begin], args.max_steps)
+        for seed in BASE_SEEDS
+        for begin in [random_weights(here, seed, tokenizer)]
+    ]
+    distilled = [
+        train(here, f"distilled{seed}", "hinton", random_weights(here, seed, tokenizer), seed, bases, args.max_steps)
+        for seed in DISTILLED_SEEDS
+    ]
+    results = {
+        "base": [measure([base], test) for base in bases],
+        "ensemble": [measure(bases, test)],
+        "distilled": [measure([student], test) for student in distilled],
+    }
+    table = [
+        [model, *(_shown(mean_interval([one[name] for one in of_model])) for name in ("nats", "accuracy"))]
+        for model, of_model in results.items()
+    ]
+    header = ["model", "nats / token", "next token right, %"]
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     about = (
         f"E2E, {TEST_INPUTS} test inputs with {len(test)} references; T5 with {args.max_steps} steps; mean ± "
-        f"half-width of the 95 % interval over {REPETITIONS} repetitions, each with {TEACHERS} base models."
+        f"half-width of the 95 % interval over {len(bases)} seeds."
     )
     cost = f"{used.ru_utime + used.ru_stime:.0f} s of CPU time, stages that were done already not counted."
     text = f"{about}\n\n{markdown_table(header, table)}\n\n{made_by()} {cost}\n"
     write_results(args.results_dir, "ensemble", results, text)
 
 
-def _shown(interval: Interval, sign: str = "") -> str:
-    return f"{interval.mean:{sign}.3f} ± {interval.half_width:.3f}"
+def _shown(interval: Interval) -> str:
+    return f"{interval.mean:.3f}" + ("" if interval.half_width is None else f" ± {interval.half_width:.3f}")
 
 
 if __name__ == "__main__":

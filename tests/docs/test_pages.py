@@ -136,9 +136,9 @@ def _said(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def pair_for(page: Path, checkpoints: dict[str, Pair], encoders: Encoders) -> Pair:
+def pair_for(page: Path, checkpoints: dict[str, Pair], encoders: Encoders, recipe: str = "") -> Pair:
     """The checkpoints that a page's commands and snippets are about."""
-    if page.name == "encoders.md":
+    if page.name == "encoders.md" or recipe == "encoder_kd":
         return Pair(encoders.general, encoders.student, encoders.task)
     return checkpoints["chat" if page.name == "chat_models.md" else "t5-untied"]
 
@@ -152,7 +152,7 @@ def provide(words: list[str], pair: Pair) -> None:
             flag = name
         if name == flag or missing.exists():
             continue
-        if flag in ("--teacher", "--student", "--tokenizer"):
+        if flag in ("--teacher", "--student", "--tokenizer", "--train_along"):
             shutil.copytree(pair.teacher if name == "runs/teacher" else pair.student, missing)
         elif flag == "--dataset" and missing.suffix == ".jsonl":
             missing.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, encoder
         words = [word for word in shlex.split(stood_in(shlex.join(words)))]
         while words[0].startswith("--"):  # of the launcher
             words = words[2:]
-        provide(words, pair_for(page, checkpoints, encoders))
+        provide(words, pair_for(page, checkpoints, encoders, words[0]))
         small = SMALL.get(words[0], SMALL_TRAINING)
         if words[0] == "sft" and "--student" not in words:
             small += " --d_model 16 --num_layers 1 --num_heads 2"
