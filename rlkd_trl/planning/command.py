@@ -33,6 +33,7 @@ _RANGES = {
     "sampling_batch_size": Count,
     "local_rollout_forward_batch_size": Count,
     "beta": Coefficient,
+    "assistants": Annotated[int, Range(0, 20)],
 }
 
 
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher_batch_tokens", "Padded tokens in a scoring batch.", default=16384, metavar="N")
     add("--sampling_batch_size", "Completions decoded at a time.", default=256, metavar="N")
     add("--local_rollout_forward_batch_size", "Completions read without gradients at a time.", default=64, metavar="N")
+    add("--assistants", "Also print sizes of so many teacher assistants (assistant_kd).", metavar="N", default=0)
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
@@ -114,4 +116,4 @@ def main(argv: list[str] | None = None) -> None:
         sampling_batch=flags.sampling_batch_size,
         forward_batch=flags.local_rollout_forward_batch_size,
     )
-    print(report(flags.teacher, flags.student, workload, cluster, training))
+    print(report(flags.teacher, flags.student, workload, cluster, training, assistants=flags.assistants))

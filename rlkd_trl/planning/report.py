@@ -8,6 +8,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.limits import check_caps, position_limits_of_config
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.advice import advice
+from rlkd_trl.planning.assistants import assistant_configs, assistants_table
 from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
 from rlkd_trl.planning.skeletons import Checkpoint
 from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_table
@@ -29,8 +30,10 @@ def _explained(flag: str) -> Iterator[None]:
         ) from cause
 
 
-def report(teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training) -> str:
-    """The planner's output for two checkpoints, as text.
+def report(
+    teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training, *, assistants: int = 0
+) -> str:
+    """The planner's output for two checkpoints, as text; assistants: of how many to propose sizes between them.
 
     Raises:
         InputError: As `Checkpoint.of` and `check_caps`, before anything is computed; or a model cannot be run on fake
@@ -44,6 +47,13 @@ def report(teacher: str, student: str, workload: Workload, cluster: Cluster, tra
             position_limits_of_config(checkpoint.config),
             max_prompt_length=workload.prompt_tokens,
             max_completion_length=workload.completion_tokens,
+        )
+    between = []
+    if assistants:
+        ends = teacher_checkpoint.config, student_checkpoint.config
+        between.append(
+            "Assistants, of geometric sizes:\n"
+            + assistants_table(ends[0], assistant_configs(*ends, assistants), ends[1])
         )
     with _explained(f"--teacher {teacher}"):
         teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
@@ -63,5 +73,6 @@ def report(teacher: str, student: str, workload: Workload, cluster: Cluster, tra
         "Peak, GiB on each GPU (always held, and the largest of the phases; x does not fit):\n"
         + peak_table(teachers, students, cluster),
         advice(teachers, students, cluster, workload),
+        *between,
     ]
     return "\n\n".join(sections)

@@ -84,7 +84,7 @@ def test_flags_are_known(snippet):
 def known_flags(capsys) -> set[str]:
     """Of all recipes and the planner, by their own `--help_all`."""
     flags = {action.dest for action in planner.parser()._actions}
-    for recipe in (*RECIPES, "compare", "encoder_search"):
+    for recipe in (*RECIPES, "compare", "encoder_search", "assistant_kd"):
         assert run(f"{recipe} --help_all") == 0
         flags |= set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
     return flags
@@ -106,6 +106,7 @@ SMALL = {
     "evaluate": "--max_completion_length 6",
     "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
     "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd rloo_token",
+    "assistant_kd": "--max_steps 1 --common per_device_train_batch_size=8 max_completion_length=6",
     "encoder_kd": "--max_steps 1 --stage_max_steps 1 --per_device_train_batch_size 8 --max_length 32",
     "encoder_search": "--base soft_only --sets leave_one_out --seeds 0 --max_steps 1 --common max_length=32",
 }
@@ -188,6 +189,9 @@ def assert_command_left(words: list[str], printed: str) -> None:
             rows = [json.loads(line) for line in (output_dir / "outputs.jsonl").read_text().splitlines()]
             assert len(rows) == 8 and all("student" in row for row in rows)
             assert "student" in json.loads((output_dir / "metrics.json").read_text())
+    elif recipe == "assistant_kd":
+        assert (output_dir / "chain.md").read_text() in printed
+        assert weights_of(str(output_dir / "student")) and weights_of(str(output_dir / "assistant1"))
     elif recipe == "encoder_search":
         assert (output_dir / "search.md").read_text() in printed
     elif recipe == "compare":

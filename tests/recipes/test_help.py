@@ -149,6 +149,14 @@ GROUPS = {
         "Reward": REWARD,
         "Evaluation": "output_dir max_completion_length batch_size sample temperature seed ibleu reward_weights",
     },
+    "assistant_kd": {
+        "Data": DATA,
+        "Held-out data": HELD_OUT,
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Student": STUDENT,
+        "Chain": "smoke methods num_assistants assistants dense max_steps learning_rates seed common output_dir",
+    },
     "compare": {
         "Data": DATA,
         "Prompts": PROMPTS,
@@ -166,7 +174,7 @@ GROUPS = {
 }
 for _recipe in GROUPS:
     GROUPS[_recipe]["Code of checkpoints"] = "trust_remote_code"
-WITH_HELP = (*RECIPES, "compare", "encoder_search")
+WITH_HELP = (*RECIPES, "compare", "encoder_search", "assistant_kd")
 
 
 @pytest.fixture(autouse=True)

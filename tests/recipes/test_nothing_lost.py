@@ -246,6 +246,7 @@ IN_USE = {
     "overwrite": f"{RLOO} {DISTIL} --overwrite_output_dir",
     "encoder": "encoder_kd",
     "search": "encoder_search --smoke",
+    "assistants": "assistant_kd --smoke",
     "compare": f"compare {COLUMNS} --teacher {{i}}/teacher --student {{i}}/student --dataset {{i}}/data/train.csv "
     "--test_dataset {i}/data --methods ppo --max_steps 2 --seeds 0",
 }

@@ -5,13 +5,14 @@ import typing
 
 import pytest
 
-from rlkd_trl.commands import arguments, encoder_search
+from rlkd_trl.commands import arguments, assistants, encoder_search
 from rlkd_trl.commands.comparison import arguments as of_compare
 from rlkd_trl.commands.files_read import FILES_OF, READ_BY_FLAG
 from rlkd_trl.settings.files import Reads, files_read, places_written
 from rlkd_trl.trainers import config, encoder_config, full_vocabulary_config, supervised_config
 
-MODULES = [arguments, of_compare, encoder_search, config, encoder_config, full_vocabulary_config, supervised_config]
+MODULES = [arguments, of_compare, encoder_search, assistants, config, encoder_config, full_vocabulary_config]
+MODULES.append(supervised_config)
 KINDS = sorted(
     {
         kind

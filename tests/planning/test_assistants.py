@@ -1,0 +1,63 @@
+"""Sizes of teacher assistants: worked numbers, and models of these sizes."""
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
+
+from rlkd_trl.errors import InputError
+from rlkd_trl.planning import command
+from rlkd_trl.planning.assistants import assistant_configs, geometric_size, num_parameters
+
+SMALL_T5 = {"vocab_size": 50, "d_kv": 16, "decoder_start_token_id": 0}
+TEACHER = T5Config(d_model=256, num_layers=8, num_decoder_layers=8, num_heads=16, d_ff=1024, **SMALL_T5)
+STUDENT = T5Config(d_model=64, num_layers=2, num_decoder_layers=2, num_heads=4, d_ff=64, **SMALL_T5)
+
+
+def test_equal_ratios():
+    # 64^(1/2) 4^(1/2) = 16; 64 → 4 in three steps by 64^(1/3) / 4^(1/3) = 2.52: 25.4, 10.1; to multiples of 4: 24, 12
+    assert geometric_size(64, 4, 0.5) == 16
+    assert [geometric_size(64, 4, share) for share in (1 / 3, 2 / 3)] == [25, 10]
+    assert [geometric_size(64, 4, share, multiple_of=4) for share in (1 / 3, 2 / 3)] == [24, 12]
+    assert geometric_size(1, 1, 0.5) == 1 and geometric_size(5, 1, 0.9, multiple_of=8) == 8
+
+
+def test_an_assistant_is_half_way_in_every_size():
+    (assistant,) = assistant_configs(TEACHER, STUDENT, 1)
+    sizes = [
+        assistant.d_model,
+        assistant.num_layers,
+        assistant.num_decoder_layers,
+        assistant.num_heads,
+        assistant.d_ff,
+    ]
+    assert sizes == [128, 4, 4, 8, 256]
+    model = AutoModelForSeq2SeqLM.from_config(assistant)
+    assert num_parameters(assistant) == model.num_parameters()
+    assert num_parameters(STUDENT) < model.num_parameters() < num_parameters(TEACHER)
+
+
+def test_decoders_too_and_a_chain_that_falls():
+    teacher, student = (
+        LlamaConfig(
+            vocab_size=50, hidden_size=w, num_hidden_layers=n, num_attention_heads=h, num_key_value_heads=1, head_dim=d
+        )
+        for w, n, h, d in ((96, 6, 6, 16), (24, 2, 3, 8))
+    )
+    chain = [teacher, *assistant_configs(teacher, student, 3), student]
+    counts = [num_parameters(config) for config in chain]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 5
+    for config in chain[1:-1]:
+        assert config.hidden_size % config.num_attention_heads == 0
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_student_that_is_not_smaller():
+    with pytest.raises(InputError, match="between a teacher and a smaller student"):
+        assistant_configs(STUDENT, TEACHER, 1)
+
+
+def test_the_planner_prints_them(tmp_path, capsys):
+    for name, config in (("teacher", TEACHER), ("student", STUDENT)):
+        config.save_pretrained(tmp_path / name)
+    command.main(f"--teacher {tmp_path / 'teacher'} --student {tmp_path / 'student'} --assistants 1".split())
+    printed = capsys.readouterr().out
+    assert "| assistant 1 | 4 | 128 | 8 | 256 |" in printed

@@ -1,0 +1,122 @@
+"""assistant_kd.py as a user runs it: which model teaches which, what is left, that a finished hop is not run again."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from rlkd_trl.commands.assistants import Chain
+from rlkd_trl.commands.settings import parse_settings
+from tests.recipes.command_lines import ROOT, run, word_rows, write_csv
+
+TINY = "--common per_device_train_batch_size=8 num_generations=1 max_completion_length=6 save_strategy=no"
+
+
+@pytest.fixture
+def place(checkpoints, tmp_path, monkeypatch):
+    pair = checkpoints["t5-untied"]
+    shutil.copytree(pair.student, tmp_path / "small")
+    config = AutoConfig.from_pretrained(pair.student)
+    config.num_layers = config.num_decoder_layers = 6
+    config.d_ff *= 8
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(pair.student).save_pretrained(tmp_path / "large")
+    write_csv(tmp_path / "train.csv", word_rows(30))
+    write_csv(tmp_path / "test.csv", word_rows(8, seed=1))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMAND = (
+    "assistant_kd --teacher large --student small --dataset train.csv --eval_dataset test.csv --source_column mr "
+    f"--target_column ref {TINY} --output_dir out"
+)
+
+
+def chain_of(flags: str, monkeypatch) -> Chain:
+    from rlkd_trl.commands.assistants import ChainSettings
+
+    monkeypatch.setattr("sys.argv", [*COMMAND.split(), *flags.split()])
+    settings = parse_settings(ChainSettings, description="", recipe="assistant_kd")
+    return Chain.of(settings, ROOT / "recipes")
+
+
+def test_who_teaches_whom(place, monkeypatch):
+    last = chain_of("--num_assistants 2 --max_steps 3 5 7 --methods word_kd gkd ppo", monkeypatch)
+    assert [last.teachers(hop) for hop in range(3)] == [["large"], ["out/assistant1"], ["out/assistant2"]]
+    assert last.begins == ["out/begin1", "out/begin2", "small"]
+    assert [last.cell(hop).method.name for hop in range(3)] == ["word_kd", "gkd", "ppo"]
+    assert "--max_steps=5" in last.flags(1) and "--learning_rate=0.0005" in last.flags(2)
+    dense = chain_of("--num_assistants 2 --dense", monkeypatch)
+    assert [len(dense.teachers(hop)) for hop in range(3)] == [1, 2, 3]
+    assert dense.teachers(2) == ["large", "out/assistant1", "out/assistant2"]
+
+
+def test_only_the_teacher_is_asked_through_its_templates(place, monkeypatch):
+    asked = ["--template", "w3 {{ source }}"]
+    chain = chain_of("--student_template w4{{source}}", monkeypatch)
+    chain.settings.prompts.template = asked[1]
+    assert asked[1] in chain.flags(0) and asked[1] not in chain.flags(1)
+    assert "w4{{source}}" in chain.flags(0) and "w4{{source}}" in chain.flags(1)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num_assistants 0", "--num_assistants 0 is out of range"),
+        ("--max_steps 1 2 3", "--max_steps has 3 values for 2 hops: give one for each, or one"),
+        ("--methods nothing", "--methods nothing: no such method"),
+        ("--methods pkd", "encoder_kd is none of the recipes of a hop"),
+        ("--common logging_steps", "--common logging_steps is not of the form name=value"),
+        ("--common losses=1", "Hop 1 (word_kd):"),
+        ("--assistants nowhere", "Could not load the model config of 'nowhere' (no directory here"),
+        ("--assistants large small --num_assistants 2", "--num_assistants makes new assistants"),
+        ("--teacher small --student large", "between a teacher and a smaller student"),
+        ("--teacher large small", "2 teachers: a chain begins with one"),
+        ("--dense --template {{source}}", "--dense with --template"),
+        ("--smoke", "--smoke brings its own data and models: leave out --dataset and --teacher and --student"),
+        ("--source_column text", "`--source_column text` is not in the data"),
+        ("--learning_rates 0", "--learning_rates 0.0 is out of range"),
+        ("--teacher nowhere", "Could not load the model config of 'nowhere' (no directory here"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_made(flags, message, place, capfd):
+    assert run(f"{COMMAND} {flags}") == 2
+    assert message in capfd.readouterr().err
+    assert not list(place.glob("out/*/*"))
+
+
+@pytest.mark.slow
+def test_a_chain_is_run_once(place, capfd):
+    """The real command: with DGKD's teachers, then again; then on after its last hop was taken away."""
+    command = f"{COMMAND} --max_steps 2 --dense --num_assistants 1"
+    assert run(command) == 0
+    printed = capfd.readouterr().out
+    assert "out/assistant1: done" in printed and "out/student: done" in printed
+    assert (place / "out/chain.md").read_text() in printed
+    hops = json.loads((place / "out/chain.json").read_text())["hops"]
+    assert [hop["teachers"] for hop in hops] == [["large"], ["large", "out/assistant1"]]
+    assert [hop["cost"]["optimizer_steps"] for hop in hops] == [2, 2]
+    counts = [
+        AutoModelForSeq2SeqLM.from_pretrained(place / name).num_parameters()
+        for name in ("large", "out/assistant1", "out/student")
+    ]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
+
+    assert run(command) == 0
+    assert "done" not in capfd.readouterr().out
+    shutil.rmtree(place / "out/student")
+    before = (place / "out/assistant1/model.safetensors").stat().st_mtime_ns
+    assert run(command) == 0
+    printed = capfd.readouterr().out
+    assert "out/student: done" in printed and "assistant1: done" not in printed
+    assert (place / "out/assistant1/model.safetensors").stat().st_mtime_ns == before
+    assert run(f"{command} --seed 1") == 2
+    assert "out/assistant1 holds the results of another command" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_on_the_demo(tmp_path):
+    assert run(f"assistant_kd --smoke --output_dir {tmp_path / 'out'}") == 0
+    assert "| assistant1 | word_kd | 4 |" in (tmp_path / "out" / "chain.md").read_text()
