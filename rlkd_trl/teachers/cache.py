@@ -142,9 +142,9 @@ class TeacherCache(AbsentTeacher):
         super().__init__(load_tokenizer(str(self.directory / TOKENIZER)), content_tokens=self.header.content_tokens)
         self._shards = [self._opened(n) for n in range(self.header.num_shards)]
         self._ends = [np.concatenate([[0], self._whole(n, "ends")]) for n in range(self.header.num_shards)]
-        keys = np.concatenate([self._whole(n, "keys") for n in range(self.header.num_shards)])
-        self._keys = keys.view(f"S{KEY_BYTES}")[:, 0]
-        self._order = np.argsort(self._keys, kind="stable")
+        self._keys = np.concatenate([self._whole(n, "keys") for n in range(self.header.num_shards)])
+        self._heads = np.ascontiguousarray(self._keys[:, :8]).view(np.uint64)[:, 0]
+        self._order = np.argsort(self._heads)
 
     def describe(self) -> str:
         header = self.header
@@ -156,9 +156,10 @@ class TeacherCache(AbsentTeacher):
 
     def place_of(self, key: bytes) -> int | None:
         """The number of the completion with this key; None if it is not here."""
-        at = np.searchsorted(self._keys, np.bytes_(key), sorter=self._order)
-        found = self._order[at] if at < len(self._order) else None
-        return None if found is None or self._keys[found] != np.bytes_(key) else int(found)
+        head = np.frombuffer(key[:8], dtype=np.uint64)[0]
+        first, last = (np.searchsorted(self._heads, head, side=side, sorter=self._order) for side in ("left", "right"))
+        found = (int(place) for place in self._order[first:last] if self._keys[place].tobytes() == key)
+        return next(found, None)
 
     def read(self, place: int) -> tuple[Tensor, Tensor]:
         """Ids `[n, k]` and log-probabilities `[n, k+1]`, float32, of the n tokens of a completion.

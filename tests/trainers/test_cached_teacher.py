@@ -12,7 +12,7 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import TeacherForcingReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, key_of, shard_file
-from rlkd_trl.teachers.cache_writer import write_cache
+from rlkd_trl.teachers.cache_writer import targets_of, write_cache
 from rlkd_trl.trainers.run_record import model_record
 from tests.conftest import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, pairs, run
@@ -36,7 +36,7 @@ def panel_of(family: str, templates=None) -> TeacherPanel:
     return TeacherPanel(teachers, templates, teacher_weights=weights)
 
 
-def cached(directory, panel, **settings) -> CachedPanel:
+def cached(directory, panel, data=DATA, **settings) -> CachedPanel:
     settings = {
         "k": 0,
         "dtype": "float32",
@@ -49,7 +49,7 @@ def cached(directory, panel, **settings) -> CachedPanel:
     }
     teachers = {id(scorer.teacher): scorer.teacher for scorer in panel.scorers}.values()
     identities = [model_record(teacher.model) for teacher in teachers]
-    write_cache(panel, list(DATA), directory, names=["tiny"] * len(identities), identities=identities, **settings)
+    write_cache(panel, list(data), directory, names=["tiny"] * len(identities), identities=identities, **settings)
     return CachedPanel(TeacherCache(directory), panel.templates)
 
 
@@ -122,6 +122,19 @@ def test_the_files_hold_the_teachers_distribution(tmp_path):
     torch.testing.assert_close(logps[:, :4].double(), expected.topk(4).values, rtol=1e-5, atol=1e-5)
     rest = expected.scatter(1, ids, -torch.inf).logsumexp(dim=-1)
     torch.testing.assert_close(logps[:, 4].double(), rest, rtol=1e-5, atol=1e-5)
+
+
+def test_every_target_is_found_and_no_other(tmp_path):
+    """Also by keys that end with a byte of 0, and those of which only the first half is the same."""
+    data = list(pairs(300))
+    panel = cached(tmp_path, panel_of("llama"), data, k=1, batch_size=64, rows_per_shard=100)
+    tokenizer = word_tokenizer()
+    targets = targets_of(data, panel.questions, tokenizer, [tokenizer.eos_token_id], max_completion_length=6)
+    keys = [target.key for target in targets]
+    assert any(key.endswith(b"\0") for key in keys)
+    assert [panel.cache.place_of(key) for key in keys] == list(range(len(keys)))
+    assert panel.cache.place_of(keys[7][:8] + keys[8][8:]) is None
+    assert panel.cache.place_of(bytes(16)) is None and panel.cache.place_of(b"\xff" * 16) is None
 
 
 def test_a_stopped_writer_goes_on_and_leaves_whole_shards_alone(tmp_path, monkeypatch):
