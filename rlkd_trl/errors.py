@@ -51,6 +51,10 @@ class TrainingError(Exception):
     """
 
 
+class ServerError(Exception):
+    """The server of a teacher fails or refuses. The message says what it answered, without any key."""
+
+
 class CheckpointError(OSError):
     """A checkpoint cannot be written, on a full disk for instance. The message says which ones are intact."""
 
@@ -115,9 +119,10 @@ def run(main: Callable[[], None]) -> None:
 
     SIGINT and SIGTERM end it at once, unless it saves something first (see `trainers.interruption`). Exit codes: 2 for
     input to be corrected, which the code of a user's rewards and checkpoints is too; 1 if numbers are not finite, a
-    checkpoint could not be written, or another process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several
-    processes only one prints. When a command succeeds, or all processes leave it at the same step, it also closes the
-    connection between the processes, whose threads could otherwise abort the interpreter on its way out.
+    checkpoint could not be written, a teacher's server has failed, or another process has died; 130 after Ctrl-C; 143
+    after SIGTERM. Of several processes only one prints. When a command succeeds, or all processes leave it at the same
+    step, it also closes the connection between the processes, whose threads could otherwise abort the interpreter on
+    its way out.
     """
     _end_with_launcher()
     # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
@@ -135,6 +140,8 @@ def run(main: Callable[[], None]) -> None:
         _end(1, f"error: {_one_line(error)}")
     except CheckpointError as error:
         _end(1, f"error: {_one_line(error)}")
+    except ServerError as error:
+        _end(1, f"error: {_one_line(error)}{_hint(' ')}")
     except OSError as error:  # while results are written
         if error.errno not in _DISK_ERRORS:
             _end_unexpectedly(error)

@@ -14,16 +14,18 @@ _SENTINEL = re.compile(r"<extra_id_\d+>")
 ALLOWED_SPECIAL_TOKENS = "allowed_special_tokens"  # the name in generation_config.json
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the generation config's (several, for chat models), and the tokenizer's.
 
     The tokenizer's is what targets end with; of a chat model it is the token that ends a turn (see `PromptWriter`).
+    model: None for one that is not in this process.
 
     Raises:
         InputError: As `require_eos`.
     """
     require_eos(tokenizer)
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    config = None if model is None else model.generation_config
+    eos = None if config is None else config.eos_token_id
     of_model = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return list(dict.fromkeys([*of_model, tokenizer.eos_token_id]))
 

@@ -125,9 +125,9 @@ def teacher_reward(
     for rewards_BT, of_scorer in zip(rewards, inputs_of, strict=True):
         _check_scores(rewards_BT, reward, name, of_scorer.completion_mask_BT, allow_not_finite)
     for of_scorer, potentials_BT1 in zip(scores, potentials, strict=True):
-        if not isinstance(potentials_BT1, Tensor) or potentials_BT1.shape != of_scorer.mean.shape:
+        if not isinstance(potentials_BT1, Tensor) or potentials_BT1.shape != of_scorer.logsumexp.shape:
             returned = _shape_of(potentials_BT1)
-            expected = f"{tuple(of_scorer.mean.shape)}, one per token and one more"
+            expected = f"{tuple(of_scorer.logsumexp.shape)}, one per token and one more"
             raise _error(reward, name, f"has potentials of {returned}; expected {expected}")
     rewards = [s.on_students_tokens(of_one) for of_one, s in zip(rewards, scores, strict=True)]
     potentials = [s.at_students_states(of_one) for of_one, s in zip(potentials, scores, strict=True)]

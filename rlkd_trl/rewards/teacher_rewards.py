@@ -91,7 +91,7 @@ class TeacherReward:
 
     def potentials(self, scores: TeacherScores) -> Tensor:
         """Φ(s_t) for potential-based shaping, `[B, T+1]`; 0 if the reward implies no potential."""
-        return torch.zeros_like(scores.mean)
+        return torch.zeros_like(scores.logsumexp)
 
     def score_tokens(self, prompts: list[str] | list[list[Message]], completions_ids: list[list[int]]) -> list[Tensor]:
         """The reward of every token: one float32 tensor `[T_i]` per completion.
@@ -219,7 +219,7 @@ class TeacherForcingReward(TeacherReward):
         return {"expected": self.value == "expected", "tau": self.tau if self.value == "soft" else None}
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
-        q_BT = centre(scores.chosen, scores.mean[:, :-1])
+        q_BT = centre(scores.chosen, scores.centre_BT1[:, :-1])
         values_BT1 = self.potentials(scores)
         mask_BT, ended_B = inputs.completion_mask_BT, inputs.ended_B
         if self.k == 1:
@@ -228,7 +228,7 @@ class TeacherForcingReward(TeacherReward):
         return rewards_from_returns(returns_BT, gamma=self.gamma)
 
     def potentials(self, scores: TeacherScores) -> Tensor:
-        return centre(getattr(scores, self.value), scores.mean)
+        return centre(getattr(scores, self.value), scores.centre_BT1)
 
 
 class LogLikelihoodReward(TeacherReward):

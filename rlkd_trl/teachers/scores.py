@@ -19,6 +19,8 @@ class TeacherScores:
     expected = Σ_v softmax(z)_v z_v, soft = τ logsumexp(z/τ), and allowed_logsumexp, which is over the ids that a
     student may sample. Positions where no state exists are 0.
 
+    A teacher that tells log p only has log p in place of z: its logsumexp is 0, and it has no mean.
+
     weight: the scorer's share of the mean over teachers and templates, one number, or `[B, 1]` where it differs from
     completion to completion.
 
@@ -27,7 +29,7 @@ class TeacherScores:
     """
 
     chosen: Tensor
-    mean: Tensor
+    mean: Tensor | None
     max: Tensor
     logsumexp: Tensor
     expected: Tensor | None = None
@@ -35,6 +37,11 @@ class TeacherScores:
     allowed_logsumexp: Tensor | None = None
     weight: float | Tensor = 1.0
     alignment: Alignment | None = None
+
+    @property
+    def centre_BT1(self) -> Tensor:
+        """The constant of each state by which logits are centred: their mean; logsumexp where that is not known."""
+        return self.logsumexp if self.mean is None else self.mean
 
     def log_likelihood(self, mask_BT: Tensor) -> Tensor:
         """log p(y_t | s_t) of each of the student's tokens, in nats, `[B, T]`, 0 behind the mask.
