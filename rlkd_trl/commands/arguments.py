@@ -205,6 +205,29 @@ class AbsentTeacherArguments:
         default=None,
         metadata={"help": "Directory that cache_teacher.py has written: kd.py learns from it without the teacher."},
     )
+    teacher_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a server of the completions API (vLLM's, for instance) with a decoder-only teacher: PPO, "
+            "RLOO and REINFORCE."
+        },
+    )
+    teacher_tokenizer: CheckpointPath | None = field(
+        default=None, metadata={"help": "Checkpoint with the served teacher's tokenizer and chat template."}
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "Its name there; default: the only one that the server has."}
+    )
+    teacher_api_key_env: str | None = field(
+        default=None, metadata={"help": "Name of the environment variable with the server's API key."}
+    )
+    teacher_server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
+    teacher_server_patience: Positive = field(
+        default=120.0, metadata={"help": "Seconds for which a failing request is repeated before the run ends."}
+    )
+    teacher_server_concurrency: Count = field(
+        default=8, metadata={"help": "Requests at a time, of each process; each has up to 8 texts."}
+    )
 
     def __post_init__(self):
         check_ranges(self)
@@ -212,7 +235,7 @@ class AbsentTeacherArguments:
     @property
     def named(self) -> str | None:
         """What names the teacher."""
-        return self.teacher_cache
+        return self.teacher_cache or self.teacher_server
 
 
 @dataclass

@@ -18,6 +18,8 @@ _LEFT_OUT = (
     *("DataArguments", "HeldOutArguments", "RunArguments"),
     *("GeneralDataArguments", "TaskDataArguments", "EncoderHeldOutArguments"),
     *("teacher_placement", "teacher_offload_path", "teacher_batch_tokens"),
+    *("teacher_server", "teacher_api_key_env", "teacher_server_timeout", "teacher_server_patience"),
+    "teacher_server_concurrency",
 )
 
 

@@ -16,8 +16,9 @@ from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.prompts import checked_messages, is_conversation
-from rlkd_trl.rewards import LogRatioReward, RewardModel
+from rlkd_trl.rewards import LogRatioReward, RewardModel, TeacherForcingReward
 from rlkd_trl.teachers.panel import Scorer, TeacherPanel
+from rlkd_trl.teachers.served import check_wanted
 from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
@@ -200,6 +201,9 @@ def checked_reward_model(
             "train with kd.py (`KDTrainer`), or give the teacher itself."
         )
     for term in model.teacher_terms:
+        is_absent = any(scorer.teacher.model is None for scorer in term.panel.scorers)
+        if is_absent and isinstance(term, TeacherForcingReward):
+            check_tells_rewards(term.value, term.tau if term.value == "soft" else None, args)
         if getattr(term, "gamma", args.gamma) != args.gamma:
             raise InputError(f"The teacher-forcing reward has gamma {term.gamma}, the trainer {args.gamma}.")
         check_k_step(getattr(term, "k", 1), args)
@@ -255,6 +259,17 @@ def check_positions(
 def _asked(panel: TeacherPanel, scorer: Scorer, row: Mapping[str, object]) -> str:
     """A row's question as the scorer's teacher reads it."""
     return scorer.prompts([panel.questions(row)])[0]
+
+
+def check_tells_rewards(value: str, tau: float | None, args: OnPolicyConfig) -> None:
+    """Raises `InputError` for a teacher-forcing reward that a served teacher, which tells log p only, cannot give."""
+    check_wanted(expected=value == "expected", tau=tau)
+    # The sum over a completion, which is all that RLOO reads at the level of sequences, differs by V of the prompt.
+    if not args.teacher_baseline and getattr(args, "level", None) != "sequence":
+        raise InputError(
+            "A served teacher tells log p, and the teacher-forcing reward is of logits: they agree where it is shaped "
+            "by the teacher's V. Set teacher_baseline to True, or choose the reward log_likelihood or log_ratio."
+        )
 
 
 def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:

@@ -20,7 +20,7 @@ ABSENT_CASES = [
     (("cache_teacher",), "--output data.csv", "--output data.csv is what --dataset data.csv reads"),
     (("cache_teacher",), "--output a_file", "--output a_file is a file: name a directory"),
     (("cache_teacher",), "--output not_a_cache", "--output not_a_cache holds files that are no teacher cache"),
-    (("kd",), _CACHED, "--teacher_cache cache is in place of --teacher teacher: give one of them"),
+    (("kd",), _CACHED, "--teacher teacher and --teacher_cache cache are teachers in place of each other"),
 ]
 _KD = f"--student student {DATA} {TWO_STEPS} --max_completion_length 6 --output_dir out"
 ABSENT_COMMANDS = [
@@ -50,6 +50,35 @@ ABSENT_COMMANDS = [
 ] + [
     (f"{recipe} {_KD} --num_generations 2 {_CACHED}", "this method learns from the student's own samples: use kd.py")
     for recipe in ("ppo_kd", "rloo_kd", "reinforce_kd", "all_actions_kd")
+]
+# No server is there: what is wrong besides is found before it is asked.
+_SERVED = "--teacher_server http://127.0.0.1:9 --teacher_tokenizer teacher"
+_RL = f"{_KD} --num_generations 2"
+ABSENT_COMMANDS += [
+    (f"kd {_KD} {_SERVED}", "this method compares teacher and student over all tokens: use ppo_kd.py"),
+    (f"all_actions_kd {_RL} {_SERVED}", "this method compares teacher and student over all tokens: use ppo_kd.py"),
+    (f"rloo_kd {_RL} {_SERVED} --teacher teacher", "are teachers in place of each other: give one of them"),
+    (f"kd {_KD} {_SERVED} {_CACHED}", "are teachers in place of each other: give one of them"),
+    (f"rloo_kd {_RL} --teacher_server http://127.0.0.1:9", "--teacher_server needs --teacher_tokenizer: a directory"),
+    (f"rloo_kd {_RL} {_SERVED}", "The teacher's server http://127.0.0.1:9/v1 cannot be asked: "),
+    (f"ppo_kd {_RL} {_SERVED} --value expected", "V = 'expected' is a mean over the teacher's whole distribution"),
+    (f"ppo_kd {_RL} {_SERVED} --value soft --tau 2", "V = 'soft' at tau = 2.0 needs the teacher's whole distribution"),
+    (
+        f"reinforce_kd {_RL} {_SERVED} --teacher_baseline False",
+        "the teacher-forcing reward is of logits: they agree where it is shaped by the teacher's V",
+    ),
+    (f"rloo_kd {_RL} {_SERVED} --teacher_dtype bfloat16", "--teacher_dtype bfloat16 has no effect with"),
+    (f"rloo_kd {_RL} {_SERVED} --teacher_weights 1", "--teacher_weights 1.0 has no effect with --teacher_server"),
+    (f"rloo_kd {_RL} --teacher_server 127.0.0.1:9 --teacher_tokenizer teacher", "is no URL: give http://HOST:PORT"),
+    (
+        f"rloo_kd {_RL} --teacher_server http://me:word@127.0.0.1:9 --teacher_tokenizer teacher",
+        "holds a name, a password or parameters, which would be written down with the run",
+    ),
+    (f"rloo_kd {_RL} {_SERVED} --teacher_api_key_env NO_SUCH_NAME", "names no variable of the environment"),
+    (f"rloo_kd {_RL} {_SERVED} --teacher_server_timeout 0", "--teacher_server_timeout 0.0 is out of range"),
+    (f"rloo_kd {_RL} {_SERVED} --teacher_server_concurrency 0", "--teacher_server_concurrency 0 is out of range"),
+    (f"rloo_kd {_RL} --teacher_server http://127.0.0.1:9 --teacher_tokenizer nowhere/at/all", "is not a directory"),
+    (f"kd {_KD} {_CACHED} --teacher_server_model x", "--teacher_server_model x has no effect with --teacher_cache"),
 ]
 ABSENT_LOADED_CASES = [
     (("cache_teacher",), "--output cache --k 3", "cache is a cache of something else: k is 25 and would be 3. Name"),

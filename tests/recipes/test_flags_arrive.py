@@ -366,6 +366,13 @@ ARRIVES = {
         lambda r, seen, base: seen.widest("teacher") == base.widest("teacher") + 2 + 4,
     ),
     "AbsentTeacherArguments.teacher_cache": ((), "", None),  # and those of a cache: test_cached_teacher.py
+    **{  # test_served_teacher.py
+        f"AbsentTeacherArguments.{name}": ((), "", None)
+        for name in (
+            *("teacher_server", "teacher_tokenizer", "teacher_server_model", "teacher_api_key_env"),
+            *("teacher_server_timeout", "teacher_server_patience", "teacher_server_concurrency"),
+        )
+    },
     "CacheArguments.output": ((), "", None),
     "CacheArguments.k": ((), "", None),
     "CacheArguments.dtype": ((), "", None),

@@ -19,7 +19,10 @@ TEACHER = (
 )
 STUDENT = "student student_dtype"
 PANEL = "teacher_weights template_weights teacher_weighting teacher_column template_column"
-ABSENT = "teacher_cache"
+ABSENT = (
+    "teacher_cache teacher_server teacher_tokenizer teacher_server_model teacher_api_key_env teacher_server_timeout "
+    "teacher_server_patience teacher_server_concurrency"
+)
 REWARD = "reward value k tau"
 TRAINING = (
     "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "

@@ -29,7 +29,8 @@ NO_FILES = set(
     "template_names rename_columns student_template teacher_revision teacher_dtype teacher_quantization "
     "teacher_placement teacher_offload_path student_revision student_dtype value architecture strategy "
     "baseline select_on common validation_split test_split critic level ensemble divergence "
-    "dtype sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
+    "teacher_server teacher_server_model teacher_api_key_env dtype "
+    "sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
     "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs "
     "task_split task_config task_revision task_source_column task_pair_column task_eval_split task_teacher_revision "
     "stages losses layer_map teacher_weighting teacher_column template_column stage sets candidates metric".split()
