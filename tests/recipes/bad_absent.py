@@ -37,7 +37,7 @@ ABSENT_COMMANDS = [
         ),
         ("--teacher_dtype bfloat16", "--teacher_dtype bfloat16 has no effect with --teacher_cache cache"),
         ("--teacher_column mr", "--teacher_column mr has no effect with --teacher_cache cache"),
-        ("--dataset test.csv", "Row 1: A target of the prompt"),
+        ("--dataset test.csv --eval_dataset data.csv", "Row 1: A target of the prompt"),
         ("--student other_tokenizer", "have different tokenizers"),
         ("--teacher_cache torn_cache", "torn_cache is not complete: 1 of its 4 shards are missing. The command that"),
         ("--teacher_cache cut_cache", "shard-00001.safetensors is damaged: delete it, and run the command again"),
