@@ -13,6 +13,7 @@ from encoder_runs import (
     LONG,
     LONGEST,
     METHODS,
+    QUESTIONS,
     SHORT,
     TEACHER_STEPS,
     Budget,
@@ -75,23 +76,26 @@ def task_table(plan: Plan, names: Sequence[str]) -> str:
     return markdown_table(heads, lines)
 
 
-def orders(plan: Plan) -> list[str]:
-    """Of each order that the papers report: the paired difference over tasks and seeds, and whether it came out."""
+def differences(plan: Plan, of: Sequence[tuple[str, str, str]], verdicts: tuple[str, str]) -> list[str]:
+    """For each (what, one method, the other): the paired difference over tasks and seeds.
+
+    verdicts: what it means if the first method is better, and if the second one is.
+    """
     lines = []
-    for better, worse, source in EXPECTED:
-        if not {better, worse} <= plan.methods.keys():
+    for what, one, other in of:
+        if not {one, other} <= plan.methods.keys():
             continue
         pairs = [
-            (retained(plan, better, task, seed), retained(plan, worse, task, seed))
-            for task in plan.tasks_of(worse)
+            (retained(plan, one, task, seed), retained(plan, other, task, seed))
+            for task in plan.tasks_of(other)
             for seed in plan.seeds
         ]
-        differences = [first - second for first, second in pairs if first is not None and second is not None]
-        lines.append(f"- {source}. {better} minus {worse}: {order(differences)}")
+        found = [first - second for first, second in pairs if first is not None and second is not None]
+        lines.append(f"- {what}. {one} minus {other}: {in_points(found, verdicts)}")
     return lines
 
 
-def order(differences: Sequence[float]) -> str:
+def in_points(differences: Sequence[float], verdicts: tuple[str, str]) -> str:
     """In words: points of accuracy retained, over so many pairs, and what they say."""
     if not differences:
         return "not measured."
@@ -100,7 +104,7 @@ def order(differences: Sequence[float]) -> str:
     if half_width is None or abs(mean) <= half_width:
         verdict = "not told apart"
     else:
-        verdict = "as in the paper" if mean > 0 else "the other way round"
+        verdict = verdicts[0] if mean > 0 else verdicts[1]
     pairs = "pair" if len(differences) == 1 else "pairs"
     return f"{mean:+.1f}{interval} points over {len(differences)} {pairs} of task and seed: {verdict}."
 
@@ -127,6 +131,11 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
         "",
         task_table(plan, [name for name in plan.methods if name in METHODS]),
         "",
+        "What helps? Differences paired by task and seed, with 95 % intervals as if all pairs were independent; the "
+        "seeds of a task have one teacher:",
+        "",
+        *differences(plan, QUESTIONS, ("it helps", "it harms")),
+        "",
         "In these steps students that begin with random numbers learn one class only; what follows had more.",
         "",
         f"Ablations: {in_words(LONG)}",
@@ -135,7 +144,7 @@ def write_results(plan: Plan, runs: Sequence[Run], target: Path, command: str) -
         "",
         "The papers' orders, with 95 % intervals over pairs of task and seed:",
         "",
-        *orders(plan),
+        *differences(plan, EXPECTED, ("as in the paper", "the other way round")),
         "",
         f"Students of half the width, with 6 heads: {in_words(LONGEST)}",
         "",

@@ -172,14 +172,20 @@ def test_the_task_table_by_hand(names, tmp_path):
     assert [cell.strip() for cell in lines[2].split("|")[1:4]] == ["teacher's accuracy", "80.0", "50.0"]
 
 
-def test_orders_in_words(names):
-    order = names["order"]
-    assert order([]) == "not measured."
-    assert order([2.0]) == "+2.0 points over 1 pair of task and seed: not told apart."
+def test_differences_in_words(names, tmp_path):
+    in_points, verdicts = names["in_points"], ("better", "worse")
+    assert in_points([], verdicts) == "not measured."
+    assert in_points([2.0], verdicts) == "+2.0 points over 1 pair of task and seed: not told apart."
     # s = √2, t of one degree of freedom 12.706: 12.706 · √2 / √2
-    assert order([1.0, 3.0]) == "+2.0 ± 12.7 points over 2 pairs of task and seed: not told apart."
-    assert order([20.0, 22.0]).endswith("+21.0 ± 12.7 points over 2 pairs of task and seed: as in the paper.")
-    assert order([-20.0, -22.0]).endswith("the other way round.")
+    assert in_points([1.0, 3.0], verdicts) == "+2.0 ± 12.7 points over 2 pairs of task and seed: not told apart."
+    assert in_points([20.0, 22.0], verdicts).endswith("+21.0 ± 12.7 points over 2 pairs of task and seed: better.")
+    assert in_points([-20.0, -22.0], verdicts).endswith("worse.")
+    plan = plan_of(names, tmp_path, ["kd", "soft_only"])
+    finished(plan.teacher("food"), 80.0)
+    for name, accuracy in (("kd", 60.0), ("soft_only", 40.0)):
+        finished(plan.task(name, "food", 1), accuracy)
+    lines = names["differences"](plan, [("Labels", "kd", "soft_only"), ("Not asked", "kd", "mix")], verdicts)
+    assert lines == ["- Labels. kd minus soft_only: +25.0 points over 1 pair of task and seed: not told apart."]
 
 
 # Texts
