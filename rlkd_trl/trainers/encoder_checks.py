@@ -70,6 +70,11 @@ def check_inputs(
 
     data: rows to train on, and to evaluate on if there are any.
     """
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            "The tokenizer has no pad token to fill up batches with: set one, as `tokenizer.pad_token = "
+            "tokenizer.eos_token`."
+        )
     for who, reader in (("student", student), ("teacher", teacher)):
         limit = None if reader is None else position_limits(reader.model).prompt
         if limit is not None and args.max_length > limit:

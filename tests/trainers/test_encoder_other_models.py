@@ -122,6 +122,13 @@ def test_texts_must_end_with_eos_and_have_no_other(tmp_path):
         build("t5", "hard_ce", tmp_path, reads=without)
 
 
+def test_a_tokenizer_without_a_pad_token_is_refused(tmp_path):
+    without = tokenizer()
+    without.pad_token = None
+    with pytest.raises(InputError, match=r"no pad token to fill up batches with: set one, as `tokenizer.pad_token"):
+        build("llama", "hard_ce", tmp_path, reads=without)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_teachers_head_is_not_needed_where_no_loss_reads_it(kind, tmp_path):
     classifier(kind, 4, seed=2).save_pretrained(tmp_path)
