@@ -13,7 +13,8 @@ from rlkd_trl.commands.comparison.tables import (
     learning_rate_section,
     titled,
 )
-from rlkd_trl.evaluation.report import write_metrics
+from rlkd_trl.evaluation.report import write_metrics, write_report
+from rlkd_trl.evaluation.run_log import LOG_FILE, RunLog
 
 INTRODUCTION = """{rows} test inputs; teacher {teacher}, warm start {student}. Mean over seeds ± half-width of its 95 %
 interval (Student's t). The reward is the teacher-forcing reward (V = max, γ = 1) in every line, whatever a method was
@@ -32,7 +33,7 @@ def write_results(
     *,
     num_rows: Mapping[str, int],
 ) -> None:
-    """comparison.md (printed too), comparison.csv, comparison.json and the figures.
+    """comparison.md (printed too), comparison.csv, comparison.json, the figures, and report.html of all runs.
 
     tests: as `Examiner.summaries`. search: as `Grid.search`. failures: why, by directory. num_rows: by test set.
     """
@@ -63,4 +64,11 @@ def write_results(
     written = ["comparison.md", "comparison.csv", "comparison.json"]
     for test, budgets in tests.items():
         written += [path.name for path in write_figures(output_dir, budgets, "" if len(tests) == 1 else f"_{test}")]
+    logs = {
+        str(file.parent.relative_to(output_dir)): RunLog.load(file.parent)
+        for file in sorted(output_dir.rglob(LOG_FILE))
+    }
+    if logs:
+        write_report(output_dir / "report.html", logs, title=f"Comparison: {output_dir.name}")
+        written.append("report.html")
     print(f"{', '.join(written)} are in {output_dir}.")

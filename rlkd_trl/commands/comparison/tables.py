@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
@@ -34,6 +35,7 @@ COST = {
     "cpu_seconds": ("CPU seconds", ",.0f"),
     "wall_seconds": ("wall seconds", ",.0f"),
 }
+_MOST_SEEDS = 100  # beyond which a number of seeds is no advice
 Headings = Mapping[str, tuple[str, str]]
 
 
@@ -44,6 +46,7 @@ def budget_section(title: str, rows: Sequence[dict], *, baseline: str, num_sampl
         f"## {title}",
         "### Greedy outputs",
         _interval_table(rows, [("greedy", GREEDY), ("retention", RETENTION)], with_learning_rate=True),
+        *more_seeds(rows, baseline=baseline),
         f"### Difference from {baseline}",
         "In brackets the 95 % interval of a paired bootstrap over test inputs, given these runs: seeds are not "
         "resampled. Bold where it leaves out 0. Not corrected for the number of comparisons.",
@@ -54,6 +57,35 @@ def budget_section(title: str, rows: Sequence[dict], *, baseline: str, num_sampl
         _interval_table(methods, [("cost", COST)]),
     ]
     return "\n\n".join(parts)
+
+
+def more_seeds(rows: Sequence[dict], *, baseline: str) -> list[str]:
+    """Advice, if the intervals over seeds are wider than what the models differ by: which, in what, how many seeds.
+
+    Two means over n seeds with half-widths h and h' differ by d ± √(h² + h'²). With N seeds this is about √(n / N)
+    times as wide, so that it takes about n (h² + h'²) / d² of them to be told apart.
+    """
+    of_baseline = next(row["greedy"] for row in rows if row["model"] == baseline)
+    unclear = []
+    for row in rows:
+        for metric in ("bleu", "teacher_nll_per_token", "reward"):
+            ours, theirs = row["greedy"].get(metric), of_baseline.get(metric)
+            if row["model"] == baseline or not ours or not theirs or ours["half_width"] is None:
+                continue
+            difference, width = (
+                ours["mean"] - theirs["mean"],
+                math.hypot(ours["half_width"], theirs["half_width"] or 0),
+            )
+            if not 0 < abs(difference) < width:
+                continue
+            heading, number_format = GREEDY[metric]
+            seeds = math.ceil(len(ours["values"]) * (width / difference) ** 2)
+            needed = f"about {seeds} seeds" if seeds <= _MOST_SEEDS else f"more than {_MOST_SEEDS} seeds"
+            said = f"{difference:+{number_format}} ± {width:{number_format}}"
+            unclear.append(f"- {row['model']}, {heading}: {said}; {needed} would tell.")
+    if not unclear:
+        return []
+    return [f"Not told apart from {baseline} by these seeds (`--seeds` takes more):\n\n" + "\n".join(unclear)]
 
 
 def learning_rate_section(search: Mapping) -> str:

@@ -22,7 +22,13 @@ from rlkd_trl.commands.comparison.statistics import (
     summarise,
     system_scores,
 )
-from rlkd_trl.commands.comparison.tables import budget_section, csv_text, failure_section, learning_rate_section
+from rlkd_trl.commands.comparison.tables import (
+    budget_section,
+    csv_text,
+    failure_section,
+    learning_rate_section,
+    more_seeds,
+)
 from rlkd_trl.evaluation.metrics import bleu, rouge
 from tests.evaluation.test_metrics import BLEU_BY_HAND, OUTPUTS, REFERENCES
 
@@ -344,3 +350,17 @@ def test_csv(rows):
     difference = found["longer", "difference", "length_words"]
     assert [float(difference[key]) for key in ("mean", "low", "high")] == pytest.approx([2, 2, 2])
     assert ("base", "cost", "cpu_seconds") in found and ("base", "sampled", "self_bleu") in found
+
+
+def test_more_seeds_are_advised_where_intervals_are_wider_than_differences():
+    def row(model, mean, half_width):
+        return {"model": model, "greedy": {"bleu": {"mean": mean, "half_width": half_width, "values": [0.0] * 3}}}
+
+    # √(3² + 4²) = 5: 1 ± 5 takes 3 · 5² / 1² = 75 seeds instead of 3; 0.5 ± 5 takes 300; 10 ± 5 is clear.
+    rows = [row("base", 50.0, 3.0), row("near", 51.0, 4.0), row("nearer", 49.5, 4.0), row("far", 60.0, 4.0)]
+    assert more_seeds(rows, baseline="base") == [
+        "Not told apart from base by these seeds (`--seeds` takes more):\n\n"
+        "- near, BLEU: +1.0 ± 5.0; about 75 seeds would tell.\n"
+        "- nearer, BLEU: -0.5 ± 5.0; more than 100 seeds would tell."
+    ]
+    assert more_seeds([rows[0], rows[3], row("one seed", 51.0, None)], baseline="base") == []
