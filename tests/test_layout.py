@@ -30,7 +30,7 @@ LAYERS = [
     ["commands"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ENTRY_POINTS = {"__init__", "__main__", "errors", "plan"}
+ENTRY_POINTS = {"__init__", "__main__", "errors", "plan", "report", "score"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "errors")
 
 

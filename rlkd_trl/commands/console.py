@@ -1,4 +1,4 @@
-"""The console command, `rlkd-trl [launcher's flags] COMMAND [flags]`: runs any recipe, or the planner."""
+"""The console command, `rlkd-trl [launcher's flags] COMMAND [flags]`: runs any recipe, or a command of the package."""
 
 import ast
 import difflib
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import rlkd_trl
 from rlkd_trl import errors
-from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PLANNER, recipe_scripts
+from rlkd_trl.commands.shipped import ACCELERATE_CONFIGS, PACKAGE_SCRIPTS, recipe_scripts
 from rlkd_trl.errors import InputError
 
 PROGRAM = "rlkd-trl"
@@ -65,8 +65,8 @@ def _main_of(script: Path) -> Callable[[], None]:
 
 
 def scripts() -> dict[str, Path]:
-    """The script of each command: the recipes, and `plan`."""
-    return {**recipe_scripts(), "plan": PLANNER}
+    """The script of each command: the recipes, and the package's own."""
+    return {**recipe_scripts(), **PACKAGE_SCRIPTS}
 
 
 def script_of(command: str) -> Path:

@@ -198,7 +198,9 @@ def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> Che
 
 
 def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, inputs: CheckedInputs) -> "RolloutTrainer":
-    """The trainer, with teacher and student loaded. Raises `InputError`."""
+    """The trainer, with teacher and student loaded, and the log of completions. Raises `InputError`."""
+    from rlkd_trl.trainers.sample_log import SampleLog
+
     args = settings.args
     panel = load_any_panel(settings, inputs.templates)
     if settings.panel.teacher_weighting == "validation":
@@ -209,7 +211,7 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
             inputs.rewards, settings.reward, panel, gamma=args.gamma, weights=args.reward_weights
         )
     model, writer = load_student(settings.student)
-    return trainer(
+    built = trainer(
         model,
         scorer,
         args,
@@ -218,3 +220,5 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
         processing_class=writer.processing_class,
         chat=writer.chat,
     )
+    built.add_callback(SampleLog(built))
+    return built

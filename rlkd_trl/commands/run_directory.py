@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 FINISHED = "finished.json"  # written last
+LOG = "completions.jsonl"  # grows while a run goes on, so that it is no result
 RESULTS = (FINISHED, "metrics.json", "cost.json", "report.html", "run_log.json", "outputs.jsonl")
 _SECONDS_TO_END = 10.0  # of a run that was told to end, as a killed comparison's is
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
@@ -51,7 +52,7 @@ def _check_output_apart(flag: str, output: Path, inputs: Sequence[tuple[str, Pat
         place = path.resolve()
         is_same = written_at == place or (output.exists() and path.exists() and output.samefile(path))
         is_around = path.is_dir() and place in written_at.parents
-        is_in = written_at in place.parents and (path.is_dir() or path.name in RESULTS)
+        is_in = written_at in place.parents and (path.is_dir() or path.name in (*RESULTS, LOG))
         if is_same or is_around or is_in:
             relation = "is" if is_same else "lies in" if is_around else "holds"
             raise InputError(

@@ -8,7 +8,7 @@ RECIPES = _ROOT / "recipes"
 PRESETS = RECIPES / "configs"
 METHODS = PRESETS / "methods"
 ACCELERATE_CONFIGS = _ROOT / "accelerate_configs"
-PLANNER = _PACKAGE / "plan.py"
+PACKAGE_SCRIPTS = {name: _PACKAGE / f"{name}.py" for name in ("plan", "report", "score")}
 
 
 def recipe_scripts() -> dict[str, Path]:

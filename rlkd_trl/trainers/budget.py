@@ -1,6 +1,8 @@
 """What a run has spent, and the end of the run when its budget is used up."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,14 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.process_time(), time.perf_counter()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done within takes no time of the run's."""
+        began = time.process_time(), time.perf_counter()
+        yield
+        passed = time.process_time() - began[0], time.perf_counter() - began[1]
+        self._last = self._last[0] + passed[0], self._last[1] + passed[1]
 
     def on_step_end(self, args, state, control, **kwargs):
         now, spent = (time.process_time(), time.perf_counter()), self._trainer.spent

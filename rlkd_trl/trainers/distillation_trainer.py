@@ -69,6 +69,10 @@ class DistillationTrainer(ResumableTrainer):
         """The cost of the run until its last optimizer step, also before it was resumed."""
         return self._clock.cost()
 
+    def uncounted(self) -> AbstractContextManager:
+        """What is done within, while the run goes on, is not part of its cost."""
+        return self._clock.stopped()
+
     def save_cost(self, path: Path) -> None:
         """Writes `cost` as JSON. All processes call it together."""
         cost = asdict(self.cost())

@@ -11,6 +11,7 @@ Steps 1 to 4 make a `Rollout`; step 5 reads it and nothing else.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -18,12 +19,15 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlkd_trl.evaluation.token_details import completion_records, reward_values
 from rlkd_trl.models.answers import decode
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.ops.advantages import mean_baseline, min_variance_baseline
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.losses import approximate_kl, entropy_bonus
 from rlkd_trl.ops.masking import masked, masked_whiten, pad_columns, state_mask
 from rlkd_trl.ops.rewards import adaptive_kl_coefficient, kl_penalty, sequence_sum
+from rlkd_trl.prompts import source_text
 from rlkd_trl.rewards import RewardInputs, RewardModel, RewardResult
 from rlkd_trl.students import Policy, PolicyOutput, frozen_copy, start_as_identity
 from rlkd_trl.trainers.checks import checked_reward_model
@@ -126,6 +130,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.rollout_state.lost:
             return rollout
         rollout = self.advantages(rollout)  # 4 advantage
+        self.token_samples = partial(self._token_samples, inputs, scores, result, rollout)
         metrics = rollout_metrics(rollout, result, kl_B, self._sum_over_ranks)
         self._metrics.record(metrics)
         self._guard(rollout, metrics)
@@ -157,6 +162,25 @@ class OnPolicyTrainer(RolloutTrainer):
             forbidden_V=self.policy.forbidden_V,
             tokenizer=self.processing_class,
         )
+
+    def _token_samples(
+        self, inputs: RewardInputs, scores: dict, result: RewardResult, rollout: Rollout
+    ) -> list[dict[str, object]]:
+        """The first completions, less those that are dropped, with what each token's reward and advantage are of."""
+        values = reward_values(self.reward_model, scores, result, inputs.completion_mask_BT)
+        values["advantage"] = rollout.advantages_BT
+        if rollout.old_logps_BT is not None:
+            values["student_logp"] = rollout.old_logps_BT
+        records = completion_records(
+            [source_text(prompt) for prompt in inputs.column("prompt")[: self.args.num_completions_to_print]],
+            Completions(inputs.completion_ids_BT, inputs.completion_mask_BT, inputs.ended_B),
+            self.processing_class,
+            values,
+            kind="rollout",
+            by="student",
+        )
+        kept = rollout.counted_B.tolist()
+        return [record for record, is_kept in zip(records, kept, strict=False) if is_kept]
 
     def _rewarded(
         self, rollout: Rollout, result: RewardResult, reference_logps_BT: Tensor | None

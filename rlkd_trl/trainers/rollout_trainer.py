@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -87,6 +87,7 @@ class RolloutTrainer(DistillationTrainer):
         self.reward_model = reward_model
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
+        self.token_samples: Callable[[], list] = list  # records of the last rollout; see `evaluation.token_details`
         self._metrics = RunningMeans()  # since the last log
         self._window_metrics: dict[str, float] = defaultdict(float)
         self._timer = PhaseTimer()

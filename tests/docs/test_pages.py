@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rlkd_trl import PromptTemplates
+from rlkd_trl.commands import report
 from rlkd_trl.planning import command as planner
 from rlkd_trl.rewards import RewardInputs, RewardModel
 from rlkd_trl.teachers import TeacherScores
@@ -83,8 +84,8 @@ def test_flags_are_known(snippet):
 
 def known_flags(capsys) -> set[str]:
     """Of all recipes and the planner, by their own `--help_all`."""
-    flags = {action.dest for action in planner.parser()._actions}
-    for recipe in (*RECIPES, "compare", "encoder_search", "assistant_kd"):
+    flags = {action.dest for command in (planner, report) for action in command.parser()._actions}
+    for recipe in (*RECIPES, "compare", "encoder_search", "assistant_kd", "score"):
         assert run(f"{recipe} --help_all") == 0
         flags |= set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
     return flags

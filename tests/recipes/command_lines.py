@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import pkgutil
 import random
 import shlex
 import sys
@@ -16,6 +17,7 @@ from rlkd_trl import errors
 from rlkd_trl.commands import console
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.settings import CommandLine
+from rlkd_trl.commands.shipped import PACKAGE_SCRIPTS
 from rlkd_trl.planning import command
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +48,8 @@ REWARDED_METHODS = [name for name in METHODS if name not in ("kd", "all-actions"
 
 
 def main_of(recipe: str) -> Callable[[], None]:
-    if recipe == "plan":
-        return command.main
+    if recipe in PACKAGE_SCRIPTS:
+        return pkgutil.resolve_name(f"rlkd_trl.{recipe}").main
     if recipe == "rlkd-trl":
         return console.main
     script = ROOT / "recipes" / f"{recipe}.py"

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from rlkd_trl.trainers.sample_log import SampleLog, _is_due
+from tests.trainers.tiny_runs import build, pairs, snapshot
+
+pytestmark = pytest.mark.slow
+
+
+def logged(directory):
+    return [json.loads(line) for line in (directory / "completions.jsonl").read_text().splitlines()]
+
+
+def run(method, directory, *, with_log=True, resume=None, **settings):
+    trainer = build(method, directory, data=pairs(16), eval_data=pairs(7, seed=1), **settings)
+    if with_log:
+        trainer.add_callback(SampleLog(trainer))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_when_held_out_answers_are_due():
+    assert [step for step in range(1, 120) if _is_due(step)] == [10, 15, 23, 35, 53, 80]
+
+
+@pytest.mark.parametrize("method", ["ppo", "kd"])
+def test_the_same_prompts_over_training_and_rollouts_between(method, tmp_path):
+    trainer = run(method, tmp_path, max_steps=11, logging_steps=4)
+    records = logged(tmp_path)
+    held_out = [record for record in records if record["kind"] == "held-out"]
+    prompts = [row["prompt"] for row in pairs(7, seed=1)][:5]
+    for step, who in ((0, "teacher"), (0, "student"), (10, "student"), (11, "student")):
+        of_step = [record for record in held_out if (record["step"], record["by"]) == (step, who)]
+        assert [record["prompt"] for record in of_step] == prompts, (step, who)
+        assert all(record["references"] and len(record["q"]) == len(record["tokens"]) for record in of_step)
+    assert len(held_out) == 4 * len(prompts)
+    rollouts = [record for record in records if record["kind"] == "rollout"]
+    if method == "kd":
+        assert not rollouts
+        return
+    assert {record["step"] for record in rollouts} == {4, 8}
+    assert len(rollouts) == 2 * trainer.args.num_completions_to_print
+    for record in rollouts:
+        assert len(record["advantage"]) == len(record["reward"]) == len(record["tokens"])
+        assert record["total"] == pytest.approx(sum(record["reward"]), rel=1e-4, abs=1e-4)
+
+
+def test_the_log_changes_neither_the_run_nor_its_cost(tmp_path):
+    with_log, without = (run("ppo", tmp_path / str(flag), with_log=flag, max_steps=10) for flag in (True, False))
+    ours, theirs = snapshot(with_log.model), snapshot(without.model)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert with_log.cost().generated_tokens == without.cost().generated_tokens
+
+
+def test_a_resumed_run_writes_later_steps_anew(tmp_path):
+    run("rloo-token", tmp_path, max_steps=12, save_strategy="steps", save_steps=6)
+    whole = logged(tmp_path)
+    run("rloo-token", tmp_path, max_steps=12, save_strategy="steps", save_steps=6, resume=tmp_path / "checkpoint-6")
+    assert logged(tmp_path) == whole
