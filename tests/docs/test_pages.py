@@ -154,12 +154,22 @@ def provide(words: list[str], pair: Pair) -> None:
             flag = name
         if name == flag or missing.exists():
             continue
-        if flag in ("--teacher", "--student", "--tokenizer", "--train_along"):
+        if words[0] == "assistant_kd" and flag == "--teacher":
+            make_larger(pair.teacher, missing)
+        elif flag in ("--teacher", "--student", "--tokenizer", "--train_along"):
             shutil.copytree(pair.teacher if name == "runs/teacher" else pair.student, missing)
         elif flag == "--dataset" and missing.suffix == ".jsonl":
             missing.parent.mkdir(parents=True, exist_ok=True)
             rows = [{"mr": row["mr"], "pseudo_label": row["ref"]} for row in word_rows(40)]
             missing.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_larger(checkpoint: Path, directory: Path) -> None:
+    """A model with more layers, for assistants to have room."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.num_layers = config.num_decoder_layers = 6
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
 
 
 def stood_in(text: str) -> str:
