@@ -29,6 +29,7 @@ from rlkd_trl.commands.comparison.statistics import Interval, mean_interval
 from rlkd_trl.data import train_tokenizer
 from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.ops.divergences import mean_of_probabilities
+from rlkd_trl.students import Policy
 from rlkd_trl.students.from_scratch import new_model
 
 TEST_INPUTS = 200
@@ -57,9 +58,13 @@ def train(here: Path, name: str, preset: str, begin: Path, seed: int, teachers: 
 
 @torch.no_grad()
 def measure(models: list[Path], rows: list[dict[str, str]]) -> dict[str, float]:
-    """Cross-entropy per token and accuracy of the models' mean probabilities on the references, EOS included."""
+    """Cross-entropy per token and accuracy of the models' mean probabilities on the references, EOS included.
+
+    They are over the ids that a student may sample, as in training: what others get is not trained.
+    """
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     loaded = [AutoModelForSeq2SeqLM.from_pretrained(model).eval() for model in models]
+    forbidden_V = Policy(loaded[0], tokenizer).forbidden_V
     nll, right, count = 0.0, 0, 0
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
@@ -75,7 +80,8 @@ def measure(models: list[Path], rows: list[dict[str, str]]) -> dict[str, float]:
             model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels_BT).logits
             for model in loaded
         ]
-        logps_NV = mean_of_probabilities([z_BTV[mask_BT] for z_BTV in logits], [1.0] * len(logits))
+        logits_KNV = [z_BTV[mask_BT] for z_BTV in logits]
+        logps_NV = mean_of_probabilities(logits_KNV, [1.0] * len(logits), forbidden_V=forbidden_V)
         labels_N = labels_BT[mask_BT]
         nll -= float(logps_NV.gather(1, labels_N[:, None]).sum())
         right += int((logps_NV.argmax(dim=1) == labels_N).sum())
