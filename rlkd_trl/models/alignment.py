@@ -57,9 +57,9 @@ class TokenAligner:
     where the text of the tokens so far is a beginning of the whole text, and for the teacher's tokens where its
     tokenizer says that they do: so its lower-casing, its normal forms and its treatment of spaces do no harm.
 
-    A completion is not readable if the teacher's tokenizer has no token for a part of it (it would read the unknown
-    token there), finds a special token of its own in it that is no content, EOS for instance, or needs more tokens
-    than the teacher has positions for. The teacher then reads nothing of it.
+    A completion is not readable if one of the tokenizers has no token for a part of it (the unknown token stands
+    there), if the teacher's finds a special token of its own in it that is no content, EOS for instance, or if it
+    needs more tokens than the teacher has positions for. The teacher then reads nothing of it.
 
     Args:
         student, teacher: Their tokenizers.
@@ -115,7 +115,7 @@ class TokenAligner:
         """
         text, ends = self.read_by_student(ids)
         teacher_ids, teacher_ends = self.read_by_teacher(text)
-        readable = self._are_readable(teacher_ids)
+        readable = self._are_readable(teacher_ids) and self.student.unk_token_id not in ids
         if ended:
             ends, teacher_ends = [*ends, len(text) + 1], [*teacher_ends, len(text) + 1]
             teacher_ids = [*teacher_ids, self.teacher.eos_token_id]

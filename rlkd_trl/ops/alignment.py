@@ -5,7 +5,7 @@ either side ends, and no smaller one within it does. Shapes: T tokens of the stu
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,38 @@ def summed_at(values_BU: Tensor, receiver_BU: Tensor, mask_BU: Tensor, *, length
     """Σ over the real tokens u with receiver t, `[B, length]`; a completion's sum stays what it is."""
     sums_BT = torch.zeros(len(values_BU), length, dtype=values_BU.dtype, device=values_BU.device)
     return sums_BT.scatter_add(1, receiver_BU, masked(values_BU, mask_BU))
+
+
+def span_divergences(
+    teacher_logps_BT: Tensor,
+    student_logps_BT: Tensor,
+    last_BT: Tensor,
+    mask_BT: Tensor,
+    learnt_BT: Tensor,
+    *,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """D( (P, 1 − P) ‖ (Q, 1 − Q) ) of each common span, P and Q being the teacher's and student's probability of it.
+
+    Minixhofer, Vulić & Ponti 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching"
+    ("ALM"): the binarised f-divergence of aligned chunks. Coarser than a divergence over all tokens, never larger.
+
+    Args:
+        teacher_logps_BT: log P of each span at its last token, as `summed_at` puts it there.
+        student_logps_BT: log q of each token of the student, which get the gradient.
+        last_BT: of each token the last one of its span.
+        learnt_BT: True on tokens that may be learnt; a span with others is left out.
+        divergence: of two sets of log-probabilities `[n, 2]`, `[n]`.
+
+    Returns:
+        `[B, T]`, each span's at its last token, 0 elsewhere.
+    """
+    T = mask_BT.shape[1]
+    unlearnt_BT = summed_at((~learnt_BT).float(), last_BT, mask_BT, length=T)
+    is_last_BT = mask_BT & (last_BT == torch.arange(T, device=last_BT.device)) & (unlearnt_BT == 0)
+    spans_BT = summed_at(student_logps_BT, last_BT, mask_BT, length=T)
+    teacher_n2, student_n2 = (in_two_log_probs(logps_BT[is_last_BT]) for logps_BT in (teacher_logps_BT, spans_BT))
+    return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergence(teacher_n2, student_n2))
 
 
 def in_two_log_probs(logps: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from rlkd_trl.rewards.teacher_rewards import (
     score_panel,
 )
 from rlkd_trl.teachers.panel import TeacherPanel
-from rlkd_trl.teachers.scores import TeacherScores, mean_scores, weighted_mean
+from rlkd_trl.teachers.scores import TeacherScores, mean_scores, readable_by_all, weighted_mean
 
 # Everything `--reward NAME` accepts. A class is built on the run's teachers; a function is used as it is.
 REWARDS: dict[str, type[TeacherReward] | Callable] = {
@@ -75,9 +75,8 @@ class RewardResult:
 
     @property
     def readable_B(self) -> Tensor | None:
-        """Whether all teachers have tokens for a completion's text; None if they have the student's tokenizer."""
-        readable = [scores.alignment.readable_B for scores in self.scores or [] if scores.alignment is not None]
-        return torch.stack(readable).all(dim=0) if readable else None
+        """`readable_by_all` of the scores."""
+        return readable_by_all(self.scores or [])
 
 
 class RewardModel:

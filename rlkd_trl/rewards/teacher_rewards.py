@@ -261,9 +261,7 @@ class LogRatioReward(TeacherReward):
         if inputs.student_logps_BT is None:
             raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
         mask_BT = inputs.completion_mask_BT
-        logsumexp = scores.logsumexp if scores.allowed_logsumexp is None else scores.allowed_logsumexp
-        teacher_logps = log_likelihood(scores.chosen, logsumexp[:, :-1], scores.mask_of_own_tokens(mask_BT))
-        return log_ratio(scores.on_students_tokens(teacher_logps), inputs.student_logps_BT, mask_BT)
+        return log_ratio(scores.allowed_log_likelihood(mask_BT), inputs.student_logps_BT, mask_BT)
 
 
 def _checked(prompt: object, index: int) -> str | list[Message]:

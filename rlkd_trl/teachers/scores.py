@@ -1,7 +1,7 @@
 """What a teacher says about a completion: a few scalars per token, never the logits."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class TeacherScores:
             log_likelihood(self.chosen, self.logsumexp[:, :-1], self.mask_of_own_tokens(mask_BT))
         )
 
+    def allowed_log_likelihood(self, mask_BT: Tensor) -> Tensor:
+        """`log_likelihood` over the ids that may be written, where `allowed_logsumexp` was asked for."""
+        whole = self if self.allowed_logsumexp is None else replace(self, logsumexp=self.allowed_logsumexp)
+        return whole.log_likelihood(mask_BT)
+
     def mask_of_own_tokens(self, mask_BT: Tensor) -> Tensor:
         """The completions' mask in the teacher's tokens."""
         return mask_BT if self.alignment is None else self.alignment.mask_BU
@@ -78,6 +83,12 @@ class TeacherScores:
         if self.alignment is not None:
             changed["alignment"] = self.alignment.each(change)
         return TeacherScores(**changed)
+
+
+def readable_by_all(scores: Sequence[TeacherScores]) -> Tensor | None:
+    """Whether all teachers have tokens for a completion's text, `[B]`; None if they have the student's tokens."""
+    readable = [of_scorer.alignment.readable_B for of_scorer in scores if of_scorer.alignment is not None]
+    return torch.stack(readable).all(dim=0) if readable else None
 
 
 def weighted_mean(tensors: Iterable[Tensor], scores: Sequence[TeacherScores]) -> Tensor:

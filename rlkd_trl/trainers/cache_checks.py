@@ -21,6 +21,11 @@ def check_cache_settings(header: Header, args: KDConfig) -> None:
             f"lmbda = {args.lmbda}: what the teacher says about the student's own samples cannot be in a cache, which "
             "is of fixed targets. Set lmbda to 0, or give the teacher itself."
         )
+    if args.align_tokenizers:
+        raise InputError(
+            "align_tokenizers: a cache holds distributions over the tokens that teacher and student share. Leave it out, "
+            "or give the teacher itself."
+        )
     if args.sequences != "data":
         raise InputError(
             f"sequences = {args.sequences!r}: a cache cannot write new samples. Set sequences to 'data' (a teacher's "

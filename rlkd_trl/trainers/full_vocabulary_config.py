@@ -36,7 +36,7 @@ class FullVocabularyConfig(RolloutConfig):
         if self.align_tokenizers and not self.can_align:
             raise InputError(
                 "align_tokenizers does not go with this method, which compares teacher and student over all tokens of "
-                "one vocabulary: leave it out, or use PPO, RLOO or REINFORCE."
+                "one vocabulary: leave it out, or use PPO, RLOO, REINFORCE or kd."
             )
 
 
@@ -46,6 +46,8 @@ class KDConfig(FullVocabularyConfig):
 
     Sequences come from `sequences`, or, with probability `lmbda` for each rollout, from the student.
     """
+
+    can_align = True
 
     num_generations: Count = field(default=1, metadata={"help": "K, completions per input, drawn or sampled."})
     divergence: str = field(
@@ -104,10 +106,26 @@ class KDConfig(FullVocabularyConfig):
             self._refuse_unused("alpha = 0", "divergence", "distillation_temperature", "ensemble")
         if self.lmbda == 1:
             self._refuse_unused("lmbda = 1", "sequences")
+        if self.align_tokenizers:
+            self._check_aligned()
         if self.alpha < 1 and self.lmbda > 0:
             raise InputError(
                 f"lmbda = {self.lmbda} with alpha = {self.alpha}: the student's own samples would be its hard labels. "
                 "Set lmbda to 0 (sequence-level distillation learns from data or the teacher), or alpha to 1."
+            )
+
+    def _check_aligned(self) -> None:
+        """Raises `InputError` for settings that need teacher and student to have one vocabulary."""
+        for name, only in (("distillation_temperature", 1.0), ("temperature", 1.0), ("ensemble", "probabilities")):
+            if getattr(self, name) != only:
+                raise InputError(
+                    f"{name} = {getattr(self, name)!r} does not go with align_tokenizers, which compares the "
+                    f"probabilities of texts, not whole distributions: leave it at {only!r}."
+                )
+        if self.samples_from_teachers:
+            raise InputError(
+                f"{self.samples_from_teachers} does not go with align_tokenizers: write the teacher's pseudo-labels "
+                "beforehand (pseudo_label.py), and learn from these as data."
             )
 
 

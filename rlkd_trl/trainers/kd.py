@@ -9,12 +9,15 @@ from torch import Tensor
 from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
+from rlkd_trl.ops.alignment import span_divergences
 from rlkd_trl.ops.divergences import DIVERGENCES, ENSEMBLES, sliced_divergence
-from rlkd_trl.ops.masking import completion_mask
+from rlkd_trl.ops.finite import usable_rows
+from rlkd_trl.ops.masking import completion_mask, masked_sum
 from rlkd_trl.ops.sliced_loss import LossAndMetrics
 from rlkd_trl.ops.truncated import sliced_truncated_divergence
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers.cache import CachedPanel
+from rlkd_trl.teachers.scores import readable_by_all
 from rlkd_trl.trainers.cache_checks import check_cache_settings, check_same_ids
 from rlkd_trl.trainers.checks import check_targets
 from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
@@ -33,6 +36,9 @@ class KDTrainer(FullVocabularyTrainer):
     targets of the data (the column `references`, a list of texts per row, of which one is drawn each time), or fresh
     samples of a teacher, the scorers taking turns. The student's log-probabilities get all the gradient: where
     sequences come from is not differentiated through, as in all of these papers.
+
+    With `align_tokenizers` a teacher with another tokenizer is compared with the student on the common spans of their
+    tokens, by the probability of each span's text (`ops.alignment.span_divergences`).
 
     Where this differs from the papers: GKD draws student or data per batch, here per rollout, the same on all devices;
     f-distill pairs its divergences with sequences (KL: teacher, reverse KL: student, JS and TVD: both), which presets
@@ -88,11 +94,14 @@ class KDTrainer(FullVocabularyTrainer):
         if source == "data":
             rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))
         with timer.phase("score"):
-            if args.alpha > 0:
+            if args.alpha > 0 and args.align_tokenizers:
+                rollout, usable_B, readable_B = self._with_span_log_probs(rollout, rows)
+                rollout = self._dropping(rollout, rows, usable_B, readable_B=readable_B)
+            elif args.alpha > 0:
                 rollout = self._with_teacher_states(rollout, rows, are_references=source == "data")
                 rollout = self._dropping(rollout, rows, self._usable_states(rollout))
-                if self.rollout_state.lost:
-                    return rollout
+            if self.rollout_state.lost:
+                return rollout
         self._metrics.record(
             {**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"}
         )
@@ -100,6 +109,30 @@ class KDTrainer(FullVocabularyTrainer):
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print
         )
         return rollout
+
+    def _with_span_log_probs(
+        self, rollout: Rollout, rows: list[dict]
+    ) -> tuple[Rollout, dict[str, Tensor], Tensor | None]:
+        """The rollout with the teachers' log-probabilities of common spans; what is usable and readable, `[B]`."""
+        mask_BT = rollout.completion_mask_BT
+        scores = self.panel.score(
+            rows,
+            rollout.prompt_index_B,
+            rollout.completion_ids_BT,
+            mask_BT,
+            rollout.ended_B,
+            tokenizer=self.processing_class,
+            forbidden_V=self.policy.forbidden_V,
+        )
+        each_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(mask_BT)
+        logps = [of_scorer.allowed_log_likelihood(mask_BT) for of_scorer in scores]
+        rollout = rollout.with_(
+            span_logps=logps,
+            span_ends=[each_BT if s.alignment is None else s.alignment.last_BT for s in scores],
+            teacher_shares=[s.weight for s in scores] if self.panel.differs_by_example else None,
+        )
+        usable_B = torch.stack([usable_rows(logps_BT, mask_BT) for logps_BT in logps]).all(dim=0)
+        return rollout, {"the teacher's log-probabilities": usable_B}, readable_by_all(scores)
 
     def _targets(self, rows: list[dict]) -> Completions:
         """`num_generations` of each row's targets, drawn with replacement."""
@@ -133,6 +166,8 @@ class KDTrainer(FullVocabularyTrainer):
         self, model, batch: Rollout, *, tokens: Tensor, sequences: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         args, mask_BT = self.args, batch.completion_mask_BT
+        if args.align_tokenizers:
+            return self._loss_of_spans(model, batch, tokens=tokens)
         loss_of_states = partial(
             self._loss_of_teachers(batch),
             weights_N=batch.loss_mask_BT[mask_BT].float() / tokens,
@@ -156,3 +191,22 @@ class KDTrainer(FullVocabularyTrainer):
             )
         teachers = self._teachers_at(batch) if self.args.alpha > 0 else []
         return partial(sliced_divergence, teachers=teachers, ensemble=ENSEMBLES[self.args.ensemble])
+
+    def _loss_of_spans(self, model, batch: Rollout, *, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with teachers of other tokenizers: over the common spans of each, and on hard labels."""
+        args, mask_BT, learnt_BT = self.args, batch.completion_mask_BT, batch.loss_mask_BT
+        logps_BT = model(**batch.policy_inputs(), with_entropy=False, with_final_value=False).logps_BT
+        parts = {}
+        if args.alpha > 0:
+            shares = batch.teacher_shares or self.panel.weights
+            divergences = (
+                span_divergences(of_teacher_BT, logps_BT, last_BT, mask_BT, learnt_BT, divergence=self._divergence)
+                for of_teacher_BT, last_BT in zip(batch.span_logps, batch.span_ends, strict=True)
+            )
+            weighted = (share * of_spans_BT for share, of_spans_BT in zip(shares, divergences, strict=True))
+            parts["divergence"] = sum(weighted).sum() / tokens
+        if args.alpha < 1:
+            parts["cross_entropy"] = -masked_sum(logps_BT, learnt_BT) / tokens
+        weights = {"divergence": args.alpha, "cross_entropy": 1 - args.alpha}
+        loss = sum(weights[name] * part for name, part in parts.items())
+        return loss, {name: part.detach() for name, part in parts.items()}

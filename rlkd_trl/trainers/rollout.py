@@ -22,13 +22,14 @@ class Rollout:
     loss_mask_BT: True on tokens that enter the loss: all real ones, unless truncated completions are masked.
     support_BTk: with top_k, the ids that each token was sampled from. teacher_states: each scorer's hidden states that
     predict the completion's tokens, `[B, T, D']`. teacher_shares: each scorer's share of their mean, `[B, 1]`, where
-    that differs by example. old_logps_BT, old_values_BT1: of the policy and critic that sampled;
-    if old_logps_BT is None, the update uses its own. rewards_BT: per token, with the penalties for KL and truncation;
-    completion_rewards_BT: the part of them that a completion earns once, on its last token. potentials_BT1: the
-    teacher's V. importance_BT: the weight of each token's loss, for samples of a mixture. advantages_BT, and with a
-    critic returns_BT, come from the advantage step; returns_BT and old_values_BT1 are in the critic's normalised
-    units. kept_B: False on completions that are left out of the loss and of all statistics (see `dropping`); None
-    leaves out none.
+    that differs by example. span_logps, span_ends: with teachers of other tokenizers, each scorer's log p of the
+    common spans, at each span's last token, and the last token of each token's span. old_logps_BT, old_values_BT1: of
+    the policy and critic that sampled; if old_logps_BT is None, the update uses its own. rewards_BT: per token, with
+    the penalties for KL and truncation; completion_rewards_BT: the part of them that a completion earns once, on its
+    last token. potentials_BT1: the teacher's V. importance_BT: the weight of each token's loss, for samples of a
+    mixture. advantages_BT, and with a critic returns_BT, come from the advantage step; returns_BT and old_values_BT1
+    are in the critic's normalised units. kept_B: False on completions that are left out of the loss and of all
+    statistics (see `dropping`); None leaves out none.
     """
 
     prompt_ids_PS: Tensor = field(metadata=_PROMPTS)
@@ -41,6 +42,8 @@ class Rollout:
     support_BTk: Tensor | None = field(default=None, metadata=_TOKENS)
     teacher_states: list[Tensor] | None = field(default=None, metadata=_TOKENS)
     teacher_shares: list[Tensor] | None = field(default=None, metadata=_COMPLETIONS)
+    span_logps: list[Tensor] | None = field(default=None, metadata=_TOKENS)
+    span_ends: list[Tensor] | None = field(default=None, metadata=_TOKENS)
     old_logps_BT: Tensor | None = field(default=None, metadata=_TOKENS)
     old_values_BT1: Tensor | None = field(default=None, metadata=_STATES)
     rewards_BT: Tensor | None = field(default=None, metadata=_TOKENS)

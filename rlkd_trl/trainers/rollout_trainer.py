@@ -41,7 +41,7 @@ from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
 
 logger = logging.get_logger(__name__)
-_READABLE = "its text in the teacher's vocabulary"
+_READABLE = "its text in both vocabularies"
 
 
 class RolloutTrainer(DistillationTrainer):
@@ -455,4 +455,4 @@ class RolloutTrainer(DistillationTrainer):
 
 def _what_is_wrong(kinds: str) -> str:
     """Why samples are dropped, from the kinds of number that are not usable."""
-    return "its text not in the teacher's vocabulary" if kinds == _READABLE else f"{kinds} not finite"
+    return "its text not in both vocabularies" if kinds == _READABLE else f"{kinds} not finite"

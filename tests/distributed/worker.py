@@ -68,6 +68,9 @@ CASES = {
     "rloo-sequence-misread": Case("rloo-sequence", "llama", 2, is_misread=True),
     "kd-misread": Case("kd", "t5-untied", 4, settings=(("divergence", "reverse_kl"),), is_misread=True),
     "rloo-token-aligned": Case("rloo-token", "llama", 2, settings=(("align_tokenizers", True),), of_characters=True),
+    "kd-aligned": Case(
+        "kd", "t5-untied", 2, settings=(("align_tokenizers", True), ("divergence", "tvd")), of_characters=True
+    ),
     "reinforce": Case(
         "reinforce",
         settings=(("baseline", "mean"), ("mask_truncated_completions", True), ("average_reward", "rollout")),

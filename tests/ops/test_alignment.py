@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkd_trl.ops.alignment import INSIDE, common_ends, in_two_log_probs, receivers, states_before, summed_at
+from rlkd_trl.ops.alignment import (
+    INSIDE,
+    common_ends,
+    in_two_log_probs,
+    receivers,
+    span_divergences,
+    states_before,
+    summed_at,
+)
+from rlkd_trl.ops.divergences import forward_kl, tvd
 
 # Lengths of tokens; 0 is a token without characters, None one that ends within a character.
 LENGTHS = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
@@ -74,3 +83,27 @@ def test_two_way_log_probabilities_and_their_gradient():
     assert both[1, 1].item() == pytest.approx(-math.exp(-40), rel=1e-5)
     both.sum().backward()
     assert torch.isfinite(logps.grad).all()
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, tvd])
+def test_divergences_of_spans_against_a_loop(divergence):
+    """Two spans of two and one tokens in row 0, the second with a token that is not learnt; row 1 has one token."""
+    nan = math.nan
+    teacher = torch.tensor([[0.0, math.log(0.3), math.log(0.6)], [math.log(0.9), nan, nan]])
+    q = torch.tensor([[0.5, 0.8, 0.1], [0.7, nan, nan]])
+    student = q.log().requires_grad_()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    learnt = torch.tensor([[True, True, False], [True, False, False]])
+    last = torch.tensor([[1, 1, 2], [0, 0, 0]])
+    result = span_divergences(teacher, student, last, mask, learnt, divergence=divergence)
+
+    def of_two(p: float, q: float) -> float:
+        if divergence is tvd:
+            return abs(p - q)  # ½ (|p − q| + |1 − p − 1 + q|)
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    expected = [[0.0, of_two(0.3, 0.5 * 0.8), 0.0], [of_two(0.9, 0.7), 0.0, 0.0]]
+    torch.testing.assert_close(result, torch.tensor(expected))
+    result.sum().backward()
+    assert student.grad[0, :2].abs().min() > 0 and student.grad[1, 0] != 0
+    assert student.grad[0, 2] == 0 and (student.grad[1, 1:] == 0).all()

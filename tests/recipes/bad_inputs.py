@@ -254,7 +254,7 @@ MODEL_CASES = [
     (COMPARED, "--student ./nowhere", "nowhere` is not a directory"),
     (COMPARED, "--teacher other_tokenizer", "Teacher and student have different tokenizers (30 and 29 tokens"),
     (
-        (*ON_POLICY, "evaluate"),
+        (*ON_POLICY, "kd", "evaluate"),
         "--align_tokenizers True",
         "align_tokenizers has no effect: teacher and student have one",
     ),

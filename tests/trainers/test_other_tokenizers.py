@@ -13,7 +13,17 @@ from rlkd_trl.students import Policy
 from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.models.tokenizers_of_all_kinds import CHARACTERS, character_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing, teacher_forcing_sum
-from tests.trainers.tiny_runs import METHODS, build, run, samples_instead
+from tests.students.plain_forward import allowed_log_softmax, plain_forward
+from tests.trainers.tiny_runs import (
+    METHODS,
+    assert_same_weights,
+    build,
+    largest_difference,
+    pairs,
+    run,
+    samples_instead,
+    snapshot,
+)
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8"]
 COMPLETIONS = [[4, 15, 6, 1], [7, 18], [1]]  # "w4 w15 w6", ended; "w7 w18", cut off; nothing, ended
@@ -121,7 +131,7 @@ def test_a_sample_that_the_teacher_cannot_read_is_dropped_and_counted(tmp_path, 
     log = trainer.state.log_history[0]
     assert log["completions/unreadable"] == 0.25 and log["samples_dropped"] == 2
     assert trainer.rollout_state.rollout.kept_B.tolist() == [True, False, False] + 5 * [True]
-    assert "A sample is dropped, its text not in the teacher's vocabulary" in caplog.text
+    assert "A sample is dropped, its text not in both vocabularies" in caplog.text
 
 
 def test_refusals(tmp_path):
@@ -129,6 +139,9 @@ def test_refusals(tmp_path):
         build("ppo", tmp_path, reward=teacher())
     with pytest.raises(InputError, match="align_tokenizers has no effect"):
         build("ppo", tmp_path, align_tokenizers=True)
+    for setting in ({"sequences": "teacher", "lmbda": 0.5}, {"temperature": 0.7}, {"distillation_temperature": 2.0}):
+        with pytest.raises(InputError, match="does not go with align_tokenizers"):
+            build("kd", tmp_path, reward=teacher(), align_tokenizers=True, **setting)
     with pytest.raises(InputError, match="align_tokenizers does not go with this method"):
         build("all-actions", tmp_path, reward=teacher(), align_tokenizers=True)
     with pytest.raises(InputError) as refused:
@@ -166,3 +179,62 @@ def test_evaluation_reads_every_text_in_each_models_own_tokens():
     # An untrained teacher's texts are words by chance only.
     assert 0 <= of_student.metrics["unreadable_of_teacher"] <= 3
     assert "unreadable" not in of_teacher.metrics
+
+
+def bernoulli_kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def test_kd_compares_the_probabilities_of_words(tmp_path):
+    """The loss of the first step against loops over both models' own logits, of what they may write."""
+    settings = {"divergence": "forward_kl", "lmbda": 1.0, "max_steps": 1, "align_tokenizers": True}
+    recorder = run("kd", tmp_path, reward=teacher(), **settings)
+    rollout, student, tokenizer = recorder.rollouts[0], MODELS["t5-tied"](), word_tokenizer()
+    teacher_model, allowed = MODELS["t5-untied"](seed=5), [1, *range(3, 3 + len(CHARACTERS))]
+    total, count = 0.0, 0
+    for b, mask_T in enumerate(rollout.completion_mask_BT):
+        p = rollout.prompt_index_B[b]
+        prompt = tokenizer.decode(rollout.prompt_ids_PS[p][rollout.prompt_mask_PS[p].bool()][:-1])
+        ids = rollout.completion_ids_BT[b][mask_T].tolist()
+        teacher_ids, owner = in_characters(ids)
+        of_characters = [
+            log_probability([z[v] for v in allowed], allowed.index(token))
+            for z, token in zip(
+                logits_of(teacher_model, character_tokenizer(), prompt, teacher_ids), teacher_ids, strict=False
+            )
+        ]
+        logits = plain_forward(student, tokenizer(prompt)["input_ids"], ids)[0]
+        own = allowed_log_softmax(logits.double()[:-1])[range(len(ids)), ids].tolist()
+        for of_teacher, of_student in zip(summed(of_characters, owner, len(ids)), own, strict=True):
+            total += bernoulli_kl(math.exp(of_teacher), math.exp(of_student))
+        count += len(ids)
+    assert recorder.logs[0]["divergence"] == pytest.approx(total / count, rel=1e-4)
+    assert recorder.logs[0]["loss"] == pytest.approx(total / count, rel=1e-3)
+
+
+def test_kd_learns_from_data_and_leaves_out_what_cannot_be_read(tmp_path):
+    data = pairs(32)  # every tenth word of the references is unknown to the student
+    settings = {"divergence": "jsd", "lmbda": 0.0, "alpha": 0.5, "align_tokenizers": True, "max_steps": 12}
+    recorder = run("kd", tmp_path, reward=teacher(), data=data, **settings)
+    assert 0 < sum(entry["completions/unreadable"] for entry in recorder.logs) < 12
+    # 3.29 nats to 3.06.
+    assert recorder.logs[-1]["cross_entropy"] < recorder.logs[0]["cross_entropy"] - 0.1
+    assert all(0 < entry["divergence"] < 0.05 for entry in recorder.logs)
+
+
+@pytest.mark.parametrize("method", ["kd", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method, tmp_path):
+    """The checkpoint lies between the two passes over a rollout, whose spans it holds."""
+    settings = {
+        "max_steps": 4,
+        "num_iterations": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "align_tokenizers": True,
+    }
+    whole = build(method, tmp_path / "whole", reward=teacher(), **settings)
+    whole.train()
+    resumed = build(method, tmp_path / "resumed", reward=teacher(), **{**settings, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_weights(snapshot(resumed.model), snapshot(whole.model), rtol=1e-4, atol=1e-5)
+    assert largest_difference(snapshot(build(method, tmp_path / "new").model), snapshot(whole.model)) > 1e-3
