@@ -14,6 +14,7 @@ from rlkd_trl.settings.files import (
     ChatTemplatePath,
     CheckpointPath,
     DataPath,
+    JsonPath,
     OutputPath,
     RewardPath,
     TeacherCachePath,
@@ -24,6 +25,7 @@ from rlkd_trl.settings.ranges import (
     CountFromZero,
     Length,
     Positive,
+    PositiveShare,
     Seed,
     Share,
     ShareBelowOne,
@@ -493,6 +495,29 @@ class CacheArguments:
     batch_size: Count = field(default=64, metadata={"help": "Targets at a time."})
     rows_per_shard: Count = field(default=1024, metadata={"help": "Targets in a file: what a stopped run does again."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over the cache in --output."})
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass
+class GeneratedDataArguments:
+    """Generated data"""
+
+    output: OutputPath | None = field(default=None, metadata={"help": "JSON-lines file to write."})
+    schema: JsonPath | None = field(
+        default=None,
+        metadata={"help": 'JSON file of slots to recombine: {"slots": {"food": ["Indian", …], …}, "required": […]}.'},
+    )
+    num_rows: Count = field(default=1000, metadata={"help": "Distinct inputs to write."})
+    keep_share: PositiveShare = field(
+        default=0.5, metadata={"help": "Share of the candidates that is kept, those likeliest to the teacher; 1: all."}
+    )
+    temperature: Temperature = field(default=1.0, metadata={"help": "Temperature at which inputs are sampled."})
+    max_input_length: Length = field(default=64, metadata={"help": "Cap on an input's tokens, EOS included."})
+    batch_size: Count = field(default=64, metadata={"help": "Candidates at a time."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the draws."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over --output, if it is there."})
 
     def __post_init__(self):
         check_ranges(self)

@@ -12,6 +12,7 @@ from rlkd_trl.commands.run_directory import check_not_there
 from rlkd_trl.commands.settings import (
     DistillationSettings,
     EvaluationSettings,
+    GeneratedDataSettings,
     PseudoLabelSettings,
     SupervisedSettings,
 )
@@ -23,6 +24,7 @@ from rlkd_trl.settings.hub import require_on_hub
 if TYPE_CHECKING:
     from rlkd_trl.prompts import PromptTemplates
     from rlkd_trl.rewards import TeacherReward
+    from rlkd_trl.teachers.generated_inputs import Schema
     from rlkd_trl.trainers.config import OnPolicyConfig
 
 # Flags that apply only to something on the Hub, and the flags that name it.
@@ -264,6 +266,42 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
     if Path(labels.output).is_dir():
         raise InputError(f"--output {labels.output} is a directory: name a file in it.")
     check_not_there("--output", labels.output, overwrite=labels.overwrite_output_dir)
+
+
+def check_generated_data(settings: GeneratedDataSettings, templates: "PromptTemplates | None") -> "Schema | None":
+    """Checks the flags of data from a teacher, and reads its schema, if there is one.
+
+    Raises:
+        InputError: One of them is wrong.
+    """
+    from rlkd_trl.models.loading import load_config
+    from rlkd_trl.teachers.generated_inputs import Schema, refuse_to_begin
+
+    teacher, generated = settings.teacher, settings.generated
+    check_teacher(teacher)
+    if len(teacher.teacher) != 1:
+        raise InputError(f"{len(teacher.teacher)} teachers: inputs are one teacher's.")
+    for_data = ("student_template", "rename_columns")
+    refuse_unused(settings.prompts, *for_data, unless=False, needs="data, which are made here")
+    for template in templates or []:
+        if template.input_variables:
+            raise InputError(
+                f"The template {template.name!r} reads {', '.join(sorted(template.input_variables))}, and there are "
+                "no data to read: ask for an input in words alone ('Invent a restaurant.')."
+            )
+    if templates is None and generated.schema is None:
+        refuse_to_begin(load_config(teacher.teacher[0], revision=teacher.teacher_revision))
+    if generated.schema is not None:
+        refuse_unused(generated, "temperature", unless=False, needs="sampling, and --schema draws from its values")
+        if templates is None and generated.keep_share != 1:
+            raise InputError(
+                f"--keep_share {generated.keep_share} keeps what the teacher finds likeliest, so with --schema it "
+                "needs a --template through which the teacher is asked for an input; or set it to 1."
+            )
+    if Path(generated.output).is_dir():
+        raise InputError(f"--output {generated.output} is a directory: name a file in it.")
+    check_not_there("--output", generated.output, overwrite=generated.overwrite_output_dir)
+    return None if generated.schema is None else Schema.load(generated.schema)
 
 
 def checked_rewards(

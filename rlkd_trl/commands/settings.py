@@ -20,6 +20,7 @@ from rlkd_trl.commands.arguments import (
     EncoderTeacherArguments,
     EvaluationArguments,
     GeneralDataArguments,
+    GeneratedDataArguments,
     HeldOutArguments,
     NewModelArguments,
     PanelArguments,
@@ -119,6 +120,16 @@ class CacheSettings:
     teacher: TeacherArguments
     code: CodeArguments
     cache: CacheArguments
+
+
+@dataclass
+class GeneratedDataSettings:
+    """Settings of data that a teacher writes."""
+
+    prompts: PromptArguments
+    teacher: TeacherArguments
+    code: CodeArguments
+    generated: GeneratedDataArguments
 
 
 @dataclass

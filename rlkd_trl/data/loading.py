@@ -63,9 +63,16 @@ def load_rows(
     return rows
 
 
+TEACHER_GENERATED = "teacher-generated"  # what one might call data that a teacher writes
+
+
 def require_dataset(dataset: str) -> None:
     """Raises `InputError` if a dataset's name can only be a path (by its ending, or as no Hub id) and is absent."""
     path = Path(dataset).expanduser()
+    if dataset == TEACHER_GENERATED and not path.exists():
+        raise InputError(
+            f"Dataset {dataset}: write it first, with generate_data (recipes/generate_data.py), and give its file."
+        )
     is_path = path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset
     if is_path and not path.exists():
         raise InputError(f"Dataset {dataset} does not exist; check the path (looked for {path.absolute()}).")

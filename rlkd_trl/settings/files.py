@@ -45,6 +45,7 @@ TemplatesPath = Annotated[str, Reads.TEMPLATES]
 RewardPath = Annotated[str, Reads.REWARD]
 ChatTemplatePath = Annotated[str, Reads.CHAT_TEMPLATE]
 PresetPath = Annotated[str, Reads.PRESET]
+JsonPath = Annotated[str, Reads.JSON]
 OutputPath = Annotated[str, Writes.OUTPUT]  # a file, or a directory of results
 # Fields of transformers.TrainingArguments, whose types do not say so.
 INHERITED = {

@@ -52,6 +52,7 @@ CountFromZero = Annotated[int, Range(0, LARGEST_COUNT)]
 Length = Annotated[int, Range(1, 2**20)]  # of texts in tokens, and the dimensions of a new model
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(1e-3, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 Temperature = Annotated[float, Range(1e-4, 1e4)]
 LearningRate = Annotated[float, Range(0, 10)]

@@ -16,7 +16,7 @@ from rlkd_trl.commands import console
 from rlkd_trl.errors import InputError
 from tests.recipes.command_lines import COLUMNS, RECIPES, ROOT, SAMPLING, TWO_STEPS
 
-COMMANDS = (*RECIPES, "compare", "encoder_search", "assistant_kd", "plan", "report", "score")
+COMMANDS = (*RECIPES, "generate_data", "compare", "encoder_search", "assistant_kd", "plan", "report", "score")
 
 
 def run_console(monkeypatch, *argv: str) -> int:

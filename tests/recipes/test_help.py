@@ -160,6 +160,11 @@ GROUPS = {
         "Student": STUDENT,
         "Chain": "smoke methods num_assistants assistants dense max_steps learning_rates seed common output_dir",
     },
+    "generate_data": {
+        "Prompts": PROMPTS,
+        "Teacher": TEACHER,
+        "Generated data": "output schema num_rows keep_share temperature max_input_length batch_size seed",
+    },
     "compare": {
         "Data": DATA,
         "Prompts": PROMPTS,
@@ -177,7 +182,7 @@ GROUPS = {
 }
 for _recipe in GROUPS:
     GROUPS[_recipe]["Code of checkpoints"] = "trust_remote_code"
-WITH_HELP = (*RECIPES, "compare", "encoder_search", "assistant_kd")
+WITH_HELP = (*RECIPES, "generate_data", "compare", "encoder_search", "assistant_kd")
 
 
 @pytest.fixture(autouse=True)
