@@ -23,8 +23,8 @@ def check_cache_settings(header: Header, args: KDConfig) -> None:
         )
     if args.align_tokenizers:
         raise InputError(
-            "align_tokenizers: a cache holds distributions over tokens that teacher and student share. Leave it out, or "
-            "give the teacher itself."
+            "align_tokenizers: a cache holds distributions over tokens that teacher and student share. Leave it out, "
+            "or give the teacher itself."
         )
     if args.sequences != "data":
         raise InputError(

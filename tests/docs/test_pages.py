@@ -85,7 +85,7 @@ def test_flags_are_known(snippet):
 def known_flags(capsys) -> set[str]:
     """Of all recipes and the planner, by their own `--help_all`."""
     flags = {action.dest for command in (planner, report) for action in command.parser()._actions}
-    for recipe in (*RECIPES, "compare", "encoder_search", "assistant_kd", "score"):
+    for recipe in (*RECIPES, "generate_data", "compare", "encoder_search", "assistant_kd", "score"):
         assert run(f"{recipe} --help_all") == 0
         flags |= set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
     return flags
