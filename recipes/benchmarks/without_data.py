@@ -116,9 +116,10 @@ def main() -> None:
             learn = ["--tokenizer", teacher, "--seed", seed, "--output_dir", student]
             stage("sft", student / "config.json", *pairs, *STUDENT, *learn)
             on_test = ["--dataset", test, "--source_column", "mr", "--target_column", "ref"]
-            on_test += ["--max_rows", args.test_rows, "--output_dir", student / "test"]
-            stage("evaluate", student / "test" / "metrics.json", *describe, "--student", student, *on_test)
-            metrics = json.loads((student / "test" / "metrics.json").read_text(encoding="utf-8"))
+            tested_in = place / f"{name}{seed}_test"
+            on_test += ["--max_rows", args.test_rows, "--output_dir", tested_in]
+            stage("evaluate", tested_in / "metrics.json", *describe, "--student", student, *on_test)
+            metrics = json.loads((tested_in / "metrics.json").read_text(encoding="utf-8"))
             results[name]["seeds"][seed], results["teacher"] = metrics["student"], {"seeds": {0: metrics["teacher"]}}
     write(results, args)
 
