@@ -104,6 +104,7 @@ def test_every_flag_mentioned_exists(capsys):
 SMALL = {
     "sft": "--max_steps 2 --per_device_train_batch_size 4",
     "pseudo_label": "--max_completion_length 6",
+    "cache_teacher": "--max_completion_length 6",
     "evaluate": "--max_completion_length 6",
     "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
     "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd rloo_token",
@@ -194,6 +195,9 @@ def assert_command_left(words: list[str], printed: str) -> None:
         lines = Path(flags["--output"]).read_text().splitlines()
         assert len(lines) >= 40 and all("pseudo_label" in json.loads(line) for line in lines)
         assert f"{len(lines)} pseudo-labels are in {flags['--output']}." in printed
+    elif recipe == "cache_teacher":
+        assert json.loads((Path(flags["--output"]) / "cache.json").read_text())["targets"] >= 10
+        assert f"bytes are in {flags['--output']}." in printed
     elif recipe == "evaluate":
         assert re.search(r"^student  .*\d", printed, re.M)
         if "--output_dir" in flags:
