@@ -18,12 +18,14 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from tqdm import tqdm
 
 from tests.resuming.runs import COMMANDS, TRAINERS, finish, make_inputs, same
 
@@ -71,6 +73,8 @@ def share_with_runs() -> None:
     for module in LATE:
         importlib.import_module(module)
     extract_model_from_parallel(torch.nn.Linear(1, 1))  # DeepSpeed's
+    # Its own lock is a semaphore of all forks, in which one that is killed while it holds it would stop the others.
+    tqdm.set_lock(threading.RLock())
     gc.collect()
     gc.freeze()
 
