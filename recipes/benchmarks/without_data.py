@@ -136,7 +136,7 @@ def write(results: dict[str, dict], args: argparse.Namespace) -> None:
             values = [metrics[metric] for metrics in found["seeds"].values()]
             cells.append(f"{statistics.mean(values):.3g} ({', '.join(f'{value:.3g}' for value in values)})")
         counts = found.get("inputs", {})
-        cells += [counts.get("inputs", "–"), counts.get("in the training data", "–")]
+        cells += [str(counts.get(key, "–")) for key in ("inputs", "in the training data")]
         rows.append([name, *cells])
     header = ["inputs from", *METRICS.values(), "distinct inputs", "of them in the training data"]
     text = (
