@@ -48,7 +48,7 @@ class Budget:
 SHORT = Budget(40, 30, "5e-4", "3e-4")
 # Students that begin with random numbers learn one class only in the short one.
 LONG = Budget(100, 40, "1e-3", "1e-3", ("food",))
-LONGEST = Budget(40, 150, "5e-4", "1e-3", ("food",))  # a narrow student learns slowly, and its steps cost little
+LONGEST = Budget(100, 150, "1e-3", "1e-3", ("food",))  # a narrow student learns slowly, and its steps cost little
 
 
 @dataclass(frozen=True)
