@@ -51,7 +51,8 @@ def reward_values(
     """Of each token: `reward`; and with a teacher `q`, `V`, and `teacher_logp` in nats, each a mean over scorers.
 
     q_t is the centred logit of the token and V_t the value of the state in which it was written (see
-    `rlkd_trl.ops.rewards`): that of the first teacher-forcing reward, the largest logit where there is none.
+    `rlkd_trl.ops.rewards`): that of the first teacher-forcing reward, the largest logit where there is none. Of a
+    teacher that tells log p only, log p stands for the centred logit.
     """
     values = {"reward": result.rewards_BT}
     if result.scores is None:
@@ -59,10 +60,10 @@ def reward_values(
     forcing = next((term for term in reward_model.teacher_terms if isinstance(term, TeacherForcingReward)), None)
     of_scorers = result.scores if forcing is None else scores[id(forcing.panel)]
     q_BT = weighted_mean(
-        (one.on_students_tokens(centre(one.chosen, one.mean[:, :-1])) for one in of_scorers), of_scorers
+        (one.on_students_tokens(centre(one.chosen, one.centre_BT1[:, :-1])) for one in of_scorers), of_scorers
     )
     if forcing is None:
-        values_BT1 = (one.at_students_states(centre(one.max, one.mean)) for one in of_scorers)
+        values_BT1 = (one.at_students_states(centre(one.max, one.centre_BT1)) for one in of_scorers)
         V_BT1 = weighted_mean(values_BT1, of_scorers)
     else:
         V_BT1 = forcing.mean_potentials(of_scorers)

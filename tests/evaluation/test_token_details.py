@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.evaluation.token_details import completion_records, reward_values, token_texts
 from rlkd_trl.models.generation import Completions
-from rlkd_trl.rewards import RewardInputs, RewardModel
+from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel
+from rlkd_trl.teachers.scores import TeacherScores
 from tests.conftest import EOS, MODELS, word_tokenizer
 
 
@@ -63,3 +64,28 @@ def test_rewards_are_made_of_q_and_v(ended):
     assert record["total"] == pytest.approx(math.fsum(expected["reward"]), rel=1e-4)
     assert (record["step"], record["prompt"], record["ended"]) == (3, "w4 w5", ended)
     assert record["text"] == ("w7 w12 w3" if ended else "w7 w12 w3 w4")
+
+
+def test_q_and_v_of_a_teacher_that_tells_log_p_only():
+    """As from a server: no mean logit, for which logsumexp, 0, then stands."""
+    model, tokenizer = MODELS["t5-untied"](seed=5), word_tokenizer()
+    batch = RewardInputs(
+        rows=[{"prompt": "w4 w5"}],
+        prompt_index_B=torch.tensor([0]),
+        completion_ids_BT=torch.tensor([[7, EOS]]),
+        completion_mask_BT=torch.ones(1, 2, dtype=torch.bool),
+        ended_B=torch.tensor([True]),
+    )
+    chosen, best = torch.tensor([[-1.5, -0.25]]), torch.tensor([[-0.5, -0.125, 0.0]])
+    told = TeacherScores(chosen=chosen, mean=None, max=best, logsumexp=torch.zeros(1, 3))
+    for term, reward in (
+        (LogLikelihoodReward(model, tokenizer), [[-1.5, -0.25]]),
+        # q_t − V_{t+1}, with V = 0 after EOS: −1.5 + 0.125, −0.25 − 0.
+        (TeacherForcingReward(model, tokenizer), [[-1.375, -0.25]]),
+    ):
+        reward_model = RewardModel([term])
+        scores = {id(term.panel): [told]}
+        values = reward_values(reward_model, scores, reward_model.rewards(batch, scores), batch.completion_mask_BT)
+        assert values["reward"].tolist() == reward
+        assert values["q"].tolist() == values["teacher_logp"].tolist() == [[-1.5, -0.25]]
+        assert values["V"][:, :2].tolist() == [[-0.5, -0.125]]
