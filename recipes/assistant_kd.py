@@ -58,9 +58,10 @@ def main() -> None:
 
 
 def distil_through_assistants(settings: ChainSettings, output_dir: Path) -> None:
-    if settings.chain.smoke:
-        make_demo(use_demo(settings))
+    demo = use_demo(settings) if settings.chain.smoke else None
     chain = Chain.of(settings, RECIPES)
+    if demo is not None:
+        make_demo(demo)
     chain.check(CONFIGS)
 
     # One hop after the other: each reads what the last one has made.

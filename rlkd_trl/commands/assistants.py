@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 from rlkd_trl.commands.arguments import (
+    AbsentTeacherArguments,
     CodeArguments,
     DataArguments,
     HeldOutArguments,
     PromptArguments,
+    RunArguments,
     StudentArguments,
     TeacherArguments,
 )
 from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.comparison.cells import Cell, Method, find_method
-from rlkd_trl.commands.comparison.checks import SMOKE_STEPS
+from rlkd_trl.commands.comparison.checks import SMOKE_STEPS, refuse_set_here
 from rlkd_trl.commands.demo import DemoRequest, demo_files, make_demo_models, write_demo_files
 from rlkd_trl.commands.distillation import check, check_data, within_lengths
 from rlkd_trl.commands.files_read import FileDigests
@@ -30,6 +32,12 @@ from rlkd_trl.settings.files import CheckpointPath, OutputPath, PresetPath
 from rlkd_trl.settings.ranges import Count, Range, Seed, check_ranges
 
 _QUIET = ("--disable_tqdm=True",)
+# Flags beside those of the groups that the chain sets itself: who teaches whom, on what, and where the models go.
+_SET_HERE = ("config", "output_dir", "resume_from_checkpoint", "seed", "learning_rate", "max_steps")
+_GROUPS_SET_HERE = (
+    *(DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, AbsentTeacherArguments),
+    *(StudentArguments, CodeArguments, RunArguments),
+)
 _SHOWN = ("bleu", "rougeL", "teacher_nll_per_token", "tokens")
 
 
@@ -151,9 +159,12 @@ class Chain:
 
     @classmethod
     def of(cls, settings: ChainSettings, recipes: Path) -> "Chain":
-        """Raises `InputError` as `find_method`."""
+        """Raises `InputError` as `find_method` and `refuse_set_here`."""
         chain = settings.chain
         methods = [find_method(name, recipes) for name in chain.methods]
+        set_here = {option.name for group in _GROUPS_SET_HERE for option in dataclasses.fields(group)}.union(_SET_HERE)
+        whose = "the chain sets for each hop: give assistant_kd.py's own flag, if it has one, or leave it out"
+        refuse_set_here(methods, chain.common or [], set_here, whose)
         new = [str(Path(chain.output_dir) / f"begin{n}") for n in range(1, chain.num_hops)]
         begins = [*(chain.assistants or new), settings.student.student]
         return cls(settings, _for_each(methods, chain.num_hops), begins, FileDigests())

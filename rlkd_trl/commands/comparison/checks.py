@@ -1,7 +1,7 @@
 """What must be right before any run of a comparison begins."""
 
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -117,19 +117,27 @@ def check_flags(
     given_flags = {flag.removeprefix("--") for flag in as_flags(teacher)}
     set_here -= OF_THE_TEACHERS_WEIGHTS - given_flags
     for method in methods:
-        recipe = method.recipe.stem
-        if recipe not in configs:
-            raise InputError(f"{method.preset}: {recipe} is none of the recipes to compare: {', '.join(configs)}.")
-        for source, names in (
-            (f"The preset {method.preset}", method.settings()),
-            ("--common", [flag.partition("=")[0] for flag in common]),
-        ):
-            if "hub_token" in names:
-                raise InputError(
-                    f"{source} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
-                )
-            if clash := sorted(set_here.intersection(names)):
-                raise InputError(f"{source} sets {clash[0]}, which compare.py sets for all methods alike.")
+        if method.recipe.stem not in configs:
+            raise InputError(
+                f"{method.preset}: {method.recipe.stem} is none of the recipes to compare: {', '.join(configs)}."
+            )
+    refuse_set_here(methods, common, set_here, "compare.py sets for all methods alike")
+
+
+def refuse_set_here(methods: Sequence[Method], common: Sequence[str], set_here: Collection[str], whose: str) -> None:
+    """Raises `InputError` if a preset or `--common` sets a key, or what the command sets for its runs itself.
+
+    common: as name=value; a flag's name may be written with hyphens. whose: the end of the message.
+    """
+    given = {"--common": [flag.partition("=")[0].replace("-", "_") for flag in common]}
+    given |= {f"The preset {method.preset}": list(method.settings()) for method in methods}
+    for source, names in given.items():
+        if "hub_token" in names:
+            raise InputError(
+                f"{source} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
+            )
+        if clash := sorted(set(set_here).intersection(names)):
+            raise InputError(f"{source} sets {clash[0]}, which {whose}.")
 
 
 def first_runs(grid: Grid, configs: Mapping[str, type]) -> dict[str, DistillationSettings]:
