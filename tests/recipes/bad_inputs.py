@@ -883,7 +883,7 @@ COMMAND_CASES = [
     ("compare", "--dataset and --test_dataset and --teacher and --student missing. To try this on the embedded demo"),
     (f"compare {GOOD['compare'].replace('--max_steps 2', '')}", "One kind of budget is needed, and there is none"),
     ("rlkd-trl ppokd", "there is no command 'ppokd'; did you mean ppo_kd"),
-    ("rlkd-trl xyzzy", "there is no command 'xyzzy'; choose one of all_actions_kd, cache_teacher"),
+    ("rlkd-trl xyzzy", "there is no command 'xyzzy'; choose one of all_actions_kd, "),
     ("rlkd-trl ppo_kd --max_step 2", "unknown flag --max_step; did you mean --max_steps"),
     ("rlkd-trl ppo_kd --config minillms", "did you mean minillm"),
     ("rlkd-trl plan --gpus 0", "the following arguments are required: --teacher, --student"),
