@@ -6,12 +6,15 @@
     echo               with `logprobs`: the same of the tokens of prompt and completion, as texts
 
 One token is generated, for the state after the last given one. Requests that fail for a while (connections, timeouts,
-429, 5xx) are repeated, with growing pauses, for `patience` seconds. What the server says about the tokens that it has
-read is compared with what was sent. An API key is never part of a message, whatever the server answers.
+429, 5xx) are repeated, with growing pauses, for `patience` seconds. The texts of the tokens that the server says it
+has read are compared with those of the ids that were sent. An API key is never part of a message, whatever the server
+answers.
 """
 
+import html
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,7 @@ from http.client import HTTPException
 from time import monotonic
 from typing import Protocol
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from rlkd_trl.errors import InputError, ServerError
@@ -29,6 +32,7 @@ _TEXTS_PER_REQUEST = 8
 _CHECK_SECONDS = 10.0  # that a request may take when a server is tried out
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 _QUOTED = 300  # characters of a server's answer in a message
+_KEY_PIECE = 8  # characters of a key by which it is recognised
 _UNREADABLE = "\ufffd"  # in a text, for a token that is a part of a character
 
 
@@ -110,8 +114,11 @@ class CompletionsClient:
     def connect(self, sample_ids: Sequence[int]) -> None:
         """Finds the model and how the server is asked, with one request for a text of `sample_ids`, and no repeats.
 
+        Of the ids only as many are sent as the server takes.
+
         Raises:
-            InputError: There is no such server or model, it refuses the key, or does not tell log-probabilities.
+            InputError: There is no such server or model, it refuses the key, or does not tell log-probabilities,
+                has another tokenizer, or its name holds the key.
         """
         try:
             listed = self._once("/models", None, timeout=min(self.timeout, _CHECK_SECONDS))["data"]
@@ -126,8 +133,11 @@ class CompletionsClient:
         self.model = self.model or names[0]
         if self.model not in names:
             raise InputError(f"The server {self.url} has no model {self.model!r}: name one of {listing}.")
+        if self._api_key is not None and len(self._api_key) >= _KEY_PIECE and self._repeats_key(self.model):
+            raise InputError(f"The name of the model that the server {self.url} has holds the API key: rename it.")
         length = next(entry for entry in listed if entry["id"] == self.model).get("max_model_len")
         self.max_length = length if isinstance(length, int) else None
+        sample_ids = sample_ids[: None if self.max_length is None else self.max_length - 1]
         failures = []
         for self._speaks_echo in (False, True):
             try:
@@ -196,6 +206,7 @@ class CompletionsClient:
             logps = {int(token): _number(entry["logprob"]) for token, entry in of_state.items()}
             if index not in logps:
                 raise _Refused(f"it has read other tokens than were sent: not {index}, but {sorted(logps)}.")
+            self._check_token(index, of_state[str(index)].get("decoded_token") or "")
             chosen.append(logps[index])
             best.append(max(logps.values()))
         return TextLogProbs(chosen, [*best, _best(choice["logprobs"], 0)])
@@ -206,17 +217,20 @@ class CompletionsClient:
         if not len(ids) <= len(tokens) <= len(ids) + 1:
             raise _Refused(f"it has read {len(tokens)} tokens, and {len(ids)} were sent.")
         for index, token in zip(ids, tokens, strict=False):
-            if not self._is_token(index, token):
-                raise _Refused(f"it has read other tokens than were sent: {self._clean(repr(token))} for id {index}.")
+            self._check_token(index, token)
         chosen = [_number(number) for number in numbers[1 : len(ids)]]
         best = [max(_best(logprobs, t), chosen[t - 1]) for t in range(1, len(ids))]
         return TextLogProbs(chosen, [*best, _best(logprobs, len(ids))])
 
-    def _is_token(self, index: int, text: str) -> bool:
-        """Whether a text may be the token's; a part of a character cannot be told from another one."""
+    def _check_token(self, index: int, text: str) -> None:
+        """Raises `_Refused` if a text is not the token's; a part of a character cannot be told from another one."""
         piece, decoded = self.vocabulary.convert_ids_to_tokens(index), self.vocabulary.decode([index])
-        is_part = _UNREADABLE in text or _UNREADABLE in decoded or text.startswith("bytes:")
-        return is_part or text in (piece, f"token_id:{index}") or text.strip() == decoded.strip()
+        is_part = not text or _UNREADABLE in text or _UNREADABLE in decoded or text.startswith("bytes:")
+        if not (is_part or text in (piece, f"token_id:{index}") or text.strip() == decoded.strip()):
+            raise _Refused(
+                f"it has read other tokens than were sent: {self._clean(repr(text))} for id {index}, which is "
+                f"{decoded!r} in the tokenizer that was given. Give that of the served model."
+            )
 
     def _once(self, path: str, body: Mapping | None, *, timeout: float) -> dict:
         """The answer of one request, as JSON. Raises `_Temporary` or `_Refused`."""
@@ -242,8 +256,23 @@ class CompletionsClient:
         """A text of the server for a message: short, on one line, and without the key."""
         if self._api_key is not None:
             text = text.replace(self._api_key, "***")
+            text = "its answer repeats the key, and is not shown" if self._repeats_key(text) else text
         text = " ".join(text.split())
         return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
+
+    def _repeats_key(self, text: str) -> bool:
+        """Whether a piece of the key is there, as it is or escaped for JSON, HTML or URLs."""
+        key = self._api_key
+        starts = range(max(1, len(key) - _KEY_PIECE + 1))
+        plain = {text, _without_backslashes(text), html.unescape(text), unquote(text)}
+        plain.add(_without_backslashes(unquote(html.unescape(text))))
+        return any(key[i : i + _KEY_PIECE] in one for i in starts for one in plain)
+
+
+def _without_backslashes(text: str) -> str:
+    """A text with JSON's escapes, as it is without them."""
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def checked_url(url: str) -> str:

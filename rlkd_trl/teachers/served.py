@@ -17,6 +17,7 @@ from rlkd_trl.teachers.completions_api import CompletionsClient
 from rlkd_trl.teachers.scores import TeacherScores
 
 _GENERATED = 1  # tokens of each request
+_TRIED = 48  # tokens by which the server's tokenizer is compared with the one that is given
 
 
 class ServedTeacher(AbsentTeacher):
@@ -52,7 +53,7 @@ class ServedTeacher(AbsentTeacher):
         require_eos(processing_class)
         check_special_tokens(processing_class, allowed_special_tokens)
         self.client = client
-        client.connect([processing_class.eos_token_id] * 2)
+        client.connect(_sample_ids(processing_class))
         room = None if client.max_length is None else client.max_length - _GENERATED
         limits = PositionLimits(room, room, is_shared=True)
         super().__init__(processing_class, chat=chat, limits=limits, content_tokens=allowed_special_tokens)
@@ -124,6 +125,13 @@ class ServedTeacher(AbsentTeacher):
             logsumexp=zeros_BT1,
             soft=None if tau is None else zeros_BT1,
         )
+
+
+def _sample_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids from all over the vocabulary between two EOS, without the other special tokens."""
+    ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    spread = ids[:: -(-len(ids) // _TRIED)]
+    return [tokenizer.eos_token_id, *spread, tokenizer.eos_token_id]
 
 
 def check_wanted(*, expected: bool, tau: float | None) -> None:

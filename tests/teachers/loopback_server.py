@@ -17,8 +17,8 @@ class Loopback:
     """What the server has been asked, and how it behaves.
 
     dialect: "prompt_logprobs" or "echo". key: the only one that is let in. fails: called with a request's body and its
-    number, 1 for the first; a status code in place of an answer, with headers that repeat the request's. change: of an
-    answer before it is sent.
+    number, 1 for the first; a status code in place of an answer, with headers that repeat the request's, in the form
+    that `escape` gives them. change: of an answer before it is sent.
     """
 
     model: PreTrainedModel
@@ -27,6 +27,7 @@ class Loopback:
     key: str | None = None
     names: tuple[str, ...] = ("tiny",)
     fails: Callable[[dict, int], int | None] = lambda body, number: None
+    escape: Callable[[str], str] = lambda text: text
     change: Callable[[dict], dict] = lambda answer: answer
     delay: float = 0.0
     bodies: list[dict] = field(default_factory=list)
@@ -54,8 +55,11 @@ class Loopback:
         states = [None]
         for t, token in enumerate(ids[1:]):
             entries = {best[t][0]: best[t][1], token: float(logps[t, token])}
-            states.append({str(i): {"logprob": logp, "rank": 1, "decoded_token": ""} for i, logp in entries.items()})
+            states.append({str(i): self._entry(i, logp) for i, logp in entries.items()})
         return {"index": index, "text": "", "prompt_logprobs": states, "logprobs": {"top_logprobs": [after]}}
+
+    def _entry(self, index: int, logp: float) -> dict:
+        return {"logprob": logp, "rank": 1, "decoded_token": self.tokenizer.decode([index])}
 
     @property
     def requests(self) -> list[dict]:
@@ -95,7 +99,9 @@ def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
             if loopback.key is not None and self.headers.get("Authorization") != f"Bearer {loopback.key}":
                 code = 401
             said = answer if code == 200 else {"error": f"no: {dict(self.headers)} {code}"}
-            content = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+            content = (said if isinstance(said, str) else json.dumps(said)).encode()
+            if code != 200:
+                content = loopback.escape(content.decode()).encode()
             self.send_response(code)
             if code == 302:
                 self.send_header("Location", f"{loopback.url}/elsewhere")

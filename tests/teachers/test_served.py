@@ -1,10 +1,15 @@
 """A teacher behind a server: the rewards of the model itself, what is asked, and what goes wrong."""
 
+import html
+import json
 import socket
 import time
+from urllib.parse import quote
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError, ServerError
 from rlkd_trl.ops.rewards import potential_shaping
@@ -137,6 +142,52 @@ def test_what_goes_on_failing_ends_and_says_why_without_the_key():
         assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "escape"),
+    [
+        ("sk-ab/cd+ef==", lambda text: text.replace("/", r"\/")),
+        ("sk-ab/cd+ef==", lambda text: text.replace("+", r"\u002b")),
+        ("sk-ab/cd+ef==", lambda text: quote(text, safe="")),
+        ('sk-ab"cd&ef', lambda text: text),
+        ("sk-ab&cd<ef", html.escape),
+        ("sk-ab/cd+ef==", lambda text: text.replace("==", "…")),
+    ],
+)
+def test_a_key_that_a_server_repeats_in_another_form_is_not_shown(key, escape):
+    with (
+        served(model(), word_tokenizer(), fails=lambda body, number: 403, escape=escape) as loopback,
+        pytest.raises(InputError, match="403") as caught,
+    ):
+        teacher_at(loopback, api_key=key)
+    assert "sk-ab" not in str(caught.value)
+
+
+def test_a_model_is_not_called_by_the_key():
+    with (
+        served(model(), word_tokenizer(), names=(f"tiny-{KEY}",)) as loopback,
+        pytest.raises(InputError, match="holds the API key: rename it") as caught,
+    ):
+        teacher_at(loopback, api_key=KEY)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("dialect", ["prompt_logprobs", "echo"])
+def test_a_server_with_another_order_of_tokens_is_refused(dialect):
+    """All ids of one are ids of the other: only their texts tell."""
+    other = word_tokenizer()
+    state = json.loads(other.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    vocab["w20"], vocab["w21"] = vocab["w21"], vocab["w20"]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    with (
+        served(model(), other, dialect=dialect) as loopback,
+        pytest.raises(InputError, match="read other tokens than were sent: 'w21' for id 20, which is 'w20'"),
+    ):
+        teacher_at(loopback)
+
+
 def test_a_server_that_is_not_there_is_named_within_seconds():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -170,7 +221,7 @@ def other_echo(answer: dict) -> dict:
     ("behaviour", "message"),
     [
         ({"change": other_token}, r"it has read other tokens than were sent: not 1, but \[77\]"),
-        ({"change": cut}, "it has read 1 tokens, and 2 were sent"),
+        ({"change": cut}, "it has read 25 tokens, and 26 were sent"),
         ({"dialect": "echo", "change": other_echo}, "it has read other tokens than were sent: 'w26' for id 1"),
         ({"change": lambda answer: {"choices": []}}, "it answers 0 of 1 texts"),
         ({"change": lambda answer: {"text": "hello"}}, "has not the log-probabilities that were asked for"),
