@@ -1,6 +1,5 @@
 """The steps of cache_teacher.py: its checks, and the cache itself."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,8 @@ def check_cache_flags(settings: CacheSettings, rows: "Dataset") -> None:
         InputError: One of them is wrong.
     """
     from rlkd_trl.ops.divergences import ENSEMBLES
-    from rlkd_trl.teachers.cache import DTYPES, HEADER
+    from rlkd_trl.teachers.cache import DTYPES
+    from rlkd_trl.teachers.cache_writer import is_place_of_cache
 
     cache, directory = settings.cache, Path(settings.cache.output)
     if cache.dtype not in DTYPES:
@@ -37,8 +37,10 @@ def check_cache_flags(settings: CacheSettings, rows: "Dataset") -> None:
         )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--output {cache.output} is a file: name a directory.")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / HEADER).is_file():
-        raise InputError(f"--output {cache.output} holds files that are no teacher cache: name another directory.")
+    if directory.is_dir() and any(directory.iterdir()) and not is_place_of_cache(directory):
+        raise InputError(
+            f"--output {cache.output} holds files that are no teacher cache of this version: name another directory."
+        )
     check_writable("--output", directory)
     check_teacher(settings.teacher)
     for i, row in enumerate(rows):
@@ -53,7 +55,7 @@ def cache_targets(settings: CacheSettings, rows: "Dataset", templates: PromptTem
         InputError: A teacher cannot be loaded; or as `write_cache`.
     """
     from rlkd_trl.teachers.cache import TeacherCache
-    from rlkd_trl.teachers.cache_writer import write_cache
+    from rlkd_trl.teachers.cache_writer import remove_cache, write_cache
     from rlkd_trl.trainers.run_record import model_record
 
     if not is_first_process():
@@ -62,7 +64,7 @@ def cache_targets(settings: CacheSettings, rows: "Dataset", templates: PromptTem
     directory, temperature = values.pop("output"), values.pop("distillation_temperature")
     panel = load_panel(settings.teacher, templates)
     if values.pop("overwrite_output_dir"):
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_cache(Path(directory))
     teachers = list({id(scorer.teacher): scorer.teacher for scorer in panel.scorers}.values())
     write_cache(
         panel,

@@ -11,7 +11,9 @@ A directory of a cache holds
         logps [N, k+1]          their log-probabilities, and that of any other id, float32 or float16
         sums [R] uint64         XXH3 of each completion's part of `ids` and `logps`
 
-A shard appears whole or not at all. The files are mapped into memory: of them only what is read is loaded.
+A shard appears whole or not at all, and has the header's digest in its metadata, so that no shard of another cache is
+read. While tokenizer and header are written, or everything is deleted, the header is called `cache.json.part`. The
+files are mapped into memory: of them only what is read is loaded.
 """
 
 import dataclasses
@@ -34,10 +36,11 @@ from rlkd_trl.prompts import Message, PromptTemplates
 from rlkd_trl.teachers.absent import AbsentTeacher
 from rlkd_trl.teachers.panel import TeacherPanel
 
-FORMAT = 1
+FORMAT = 2
 HEADER, TOKENIZER = "cache.json", "tokenizer"
 DTYPES = ("float32", "float16")
 KEY_BYTES = 16
+OF_HEADER = "header"  # in a shard's metadata: the digest of its header
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,16 @@ class Header:
     def num_shards(self) -> int:
         return -(-self.targets // self.rows_per_shard)
 
+    @property
+    def digest(self) -> str:
+        """Of everything but `names`: a copy of a teacher in another place is the same teacher."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "names"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     def difference(self, other: "Header") -> str | None:
         """The first field that differs, in words; None if the other is the same."""
         for field in dataclasses.fields(self):
-            if field.name == "names":  # a copy in another place is the same teacher
+            if field.name == "names":
                 continue
             here, there = getattr(self, field.name), getattr(other, field.name)
             if here != there:
@@ -111,6 +120,15 @@ def read_header(directory: str | Path) -> Header:
 
 def shard_file(directory: str | Path, number: int) -> Path:
     return Path(directory) / f"shard-{number:05}.safetensors"
+
+
+def is_shard_of(file: Path, header: Header) -> bool:
+    """Whether a shard is there, can be opened, and was written for this header."""
+    try:
+        with safe_open(file, framework="np") as shard:
+            return (shard.metadata() or {}).get(OF_HEADER) == header.digest
+    except (SafetensorError, OSError):
+        return False
 
 
 def key_of(questions: Sequence[str | list[Message]], completion_ids: Sequence[int]) -> bytes:
@@ -181,9 +199,15 @@ class TeacherCache(AbsentTeacher):
 
     def _opened(self, number: int) -> safe_open:
         try:
-            return safe_open(shard_file(self.directory, number), framework="np")
+            shard = safe_open(shard_file(self.directory, number), framework="np")
         except (SafetensorError, OSError) as error:
             raise self._damaged(number) from error
+        if (shard.metadata() or {}).get(OF_HEADER) != self.header.digest:
+            raise InputError(
+                f"{shard_file(self.directory, number)} is of another cache than {HEADER} beside it: run the command "
+                "again that made the cache."
+            )
+        return shard
 
     def _whole(self, number: int, name: str) -> np.ndarray:
         try:

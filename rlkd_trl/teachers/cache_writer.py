@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +29,22 @@ from rlkd_trl.ops.divergences import ENSEMBLES
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
 from rlkd_trl.ops.truncated import merged, top_ids
 from rlkd_trl.prompts import Message
-from rlkd_trl.teachers.cache import HEADER, TOKENIZER, Header, key_of, read_header, row_sum, shard_file
+from rlkd_trl.teachers.cache import (
+    HEADER,
+    OF_HEADER,
+    TOKENIZER,
+    Header,
+    is_shard_of,
+    key_of,
+    read_header,
+    row_sum,
+    shard_file,
+)
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.teacher import Teacher
+
+_PART = ".part"  # ends the name of a file that is being written
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -126,10 +141,40 @@ def write_cache(
     )
     begin(directory, header, first)
     for number in tqdm(range(header.num_shards), desc=progress, unit="shard", disable=progress is None):
-        if not shard_file(directory, number).is_file():
+        file = shard_file(directory, number)
+        if not is_shard_of(file, header):
             of_shard = targets[number * rows_per_shard : (number + 1) * rows_per_shard]
-            _write(shard_file(directory, number), save(_shard(panel, of_shard, header, forbidden_V, batch_size)))
+            arrays = _shard(panel, of_shard, header, forbidden_V, batch_size)
+            _write(file, save(arrays, {OF_HEADER: header.digest}))
     return header
+
+
+def is_place_of_cache(directory: Path) -> bool:
+    """Whether a directory holds a cache, or only what a command has left that was stopped while it began one."""
+    try:
+        read_header(directory)
+    except InputError:
+        return _part_of(directory / HEADER).is_file() and all(map(_is_of_cache, directory.iterdir()))
+    return True
+
+
+def remove_cache(directory: Path) -> None:
+    """Deletes the files of a cache, and no others. If that is stopped, `is_place_of_cache` is still true."""
+    header = directory / HEADER
+    if header.is_file():
+        header.replace(_part_of(header))
+    for file in [file for file in directory.glob("shard-*") if _is_of_cache(file)]:
+        file.unlink()
+    shutil.rmtree(directory / TOKENIZER, ignore_errors=True)
+    _part_of(header).unlink(missing_ok=True)
+
+
+def _is_of_cache(file: Path) -> bool:
+    return file.name in (HEADER, HEADER + _PART, TOKENIZER) or _SHARD.fullmatch(file.name) is not None
+
+
+def _part_of(file: Path) -> Path:
+    return file.with_name(file.name + _PART)
 
 
 def begin(directory: Path, header: Header, teacher: Teacher) -> None:
@@ -142,20 +187,30 @@ def begin(directory: Path, header: Header, teacher: Teacher) -> None:
                 "with --overwrite_output_dir."
             )
         return
+    if directory.is_dir() and is_place_of_cache(directory):
+        remove_cache(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    _write_part(directory / HEADER, json.dumps(asdict(header), indent=1).encode())
     teacher.processing_class.save_pretrained(directory / TOKENIZER)
     teacher.model.config.save_pretrained(directory / TOKENIZER)  # from which some tokenizers are told apart
-    _write(directory / HEADER, json.dumps(asdict(header), indent=1).encode())  # last: without it there is no cache
+    _finish_part(directory / HEADER)  # last: without it there is no cache
 
 
 def _write(file: Path, content: bytes) -> None:
     """The file appears whole: it is written beside, brought to the disk, and renamed."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as opened:
+    _write_part(file, content)
+    _finish_part(file)
+
+
+def _write_part(file: Path, content: bytes) -> None:
+    with _part_of(file).open("wb") as opened:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-    part.replace(file)
+
+
+def _finish_part(file: Path) -> None:
+    _part_of(file).replace(file)
     handle = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(handle)

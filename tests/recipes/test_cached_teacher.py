@@ -111,3 +111,7 @@ def test_an_unfinished_cache_is_refused_and_finished_by_the_same_command(checkpo
     assert run(f"{command} --k 6") == 2
     assert "is a cache of something else: k is 5 and would be 6" in capsys.readouterr().err
     assert run(f"{command} --k 6 --overwrite_output_dir") == 0
+    (tmp_path / "cache" / "cache.json").write_text('{"entries": []}')
+    assert run(f"{command} --overwrite_output_dir") == 2
+    assert "holds files that are no teacher cache of this version" in capsys.readouterr().err
+    assert (tmp_path / "cache" / "shard-00000.safetensors").exists()

@@ -1,6 +1,5 @@
 """`KDTrainer` on a cached teacher: the same run as with the teacher itself, and what it refuses."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import TeacherForcingReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, key_of, shard_file
-from rlkd_trl.teachers.cache_writer import targets_of, write_cache
+from rlkd_trl.teachers.cache_writer import is_place_of_cache, remove_cache, targets_of, write_cache
 from rlkd_trl.trainers.run_record import model_record
 from tests.conftest import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, pairs, run
@@ -174,12 +173,56 @@ def test_another_cache_is_not_mixed_into_a_directory(tmp_path):
         cached(tmp_path, TeacherPanel([Teacher(MODELS["llama"](seed=8), word_tokenizer())]), k=3)
 
 
+def test_a_shard_of_another_cache_is_not_read_and_written_anew(tmp_path):
+    """Of the same targets and ids, at another temperature."""
+    panel = cached(tmp_path / "2", panel_of("llama"), k=3, temperature=2.0)
+    cached(tmp_path / "1", panel_of("llama"), k=3)
+    file = shard_file(tmp_path / "2", 1)
+    sound = file.read_bytes()
+    file.write_bytes(shard_file(tmp_path / "1", 1).read_bytes())
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is of another cache than cache\.json beside it"):
+        TeacherCache(tmp_path / "2")
+    cached(tmp_path / "2", panel_of("llama"), k=3, temperature=2.0)
+    assert file.read_bytes() == sound and panel.cache.header.num_shards > 1
+
+
+def test_what_a_kill_leaves_of_a_beginning_or_a_deletion_is_gone_on_from(tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    teacher = panel_of("llama")
+    config = teacher.scorers[0].teacher.model.config
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(config), "save_pretrained", killed)  # after the tokenizer's
+        cached(tmp_path, teacher)
+    assert {file.name for file in tmp_path.iterdir()} == {"cache.json.part", "tokenizer"}
+    assert is_place_of_cache(tmp_path)
+    panel = cached(tmp_path, teacher)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        remove_cache(tmp_path)
+    assert is_place_of_cache(tmp_path)
+    assert cached(tmp_path, teacher).cache.header == panel.cache.header
+
+
+def test_no_files_but_a_caches_are_deleted(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "cache.json").write_text('{"entries": []}')
+    assert not is_place_of_cache(tmp_path)
+    (tmp_path / "cache.json").unlink()
+    assert not is_place_of_cache(tmp_path)
+    cached(tmp_path, panel_of("llama"))
+    assert is_place_of_cache(tmp_path)
+    remove_cache(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_damage_is_noticed_where_it_is_read(tmp_path):
     panel = cached(tmp_path, panel_of("llama"), k=3)
     file = shard_file(tmp_path, 1)
     arrays = load_file(file)
     arrays["logps"][-1, 0] -= 0.125
-    save_file(arrays, file)
+    save_file(arrays, file, metadata={"header": panel.cache.header.digest})
     damaged = CachedPanel(TeacherCache(tmp_path))
     first, last = 16, 16 + len(arrays["ends"]) - 1
     assert torch.equal(damaged.cache.read(first)[1], panel.cache.read(first)[1])
@@ -220,14 +263,13 @@ def test_other_templates_and_other_special_tokens_are_refused(tmp_path):
     panel = cached(tmp_path / "cache", panel_of("llama", TEMPLATES))
     with pytest.raises(InputError, match=r"made with the templates before, after, and here there are none"):
         CachedPanel(panel.cache)
-    header = replace(panel.cache.header, forbidden=[*panel.cache.header.forbidden, 9], weights=[1.0])
     file = tmp_path / "cache" / "cache.json"
-    file.write_text(json.dumps(vars(header)))
     other = CachedPanel(TeacherCache(tmp_path / "cache"), TEMPLATES)
+    other.cache.header = replace(panel.cache.header, forbidden=[*panel.cache.header.forbidden, 9], weights=[1.0])
     with pytest.raises(InputError, match="may not write the same tokens; of 1 only one of them may write: 'w9'"):
         run("kd", tmp_path, family="llama", reward=CachedReward(other), **{**ON_DATA, "divergence": "tvd"})
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="has format 2, and this version reads 1"):
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(InputError, match="has format 1, and this version reads 2"):
         TeacherCache(tmp_path / "cache")
     file.write_text("[]")
     with pytest.raises(InputError, match="is not the header of a teacher cache"):
