@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlkd_trl.ops.masking import masked
 
+_ROUNDING = -1e-6  # a teacher's log-probability above it is one of float32's rounding
 INSIDE = -1  # as a token's end: it ends within a character, or where the text read so far is not the text's beginning
 
 
@@ -80,7 +81,8 @@ def span_divergences(
 
     Args:
         teacher_logps_BT: log P of each span at its last token, as `summed_at` puts it there.
-        student_logps_BT: log q of each token of the student, which get the gradient.
+        student_logps_BT: log q of each token of the student, which get the gradient; precise near 0 (see
+            `lm_head.token_log_probs`), as the gradient of log(1 − Q) is −Q / (1 − Q).
         last_BT: of each token the last one of its span.
         learnt_BT: True on tokens that may be learnt; a span with others is left out.
         divergence: of two sets of log-probabilities `[n, 2]`, `[n]`.
@@ -92,14 +94,15 @@ def span_divergences(
     unlearnt_BT = summed_at((~learnt_BT).float(), last_BT, mask_BT, length=T)
     is_last_BT = mask_BT & (last_BT == torch.arange(T, device=last_BT.device)) & (unlearnt_BT == 0)
     spans_BT = summed_at(student_logps_BT, last_BT, mask_BT, length=T)
-    teacher_n2, student_n2 = (in_two_log_probs(logps_BT[is_last_BT]) for logps_BT in (teacher_logps_BT, spans_BT))
+    teacher_n2 = in_two_log_probs(teacher_logps_BT[is_last_BT].clamp(max=_ROUNDING))
+    student_n2 = in_two_log_probs(spans_BT[is_last_BT])
     return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergence(teacher_n2, student_n2))
 
 
 def in_two_log_probs(logps: Tensor) -> Tensor:
     """(log p, log(1 − p)) of log-probabilities, `[..., 2]`: "the text goes on so" and "otherwise".
 
-    p is kept 1e-6 below 1, where the gradient of log(1 − p) is not finite.
+    p is kept e^−69 below 1, where the gradient of log(1 − p) is not finite.
     """
-    logps = logps.clamp(max=-1e-6)
+    logps = logps.clamp(max=-1e-30)
     return torch.stack([logps, torch.log(-torch.expm1(logps))], dim=-1)

@@ -100,6 +100,7 @@ def token_log_probs(
     forbidden_V: Tensor | None = None,
     entropy: bool = True,
     overwrite: bool = False,
+    precise: bool = False,
 ) -> TokenLogProbs:
     """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
 
@@ -109,8 +110,14 @@ def token_log_probs(
     With `overwrite`, π and later its gradient are written over float32 logits instead of into new memory. Then nothing
     else may read the logits, not even the backward pass of the operation that made them, and there can be one backward
     pass only.
+
+    With `precise`, which costs another pass over π and is without the entropy, log π(y) near 0 has all its digits, and
+    so has its gradient: both come from Σ_{v≠y} π_v, as 1 − π(y) is 0 in float32 where y leads by 17 nats.
     """
-    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite))
+    if precise and entropy:
+        raise ValueError("precise log-probabilities come without the entropy: set entropy=False")
+    settings = (temperature, forbidden_V, entropy, overwrite, precise)
+    return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, *settings))
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -122,7 +129,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite):
+    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite, precise):
         z_NV = logits_NV.detach().float()
         if not overwrite and logits_NV.dtype == torch.float32:
             z_NV = z_NV.clone()
@@ -142,6 +149,9 @@ class _TokenLogProbs(torch.autograd.Function):
             pi_nV = z_nV.softmax(dim=-1)
             log_normalizer_n = -pi_nV.amax(dim=-1).log()  # log Σ_v exp z_v: the largest z is 0
             logps_N[block] = z_chosen_n - log_normalizer_n
+            if precise:
+                others_n = pi_nV.scatter(-1, chosen_N[block, None], 0.0).sum(dim=-1)
+                logps_N[block] = torch.where(others_n < 0.5, torch.log1p(-others_n), logps_N[block])
             if entropy:
                 # H = log Σ exp z − Σ π z. A forbidden id's z is finite, so that π z is 0 there.
                 entropy_N[block] = log_normalizer_n - z_nV.mul_(pi_nV).sum(dim=-1)
@@ -149,7 +159,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 z_nV.copy_(pi_nV)
         # The log-probability of a forbidden id is a constant, whatever its logit.
         is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
-        ctx.save_for_backward(z_NV, chosen_N, entropy_N, is_free_N)
+        ctx.save_for_backward(z_NV, chosen_N, entropy_N, is_free_N, logps_N if precise else None)
         ctx.temperature, ctx.dtype, ctx.overwrite = temperature, logits_NV.dtype, overwrite
         ctx.set_materialize_grads(False)
         return logps_N, entropy_N
@@ -157,7 +167,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, logps_grad_N, entropy_grad_N):
-        pi_NV, chosen_N, entropy_N, is_free_N = ctx.saved_tensors
+        pi_NV, chosen_N, entropy_N, is_free_N, precise_logps_N = ctx.saved_tensors
         grad_NV = pi_NV if ctx.overwrite else pi_NV.clone()
         for block in _blocks(grad_NV):
             pi_nV = grad_NV[block]
@@ -172,10 +182,13 @@ class _TokenLogProbs(torch.autograd.Function):
                 pi_nV.copy_(grad_nV)
         if logps_grad_N is not None:
             chosen_grad_N = logps_grad_N if is_free_N is None else logps_grad_N * is_free_N
-            grad_NV.scatter_add_(-1, chosen_N[:, None], chosen_grad_N[:, None])
+            if precise_logps_N is None:
+                grad_NV.scatter_add_(-1, chosen_N[:, None], chosen_grad_N[:, None])
+            else:
+                grad_NV.scatter_(-1, chosen_N[:, None], (-chosen_grad_N * torch.expm1(precise_logps_N))[:, None])
         if ctx.temperature != 1.0:
             grad_NV.div_(ctx.temperature)
-        return grad_NV.to(ctx.dtype), None, None, None, None, None
+        return grad_NV.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _blocks(rows_NV: Tensor) -> Iterator[slice]:

@@ -136,11 +136,13 @@ class Policy(nn.Module):
         *,
         with_entropy: bool = True,
         with_final_value: bool = True,
+        precise: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities, entropies and values of completions; each prompt is encoded once, gradients included.
 
         With `support_BTk`, log-probabilities and entropies are of π restricted to these ids (`support_log_probs`).
         Losses need values at tokens only: without the final value, V(s_{T+1}), the model does not read the last token.
+        precise: for losses that read 1 − π (see `token_log_probs`); not with `support_BTk` or the entropy.
         """
         texts = (prompt_ids_PS, prompt_mask_PS, completion_ids_BT, prompt_index_B)
         need_final_state = with_final_value and self.value_head is not None and self.critic_model is None
@@ -148,7 +150,10 @@ class Policy(nn.Module):
         states_ND = states_BTD[:, : completion_ids_BT.shape[1]][completion_mask_BT]
         per_token = [completion_ids_BT] if support_BTk is None else [completion_ids_BT, support_BTk]
         statistics = self._head_statistics(
-            states_ND, *(tensor[completion_mask_BT] for tensor in per_token), with_entropy=with_entropy
+            states_ND,
+            *(tensor[completion_mask_BT] for tensor in per_token),
+            with_entropy=with_entropy,
+            precise=precise,
         )
         logps_BT, entropy_BT = (
             None
@@ -188,7 +193,9 @@ class Policy(nn.Module):
             states_BTD[completion_mask_BT],
         )
 
-    def _head_statistics(self, states_ND: Tensor, *per_token: Tensor, with_entropy: bool) -> list[Tensor | None]:
+    def _head_statistics(
+        self, states_ND: Tensor, *per_token: Tensor, with_entropy: bool, precise: bool
+    ) -> list[Tensor | None]:
         """`_token_statistics` of the N states, in slices of positions."""
         backbone, num_slices = self.backbone, None
         with_gradient = torch.is_grad_enabled()
@@ -201,7 +208,7 @@ class Policy(nn.Module):
             return map_head_slices(
                 backbone.head,
                 states_ND,
-                partial(self._token_statistics, with_entropy=with_entropy),
+                partial(self._token_statistics, with_entropy=with_entropy, precise=precise),
                 *per_token,
                 vocab_size=backbone.vocab_size,
                 max_elements=backbone.max_slice_elements,
@@ -211,7 +218,13 @@ class Policy(nn.Module):
         return statistics() if with_gradient else backbone.with_whole_head(statistics)
 
     def _token_statistics(
-        self, logits_NV: Tensor, chosen_N: Tensor, support_Nk: Tensor | None = None, *, with_entropy: bool
+        self,
+        logits_NV: Tensor,
+        chosen_N: Tensor,
+        support_Nk: Tensor | None = None,
+        *,
+        with_entropy: bool,
+        precise: bool,
     ) -> TokenLogProbs:
         if support_Nk is not None:
             return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
@@ -222,6 +235,7 @@ class Policy(nn.Module):
             forbidden_V=self.forbidden_V,
             entropy=with_entropy,
             overwrite=True,
+            precise=precise,
         )
 
     def sample(

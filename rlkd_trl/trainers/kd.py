@@ -195,7 +195,8 @@ class KDTrainer(FullVocabularyTrainer):
     def _loss_of_spans(self, model, batch: Rollout, *, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with teachers of other tokenizers: over the common spans of each, and on hard labels."""
         args, mask_BT, learnt_BT = self.args, batch.completion_mask_BT, batch.loss_mask_BT
-        logps_BT = model(**batch.policy_inputs(), with_entropy=False, with_final_value=False).logps_BT
+        outputs = model(**batch.policy_inputs(), with_entropy=False, with_final_value=False, precise=True)
+        logps_BT = outputs.logps_BT
         parts = {}
         if args.alpha > 0:
             shares = batch.teacher_shares or self.panel.weights

@@ -16,7 +16,8 @@ from rlkd_trl.ops.alignment import (
     states_before,
     summed_at,
 )
-from rlkd_trl.ops.divergences import forward_kl, tvd
+from rlkd_trl.ops.divergences import forward_kl, reverse_kl, tvd
+from rlkd_trl.ops.lm_head import token_log_probs
 
 # Lengths of tokens; 0 is a token without characters, None one that ends within a character.
 LENGTHS = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
@@ -107,3 +108,27 @@ def test_divergences_of_spans_against_a_loop(divergence):
     result.sum().backward()
     assert student.grad[0, :2].abs().min() > 0 and student.grad[1, 0] != 0
     assert student.grad[0, 2] == 0 and (student.grad[1, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("gap", [2.0, 14.0, 20.0, 40.0])
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+def test_what_the_student_is_sure_of_and_the_teacher_not_is_unlearnt(divergence, gap):
+    """Logits (g, 0), P = 0.05: with q = 1 / (1 + e^−g), ∂KL(P ‖ q) / ∂z is q−P, ∂KL(q ‖ P) is q(1−q)(g − logit P).
+
+    A second token, which the student leads with by 30 nats, is of the same span and changes neither.
+    """
+    logits = torch.tensor([[gap, 0.0], [30.0, 0.0]], requires_grad=True)
+    logps = token_log_probs(logits, torch.tensor([0, 0]), entropy=False, precise=True).logps[None]
+    each = torch.ones(1, 2, dtype=torch.bool)
+    teacher = torch.tensor([[0.0, math.log(0.05)]])
+    last = torch.ones(1, 2, dtype=torch.long)
+    loss = span_divergences(teacher, logps, last, each, each, divergence=divergence).sum()
+    loss.backward()
+    q, others = 1 / (1 + math.exp(-gap)), 1 / (1 + math.exp(gap)) + 1 / (1 + math.exp(30))
+    of_span = q - 0.05 if divergence is forward_kl else q * others * math.log(q / others * 0.95 / 0.05)
+    # The span's Q is q q', with 1 − Q = (1 − q) + (1 − q') up to 1e-13; each token has its share of the gradient.
+    share = 1 / (1 + math.exp(gap)) / others
+    torch.testing.assert_close(logits.grad[0], of_span * share * torch.tensor([1.0, -1.0]), rtol=2e-3, atol=0)
+    expected = 0.05 * math.log(0.05 / q) + 0.95 * math.log(0.95 / others)
+    if divergence is forward_kl:
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
