@@ -126,8 +126,9 @@ def make_inputs(source: Path, here: Path, sizes: dict[str, int]) -> None:
 
 def split(answers: Path, here: Path, sizes: dict[str, int]) -> None:
     """The teacher's answers for training, validation and test."""
-    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    rows = iter([{name: row[name] for name in ("mr", "pseudo_label")} for row in rows])
+    with answers.open(encoding="utf-8") as file:
+        read = [json.loads(line) for line in file]
+    rows = iter([{name: row[name] for name in ("mr", "pseudo_label")} for row in read])
     for name, count in sizes.items():
         write_rows(here / f"{name}.jsonl", list(itertools.islice(rows, count)))
 
@@ -173,8 +174,9 @@ def summary(results: Path, human: dict[str, list[str]]) -> list[dict]:
     for row in rows:
         place = results / row["model"] if not row["seeds"] else results / budget / row["model"]
         of_seeds = []
-        for file in sorted(place.glob("tests/test.jsonl")) + sorted(place.glob("*/tests/test.jsonl")):
-            outputs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for path in sorted(place.glob("tests/test.jsonl")) + sorted(place.glob("*/tests/test.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                outputs = [json.loads(line) for line in file]
             of_seeds.append(bleu([row["greedy"] for row in outputs], [human[source_of(row)] for row in outputs]))
         lines.append({**row, "human_bleu": mean_interval(of_seeds)._asdict() if of_seeds else None})
     return lines

@@ -106,7 +106,8 @@ def main() -> None:
         describe = ["--teacher", teacher, "--template", DESCRIBE]
         from_source = ["--source_column", "source", "--rename_columns", "source=mr"]
         stage("pseudo_label", labels, *describe, "--dataset", path, *from_source, "--output", labels)
-        rows = [json.loads(line)["source"] for line in labels.read_text(encoding="utf-8").splitlines()]
+        with labels.open(encoding="utf-8") as file:
+            rows = [json.loads(line)["source"] for line in file]
         found = {"inputs": len(rows), "in the training data": sum(text in set(real) for text in rows)}
         found["test inputs among them"] = len(tested & set(rows))
         results[name] = {"inputs": found, "seeds": {}}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.evaluation.files import without_nan, write_json
+from rlkd_trl.evaluation.files import without_nan, write_json, write_text
 
 LOG_FILE = "run_log.json"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -65,7 +65,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     """The records of a `completions.jsonl`; none if there is no file. A last line that was cut off is left out."""
     if not path.is_file():
         return []
-    records, lines = [], path.read_text(encoding="utf-8").splitlines()
+    records, lines = [], path.read_bytes().split(b"\n")  # `str.splitlines` also splits within texts
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
@@ -77,18 +77,19 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
 
 def append_completions(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds records to a `completions.jsonl`, each a line; what is not finite becomes null."""
-    text = "".join(json.dumps(without_nan(dict(record)), ensure_ascii=False) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(_as_lines(records))
 
 
 def keep_completions_until(path: Path, step: int) -> None:
-    """Takes out the records of steps after `step`, which a resumed run writes anew."""
+    """Takes out the records of steps after `step`, which a resumed run writes anew; all of them or none."""
     if path.is_file():
-        kept = [record for record in read_completions(path) if record["step"] <= step]
-        path.unlink()
-        append_completions(path, kept)
+        write_text(path, _as_lines(record for record in read_completions(path) if record["step"] <= step))
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(without_nan(dict(record)), ensure_ascii=False) + "\n" for record in records)
 
 
 def _of_checkpoint(directory: Path) -> dict[str, Any]:
