@@ -17,6 +17,7 @@ from rlkd_trl.commands.arguments import (
 )
 from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.comparison.cells import Cell, Method
+from rlkd_trl.commands.comparison.checks import refuse_set_here
 from rlkd_trl.commands.encoder_demo import EncoderDemoRequest, make_demo_teachers, write_demo_files
 from rlkd_trl.commands.encoder_stages import check_data, plan_stages
 from rlkd_trl.commands.files_read import FileDigests
@@ -35,6 +36,11 @@ SETS = ("leave_one_out", "add_one", "subsets", "questions")
 ATTENTION = ("attention_mse", "attention_kl", "query_relation_kl", "key_relation_kl", "value_relation_kl")
 _QUIET = ("--save_strategy=no", "--disable_tqdm=True")
 _RECIPE = "encoder_kd"
+# Flags that a search sets itself for all of its runs, and the names of its data and models.
+_SET_HERE = (
+    *("config", "output_dir", "resume_from_checkpoint", "seed", "learning_rate", "max_steps", "losses"),
+    *("dataset", "task_dataset", "eval_dataset", "task_eval_dataset", "teacher", "task_teacher", "student"),
+)
 
 
 @dataclass
@@ -154,6 +160,8 @@ class Search:
         self.settings, self.search = settings, settings.search
         self.preset = find_preset(self.search.base)
         self.method = Method(self.preset.stem, recipes / f"{_RECIPE}.py", self.preset)
+        refuse_set_here([self.method], [], (), "")
+        refuse_set_here([], self.search.common or [], _SET_HERE, "the search sets for all runs alike")
         self._digests = FileDigests()
         base = self._parsed([])
         if self.search.stage not in base.args.stages:

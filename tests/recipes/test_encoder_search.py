@@ -192,6 +192,8 @@ def test_a_set_without_all_of_its_results_is_named_and_not_the_best(encoders, wo
         ("--base one.yaml --sets add_one --candidates mlm_ce", "--candidates mlm_ce: a task stage has: embedding_mse"),
         ("--base one.yaml --seeds 0 0", "--seeds 0 0: one is given twice"),
         ("--base one.yaml --common max_length", "--common max_length is not of the form name=value"),
+        ("--base one.yaml --common hub_token=secret", "--common sets hub_token, which would stand in every run's"),
+        ("--base one.yaml --common losses=hard_ce", "--common sets losses, which the search sets for all runs alike"),
         ("--base one.yaml --num_heads 4", "attention_mse compares attention head by head: the student has 4 heads"),
         ("--base two.yaml", "A general stage learns from texts: give --dataset"),
         ("--base one.yaml --up_to 0", "--up_to 0 is out of range"),
