@@ -193,6 +193,23 @@ def check_panel(panel: PanelArguments, teacher: TeacherArguments, templates: "Pr
     )
     refuse_unused(panel, "teacher_column", unless=num_teachers > 1, needs="several teachers (--teacher A B)")
     refuse_unused(panel, "template_column", unless=num_templates > 1, needs="several templates")
+    if teacher.teacher and panel.teacher_weighting != "fixed":
+        check_one_tokenizer(teacher, f"--teacher_weighting {panel.teacher_weighting}")
+    if teacher.teacher and panel.teacher_column is not None:
+        check_one_tokenizer(teacher, f"--teacher_column {panel.teacher_column}")
+
+
+def check_one_tokenizer(teacher: TeacherArguments, flag: str) -> None:
+    """Raises `InputError` if the teachers have different tokenizers; flag: what needs one."""
+    from rlkd_trl.models.vocabulary import are_same_tokens
+
+    first, *others = [(name, teacher_writer(teacher, name).processing_class) for name in teacher.teacher]
+    for name, tokenizer in others:
+        if not are_same_tokens(first[1], tokenizer):
+            raise InputError(
+                f"{flag} needs teachers with one tokenizer, and those of {first[0]} and {name} differ, so that "
+                "neither losses per token nor answers can be compared: leave it out, or name other teachers."
+            )
 
 
 def check_routing(

@@ -120,8 +120,11 @@ def routing_of(panel: PanelArguments, teacher: TeacherArguments) -> "Routing | N
 
 
 def weigh_by_validation(panel: "TeacherPanel", rows: Sequence[Mapping[str, object]]) -> None:
-    """Weighs the scorers by their mean loss on the rows' first references, and prints losses and weights."""
-    losses = panel.reference_losses(rows).mean(dim=1).tolist()
+    """Weighs the scorers by their mean loss on their own rows' first references, and prints losses and weights.
+
+    Raises `InputError` as `TeacherPanel.mean_reference_losses`.
+    """
+    losses = panel.mean_reference_losses(rows)
     panel.weigh_by(losses)
     listed = ", ".join(f"{loss:.3f} → {weight:.3f}" for loss, weight in zip(losses, panel.weights, strict=True))
     say(f"Validation losses of the teachers, per token, on {len(rows)} references, and their weights: {listed}.")

@@ -6,6 +6,7 @@ factor of each teacher's loss; where teachers are averaged, the shares here are 
 the loss or reward keeps its scale.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +20,19 @@ def mean_token_loss(logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return -masked_sum(logps_BT, mask_BT, dim=1) / mask_BT.sum(dim=1).clamp(min=1)
 
 
-def disagreement(logps_KBT: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
+def disagreement(logps_KBT: Sequence[Tensor], mask_BT: Tensor, asked_KB: Tensor | None = None) -> Tensor:
     """How far each of K teachers is from all of them on a completion, in nats per token, `[K, B]`.
 
     (1/n) Σ_t | log p_i(y_t | s_t) − median_k log p_k(y_t | s_t) |. It is symmetric, so that neither a teacher that
     likes everything nor one that likes nothing is preferred; the median of an even number is the mean of the middle
     two. So one or two teachers have equal disagreement, and of three or more the one that differs has the most.
+    asked_KB: which teachers were asked about each completion, some about every one; the others are in no median, and
+    their own disagreement is NaN. None: all were.
     """
     logps_KBT = torch.stack([masked(logps_BT, mask_BT) for logps_BT in logps_KBT])
-    middle_BT = logps_KBT.quantile(0.5, dim=0)
+    if asked_KB is not None:
+        logps_KBT = logps_KBT.masked_fill(~asked_KB[..., None], math.nan)
+    middle_BT = logps_KBT.nanquantile(0.5, dim=0)
     return (logps_KBT - middle_BT).abs().sum(dim=-1) / mask_BT.sum(dim=1).clamp(min=1)
 
 

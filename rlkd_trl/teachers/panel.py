@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd_trl.data import listed_references
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.prompts import target_token_ids
 from rlkd_trl.models.vocabulary import are_same_tokens
@@ -69,7 +70,7 @@ class TeacherPanel:
 
     Raises:
         InputError: No teacher, another number of weights than of teachers or templates, a weight that is not positive,
-            an unknown weighting, or a routing of teachers with different tokenizers.
+            an unknown weighting, or a weighting per example or a routing of teachers with different tokenizers.
     """
 
     def __init__(
@@ -85,12 +86,6 @@ class TeacherPanel:
     ):
         if weighting not in (FIXED, PER_EXAMPLE):
             raise InputError(f"Unknown weighting {weighting!r}: choose {FIXED!r} or {PER_EXAMPLE!r}.")
-        if routing is not None and not all(
-            are_same_tokens(teachers[0].processing_class, teacher.processing_class) for teacher in teachers[1:]
-        ):
-            raise InputError(
-                "The teachers of a routing need one tokenizer: their answers are evaluated as one model's."
-            )
         num_templates = 1 if templates is None else len(templates)
         self.templates, self.weighting, self.routing = templates, weighting, routing
         self.max_reference_length = max_reference_length
@@ -101,6 +96,10 @@ class TeacherPanel:
             )
             for template_index, template_share in enumerate(_shares(template_weights, num_templates, "template"))
         ]
+        if routing is not None:
+            self._require_one_tokenizer("Those of a routing need one: their answers are evaluated as one model's.")
+        if weighting == PER_EXAMPLE:
+            self._require_one_tokenizer("Weighed per example they need one: losses per token are compared.")
 
     @property
     def weights(self) -> list[float]:
@@ -246,14 +245,16 @@ class TeacherPanel:
             return self.weights
         device = completion_mask_BT.device
         given_K1 = torch.tensor(self.weights, device=device)[:, None]
-        given_KB = given_K1 * self.owned(rows).to(device)[:, prompt_index_B]
+        owned_KB = self.owned(rows).to(device)[:, prompt_index_B]
+        given_KB = given_K1 * owned_KB
         losses_KB = torch.zeros_like(given_KB)
         if self.weighting == PER_EXAMPLE and are_references:
             losses_KB = torch.stack([mean_token_loss(logps_BT, completion_mask_BT) for logps_BT in logps_KBT])
         elif self.weighting == PER_EXAMPLE:
             of_references_KB = self.reference_losses(rows).to(device)[:, prompt_index_B]
-            without_B = torch.tensor([not row.get("references") for row in rows], device=device)[prompt_index_B]
-            losses_KB = torch.where(without_B, disagreement(logps_KBT, completion_mask_BT), of_references_KB)
+            without_B = torch.tensor([_first_reference(row) is None for row in rows], device=device)[prompt_index_B]
+            disagreement_KB = disagreement(logps_KBT, completion_mask_BT, owned_KB)
+            losses_KB = torch.where(without_B, disagreement_KB, of_references_KB)
         return list(weights_by_loss(losses_KB, given_KB)[..., None])
 
     def reference_losses(self, rows: Sequence[Mapping[str, object]]) -> Tensor:
@@ -263,16 +264,15 @@ class TeacherPanel:
         teachers all processes call this together.
         """
         losses_KP = torch.zeros(len(self.scorers), len(rows))
-        has_reference_P = torch.tensor([bool(row.get("references")) for row in rows])
+        references = [_first_reference(row) for row in rows]
+        has_reference_P = torch.tensor([reference is not None for reference in references])
         for k, reading in enumerate(self._readings(rows, torch.arange(len(rows)))):
             read_r = has_reference_P.nonzero()[:, 0]
             if reading.owned_b is not None:
                 read_r = read_r[torch.isin(read_r, reading.owned_b)]
             teacher = reading.scorer.teacher
             ids = [
-                target_token_ids(
-                    teacher.processing_class, rows[p]["references"][0], max_length=self.max_reference_length
-                )
+                target_token_ids(teacher.processing_class, references[p], max_length=self.max_reference_length)
                 for p in read_r.tolist()
             ]
             ids_rT = torch.zeros(len(ids), max([1, *map(len, ids)]), dtype=torch.long)
@@ -285,6 +285,23 @@ class TeacherPanel:
             losses_KP[k, read_r] = mean_token_loss(scores.log_likelihood(mask_rT), mask_rT)
         return losses_KP
 
+    def mean_reference_losses(self, rows: Sequence[Mapping[str, object]]) -> list[float]:
+        """Each scorer's mean of `reference_losses` over its own rows, all of which have references.
+
+        Raises:
+            InputError: No row is a scorer's, so that nothing says how good it is; or the teachers have different
+                tokenizers, so that their losses per token cannot be compared.
+        """
+        self._require_one_tokenizer("Losses per token of their own cannot be compared.")
+        owned_KP = self.owned(rows)
+        for k, owned_P in enumerate(owned_KP, start=1):
+            if not owned_P.any():
+                raise InputError(
+                    f"No row is of scorer {k} of {len(owned_KP)} (teacher by teacher, template by template), so "
+                    "nothing says how good it is: add rows that are, or choose another weighting."
+                )
+        return (self.reference_losses(rows).sum(dim=1) / owned_KP.sum(dim=1)).tolist()
+
     def record(self) -> dict[str, object]:
         """What says how the scorers are weighed, in JSON's types; nothing for equal weights."""
         is_equal = max(self.weights) - min(self.weights) < 1e-12
@@ -294,6 +311,12 @@ class TeacherPanel:
         if self.routing is not None:
             record["routing"] = [self.routing.teacher_column, self.routing.template_column]
         return record
+
+    def _require_one_tokenizer(self, why: str) -> None:
+        """Raises `InputError` if the teachers' tokenizers differ; why: why they must not."""
+        first, *others = [scorer.teacher.processing_class for scorer in self.scorers]
+        if not all(are_same_tokens(first, other) for other in others):
+            raise InputError(f"The teachers have different tokenizers. {why}")
 
     def _readings(self, rows: Sequence[Mapping[str, object]], prompt_index_B: Tensor) -> Iterator[_Reading]:
         questions_of_rows = [self.questions(row) for row in rows]
@@ -314,3 +337,7 @@ def _shares(weights: Sequence[float] | None, count: int, what: str) -> list[floa
     if not all(0 < weight < math.inf for weight in weights):
         raise InputError(f"The {what}s' weights must be positive, for an average; got {weights}.")
     return [weight / sum(weights) for weight in weights]
+
+
+def _first_reference(row: Mapping[str, object]) -> str | None:
+    return next(iter(listed_references(row.get("references"))), None)

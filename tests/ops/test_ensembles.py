@@ -48,3 +48,12 @@ def test_disagreement_is_the_distance_from_the_median(count):
             assert float(found_KB[k, b]) == pytest.approx(expected, abs=1e-12)
     if count == 2:
         assert found_KB[0].tolist() == pytest.approx(found_KB[1].tolist())
+
+
+def test_a_teacher_that_was_not_asked_is_in_no_median():
+    # asked about the first text: 1, 2 and 4, medians −1, −2, −1; about the second: 2 and 3, median −2
+    rows = [([-1.0, -2.0, -1.0], [0.0]), ([-3.0, -2.0, -1.0], [-1.0]), ([0.0] * 3, [-3.0]), ([-1.0] * 3, [0.0])]
+    asked_KB = torch.tensor([[True, False], [True, True], [False, True], [True, False]])
+    found_KB = disagreement([log_probs(*of_teacher) for of_teacher in rows], MASK_BT, asked_KB)
+    assert found_KB[asked_KB].tolist() == pytest.approx([0, 2 / 3, 1, 1, 1 / 3])
+    assert found_KB[~asked_KB].isnan().all()

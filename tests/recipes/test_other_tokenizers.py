@@ -46,3 +46,14 @@ def test_without_the_flag_it_is_refused_before_models_load(recipe, place, capsys
     said = capsys.readouterr().err
     assert "different tokenizers (15 and 29 tokens" in said
     assert ("set align_tokenizers" in said) == (recipe != "all_actions_kd")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--teacher_weighting per_example", "--teacher_weighting validation", "--teacher_column mr"]
+)
+def test_teachers_with_different_tokenizers_are_not_compared(flags, place, capsys, monkeypatch):
+    monkeypatch.setattr("rlkd_trl.models.loading.load_model", None)
+    both = command("rloo_kd", place).replace("--student", f"{place}/student --student")
+    flags = f"{flags} --target_column ref --align_tokenizers True {TWO_STEPS} --output_dir {place}/refused"
+    assert run(f"{both} {flags}") == 2
+    assert "needs teachers with one tokenizer, and those of" in capsys.readouterr().err

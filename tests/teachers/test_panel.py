@@ -9,6 +9,7 @@ from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel, Tea
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
 from tests.conftest import EOS, tiny_llama, word_tokenizer
+from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
 
 ROWS = [
@@ -98,7 +99,7 @@ def test_rewards_and_nll_weighed_per_example(models):
 
 
 def test_templates_of_one_teacher_are_weighed_by_the_same_rule(models):
-    templates = PromptTemplates([PromptTemplate("first", "w9 {{ prompt }}"), PromptTemplate("second", "{{ prompt }}")])
+    templates = two_templates()
     panel = panel_of(models[:1], templates, template_weights=[3, 1], weighting="per_example")
     assert panel.weights == pytest.approx([0.75, 0.25])
     losses = [loss(models[0], question, "w8 w9") for question in ("w9 w3 w4 w5", "w3 w4 w5")]
@@ -111,7 +112,7 @@ def test_templates_of_one_teacher_are_weighed_by_the_same_rule(models):
 def test_weights_by_validation_loss(models):
     panel = panel_of(models[:2], teacher_weights=[1, 2])
     rows = [ROWS[0], ROWS[2]]
-    losses = panel.reference_losses(rows).mean(dim=1).tolist()
+    losses = panel.mean_reference_losses(rows)
     expected = [sum(loss(m, row["prompt"], row["references"][0]) for row in rows) / 2 for m in models[:2]]
     assert losses == pytest.approx(expected, abs=1e-5)
     panel.weigh_by([1.0, 3.0])  # 1/2 : 2/4
@@ -120,16 +121,78 @@ def test_weights_by_validation_loss(models):
         panel.weigh_by([1.0, float("nan")])
 
 
+def two_templates() -> PromptTemplates:
+    return PromptTemplates([PromptTemplate("first", "w9 {{ prompt }}"), PromptTemplate("second", "{{ prompt }}")])
+
+
+def test_a_reference_may_be_a_text_alone(models):
+    panel = panel_of(models[:2])
+    losses = panel.reference_losses([{"prompt": "w6", "references": "w8 w9"}, {"prompt": "w6", "references": None}])
+    expected = [loss(model, "w6", "w8 w9") for model in models[:2]]
+    assert losses[:, 0].tolist() == pytest.approx(expected, abs=1e-5) and losses[:, 1].tolist() == [0, 0]
+
+
+def test_validation_losses_are_of_the_scorers_own_rows(models):
+    panel = panel_of(models[:2], two_templates(), routing=Routing(None, "ask"))
+    rows = [ROWS[0], {**ROWS[0], "prompt": "w6"}, ROWS[2]]  # of the templates first, first and second
+    losses = panel.mean_reference_losses(rows)
+    expected = []
+    for model in models[:2]:
+        expected.append((loss(model, "w9 w3 w4 w5", "w8 w9") + loss(model, "w9 w6", "w8 w9")) / 2)
+        expected.append(loss(model, "w7 w8", "w4"))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match="No row is of scorer 2 of 4"):
+        panel.mean_reference_losses(rows[:2])
+
+
+def test_those_asked_are_weighed_as_if_there_were_no_others(models):
+    """Each example's template is asked of all teachers: their shares are those of a panel of that template alone."""
+    templates = two_templates()
+    routed = panel_of(models, templates, weighting="per_example", routing=Routing(None, "ask"))
+    for k, template in enumerate(templates):
+        rows = [{**row, "ask": template.name} for row in ROWS]
+        alone = panel_of(models, PromptTemplates([template]), weighting="per_example")
+        found, expected = (
+            [
+                of_scorer.weight
+                for of_scorer in RewardModel([LogLikelihoodReward(panel)]).score(inputs_of(rows))[id(panel)]
+            ]
+            for panel in (routed, alone)
+        )
+        torch.testing.assert_close(torch.stack(found[k::2]), torch.stack(expected))
+        assert (torch.stack(found[1 - k :: 2]) == 0).all()
+
+
+@pytest.mark.parametrize("settings", [{"weighting": "per_example"}, {"routing": Routing("expert", None, ["a", "b"])}])
+def test_teachers_with_different_tokenizers_are_not_compared(models, settings):
+    teachers = [Teacher(models[0], word_tokenizer()), Teacher(models[1], character_tokenizer())]
+    with pytest.raises(InputError, match="The teachers have different tokenizers"):
+        TeacherPanel(teachers, **settings)
+    with pytest.raises(InputError, match="The teachers have different tokenizers"):
+        TeacherPanel(teachers).mean_reference_losses(ROWS[:1])
+
+
 @pytest.mark.parametrize("weighting", ["fixed", "per_example"])
 def test_each_example_is_read_by_its_owner_alone(models, weighting):
     routing = Routing("expert", None, ["runs/one", "runs/two"])
     panel = panel_of(models[:2], routing=routing, weighting=weighting)
-    read = []
-    for model in models[:2]:
-        model.register_forward_pre_hook(lambda *_, model=model: read.append(model))
+    read = [[], []]  # by model, how many texts each forward pass read
+
+    def counts(own: list[int]):
+        return lambda _, args, kwargs: own.append(len(args[0] if args else kwargs["input_ids"]))
+
+    layers = [model.base_model for model in models[:2]]
+    hooks = [
+        of_model.register_forward_pre_hook(counts(own), with_kwargs=True)
+        for of_model, own in zip(layers, read, strict=True)
+    ]
     inputs, reward = inputs_of(), LogLikelihoodReward(panel)
     reward_model = RewardModel([reward])
     result = reward_model.rewards(inputs, reward_model.score(inputs))
+    for hook in hooks:
+        hook.remove()
+    # a prompt and two completions, two prompts and four; per example two prompts with a reference more
+    assert [sum(own) for own in read] == ([3, 6] if weighting == "fixed" else [3, 10])
     for b, ids in enumerate(COMPLETIONS):
         owner = models[[1, 0, 1][b // 2]]
         expected = torch.tensor(log_probs(owner, ROWS[b // 2]["prompt"], ids))
@@ -140,7 +203,7 @@ def test_each_example_is_read_by_its_owner_alone(models, weighting):
 
 
 def test_each_example_has_its_own_template(models):
-    templates = PromptTemplates([PromptTemplate("first", "w9 {{ prompt }}"), PromptTemplate("second", "{{ prompt }}")])
+    templates = two_templates()
     panel = panel_of(models[:2], templates, routing=Routing("expert", "ask", ["one", "two"]))
     owned = panel.owned([{**ROWS[0], "expert": "two"}, *ROWS[1:]])
     # scorers: one first, one second, two first, two second
