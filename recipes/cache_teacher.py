@@ -14,7 +14,7 @@ The targets are written in files of `--rows_per_shard`, which appear whole or no
 goes on where it stopped when it is given again.
 """
 
-from rlkd_trl.commands.caching import cache_targets, check_cache_flags
+from rlkd_trl.commands.caching import as_teacher_reads, cache_targets, check_cache_flags
 from rlkd_trl.commands.checks import require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.launched import say
@@ -33,6 +33,7 @@ def main() -> None:
     templates = load_templates(settings.prompts)
     rows = load_prompts(data, settings.prompts, templates)
     check_cache_flags(settings, rows)
+    rows = as_teacher_reads(settings, rows, templates)
     check_questions(rows, "Data", templates, settings.teacher, max_completion_length=cache.max_completion_length)
 
     # Read the targets with the teacher, and write down what it says about each token.

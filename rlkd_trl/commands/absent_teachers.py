@@ -25,24 +25,42 @@ _WITH_A_SERVER = (
 _OF_PANELS_WITH_A_SERVER = ("template_weights", "teacher_weighting", "template_column")
 
 
-def check_absent_teacher(
-    settings: DistillationSettings, rows: Sequence[Mapping[str, object]], templates: PromptTemplates | None
-) -> None:
-    """Checks that the method can learn from such a teacher, and that the teacher is there. Loads no model.
+def check_absent_teacher(settings: DistillationSettings, templates: PromptTemplates | None) -> None:
+    """Checks that the method can learn from such a teacher, if one is named, and that it is there. Loads no model.
 
     Raises:
         InputError: It cannot, or it is not; the message says why.
     """
     absent = settings.absent
+    if absent.named is None:
+        _refuse_others(absent, (), "a teacher in this process")
+        return
     names = {"--teacher": settings.teacher.teacher and " ".join(settings.teacher.teacher)}
     names |= {"--teacher_cache": absent.teacher_cache, "--teacher_server": absent.teacher_server}
     given = [f"{flag} {name}" for flag, name in names.items() if name is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} are teachers in place of each other: give one of them.")
     if absent.teacher_cache is not None:
-        _check_cache(settings, rows, templates)
+        _check_cache(settings, templates)
     else:
         _check_server(settings)
+
+
+def check_cached_rows(
+    settings: DistillationSettings, rows: Sequence[Mapping[str, object]], templates: PromptTemplates | None
+) -> None:
+    """Checks that the cache, if one is named, has every target of the rows, whose prompts are cut to their length.
+
+    Raises:
+        InputError: One is missing; the message names its row.
+    """
+    from rlkd_trl.teachers.cache import CachedPanel, TeacherCache
+    from rlkd_trl.trainers.cache_checks import check_rows
+
+    directory = settings.absent.teacher_cache
+    if directory is not None:
+        panel = CachedPanel(TeacherCache(directory), templates)
+        check_rows(panel, rows, student_writer(settings.student).processing_class)
 
 
 def _refuse_others(group: object, read: Sequence[str], why: str) -> None:
@@ -54,12 +72,10 @@ def _refuse_others(group: object, read: Sequence[str], why: str) -> None:
             raise InputError(f"--{option.name} {shown} has no effect with {why}: leave it out.")
 
 
-def _check_cache(
-    settings: DistillationSettings, rows: Sequence[Mapping[str, object]], templates: PromptTemplates | None
-) -> None:
+def _check_cache(settings: DistillationSettings, templates: PromptTemplates | None) -> None:
     from rlkd_trl.models.vocabulary import check_same_tokenizer
     from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, read_header
-    from rlkd_trl.trainers.cache_checks import check_cache_settings, check_rows
+    from rlkd_trl.trainers.cache_checks import check_cache_settings
     from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig
 
     directory = settings.absent.teacher_cache
@@ -76,7 +92,6 @@ def _check_cache(
     panel = CachedPanel(TeacherCache(directory), templates)
     tokenizer = student_writer(settings.student).processing_class
     check_same_tokenizer(tokenizer, panel.cache.processing_class)
-    check_rows(panel, rows, tokenizer)
 
 
 def _check_server(settings: DistillationSettings) -> None:

@@ -491,6 +491,10 @@ class CacheArguments:
         default="probabilities",
         metadata={"help": "Several teachers or templates as one: mean of their 'probabilities' or of their 'logits'."},
     )
+    max_prompt_length: Length | None = field(
+        default=512,
+        metadata={"help": "That of kd.py: prompts of --student_template are cut at it, if there are no --templates."},
+    )
     max_completion_length: Length = field(default=64, metadata={"help": "Cap on a target's tokens, EOS included."})
     batch_size: Count = field(default=64, metadata={"help": "Targets at a time."})
     rows_per_shard: Count = field(default=1024, metadata={"help": "Targets in a file: what a stopped run does again."})

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.checks import check_teacher
-from rlkd_trl.commands.loading import load_panel
+from rlkd_trl.commands.loading import load_panel, teacher_writer
+from rlkd_trl.commands.prompt_lengths import fit_student_prompts
 from rlkd_trl.commands.run_directory import check_writable
 from rlkd_trl.commands.settings import CacheSettings
 from rlkd_trl.errors import InputError, is_first_process
@@ -48,6 +49,19 @@ def check_cache_flags(settings: CacheSettings, rows: "Dataset") -> None:
             raise InputError(f"Row {i + 1} has no target to cache: name the column of targets with --target_column.")
 
 
+def as_teacher_reads(settings: CacheSettings, rows: "Dataset", templates: PromptTemplates | None) -> "Dataset":
+    """The rows, with the student's prompts cut as kd.py cuts them, where they are what the teacher is asked.
+
+    Raises:
+        InputError: The template's own words are too many tokens.
+    """
+    template, max_length = settings.prompts.student_template, settings.cache.max_prompt_length
+    if templates is not None or template is None or max_length is None:
+        return rows
+    writer = teacher_writer(settings.teacher, settings.teacher.teacher[0])
+    return fit_student_prompts(rows, "Data", template, writer, max_length)
+
+
 def cache_targets(settings: CacheSettings, rows: "Dataset", templates: PromptTemplates | None) -> str:
     """Writes the cache, and returns a line about it. Only the first of several processes does anything.
 
@@ -62,6 +76,7 @@ def cache_targets(settings: CacheSettings, rows: "Dataset", templates: PromptTem
         return ""
     values = dict(vars(settings.cache))
     directory, temperature = values.pop("output"), values.pop("distillation_temperature")
+    del values["max_prompt_length"]  # to which the rows are cut
     panel = load_panel(settings.teacher, templates)
     if values.pop("overwrite_output_dir"):
         remove_cache(Path(directory))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.absent_teachers import check_absent_teacher, load_any_panel
+from rlkd_trl.commands.absent_teachers import check_absent_teacher, check_cached_rows, load_any_panel
 from rlkd_trl.commands.checks import (
     check_checkpoints,
     check_panel,
@@ -102,6 +102,7 @@ def distil(
             use_demo_models(settings, settings.args.output_dir, seed=settings.args.seed)
 
         inputs = within_lengths(settings, inputs)
+        check_cached_rows(settings, inputs.train, inputs.templates)
         record = command_record(settings)
         check_own_checkpoint(inputs.checkpoint, trainer.partition(":")[2], settings.args, record, inputs.train)
         if is_finished(inputs.checkpoint, settings.args):
@@ -157,8 +158,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
         check_targets(data.train, settings.args)
-    if settings.absent.named is not None:
-        check_absent_teacher(settings, data.train, data.templates)
+    check_absent_teacher(settings, data.templates)
     check_panel(settings.panel, settings.teacher, data.templates)
     check_owners(settings, data)
     checkpoint = checkpoint_to_resume(settings.run, settings.args)

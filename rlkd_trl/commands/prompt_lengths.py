@@ -50,7 +50,7 @@ def fit_rows(
 
     writer = student_writer(student)
     if max_prompt_length is not None:
-        rows = _fit_student_prompts(rows, data_name, prompts.student_template, writer, max_prompt_length)
+        rows = fit_student_prompts(rows, data_name, prompts.student_template, writer, max_prompt_length)
     elif not writer.is_plain(rows[0]["prompt"]):
         _written(writer, rows["prompt"], data_name)
     limits = position_limits_of_config(load_config(student.student, revision=student.student_revision))
@@ -77,9 +77,10 @@ def student_prompt(template: str | None, row: Mapping[str, object]) -> "str | li
     return prompt_template.render({name: value for name, value in row.items() if name != "references"})
 
 
-def _fit_student_prompts(
+def fit_student_prompts(
     rows: "Dataset", data_name: str, template: str | None, writer: "PromptWriter", max_length: int
 ) -> "Dataset":
+    """The rows with prompts of at most `max_length` tokens, if a template makes them. Raises `InputError`."""
     if template is None:  # bare sources stay as they are here, and lose their ends when they are tokenised
         fit_prompts(rows["prompt"], data_name, writer, max_length)
         return rows

@@ -67,11 +67,20 @@ def check_rows(panel: CachedPanel, rows: Sequence[Mapping[str, object]], tokeniz
                 raise InputError(f"Row {i + 1}: {panel.not_there(row)}")
 
 
-def check_same_ids(header: Header, forbidden_V: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `InputError` if the student may sample other ids than those over which the cache's mass is divided.
+def check_same_ids(
+    header: Header, forbidden_V: Tensor, eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises `InputError` if other ids end the student's texts, or it may sample others, than those of the cache.
 
-    forbidden_V: True on ids that the student never samples.
+    forbidden_V: True on ids that the student never samples. eos_ids: those that end its texts.
     """
+    if set(eos_ids) != set(header.eos_ids):
+        ours, theirs = (tokenizer.convert_ids_to_tokens(sorted(set(ids))) for ids in (eos_ids, header.eos_ids))
+        raise InputError(
+            f"The student's texts end with {', '.join(ours)}, and those of the cached teacher with "
+            f"{', '.join(theirs)}, so that their targets end elsewhere: give both generation configs the same "
+            "eos_token_id, and make the cache anew."
+        )
     forbidden = set(forbidden_V[: header.vocab_size].nonzero()[:, 0].tolist())
     differing = sorted(forbidden ^ set(header.forbidden))
     if differing:

@@ -67,7 +67,8 @@ class KDTrainer(FullVocabularyTrainer):
         }
         self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
         if isinstance(self.panel, CachedPanel):
-            check_same_ids(self.panel.cache.header, self.policy.forbidden_V, self.processing_class)
+            policy = self.policy
+            check_same_ids(self.panel.cache.header, policy.forbidden_V, policy.eos_ids, self.processing_class)
 
     def _check_panel(self, args: KDConfig) -> None:
         if not isinstance(self.panel, CachedPanel):

@@ -115,3 +115,25 @@ def test_an_unfinished_cache_is_refused_and_finished_by_the_same_command(checkpo
     assert run(f"{command} --overwrite_output_dir") == 2
     assert "holds files that are no teacher cache of this version" in capsys.readouterr().err
     assert (tmp_path / "cache" / "shard-00000.safetensors").exists()
+
+
+def test_prompts_over_their_cap_are_cut_as_in_training(checkpoints, train_csv, tmp_path, capsys):
+    """Where the student's template makes the teacher's questions: sources of two to five words after two others."""
+    pair, out = checkpoints["llama"], tmp_path / "out"
+    asked = f"--dataset {train_csv} --student_template 'w9 w10 {{{{ mr }}}}' --max_prompt_length 4"
+    assert run(f"cache_teacher --teacher {pair.teacher} {asked} {OF_CACHE} --output {tmp_path / 'cache'}") == 0
+    assert "of 30 prompts are longer than --max_prompt_length 4" in capsys.readouterr().out
+    of_kd = f"kd --teacher_cache {tmp_path / 'cache'} --student {pair.student} {asked} {FLAGS} --output_dir {out}"
+    assert run(f"{of_kd} --max_steps 1") == 0
+    assert run(f"{of_kd} --overwrite_output_dir --max_prompt_length 5") == 2
+    assert "Row 1: A target of the prompt" in capsys.readouterr().err
+
+
+def test_flags_of_absent_teachers_are_refused_without_one(checkpoints, train_csv, tmp_path, capsys):
+    pair = checkpoints["llama"]
+    command = (
+        f"kd --teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {FLAGS} --output_dir {tmp_path}"
+    )
+    for flag in ("--teacher_server_model nonsense", "--teacher_api_key_env NO_SUCH", "--teacher_server_timeout 5.0"):
+        assert run(f"{command} {flag}") == 2
+        assert f"{flag} has no effect with a teacher in this process: leave it out" in capsys.readouterr().err

@@ -268,6 +268,9 @@ def test_other_templates_and_other_special_tokens_are_refused(tmp_path):
     other.cache.header = replace(panel.cache.header, forbidden=[*panel.cache.header.forbidden, 9], weights=[1.0])
     with pytest.raises(InputError, match="may not write the same tokens; of 1 only one of them may write: 'w9'"):
         run("kd", tmp_path, family="llama", reward=CachedReward(other), **{**ON_DATA, "divergence": "tvd"})
+    other.cache.header = replace(panel.cache.header, eos_ids=[1, 9], weights=[1.0])
+    with pytest.raises(InputError, match=r"The student's texts end with </s>, and those of the .* with </s>, w9, so"):
+        run("kd", tmp_path, family="llama", reward=CachedReward(other), **{**ON_DATA, "divergence": "tvd"})
     file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(InputError, match="has format 1, and this version reads 2"):
         TeacherCache(tmp_path / "cache")
