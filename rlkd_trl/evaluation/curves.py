@@ -36,7 +36,8 @@ def charts(
     of_question: dict[str, list[dict]] = {question: [] for question in QUESTIONS}
     steady = []
     for name, by_run in series.items():
-        if name.removeprefix("eval_") in in_table and all(len(points) <= 2 for points in by_run.values()):
+        is_in_table = name.startswith("eval_") and name.removeprefix("eval_") in in_table
+        if is_in_table and all(len(points) <= 2 for points in by_run.values()):
             continue
         note = note_on(name)
         values = {value for points in by_run.values() for _, value in points if math.isfinite(value)}
@@ -103,7 +104,14 @@ def _series(history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def _in_words(points: Points) -> str:
-    """A metric with one value: where it was logged, once or always the same."""
-    values = {value for _, value in points if math.isfinite(value)}
-    said = f"{values.pop():.5g}" if values else "never finite"
-    return f"{said} (once, at step {points[0][0]:g})" if len(points) == 1 else f"{said} (always)"
+    """A metric with one value: where it was logged, once or always the same; or where it was not finite any more."""
+    values = [value for _, value in points if math.isfinite(value)]
+    said = f"{values[0]:.5g}" if values else "never finite"
+    if len(points) == 1:
+        return f"{said} (once, at step {points[0][0]:g})"
+    if not values:
+        return f"{said} ({len(points)} steps)"
+    if len(values) == len(points):
+        return f"{said} (always)"
+    first = next(step for step, value in points if not math.isfinite(value))
+    return f"{said} (at {len(values)} of {len(points)} steps; not finite at the others, first at step {first:g})"

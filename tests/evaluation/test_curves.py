@@ -42,11 +42,31 @@ def test_what_was_measured_once_or_is_always_the_same_is_no_curve():
     }
 
 
+def test_a_value_that_stops_being_finite_is_not_called_steady():
+    history = [{"step": 10, "loss": 2.3}, {"step": 20, "loss": math.nan}, {"step": 30, "loss": None}]
+    groups, [row] = charts({"run": history})
+    assert not groups
+    assert row["text"] == "2.3 (at 1 of 3 steps; not finite at the others, first at step 20)"
+    _, [row] = charts({"run": history[1:]})
+    assert row["text"] == "never finite (2 steps)"
+
+
 def test_evaluations_before_and_after_are_the_tables_and_those_in_between_make_a_curve():
     before_and_after = [{"step": 0, "eval_bleu": 1.0}, {"step": 9, "eval_bleu": 2.0}]
     assert charts({"run": before_and_after}, in_table={"bleu"}) == ([], [])
     [group], _ = charts({"run": [*before_and_after, {"step": 5, "eval_bleu": 3.0}]}, in_table={"bleu"})
     assert [step for step, _ in group["charts"][0]["series"]["run"]] == [0, 5, 9]
+
+
+def test_what_training_logs_is_no_evaluation_of_the_same_name():
+    """The table has the reward of greedy outputs, not that of the samples in training."""
+    few = [{"step": 10, "reward": -9.0, "eval_reward": 1.0}, {"step": 20, "reward": 3.0, "eval_reward": 2.0}]
+    [group], steady = charts({"run": few}, in_table={"reward"})
+    assert [chart["name"] for chart in group["charts"]] == ["reward"]
+    assert not steady
+    groups, [row] = charts({"run": few[:1]}, in_table={"reward"})
+    assert not groups
+    assert (row["name"], row["text"]) == ("reward", "-9 (once, at step 10)")
 
 
 @pytest.mark.parametrize(

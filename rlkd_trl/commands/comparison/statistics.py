@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class Entry:
     at_the_edge: bool = False
 
 
+@cache
 def student_t_critical(degrees: int, level: float = LEVEL) -> float:
     """t with P(|T| ≤ t) = level, for Student's t with that many degrees of freedom.
 

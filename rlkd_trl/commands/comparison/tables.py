@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
+from rlkd_trl.commands.comparison.statistics import student_t_critical
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
 
 # Metric -> heading and the format of its numbers.
@@ -62,8 +63,7 @@ def budget_section(title: str, rows: Sequence[dict], *, baseline: str, num_sampl
 def more_seeds(rows: Sequence[dict], *, baseline: str) -> list[str]:
     """Advice, if the intervals over seeds are wider than what the models differ by: which, in what, how many seeds.
 
-    Two means over n seeds with half-widths h and h' differ by d ± √(h² + h'²). With N seeds this is about √(n / N)
-    times as wide, so that it takes about n (h² + h'²) / d² of them to be told apart.
+    Two means with half-widths h and h' differ by d ± √(h² + h'²). It takes as many seeds as make that less than |d|.
     """
     of_baseline = next(row["greedy"] for row in rows if row["model"] == baseline)
     unclear = []
@@ -72,20 +72,32 @@ def more_seeds(rows: Sequence[dict], *, baseline: str) -> list[str]:
             ours, theirs = row["greedy"].get(metric), of_baseline.get(metric)
             if row["model"] == baseline or not ours or not theirs or ours["half_width"] is None:
                 continue
-            difference, width = (
-                ours["mean"] - theirs["mean"],
-                math.hypot(ours["half_width"], theirs["half_width"] or 0),
-            )
+            difference, width = ours["mean"] - theirs["mean"], _width_with(ours, theirs, seeds=0)
             if not 0 < abs(difference) < width:
                 continue
             heading, number_format = GREEDY[metric]
-            seeds = math.ceil(len(ours["values"]) * (width / difference) ** 2)
-            needed = f"about {seeds} seeds" if seeds <= _MOST_SEEDS else f"more than {_MOST_SEEDS} seeds"
+            numbers = range(2, _MOST_SEEDS + 1)
+            seeds = next((seeds for seeds in numbers if _width_with(ours, theirs, seeds) <= abs(difference)), None)
+            needed = f"more than {_MOST_SEEDS} seeds" if seeds is None else f"about {seeds} seeds"
             said = f"{difference:+{number_format}} ± {width:{number_format}}"
             unclear.append(f"- {row['model']}, {heading}: {said}; {needed} would tell.")
     if not unclear:
         return []
     return [f"Not told apart from {baseline} by these seeds (`--seeds` takes more):\n\n" + "\n".join(unclear)]
+
+
+def _width_with(ours: Mapping, theirs: Mapping, seeds: int) -> float:
+    """The half-width of a difference of two means, if each had at least so many seeds that are alike to its own.
+
+    A mean's half-width is t(n − 1) s / √n (see `mean_interval`): with N seeds the same s, with t(N − 1) / √N.
+    """
+    widths = []
+    for interval in (ours, theirs):
+        n, width = len(interval["values"]), interval["half_width"] or 0.0
+        if width and seeds > n:
+            width *= (student_t_critical(seeds - 1) / math.sqrt(seeds)) / (student_t_critical(n - 1) / math.sqrt(n))
+        widths.append(width)
+    return math.hypot(*widths)
 
 
 def learning_rate_section(search: Mapping) -> str:

@@ -356,11 +356,26 @@ def test_more_seeds_are_advised_where_intervals_are_wider_than_differences():
     def row(model, mean, half_width):
         return {"model": model, "greedy": {"bleu": {"mean": mean, "half_width": half_width, "values": [0.0] * 3}}}
 
-    # √(3² + 4²) = 5: 1 ± 5 takes 3 · 5² / 1² = 75 seeds instead of 3; 0.5 ± 5 takes 300; 10 ± 5 is clear.
+    # √(3² + 4²) = 5. Wanted: t(N−1) / √N ≤ |d| / 5 · t(2) / √3, with t(2) = 4.3027.
+    # d = 1: 0.4968; t(17) / √18 = 2.1098 / 4.2426 = 0.4973, t(18) / √19 = 2.1009 / 4.3589 = 0.4820.
+    # d = 0.5: 0.2484; t(63) / √64 = 1.9983 / 8 = 0.2498, t(64) / √65 = 1.9977 / 8.0623 = 0.2478. 10 ± 5 is clear.
     rows = [row("base", 50.0, 3.0), row("near", 51.0, 4.0), row("nearer", 49.5, 4.0), row("far", 60.0, 4.0)]
+    rows.append(row("nearest", 50.3, 4.0))
     assert more_seeds(rows, baseline="base") == [
         "Not told apart from base by these seeds (`--seeds` takes more):\n\n"
-        "- near, BLEU: +1.0 ± 5.0; about 75 seeds would tell.\n"
-        "- nearer, BLEU: -0.5 ± 5.0; more than 100 seeds would tell."
+        "- near, BLEU: +1.0 ± 5.0; about 19 seeds would tell.\n"
+        "- nearer, BLEU: -0.5 ± 5.0; about 65 seeds would tell.\n"
+        "- nearest, BLEU: +0.3 ± 5.0; more than 100 seeds would tell."
     ]
     assert more_seeds([rows[0], rows[3], row("one seed", 51.0, None)], baseline="base") == []
+
+
+def test_more_seeds_where_the_baseline_has_another_number_of_them():
+    def row(model, mean, half_width, seeds):
+        values = [0.0] * seeds
+        return {"model": model, "greedy": {"bleu": {"mean": mean, "half_width": half_width, "values": values}}}
+
+    # With a third seed the baseline's would be about 3 · (t(2) / √3) / (t(1) / √2) = 3 · 2.4842 / 8.9846 = 0.83, the
+    # other stays as it is: √(0.83² + 2²) = 2.17 < 3 < √(3² + 2²) = 3.61.
+    [advice] = more_seeds([row("base", 50.0, 3.0, 2), row("a", 53.0, 2.0, 5)], baseline="base")
+    assert advice.endswith("- a, BLEU: +3.0 ± 3.6; about 3 seeds would tell.")
