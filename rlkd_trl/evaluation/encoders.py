@@ -63,6 +63,7 @@ class Seen:
     """Collects the models' outputs for all batches of evaluation data, and computes metrics of them."""
 
     predictions: list[Tensor] = field(default_factory=list)
+    ensembles: list[Tensor] = field(default_factory=list)
     teachers: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     embeddings: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
@@ -73,10 +74,22 @@ class Seen:
         """Adds a batch's losses, each `[B]`."""
         self._note("the losses", torch.stack(list(losses), dim=1))
 
-    def add_outputs(self, logits: Tensor, teachers_logits: Tensor | None, labels_B: Tensor | None) -> None:
-        """Adds a batch of a task: logits `[B, C]`, `[B, 1]` in regression, and labels `[B]`."""
+    def add_outputs(
+        self,
+        logits: Tensor,
+        teachers_logits: Tensor | None,
+        labels_B: Tensor | None,
+        ensembles_logits: Tensor | None = None,
+    ) -> None:
+        """Adds a batch of a task: logits `[B, C]`, `[B, 1]` in regression, and labels `[B]`.
+
+        ensembles_logits: of the student and the encoders trained along, together.
+        """
         self._note("the logits", logits)
         self.predictions.append(_predicted(logits))
+        if ensembles_logits is not None:
+            self._note("the encoders' mean logits", ensembles_logits)
+            self.ensembles.append(_predicted(ensembles_logits))
         if teachers_logits is not None:
             self._note("the teacher's logits", teachers_logits)
             self.teachers.append(_predicted(teachers_logits))
@@ -103,17 +116,15 @@ class Seen:
         return {name: torch.cat(batches) for name, batches in self.usable.items()}
 
     def metrics(self, *, is_regression: bool) -> dict[str, float]:
-        """Accuracy and F1, or in regression correlations; and agreement with the teacher's classes or numbers."""
+        """Accuracy and F1, or in regression correlations; and agreement with the teacher's classes or numbers.
+
+        `ensemble_accuracy` and so on are of the student and the encoders trained along, together.
+        """
         predictions = torch.cat(self.predictions)
-        metrics: dict[str, float] = {}
-        if self.labels:
-            labels = torch.cat(self.labels)
-            known = labels != IGNORED
-            if is_regression:
-                metrics |= {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
-            elif known.any():
-                of_known = predictions[known].tolist(), labels[known].tolist()
-                metrics |= {"accuracy": accuracy(*of_known), "f1": f1(*of_known)}
+        metrics = self._right(predictions, is_regression)
+        if self.ensembles:
+            of_all = self._right(torch.cat(self.ensembles), is_regression)
+            metrics |= {f"ensemble_{name}": value for name, value in of_all.items()}
         if self.teachers:
             teachers = torch.cat(self.teachers)
             if is_regression:
@@ -121,6 +132,19 @@ class Seen:
             else:
                 metrics["agreement"] = accuracy(predictions.tolist(), teachers.tolist())
         return metrics
+
+    def _right(self, predictions: Tensor, is_regression: bool) -> dict[str, float]:
+        """How right the predictions are on the texts with a label; {} if there are none."""
+        if not self.labels:
+            return {}
+        labels = torch.cat(self.labels)
+        if is_regression:
+            return {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
+        known = labels != IGNORED
+        if not known.any():
+            return {}
+        of_known = predictions[known].tolist(), labels[known].tolist()
+        return {"accuracy": accuracy(*of_known), "f1": f1(*of_known)}
 
     def likeness(self) -> dict[str, float]:
         """How like the teacher's the student's last hidden states are.

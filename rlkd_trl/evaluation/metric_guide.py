@@ -54,8 +54,8 @@ _NOTES = {
     r"bleu|ibleu|rouge(1|2|L)": MetricNote(
         _LEARNING, "Likeness to the references, 0 to 100.", "It falls while the reward rises.", 0.1
     ),
-    r"accuracy|f1": MetricNote(_LEARNING, "Right answers on labelled texts, percent.", "It falls.", 0.1),
-    r"pearson|spearman|similarity_spearman|agreement|hidden_cosine": MetricNote(
+    r"(ensemble_)?(accuracy|f1)": MetricNote(_LEARNING, "Right answers on labelled texts, percent.", "It falls.", 0.1),
+    r"(ensemble_)?(pearson|spearman)|similarity_spearman|agreement|hidden_cosine": MetricNote(
         _LEARNING, "Likeness of the student's outputs to the teacher's or to the labels, up to 1.", "It falls.", 1e-3
     ),
     r"divergence|divergence/.*|(forward|reverse|skew|skew_reverse)_kl|jsd|tvd": MetricNote(

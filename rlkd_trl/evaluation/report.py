@@ -41,6 +41,8 @@ ENCODER_COLUMNS: tuple[Column, ...] = (
     ("f1", "F1, %", ".2f"),
     ("pearson", "Pearson", ".4f"),
     ("spearman", "Spearman", ".4f"),
+    ("ensemble_accuracy", "accuracy of the encoders together, %", ".2f"),
+    ("ensemble_pearson", "Pearson of the encoders together", ".4f"),
     ("agreement", "agreement with the teacher", ".4g"),
     ("similarity_spearman", "similarities, Spearman", ".4f"),
     ("hidden_cosine", "hidden cosine", ".4f"),

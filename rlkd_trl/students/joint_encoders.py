@@ -22,8 +22,8 @@ class JointEncoders(EncoderStudent):
     """Multi-teacher co-finetuning (Wu, Wu & Huang 2021, "One Teacher is Enough?", MT-BERT).
 
     The first encoder's pooler and head are those of all. `forward` gives the sum of a function over the encoders; of
-    the loss −log p(y) that is the paper's Σ_i CE(y, p_i). Its second part, logits, is the log of their mean
-    probability, of numbers the mean. Each encoder is saved as a checkpoint of its own, the first in the directory
+    the loss −log p(y) that is the paper's Σ_i CE(y, p_i). Its second part, lists of logits, is one list of all. Each
+    encoder is saved as a checkpoint of its own, the first in the directory
     itself, the others in `encoder2`, `encoder3` and so on.
 
     Where this differs from the paper: the head is that of the architecture (in BERT a dense layer on the first token,
@@ -47,11 +47,11 @@ class JointEncoders(EncoderStudent):
         wanted: Wanted,
         function: Callable[[ModelOutput, dict[str, LayerTensors]], Result],
     ) -> Result:
-        """As in `EncoderStudent`; the function gives losses by name and unit, or these and logits."""
+        """As in `EncoderStudent`; the function gives losses by name and unit, or these and a list of logits."""
         results = [function(*reader.read(inputs, wanted)) for reader in self._readers]
         if isinstance(results[0], tuple):
             losses, logits = zip(*results, strict=True)
-            return _sum(losses), mean_logits(logits)
+            return _sum(losses), [one for of_encoder in logits for one in of_encoder]
         return _sum(results)
 
     @staticmethod

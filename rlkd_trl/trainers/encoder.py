@@ -26,7 +26,7 @@ from rlkd_trl.models.private_apis import whole_shape
 from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
-from rlkd_trl.students.joint_encoders import JointEncoders
+from rlkd_trl.students.joint_encoders import JointEncoders, mean_logits
 from rlkd_trl.trainers.budget import Spent
 from rlkd_trl.trainers.checks import check_sharding
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
@@ -337,14 +337,15 @@ class EncoderKDTrainer(DistillationTrainer):
     # Evaluation
 
     def _losses_and_logits(self, outputs: ModelOutput, layers: dict[str, LayerTensors], **of_batch):
-        return self._losses(outputs, layers, **of_batch), logits_of(outputs)
+        return self._losses(outputs, layers, **of_batch), [logits_of(outputs)]
 
     @torch.no_grad()
     def measured(self, dataset: Dataset) -> dict[str, float]:
         """Each loss before its weight, the number of the student's parameters, and how well it does.
 
-        In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; in a
-        general stage, how like the teacher's its last hidden states and its similarities of texts are (see
+        In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; where other
+        encoders are trained along, the losses are sums over all, and `ensemble_accuracy` and so on are of all
+        together. In a general stage, how like the teacher's its last hidden states and its similarities of texts are (see
         `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too large; if
         there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
         """
@@ -366,7 +367,9 @@ class EncoderKDTrainer(DistillationTrainer):
             for unit, count in count_units(batch | masked_batch, self.student.reader.stacks).items():
                 counts[unit] += float(count)
             if self.objective.stage == "task":
-                seen.add_outputs(logits, None if teachings is None else teachings.logits, batch.get("labels"))
+                of_teacher = None if teachings is None else teachings.logits
+                of_all = mean_logits(logits) if len(logits) > 1 else None
+                seen.add_outputs(logits[0], of_teacher, batch.get("labels"), of_all)
             elif self.teachers_reader is not None:
                 seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), token_mask(batch))
         self.student.train(was_training)

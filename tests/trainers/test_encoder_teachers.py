@@ -133,6 +133,24 @@ def test_encoders_trained_along_have_one_head_and_the_sum_of_their_losses(tmp_pa
     assert (tmp_path / "encoder2" / "tokenizer.json").is_file()
 
 
+def test_what_is_measured_is_the_encoder_that_is_saved_and_the_mean_of_all_stands_beside_it(tmp_path):
+    """On what plain transformers computes; after so small a step the two differ."""
+    data = texts().remove_columns(["text_pair", "next_sentence_label"])
+    trainer = joint(tmp_path, held_out=data, learning_rate=1e-4)
+    trainer.train()
+    trainer.save_model()
+    places = [tmp_path, tmp_path / "encoder2"]
+    saved = [AutoModelForSequenceClassification.from_pretrained(place).eval() for place in places]
+    probabilities_KN = [[read(one, row["text"])["logits"][0].softmax(-1) for row in data] for one in saved]
+    metrics = trainer.evaluate()
+    accuracies = [
+        100 * sum(int(p.argmax()) == row["label"] for p, row in zip(of_rows, data, strict=True)) / len(data)
+        for of_rows in (probabilities_KN[0], [p + q for p, q in zip(*probabilities_KN, strict=True)])
+    ]
+    assert accuracies[0] != accuracies[1]
+    assert [metrics["eval_accuracy"], metrics["eval_ensemble_accuracy"]] == pytest.approx(accuracies)
+
+
 def test_encoders_trained_along_are_resumed_exactly(tmp_path):
     settings = {
         "max_steps": 3,
