@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,7 +49,8 @@ class SavedAdapters:
         """The model with the adapters' changes in its own weights. It may have another head than they were made with.
 
         Raises:
-            InputError: They do not fit the model, are not complete, or are of a kind that cannot be merged.
+            InputError: They do not fit the model, as those for more layers than it has, are not complete, or are of a
+                kind that cannot be merged.
         """
         try:
             with warnings.catch_warnings():
@@ -58,9 +59,9 @@ class SavedAdapters:
                 config = PeftConfig.from_pretrained(self.name_or_path, revision=self.revision)
                 config.task_type = None  # PEFT's class for a task would ask for the task's head
                 place = self._place_in(model)
-                PeftModel.from_pretrained(
-                    place, self.name_or_path, config=config, revision=self.revision
-                ).merge_and_unload()
+                adapted = PeftModel.from_pretrained(place, self.name_or_path, config=config, revision=self.revision)
+                self._check_placed(adapted, place)
+                adapted.merge_and_unload()
         except Exception as error:  # PEFT raises whatever happens to fail
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             raise InputError(
@@ -68,6 +69,18 @@ class SavedAdapters:
                 "give a merged model, or adapters of weights, such as LoRA's."
             ) from error
         return model.requires_grad_(True)
+
+    def _check_placed(self, adapted: PeftModel, place: nn.Module) -> None:
+        """Raises `ValueError` if weights of the body have no place in the model: PEFT drops them and says nothing.
+
+        A head or a pooler may have none, since the model may have another head than the adapters were made with.
+        """
+        weights = load_peft_weights(self.name_or_path, device="cpu", revision=self.revision)
+        unplaced = [name.removeprefix(_PREFIX) for name in set_peft_model_state_dict(adapted, weights).unexpected_keys]
+        parts = dict(place.named_children())
+        lost = sorted(name for name in unplaced if name.split(".")[0] in parts and "pooler." not in name)
+        if lost:
+            raise ValueError(f"the model has no place for {len(lost)} of their weights, as {lost[0]}")
 
     def _place_in(self, model: PreTrainedModel) -> nn.Module:
         """The module whose names the file has: those of a body within a model with a head have its prefix."""

@@ -345,9 +345,9 @@ class EncoderKDTrainer(DistillationTrainer):
 
         In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; where other
         encoders are trained along, the losses are sums over all, and `ensemble_accuracy` and so on are of all
-        together. In a general stage, how like the teacher's its last hidden states and its similarities of texts are (see
-        `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too large; if
-        there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
+        together. In a general stage, how like the teacher's its last hidden states and its similarities of texts are
+        (see `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too large;
+        if there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
         """
         was_training = self.student.training
         self.student.eval()

@@ -63,3 +63,14 @@ def test_adapters_that_are_not_complete_are_refused(tmp_path):
     save_file(weights, file)
     with pytest.raises(InputError, match=r"cannot be merged into their model .*layer.1.attention.self.query.lora_B"):
         load_encoder(str(tmp_path / "adapters"), "none", "The teacher")
+
+
+@pytest.mark.parametrize("head", [None, "classes"])
+def test_adapters_for_more_layers_than_the_model_has_are_refused(head, tmp_path):
+    make(layers=2, head=head).save_pretrained(tmp_path / "base")
+    deeper = get_peft_model(make(layers=4, head=head), LoraConfig(r=2, target_modules=["query"]))
+    deeper.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    deeper.save_pretrained(tmp_path / "adapters")
+    read_as = "none" if head is None else head
+    with pytest.raises(InputError, match=r"cannot be merged .*no place for 4 of .*layer\.2\.attention\.self"):
+        load_encoder(str(tmp_path / "adapters"), read_as, "The teacher")

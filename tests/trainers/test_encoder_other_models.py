@@ -99,11 +99,10 @@ def test_every_loss_that_makes_sense_is_zero_for_a_student_that_is_its_teacher(k
         trainer.train_dataset.rows,
         processing_class=tokenizer(),
     )
-    before = {name: weight.clone() for name, weight in same.student.state_dict().items()}
     same.train()
     assert abs(same.state.log_history[0]["loss"]) < 1e-6
     assert all(v > 1e-4 for k, v in trainer.evaluate(trainer.train_dataset.rows).items() if "losses/" in k)
-    assert same.state.log_history[0]["grad_norm"] < 1e-4 and before
+    assert same.state.log_history[0]["grad_norm"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", PAIRS)
