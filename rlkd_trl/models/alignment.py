@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkd_trl.models.vocabulary import check_alignable, padding_id
-from rlkd_trl.ops.alignment import INSIDE, common_ends, receivers, states_before, summed_at
+from rlkd_trl.ops.alignment import INSIDE, NO_SPAN, common_ends, receivers, states_before, summed_at
+
+_NO_CHARACTER = "\ufffd"  # what a tokenizer decodes bytes to that are no character
+_MOST_BYTES_OF_A_PART = 3  # of a character of UTF-8 that is not complete
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class Alignment:
 
     ids_BU, mask_BU, ended_B: the same texts in the teacher's tokens, with its EOS where the student wrote its own.
     receiver_BU: the last student token of the common span of each teacher token. last_BT: the same of each student
-    token. state_BT1: the teacher's state at the beginning of each student state's span. unread_B: True where the
-    teacher has no tokens for the text (see `TokenAligner`).
+    token, `NO_SPAN` for those that the teacher reads nothing of: a character that was cut off. state_BT1: the
+    teacher's state at the beginning of each student state's span. unread_B: True where the teacher has no tokens for
+    the text (see `TokenAligner`).
     """
 
     ids_BU: Tensor
@@ -32,6 +36,11 @@ class Alignment:
     @property
     def readable_B(self) -> Tensor:
         return ~self.unread_B
+
+    @property
+    def is_read_BT(self) -> Tensor:
+        """False on tokens of a readable text that the teacher says nothing of, True on all other tokens."""
+        return (self.last_BT != NO_SPAN) | self.unread_B[:, None]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Alignment":
         """With each tensor changed, for instance to those of other completions."""
@@ -56,6 +65,9 @@ class TokenAligner:
     The text of a completion, as the student's tokenizer decodes it, is read by the teacher's tokenizer. A token ends
     where the text of the tokens so far is a beginning of the whole text, and for the teacher's tokens where its
     tokenizer says that they do: so its lower-casing, its normal forms and its treatment of spaces do no harm.
+
+    A text that was cut off within a character is read up to that: its last tokens are no text yet, in no common span,
+    and the teacher says nothing of them.
 
     A completion is not readable if one of the tokenizers has no token for a part of it (the unknown token stands
     there), if the teacher's finds a special token of its own in it that is no content, EOS for instance, or if it
@@ -103,7 +115,7 @@ class TokenAligner:
             mask_BU=torch.arange(U, device=device) < lengths_B1,
             ended_B=ended_B,
             receiver_BU=padded(1, U, 0),
-            last_BT=padded(2, T, 0),
+            last_BT=padded(2, T, NO_SPAN),
             state_BT1=padded(3, T + 1, 0),
             unread_B=torch.tensor([not row[4] for row in rows], device=device),
         )
@@ -113,7 +125,7 @@ class TokenAligner:
 
         ids: without EOS.
         """
-        text, ends = self.read_by_student(ids)
+        text, ends = self.read_by_student(ids, ended=ended)
         teacher_ids, teacher_ends = self.read_by_teacher(text)
         readable = self._are_readable(teacher_ids) and self.student.unk_token_id not in ids
         if ended:
@@ -121,7 +133,7 @@ class TokenAligner:
             teacher_ids = [*teacher_ids, self.teacher.eos_token_id]
         spans = common_ends(ends, teacher_ends) if readable else []
         if not spans:  # also of a text that was cut off before its first character: nothing is read and earned
-            return [], [], list(range(len(ends))), [0] * (T + 1), readable
+            return [], [], [], [0] * (T + 1), readable
         last, receiver = receivers(spans)
         return teacher_ids, receiver, last, states_before(spans, T), readable
 
@@ -130,12 +142,18 @@ class TokenAligner:
             return False
         return not any(index in self._unreadable or index >= len(self.forbidden_V) for index in ids)
 
-    def read_by_student(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """The text of the student's tokens, and where each of them ends in it."""
+    def read_by_student(self, ids: Sequence[int], *, ended: bool) -> tuple[str, list[int]]:
+        """The text of the student's tokens, and where each of them ends in it.
+
+        Unless it has ended, without a character of which only the first bytes are there.
+        """
         beginnings = self.student.batch_decode(
             [ids[:number] for number in range(1, len(ids) + 1)], skip_special_tokens=False
         )
         text = beginnings[-1] if beginnings else ""
+        whole = text.rstrip(_NO_CHARACTER)
+        if not ended and len(text) - len(whole) <= _MOST_BYTES_OF_A_PART:  # more are no part of one character
+            text = whole
         ends, furthest = [], 0
         for beginning in beginnings:
             is_one = text.startswith(beginning) and len(beginning) >= furthest

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlkd_trl.ops.masking import masked
 
 _ROUNDING = -1e-6  # a teacher's log-probability above it is one of float32's rounding
+NO_SPAN = -1  # as the last token of a token's span: it is in none
 INSIDE = -1  # as a token's end: it ends within a character, or where the text read so far is not the text's beginning
 
 
@@ -83,7 +84,7 @@ def span_divergences(
         teacher_logps_BT: log P of each span at its last token, as `summed_at` puts it there.
         student_logps_BT: log q of each token of the student, which get the gradient; precise near 0 (see
             `lm_head.token_log_probs`), as the gradient of log(1 − Q) is −Q / (1 − Q).
-        last_BT: of each token the last one of its span.
+        last_BT: of each token the last one of its span; `NO_SPAN` for tokens in none, which are left out.
         learnt_BT: True on tokens that may be learnt; a span with others is left out.
         divergence: of two sets of log-probabilities `[n, 2]`, `[n]`.
 
@@ -91,6 +92,7 @@ def span_divergences(
         `[B, T]`, each span's at its last token, 0 elsewhere.
     """
     T = mask_BT.shape[1]
+    mask_BT, last_BT = mask_BT & (last_BT != NO_SPAN), last_BT.clamp(min=0)
     unlearnt_BT = summed_at((~learnt_BT).float(), last_BT, mask_BT, length=T)
     is_last_BT = mask_BT & (last_BT == torch.arange(T, device=last_BT.device)) & (unlearnt_BT == 0)
     spans_BT = summed_at(student_logps_BT, last_BT, mask_BT, length=T)

@@ -256,12 +256,13 @@ class LogRatioReward(TeacherReward):
         """The teacher's log-probabilities less those of the student's tokens.
 
         Those of a teacher with another tokenizer are summed over common spans, so that the completion's sum is the
-        ratio of two probabilities of its text, each in its model's own tokens.
+        ratio of two probabilities of its text, each in its model's own tokens; 0 on tokens that the teacher has not
+        read.
         """
         if inputs.student_logps_BT is None:
             raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
-        mask_BT = inputs.completion_mask_BT
-        return log_ratio(scores.allowed_log_likelihood(mask_BT), inputs.student_logps_BT, mask_BT)
+        logps_BT = scores.allowed_log_likelihood(inputs.completion_mask_BT)
+        return log_ratio(logps_BT, inputs.student_logps_BT, scores.read_mask(inputs.completion_mask_BT))
 
 
 def _checked(prompt: object, index: int) -> str | list[Message]:

@@ -61,6 +61,10 @@ class TeacherScores:
         """The completions' mask in the teacher's tokens."""
         return mask_BT if self.alignment is None else self.alignment.mask_BU
 
+    def read_mask(self, mask_BT: Tensor) -> Tensor:
+        """The completions' mask without tokens that the teacher has not read; see `Alignment.is_read_BT`."""
+        return mask_BT if self.alignment is None else mask_BT & self.alignment.is_read_BT
+
     def on_students_tokens(self, values: Tensor) -> Tensor:
         """Values of the scores' tokens on the student's tokens, `[B, T]`; see `Alignment.on_students_tokens`."""
         return values if self.alignment is None else self.alignment.on_students_tokens(values)

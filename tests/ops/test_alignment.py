@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlkd_trl.ops.alignment import (
     INSIDE,
+    NO_SPAN,
     common_ends,
     in_two_log_probs,
     receivers,
@@ -88,14 +89,14 @@ def test_two_way_log_probabilities_and_their_gradient():
 
 @pytest.mark.parametrize("divergence", [forward_kl, tvd])
 def test_divergences_of_spans_against_a_loop(divergence):
-    """Two spans of two and one tokens in row 0, the second with a token that is not learnt; row 1 has one token."""
+    """Spans of two and one tokens in row 0, the second not to be learnt; in row 1 one of one, and a token in none."""
     nan = math.nan
-    teacher = torch.tensor([[0.0, math.log(0.3), math.log(0.6)], [math.log(0.9), nan, nan]])
-    q = torch.tensor([[0.5, 0.8, 0.1], [0.7, nan, nan]])
+    teacher = torch.tensor([[0.0, math.log(0.3), math.log(0.6)], [math.log(0.9), 0.0, nan]])
+    q = torch.tensor([[0.5, 0.8, 0.1], [0.7, 0.4, nan]])
     student = q.log().requires_grad_()
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    learnt = torch.tensor([[True, True, False], [True, False, False]])
-    last = torch.tensor([[1, 1, 2], [0, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    learnt = torch.tensor([[True, True, False], [True, True, False]])
+    last = torch.tensor([[1, 1, 2], [0, NO_SPAN, NO_SPAN]])
     result = span_divergences(teacher, student, last, mask, learnt, divergence=divergence)
 
     def of_two(p: float, q: float) -> float:
