@@ -16,16 +16,24 @@ SIZES = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
     "num_heads": ("num_attention_heads",),
-    "intermediate_size": ("intermediate_size", "hidden_dim", "d_ff"),
+    "intermediate_size": ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim", "ffn_dim", "n_inner"),
+}
+# Of these the sizes that a decoder beside an encoder may have apart.
+DECODER_SIZES = {
+    "num_layers": ("num_decoder_layers", "decoder_layers"),
+    "num_heads": ("decoder_attention_heads",),
+    "intermediate_size": ("decoder_ffn_dim",),
 }
 RANDOM = "random"
 
 
-def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -> PreTrainedConfig:
+def smaller_config(
+    teacher: PreTrainedConfig, sizes: Mapping[str, int | None], *, decoder_sizes: Mapping[str, int] | None = None
+) -> PreTrainedConfig:
     """The teacher's config with other sizes.
 
-    sizes: by the names of `SIZES`; None keeps the teacher's. In an encoder-decoder model, encoder and decoder have
-    `num_layers` layers each.
+    sizes: by the names of `SIZES`; None keeps the teacher's. decoder_sizes: by those of `DECODER_SIZES`, of a
+    decoder beside an encoder; by default the encoder's.
 
     Raises:
         InputError: The architecture has no such size; the width is not divisible by the number of heads.
@@ -38,8 +46,12 @@ def smaller_config(teacher: PreTrainedConfig, sizes: Mapping[str, int | None]) -
         if name is None:
             raise InputError(f"{size} {value}: a {config.model_type} model has no such size; leave it out.")
         setattr(config, name, value)
-        if size == "num_layers":
-            _shorten(config, teacher, value)
+        for name in DECODER_SIZES.get(size, ()):
+            if config.is_encoder_decoder and getattr(config, name, None) is not None:
+                setattr(config, name, (decoder_sizes or {}).get(size, value))
+        if size == "num_layers" and getattr(teacher, "layer_types", None) is not None:
+            kinds = teacher.layer_types
+            config.layer_types = [kinds[i % len(kinds)] for i in range(value)]
     if getattr(config, "pooler_hidden_size", None) is not None:
         config.pooler_hidden_size = config.hidden_size
     if config.hidden_size % config.num_attention_heads:
@@ -64,16 +76,6 @@ def _fit_heads(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
         heads = config.num_attention_heads
         most = heads if groups == teacher.num_attention_heads else groups
         config.num_key_value_heads = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
-
-
-def _shorten(config: PreTrainedConfig, teacher: PreTrainedConfig, num_layers: int) -> None:
-    """Sets the config's other fields about layers: the decoder's number, and ModernBERT's kinds of attention."""
-    for name in ("num_decoder_layers", "decoder_layers"):
-        if config.is_encoder_decoder and getattr(config, name, None) is not None:
-            setattr(config, name, num_layers)
-    kinds = getattr(teacher, "layer_types", None)
-    if kinds is not None:
-        config.layer_types = [kinds[i % len(kinds)] for i in range(num_layers)]
 
 
 def check_init(init: str, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:

@@ -1,7 +1,15 @@
 """Sizes of teacher assistants: worked numbers, and models of these sizes."""
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    T5Config,
+)
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning import command
@@ -48,6 +56,56 @@ def test_decoders_too_and_a_chain_that_falls():
     for config in chain[1:-1]:
         assert config.hidden_size % config.num_attention_heads == 0
         AutoModelForCausalLM.from_config(config)
+
+
+def falls(teacher, student, count: int) -> list:
+    """The assistants, once their chain is found to fall in size."""
+    assistants = assistant_configs(teacher, student, count)
+    counts = [num_parameters(config) for config in (teacher, *assistants, student)]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == count + 2
+    return assistants
+
+
+def test_a_shallow_decoder_stays_shallow():
+    """12 layers and 8 above, 12 and 2 below: the decoder's go by 8^(1/2) 2^(1/2) = 4, not to the encoder's 12."""
+    teacher, student = (
+        T5Config(d_model=d, num_layers=12, num_decoder_layers=n, num_heads=4, d_ff=d, **SMALL_T5)
+        for d, n in ((64, 8), (32, 2))
+    )
+    (assistant,) = falls(teacher, student, 1)
+    assert (assistant.num_layers, assistant.num_decoder_layers) == (12, 4)
+
+
+def test_a_decoders_heads_and_feed_forward_width_fall_too():
+    # heads 10 → 4 by 6.3 = 6; width 200 → 64 by 113.1, to a multiple of 6: 114; 300 → 75 by 150; 400 → 100 by 200
+    teacher, student = (
+        BartConfig(
+            vocab_size=50, d_model=w, encoder_layers=n, decoder_layers=n, encoder_attention_heads=h,
+            decoder_attention_heads=h, encoder_ffn_dim=f, decoder_ffn_dim=g,
+        )
+        for w, n, h, f, g in ((200, 2, 10, 300, 400), (64, 1, 4, 75, 100))
+    )  # fmt: skip
+    (assistant,) = falls(teacher, student, 1)
+    assert (assistant.encoder_attention_heads, assistant.decoder_attention_heads, assistant.d_model) == (6, 6, 114)
+    assert (assistant.encoder_ffn_dim, assistant.decoder_ffn_dim) == (150, 200)
+
+
+@pytest.mark.parametrize("kind, settings", [(LlamaConfig, {"num_key_value_heads": 3}), (GPTNeoXConfig, {})])
+def test_rotary_positions_find_pairs_in_each_head(kind, settings):
+    """SmolLM2's shape: 9 heads of 64, and 3 of 32; in between 5, of a width that rotation can halve."""
+    teacher, student = (
+        kind(vocab_size=50, hidden_size=w, num_hidden_layers=2, num_attention_heads=h, intermediate_size=w, **settings)
+        for w, h in ((576, 9), (96, 3))
+    )
+    for assistant in falls(teacher, student, 2):
+        with torch.no_grad():
+            AutoModelForCausalLM.from_config(assistant)(torch.tensor([[3, 4, 5]]))
+
+
+def test_sizes_that_leave_no_room():
+    teacher, student = (T5Config(d_model=8, num_layers=n, num_heads=2, d_ff=8, **SMALL_T5) for n in (2, 1))
+    with pytest.raises(InputError, match="1 assistants between teacher and student would have sizes that do not fall"):
+        assistant_configs(teacher, student, 1)
 
 
 def test_a_student_that_is_not_smaller():
