@@ -18,6 +18,8 @@ from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.models.limits import position_limits
+from rlkd_trl.models.prompts import prompt_lengths
 from rlkd_trl.models.vocabulary import are_same_tokens
 from rlkd_trl.ops.finite import usable_rows
 from rlkd_trl.ops.masking import masked_sum, pad_columns
@@ -262,7 +264,10 @@ def evaluate_student(
         )
     if teacher_completions is not None:
         if teacher_tokenizer is not None and not are_same_tokens(teacher_tokenizer, tokenizer):
-            teacher_completions, readable_B = _in_own_tokens(policy, tokenizer, teacher_completions, teacher_tokenizer)
+            room = _room(policy, tokenizer, prompts, max_prompt_length)
+            teacher_completions, readable_B = _in_own_tokens(
+                policy, tokenizer, teacher_completions, teacher_tokenizer, max_length=room
+            )
             result.metrics["unreadable_of_teacher"] = int((~readable_B).sum())
         logps_BT = completion_log_probs(
             policy, tokenizer, prompts, teacher_completions, max_prompt_length=max_prompt_length, batch_size=batch_size
@@ -359,17 +364,32 @@ def _evaluate_owners(
     )
 
 
+def _room(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_prompt_length: int | None
+) -> int | None:
+    """The most tokens of a completion that the policy has positions for after any of the prompts; None: no limit."""
+    limits = position_limits(policy.model)
+    if limits.completion is None or not limits.is_shared:
+        return limits.completion
+    longest = max(prompt_lengths(tokenizer, prompts))
+    return limits.completion - (longest if max_prompt_length is None else min(longest, max_prompt_length))
+
+
 def _in_own_tokens(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     completions: Completions,
     other: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
 ) -> tuple[Completions, Tensor]:
     """Completions of the `other` tokenizer in the policy's tokens, and which of them it has tokens for, `[B]`.
 
-    The others are empty.
+    The others are empty. max_length: the most tokens that it has positions for.
     """
-    aligner = TokenAligner(other, tokenizer, forbidden_V=policy.forbidden_V, eos_ids=policy.eos_ids)
+    aligner = TokenAligner(
+        other, tokenizer, forbidden_V=policy.forbidden_V, eos_ids=policy.eos_ids, max_length=max_length
+    )
     aligned = aligner.align(completions.ids_BT, completions.mask_BT, completions.ended_B)
     return Completions(aligned.ids_BU, aligned.mask_BU, aligned.ended_B), aligned.readable_B
 

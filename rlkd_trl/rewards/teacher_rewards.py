@@ -26,6 +26,7 @@ from rlkd_trl.ops.rewards import (
 from rlkd_trl.prompts import ChatFormat, Message, PromptTemplates, is_conversation
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.settings.ranges import Count, Share, Temperature, check_values
+from rlkd_trl.teachers.absent import AbsentTeacher
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.scores import TeacherScores, weighted_mean
 from rlkd_trl.teachers.teacher import Teacher
@@ -218,6 +219,37 @@ class TeacherForcingReward(TeacherReward):
     def wanted_statistics(self) -> dict[str, object]:
         return {"expected": self.value == "expected", "tau": self.tau if self.value == "soft" else None}
 
+    def score_tokens(self, prompts: list[str] | list[list[Message]], completions_ids: list[list[int]]) -> list[Tensor]:
+        """As `TeacherReward.score_tokens`.
+
+        Raises:
+            InputError: The teacher's mean logits are not known, which the reward of a single token depends on.
+        """
+        if self._lacks_mean():
+            raise InputError(
+                "The teacher-forcing reward of a single token depends on the teacher's mean logit, and a server tells "
+                "log-probabilities only: train with PPO, RLOO or REINFORCE of this package, where shaping cancels it, "
+                "take LogLikelihoodReward, or give the teacher itself."
+            )
+        return super().score_tokens(prompts, completions_ids)
+
+    def __call__(self, prompts, completions=None, completion_ids=None, **kwargs) -> list[float]:
+        """As `TeacherReward.__call__`.
+
+        Raises:
+            InputError: As there; or gamma is below 1, and the teacher's mean logits are not known.
+        """
+        if self.gamma < 1 and self._lacks_mean():
+            raise InputError(
+                f"With gamma = {self.gamma} the sum of teacher-forcing rewards depends on the teacher's mean logits, "
+                "and a server tells log-probabilities only: set gamma to 1, where all sums of a prompt differ by one "
+                "constant, or give the teacher itself."
+            )
+        return super().__call__(prompts, completions, completion_ids, **kwargs)
+
+    def _lacks_mean(self) -> bool:
+        return any(scorer.teacher.model is None for scorer in self.panel.scorers)
+
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:
         q_BT = centre(scores.chosen, scores.centre_BT1[:, :-1])
         values_BT1 = self.potentials(scores)
@@ -303,7 +335,7 @@ def score_panel(panel: TeacherPanel, inputs: RewardInputs, terms: Sequence[Teach
 
 def _panel(model, processing_class, templates: PromptTemplates | None, chat: ChatFormat | None = None) -> TeacherPanel:
     def teacher(model_or_name) -> Teacher:
-        if isinstance(model_or_name, Teacher):
+        if isinstance(model_or_name, Teacher | AbsentTeacher):
             if chat is not None:
                 raise InputError("A loaded `Teacher` has its chat format: give `chat` where it is made.")
             return model_or_name

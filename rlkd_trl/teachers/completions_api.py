@@ -16,8 +16,9 @@ import json
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from http.client import HTTPException
 from time import monotonic
@@ -110,11 +111,12 @@ class CompletionsClient:
         self._opener: OpenerDirector = build_opener(_NoRedirects)
         self._speaks_echo = False
         self.max_length: int | None = None
+        self.probe: list[float] = []
 
     def connect(self, sample_ids: Sequence[int]) -> None:
         """Finds the model and how the server is asked, with one request for a text of `sample_ids`, and no repeats.
 
-        Of the ids only as many are sent as the server takes.
+        Of the ids only as many are sent as the server takes. `probe` has what it tells about them.
 
         Raises:
             InputError: There is no such server or model, it refuses the key, or does not tell log-probabilities,
@@ -141,7 +143,8 @@ class CompletionsClient:
         failures = []
         for self._speaks_echo in (False, True):
             try:
-                self._read_once([list(sample_ids)], timeout=min(self.timeout, _CHECK_SECONDS))
+                [answer] = self._read_once([list(sample_ids)], timeout=min(self.timeout, _CHECK_SECONDS))
+                self.probe = answer.chosen
                 return
             except (_Temporary, _Refused) as failure:
                 failures.append(str(failure))
@@ -238,9 +241,13 @@ class CompletionsClient:
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
         data = None if body is None else json.dumps(body).encode()
-        try:
+
+        def answer() -> bytes:
             with self._opener.open(Request(f"{self.url}{path}", data, headers), timeout=timeout) as response:
-                return json.loads(response.read())
+                return response.read()
+
+        try:
+            return json.loads(_within(timeout, answer))
         except HTTPError as error:
             said = f"{error.code} {self._clean(_content(error))}".rstrip(" .") + "."
             if error.code == 429 or error.code >= 500:
@@ -267,6 +274,26 @@ class CompletionsClient:
         plain = {text, _without_backslashes(text), html.unescape(text), unquote(text)}
         plain.add(_without_backslashes(unquote(html.unescape(text))))
         return any(key[i : i + _KEY_PIECE] in one for i in starts for one in plain)
+
+
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """What the call returns or raises; `TimeoutError` after that time, which a socket's own timeout is not.
+
+    A call that takes longer is left behind in its thread.
+    """
+    result: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="teacher's answer", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except FutureTimeoutError:  # also a socket's, as TimeoutError
+        raise TimeoutError(f"no whole answer in {seconds:g} s") from None
 
 
 def _without_backslashes(text: str) -> str:

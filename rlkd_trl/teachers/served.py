@@ -1,5 +1,6 @@
 """A decoder-only teacher behind a server that tells the log-probabilities of texts."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,7 +64,8 @@ class ServedTeacher(AbsentTeacher):
         return f"{self.client.model}, behind a server"
 
     def record(self) -> dict[str, object]:
-        return {"served": self.client.model, "chat": self.writer.record()}
+        probe = [round(logp, 3) if math.isfinite(logp) else None for logp in self.client.probe]
+        return {"served": self.client.model, "chat": self.writer.record(), "probe": probe}
 
     def aligner(self, student: PreTrainedTokenizerBase) -> TokenAligner | None:
         """As `Teacher.aligner`."""

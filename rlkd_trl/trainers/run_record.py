@@ -37,6 +37,8 @@ _MAY_CHANGE = (
 _ROWS_AT_A_TIME = 1000
 _NUMBERS_PER_WEIGHT = 4096
 _DIFFERENCES_SHOWN = 3
+# Mean difference in nats with which a served teacher's numbers, which vary with what else it computes, are the same.
+_SAME_PROBE = 0.1
 
 
 def settings_of(args: TrainingArguments) -> dict[str, object]:
@@ -113,5 +115,19 @@ def _differences(saved: object, now: object, name: str) -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in {**saved, **now}:
             yield from _differences(saved.get(key), now.get(key), f"{name}.{key}")
+    elif name == "reward.teachers" and isinstance(saved, list) and len(saved) == len(now):
+        for number, (one, other) in enumerate(zip(saved, now, strict=True), 1):
+            if not _is_same_teacher(one, other):
+                yield f"teacher {number} was {json.dumps(one)} and is {json.dumps(other)}"
     elif saved != now:
         yield f"{name} was {json.dumps(saved)} and is {json.dumps(now)}"
+
+
+def _is_same_teacher(saved: dict[str, object], now: dict[str, object]) -> bool:
+    """Whether two records of `reward_record` are of one teacher; a served one's probe may differ a little."""
+    probes = [record.get("probe") or [] for record in (saved, now)]
+    rest = [{name: value for name, value in record.items() if name != "probe"} for record in (saved, now)]
+    if rest[0] != rest[1] or len(probes[0]) != len(probes[1]):
+        return False
+    known = [(one, other) for one, other in zip(*probes, strict=True) if one is not None and other is not None]
+    return sum(abs(one - other) for one, other in known) <= _SAME_PROBE * len(known)

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +18,8 @@ class Loopback:
 
     dialect: "prompt_logprobs" or "echo". key: the only one that is let in. fails: called with a request's body and its
     number, 1 for the first; a status code in place of an answer, with headers that repeat the request's, in the form
-    that `escape` gives them. change: of an answer before it is sent.
+    that `escape` gives them. change: of an answer before it is sent. gathers: requests wait until so many are there.
+    trickle: seconds between the bytes of an answer.
     """
 
     model: PreTrainedModel
@@ -29,7 +30,8 @@ class Loopback:
     fails: Callable[[dict, int], int | None] = lambda body, number: None
     escape: Callable[[str], str] = lambda text: text
     change: Callable[[dict], dict] = lambda answer: answer
-    delay: float = 0.0
+    gathers: int = 1
+    trickle: float = 0.0
     bodies: list[dict] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -69,7 +71,7 @@ class Loopback:
 @contextmanager
 def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
     """Runs the server in a thread."""
-    loopback, lock = Loopback(model, tokenizer, **behaviour), threading.Lock()
+    loopback, lock, gathered = Loopback(model, tokenizer, **behaviour), threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -84,7 +86,9 @@ def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
             with lock:
                 loopback.at_once += 1
                 loopback.most_at_once = max(loopback.most_at_once, loopback.at_once)
-            time.sleep(loopback.delay)
+                if loopback.at_once >= loopback.gathers:
+                    gathered.set()
+            gathered.wait(timeout=20 if loopback.gathers > 1 else 0)
             understood = ("echo" in body) == (loopback.dialect == "echo") and self.path == "/v1/completions"
             answer = loopback.change(loopback.answer(body)) if understood else None
             with lock:  # before the client can send the next one
@@ -107,7 +111,13 @@ def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
                 self.send_header("Location", f"{loopback.url}/elsewhere")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if not loopback.trickle:
+                self.wfile.write(content)
+                return
+            with suppress(OSError):  # the client has gone
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(loopback.trickle)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     loopback.url = f"http://127.0.0.1:{server.server_port}"

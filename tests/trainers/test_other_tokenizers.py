@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardModel
 from rlkd_trl.students import Policy
 from tests.conftest import EOS, MODELS, word_tokenizer
@@ -179,6 +181,26 @@ def test_evaluation_reads_every_text_in_each_models_own_tokens():
     # An untrained teacher's texts are words by chance only.
     assert 0 <= of_student.metrics["unreadable_of_teacher"] <= 3
     assert "unreadable" not in of_teacher.metrics
+
+
+def test_a_teachers_text_beyond_the_students_positions_is_unreadable():
+    """24 positions: two words are eight tokens there, eight words 32."""
+    tokenizer = character_tokenizer()
+    size = {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    student = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=EOS, eos_token_id=EOS, **size))
+    ids = torch.tensor([[10, 11, EOS] + 6 * [0], [*range(10, 18), EOS]])
+    evaluation = evaluate_student(
+        Policy(student, tokenizer),
+        tokenizer,
+        [{"prompt": "w3", "references": []}] * 2,
+        None,
+        max_prompt_length=None,
+        max_completion_length=4,
+        teacher_completions=Completions(ids, ids != 0, torch.tensor([True, True])),
+        teacher_tokenizer=word_tokenizer(),
+    )
+    assert evaluation.metrics["unreadable_of_teacher"] == 1
+    assert evaluation.per_input["teacher_tokens"] == [8, 0]
 
 
 def bernoulli_kl(p: float, q: float) -> float:
