@@ -5,10 +5,13 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _SECONDS = 60
@@ -22,7 +25,26 @@ class Browser:
         self._width, self._height, self._dark = width, height, dark
 
     def __enter__(self) -> "Browser":
+        """Skips the test, or all that share a fixture, where the browser does not start."""
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._start_process()
+        try:
+            self._open_page()
+        except (OSError, RuntimeError) as error:
+            self.__exit__()
+            pytest.skip(f"{CHROMIUM} does not start here: {error}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._kill()
+        os.close(self._write)
+        os.close(self._read)
+        self._profile.cleanup()
+
+    def _start_process(self) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions"
@@ -32,11 +54,15 @@ class Browser:
         self._process = subprocess.Popen(
             ["bash", "-c", script, "bash", *command],
             pass_fds=(to_browser, from_browser),
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that its own processes can be ended with it
         )
         os.close(to_browser)
         os.close(from_browser)
+
+    def _open_page(self) -> None:
         self._number, self._session, self._buffer = 0, None, b""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -45,14 +71,11 @@ class Browser:
         self.resize(self._width, self._height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        return self
 
-    def __exit__(self, *exception) -> None:
-        self._process.terminate()
-        self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
-        self._profile.cleanup()
+    def _kill(self) -> None:
+        if self._process.returncode is None:  # not waited for yet: the process group is still its own
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(_SECONDS)
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -60,7 +83,8 @@ class Browser:
 
     def open(self, path: Path) -> None:
         self._call("Page.navigate", url=path.resolve().as_uri())
-        for _ in range(_SECONDS * 20):
+        deadline = time.monotonic() + _SECONDS
+        while time.monotonic() < deadline:
             if self.run("document.readyState") == "complete" and self.run("location.protocol") == "file:":
                 return
             time.sleep(0.05)
@@ -98,13 +122,15 @@ class Browser:
         return {"clip": {"x": 0, "y": 0, "width": self.run("innerWidth"), "height": height, "scale": 1}}
 
     def _call(self, method: str, **parameters) -> dict:
+        """The answer. A browser that gives none in time is killed, so that no later call waits for it again."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + _SECONDS
         while True:
-            answer = self._next_message()
+            answer = self._next_message(deadline)
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
@@ -115,13 +141,16 @@ class Browser:
         if event.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.problems.append(json.dumps(event["params"]))
 
-    def _next_message(self) -> dict:
-        while b"\0" not in self._buffer:
-            if not select.select([self._read], [], [], _SECONDS)[0]:
-                raise TimeoutError(f"no answer from {CHROMIUM} in {_SECONDS} s")
-            part = os.read(self._read, 1 << 20)
-            if not part:
-                raise RuntimeError(f"{CHROMIUM} has ended with {self._process.wait()}")
-            self._buffer += part
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
+    def _next_message(self, deadline: float) -> dict:
+        while (seconds := deadline - time.monotonic()) > 0:
+            message, end, rest = self._buffer.partition(b"\0")
+            if end:
+                self._buffer = rest
+                return json.loads(message)
+            if select.select([self._read], [], [], seconds)[0]:
+                part = os.read(self._read, 1 << 20)
+                if not part:
+                    raise RuntimeError(f"{CHROMIUM} has ended")
+                self._buffer += part
+        self._kill()
+        raise TimeoutError(f"no answer from {CHROMIUM} in {_SECONDS} s")
