@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlkd_trl.data import listed_references
-from rlkd_trl.errors import InputError, TrainingError, is_first_process
+from rlkd_trl.errors import TrainingError, is_first_process
 from rlkd_trl.evaluation.metrics import text_metrics
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.models.alignment import TokenAligner
@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 NOT_FINITE = "samples_not_finite"
 _PROMPT_WIDTH = 200
+_NONE_READ = "No output has tokens in the teacher's tokenizer (give one that knows their characters): their means"
 _TOKENS_OF_TEACHER = "tokens_of_teacher"
 
 
@@ -75,7 +76,7 @@ def evaluate_completions(
 
     Where a teacher has another tokenizer than `tokenizer`, `teacher_nll_per_token` is per token of the teacher, and
     `unreadable` counts the completions that it has no tokens for, which `reward` and `teacher_nll_*` leave out (they
-    are NaN in `per_input`).
+    are NaN in `per_input`). If it has none for all of them, nothing is measured, and all count as not finite.
 
     Args:
         rows: The N data rows, each with a `prompt`.
@@ -109,19 +110,20 @@ def evaluate_completions(
         if readable is not None:
             metrics["unreadable"] = len(rows) - len(read)
             if not read:
-                raise InputError(
-                    "The teacher's tokenizer has no tokens for any of the outputs, so nothing can be measured: give a "
-                    "teacher whose tokenizer knows their characters."
-                )
-        metrics["reward"] = sum(scored["reward"][b] for b in read) / len(read)
+                is_usable[_NONE_READ] = torch.tensor(readable)
+        metrics["reward"] = _ratio(sum(scored["reward"][b] for b in read), len(read))
         if reward_model.panels:
             nll = sum(scored["teacher_nll"][b] for b in read)
-            metrics["teacher_nll_per_token"] = nll / sum(teacher_tokens[b] for b in read)
-            metrics["teacher_nll_per_sequence"] = nll / len(read)
+            metrics["teacher_nll_per_token"] = _ratio(nll, sum(teacher_tokens[b] for b in read))
+            metrics["teacher_nll_per_sequence"] = _ratio(nll, len(read))
     metrics[NOT_FINITE] = count_not_finite(is_usable, rows)
     if metrics[NOT_FINITE]:
         metrics |= {name: math.nan for name in metrics if name == "reward" or name.startswith("teacher_nll")}
     return Evaluation(metrics, outputs, completions, per_input)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def count_not_finite(

@@ -1,6 +1,7 @@
 """Training on rollouts: make one, pass over it in micro-batches, make the next."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer.utils import print_prompt_completions_sample
 
+from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.ops.average_reward import average_reward
@@ -411,7 +413,11 @@ class RolloutTrainer(DistillationTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def measured(self, dataset: Dataset) -> dict[str, float]:
-        """Greedy outputs on the rows' prompts: text metrics; of teachers that can score them, NLL and reward."""
+        """Greedy outputs on the rows' prompts: text metrics; of teachers that can score them, NLL and reward.
+
+        Where texts are unreadable, that of these by which the best checkpoint is chosen is NaN, never the best: the
+        mean over the others would prefer a student of whose texts few can be read.
+        """
         with self.whole_student():
             result = evaluate_student(
                 self.policy,
@@ -424,6 +430,13 @@ class RolloutTrainer(DistillationTrainer):
                 progress=None if self.args.disable_tqdm else "Evaluating the student",
                 after_batch=self.stop_if_asked,
             )
+        best = self.args.metric_for_best_model and base_metric(self.args.metric_for_best_model)
+        if result.metrics.get("unreadable") and best in (
+            "reward",
+            "teacher_nll_per_token",
+            "teacher_nll_per_sequence",
+        ):
+            result.metrics[best] = math.nan
         return result.metrics
 
     # Checkpoints

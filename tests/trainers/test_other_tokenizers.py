@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlkd_trl import TeacherForcingReward
@@ -201,6 +202,20 @@ def test_a_teachers_text_beyond_the_students_positions_is_unreadable():
     )
     assert evaluation.metrics["unreadable_of_teacher"] == 1
     assert evaluation.per_input["teacher_tokens"] == [8, 0]
+
+
+@pytest.mark.parametrize(("unknown", "unreadable"), [("9", 1), ("w", 4)])
+def test_what_cannot_be_read_is_never_the_best(tmp_path, monkeypatch, unknown, unreadable):
+    settings = {"align_tokenizers": True, "metric_for_best_model": "reward", "eval_strategy": "no"}
+    trainer = build("rloo-token", tmp_path, reward=teacher(characters=CHARACTERS.replace(unknown, "")), **settings)
+    outputs = torch.tensor([[3, 1], [9, 1], [4, 1], [5, 1]])
+    answers = [Completions(outputs, torch.ones(4, 2, dtype=torch.bool), torch.ones(4, dtype=torch.bool))]
+    monkeypatch.setattr("rlkd_trl.evaluation.evaluate.answer_prompts", lambda *args, **kwargs: iter(answers))
+    metrics = trainer.evaluate(Dataset.from_list([{"prompt": "w3", "references": []}] * 4))
+    assert metrics["eval_unreadable"] == unreadable and math.isnan(metrics["eval_reward"])
+    # Means over those that are read stand beside it, unless there are none; then the evaluation is not sound.
+    assert math.isnan(metrics["eval_teacher_nll_per_token"]) is (unreadable == 4)
+    assert metrics["eval_samples_not_finite"] == (4 if unreadable == 4 else 0)
 
 
 def bernoulli_kl(p: float, q: float) -> float:
