@@ -6,8 +6,9 @@ r"""PPO and RLOO against the warm start on E2E (Novikova et al. 2017), over seve
 The two CSV files have the columns `mr` and `ref` (devset.csv and testset_w_refs.csv of the E2E dataset under these
 names). Restaurant names are delexicalised, as is usual for small models on E2E (Dušek & Jurčíček 2016): the values of
 `name` and `near` become NAME and NEAR in input and references. Every stage is one call of a recipe, and a finished
-stage is not run again. For each seed: a T5 teacher from scratch, asked through two templates; its greedy answers; a
-smaller T5 warm-started on them; PPO and RLOO from that warm start. No setting of PPO or RLOO was tuned on test inputs.
+stage is not run again; one that was made with other flags is refused. For each seed: a T5 teacher from scratch, asked
+through two templates; its greedy answers; a smaller T5 warm-started on them; PPO and RLOO from that warm start. No
+setting of PPO or RLOO was tuned on test inputs.
 
 Writes `results/e2e.json` and `results/e2e.md` beside this file.
 """
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -61,8 +63,20 @@ def delexicalise(source: Path, target: Path) -> None:
 
 
 def stage(recipe: str, done: Path, *flags: str, threads: int | None = None) -> None:
-    """Runs one recipe unless its result is there already, on all cores or on `threads`."""
+    """Runs one recipe unless its result is there already, on all cores or on `threads`.
+
+    Raises:
+        SystemExit: The recipe failed, or the result that is there was made with other flags.
+    """
+    made_with = done.with_name(f"{done.name}.flags.json")
+    asked = [recipe, *(str(flag).replace(str(RECIPES), "recipes") for flag in flags)]
     if done.exists():
+        recorded = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else asked
+        if recorded != asked:
+            raise SystemExit(
+                f"{done} is of `{shlex.join(recorded)}`, and now `{shlex.join(asked)}` is asked for: remove "
+                f"{done.parent}, or choose another --work_dir."
+            )
         return
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
     print(f"{time.strftime('%H:%M:%S')} {recipe} for {done}", flush=True)
@@ -71,6 +85,8 @@ def stage(recipe: str, done: Path, *flags: str, threads: int | None = None) -> N
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limit})
     if finished.returncode:
         raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
+    made_with.parent.mkdir(parents=True, exist_ok=True)
+    made_with.write_text(json.dumps(asked) + "\n", encoding="utf-8")
     print(f"{time.strftime('%H:%M:%S')} {done}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -12,7 +12,8 @@ the seed of weights and order and in what they learn from:
     distilled  the preset `hinton` with these k models as teachers (soft targets at T = 2, a tenth hard), by seeds
 
 Measured on the test inputs' references, token by token as Hinton measures frames: cross-entropy in nats and accuracy
-of the next token. A finished stage is not run again. Writes `results/ensemble.json` and `results/ensemble.md`.
+of the next token. A finished stage is not run again; one of other settings is refused. Writes `results/ensemble.json`
+and `results/ensemble.md`.
 """
 
 import argparse

@@ -11,12 +11,20 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def made_by() -> str:
-    """A sentence with the command that is running, and the commit that it is of where this is a clone."""
+    """A sentence with the command that is running, and the commit that it is of where this is a clone.
+
+    The commit ends in -dirty where files differ from it, except results, or are not in it.
+    """
     found = ""
     if shutil.which("git"):
-        asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        found = _git("rev-parse", "--short", "HEAD")
+        if found and _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"):
+            found += "-dirty"
     return f"Made by `python {shlex.join(sys.argv)}`{f', commit {found}' if found else ''}."
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(RESULTS.parent), *words], capture_output=True, text=True).stdout.strip()
 
 
 def write_results(directory: str | Path, name: str, results: object, text: str) -> None:

@@ -1,6 +1,7 @@
 """recipes/benchmarks/e2e_comparison.py: its data, and what it runs in which order."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,35 @@ def test_a_part_says_what_it_leaves_out(names, monkeypatch):
     assert said(part).startswith(f"A part of the whole comparison: 2 of {len(names['METHODS'])} methods, 1 of 6 ")
     monkeypatch.setattr(sys, "argv", ["here/e2e_comparison.py", "--train", "two words"])
     assert names["made_by"]().startswith("Made by `python here/e2e_comparison.py --train 'two words'`")
+
+
+def test_a_stage_of_other_flags_is_refused(names, tmp_path, monkeypatch):
+    stage, done, calls = names["stage"], tmp_path / "base" / "finished.json", []
+
+    def recipe(command, **_):
+        calls.append(command)
+        done.parent.mkdir(exist_ok=True)
+        done.touch()
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(stage.__globals__["subprocess"], "run", recipe)
+    for _ in range(2):
+        stage("kd", done, "--max_steps", 300)
+    assert len(calls) == 1
+    with pytest.raises(
+        SystemExit, match=r"of `kd --max_steps 300`, and now `kd --max_steps 600` is asked for: remove"
+    ):
+        stage("kd", done, "--max_steps", 600)
+
+
+def test_a_result_says_where_it_is_of_no_commit(names, tmp_path, monkeypatch):
+    made_by, results = names["made_by"], tmp_path / "results"
+    monkeypatch.setitem(made_by.__globals__, "RESULTS", results)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@n.n"]
+    results.mkdir()
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (results / "table.md").write_text("a result")
+    assert re.search(r", commit [0-9a-f]+\.$", made_by())
+    (tmp_path / "rival.yaml").write_text("not in the commit")
+    assert re.search(r", commit [0-9a-f]+-dirty\.$", made_by())
