@@ -105,7 +105,8 @@ def write_cache(
         progress: The label of a progress bar over shards; None shows none.
 
     Raises:
-        InputError: The directory holds another cache; teachers differ in their tokenizers; or as `questions`.
+        InputError: The directory holds another cache, or the disk has no room for this one; teachers differ in their
+            tokenizers; or as `questions`.
     """
     directory = Path(directory)
     teachers = list({id(scorer.teacher): scorer.teacher for scorer in panel.scorers}.values())
@@ -139,6 +140,7 @@ def write_cache(
         keys=hashlib.sha256(b"".join(target.key for target in targets)).hexdigest(),
         rows_per_shard=rows_per_shard,
     )
+    _check_room(directory, header, [len(target.ids) for target in targets])
     begin(directory, header, first)
     for number in tqdm(range(header.num_shards), desc=progress, unit="shard", disable=progress is None):
         file = shard_file(directory, number)
@@ -147,6 +149,27 @@ def write_cache(
             arrays = _shard(panel, of_shard, header, forbidden_V, batch_size)
             _write(file, save(arrays, {OF_HEADER: header.digest}))
     return header
+
+
+def _check_room(directory: Path, header: Header, lengths: Sequence[int]) -> None:
+    """Raises `InputError` if the disk has less room than the shards take that are not there. lengths: of targets."""
+    id_type, num_bytes = _id_type(header.vocab_size), 0
+    per_token = header.k * id_type.itemsize + (header.k + 1) * np.dtype(header.dtype).itemsize
+    for number in range(header.num_shards):
+        if not shard_file(directory, number).is_file():
+            start = number * header.rows_per_shard
+            num_bytes += per_token * sum(lengths[start : start + header.rows_per_shard])
+    place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise InputError(
+            f"The cache's {header.k} ids at each of {sum(lengths):,} tokens take {num_bytes:,} bytes more in "
+            f"{directory}, where {free:,} are free: keep fewer with --k, in --dtype float16, or name another place."
+        )
+
+
+def _id_type(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def is_place_of_cache(directory: Path) -> bool:
@@ -267,4 +290,4 @@ def _distributions(
         raise InputError("The teacher's log-probabilities are not finite: it cannot be cached.")
     with np.errstate(over="ignore"):  # log 0 becomes minus infinity in float16
         logps = logps_Nk1.numpy().astype(header.dtype)
-    return ids_Nk.numpy().astype(np.uint16 if V <= 2**16 else np.uint32), logps
+    return ids_Nk.numpy().astype(_id_type(V)), logps

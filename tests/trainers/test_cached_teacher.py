@@ -1,5 +1,6 @@
 """`KDTrainer` on a cached teacher: the same run as with the teacher itself, and what it refuses."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -215,6 +216,20 @@ def test_no_files_but_a_caches_are_deleted(tmp_path):
     assert is_place_of_cache(tmp_path)
     remove_cache(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """The bytes of ids and log-probabilities are those of the arrays in the files."""
+    whole = cached(tmp_path / "whole", panel_of("llama"), k=3)
+    files = [shard_file(tmp_path / "whole", number) for number in range(whole.cache.header.num_shards)]
+    needed = sum(load_file(file)[name].nbytes for file in files for name in ("ids", "logps"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=rf"take {needed:,} bytes more in .*, where {needed - 1:,} are free: keep"):
+        cached(tmp_path / "cache", panel_of("llama"), k=3)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=needed))
+    cached(tmp_path / "cache", panel_of("llama"), k=3)
 
 
 def test_damage_is_noticed_where_it_is_read(tmp_path):
