@@ -1,7 +1,8 @@
 """A chain of distillations from a teacher through assistants to a student: its flags, its runs, its results."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,6 @@ from rlkd_trl.commands.arguments import (
     StudentArguments,
     TeacherArguments,
 )
-from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.comparison.cells import Cell, Method, find_method
 from rlkd_trl.commands.comparison.checks import SMOKE_STEPS, refuse_set_here
@@ -38,6 +38,9 @@ _GROUPS_SET_HERE = (
     *(DataArguments, HeldOutArguments, PromptArguments, TeacherArguments, AbsentTeacherArguments),
     *(StudentArguments, CodeArguments, RunArguments),
 )
+# How a model is asked, by flags of teacher and student alike; and flags that only suit the first teacher.
+_CHAT = ("chat_template", "system_prompt", "chat_template_kwargs")
+_OF_THE_FIRST_TEACHER = ("teacher_quantization", "teacher_max_prompt_length")
 _SHOWN = ("bleu", "rougeL", "teacher_nll_per_token", "tokens")
 
 
@@ -122,7 +125,7 @@ def make_demo(request: DemoRequest) -> None:
 
 def check_named(settings: ChainSettings) -> None:
     """Raises `InputError` if a flag is missing, or flags are given that cannot go together."""
-    chain, teacher = settings.chain, settings.teacher
+    chain, teacher, student = settings.chain, settings.teacher, settings.student
     named = {
         "--dataset": settings.data.dataset,
         "--teacher": teacher.teacher,
@@ -137,12 +140,21 @@ def check_named(settings: ChainSettings) -> None:
     if len(teacher.teacher) > 1:
         raise InputError(f"{len(teacher.teacher)} teachers: a chain begins with one.")
     asked = [name for name in ("templates", "template") if getattr(settings.prompts, name) is not None]
-    if chain.dense and (asked or teacher.teacher_revision):
-        flag = asked[0] if asked else "teacher_revision"
+    asked += [name for name in ("teacher_revision", *_OF_THE_FIRST_TEACHER) if not _is_default(teacher, name)]
+    asked += [f"teacher_{name}" for name in _CHAT if _of("teacher", teacher, name) != _of("student", student, name)]
+    if chain.dense and asked:
         raise InputError(
-            f"--dense with --{flag}: it would hold for the assistants too, which read the student's prompt. Distil a "
-            "teacher that reads it too, or leave --dense out."
+            f"--dense with --{asked[0]}: it would hold for the assistants too, which are asked and kept as the "
+            "student is. Distil a teacher that is asked as the student is, or leave --dense out."
         )
+
+
+def _is_default(group: object, name: str) -> bool:
+    return getattr(group, name) == next(option.default for option in dataclasses.fields(group) if option.name == name)
+
+
+def _of(role: str, group: object, name: str) -> object:
+    return getattr(group, f"{role}_{name}")
 
 
 @dataclass(frozen=True)
@@ -181,20 +193,27 @@ class Chain:
         return earlier if self.settings.chain.dense else earlier[-1:]
 
     def flags(self, hop: int) -> list[str]:
-        """The flags of a hop's run. Assistants are asked what the student is asked, not through templates."""
+        """The flags of a hop's run. Assistants are asked what the student is asked, not as the first teacher is."""
         settings, chain = self.settings, self.settings.chain
         prompts = settings.prompts
         teacher = dataclasses.replace(settings.teacher, teacher=self.teachers(hop))
         student = dataclasses.replace(settings.student, student=self.begins[hop])
         if hop > 0:
             prompts = PromptArguments(student_template=prompts.student_template)
-            teacher = dataclasses.replace(teacher, teacher_revision=None)
+            as_the_student = {f"teacher_{name}": _of("student", student, name) for name in _CHAT}
+            defaults = {name: getattr(TeacherArguments, name) for name in ("teacher_revision", *_OF_THE_FIRST_TEACHER)}
+            teacher = dataclasses.replace(teacher, **as_the_student, **defaults)
         if hop < len(self.begins) - 1:
             student = dataclasses.replace(student, student_revision=None)
         groups = (settings.data, settings.held_out, prompts, teacher, student, settings.code)
         steps, rates = (_for_each(values, chain.num_hops) for values in (chain.max_steps, chain.learning_rates))
         own = [f"--max_steps={steps[hop]}", f"--learning_rate={rates[hop]}", f"--seed={chain.seed}"]
-        return [*as_flags(*groups), *_QUIET, *own, *(f"--{flag}" for flag in chain.common or [])]
+        if "save_steps" not in self.methods[hop].settings():
+            own.append(f"--save_steps={min(500, max(1, steps[hop] // 4))}")
+        common = [f"--{flag}" for flag in chain.common or []]
+        if len(self.teachers(hop)) == 1 and chain.dense:  # weights by losses begin with the second teacher
+            common = [flag for flag in common if not flag.startswith("--teacher_weighting=")]
+        return [*as_flags(*groups), *_QUIET, *own, *common]
 
     def cell(self, hop: int) -> Cell:
         """The run of a hop."""
@@ -211,16 +230,37 @@ class Chain:
         """
         settings = self.settings
         runs = [self._parsed(hop, configs) for hop in range(len(self.begins))]
-        for run in runs:  # what the hops differ in is the method; the models are the first and the last one
-            run.teacher, run.student = settings.teacher, settings.student
+        for hop, run in enumerate(runs):
+            run.teacher, run.student = self._stand_ins(hop, run)
         data = check_data(runs[0])
-        for run in runs:
-            inputs = check(run, data)
-        within_lengths(runs[0], inputs)
-        for assistant in settings.chain.assistants or []:
-            check_checkpoints(settings.teacher, StudentArguments(student=assistant))
+        for hop, run in enumerate(runs):
+            with _naming(hop, self.methods[hop]):
+                within_lengths(run, check(run, data if hop == 0 else dataclasses.replace(data, templates=None)))
         if settings.chain.assistants is None:
             self.assistant_configs()
+
+    def _stand_ins(self, hop: int, run: DistillationSettings) -> tuple[TeacherArguments, StudentArguments]:
+        """The hop's teachers and student, for those that are not made yet others with their tokenizers.
+
+        A new assistant has the student's, one that is named its own.
+        """
+        settings, chain = self.settings, self.settings.chain
+        made = [*(chain.assistants or [settings.student.student] * chain.num_assistants), settings.student.student]
+        (first,) = settings.teacher.teacher
+        teachers = [first, *made[:hop]] if chain.dense else [first, *made][hop : hop + 1]
+        revision = settings.student.student_revision if chain.assistants is None else None
+        return (
+            dataclasses.replace(
+                run.teacher,
+                teacher=teachers,
+                teacher_revision=revision if hop > 0 and not chain.dense else run.teacher.teacher_revision,
+            ),
+            dataclasses.replace(
+                run.student,
+                student=made[hop],
+                student_revision=run.student.student_revision if hop == chain.num_hops - 1 else revision,
+            ),
+        )
 
     def _parsed(self, hop: int, configs: Mapping[str, type]) -> DistillationSettings:
         method = self.methods[hop]
@@ -232,10 +272,8 @@ class Chain:
         kind = RewardedSettings if has_rewards else DistillationSettings
         groups = groups_of(kind, config)
         parser = RecipeParser(*groups.values(), description="", recipe=recipe)
-        try:
+        with _naming(hop, method):
             return kind(**dict(zip(groups, parser.parse(self.cell(hop).words(goes_on=False)), strict=True)))
-        except InputError as error:
-            raise InputError(f"Hop {hop + 1} ({method.name}): {error}") from error
 
     def assistant_configs(self) -> list:
         """Configs of new assistants. Raises `InputError` as `planning.assistants.assistant_configs`."""
@@ -302,6 +340,15 @@ def write_results(chain: Chain) -> str:
     write_metrics(output_dir / "chain.json", {"hops": hops})
     (output_dir / "chain.md").write_text(text, encoding="utf-8")
     return text
+
+
+@contextmanager
+def _naming(hop: int, method: Method) -> Iterator[None]:
+    """Puts the hop before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Hop {hop + 1} ({method.name}): {error}") from error
 
 
 def _number(value: float | None) -> str:

@@ -188,11 +188,21 @@ def check_panel(panel: PanelArguments, teacher: TeacherArguments, templates: "Pr
     ):
         if weights is not None and len(weights) != count:
             raise InputError(f"{flag} has {len(weights)} weights for {count} {what}: give one each.")
-    refuse_unused(
-        panel, "teacher_weighting", unless=num_teachers * num_templates > 1, needs="several teachers or templates"
-    )
     refuse_unused(panel, "teacher_column", unless=num_teachers > 1, needs="several teachers (--teacher A B)")
     refuse_unused(panel, "template_column", unless=num_templates > 1, needs="several templates")
+    for what in ("teacher", "template"):
+        if (column := getattr(panel, f"{what}_column")) and (weights := getattr(panel, f"{what}_weights")):
+            raise InputError(
+                f"--{what}_weights {' '.join(map(str, weights))} has no effect with --{what}_column {column}: each "
+                f"example has one {what}. Leave one of them out."
+            )
+    asked = [
+        1 if column is not None else count
+        for column, count in ((panel.teacher_column, num_teachers), (panel.template_column, num_templates))
+    ]
+    refuse_unused(
+        panel, "teacher_weighting", unless=max(asked) > 1, needs="several teachers or templates for each example"
+    )
     if teacher.teacher and panel.teacher_weighting != "fixed":
         check_one_tokenizer(teacher, f"--teacher_weighting {panel.teacher_weighting}")
     if teacher.teacher and panel.teacher_column is not None:

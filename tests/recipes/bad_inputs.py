@@ -454,6 +454,16 @@ PANEL_CASES = [
         "--teacher teacher teacher --teacher_column expert",
         "row 1: there is no `expert`; its columns are:",
     ),
+    (
+        ("rloo_kd",),
+        "--teacher teacher teacher --teacher_column mr --teacher_weights 3 1",
+        "--teacher_weights 3.0 1.0 has no effect with --teacher_column mr: each example has one teacher",
+    ),
+    (
+        ("rloo_kd",),
+        "--teacher teacher teacher --teacher_column mr --teacher_weighting per_example",
+        "--teacher_weighting per_example has no effect without several teachers or templates for each example",
+    ),
     (SOME_DISTILLED, "--teacher teacher student --teacher_column mr", "which names no teacher of: teacher, student"),
     (
         ("evaluate",),

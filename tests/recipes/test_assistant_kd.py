@@ -2,13 +2,20 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rlkd_trl.commands.assistants import Chain
+from rlkd_trl.commands.comparison import cells
+from rlkd_trl.commands.comparison.checks import TrainerConfigs
 from rlkd_trl.commands.settings import parse_settings
+from rlkd_trl.errors import InputError
+from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.recipes.command_lines import ROOT, run, word_rows, write_csv
+from tests.resuming.runs import Fork
 
 TINY = "--common per_device_train_batch_size=8 num_generations=1 max_completion_length=6 save_strategy=no"
 
@@ -61,6 +68,43 @@ def test_only_the_teacher_is_asked_through_its_templates(place, monkeypatch):
     assert "w4{{source}}" in chain.flags(0) and "w4{{source}}" in chain.flags(1)
 
 
+def test_only_the_teacher_is_kept_and_spoken_to_as_its_flags_say(place, monkeypatch):
+    """Assistants are spoken to as the student is, in all hops after the first."""
+    of_teacher = "--teacher_system_prompt expert --teacher_quantization nf4 --teacher_max_prompt_length 90"
+    chain = chain_of(f"{of_teacher} --student_system_prompt brief --teacher_batch_tokens 512", monkeypatch)
+    first, second = (" ".join(chain.flags(hop)) for hop in range(2))
+    assert of_teacher.split()[1] in first and "nf4" in first and "--teacher_max_prompt_length 90" in first
+    assert "--teacher_system_prompt brief" in second and "--student_system_prompt brief" in second
+    assert "nf4" not in second and "max_prompt_length" not in second and "--teacher_batch_tokens 512" in second
+
+
+def test_a_killed_hop_finds_checkpoints(place, monkeypatch):
+    """400 steps would end before the first of TrainingArguments' 500; what is given holds."""
+    chain = chain_of("--max_steps 400 3", monkeypatch)
+    assert "--save_steps=100" in chain.flags(0) and "--save_steps=1" in chain.flags(1)
+    chain.settings.chain.common.append("save_steps=7")
+    assert chain.flags(0).index("--save_steps=7") > chain.flags(0).index("--save_steps=100")
+
+
+def test_each_hop_is_checked_with_its_own_teachers(place, monkeypatch):
+    """A teacher with another tokenizer is asked in the first hop alone; weights by losses begin with two teachers."""
+    (place / "ppo_kd").mkdir()
+    (place / "ppo_kd/aligned.yaml").write_text("align_tokenizers: true\n")
+    shutil.copytree(place / "large", place / "other")
+    character_tokenizer().save_pretrained(place / "other")
+    common = TINY.replace("save_strategy=no", "teacher_weighting=per_example")
+    configs = TrainerConfigs(
+        ppo_kd="rlkd_trl.trainers.config:PPOKDConfig", kd="rlkd_trl.trainers.full_vocabulary_config:KDConfig"
+    )
+    chain_of("--teacher other --methods ppo_kd/aligned.yaml word_kd", monkeypatch).check(configs)
+    chain = chain_of(f"--dense {common}", monkeypatch)
+    assert "--teacher_weighting=per_example" not in chain.flags(0)
+    assert "--teacher_weighting=per_example" in chain.flags(1)
+    chain.check(configs)
+    with pytest.raises(InputError, match=r"Hop 2 \(word_kd\): --teacher_weights has 1 weights for 2 teachers"):
+        chain_of(f"--dense {TINY} teacher_weights=1", monkeypatch).check(configs)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -80,6 +124,9 @@ def test_only_the_teacher_is_asked_through_its_templates(place, monkeypatch):
         ("--teacher small --student large", "between a teacher and a smaller student"),
         ("--teacher large small", "2 teachers: a chain begins with one"),
         ("--dense --template {{source}}", "--dense with --template"),
+        ("--dense --teacher_system_prompt expert", "--dense with --teacher_system_prompt"),
+        ("--dense --student_system_prompt brief", "--dense with --teacher_system_prompt"),
+        ("--dense --teacher_max_prompt_length 9", "--dense with --teacher_max_prompt_length"),
         ("--smoke", "--smoke brings its own data and models: leave out --dataset and --teacher and --student"),
         ("--source_column text", "`--source_column text` is not in the data"),
         ("--learning_rates 0", "--learning_rates 0.0 is out of range"),
@@ -119,6 +166,30 @@ def test_a_chain_is_run_once(place, capfd):
     assert (place / "out/assistant1/model.safetensors").stat().st_mtime_ns == before
     assert run(f"{command} --seed 1") == 2
     assert "out/assistant1 holds the results of another command" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_hop_goes_on_from_its_checkpoint(place, monkeypatch):
+    started = []
+
+    class KilledOnce(Fork):
+        def __init__(self, words, **kwargs):
+            started.append(words)
+            super().__init__(words, **kwargs)
+
+        def wait(self):
+            while len(started) == 1 and not self.has_ended():
+                if (place / "out/assistant1/checkpoint-10").is_dir():
+                    self.kill()
+                    break
+                time.sleep(0.01)
+            return super().wait()
+
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=KilledOnce))
+    command = f"{COMMAND.replace(' save_strategy=no', '')} --max_steps 40 2"
+    assert run(command) == 1 and len(started) == 1
+    assert run(command) == 0
+    assert len(started) == 3 and "--resume" in started[1] and "--resume" not in started[2]
 
 
 @pytest.mark.slow
