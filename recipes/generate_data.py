@@ -18,6 +18,7 @@ from rlkd_trl.commands.checks import check_generated_data, require, require_file
 from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel
+from rlkd_trl.commands.run_directory import check_not_there
 from rlkd_trl.commands.settings import GeneratedDataSettings, parse_settings
 from rlkd_trl.errors import is_first_process, run
 
@@ -51,6 +52,8 @@ def main() -> None:
         seed=generated.seed,
     )
     if is_first_process():
+        # Another command may have written it in the meantime.
+        check_not_there("--output", generated.output, overwrite=generated.overwrite_output_dir)
         write_inputs(inputs, generated.output)
     say(f"{len(inputs)} inputs are in {generated.output}.")
 

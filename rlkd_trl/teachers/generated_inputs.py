@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, TrainingError
+from rlkd_trl.evaluation.files import write_text
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
 from rlkd_trl.ops.ensembles import mean_token_loss
 from rlkd_trl.teachers.teacher import Teacher
 
+_SHOWN = 80  # characters of a text in a message
 _MOST_TRIES = 10  # candidates drawn for each one that is wanted
 
 
@@ -65,13 +68,20 @@ class Schema:
         for name, values in found["slots"].items():
             if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
                 raise InputError(f"--schema {path}: slot {name!r} needs a list of texts; it has {values!r}.")
-        required = tuple(found.get("required", ()))
+        required = found.get("required", [])
+        if not isinstance(required, list):
+            raise InputError(f"--schema {path}: required needs a list of slots; it has {required!r}.")
         if missing := [name for name in required if name not in found["slots"]]:
             raise InputError(f"--schema {path}: required slot {missing[0]!r} is none of {', '.join(found['slots'])}.")
-        slot_format = found.get("slot_format", cls.slot_format)
+        slot_format, separator = found.get("slot_format", cls.slot_format), found.get("separator", cls.separator)
+        texts = {"slot_format": [slot_format], "separator": [separator], **found["slots"]}
+        for name, values in texts.items():
+            for text in (name, *values):
+                if not isinstance(text, str) or not _is_unicode(text):
+                    raise InputError(f"--schema {path}: {name!a} needs text; it has {text!a}.")
         if "{slot}" not in slot_format and "{value}" not in slot_format:
             raise InputError(f"--schema {path}: slot_format {slot_format!r} needs {{slot}}, {{value}} or both.")
-        return cls(found["slots"], required, slot_format, found.get("separator", cls.separator))
+        return cls(found["slots"], tuple(required), slot_format, separator)
 
     def recombinations(self, seed: int) -> Iterator[str]:
         """Inputs without end, drawn independently; none is empty."""
@@ -79,10 +89,19 @@ class Schema:
         while True:
             chosen = [name for name in self.slots if name in self.required or generator.random() < 0.5]
             if chosen:
-                yield self.separator.join(
-                    self.slot_format.replace("{slot}", name).replace("{value}", generator.choice(self.slots[name]))
-                    for name in chosen
-                )
+                yield self.separator.join(self._filled(name, generator.choice(self.slots[name])) for name in chosen)
+
+    def _filled(self, slot: str, value: str) -> str:
+        return re.sub(r"\{(slot|value)\}", lambda match: {"slot": slot, "value": value}[match[1]], self.slot_format)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON may hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def start_text(teacher: Teacher) -> str:
@@ -124,6 +143,7 @@ def generate_inputs(
 
     Raises:
         InputError: Too few distinct candidates among the ten times as many that are drawn at most.
+        TrainingError: The teacher's log-probability of one is not finite, so that they cannot be ordered.
     """
     wanted = math.ceil(num_inputs / keep_share)
     if schema is None:
@@ -134,6 +154,11 @@ def generate_inputs(
     tries = _MOST_TRIES * wanted
     for candidate in itertools.islice(drawn, tries):
         if candidate is not None:
+            if candidate.logp_per_token is not None and not math.isfinite(candidate.logp_per_token):
+                raise TrainingError(
+                    f"The teacher's log-probability of {candidate.source[:_SHOWN]!r} is {candidate.logp_per_token}: "
+                    "load it in another precision (--teacher_dtype float32)."
+                )
             found.setdefault(candidate.source, candidate)
         if len(found) == wanted:
             break
@@ -190,7 +215,7 @@ def _recombined(
             index = [next(turn) for _ in texts]
             logps = _mean_logps(teacher, questions, index, Completions(ids_BT, mask_BT, ended_B))
         for text, row, logp in zip(texts, ids, logps, strict=True):
-            yield GeneratedInput(text, logp) if len(row) <= max_length else None
+            yield GeneratedInput(text, logp) if text.strip() and len(row) <= max_length else None
 
 
 def _batches(schema: Schema, seed: int, batch_size: int) -> Iterator[list[str]]:
@@ -212,13 +237,10 @@ def _mean_logps(
 
 def write_inputs(inputs: Sequence[GeneratedInput], path: str) -> None:
     """JSON lines with `source` and, where there is one, `logp_per_token`; the file is there whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        for item in inputs:
-            line = {"source": item.source}
-            if item.logp_per_token is not None:
-                line["logp_per_token"] = round(item.logp_per_token, 4)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    part.replace(target)
+    lines = []
+    for item in inputs:
+        line: dict[str, object] = {"source": item.source}
+        if item.logp_per_token is not None:
+            line["logp_per_token"] = round(item.logp_per_token, 4)
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))

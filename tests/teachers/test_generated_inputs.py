@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import math
 import re
 
 import pytest
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.teachers import Teacher
 from rlkd_trl.teachers.generated_inputs import Schema, generate_inputs, start_text, write_inputs
 from tests.conftest import EOS, MODELS, word_tokenizer
@@ -60,6 +61,20 @@ def test_too_few_distinct_ones_are_refused(teacher):
         generate_inputs(teacher, [], num_inputs=10, keep_share=1.0, schema=schema)
 
 
+def test_empty_values_make_no_input_and_names_are_no_formats(teacher):
+    schema = Schema({"a": ["", " "], "{value}": ["w3"]}, required=("a",), slot_format="{value}", separator="")
+    inputs = generate_inputs(teacher, [], num_inputs=2, keep_share=1.0, schema=schema)
+    assert {item.source for item in inputs} == {"w3", " w3"}
+    assert set(itertools.islice(Schema({"{value}": ["w3"]}).recombinations(0), 5)) == {"{value}[w3]"}
+
+
+def test_what_a_teacher_says_that_is_not_finite_orders_nothing():
+    broken = Teacher(MODELS["t5-untied"](seed=5), word_tokenizer())
+    broken.model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"log-probability of '.*' is nan"):
+        generate_inputs(broken, ["w9"], num_inputs=2, keep_share=0.5, schema=Schema(SLOTS), batch_size=4)
+
+
 def test_a_decoder_only_teacher_begins_with_its_bos():
     teacher = Teacher(MODELS["llama"](seed=5), word_tokenizer(append_eos=False))
     assert start_text(teacher) == "</s>"  # of a tokenizer without BOS its EOS
@@ -78,6 +93,10 @@ def test_a_decoder_only_teacher_begins_with_its_bos():
         ('{"slots": {"a": ["x"]}, "need": 1}', "'need' is none of slots, required"),
         ('{"slots": {"a": ["x"]}, "required": ["b"]}', "required slot 'b' is none of a"),
         ('{"slots": {"a": ["x"]}, "slot_format": "-"}', "needs {slot}, {value} or both"),
+        ('{"slots": {"a": ["x"]}, "slot_format": 5}', "'slot_format' needs text; it has 5"),
+        ('{"slots": {"a": ["x"]}, "separator": null}', "'separator' needs text; it has None"),
+        ('{"slots": {"a": ["x"]}, "required": 5}', "required needs a list of slots; it has 5"),
+        (r'{"slots": {"a": ["\ud83d"]}}', r"'a' needs text; it has '\ud83d'"),
     ],
 )
 def test_bad_schemas_are_refused(text, message, tmp_path):
@@ -89,6 +108,10 @@ def test_bad_schemas_are_refused(text, message, tmp_path):
 def test_what_is_written(teacher, tmp_path):
     inputs = generate_inputs(teacher, [], num_inputs=2, keep_share=1.0, schema=Schema(SLOTS))
     write_inputs(inputs, str(tmp_path / "new" / "inputs.jsonl"))
+    other = tmp_path / "new" / "inputs.jsonl.part"  # of another command, or of the user
+    other.touch()
+    write_inputs(inputs, str(tmp_path / "new" / "inputs.jsonl"))
+    assert other.exists()
     lines = [json.loads(line) for line in (tmp_path / "new" / "inputs.jsonl").read_text().splitlines()]
     assert lines == [{"source": item.source} for item in inputs]
     assert re.fullmatch(r"(\w+\[[w\d ]+\](, )?)+", lines[0]["source"])
