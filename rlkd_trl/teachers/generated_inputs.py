@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from rlkd_trl.errors import InputError, TrainingError
-from rlkd_trl.evaluation.files import write_text
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
@@ -243,4 +243,11 @@ def write_inputs(inputs: Sequence[GeneratedInput], path: str) -> None:
         if item.logp_per_token is not None:
             line["logp_per_token"] = round(item.logp_per_token, 4)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # which no other command writes
+    try:
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
