@@ -106,13 +106,14 @@ def test_one_gpu_has_nothing_to_split_and_may_be_too_small(configs, capsys):
 def test_every_flag_arrives(monkeypatch):
     """Memory is in GiB, of 2^30 bytes: 80 of them are 85.9 GB."""
     found = []
-    monkeypatch.setattr(report, "report", lambda *args: found.extend(args) or "")
+    monkeypatch.setattr(report, "report", lambda *args, **more: found.extend([*args, more]) or "")
     plan.main(
         shlex.split(
             "--teacher T --student S --gpus 4 --nodes 2 --gpu_memory 80 --reserve 0.2 --max_prompt_length 11 "
             "--max_completion_length 12 --per_device_train_batch_size 6 --gradient_accumulation_steps 5 "
             "--num_generations 3 --teacher_batch_tokens 13 --sampling_batch_size 14 "
-            "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16"
+            "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16 "
+            "--assistants 2"
         )
     )
     assert found == [
@@ -130,6 +131,7 @@ def test_every_flag_arrives(monkeypatch):
         ),
         Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2),
         Training(student_dtype="bfloat16", bf16=True, critic="separate", beta=0.3),
+        {"assistants": 2},
     ]
 
 

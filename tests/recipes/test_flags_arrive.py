@@ -381,7 +381,15 @@ ARRIVES = {
     "CacheArguments.max_completion_length": ((), "", None),
     "CacheArguments.batch_size": ((), "", None),
     "CacheArguments.rows_per_shard": ((), "", None),
+    "CacheArguments.max_prompt_length": ((), "", None),
     "CacheArguments.overwrite_output_dir": ((), "", None),
+    **{  # test_generate_data.py
+        f"GeneratedDataArguments.{name}": ((), "", None)
+        for name in (
+            *("output", "schema", "num_rows", "keep_share", "temperature", "max_input_length"),
+            *("batch_size", "seed", "overwrite_output_dir"),
+        )
+    },
     "PanelArguments.teacher_weights": (
         DISTILLING,
         "--teacher {teacher} {other} --teacher_weights 3 1",

@@ -113,7 +113,8 @@ def test_every_format_of_data_gives_the_same_run(checkpoints, test_csv, tmp_path
 
 
 def settings(data: DataArguments, held_out: HeldOutArguments, args: RLOOKDConfig) -> DistillationSettings:
-    rest = {"prompts": PromptArguments(), "teacher": None, "student": None, "code": None, "run": None}
+    unread = dict.fromkeys(("teacher", "panel", "absent", "student", "code", "run"))
+    rest = {"prompts": PromptArguments(), **unread}
     return DistillationSettings(data=data, held_out=held_out, args=args, **rest)
 
 
