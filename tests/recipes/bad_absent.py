@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlkd_trl.teachers.cache import FORMAT
 from tests.recipes.bad_inputs import DATA
 from tests.recipes.command_lines import TWO_STEPS, run
 
@@ -43,7 +44,7 @@ ABSENT_COMMANDS = [
         ("--teacher_cache cut_cache", "shard-00001.safetensors is damaged: delete it, and run the command again"),
         ("--teacher_cache not_a_cache", "not_a_cache is no teacher cache: it has no cache.json. Make one with"),
         ("--teacher_cache nowhere", "nowhere is no teacher cache: it has no cache.json"),
-        ("--teacher_cache newer_cache", "has format 2, and this version reads 1: make it anew"),
+        ("--teacher_cache newer_cache", f"has format {FORMAT + 1}, and this version reads {FORMAT}: make it anew"),
         ("--teacher_cache ''", "--teacher_cache is empty: name something, or leave it out"),
         ("--output_dir cache", "--output_dir cache is what --teacher_cache cache reads, which would be overwritten"),
     )
@@ -97,6 +98,6 @@ def make_absent_files(here: Path) -> None:
     shard = here / "cut_cache" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
     header = here / "newer_cache" / "cache.json"
-    header.write_text(json.dumps({**json.loads(header.read_text()), "format": 2}))
+    header.write_text(json.dumps({**json.loads(header.read_text()), "format": FORMAT + 1}))
     (here / "not_a_cache").mkdir()
     (here / "not_a_cache" / "notes.txt").write_text("not one")
