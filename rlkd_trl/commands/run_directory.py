@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlkd_trl.commands.arguments import EvaluationArguments, RunArguments
 from rlkd_trl.commands.files_read import FILES_OF
 from rlkd_trl.commands.launched import say
-from rlkd_trl.errors import InputError, TrainingError, is_first_process
+from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.settings.files import INHERITED, adapted_model, files_read, places_written
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def check_writable(flag: str, directory: Path) -> None:
 
 @contextmanager
 def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
-    """Within it, an input error, or a stop, removes the output directory, which Trainer makes when it is built.
+    """Within it, an error, or a stop, removes the output directory, which Trainer makes when it is built.
 
     Some errors appear only with a loaded model, or when the reward is first called. A directory that existed before,
     or is not empty, is kept.
@@ -159,7 +159,7 @@ def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
     new_directories = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
         yield
-    except (InputError, TrainingError, KeyboardInterrupt):
+    except BaseException:
         with suppress(OSError):  # it is not empty, or was never made
             for place in new_directories:
                 place.rmdir()
