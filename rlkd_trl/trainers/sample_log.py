@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
 
 from rlkd_trl.data import listed_references
+from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.run_log import COMPLETIONS_FILE, append_completions, keep_completions_until
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.evaluation.token_details import completion_records, reward_values
@@ -18,6 +20,8 @@ from rlkd_trl.students import Policy
 
 if TYPE_CHECKING:
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+
+logger = logging.get_logger(__name__)
 
 HELD_OUT_PROMPTS = 5
 _FIRST_STEP, _GROWTH = 10, 1.5  # held-out answers after 10, 15, 23, ... steps: changes are fastest at first
@@ -48,8 +52,12 @@ class SampleLog(TrainerCallback):
             self._log_student(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not _is_due(state.global_step):
+        if _is_due(state.global_step):
+            return
+        try:
             self._log_student(state.global_step)
+        except InputError as error:  # of a reward; the student is still to be saved
+            logger.warning(f"The last held-out answers are not in {COMPLETIONS_FILE}: {error}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._writes and "loss" in logs:
