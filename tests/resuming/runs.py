@@ -68,8 +68,8 @@ COMMANDS = {
         f"--num_samples 2 --num_resamples 100 --common {_COMPARED}"
     ),
 }
-# Seconds and what is computed from them differ between any two runs.
-TIMES = ("seconds", "runtime", "per_second", "flos")
+# Seconds and what is computed from them differ between any two runs; and a resumed run was given --resume.
+TIMES = ("seconds", "runtime", "per_second", "flos", "RunArguments")
 
 
 def trainer_of(method: str, output_dir: Path):
