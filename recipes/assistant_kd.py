@@ -27,21 +27,13 @@ from pathlib import Path
 from rlkd_trl.commands.assistants import Chain, ChainSettings, check_named, make_demo, use_demo, write_results
 from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.cells import run_cells
-from rlkd_trl.commands.comparison.checks import TrainerConfigs
+from rlkd_trl.commands.comparison.checks import CONFIGS
 from rlkd_trl.commands.run_directory import check_writable, held_alone
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
 
 RECIPES = Path(__file__).resolve().parent
 DEMO_PRESET = RECIPES / "configs" / "demo_assistants.yaml"
-# The recipes that can be a hop, with their trainers' settings.
-CONFIGS = TrainerConfigs(
-    ppo_kd="rlkd_trl.trainers.config:PPOKDConfig",
-    rloo_kd="rlkd_trl.trainers.config:RLOOKDConfig",
-    reinforce_kd="rlkd_trl.trainers.config:ReinforceKDConfig",
-    kd="rlkd_trl.trainers.full_vocabulary_config:KDConfig",
-    all_actions_kd="rlkd_trl.trainers.full_vocabulary_config:AllActionsKDConfig",
-)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Method
 from rlkd_trl.commands.comparison.checks import (
-    TrainerConfigs,
+    CONFIGS,
     check_flags,
     check_named,
     check_runs,
@@ -46,14 +46,6 @@ from rlkd_trl.prompts import PromptTemplates
 
 RECIPES = Path(__file__).resolve().parent
 DEMO_PRESET = RECIPES / "configs" / "demo_compare.yaml"
-# The recipes that can be compared, with their trainers' settings.
-CONFIGS = TrainerConfigs(
-    ppo_kd="rlkd_trl.trainers.config:PPOKDConfig",
-    rloo_kd="rlkd_trl.trainers.config:RLOOKDConfig",
-    reinforce_kd="rlkd_trl.trainers.config:ReinforceKDConfig",
-    kd="rlkd_trl.trainers.full_vocabulary_config:KDConfig",
-    all_actions_kd="rlkd_trl.trainers.full_vocabulary_config:AllActionsKDConfig",
-)
 
 
 def main() -> None:

@@ -60,6 +60,16 @@ class TrainerConfigs(Mapping):
         return len(self._paths)
 
 
+# The recipes that can be compared, and be a hop of a chain, with their trainers' settings.
+CONFIGS = TrainerConfigs(
+    ppo_kd="rlkd_trl.trainers.config:PPOKDConfig",
+    rloo_kd="rlkd_trl.trainers.config:RLOOKDConfig",
+    reinforce_kd="rlkd_trl.trainers.config:ReinforceKDConfig",
+    kd="rlkd_trl.trainers.full_vocabulary_config:KDConfig",
+    all_actions_kd="rlkd_trl.trainers.full_vocabulary_config:AllActionsKDConfig",
+)
+
+
 def check_named(settings: ComparisonSettings) -> None:
     """Raises `InputError` if a flag is missing that must be given, or flags are given that cannot go together."""
     data, compare, test = settings.data, settings.compare, settings.measurement
