@@ -25,46 +25,34 @@ steps, of which the first does not count. Linux only. The last line is one JSON 
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from metered_trainer import metered
+from step_phases import PhaseMeter, compare
 from workload import (
-    EOS,
     STUDENT,
     TEACHER,
-    UNK,
-    MatmulRate,
     Shape,
     forward_flops,
-    peak_resident_mib,
     prompt_texts,
     random_t5,
-    reset_peak,
     resident_mib,
     word_tokenizer,
 )
 
 from rlkd_trl import PPOKDConfig, PPOKDTrainer, TeacherForcingReward
-from rlkd_trl.trainers.rollout_metrics import PhaseTimer
 
 RIVAL = Path(__file__).resolve().parent / "trl_0_11_step.py"
-PHASES = {"sample": "generate", "score": "score"}  # the trainer's names of the phases that are not the update
 
 
-def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str):
-    """A `PPOKDTrainer` for `steps` rollouts whose timer is a `PhaseMeter`; completions never end early."""
+def measured_trainer(
+    shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str
+) -> tuple[PPOKDTrainer, PhaseMeter]:
+    """A `PPOKDTrainer` for `steps` rollouts and the meter of its phases."""
     tokenizer = word_tokenizer(shape.vocabulary)
     updates = shape.completions // update_batch_size
     args = PPOKDConfig(
@@ -88,61 +76,7 @@ def measured_trainer(shape: Shape, steps: int, update_batch_size: int, beta: flo
         Dataset.from_list([{"prompt": text} for step in range(steps) for text in prompt_texts(shape, step)]),
         processing_class=tokenizer,
     )
-    for policy in (trainer.policy, trainer.reference):
-        if policy is not None:
-            policy.forbidden_V[[EOS, UNK]] = True
-    trainer._timer = meter = PhaseMeter()
-    trainer.add_callback(_StepEnd(meter, updates))
-    return trainer, meter
-
-
-class PhaseMeter(PhaseTimer):
-    """CPU seconds and peak memory of the trainer's phases; whatever is outside of those in `PHASES` is the update."""
-
-    def __init__(self):
-        super().__init__()
-        self.rate = MatmulRate()
-        self.steps: list[dict[str, float]] = []
-        self.peak_mib: dict[str, float] = defaultdict(float)
-        self._cpu_seconds: dict[str, float] = defaultdict(float)
-        self._current = "update"
-
-    def begin(self) -> None:
-        """Starts counting, after a measurement of the matrix rate."""
-        self.rate.measure()
-        reset_peak()
-        self._since = time.process_time()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with super().phase(name):
-            self._switch(PHASES.get(name, "update"))
-            yield
-            self._switch("update")
-
-    def finish_step(self) -> None:
-        self._switch("update")
-        self.steps.append({**self._cpu_seconds, "total": sum(self._cpu_seconds.values())})
-        self._cpu_seconds.clear()
-        self.begin()
-
-    def _switch(self, phase: str) -> None:
-        self._cpu_seconds[self._current] += time.process_time() - self._since
-        self.peak_mib[self._current] = max(self.peak_mib[self._current], peak_resident_mib())
-        reset_peak()
-        self._current, self._since = phase, time.process_time()
-
-
-class _StepEnd(TrainerCallback):
-    def __init__(self, meter: PhaseMeter, updates: int):
-        self._meter, self._updates = meter, updates
-
-    def on_train_begin(self, *args, **kwargs):
-        self._meter.begin()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self._updates == 0:
-            self._meter.finish_step()
+    return trainer, metered(trainer, updates)
 
 
 def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
@@ -164,75 +98,8 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
         trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
         loaded_mib = resident_mib()
         trainer.train()
-    counted = meter.steps[1:]
     flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
-    seconds = {name: median(step[name] for step in counted) for name in (*flops, "total")}
-    return {
-        "total_cpu_seconds": seconds["total"],
-        "cpu_seconds_of_steps": [step["total"] for step in counted],
-        "peak_mib": max(meter.peak_mib.values()),
-        "extra_mib": max(meter.peak_mib.values()) - loaded_mib,
-        "phases": {
-            name: {
-                "cpu_seconds": seconds[name],
-                "gflop": flops[name] / 1e9,
-                "floor_ratio": seconds[name] * meter.rate.per_second / flops[name],
-                "peak_mib": meter.peak_mib[name],
-            }
-            for name in flops
-        },
-        "matmul_gflop_per_cpu_second": meter.rate.per_second / 1e9,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-    }
-
-
-def _in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict]]:
-    """The JSON in each command's last line, in every round; the commands alternate."""
-    results: dict[str, list[dict]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
-            finished = subprocess.run(command, capture_output=True, text=True)
-            if finished.returncode:
-                raise SystemExit(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
-            results[name].append(json.loads(finished.stdout.splitlines()[-1]))
-    return results
-
-
-def _medians(runs: list[dict[str, float]], names: Iterable[str] | None = None) -> dict[str, float]:
-    return {name: median(run[name] for run in runs) for name in names or runs[0]}
-
-
-def compare(rival_python: str, shape: Shape, steps: int, update_batch_size: int, beta: float, rounds: int) -> dict:
-    """Runs both libraries in fresh processes; ratios are TRL's over ours, of medians over all rounds."""
-    flags = [word for name, value in asdict(shape).items() for word in (f"--{name}", str(value))]
-    flags += ["--steps", str(steps), "--update_batch_size", str(update_batch_size)]
-    commands = {
-        "ours": [sys.executable, __file__, *flags, "--beta", str(beta)],
-        "trl": [rival_python, str(RIVAL), *flags],
-    }
-    results = _in_turn(commands, rounds)
-    totals = {name: [s for run in runs for s in run["cpu_seconds_of_steps"]] for name, runs in results.items()}
-    ours, trl = (
-        {
-            **runs[0],
-            "total_cpu_seconds": median(totals[name]),
-            **_medians(runs, ("peak_mib", "extra_mib")),
-            "phases": {name: _medians([run["phases"][name] for run in runs]) for name in runs[0]["phases"]},
-        }
-        for name, runs in results.items()
-    )
-    for name, result in (("ours", ours), ("trl", trl)):
-        result["cpu_seconds_of_steps"] = totals[name]
-    return {
-        **ours,
-        "trl_0_11_4": trl,
-        "times_faster": trl["total_cpu_seconds"] / ours["total_cpu_seconds"],
-        "times_faster_by_phase": {
-            name: trl["phases"][name]["cpu_seconds"] / ours["phases"][name]["cpu_seconds"] for name in ours["phases"]
-        },
-        "peak_memory_ratio": ours["peak_mib"] / trl["peak_mib"],
-        "extra_memory_ratio": ours["extra_mib"] / trl["extra_mib"],
-    }
+    return meter.results(flops, loaded_mib)
 
 
 def main() -> None:
@@ -249,7 +116,12 @@ def main() -> None:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
     torch.set_num_threads(1)
     settings = (shape, args.steps, args.update_batch_size, args.beta)
-    print(json.dumps(compare(args.versus, *settings, args.rounds) if args.versus else measure(*settings)))
+    if args.versus:
+        flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(args.update_batch_size)]
+        ours = [sys.executable, __file__, *flags, "--beta", str(args.beta)]
+        print(json.dumps(compare(ours, [args.versus, str(RIVAL), *flags], args.rounds, "trl_0_11_4")))
+    else:
+        print(json.dumps(measure(*settings)))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 PAD, EOS, UNK = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A T5 v1.1: gated GELU, untied head, `layers` in the encoder and as many in the decoder."""
+    """A T5 v1.1 (gated GELU, untied head, `layers` in the encoder and as many in the decoder), or a Qwen2."""
 
     d_model: int
     d_ff: int
@@ -55,6 +61,10 @@ class Shape:
     def of(cls, flags: argparse.Namespace) -> "Shape":
         return cls(*(getattr(flags, option.name) for option in fields(cls)))
 
+    def flags(self) -> list[str]:
+        """The words of a command line that give this shape."""
+        return [word for name, value in asdict(self).items() for word in (f"--{name}", str(value))]
+
     @property
     def completions(self) -> int:
         return self.prompts * self.samples
@@ -62,6 +72,8 @@ class Shape:
 
 STUDENT = Dimensions(d_model=256, d_ff=512, heads=4, layers=4)
 TEACHER = Dimensions(d_model=512, d_ff=1024, heads=8, layers=8)
+DECODER_STUDENT = Dimensions(d_model=256, d_ff=512, heads=4, layers=8)
+DECODER_TEACHER = Dimensions(d_model=512, d_ff=1024, heads=8, layers=16)
 
 
 def t5_config(dimensions: Dimensions, vocabulary: int, *, v1_1: bool = True) -> T5Config:
@@ -90,6 +102,25 @@ def random_t5(dimensions: Dimensions, vocabulary: int, seed: int) -> T5ForCondit
     if model.lm_head.weight is model.shared.weight:  # transformers 5 ties every new T5, whatever its config says
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model
+
+
+def random_decoder(dimensions: Dimensions, vocabulary: int, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 with random float32 weights, as many key and value heads as query heads, and a head of its own."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=dimensions.d_model,
+        intermediate_size=dimensions.d_ff,
+        num_hidden_layers=dimensions.layers,
+        num_attention_heads=dimensions.heads,
+        num_key_value_heads=dimensions.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return Qwen2ForCausalLM(config).float()
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -145,6 +176,22 @@ def forward_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False,
     return readings * prompt_flops(dimensions, shape) + shape.completions * completion_flops(
         dimensions, shape, cached=cached
     )
+
+
+def decoder_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False, shared: bool = True) -> int:
+    """Operations of a decoder-only model for all completions of a step, with the LM head at the completions' tokens.
+
+    cached: token by token, which does not compute what the causal mask hides. shared: each prompt is read once.
+    """
+    D, inner, S, T = dimensions.d_model, dimensions.inner, shape.prompt_tokens, shape.completion_tokens
+    # Self-attention's four projections, the gated feed-forward layer's three; then queries × keys, weights × values.
+    per_token = 4 * (2 * D * inner) + 3 * (2 * D * dimensions.d_ff)
+    prompt_pairs = S * S
+    completion_pairs = T * S + (T * (T + 1) // 2 if cached else T * T)
+    of_prompt = dimensions.layers * (S * per_token + 2 * (2 * inner) * prompt_pairs)
+    of_completion = dimensions.layers * (T * per_token + 2 * (2 * inner) * completion_pairs)
+    readings = shape.prompts if shared else shape.completions
+    return readings * of_prompt + shape.completions * (of_completion + 2 * D * shape.vocabulary * T)
 
 
 # Measuring

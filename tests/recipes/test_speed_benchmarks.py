@@ -1,4 +1,4 @@
-"""recipes/benchmarks/{step,scoring,gpu,fused_divergence}.py: their arithmetic against counts, and tiny runs."""
+"""The speed benchmarks (steps, scoring, sampling, GPU, losses): their arithmetic against counts, and tiny runs."""
 
 import json
 import sys
@@ -57,6 +57,28 @@ def test_the_operations_are_those_that_torch_counts():
     assert workload.forward_flops(size, shape, cached=True) == workload.forward_flops(size, shape) - skipped
 
 
+@torch.no_grad()
+def test_the_operations_of_a_decoder_are_those_that_torch_counts():
+    import workload
+
+    size = workload.Dimensions(d_model=24, d_ff=20, heads=3, layers=2, d_kv=8)
+    shape = workload.Shape(prompt_tokens=7, completion_tokens=4, prompts=2, samples=3, vocabulary=50)
+    model = workload.random_decoder(size, 50, seed=0)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(6, 11, dtype=torch.long), use_cache=False, logits_to_keep=4)
+    # Eager attention also multiplies the prompt's queries with the completion's keys: 7 × 4 pairs, always hidden.
+    hidden = 6 * size.layers * 7 * 4 * 2 * (2 * 24)
+    assert workload.decoder_flops(size, shape, shared=False) == counter.get_total_flops() - hidden
+    # Each prompt read once: four readings less, each of 7 tokens and 7 × 7 pairs.
+    per_token = 4 * 2 * 24 * 24 + 3 * 2 * 24 * 20
+    saved = (6 - 2) * size.layers * (7 * per_token + 49 * 2 * (2 * 24))
+    assert workload.decoder_flops(size, shape) == workload.decoder_flops(size, shape, shared=False) - saved
+    # Token by token, the last four look at 1 + 2 + 3 + 4 = 10 of themselves instead of 16.
+    skipped = 6 * size.layers * (16 - 10) * 2 * (2 * 24)
+    assert workload.decoder_flops(size, shape, cached=True) == workload.decoder_flops(size, shape) - skipped
+
+
 def test_prompts_are_the_same_as_ids_and_as_texts():
     import workload
 
@@ -95,10 +117,11 @@ def test_the_floor_of_a_phase():
 
 
 @pytest.mark.slow
-def test_a_step(capsys):
-    """Four updates a step: completions / update batch."""
+@pytest.mark.parametrize("script", ["step", "decoder_step"])
+def test_a_step(script, capsys):
+    """Two updates a step: completions / update batch."""
     pytest.importorskip("resource")
-    assert run(f"benchmarks/step {TINY} --steps 2 --update_batch_size 2") == 0
+    assert run(f"benchmarks/{script} {TINY} --steps 2 --update_batch_size 2") == 0
     found = last_line(capsys)
     phases = found["phases"]
     assert list(phases) == ["generate", "score", "update"]
@@ -112,8 +135,21 @@ def test_a_step(capsys):
     assert found["peak_mib"] == max(phase["peak_mib"] for phase in phases.values()) > found["extra_mib"]
 
 
-def test_a_step_refuses_a_batch_that_does_not_divide(capsys):
-    assert run(f"benchmarks/step {TINY} --update_batch_size 3") == 2
+@pytest.mark.slow
+def test_the_step_of_trl(capsys):
+    """It imports nothing of this package, and its last line has what ours has."""
+    pytest.importorskip("resource")
+    assert run(f"benchmarks/trl_rloo_step {TINY} --steps 1 --update_batch_size 2 --beta 0.05") == 0
+    found = last_line(capsys)
+    assert list(found["phases"]) == ["generate", "score", "update"]
+    assert all(phase["cpu_seconds"] > 0 for phase in found["phases"].values())
+    for file in ("trl_rloo_step", "trl_0_11_step", "step_phases", "workload"):
+        assert "rlkd_trl" not in (ROOT / "recipes" / "benchmarks" / f"{file}.py").read_text()
+
+
+@pytest.mark.parametrize("script", ["step", "decoder_step"])
+def test_a_step_refuses_a_batch_that_does_not_divide(script, capsys):
+    assert run(f"benchmarks/{script} {TINY} --update_batch_size 3") == 2
     assert "4 completions are not a multiple of --update_batch_size" in capsys.readouterr().err
 
 
@@ -124,11 +160,12 @@ def test_ratios_are_theirs_over_ours(monkeypatch):
 
     said = {
         "ours": [result([2.0, 3.0], 0.5, 600, 100), result([4.0], 1.5, 800, 300)],
-        "trl": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 4.0, 1600, 1200)],
+        "theirs": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 4.0, 1600, 1200)],
     }
-    compare = main_of("benchmarks/step").__globals__["compare"]
-    monkeypatch.setitem(compare.__globals__, "_in_turn", lambda commands, rounds: said)
-    found = compare("python", compare.__globals__["Shape"](5, 3, 2, 2), 2, 2, 0.05, 2)
+    import step_phases
+
+    monkeypatch.setattr(step_phases, "in_turn", lambda commands, rounds: said)
+    found = step_phases.compare(["ours"], ["theirs"], 2, "trl")
     assert found["times_faster"] == 12 / 3  # medians of 10, 12, 14 and of 2, 3, 4
     assert found["times_faster_by_phase"] == {"generate": 3.0 / 1.0, "score": 1, "update": 1}
     assert (found["peak_memory_ratio"], found["extra_memory_ratio"]) == (700 / 1400, 200 / 800)  # medians of runs
@@ -138,13 +175,17 @@ def test_commands_take_turns(tmp_path):
     log = tmp_path / "log"
     code = f"import sys; open({str(log)!r}, 'a').write(sys.argv[1]); print('chatter'); print('{{\"a\": 1}}')"
     commands = {name: [sys.executable, "-c", code, name] for name in "xy"}
-    assert names_of("step")._in_turn(commands, 2) == {"x": [{"a": 1}] * 2, "y": [{"a": 1}] * 2}
+    import step_phases
+
+    assert step_phases.in_turn(commands, 2) == {"x": [{"a": 1}] * 2, "y": [{"a": 1}] * 2}
     assert log.read_text() == "xyxy"
 
 
 def test_a_command_that_fails_is_named():
+    import step_phases
+
     with pytest.raises(SystemExit, match="no TRL here"):
-        names_of("step")._in_turn({"x": [sys.executable, "-c", "raise ValueError('no TRL here')"]}, 1)
+        step_phases.in_turn({"x": [sys.executable, "-c", "raise ValueError('no TRL here')"]}, 1)
 
 
 def test_scoring(monkeypatch, capsys):

@@ -1,0 +1,104 @@
+r"""CPU seconds, arithmetic and memory of one whole RLOO step of decoder-only models, and the same step in TRL.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/decoder_step.py --versus python
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/decoder_step.py --prompt_tokens 256 --prompts 8 \
+        --samples 8 --versus python
+
+What `step.py` does for T5 and TRL 0.11.4: random models of Qwen2's form, `RLOOKDTrainer` with one reward for each
+completion, as TRL's `RLOOTrainer` has it, and the KL penalty to the initial student. `--versus PYTHON` is an
+interpreter of an environment with TRL 1.16, such as this package's own, which runs `trl_rloo_step.py`. Measures and
+the last line are as in `step.py`; the floor has each prompt read once, in the update too, and the LM head at the
+completions only.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from metered_trainer import metered
+from step_phases import compare
+from workload import (
+    DECODER_STUDENT,
+    DECODER_TEACHER,
+    Shape,
+    decoder_flops,
+    prompt_texts,
+    random_decoder,
+    resident_mib,
+    word_tokenizer,
+)
+
+from rlkd_trl import RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
+
+RIVAL = Path(__file__).resolve().parent / "trl_rloo_step.py"
+
+
+def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+    """The FLOPs that each phase needs, counted as in `step.py`."""
+    student = decoder_flops(DECODER_STUDENT, shape)
+    return {
+        "generate": decoder_flops(DECODER_STUDENT, shape, cached=True),
+        "score": decoder_flops(DECODER_TEACHER, shape),
+        "update": (3 + several_updates + reference) * student,
+    }
+
+
+def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
+    """Our step, in this process."""
+    tokenizer, updates = word_tokenizer(shape.vocabulary), shape.completions // update_batch_size
+    with tempfile.TemporaryDirectory() as output_dir:
+        args = RLOOKDConfig(
+            output_dir=output_dir,
+            num_generations=shape.samples,
+            max_completion_length=shape.completion_tokens,
+            per_device_train_batch_size=update_batch_size,
+            steps_per_generation=updates,
+            beta=beta,
+            learning_rate=1e-5,
+            max_steps=(steps + 1) * updates,
+            save_strategy="no",
+            logging_steps=(steps + 1) * updates,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = RLOOKDTrainer(
+            random_decoder(DECODER_STUDENT, shape.vocabulary, seed=1),
+            TeacherForcingReward(random_decoder(DECODER_TEACHER, shape.vocabulary, seed=2), tokenizer),
+            args,
+            Dataset.from_list([{"prompt": text} for step in range(steps + 1) for text in prompt_texts(shape, step)]),
+            processing_class=tokenizer,
+        )
+        meter, loaded_mib = metered(trainer, updates), resident_mib()
+        trainer.train()
+    return meter.results(phase_flops(shape, several_updates=updates > 1, reference=beta > 0), loaded_mib)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Shape.add_flags(parser)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--update_batch_size", type=int, help="all completions of a step by default")
+    parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
+    parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 1.16")
+    parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
+    args = parser.parse_args()
+    shape = Shape.of(args)
+    update_batch_size = args.update_batch_size or shape.completions
+    if shape.completions % update_batch_size:
+        parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
+    torch.set_num_threads(1)
+    if args.versus:
+        flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(update_batch_size)]
+        flags += ["--beta", str(args.beta)]
+        ours, theirs = [sys.executable, __file__, *flags], [args.versus, str(RIVAL), *flags]
+        print(json.dumps(compare(ours, theirs, args.rounds, "trl_1_16")))
+    else:
+        print(json.dumps(measure(shape, args.steps, update_batch_size, args.beta)))
+
+
+if __name__ == "__main__":
+    main()
