@@ -16,7 +16,18 @@ from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, g
 from rlkd_trl.errors import InputError
 from rlkd_trl.planning import advice
 from rlkd_trl.prompts import PromptTemplates
-from tests.recipes.command_lines import COLUMNS, RECIPES, ROOT, TWO_STEPS, parsed, run
+from tests.recipes.command_lines import (
+    COLUMNS,
+    RECIPES,
+    ROOT,
+    TWO_STEPS,
+    metrics_of,
+    parsed,
+    run,
+    word_rows,
+    write_csv,
+    write_templates,
+)
 from tests.trainers.tiny_runs import largest_difference
 
 PRESETS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -44,7 +55,7 @@ def test_there_are_presets_to_test():
     assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3 and len(OF_LANGUAGE_MODELS) >= 18
     assert len(METHOD_PRESETS) >= 27
     assert recipes_of(ROOT / "recipes/configs/demo_ppo.yaml") == ["ppo_kd"]
-    assert len(REAL_PAIRS) == 5
+    assert len(REAL_PAIRS) == 11
     for path in REAL_PAIRS:
         assert recipes_of(path) == ["kd", "ppo_kd", "reinforce_kd", "rloo_kd"], path
 
@@ -78,7 +89,41 @@ def test_the_trainers_settings_accept_a_real_pairs_preset(preset, recipe):
         zip(groups, RecipeParser(*groups.values(), description="", recipe=recipe).parse(flags), strict=True)
     )
     assert settings["teacher"].teacher and settings["student"].student
-    assert settings["args"].learning_rate == 1e-5
+    assert settings["args"].learning_rate == yaml.safe_load(preset.read_text())["learning_rate"]
+
+
+# What a run with stand-ins has in place of a preset's own: sizes, and what this machine need not have.
+SMALL = {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False}
+SMALL |= {"teacher_dtype": "float32", "max_prompt_length": 32, "max_completion_length": 6, "disable_tqdm": True}
+SMALL |= {"save_strategy": "no"}
+OF_THE_HUB = ("dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_target_column")
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(p, id=p.stem, marks=() if "qwen" in p.stem else pytest.mark.slow) for p in REAL_PAIRS],
+)
+def test_a_real_pair_runs_a_step_with_stand_ins(preset, checkpoints, tmp_path):
+    """By the recipe that its comment's command names, on the tests' models, data and templates, else as it stands."""
+    written = yaml.safe_load(preset.read_text())
+    recipe = re.search(r"^#   accelerate launch .*?recipes/(\w+)\.py", preset.read_text(), re.M | re.S)[1]
+    family = {"qwen3": "chat", "glm": "glm"}.get(preset.stem.split("_")[0], "t5-tied")
+    columns = {"mr": written["source_column"], "ref": written.get("target_column")}
+    rows = [{columns[name]: text for name, text in row.items() if columns[name]} for row in word_rows(40)]
+    names = written.get("template_names")
+    if names and not written["templates"].startswith("builtin:"):
+        written["templates"] = str(
+            write_templates(tmp_path / "templates.yaml", **dict.fromkeys(names, "Say: {{ source }}"))
+        )
+    for key in OF_THE_HUB:
+        written.pop(key, None)
+    written |= {"teacher": [str(checkpoints[family].teacher)], "student": str(checkpoints[family].student)}
+    written |= {"dataset": str(write_csv(tmp_path / "data.csv", rows))}
+    written[recipe] |= SMALL | {"output_dir": str(tmp_path / "run")}
+    stand_in = tmp_path / "stand_in.yaml"
+    stand_in.write_text(yaml.safe_dump(written))
+    assert run(f"{recipe} --config {stand_in}") == 0
+    assert metrics_of(tmp_path / "run").keys() == {"teacher", "before", "after"}
 
 
 def test_presets_of_a_real_pair_give_each_recipe_its_own_directory():
