@@ -1,6 +1,7 @@
 """The end of recipes: evaluations, the table of results, and a finished output directory."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from rlkd_trl.evaluation.evaluate import Evaluation
     from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
+
+
+# Of the held-out inputs, so many are shown in a terminal with the answers to them.
+ANSWERS_SHOWN = 3
 
 
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
@@ -105,6 +110,8 @@ def _write(
     output_dir = Path(trainer.args.output_dir)
     write_metrics(output_dir / "metrics.json", results)
     print(f"\nHeld-out inputs, greedy outputs ({method}):\n\n{comparison_table(results)}\n", flush=True)
+    completions = read_completions(output_dir / COMPLETIONS_FILE)
+    _show_last_answers(completions)
     log = RunLog(
         f"{method}: {output_dir.name}",
         results,
@@ -112,7 +119,7 @@ def _write(
         samples=trainer.sample_table,
         config=described(settings),
         headline=list(all_columns(results)),
-        completions=read_completions(output_dir / COMPLETIONS_FILE),
+        completions=completions,
     )
     log.save(output_dir)
     write_report(output_dir / "report.html", {output_dir.name: log})
@@ -129,6 +136,19 @@ def _write(
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
     )
+
+
+def _show_last_answers(completions: Sequence[Mapping]) -> None:
+    """Shows the student's last answers to a few held-out inputs, if somebody is looking."""
+    from rlkd_trl.evaluation.terminal import answers_view, shows_colours
+
+    of_student = [record for record in completions if record.get("by") == "student"]
+    last = [record for record in of_student if record["step"] == of_student[-1]["step"]][:ANSWERS_SHOWN]
+    if not last or not sys.stdout.isatty():
+        return
+    colours = shows_colours(sys.stdout)
+    legend = ", each token coloured by its reward from orange, the lowest, to blue" if colours else ""
+    print(f"Its answers after training{legend}:\n\n{answers_view(last, colours=colours)}\n", flush=True)
 
 
 def _descriptions(trainer: "RolloutTrainer") -> list[str]:

@@ -4,7 +4,8 @@ r"""What a teacher rewards: each token of a completion with its reward, and what
         --prompt "name = Loch Fyne | food = fish" --completion "Loch Fyne serves fish." "Loch Fyne is a place."
 
 q is the teacher's centred logit of the token, V the value of the state in which it was written, log p its
-log-probability in nats. In a terminal each text is also shown with its tokens coloured by their rewards.
+log-probability in nats. In a terminal each text is also shown with its tokens coloured by their rewards, unless
+NO_COLOR is set.
 """
 
 import sys
@@ -58,14 +59,14 @@ def main() -> None:
     if any(term.reads_student_log_probs for term in reward_model.teacher_terms):
         raise InputError(f"--reward {' '.join(settings.reward.reward)} compares with a student: there is none here.")
 
-    from rlkd_trl.evaluation.terminal import coloured, token_table
+    from rlkd_trl.evaluation.terminal import coloured, shows_colours, token_table
 
     records = scored(reward_model, texts.prompt, texts.completion, cut_off=texts.cut_off)
     rewards = [value for record in records for value in record["reward"]]
     low, high = min(rewards, default=0.0), max(rewards, default=0.0)
     for record in records:
         print()
-        if sys.stdout.isatty():
+        if shows_colours(sys.stdout):
             print(coloured(record["tokens"], record["reward"], low=low, high=high) + "\n")
         print(token_table(record))
 

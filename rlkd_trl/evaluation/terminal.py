@@ -1,14 +1,17 @@
 """Completions in a terminal: a table of their tokens, and their text with each token coloured by its reward."""
 
 import math
+import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rlkd_trl.evaluation.tables import number, plain_table
 
 _HEADS = {"reward": "reward", "q": "q", "V": "V", "teacher_logp": "log p", "student_logp": "student's log p"}
 # Backgrounds of the 256-colour palette, lowest reward to highest, with black letters on them.
 _BACKGROUNDS = (209, 216, 223, 230, 195, 153, 117)
+_PROMPT_WIDTH = 110  # characters of a prompt that are shown
 
 
 def token_table(record: Mapping[str, Any]) -> str:
@@ -29,6 +32,31 @@ def coloured(tokens: Sequence[str], values: Sequence[float], *, low: float, high
         text = _visible(token)
         parts.append(f"\x1b[30;48;5;{_shade(value, low, high)}m{text}\x1b[0m" if math.isfinite(value) else text)
     return "".join(parts)
+
+
+def shows_colours(stream: TextIO) -> bool:
+    """Whether a stream is a terminal, and the user has not asked for no colours (NO_COLOR, see no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def answers_view(records: Sequence[Mapping[str, Any]], *, colours: bool) -> str:
+    """Prompts with the answers to them, whose tokens are coloured by their rewards.
+
+    records: of `token_details.completion_records`, with rewards or without. colours: else plain text.
+    """
+    rewards = [value for record in records for value in record.get("reward", []) if value is not None]
+    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
+    parts = []
+    for record in records:
+        prompt = textwrap.shorten(_visible(" ".join(record["prompt"].split())), _PROMPT_WIDTH, placeholder=" …")
+        values = [math.nan if value is None else value for value in record.get("reward", [])]
+        if colours and values:
+            text = coloured(record["tokens"], values, low=low, high=high)
+        else:
+            text = "".join(_visible(token) for token in record["tokens"])
+        total = f"  (reward {number(record['total'], '.4g')})" if "total" in record else ""
+        parts.append(f"{prompt}\n  {text}{total}")
+    return "\n".join(parts)
 
 
 def _shade(value: float, low: float, high: float) -> int:

@@ -84,7 +84,9 @@ class RolloutConfig(BaseConfig):
     max_cpu_seconds: Positive | None = field(
         default=None, metadata={"help": "Stop after this much CPU time (of all processes), if before max_steps."}
     )
-    log_completions: bool = field(default=False, metadata={"help": "Print some completions at every log."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print some completions at every log, and send them to trackers."}
+    )
     guards: bool = field(
         default=True,
         metadata={

@@ -11,7 +11,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.trainers.budget import Clock, Cost
-from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.curves import keep_curves_together
+from rlkd_trl.trainers.progress import show_run_progress
 from rlkd_trl.trainers.resumable import ResumableTrainer
 
 
@@ -30,7 +31,8 @@ class DistillationTrainer(ResumableTrainer):
             self.model.to(self.accelerator.device)
         self._clock = self.clock_class(self)
         self.add_callback(self._clock)
-        keep_curves_in(self.args.output_dir, self.callback_handler.callbacks)
+        keep_curves_together(self.args, self.callback_handler.callbacks)
+        show_run_progress(self)
 
     def measured(self, dataset: Dataset) -> dict[str, float]:
         """The student's metrics on these rows, by names without a prefix; each process reads all rows."""

@@ -41,6 +41,7 @@ from rlkd_trl.trainers.rollout_sampling import RolloutSampling
 from rlkd_trl.trainers.run_record import reward_record, student_record
 from rlkd_trl.trainers.run_state import RolloutState
 from rlkd_trl.trainers.signatures import whole_signature
+from rlkd_trl.trainers.tracker_tables import TrackerTables
 
 logger = logging.get_logger(__name__)
 _READABLE = "its text in both vocabularies"
@@ -108,6 +109,8 @@ class RolloutTrainer(DistillationTrainer):
         )
         for teacher in teachers_of(reward_model):
             teacher.to(self.accelerator.device)
+        self.tracker_tables = TrackerTables(self.callback_handler.callbacks)
+        self.add_callback(self.tracker_tables)
         self.sampling = RolloutSampling(args, processing_class, self.accelerator)
         self.run_record |= {
             "student": student_record(model, writer),
@@ -387,6 +390,8 @@ class RolloutTrainer(DistillationTrainer):
         is_training_log = "loss" in logs
         if is_training_log:
             logs = {**logs, **self._metrics.take()}
+            if self.args.log_completions:
+                self.tracker_tables.add("completions", self.sample_table)
         super().log(logs, start_time)
         if self.args.log_completions and is_training_log and self.is_world_process_zero():
             names = [name for name in ("reward",) if self.sample_table and name in self.sample_table[0]]

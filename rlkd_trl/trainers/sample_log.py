@@ -32,7 +32,7 @@ class SampleLog(TrainerCallback):
 
     Held-out: the greedy answers to the first `HELD_OUT_PROMPTS` held-out prompts, the teacher's and the student's
     before training, the student's from time to time and at the end. The time this takes is not the run's. Rollout: the
-    samples of the last rollout, whenever it logs.
+    samples of the last rollout, whenever it logs. Held-out answers also go to the trackers of `report_to`.
     """
 
     def __init__(self, trainer: "RolloutTrainer"):
@@ -146,6 +146,17 @@ class SampleLog(TrainerCallback):
     def _append(self, records: list[dict[str, Any]], **common: object) -> None:
         if self._writes:
             append_completions(self._path, [{**common, **record} for record in records])
+        rows = [
+            {
+                **common,
+                "prompt": record["prompt"],
+                "completion": record["text"],
+                "reward": record.get("total"),
+                "references": record["references"],
+            }
+            for record in records
+        ]
+        self._trainer.tracker_tables.add("held_out_completions", rows)
 
 
 def _is_due(step: int) -> bool:

@@ -20,7 +20,7 @@ from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_to
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
 from rlkd_trl.trainers.checks import check_column, check_conversations, check_prompt_column, empty_targets
-from rlkd_trl.trainers.curves import keep_curves_in
+from rlkd_trl.trainers.curves import keep_curves_together
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
 from rlkd_trl.trainers.run_record import student_record
@@ -107,7 +107,7 @@ class SupervisedTrainer(ResumableTrainer):
             compute_loss_func=partial(_summed_cross_entropy, shift=not model.config.is_encoder_decoder),
             **kwargs,
         )
-        keep_curves_in(args.output_dir, self.callback_handler.callbacks)
+        keep_curves_together(args, self.callback_handler.callbacks)
         self.run_record["student"] = student_record(model, writer)
 
     def compute_loss(self, model, inputs: dict[str, Tensor], return_outputs=False, num_items_in_batch=None):
