@@ -20,7 +20,8 @@ METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
 # and the layout of tables stand with evaluation and need nothing of the package, for rewards and the planner.
 LAYERS = [
     ["errors"],
-    ["settings", "ops", "prompts", "evaluation.metrics", "evaluation.tables"],
+    ["settings"],
+    ["ops", "prompts", "evaluation.metrics", "evaluation.tables"],
     ["data"],
     ["models"],
     ["teachers", "students"],

@@ -47,7 +47,10 @@ class DataArguments:
 
     dataset: DataPath | None = field(
         default=None,
-        metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory. Default: the embedded demo."},
+        metadata={
+            "help": "Hub id (or ID@REVISION), a CSV/JSON/JSONL/Parquet file, or a directory. Default: the embedded "
+            "demo."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train (or, in evaluate.py, test) on."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -95,7 +98,8 @@ class PromptArguments:
     templates: TemplatesPath | None = field(
         default=None,
         metadata={
-            "help": "How the teacher is asked: a YAML file of names and Jinja texts, promptsource's, or builtin:TASK."
+            "help": "How the teacher is asked: a YAML file (names and Jinja texts, or promptsource's; also of the "
+            "Hub), or builtin:TASK."
         },
     )
     template: str | None = field(
@@ -121,7 +125,8 @@ class TeacherArguments:
     """Teacher"""
 
     teacher: list[CheckpointPath] | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id; several are averaged. Default: the demo."}
+        default=None,
+        metadata={"help": "Checkpoint directory or Hub id (or ID@REVISION); several are averaged. Default: the demo."},
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub teacher."})
     teacher_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
@@ -255,7 +260,8 @@ class StudentArguments:
     """Student"""
 
     student: CheckpointPath | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id to start from. Default: the demo."}
+        default=None,
+        metadata={"help": "Checkpoint directory or Hub id (or ID@REVISION) to start from. Default: the demo."},
     )
     student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
     student_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
@@ -293,7 +299,7 @@ class GeneralDataArguments:
 
     dataset: DataPath | None = field(
         default=None,
-        metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory, of texts."},
+        metadata={"help": "Hub id (or ID@REVISION), a CSV/JSON/JSONL/Parquet file, or a directory, of texts."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -315,7 +321,9 @@ class TaskDataArguments:
 
     task_dataset: DataPath | None = field(
         default=None,
-        metadata={"help": "Hub id, a CSV/JSON/JSONL/Parquet file, or a directory. Default: the demo."},
+        metadata={
+            "help": "Hub id (or ID@REVISION), a CSV/JSON/JSONL/Parquet file, or a directory. Default: the demo."
+        },
     )
     task_split: str = field(default="train", metadata={"help": "Split to train on."})
     task_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -356,7 +364,7 @@ class EncoderTeacherArguments:
     """Teacher"""
 
     teacher: CheckpointPath | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id. Default: the demo."}
+        default=None, metadata={"help": "Checkpoint directory or Hub id (or ID@REVISION). Default: the demo."}
     )
     task_teacher: CheckpointPath | None = field(
         default=None, metadata={"help": "The teacher of task stages, with a head for the classes; default: --teacher."}
@@ -402,7 +410,8 @@ class EncoderStudentArguments:
         **dict.fromkeys(("hidden_size", "num_heads", "intermediate_size"), ("init",)),
     }
     student: CheckpointPath | None = field(
-        default=None, metadata={"help": "Checkpoint directory or Hub id to start from; default: a new one."}
+        default=None,
+        metadata={"help": "Checkpoint directory or Hub id (or ID@REVISION) to start from; default: a new one."},
     )
     student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
     num_layers: Length | None = field(default=None, metadata={"help": "Layers of a new student; default: half."})

@@ -14,6 +14,7 @@ from rlkd_trl.data.broken_files import check_encoding, problem_of, twice_in_head
 from rlkd_trl.data.datasets_errors import configurations_named_in, splits_named_in
 from rlkd_trl.data.directories import COMPRESSED, check_directory, check_saved, data_suffix
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.hub import commit_of, split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,8 @@ def load_rows(
 
     Args:
         dataset: a local .csv, .json, .jsonl or .parquet file; a directory of such files, or one that
-            `datasets.save_to_disk` wrote; or the id of a dataset on the Hub. What exists locally comes first.
+            `datasets.save_to_disk` wrote; or the id of a dataset on the Hub, also as "id@revision". What exists
+            locally comes first.
         split: a split's name. A slice such as "train[:100]" works too, except for `save_to_disk`.
             A single file has the one split "train".
         revision: branch, tag or commit; for Hub datasets only.
@@ -73,7 +75,8 @@ def require_dataset(dataset: str) -> None:
         raise InputError(
             f"Dataset {dataset}: write it first, with generate_data (recipes/generate_data.py), and give its file."
         )
-    is_path = path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(dataset) or ".." in dataset
+    repository, _ = split_revision(dataset)
+    is_path = path.suffix.lower() in FILE_FORMATS or not HUB_ID.fullmatch(repository) or ".." in repository
     if is_path and not path.exists():
         raise InputError(f"Dataset {dataset} does not exist; check the path (looked for {path.absolute()}).")
 
@@ -188,8 +191,9 @@ def _load_directory(path: Path, split: str) -> Dataset:
 def _load_from_hub(dataset: str, split: str, revision: str | None, config: str | None) -> Dataset:
     from datasets import load_dataset
 
+    repository, revision = split_revision(dataset, revision)
     try:
-        return load_dataset(dataset, config, split=split, revision=revision)
+        rows = load_dataset(repository, config, split=split, revision=revision)
     except Exception as error:
         if splits := splits_named_in(error):
             raise _unknown_split(dataset, split, splits) from error
@@ -199,9 +203,26 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
             ) from error
         at_revision = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"Dataset {dataset} is not a local path and could not be fetched from the Hub{at_revision}: "
+            f"Dataset {repository} is not a local path and could not be fetched from the Hub{at_revision}: "
             f"{_reason(error)}. Check the spelling and the network, or give a local file."
         ) from error
+    if revision is not None:
+        _check_commit(rows, repository, revision)
+    return rows
+
+
+def _check_commit(rows: Dataset, repository: str, revision: str) -> None:
+    """Raises `InputError` if the rows are of another revision: without the Hub `datasets` takes the last cached one.
+
+    It keeps the rows of each commit in a directory of that name.
+    """
+    commit = commit_of(repository, revision, "dataset")
+    others = [file["filename"] for file in rows.cache_files if commit not in Path(file["filename"]).parts]
+    if others:
+        raise InputError(
+            f"Dataset {repository} is in the cache, but not, or not as far as is known, at revision {revision} (there "
+            f"is {Path(others[0]).parent}): fetch it with a network, or leave the revision out."
+        )
 
 
 def _check_slice(split: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.private_apis import checkpoint_file
 from rlkd_trl.settings.files import ADAPTERS_CONFIG, adapted_model
+from rlkd_trl.settings.hub import split_revision
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of names in the file
@@ -108,4 +109,5 @@ def find_adapters(name_or_path: str, revision: str | None) -> SavedAdapters | No
             f"{file} does not name the model that the adapters are for (base_model_name_or_path), or is damaged: save "
             "the adapters again with `save_pretrained`."
         )
-    return SavedAdapters(name_or_path, revision, model, json.loads(Path(file).read_text("utf-8")).get("revision"))
+    of_model = json.loads(Path(file).read_text("utf-8")).get("revision")
+    return SavedAdapters(*split_revision(name_or_path, revision), model, of_model)

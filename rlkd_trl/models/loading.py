@@ -1,4 +1,4 @@
-"""Loading models and tokenizers from a local directory or the Hub."""
+"""Loading models and tokenizers from a local directory or the Hub, there also by "id@revision"."""
 
 import importlib.util
 import json
@@ -38,6 +38,7 @@ from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_a
 from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.settings.files import adapted_model, require_checkpoint
+from rlkd_trl.settings.hub import split_revision
 
 DTYPES = {
     "auto": "auto",
@@ -201,7 +202,8 @@ def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str 
     if not names or head not in tied:
         return set()
     if head not in names:
-        as_written, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+        repository, revision = split_revision(name_or_path, revision)
+        as_written, _ = PreTrainedConfig.get_config_dict(repository, revision=revision)
         return {head} if as_written.get("tie_word_embeddings") is False else set()
     group = {tied[head], *(name for name, source in tied.items() if source == tied[head])} - {head}
     # A checkpoint of the model without its head names the weights without this prefix.
@@ -290,7 +292,14 @@ def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) ->
 
 
 def load_part(
-    auto_class, name_or_path: str, part: str, *, quietly: bool = False, may_be_adapters: bool = False, **kwargs
+    auto_class,
+    name_or_path: str,
+    part: str,
+    *,
+    revision: str | None = None,
+    quietly: bool = False,
+    may_be_adapters: bool = False,
+    **kwargs,
 ):
     """`auto_class.from_pretrained`.
 
@@ -303,9 +312,10 @@ def load_part(
     require_checkpoint("model", name_or_path, may_be_adapters=may_be_adapters)
     try:
         # Never left open: at a terminal transformers would ask.
-        may_run = may_run_code(name_or_path, kwargs.get("revision"))
+        repository, revision = split_revision(name_or_path, revision)
+        may_run = may_run_code(repository, revision)
         with _quietly_unless_loaded(shows_logs=not quietly):
-            return auto_class.from_pretrained(name_or_path, trust_remote_code=may_run, **kwargs)
+            return auto_class.from_pretrained(repository, revision=revision, trust_remote_code=may_run, **kwargs)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make any of the libraries raise anything

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import cached_file
 
+from rlkd_trl.settings.hub import split_revision
+
 
 def attention_name(model: PreTrainedModel) -> str:
     """Which of transformers' attention functions the model calls, e.g. "sdpa" or "eager"."""
@@ -83,8 +85,9 @@ def tying_weights_by(around: Callable[[Callable], Callable]) -> Iterator[None]:
 
 def checkpoint_file(name_or_path: str, name: str, revision: str | None) -> str | None:
     """The path of a checkpoint's file, downloaded if necessary; None if there is none, or the Hub is unreachable."""
+    repository, revision = split_revision(name_or_path, revision)
     return cached_file(
-        name_or_path,
+        repository,
         name,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,

@@ -31,6 +31,7 @@ from transformers import (
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import check_language_model, making_model_of, require_checkpoint
 from rlkd_trl.models.remote_code import may_run_code
+from rlkd_trl.settings.hub import split_revision
 
 # Integer tensors with more elements than this have no values.
 _MAX_REAL_ELEMENTS = 2**20
@@ -160,8 +161,10 @@ def _read_config(flag: str, name_or_path: str) -> tuple[PreTrainedConfig, dict]:
     """The config as transformers reads it, and the settings as they stand in its file."""
     require_checkpoint(flag, name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=may_run_code(name_or_path))
-        return config, PreTrainedConfig.get_config_dict(name_or_path)[0]
+        repository, revision = split_revision(name_or_path)
+        may_run = may_run_code(repository, revision)
+        config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=may_run)
+        return config, PreTrainedConfig.get_config_dict(repository, revision=revision)[0]
     except Exception as error:  # it may be missing, unreachable, private, malformed, or of an unknown model type
         hint = "" if Path(name_or_path).is_dir() else " Without the Hub, give a local directory with its config.json."
         reason = textwrap.shorten(str(error), 300) or type(error).__name__

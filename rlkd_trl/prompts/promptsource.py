@@ -11,6 +11,7 @@ from typing import TypedDict
 import yaml
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.hub import file_on_hub
 
 FILE_NAME = "templates.yaml"
 SHORT_FORM = """The shortest file is a line for each template, name: "text", e.g. short: "Summarise: {{ source }}"."""
@@ -48,17 +49,23 @@ _PROMPTSOURCE_KEYS = {"templates", "dataset", "subset"}
 
 
 def resolve_file(path: str | Path) -> Path:
-    """The YAML file meant by `path`: itself, or the `templates.yaml` in the directory `path`.
+    """The YAML file meant by `path`: itself, or the `templates.yaml` in the directory `path`, or one on the Hub.
+
+    On the Hub (see `file_on_hub`) are "hf://datasets/owner/name@revision/file.yaml", and "owner/name@revision", whose
+    file is `templates.yaml`.
 
     Raises:
         InputError: there is no such file.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if file.is_file():
         return file
     if path.is_dir():
         raise InputError(f"The directory {path} has no {FILE_NAME}; give the path of a promptsource YAML file.")
+    is_file_name = path.suffix in (".yaml", ".yml") and not name.startswith("hf://")
+    if not is_file_name and (fetched := file_on_hub("--templates", name, FILE_NAME)):
+        return fetched
     raise InputError(f"There is no prompt template file {path}; give a {FILE_NAME}, its directory, or builtin:TASK.")
 
 

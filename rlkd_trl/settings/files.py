@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.settings.hub import require_on_hub
+from rlkd_trl.settings.hub import require_on_hub, split_revision
 
 
 class Reads(enum.Enum):
@@ -101,7 +101,8 @@ def require_checkpoint(flag: str, name_or_path: str, *, may_be_adapters: bool = 
             adapters; or the Hub does not have it, or cannot be reached (see `require_on_hub`).
     """
     path = Path(name_or_path)
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    repository, _ = split_revision(name_or_path)
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or repository.count("/") > 1
     if path.is_dir():
         has_adapters = (path / ADAPTERS_CONFIG).is_file()
         if may_be_adapters and has_adapters:

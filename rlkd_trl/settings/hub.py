@@ -1,27 +1,114 @@
-"""Asks the Hugging Face Hub for a repository, and fails within seconds; the libraries would retry for a minute."""
+"""Names of what is on the Hugging Face Hub, with revisions; asks for it, and fails within seconds.
 
+The libraries would retry for a minute.
+"""
+
+import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, is_first_process
 
 _PATIENCE = 5.0  # seconds to connect, and again to answer
 # A file that nearly every repository has. If it is missing, the Hub's answer still tells whether there is a
 # repository.
 _PROBED = {"model": "config.json", "dataset": "README.md"}
+_AT_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_URI = "hf://"
+_FILE_URI = re.compile(
+    _URI + r"(?P<dataset>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+)", re.ASCII
+)
+_WITH_OWNER = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+Kind = Literal["model", "dataset"]
+
+
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The Hub id and the revision of "owner/name@revision"; any other name is returned as it is.
+
+    What exists locally under the whole name is local. revision: one that is given elsewhere, as by a flag.
+
+    Raises:
+        InputError: There are two revisions.
+    """
+    parts = _AT_REVISION.fullmatch(name)
+    if parts is None or Path(name).exists():
+        return name, revision
+    if revision not in (None, parts[2]):
+        raise InputError(f"{name} has two revisions, {parts[2]} and {revision}: give one of them.")
+    return parts[1], parts[2]
+
+
+def file_on_hub(flag: str, name: str, usual: str) -> Path | None:
+    """The file that a name means on the Hub, downloaded unless it is in the cache; None if the name can mean none.
+
+    name: "hf://[datasets/]owner/name[@revision]/path"; or "owner/name[@revision]", a dataset, of which the file
+    `usual` is meant.
+
+    Raises:
+        InputError: The URI is malformed; or the file cannot be had, and the message says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    (repository, revision), kind, file = split_revision(name), "dataset", usual
+    if name.startswith(_URI):
+        parts = _FILE_URI.fullmatch(name)
+        if parts is None:
+            raise InputError(
+                f"{flag} {name} names no file on the Hub: write hf://datasets/owner/name@revision/path/file, or of a "
+                "model hf://owner/name@revision/path/file; @revision can be left out."
+            )
+        kind = "dataset" if parts["dataset"] else "model"
+        repository, revision, file = parts["repository"], parts["revision"], parts["file"]
+    elif not _WITH_OWNER.fullmatch(repository):
+        return None
+    require_on_hub(flag, f"{repository}@{revision}" if revision else repository, kind, file)
+    try:
+        return Path(hf_hub_download(repository, file, repo_type=kind, revision=revision))
+    except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
+        if cached := _cached(repository, revision, file, kind):
+            return Path(cached)
+        raise InputError(
+            f"{flag} {name} is not here, and {file} of the {kind} {repository} is neither in the Hub's cache nor can "
+            f"it be fetched ({type(error).__name__}): check the spelling, or the connection (HF_HUB_OFFLINE forbids "
+            "it)."
+        ) from error
 
 
 @cache
-def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = "model") -> None:
-    """Asks the Hub once, without retries, whether it has a repository, unless that is in the local cache.
+def require_on_hub(flag: str, name: str, kind: Kind = "model", file: str | None = None) -> None:
+    """Asks the Hub once, without retries, whether it has a repository, unless in offline mode (HF_HUB_OFFLINE).
 
-    In offline mode (HF_HUB_OFFLINE) it does nothing.
+    If it cannot be reached and the cache has the repository, this process is in offline mode from here on: otherwise
+    the libraries would try again for minutes. name: a Hub id, or "id@revision". file: one that it must have.
 
     Raises:
-        InputError: There is no such repository, it is gated or private, or the Hub cannot be reached.
+        InputError: There is no such repository, revision or file, it is gated or private, or the Hub cannot be
+            reached; and it is not in the cache.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    if constants.is_offline_mode():
+        return
+    probed, (repo_id, revision) = file or _PROBED[kind], split_revision(name)
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, probed, repo_type=kind, revision=revision), timeout=_PATIENCE)
+    except Exception as error:  # that of a lost connection is from the HTTP library
+        if isinstance(error, EntryNotFoundError) and file is None:
+            return
+        if isinstance(error, HFValidationError) or not _is_cached(repo_id, revision, probed, kind):
+            reason = _why_not_there(error, kind, repo_id, revision, file)
+            raise InputError(f"{flag} {name} {reason}") from error
+        if not isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
+            _use_cache_only(f"{constants.ENDPOINT} cannot be reached ({_one_line(error)})")
+
+
+def _why_not_there(error: Exception, kind: Kind, repo_id: str, revision: str | None, file: str | None) -> str:
+    """What the Hub's answer, or the lack of one, means for a user, and what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -30,40 +117,72 @@ def require_on_hub(flag: str, repo_id: str, kind: Literal["model", "dataset"] = 
         RevisionNotFoundError,
     )
 
-    file = _PROBED[kind]
-    what = f"{flag} {repo_id}"
-    try:
-        if constants.is_offline_mode() or _is_cached(repo_id, file, kind):
-            return
-        get_hf_file_metadata(hf_hub_url(repo_id, file, repo_type=kind), timeout=_PATIENCE)
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return
-    except HFValidationError as error:
-        raise InputError(f"{what} is neither a local path nor a possible Hub id: {error}") from error
-    except GatedRepoError as error:
-        raise InputError(
-            f"{what} is gated on the Hub: accept its terms on {constants.ENDPOINT}/{repo_id}, and log in with "
-            "hf auth login or HF_TOKEN."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{what} is not here, and there is no {kind} of that name on the Hub ({constants.ENDPOINT}): check the "
-            "spelling, or, if it is private, log in with hf auth login or HF_TOKEN."
-        ) from error
-    except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
-        raise InputError(
-            f"{what} is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
-            f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
-        ) from error
+    if isinstance(error, HFValidationError):
+        return f"is neither a local path nor a possible Hub id: {error}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"is gated on the Hub: accept its terms on {constants.ENDPOINT}/{repo_id}, and log in with hf auth login "
+            "or HF_TOKEN."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"is not here, and there is no {kind} of that name on the Hub ({constants.ENDPOINT}): check the spelling, "
+            "or, if it is private, log in with hf auth login or HF_TOKEN."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"is on the Hub ({constants.ENDPOINT}), but has no branch, tag or commit {revision or 'main'}."
+    if isinstance(error, EntryNotFoundError):
+        return f"is on the Hub ({constants.ENDPOINT}), but has no file {file}."
+    return (
+        f"is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
+        f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
+    )
 
 
-def _is_cached(repo_id: str, file: str, kind: str) -> bool:
-    """Whether any revision of the repository is in the cache."""
+def _use_cache_only(reason: str) -> None:
+    """Sets the libraries, and the commands that this process starts, to offline mode, and says so."""
+    import datasets
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    if is_first_process():
+        print(f"{reason}: what is in the Hub's cache is used from here on, as with HF_HUB_OFFLINE=1.", flush=True)
+
+
+def _is_cached(repo_id: str, revision: str | None, file: str, kind: Kind) -> bool:
+    """Whether that revision of the repository, or where none is named any, is in the cache; of a dataset its rows."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    if kind == "dataset" and file == _PROBED[kind]:
+        from datasets import config
+
+        commit = commit_of(repo_id, revision, kind) if revision else "*"
+        return any(Path(config.HF_DATASETS_CACHE).glob(f"{repo_id.replace('/', '___')}/*/*/{commit}"))
+    if revision is not None:
+        return _cached(repo_id, revision, file, kind) is not None
     snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind) / "snapshots"
     return any(snapshots.glob(f"*/{file}"))
+
+
+def _cached(repo_id: str, revision: str | None, file: str, kind: Kind) -> str | None:
+    """The path of a file in the cache, at the revision or the main branch."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, file, constants.HF_HUB_CACHE, revision, kind)
+    return found if isinstance(found, str) else None
+
+
+def commit_of(repo_id: str, revision: str, kind: Kind) -> str | None:
+    """The commit that the Hub last said a revision to be, as the cache has noted it; None if it was not asked."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    noted = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind) / "refs" / revision
+    if _COMMIT.fullmatch(revision):
+        return revision
+    return noted.read_text().strip() if noted.is_file() else None
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,8 @@ from huggingface_hub import constants
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import require_checkpoint
-from rlkd_trl.settings.hub import require_on_hub
+from rlkd_trl.settings.hub import require_on_hub, split_revision
+from tests.hub_server import use_endpoint
 from tests.recipes.command_lines import run
 
 # What the Hub answers by owner: status, and the code that it sends in a header.
@@ -21,6 +22,7 @@ ANSWERS = {
     "gated": (403, "GatedRepo"),
     "gated-stranger": (401, "GatedRepo"),
     "bare": (404, "EntryNotFound"),
+    "unrevised": (404, "RevisionNotFound"),
     "broken": (503, None),
 }
 
@@ -40,15 +42,6 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
-
-
-def use_endpoint(endpoint: str, cache, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    require_on_hub.cache_clear()
 
 
 @pytest.fixture
@@ -82,13 +75,14 @@ def test_what_is_on_the_hub_is_asked_for_once(owner, kind, hub):
         ("gated", "is gated on the Hub: accept its terms"),
         ("gated-stranger", "is gated on the Hub: accept its terms"),
         ("broken", "cannot be reached"),
+        ("unrevised", "has no branch, tag or commit v2"),
     ],
 )
 def test_one_request_and_one_sentence(owner, what, kind, hub):
     start = time.monotonic()
     with pytest.raises(InputError, match=what.format(kind)) as caught:
-        require_on_hub("--student", f"{owner}/x", kind)
-    assert str(caught.value).startswith(f"--student {owner}/x ") and "\n" not in str(caught.value)
+        require_on_hub("--student", f"{owner}/x@v2", kind)
+    assert str(caught.value).startswith(f"--student {owner}/x@v2 ") and "\n" not in str(caught.value)
     assert len(hub) == 1 and time.monotonic() - start < 3
 
 
@@ -115,6 +109,30 @@ def test_without_a_network_it_takes_seconds(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^--teacher gogle/flan .* cannot be reached"):
         require_checkpoint("--teacher", "gogle/flan")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("t5-base", None, ("t5-base", None)),
+        ("google/t5@v1.1", None, ("google/t5", "v1.1")),
+        ("t5@refs/pr/3", None, ("t5", "refs/pr/3")),
+        ("google/t5", "v2", ("google/t5", "v2")),
+        ("google/t5@v2", "v2", ("google/t5", "v2")),
+        ("a/b/c@d", None, ("a/b/c@d", None)),
+        ("./run@2", None, ("./run@2", None)),
+        ("here@home", None, ("here@home", None)),
+    ],
+)
+def test_an_id_and_its_revision(name, given, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here@home").mkdir()
+    assert split_revision(name, given) == expected
+
+
+def test_two_revisions_are_refused():
+    with pytest.raises(InputError, match=r"google/t5@v2 has two revisions, v2 and v1: give one"):
+        split_revision("google/t5@v2", "v1")
 
 
 def test_what_is_in_the_cache_needs_no_network(tmp_path, monkeypatch):
