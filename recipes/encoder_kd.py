@@ -25,6 +25,7 @@ from rlkd_trl.commands.encoder_data import Rows, is_demo
 from rlkd_trl.commands.encoder_demo import use_demo_teachers
 from rlkd_trl.commands.encoder_results import evaluate, evaluate_untrained, finish_stage, save_student
 from rlkd_trl.commands.encoder_stages import build, check_data, check_directories, clear_unfinished, plan_stages
+from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.run_directory import held_alone, leaves_no_empty_directory
 from rlkd_trl.commands.settings import CommandLine, EncoderSettings
 from rlkd_trl.errors import run
@@ -71,6 +72,8 @@ def distil(settings: EncoderSettings, rows: dict[str, Rows]) -> None:
 
         # Report.
         finish_stage(trainer, results, settings, stage)
+    if stages[-1].is_done:  # before this command, which sends what was not sent then
+        push(settings.args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 
 from rlkd_trl.commands.checks import check_new_model, check_student, require_files
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
+from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_or_make_model, supervised_writer
 from rlkd_trl.commands.run_directory import (
     check_free,
@@ -55,13 +56,16 @@ def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student, fp16=args.fp16)
+    check_push(args)
     if is_finished(checkpoint, args):
+        push(args)
         return
     print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
 
     # Build.
     from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.supervised import SupervisedTrainer
+    from rlkd_trl.trainers.trainer_internals import finish_pushes
 
     writer = supervised_writer(settings.student, settings.new, pairs)
     dataset = pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
@@ -78,8 +82,8 @@ def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
         trainer.save_model(_internal_call=True)
         mark_finished(args.output_dir, trainer.state.global_step)
         print(f"The model is in {args.output_dir}.", flush=True)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    finish_pushes(trainer)
+    push(args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ _LAUNCHERS = (
     "rlkd_trl",
 )
 _CHECKPOINTS_CODE = "transformers_modules."  # the package into which transformers copies it
+_TOKEN = re.compile(r"\bhf_\w{8,}")  # of an account on the Hub: a message may quote a flag's value
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
@@ -53,6 +55,10 @@ class TrainingError(Exception):
 
 class ServerError(Exception):
     """The server of a teacher fails or refuses. The message says what it answered, without any key."""
+
+
+class PushError(Exception):
+    """A student cannot be sent to the Hub. The message says where it is, and how to send it."""
 
 
 class CheckpointError(OSError):
@@ -119,7 +125,8 @@ def run(main: Callable[[], None]) -> None:
 
     SIGINT and SIGTERM end it at once, unless it saves something first (see `trainers.interruption`). Exit codes: 2 for
     input to be corrected, which the code of a user's rewards and checkpoints is too; 1 if numbers are not finite, a
-    checkpoint could not be written, a teacher's server has failed, or another process has died; 130 after Ctrl-C; 143
+    checkpoint could not be written, or a student not sent to the Hub, a teacher's server has failed, or another
+    process has died; 130 after Ctrl-C; 143
     after SIGTERM. Of several processes only one prints. When a command succeeds, or all processes leave it at the same
     step, it also closes the connection between the processes, whose threads could otherwise abort the interpreter on
     its way out.
@@ -138,7 +145,7 @@ def run(main: Callable[[], None]) -> None:
     except TrainingError as error:  # raised by all processes together
         _disconnect()
         _end(1, f"error: {_one_line(error)}")
-    except CheckpointError as error:
+    except (CheckpointError, PushError) as error:
         _end(1, f"error: {_one_line(error)}")
     except ServerError as error:
         _end(1, f"error: {_one_line(error)}{_hint(' ')}")
@@ -254,7 +261,7 @@ def _say(message: str) -> None:
     """Prints the message on stderr; with `--debug`, after the traceback of the exception being handled."""
     if "--debug" in sys.argv:
         traceback.print_exc()
-    print(message, file=sys.stderr, flush=True)
+    print(_TOKEN.sub("hf_***", message), file=sys.stderr, flush=True)
 
 
 def _is_connected() -> bool:

@@ -58,9 +58,9 @@ class Repository:
 class Refusal(Exception):
     """An answer of the Hub that is an error, with its code in a header."""
 
-    def __init__(self, status: int, code: str = "", message: str = ""):
+    def __init__(self, status: int, code: str = "", message: str = "", **content: str):
         super().__init__(status, code)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.content = status, code, {"error": message, **content}
 
 
 class LoopbackHub:
@@ -124,8 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self.route(path, token, body)
         except Refusal as refusal:
-            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-            self.send(json.dumps({"error": refusal.message}).encode(), refusal.status, headers)
+            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.content["error"]}
+            self.send(json.dumps(refusal.content).encode(), refusal.status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -199,11 +199,12 @@ class _Handler(BaseHTTPRequestHandler):
         key = asked.get("type") or "model", repo_id
         if token == READER or not repo_id.startswith(f"{USER}/"):
             raise Refusal(403, "", "You don't have the rights to create a model under this namespace")
+        url = f"{self.hub.endpoint}/{repo_id}"
         if key in self.hub.repositories:
-            raise Refusal(409, "", "You already created this model repo")
+            raise Refusal(409, "", "You already created this model repo", url=url)
         repository = self.hub.repositories[key] = Repository(private=asked.get("visibility") == "private")
         repository.commit({".gitattributes": b""}, "initial commit")
-        self.send_json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id})
+        self.send_json({"url": url, "id": repo_id})
 
     def repository(self, kind: str, repo_id: str, token: str | None, *, write: bool = False) -> Repository:
         repository, is_known = self.hub.repositories.get((kind, repo_id)), token in (TOKEN, READER)

@@ -176,7 +176,7 @@ class Chain:
         methods = [find_method(name, recipes) for name in chain.methods]
         set_here = {option.name for group in _GROUPS_SET_HERE for option in dataclasses.fields(group)}.union(_SET_HERE)
         whose = "the chain sets for each hop: give assistant_kd.py's own flag, if it has one, or leave it out"
-        refuse_set_here(methods, chain.common or [], set_here, whose)
+        refuse_set_here(methods, chain.common or [], set_here, whose, may_push=True)
         new = [str(Path(chain.output_dir) / f"begin{n}") for n in range(1, chain.num_hops)]
         begins = [*(chain.assistants or new), settings.student.student]
         return cls(settings, _for_each(methods, chain.num_hops), begins, FileDigests())
@@ -213,6 +213,8 @@ class Chain:
         common = [f"--{flag}" for flag in chain.common or []]
         if len(self.teachers(hop)) == 1 and chain.dense:  # weights by losses begin with the second teacher
             common = [flag for flag in common if not flag.startswith("--teacher_weighting=")]
+        if hop < len(self.begins) - 1:  # the student alone goes to the Hub
+            common = [flag for flag in common if not flag.replace("-", "_").startswith(("__push_to_hub", "__hub_"))]
         return [*as_flags(*groups), *_QUIET, *own, *common]
 
     def cell(self, hop: int) -> Cell:

@@ -17,6 +17,7 @@ from rlkd_trl.commands.checks import (
 )
 from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_reward_model, load_student, weigh_by_validation
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
@@ -106,6 +107,7 @@ def distil(
         record = command_record(settings)
         check_own_checkpoint(inputs.checkpoint, trainer.partition(":")[2], settings.args, record, inputs.train)
         if is_finished(inputs.checkpoint, settings.args):
+            push(settings.args)
             return
 
         from rlkd_trl.evaluation.evaluate import check_finite
@@ -141,7 +143,7 @@ def check_data(settings: DistillationSettings, *, held_out_flag: str = "--eval_d
 
 
 def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
-    """Checks rewards, the output directory, the launch, whether the data suits the method, and checkpoints.
+    """Checks rewards, the output directory, the launch, whether data suit the method, checkpoints, and the push.
 
     Raises:
         InputError: One of them is wrong; the message names it.
@@ -166,6 +168,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
         args = settings.args
         align = args.align_tokenizers if args.can_align else None
         check_checkpoints(settings.teacher, settings.student, fp16=args.fp16, top_k=args.top_k, align=align)
+    check_push(settings.args)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.encoder_models import Stage
 from rlkd_trl.commands.encoder_stages import mark_stage
+from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import EncoderSettings, described
@@ -61,14 +62,17 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
     Raises:
         TrainingError: An evaluation met numbers that are not finite. Everything is written then, but not pushed, and
             no later stage begins.
+        PushError: The push failed.
     """
     from rlkd_trl.trainers.interruption import StopRequest
+    from rlkd_trl.trainers.trainer_internals import finish_pushes
 
     pushes = stage.is_last and trainer.args.push_to_hub
     with StopRequest().listening(is_last=stage.is_last and not pushes):
         _report(trainer, results, settings, stage)
-    if pushes and trainer.is_world_process_zero():  # last, so that a failing push loses nothing
-        trainer.push_to_hub()
+    finish_pushes(trainer)
+    if stage.is_last:
+        push(trainer.args)  # last, so that a failing push loses nothing
 
 
 def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:

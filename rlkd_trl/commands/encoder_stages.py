@@ -17,6 +17,7 @@ from rlkd_trl.commands.encoder_models import (
     load_models,
     plan_student,
 )
+from rlkd_trl.commands.hub import check_push
 from rlkd_trl.commands.run_directory import (
     FINISHED,
     check_free,
@@ -60,7 +61,7 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
 
 
 def check_directories(settings: EncoderSettings) -> None:
-    """Checks how the run was launched, and that each stage's directory may be written. Raises `InputError`."""
+    """Checks the launch, that each stage's directory may be written, and the push. Raises `InputError`."""
     from rlkd_trl.trainers.checks import check_sharding
 
     args = settings.args
@@ -72,6 +73,7 @@ def check_directories(settings: EncoderSettings) -> None:
             f"--resume_from_checkpoint {args.resume_from_checkpoint} is of one stage, and there are "
             f"{len(args.stages)}: --resume goes on with the stage that was not finished."
         )
+    check_push(args)
 
 
 def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
 from rlkd_trl.commands.run_directory import mark_finished
@@ -70,13 +71,15 @@ def finish_run(
 
     Raises:
         TrainingError: An evaluation met numbers that are not finite. Everything is written then, but not pushed.
+        PushError: The push failed.
     """
     from rlkd_trl.trainers.interruption import StopRequest
+    from rlkd_trl.trainers.trainer_internals import finish_pushes
 
     with StopRequest().listening(is_last=not trainer.args.push_to_hub):
         _report(trainer, results, settings, method=method)
-    if trainer.args.push_to_hub and trainer.is_world_process_zero():  # last, as nothing after it can fail
-        trainer.push_to_hub()
+    finish_pushes(trainer)
+    push(trainer.args)  # last, so that a failing push loses nothing
 
 
 def _report(

@@ -98,6 +98,12 @@ def save_without_push(trainer: Trainer, directory: Path) -> None:
     trainer.save_model(str(directory), _internal_call=True)
 
 
+def finish_pushes(trainer: Trainer) -> None:
+    """Waits for checkpoints that are being sent in the background."""
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        trainer._finish_current_push()
+
+
 def push_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     """Sends a checkpoint to the Hub, in the background, as `hub_strategy` says."""
     trainer._push_from_checkpoint(str(checkpoint))

@@ -86,6 +86,12 @@ def test_a_killed_hop_finds_checkpoints(place, monkeypatch):
     assert chain.flags(0).index("--save_steps=7") > chain.flags(0).index("--save_steps=100")
 
 
+def test_the_student_alone_is_sent_to_the_hub(place, monkeypatch):
+    chain = chain_of(f"{TINY} push_to_hub=True hub-model-id=owner/student", monkeypatch)
+    of_hub = [[flag for flag in chain.flags(hop) if "hub" in flag] for hop in range(2)]
+    assert of_hub == [[], ["--push_to_hub=True", "--hub-model-id=owner/student"]]
+
+
 def test_each_hop_is_checked_with_its_own_teachers(place, monkeypatch):
     """A teacher with another tokenizer is asked in the first hop alone; weights by losses begin with two teachers."""
     (place / "ppo_kd").mkdir()

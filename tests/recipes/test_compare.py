@@ -491,6 +491,7 @@ BAD = [
     ("--methods a_list", "is not a YAML mapping"),
     ("--common dataset=data.csv", "--common sets dataset, which compare.py sets"),
     ("--common hub_token=abc", "--common sets hub_token, which would stand in every run's record: log in with"),
+    ("--common push-to-hub=True", "--common sets push_to_hub, which would send the student of every run"),
     ("--common hub-token=abc", "--common sets hub_token, which would stand in every run's record: log in with"),
     ("--validation_dataset nowhere.csv", "nowhere.csv does not exist"),
     ("--test_dataset test.csv elsewhere/test.csv", "two have the same name"),

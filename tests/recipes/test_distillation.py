@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -299,32 +298,3 @@ def test_it_says_what_is_evaluated_and_shows_bars_unless_disabled(disabled, chec
     ):
         assert line in out
     assert ("Evaluating the student:" in err) is ("Evaluating the teacher:" in err) is not disabled
-
-
-def test_push_to_hub_comes_last_with_the_runs_own_card(checkpoints, train_csv, test_csv, tmp_path, monkeypatch):
-    """A Hub that notes what is sent to it: the finished directory, whose card is that of the method."""
-    sent = []
-
-    def create_repo(self, repo_id, **kwargs):
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        folder = Path(folder_path)
-        sent.append((repo_id, {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}))
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"
-    models = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} --eval_dataset {test_csv}"
-    hub = "--push_to_hub True --hub_model_id owner/name --hub_token secret --hub_strategy end"
-    assert run(f"rloo_kd {models} {DISTIL} {hub} --output_dir {output_dir}") == 0
-    ((repo_id, files),) = sent  # once
-    assert repo_id == "owner/name"
-    card = files["README.md"].decode()
-    assert "Method: RLOO" in card and str(pair.teacher) in card
-    assert {"model.safetensors", "config.json", "generation_config.json", "metrics.json"} <= files.keys()
-    assert files["model.safetensors"] == (output_dir / "model.safetensors").read_bytes(), "the trained student"
-    assert [name for name, content in files.items() if b"secret" in content] == []
-    sent.clear()
-    assert run(f"rloo_kd {models} {DISTIL} --output_dir {tmp_path / 'kept'}") == 0
-    assert sent == [], "nothing is sent unasked"

@@ -1,13 +1,16 @@
 """Recipes with what is on the Hub, which a server on loopback stands in for."""
 
+import time
+
 import pytest
 import torch
 from huggingface_hub import constants
+from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.prompts import PromptTemplates
-from tests.hub_server import TOKEN, LoopbackHub, loopback_hub, use_endpoint
-from tests.recipes.command_lines import read_jsonl, run
+from tests.hub_server import READER, TOKEN, LoopbackHub, loopback_hub, use_endpoint
+from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, read_jsonl, run
 
 TEMPLATES = b'short: "w5 {{ source }}"\n'
 SOURCE = "--source_column mr"
@@ -136,3 +139,92 @@ def test_templates_by_their_place_on_the_hub(filled, monkeypatch, tmp_path):
     (tmp_path / "lab" / "prompts" / "templates.yaml").write_text('mine: "w4 {{ source }}"')
     monkeypatch.chdir(tmp_path)
     assert PromptTemplates.load("lab/prompts").names == ["mine"], "what is here comes first"
+
+
+PUSH = "--push_to_hub True --hub_model_id owner/student"
+
+
+@pytest.mark.slow
+def test_a_student_is_sent_loaded_back_and_trained_further(hub, checkpoints, train_csv, tmp_path, monkeypatch, capfd):
+    pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"
+    hub.add_directory("lab/teacher", pair.teacher)
+    data = f"--dataset {train_csv} {COLUMNS} {TWO_STEPS}"
+    command = f"rloo_kd --teacher lab/teacher@main --student {pair.student} {data} {SAMPLING} {PUSH} --save_steps 1"
+    assert run(f"{command} --hub_token {TOKEN} --hub_private_repo True --output_dir {output_dir}") == 0
+    sent = hub.repositories["model", "owner/student"]
+    assert sent.private
+    here = {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+    assert sent.files() == {**here, ".gitattributes": b""}, "the files, and no checkpoint"
+    assert (output_dir / "checkpoint-2").is_dir()
+    written = [path.read_bytes() for path in output_dir.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in content for content in written) and TOKEN not in "".join(capfd.readouterr())
+    # Plain transformers, and on from there.
+    with pytest.raises(OSError, match="owner/student"):
+        AutoModelForSeq2SeqLM.from_pretrained("owner/student")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained("owner/student")
+    trained = AutoModelForSeq2SeqLM.from_pretrained(output_dir)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in trained.state_dict().items())
+    assert run(f"sft --student owner/student@main {data} --output_dir {tmp_path / 'further'}") == 0
+    further = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "further")
+    assert not torch.equal(further.shared.weight, trained.shared.weight)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("sft", f"--hub_token {READER}", "push_to_hub: this account may not write to owner/student on the Hub"),
+        ("sft", f"--hub_token {TOKEN} --hub_model_id lab/x", "this account may not write to lab/x on the Hub"),
+        ("sft", "--hub_token hf_unknown0123456789", "does not know the token of hub_token: log in again"),
+        ("sft", f"--hub_token {TOKEN} --hub_model_id a/b/c", "hub_model_id a/b/c is no possible Hub id"),
+        ("sft", "", "push_to_hub needs an account: log in with `hf auth login`, or give hub_token"),
+        *[
+            (recipe, *case)
+            for recipe in ("sft", "kd", "encoder_kd")
+            for case in [
+                ("offline", "push_to_hub cannot be done in offline mode (HF_HUB_OFFLINE"),
+                ("unreachable", "cannot be reached (ConnectError"),
+            ]
+        ],
+    ],
+)
+def test_a_push_that_would_fail_is_refused_before_training(
+    recipe, flags, message, hub, checkpoints, train_csv, tmp_path, monkeypatch, capsys
+):
+    pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"
+    models = {"sft": f"--student {pair.student}", "kd": f"--teacher {pair.teacher} --student {pair.student}"}
+    inputs = f"{models[recipe]} --dataset {train_csv} {COLUMNS}" if recipe in models else ""
+    hub.add("owner/student", {}, private=True)
+    if flags == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif flags == "unreachable":
+        use_endpoint(NOBODY, tmp_path / "hub", monkeypatch)
+    account = f"--hub_token {TOKEN}" if flags in ("offline", "unreachable") else flags
+    start = time.monotonic()
+    assert run(f"{recipe} {inputs} {TWO_STEPS} {PUSH} {account} --output_dir {output_dir}") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line and not any(token in line for token in (TOKEN, READER, "hf_unknown"))
+    assert "later: hf upload" in line or "needs an account" in line or "possible" in line
+    assert time.monotonic() - start < 10 and not output_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_at_the_end_loses_nothing(hub, checkpoints, train_csv, tmp_path, capsys):
+    """The exit code says that what was asked for is not there; --resume sends it."""
+    output_dir, student = tmp_path / "out", checkpoints["t5-tied"].student
+    hub.lost_for = "/preupload/"
+    options = f"{PUSH} --hub_token {TOKEN} --hub_strategy end --hub_revision try-1 --save_steps 2"
+    command = (
+        f"sft --student {student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {options} --output_dir {output_dir}"
+    )
+    assert run(command) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"The student is in {output_dir}, but could not be sent to owner/student on the Hub" in line
+    assert f'To send it: hf upload owner/student {output_dir} . --exclude "*/*" --revision try-1' in line
+    assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).num_parameters() > 0
+    hub.lost_for = ""
+    assert run(f"{command} --resume") == 0
+    assert "The student is on the Hub: owner/student@try-1" in capsys.readouterr().out
+    sent = hub.repositories["model", "owner/student"]
+    assert sent.files("try-1")["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
+    assert set(sent.files()) == {".gitattributes"}, "the main branch is as it was"

@@ -1,11 +1,8 @@
 """recipes/sft.py: teachers on references, warm starts on pseudo-labels."""
 
 import json
-from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, RepoUrl
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -16,6 +13,7 @@ from transformers import (
 
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from tests.conftest import MODELS, word_tokenizer
+from tests.hub_server import TOKEN, loopback_hub
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, run, word_rows, write_csv, write_templates
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
@@ -134,23 +132,15 @@ def test_a_checkpoint_in_bfloat16_stays_so(checkpoints, train_csv, tmp_path):
     assert type(saved) is type(MODELS["llama"]())
 
 
-def test_the_accounts_token_is_in_no_file_of_a_run(checkpoints, train_csv, tmp_path, monkeypatch, capfd):
+def test_the_accounts_token_is_in_no_file_of_a_run(checkpoints, train_csv, tmp_path, capfd):
     """Checkpoints are pushed while training goes on, each with the settings that Trainer pickles."""
-    sent = []
-
-    def upload_folder(self, *, folder_path, token, **kwargs):
-        sent.append((Path(folder_path).name, token))
-        pushed = Future()
-        pushed.set_result(None)
-        return pushed
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://hf.co/{repo_id}"))
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    hub = "--push_to_hub True --hub_model_id owner/name --hub_token hf_secret --hub_strategy checkpoint"
-    command = f"sft --student {checkpoints['t5-tied'].student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {hub}"
-    assert run(f"{command} --save_strategy steps --save_steps 1 --output_dir {tmp_path / 'out'}") == 0
-    assert ("checkpoint-1", "hf_secret") in sent and sent[-1] == ("out", "hf_secret"), "the Hub is given it"
-    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert {"out", "checkpoint-2"} <= {file.parent.name for file in files if file.name == "training_args.bin"}
-    assert [file for file in files if b"hf_secret" in file.read_bytes()] == []
-    assert "hf_secret" not in "".join(capfd.readouterr())
+    push = f"--push_to_hub True --hub_model_id owner/name --hub_token {TOKEN} --hub_strategy checkpoint"
+    command = f"sft --student {checkpoints['t5-tied'].student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {push}"
+    with loopback_hub(tmp_path / "hub") as hub:
+        assert run(f"{command} --save_strategy steps --save_steps 1 --output_dir {tmp_path / 'out'}") == 0
+    assert TOKEN in hub.authorized, "the Hub is given it"
+    sent = hub.repositories["model", "owner/name"].files()
+    assert {"training_args.bin", "last-checkpoint/training_args.bin"} <= sent.keys()
+    files = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert [1 for content in [*files, *sent.values()] if TOKEN.encode() in content] == []
+    assert TOKEN not in "".join(capfd.readouterr())

@@ -134,10 +134,18 @@ def check_flags(
     refuse_set_here(methods, common, set_here, "compare.py sets for all methods alike")
 
 
-def refuse_set_here(methods: Sequence[Method], common: Sequence[str], set_here: Collection[str], whose: str) -> None:
+def refuse_set_here(
+    methods: Sequence[Method],
+    common: Sequence[str],
+    set_here: Collection[str],
+    whose: str,
+    *,
+    may_push: bool = False,
+) -> None:
     """Raises `InputError` if a preset or `--common` sets a key, or what the command sets for its runs itself.
 
-    common: as name=value; a flag's name may be written with hyphens. whose: the end of the message.
+    common: as name=value; a flag's name may be written with hyphens. whose: the end of the message. may_push: whether
+    a student can be sent to the Hub.
     """
     given = {"--common": [flag.partition("=")[0].replace("-", "_") for flag in common]}
     given |= {f"The preset {method.preset}": list(method.settings()) for method in methods}
@@ -145,6 +153,11 @@ def refuse_set_here(methods: Sequence[Method], common: Sequence[str], set_here: 
         if "hub_token" in names:
             raise InputError(
                 f"{source} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
+            )
+        if "push_to_hub" in names and not may_push:
+            raise InputError(
+                f"{source} sets push_to_hub, which would send the student of every run: leave it out, and send the "
+                "one that you choose: hf upload OWNER/NAME DIRECTORY_OF_ITS_RUN"
             )
         if clash := sorted(set(set_here).intersection(names)):
             raise InputError(f"{source} sets {clash[0]}, which {whose}.")
