@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, delexicalise, stage
 from e2e_comparison import drawn_inputs, read_rows, write_rows
-from result_files import made_by, write_results
+from result_files import made_by, shown, write_results
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkd_trl.commands.comparison.statistics import Interval, mean_interval
 from rlkd_trl.data import train_tokenizer
 from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.ops.divergences import mean_of_probabilities
@@ -123,7 +122,7 @@ def main() -> None:
         [
             model,
             str(len(of_model)),
-            *(_shown(mean_interval([one[name] for one in of_model])) for name in ("nats", "accuracy")),
+            *(shown([one[name] for one in of_model], ".3f") for name in ("nats", "accuracy")),
         ]
         for model, of_model in results.items()
     ]
@@ -136,10 +135,6 @@ def main() -> None:
     cost = f"Training took {sum(one['cpu_seconds'] for one in costs):.0f} s of CPU time."
     text = f"{about}\n\n{markdown_table(header, table)}\n\n{made_by()} {cost}\n"
     write_results(args.results_dir, "ensemble", results, text)
-
-
-def _shown(interval: Interval) -> str:
-    return f"{interval.mean:.3f}" + ("" if interval.half_width is None else f" ± {interval.half_width:.3f}")
 
 
 if __name__ == "__main__":

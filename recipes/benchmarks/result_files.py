@@ -1,11 +1,15 @@
 """Where a benchmark's results go, and how they are written."""
 
 import json
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from rlkd_trl.commands.comparison.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,3 +38,32 @@ def write_results(directory: str | Path, name: str, results: object, text: str) 
     (directory / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (directory / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def shown(values: Sequence[float], form: str) -> str:
+    """Mean over seeds ± half-width of its 95 % interval; the mean alone of one value."""
+    mean, half_width = mean_interval(values)
+    return format(mean, form) + ("" if half_width is None else f" ± {half_width:{form}}")
+
+
+class SpentTime:
+    """CPU seconds of the processes that a benchmark has begun, those of its earlier calls with this file included.
+
+    As a context it writes them down at its end, whatever ends it.
+    """
+
+    def __init__(self, work_dir: Path):
+        self._file = work_dir / "cpu_seconds"
+        self._earlier = float(self._file.read_text()) if self._file.is_file() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return self._earlier + used.ru_utime + used.ru_stime
+
+    def __enter__(self) -> "SpentTime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(f"{self.seconds:.1f}\n", encoding="utf-8")

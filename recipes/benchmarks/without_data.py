@@ -6,29 +6,31 @@ The two CSV files have the columns `mr` and `ref`; restaurant names are delexica
 scratch learns to describe ("Describe: {{ mr }}") and, as T0 did, the inverse: "Invent a restaurant." has inputs as its
 answers. Then the same small students learn from its greedy answers to as many inputs: those of the data, its own
 (`generate_data.py`), and recombinations of slots, whose schema lists the values that occur in the training inputs.
+All of it is done anew for each seed, the teacher too. The same command goes on where it stopped; `--smoke` does it in
+small.
 
-Writes `results/without_data.json` and `.md` beside this file.
+Writes `without_data.json` and `without_data.md` to `--results_dir`.
 """
 
 import argparse
 import csv
 import json
 import re
-import resource
-import statistics
 from pathlib import Path
 
 from e2e import RESULTS, delexicalise, stage
-from result_files import made_by, write_results
+from result_files import SpentTime, made_by, shown, write_results
 
 from rlkd_trl.evaluation.tables import markdown_table
 
 DESCRIBE, INVENT = "Describe: {{ mr }}", "Invent a restaurant."
 TEACHER = "--d_model 128 --num_layers 2 --num_heads 8 --dropout 0 --vocab_size 1200 --learning_rate 4e-3".split()
 TEACHER += "--warmup_steps 100 --per_device_train_batch_size 32 --save_strategy no --disable_tqdm True".split()
-STUDENT = "--d_model 64 --num_layers 2 --num_heads 4 --learning_rate 3e-3 --warmup_steps 50 --max_steps 200".split()
+STUDENT = "--d_model 64 --num_layers 2 --num_heads 4 --learning_rate 3e-3 --warmup_steps 50".split()
 STUDENT += "--per_device_train_batch_size 32 --save_strategy no --disable_tqdm True".split()
+SOURCES = ("data", "inverse", "schema")  # of the inputs: the data, the teacher, recombined slots
 METRICS = {"bleu": "BLEU", "rougeL": "ROUGE-L", "teacher_nll_per_token": "teacher NLL / token", "tokens": "tokens"}
+FORMS = {"bleu": ".1f", "rougeL": ".1f", "teacher_nll_per_token": ".3f", "tokens": ".1f"}  # of the metrics
 
 
 def inputs_of(path: Path) -> list[str]:
@@ -61,91 +63,96 @@ def write_schema(inputs: list[str], path: Path) -> None:
     path.write_text(json.dumps(schema, indent=1), encoding="utf-8")
 
 
+def run_seed(args: argparse.Namespace, here: Path, seed: int, train: Path, test: Path) -> dict[str, dict]:
+    """All stages with this seed; of the teacher, and of each source of inputs, metrics and what the inputs are."""
+    real, tested = inputs_of(train), set(inputs_of(test))
+    teacher = here / "teacher"
+    here.mkdir(parents=True, exist_ok=True)
+    write_teachers_data(train, here / "teachers_data.csv")
+    write_schema(real, here / "schema.json")
+    of_teacher = ["--dataset", here / "teachers_data.csv", "--source_column", "question", "--target_column", "answer"]
+    of_teacher += ["--max_steps", args.teacher_steps, "--seed", seed, "--output_dir", teacher, *TEACHER]
+    stage("sft", teacher / "config.json", *of_teacher)
+
+    files = {name: here / f"{name}.jsonl" for name in SOURCES}
+    spread = real[:: max(1, len(real) // args.num_rows)][: args.num_rows]
+    files["data"].write_text("".join(json.dumps({"source": text}) + "\n" for text in spread), encoding="utf-8")
+    asked = ["--teacher", teacher, "--template", INVENT, "--num_rows", args.num_rows, "--max_input_length", 80]
+    for name, flags in (("inverse", []), ("schema", ["--schema", here / "schema.json"])):
+        stage("generate_data", files[name], *asked, "--seed", seed, *flags, "--output", files[name])
+
+    found: dict[str, dict] = {}
+    describe = ["--teacher", teacher, "--template", DESCRIBE]
+    for name, path in files.items():
+        labels, student = here / f"{name}_labels.jsonl", here / name
+        from_source = ["--source_column", "source", "--rename_columns", "source=mr"]
+        stage("pseudo_label", labels, *describe, "--dataset", path, *from_source, "--output", labels)
+        pairs = ["--dataset", labels, "--source_column", "source", "--target_column", "pseudo_label"]
+        learn = ["--tokenizer", teacher, "--max_steps", args.student_steps, "--seed", seed, "--output_dir", student]
+        stage("sft", student / "config.json", *pairs, *STUDENT, *learn)
+        on_test = ["--dataset", test, "--source_column", "mr", "--target_column", "ref", "--max_rows", args.test_rows]
+        tested_in = here / f"{name}_test"
+        on_test += ["--student", student, "--output_dir", tested_in]
+        stage("evaluate", tested_in / "metrics.json", *describe, *on_test)
+        metrics = json.loads((tested_in / "metrics.json").read_text(encoding="utf-8"))
+        with labels.open(encoding="utf-8") as file:
+            rows = [json.loads(line)["source"] for line in file]
+        found["teacher"] = {"metrics": metrics["teacher"]}
+        found[name] = {
+            "metrics": metrics["student"],
+            "inputs": len(rows),
+            "in the training data": len(set(real) & set(rows)),
+            "test inputs among them": len(tested & set(rows)),
+        }
+    return found
+
+
+def table(per_seed: dict[int, dict[str, dict]]) -> str:
+    rows = []
+    for name in ("teacher", *SOURCES):
+        of_seeds = [found[name] for found in per_seed.values()]
+        cells = [shown([one["metrics"][metric] for one in of_seeds], form) for metric, form in FORMS.items()]
+        counts = [
+            ", ".join(str(one.get(key, "–")) for one in of_seeds) if name != "teacher" else "–"
+            for key in ("inputs", "in the training data", "test inputs among them")
+        ]
+        rows.append([name, *cells, *counts])
+    for name in SOURCES[1:]:
+        of_seeds = [(found[name]["metrics"], found["data"]["metrics"]) for found in per_seed.values()]
+        cells = [shown([one[metric] - data[metric] for one, data in of_seeds], form) for metric, form in FORMS.items()]
+        rows.append([f"{name} less data", *cells, "", "", ""])
+    header = ["inputs from", *METRICS.values(), "distinct inputs", "in the training data", "in the test data"]
+    return markdown_table(header, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/without_data"))
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--teacher_steps", type=int, default=600)
-    parser.add_argument("--num_rows", type=int, default=500)
+    parser.add_argument("--student_steps", type=int, default=200)
+    parser.add_argument("--num_rows", type=int, default=500, help="inputs of each source")
     parser.add_argument("--test_rows", type=int, default=100)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--smoke", action="store_true", help="all of it in small: its numbers say nothing")
     args = parser.parse_args()
-    place, teacher = args.work_dir, args.work_dir / "teacher"
-    train, test = place / "train.csv", place / "test.csv"
+    if args.smoke:
+        args.teacher_steps, args.student_steps, args.num_rows, args.test_rows, args.seeds = 60, 2, 10, 4, [0]
+    train, test = args.work_dir / "train.csv", args.work_dir / "test.csv"
     for source, target in ((args.train, train), (args.test, test)):
         if not target.exists():
             delexicalise(source, target)
-    real, tested = inputs_of(train), set(inputs_of(test))
-    write_teachers_data(train, place / "teachers_data.csv")
-    write_schema(real, place / "schema.json")
-    of_teacher = ["--dataset", place / "teachers_data.csv", "--source_column", "question", "--target_column", "answer"]
-    stage(
-        "sft",
-        teacher / "config.json",
-        *of_teacher,
-        "--max_steps",
-        args.teacher_steps,
-        *TEACHER,
-        "--output_dir",
-        teacher,
-    )
-
-    # The inputs: of the data, of the teacher, of the schema.
-    spread = real[:: max(1, len(real) // args.num_rows)][: args.num_rows]
-    write_rows(place / "data.csv", [{"source": text} for text in spread])
-    asked = ["--teacher", teacher, "--template", INVENT, "--num_rows", args.num_rows, "--max_input_length", 80]
-    for name, flags in (("inverse", []), ("schema", ["--schema", place / "schema.json"])):
-        path = place / f"{name}.jsonl"
-        stage("generate_data", path, *asked, *flags, "--output", path)
-    files = {"data": place / "data.csv", "inverse": place / "inverse.jsonl", "schema": place / "schema.jsonl"}
-
-    results: dict[str, dict] = {}
-    for name, path in files.items():
-        labels = place / f"{name}_labels.jsonl"
-        describe = ["--teacher", teacher, "--template", DESCRIBE]
-        from_source = ["--source_column", "source", "--rename_columns", "source=mr"]
-        stage("pseudo_label", labels, *describe, "--dataset", path, *from_source, "--output", labels)
-        with labels.open(encoding="utf-8") as file:
-            rows = [json.loads(line)["source"] for line in file]
-        found = {"inputs": len(rows), "in the training data": sum(text in set(real) for text in rows)}
-        found["test inputs among them"] = len(tested & set(rows))
-        results[name] = {"inputs": found, "seeds": {}}
-        for seed in args.seeds:
-            student = place / f"{name}{seed}"
-            pairs = ["--dataset", labels, "--source_column", "source", "--target_column", "pseudo_label"]
-            learn = ["--tokenizer", teacher, "--seed", seed, "--output_dir", student]
-            stage("sft", student / "config.json", *pairs, *STUDENT, *learn)
-            on_test = ["--dataset", test, "--source_column", "mr", "--target_column", "ref"]
-            tested_in = place / f"{name}{seed}_test"
-            on_test += ["--max_rows", args.test_rows, "--output_dir", tested_in]
-            stage("evaluate", tested_in / "metrics.json", *describe, "--student", student, *on_test)
-            metrics = json.loads((tested_in / "metrics.json").read_text(encoding="utf-8"))
-            results[name]["seeds"][seed], results["teacher"] = metrics["student"], {"seeds": {0: metrics["teacher"]}}
-    write(results, args)
-
-
-def write(results: dict[str, dict], args: argparse.Namespace) -> None:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = args.work_dir / "cpu_seconds"  # of the stages, also of earlier calls
-    seconds = used.ru_utime + used.ru_stime + (float(spent.read_text()) if spent.exists() else 0.0)
-    spent.write_text(str(seconds))
-    rows = []
-    for name, found in results.items():
-        cells = []
-        for metric in METRICS:
-            values = [metrics[metric] for metrics in found["seeds"].values()]
-            cells.append(f"{statistics.mean(values):.3g} ({', '.join(f'{value:.3g}' for value in values)})")
-        counts = found.get("inputs", {})
-        cells += [str(counts.get(key, "–")) for key in ("inputs", "in the training data")]
-        rows.append([name, *cells])
-    header = ["inputs from", *METRICS.values(), "distinct inputs", "of them in the training data"]
+    with SpentTime(args.work_dir) as spent:
+        per_seed = {seed: run_seed(args, args.work_dir / f"seed{seed}", seed, train, test) for seed in args.seeds}
     text = (
-        f"E2E, delexicalised; {args.test_rows} test inputs, greedy outputs; mean (each of {len(args.seeds)} student "
-        f"seeds); one teacher of {args.teacher_steps} steps; {seconds:.0f} s of CPU time in all. {made_by()}\n\n"
-        f"{markdown_table(header, rows)}\n"
+        f"E2E, delexicalised; {args.test_rows} test inputs, greedy outputs; teachers of {args.teacher_steps} steps, "
+        f"students of {args.student_steps}. Mean over {len(per_seed)} seeds of everything ± half-width of the 95 % "
+        f"interval, differences paired by seed; counts are of each seed. {spent.seconds:.0f} s of CPU time in all. "
+        f"{made_by()}\n\n{table(per_seed)}\n"
     )
-    write_results(RESULTS, "without_data", results, text)
+    write_results(args.results_dir, "without_data", per_seed, text)
 
 
 if __name__ == "__main__":
