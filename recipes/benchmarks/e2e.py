@@ -19,7 +19,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,9 +26,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from stages import RECIPES, is_made, mark_made
+
 from rlkd_trl.evaluation.tables import markdown_table
 
-RECIPES = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA_FLAGS = ["--source_column", "mr", "--target_column", "ref"]
 TEMPLATE_NAMES = ["create_text_for_me", "coherent_text"]
@@ -68,15 +68,7 @@ def stage(recipe: str, done: Path, *flags: str, threads: int | None = None) -> N
     Raises:
         SystemExit: The recipe failed, or the result that is there was made with other flags.
     """
-    made_with = done.with_name(f"{done.name}.flags.json")
-    asked = [recipe, *(str(flag).replace(str(RECIPES), "recipes") for flag in flags)]
-    if done.exists():
-        recorded = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else asked
-        if recorded != asked:
-            raise SystemExit(
-                f"{done} is of `{shlex.join(recorded)}`, and now `{shlex.join(asked)}` is asked for: remove "
-                f"{done.parent}, or choose another --work_dir."
-            )
+    if is_made(recipe, done, flags):
         return
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
     print(f"{time.strftime('%H:%M:%S')} {recipe} for {done}", flush=True)
@@ -85,8 +77,7 @@ def stage(recipe: str, done: Path, *flags: str, threads: int | None = None) -> N
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limit})
     if finished.returncode:
         raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
-    made_with.parent.mkdir(parents=True, exist_ok=True)
-    made_with.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    mark_made(recipe, done, flags)
     print(f"{time.strftime('%H:%M:%S')} {done}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

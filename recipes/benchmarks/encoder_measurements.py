@@ -1,50 +1,17 @@
 """Carries out a run of the encoder benchmark in a process of its own, and measures what it has made."""
 
 import json
-import multiprocessing
-import os
-import runpy
 import shutil
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from encoder_material import MAX_LENGTH, read_csv
 from encoder_runs import MEASURED, Run, slug
-
-RECIPE = Path(__file__).resolve().parents[1] / "encoder_kd.py"
-
-
-def apart(function: Callable, *args: object, log: Path) -> None:
-    """Calls the function in a process of its own, which has the libraries imported. Ends the script if it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlkd_trl.trainers.encoder"])
-    process = context.Process(target=_logged, args=(function, args, log))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{log.read_text(encoding='utf-8', errors='replace')[-4000:]}\n{log} ends with this.")
-
-
-def _logged(function: Callable, args: Sequence[object], log: Path) -> None:
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    function(*args)
-
-
-def call_recipe(flags: Sequence[str], seconds: Path) -> None:
-    """`python recipes/encoder_kd.py FLAGS` in this process; leaves its CPU time in a file."""
-    sys.argv = [str(RECIPE), *flags]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        seconds.write_text(f"{time.process_time():.1f}\n", encoding="utf-8")
+from stages import RECIPES, apart, call_recipe
 
 
 def carry_out(one: Run, here: Path) -> None:
@@ -56,7 +23,8 @@ def carry_out(one: Run, here: Path) -> None:
     preset.write_text(yaml.safe_dump(one.settings), encoding="utf-8")
     flags = ["--config", str(preset), *one.flags, "--max_steps", str(one.steps), "--output_dir", str(one.directory)]
     seconds = logs / "cpu_seconds"
-    apart(call_recipe, flags, seconds, log=logs / "output.txt")
+    seconds.unlink(missing_ok=True)
+    apart(call_recipe, "encoder_kd", flags, seconds, log=logs / "output.txt")
     measure = measure_likeness if one.kind == "general" else measure_accuracy
     apart(measure, one, here, float(seconds.read_text()), log=logs / "measuring.txt")
     if one.kind == "task":  # its numbers are all that is wanted of it
@@ -129,6 +97,6 @@ def _save(one: Run, found: Mapping[str, float]) -> None:
 
 def commit() -> str:
     """That of the code, as git says it; "unknown" outside of a clone."""
-    command = ["git", "-C", str(RECIPE.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(RECIPES), "describe", "--always", "--dirty", "--exclude=*"]
     finished = subprocess.run(command, capture_output=True, text=True)
     return finished.stdout.strip() if finished.returncode == 0 else "unknown"

@@ -41,9 +41,10 @@ from encoder_material import (
     with_vocabulary_of,
     write_csv,
 )
-from encoder_measurements import apart, carry_out
+from encoder_measurements import carry_out
 from encoder_runs import ALL, SEEDS, Plan, slug
 from encoder_tables import plan_table, write_results
+from stages import apart
 
 from rlkd_trl.errors import run
 

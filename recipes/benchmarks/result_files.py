@@ -1,7 +1,6 @@
 """Where a benchmark's results go, and how they are written."""
 
 import json
-import resource
 import shlex
 import shutil
 import subprocess
@@ -44,26 +43,3 @@ def shown(values: Sequence[float], form: str) -> str:
     """Mean over seeds ± half-width of its 95 % interval; the mean alone of one value."""
     mean, half_width = mean_interval(values)
     return format(mean, form) + ("" if half_width is None else f" ± {half_width:{form}}")
-
-
-class SpentTime:
-    """CPU seconds of the processes that a benchmark has begun, those of its earlier calls with this file included.
-
-    As a context it writes them down at its end, whatever ends it.
-    """
-
-    def __init__(self, work_dir: Path):
-        self._file = work_dir / "cpu_seconds"
-        self._earlier = float(self._file.read_text()) if self._file.is_file() else 0.0
-
-    @property
-    def seconds(self) -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return self._earlier + used.ru_utime + used.ru_stime
-
-    def __enter__(self) -> "SpentTime":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(f"{self.seconds:.1f}\n", encoding="utf-8")

@@ -18,8 +18,9 @@ import json
 import re
 from pathlib import Path
 
-from e2e import RESULTS, delexicalise, stage
-from result_files import SpentTime, made_by, shown, write_results
+from e2e import RESULTS, delexicalise
+from result_files import made_by, shown, write_results
+from stages import Stages
 
 from rlkd_trl.evaluation.tables import markdown_table
 
@@ -63,7 +64,9 @@ def write_schema(inputs: list[str], path: Path) -> None:
     path.write_text(json.dumps(schema, indent=1), encoding="utf-8")
 
 
-def run_seed(args: argparse.Namespace, here: Path, seed: int, train: Path, test: Path) -> dict[str, dict]:
+def run_seed(
+    args: argparse.Namespace, stages: Stages, here: Path, seed: int, train: Path, test: Path
+) -> dict[str, dict]:
     """All stages with this seed; of the teacher, and of each source of inputs, metrics and what the inputs are."""
     real, tested = inputs_of(train), set(inputs_of(test))
     teacher = here / "teacher"
@@ -72,28 +75,28 @@ def run_seed(args: argparse.Namespace, here: Path, seed: int, train: Path, test:
     write_schema(real, here / "schema.json")
     of_teacher = ["--dataset", here / "teachers_data.csv", "--source_column", "question", "--target_column", "answer"]
     of_teacher += ["--max_steps", args.teacher_steps, "--seed", seed, "--output_dir", teacher, *TEACHER]
-    stage("sft", teacher / "config.json", *of_teacher)
+    stages.run("sft", teacher / "config.json", *of_teacher)
 
     files = {name: here / f"{name}.jsonl" for name in SOURCES}
     spread = real[:: max(1, len(real) // args.num_rows)][: args.num_rows]
     files["data"].write_text("".join(json.dumps({"source": text}) + "\n" for text in spread), encoding="utf-8")
     asked = ["--teacher", teacher, "--template", INVENT, "--num_rows", args.num_rows, "--max_input_length", 80]
     for name, flags in (("inverse", []), ("schema", ["--schema", here / "schema.json"])):
-        stage("generate_data", files[name], *asked, "--seed", seed, *flags, "--output", files[name])
+        stages.run("generate_data", files[name], *asked, "--seed", seed, *flags, "--output", files[name])
 
     found: dict[str, dict] = {}
     describe = ["--teacher", teacher, "--template", DESCRIBE]
     for name, path in files.items():
         labels, student = here / f"{name}_labels.jsonl", here / name
         from_source = ["--source_column", "source", "--rename_columns", "source=mr"]
-        stage("pseudo_label", labels, *describe, "--dataset", path, *from_source, "--output", labels)
+        stages.run("pseudo_label", labels, *describe, "--dataset", path, *from_source, "--output", labels)
         pairs = ["--dataset", labels, "--source_column", "source", "--target_column", "pseudo_label"]
         learn = ["--tokenizer", teacher, "--max_steps", args.student_steps, "--seed", seed, "--output_dir", student]
-        stage("sft", student / "config.json", *pairs, *STUDENT, *learn)
+        stages.run("sft", student / "config.json", *pairs, *STUDENT, *learn)
         on_test = ["--dataset", test, "--source_column", "mr", "--target_column", "ref", "--max_rows", args.test_rows]
         tested_in = here / f"{name}_test"
         on_test += ["--student", student, "--output_dir", tested_in]
-        stage("evaluate", tested_in / "metrics.json", *describe, *on_test)
+        stages.run("evaluate", tested_in / "metrics.json", *describe, *on_test)
         metrics = json.loads((tested_in / "metrics.json").read_text(encoding="utf-8"))
         with labels.open(encoding="utf-8") as file:
             rows = [json.loads(line)["source"] for line in file]
@@ -144,12 +147,12 @@ def main() -> None:
     for source, target in ((args.train, train), (args.test, test)):
         if not target.exists():
             delexicalise(source, target)
-    with SpentTime(args.work_dir) as spent:
-        per_seed = {seed: run_seed(args, args.work_dir / f"seed{seed}", seed, train, test) for seed in args.seeds}
+    stages = Stages(args.work_dir)
+    per_seed = {seed: run_seed(args, stages, args.work_dir / f"seed{seed}", seed, train, test) for seed in args.seeds}
     text = (
         f"E2E, delexicalised; {args.test_rows} test inputs, greedy outputs; teachers of {args.teacher_steps} steps, "
         f"students of {args.student_steps}. Mean over {len(per_seed)} seeds of everything ± half-width of the 95 % "
-        f"interval, differences paired by seed; counts are of each seed. {spent.seconds:.0f} s of CPU time in all. "
+        f"interval, differences paired by seed; counts are of each. {stages.cpu_seconds:.0f} s of CPU time in all. "
         f"{made_by()}\n\n{table(per_seed)}\n"
     )
     write_results(args.results_dir, "without_data", per_seed, text)
