@@ -19,6 +19,7 @@ from rlkd_trl.commands.checks import require, require_files
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.prompt_lengths import check_questions
+from rlkd_trl.commands.run_directory import held_alone
 from rlkd_trl.commands.settings import CacheSettings, parse_settings
 from rlkd_trl.errors import run
 
@@ -37,7 +38,8 @@ def main() -> None:
     check_questions(rows, "Data", templates, settings.teacher, max_completion_length=cache.max_completion_length)
 
     # Read the targets with the teacher, and write down what it says about each token.
-    say(cache_targets(settings, rows, templates))
+    with held_alone(cache.output, flag="--output"):
+        say(cache_targets(settings, rows, templates))
 
 
 if __name__ == "__main__":

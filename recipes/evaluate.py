@@ -8,6 +8,8 @@ the student's NLL of the teacher's (likelihood and coverage risk; Wen et al. 202
 Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sampled with `--sample`.
 """
 
+from contextlib import nullcontext
+
 from rlkd_trl.commands.checks import (
     check_checkpoints,
     check_evaluation_panel,
@@ -19,7 +21,7 @@ from rlkd_trl.commands.checks import (
 from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.results import evaluate_checkpoints, report_evaluation
-from rlkd_trl.commands.run_directory import check_evaluation_directory
+from rlkd_trl.commands.run_directory import check_evaluation_directory, held_alone
 from rlkd_trl.commands.settings import EvaluationSettings, parse_settings
 from rlkd_trl.errors import run
 
@@ -43,8 +45,11 @@ def main() -> None:
     rows = list(fit_rows(rows, "Data", *of_prompts, **lengths))
 
     # Evaluate and report.
-    results = evaluate_checkpoints(settings, rows, templates, rewards)
-    report_evaluation(results, settings.evaluation.output_dir)
+    output_dir = settings.evaluation.output_dir
+    with nullcontext() if output_dir is None else held_alone(output_dir):
+        check_evaluation_directory(settings.evaluation)  # which another command may have filled in the meantime
+        results = evaluate_checkpoints(settings, rows, templates, rewards)
+        report_evaluation(results, output_dir)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rlkd_trl.commands.data import load_prompts, load_templates
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel
 from rlkd_trl.commands.prompt_lengths import check_questions
+from rlkd_trl.commands.run_directory import part_held_alone
 from rlkd_trl.commands.settings import PseudoLabelSettings, parse_settings
 from rlkd_trl.errors import run
 
@@ -35,11 +36,12 @@ def main() -> None:
     # Ask the teacher, and write its answers as they come.
     from rlkd_trl.teachers.pseudo_labels import write_pseudo_labels
 
-    panel = load_panel(settings.teacher, templates)
     generation = {key: value for key, value in vars(labels).items() if key not in ("output", "overwrite_output_dir")}
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
-    count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
+    with part_held_alone(labels.output, overwrite=labels.overwrite_output_dir):
+        panel = load_panel(settings.teacher, templates)
+        count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
     say(f"{count} pseudo-labels are in {labels.output}.")
 
 

@@ -167,7 +167,7 @@ def leaves_no_empty_directory(output_dir: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def held_alone(output_dir: str | Path) -> Iterator[None]:
+def held_alone(output_dir: str | Path, *, flag: str = "--output_dir") -> Iterator[None]:
     """Within it no other command that does the same writes into the directory, which is made if it can be.
 
     The operating system lets go of it when the process ends, however it does. A new directory that stays empty is
@@ -179,41 +179,72 @@ def held_alone(output_dir: str | Path) -> Iterator[None]:
     """
     from rlkd_trl.trainers.processes import from_first_process
 
+    def lock() -> list[int]:
+        if not is_first_process():  # of several that are not connected
+            return []
+        with suppress(OSError):  # which is said when the directory is checked
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        return _lock(Path(output_dir), os.O_RDONLY, f"{flag} {output_dir}") if Path(output_dir).is_dir() else []
+
     locks = []
     with leaves_no_empty_directory(output_dir):
         try:
-            from_first_process(lambda: locks.extend(_lock(Path(output_dir))))
+            from_first_process(lambda: locks.extend(lock()))
             yield
         finally:
-            for lock in locks:
-                os.close(lock)
+            for opened in locks:
+                os.close(opened)
 
 
-def _lock(directory: Path) -> list[int]:
-    """The open directory with a lock on it; nothing where there is no directory or there are no locks."""
-    with suppress(OSError):  # which is said when the directory is checked
-        directory.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def part_held_alone(output: str | Path, *, overwrite: bool) -> Iterator[None]:
+    """As `held_alone` for a file that is written under the name of its `part_of`, and renamed when it is whole.
+
+    The part is made, and removed at the end if nothing was written. A command that has waited finds what the other one
+    has made, and refuses to write over it, unless it is told to.
+    """
+    from rlkd_trl.teachers.pseudo_labels import part_of
+
+    if not is_first_process():
+        yield
+        return
+    part = part_of(output)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        locks = _lock(part, os.O_RDWR | os.O_CREAT, f"--output {output}")
+        if not locks or (part.exists() and os.fstat(locks[0]).st_ino == part.stat().st_ino):
+            break
+        os.close(locks[0])  # of a file that has been renamed in the meantime
+    try:
+        check_not_there("--output", output, overwrite=overwrite)
+        yield
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
+        for opened in locks:
+            os.close(opened)
+
+
+def _lock(place: Path, mode: int, name: str) -> list[int]:
+    """The opened file or directory with a lock on it; nothing where there are no locks."""
     try:
         import fcntl
     except ImportError:  # on Windows
         return []
-    if not directory.is_dir():
-        return []
-    place, end = os.open(directory, os.O_RDONLY), time.monotonic() + _SECONDS_TO_END
+    opened, end = os.open(place, mode, 0o666), time.monotonic() + _SECONDS_TO_END
     while True:
         try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return [place]
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return [opened]
         except BlockingIOError:
             if time.monotonic() > end:
-                os.close(place)
+                os.close(opened)
                 raise InputError(
-                    f"--output_dir {directory} is in use by another command that writes there: wait for its end, or "
-                    "name another directory."
+                    f"{name} is in use by another command that writes there: wait for its end, or name another place."
                 ) from None
             time.sleep(0.1)
         except OSError:  # the file system has none
-            return [place]
+            return [opened]
 
 
 def clear_results(output_dir: str | Path, *, goes_on: bool) -> None:

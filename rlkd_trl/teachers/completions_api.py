@@ -15,23 +15,28 @@ import html
 import json
 import math
 import re
+import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from time import monotonic
+from types import FrameType
 from typing import Protocol
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
-from rlkd_trl.errors import InputError, ServerError
+from rlkd_trl.errors import InputError, Interrupted, ServerError
 
 _TEXTS_PER_REQUEST = 8
 _CHECK_SECONDS = 10.0  # that a request may take when a server is tried out
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+_POLL_SECONDS = 0.25  # between looks at whether a signal has come
+_SECONDS_AFTER_SIGNAL = 5.0  # in which an answer may still let the step end, after which the trainer saves
 _QUOTED = 300  # characters of a server's answer in a message
 _KEY_PIECE = 8  # characters of a key by which it is recognised
 _UNREADABLE = "\ufffd"  # in a text, for a token that is a part of a character
@@ -158,16 +163,35 @@ class CompletionsClient:
 
         Raises:
             ServerError: The server refuses a request, has read other tokens, or has failed for all of `patience`.
+            Interrupted: A signal to stop came in the main thread, and for five seconds after it no answer.
         """
         parts = [texts[start : start + _TEXTS_PER_REQUEST] for start in range(0, len(texts), _TEXTS_PER_REQUEST)]
-        given_up = threading.Event()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="teacher") as pool:
+        answers: list[Future[list[TextLogProbs]]] = [Future() for _ in parts]
+        turns, given_up = iter(list(zip(answers, parts, strict=True))), threading.Event()
+
+        def ask() -> None:
+            for answer, part in turns:  # a list's iterator, which threads may share
+                try:
+                    answer.set_result(self._read_patiently(part, given_up))
+                except Exception as error:
+                    answer.set_exception(error)
+                if given_up.is_set():
+                    return
+
+        with _signals_heard() as heard:
+            for _ in range(min(self.concurrency, len(parts))):
+                # Not a pool's: the interpreter would wait for its requests before it exits.
+                threading.Thread(target=ask, name="teacher", daemon=True).start()
             try:
-                answers = list(pool.map(lambda part: self._read_patiently(part, given_up), parts))
+                waiting = set(answers)
+                while waiting:
+                    done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                    for answer in done:
+                        answer.result()
+                    heard.obey(self.url)
             finally:  # the other requests are not repeated any longer
                 given_up.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        return [text for part in answers for text in part]
+        return [text for answer in answers for text in answer.result()]
 
     def _read_patiently(self, texts: Sequence[Sequence[int]], given_up: threading.Event) -> list[TextLogProbs]:
         began, pause, tries = monotonic(), _FIRST_PAUSE, 0
@@ -274,6 +298,47 @@ class CompletionsClient:
         plain = {text, _without_backslashes(text), html.unescape(text), unquote(text)}
         plain.add(_without_backslashes(unquote(html.unescape(text))))
         return any(key[i : i + _KEY_PIECE] in one for i in starts for one in plain)
+
+
+class _Heard:
+    """The signal to stop that has come, and when."""
+
+    def __init__(self):
+        self.signum, self._since = 0, 0.0
+
+    def note(self, signum: int) -> None:
+        self.signum, self._since = self.signum or signum, self._since or monotonic()
+
+    def obey(self, url: str) -> None:
+        """Raises `Interrupted` if one came and has waited for long enough."""
+        if self.signum and monotonic() - self._since > _SECONDS_AFTER_SIGNAL:
+            by = "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
+            message = f"Stopped by {by} while the teacher's server {url} did not answer: the step is not saved."
+            raise Interrupted(self.signum, message, is_saved=False)
+
+
+@contextmanager
+def _signals_heard() -> Iterator[_Heard]:
+    """Within it SIGINT and SIGTERM are noted in the main thread, beside what else is done when they come."""
+    heard = _Heard()
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in before.items() if callable(handler)}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        heard.note(signum)
+        before[signum](signum, frame)
+
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield heard
+    finally:
+        for signum, handler in before.items():
+            if signal.getsignal(signum) is note:
+                signal.signal(signum, handler)
 
 
 def _within(seconds: float, call: Callable[[], bytes]) -> bytes:

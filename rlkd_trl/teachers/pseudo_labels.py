@@ -93,13 +93,18 @@ def write_pseudo_labels(
         return _label_count(panel, rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     total = _label_count(panel, rows)
     with part.open("w", encoding="utf-8") as file:
         for label in tqdm(pseudo_labels(panel, rows, **generation), total=total, desc="Pseudo-labels"):
             file.write(json.dumps(label, ensure_ascii=False) + "\n")
     part.replace(path)
     return total
+
+
+def part_of(path: str | Path) -> Path:
+    """Where pseudo-labels stand until they are complete."""
+    return Path(path).with_name(f"{Path(path).name}.part")
 
 
 def _label_count(panel: TeacherPanel, rows: Sequence) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,6 +40,7 @@ _NUMBERS_PER_WEIGHT = 4096
 _DIFFERENCES_SHOWN = 3
 # Mean difference in nats with which a served teacher's numbers, which vary with what else it computes, are the same.
 _SAME_PROBE = 0.1
+_SAME_WEIGHT = 1e-4  # relative difference of a teacher's weight
 
 
 def settings_of(args: TrainingArguments) -> dict[str, object]:
@@ -119,8 +121,26 @@ def _differences(saved: object, now: object, name: str) -> Iterator[str]:
         for number, (one, other) in enumerate(zip(saved, now, strict=True), 1):
             if not _is_same_teacher(one, other):
                 yield f"teacher {number} was {json.dumps(one)} and is {json.dumps(other)}"
+    elif name == "reward.weightings" and _is_same_weighting(saved, now):
+        return
     elif saved != now:
         yield f"{name} was {json.dumps(saved)} and is {json.dumps(now)}"
+
+
+def _is_same_weighting(saved: object, now: object) -> bool:
+    """Whether two records of how panels weigh their scorers are the same but for rounding.
+
+    Weights by validation losses are measured anew when a run is resumed, maybe on another kind of processor.
+    """
+    if not isinstance(saved, list) or not isinstance(now, list) or len(saved) != len(now):
+        return False
+    for one, other in zip(saved, now, strict=True):
+        weights = one.get("weights", []), other.get("weights", [])
+        if {**one, "weights": None} != {**other, "weights": None} or len(weights[0]) != len(weights[1]):
+            return False
+        if not all(math.isclose(*pair, rel_tol=_SAME_WEIGHT) for pair in zip(*weights, strict=True)):
+            return False
+    return True
 
 
 def _is_same_teacher(saved: dict[str, object], now: dict[str, object]) -> bool:

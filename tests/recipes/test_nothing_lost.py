@@ -246,6 +246,7 @@ IN_USE = {
     "assistants": "assistant_kd --smoke",
     "compare": f"compare {COLUMNS} --teacher {{i}}/teacher --student {{i}}/student --dataset {{i}}/data/train.csv "
     "--test_dataset {i}/data --methods ppo --max_steps 2 --seeds 0",
+    "evaluate": EVALUATE,
 }
 
 
@@ -262,6 +263,41 @@ def test_two_commands_do_not_write_into_one_directory(name, inputs, capsys, monk
     assert error.startswith(f"error: --output_dir {inputs / 'run'} is in use by another command")
     assert error.count("\n") == 1
     assert contents(inputs) == before
+
+
+def test_two_commands_do_not_write_one_cache(inputs, capsys, monkeypatch):
+    monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)
+    (inputs / "cache").mkdir()
+    with run_directory.held_alone(inputs / "cache"):
+        command = f"cache_teacher {COLUMNS} --teacher {inputs}/teacher --dataset {inputs}/data"
+        assert run(f"{command} --output {inputs / 'cache'}") == 2
+    assert capsys.readouterr().err.startswith(f"error: --output {inputs / 'cache'} is in use by another command")
+    assert not list((inputs / "cache").iterdir())
+
+
+def test_two_commands_do_not_write_one_file_of_pseudo_labels(inputs, capsys, monkeypatch):
+    """The part that another one writes is left as it is. One that waits finds the other's labels, and keeps them."""
+    monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)
+    command, labels, part = LABEL.format(i=inputs), inputs / "out.jsonl", inputs / "out.jsonl.part"
+    with run_directory.part_held_alone(labels, overwrite=False):
+        part.write_text("of the other one\n")
+        assert run(f"{command} --output {labels}") == 2
+        assert part.read_text() == "of the other one\n"
+    assert capsys.readouterr().err.startswith(f"error: --output {labels} is in use by another command")
+
+    part.unlink()
+    other = run_directory.part_held_alone(labels, overwrite=False)
+    other.__enter__()
+    part.write_text("of the other one\n")
+
+    def finish(seconds):
+        part.replace(labels)
+        other.__exit__(None, None, None)
+
+    monkeypatch.setattr(run_directory.time, "sleep", finish)
+    assert run(f"{command} --output {labels}") == 2
+    assert capsys.readouterr().err.startswith(f"error: --output {labels} exists")
+    assert labels.read_text() == "of the other one\n" and not part.exists()
 
 
 def test_a_directory_is_free_when_its_run_is_killed(tmp_path, monkeypatch):

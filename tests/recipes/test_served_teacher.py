@@ -1,12 +1,16 @@
 """Recipes with a teacher behind a server: the student of the teacher itself; keys; servers that go away."""
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rlkd_trl.models.loading import load_model
+from rlkd_trl.teachers import completions_api
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, run, write_templates
 from tests.teachers.loopback_server import served
@@ -104,3 +108,27 @@ def test_a_server_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(ask
     with far() as loopback:
         assert run(f"{command} --resume {flags(loopback, teacher)} --output_dir {tmp_path / 'out'}") == 0
     assert_same_student(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_obeyed_while_the_server_hangs(signum, asked, far, checkpoints, tmp_path, capfd, monkeypatch):
+    """The request of the second step is never answered; its patience is longer than any test. --resume goes on."""
+    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 0.3)
+    teacher, released, signals = checkpoints["llama"].teacher, threading.Event(), iter([signum])
+    command = f"rloo_kd {asked} --save_steps 1 --teacher_server_timeout 500 --teacher_server_patience 1000"
+
+    def hang(body: dict, number: int) -> None:
+        if (tmp_path / "out" / "checkpoint-1").is_dir() and body:
+            for once in signals:
+                os.kill(os.getpid(), once)
+            released.wait(60)
+
+    with far(fails=hang) as loopback:
+        assert run(f"{command} {flags(loopback, teacher)} --output_dir {tmp_path / 'out'}") == 128 + signum
+        assert not released.is_set()
+        released.set()
+    message = capfd.readouterr().err.splitlines()[-2:]
+    assert "did not answer: the step is not saved" in message[0]
+    assert message[1].startswith("To continue: the same command with --resume")
+    with far() as loopback:
+        assert run(f"{command} --resume {flags(loopback, teacher)} --output_dir {tmp_path / 'out'}") == 0
