@@ -5,7 +5,8 @@ r"""Pseudo-labels: the teacher's own answers, which stand in for references in t
 
 One line of JSON for each distinct input and template: the input's columns, `template`, and `pseudo_label`. Lines are
 written as they are made. `--strategy greedy`, `beam` or `sample` chooses how the teacher answers (Kim & Rush 2016 use
-beam search for sequence-level distillation).
+beam search for sequence-level distillation). With `--teacher_column` each row is answered by the teacher that its
+column names, and with `--template_column` through the template.
 
 With `--strategy beam --num_beams K --interpolate --target_column ref`, the label is the one of the K beams that is
 nearest to the references by smoothed sentence BLEU, and `candidate` its rank, 0 for the best beam: the same paper's
@@ -30,7 +31,7 @@ def main() -> None:
     require_files(settings)
     templates = load_templates(settings.prompts)
     rows = load_prompts(data, settings.prompts, templates)
-    check_pseudo_labels(settings)
+    check_pseudo_labels(settings, templates, rows)
     check_questions(rows, "Data", templates, settings.teacher, max_completion_length=labels.max_completion_length)
 
     # Ask the teacher, and write its answers as they come.
@@ -40,7 +41,7 @@ def main() -> None:
     # The student's prompt is made anew wherever the labels are used, unless it is the source column itself.
     leave_out = ["references"] if data.source_column == "prompt" else ["references", "prompt"]
     with part_held_alone(labels.output, overwrite=labels.overwrite_output_dir):
-        panel = load_panel(settings.teacher, templates)
+        panel = load_panel(settings.teacher, templates, settings.panel)
         count = write_pseudo_labels(panel, list(rows), labels.output, leave_out=leave_out, **generation)
     say(f"{count} pseudo-labels are in {labels.output}.")
 

@@ -175,7 +175,19 @@ class TeacherArguments:
 
 
 @dataclass
-class PanelArguments:
+class RoutingArguments:
+    """An expert for each example"""
+
+    teacher_column: str | None = field(
+        default=None, metadata={"help": "Column that names the one teacher of each example; default: all are asked."}
+    )
+    template_column: str | None = field(
+        default=None, metadata={"help": "Column that names the one template of each example; default: all are asked."}
+    )
+
+
+@dataclass
+class PanelArguments(RoutingArguments):
     """Several teachers or templates"""
 
     teacher_weights: list[Positive] | None = field(
@@ -190,12 +202,6 @@ class PanelArguments:
             "help": "fixed: these weights; validation: each over 1 + its loss on held-out references; per_example: "
             "over 1 + its loss on the example's own reference or, without one, its distance from the others (MT-BERT)."
         },
-    )
-    teacher_column: str | None = field(
-        default=None, metadata={"help": "Column that names the one teacher of each example; default: all are asked."}
-    )
-    template_column: str | None = field(
-        default=None, metadata={"help": "Column that names the one template of each example; default: all are asked."}
     )
 
     def __post_init__(self):
@@ -506,7 +512,13 @@ class CacheArguments:
     )
     max_completion_length: Length = field(default=64, metadata={"help": "Cap on a target's tokens, EOS included."})
     batch_size: Count = field(default=64, metadata={"help": "Targets at a time."})
-    rows_per_shard: Count = field(default=1024, metadata={"help": "Targets in a file: what a stopped run does again."})
+    rows_per_shard: Count | None = field(
+        default=None,
+        metadata={
+            "help": "Targets in a file: what a stopped run does again, and what is in memory while it is written. "
+            "Default: as many as take 256 MB, and 1024 at most."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over the cache in --output."})
 
     def __post_init__(self):

@@ -265,8 +265,10 @@ def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
             say(f"Student {student.student}: asked through a chat template (--student_chat_template none: without).")
 
 
-def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
-    """Checks the flags of pseudo-labelling: one teacher, a known strategy and what it needs, a writable file.
+def check_pseudo_labels(
+    settings: PseudoLabelSettings, templates: "PromptTemplates | None", rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Checks the flags of pseudo-labelling: who answers which row, a known strategy and its needs, a writable file.
 
     Raises:
         InputError: One of them is wrong.
@@ -277,10 +279,15 @@ def check_pseudo_labels(settings: PseudoLabelSettings) -> None:
 
     teacher, labels = settings.teacher, settings.labels
     check_teacher(teacher)
-    if len(teacher.teacher) != 1:
-        raise InputError(f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers.")
-    if teacher.allowed_special_tokens:
-        tokenizer = load_tokenizer(teacher.teacher[0], revision=teacher.teacher_revision)
+    if len(teacher.teacher) != 1 and settings.routing.teacher_column is None:
+        raise InputError(
+            f"{len(teacher.teacher)} teachers: pseudo-labels are one teacher's answers. Name one, or the column that "
+            "says whose each row is (--teacher_column)."
+        )
+    check_panel(settings.panel, teacher, templates)
+    check_routing(settings.panel, teacher, templates, {"Data": rows})
+    for name in teacher.teacher if teacher.allowed_special_tokens else ():
+        tokenizer = load_tokenizer(name, revision=teacher.teacher_revision)
         check_special_tokens(tokenizer, teacher.allowed_special_tokens)
     check_strategy(labels.strategy)
     refuse_unused(labels, "num_beams", unless=labels.strategy == "beam", needs="--strategy beam")

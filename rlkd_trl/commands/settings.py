@@ -27,6 +27,7 @@ from rlkd_trl.commands.arguments import (
     PromptArguments,
     PseudoLabelArguments,
     RewardArguments,
+    RoutingArguments,
     RunArguments,
     StudentArguments,
     TaskDataArguments,
@@ -107,8 +108,14 @@ class PseudoLabelSettings:
     data: DataArguments
     prompts: PromptArguments
     teacher: TeacherArguments
+    routing: RoutingArguments
     code: CodeArguments
     labels: PseudoLabelArguments
+
+    @property
+    def panel(self) -> PanelArguments:
+        """How the teachers share the rows."""
+        return PanelArguments(**vars(self.routing))
 
 
 @dataclass

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from rlkd_trl.teachers.cache import (
 from rlkd_trl.teachers.panel import TeacherPanel
 from rlkd_trl.teachers.teacher import Teacher
 
+_SHARD_BYTES, _MOST_ROWS = 2**28, 1024  # of a file, unless it is said how many targets it has
 _PART = ".part"  # ends the name of a file that is being written
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors(\.part)?")
 
@@ -90,7 +91,7 @@ def write_cache(
     ensemble: str,
     max_completion_length: int,
     batch_size: int = 64,
-    rows_per_shard: int = 1024,
+    rows_per_shard: int | None = None,
     progress: str | None = None,
 ) -> Header:
     """Reads the rows' targets with the panel's teachers, and returns the header of the complete cache.
@@ -102,6 +103,7 @@ def write_cache(
         k: ids to keep at each token; 0 for all that may be sampled.
         temperature, ensemble: of `KDConfig`.
         batch_size: targets at a time.
+        rows_per_shard: Targets in a file; by default as many as take `_SHARD_BYTES`, and 1024 at most.
         progress: The label of a progress bar over shards; None shows none.
 
     Raises:
@@ -119,8 +121,13 @@ def write_cache(
     targets = targets_of(rows, panel.questions, tokenizer, eos_ids, max_completion_length=max_completion_length)
     forbidden_V = forbidden_ids_of(first.model, tokenizer)
     num_allowed = int((~forbidden_V).sum())
+    k = min(k or num_allowed, num_allowed)
+    lengths = [len(target.ids) for target in targets]
+    if rows_per_shard is None:
+        largest = _bytes_per_token(k, len(tokenizer), dtype) * max(lengths, default=1)
+        rows_per_shard = min(_MOST_ROWS, max(1, _SHARD_BYTES // largest))
     header = Header(
-        k=min(k or num_allowed, num_allowed),
+        k=k,
         num_allowed=num_allowed,
         dtype=dtype,
         temperature=temperature,
@@ -140,7 +147,7 @@ def write_cache(
         keys=hashlib.sha256(b"".join(target.key for target in targets)).hexdigest(),
         rows_per_shard=rows_per_shard,
     )
-    _check_room(directory, header, [len(target.ids) for target in targets])
+    _check_room(directory, header, lengths)
     begin(directory, header, first)
     for number in tqdm(range(header.num_shards), desc=progress, unit="shard", disable=progress is None):
         file = shard_file(directory, number)
@@ -153,8 +160,7 @@ def write_cache(
 
 def _check_room(directory: Path, header: Header, lengths: Sequence[int]) -> None:
     """Raises `InputError` if the disk has less room than the shards take that are not there. lengths: of targets."""
-    id_type, num_bytes = _id_type(header.vocab_size), 0
-    per_token = header.k * id_type.itemsize + (header.k + 1) * np.dtype(header.dtype).itemsize
+    per_token, num_bytes = _bytes_per_token(header.k, header.vocab_size, header.dtype), 0
     for number in range(header.num_shards):
         if not shard_file(directory, number).is_file():
             start = number * header.rows_per_shard
@@ -166,6 +172,10 @@ def _check_room(directory: Path, header: Header, lengths: Sequence[int]) -> None
             f"The cache's {header.k} ids at each of {sum(lengths):,} tokens take {num_bytes:,} bytes more in "
             f"{directory}, where {free:,} are free: keep fewer with --k, in --dtype float16, or name another place."
         )
+
+
+def _bytes_per_token(k: int, vocab_size: int, dtype: str) -> int:
+    return k * _id_type(vocab_size).itemsize + (k + 1) * np.dtype(dtype).itemsize
 
 
 def _id_type(vocab_size: int) -> np.dtype:
@@ -245,11 +255,15 @@ def _shard(
     panel: TeacherPanel, targets: Sequence[Target], header: Header, forbidden_V: Tensor, batch_size: int
 ) -> dict[str, np.ndarray]:
     """The arrays of one shard's file."""
-    parts = [
-        _distributions(panel, targets[start : start + batch_size], header, forbidden_V)
-        for start in range(0, len(targets), batch_size)
-    ]
-    ids, logps = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    num_tokens = sum(len(target.ids) for target in targets)
+    ids = np.empty((num_tokens, header.k), _id_type(header.vocab_size))
+    logps = np.empty((num_tokens, header.k + 1), header.dtype)
+    done = 0
+    for start in range(0, len(targets), batch_size):
+        for ids_nk, logps_nk1 in _distributions(panel, targets[start : start + batch_size], header, forbidden_V):
+            place = slice(done, done := done + len(ids_nk))
+            with np.errstate(over="ignore"):  # log 0 becomes minus infinity in float16
+                ids[place], logps[place] = ids_nk.numpy(), logps_nk1.numpy()
     ends = np.cumsum([len(target.ids) for target in targets])
     rows = [slice(end - len(target.ids), end) for end, target in zip(ends, targets, strict=True)]
     return {
@@ -264,8 +278,12 @@ def _shard(
 @torch.no_grad()
 def _distributions(
     panel: TeacherPanel, targets: Sequence[Target], header: Header, forbidden_V: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` and `logps` of all tokens of the targets, one target after the other."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`ids` and `logps` of all tokens of the targets, one target after the other, some tokens at a time.
+
+    Raises:
+        InputError: A log-probability is not finite.
+    """
     ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(target.ids) for target in targets], batch_first=True)
     lengths_B = torch.tensor([len(target.ids) for target in targets])
     mask_BT = torch.arange(ids_BT.shape[1])[None, :] < lengths_B[:, None]
@@ -274,7 +292,6 @@ def _distributions(
     heads = [scorer.teacher.backbone.head for scorer in panel.scorers]
     device, V = states_KND[0].device, min(scorer.teacher.backbone.vocab_size for scorer in panel.scorers)
     forbidden_V, at_once = forbidden_V[:V].to(device), max(1, MAX_SLICE_ELEMENTS // V)
-    found: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(states_KND[0]), at_once):
         logits_KnV = [
             head(states_ND[start : start + at_once])[:, :V].to(device)
@@ -284,10 +301,7 @@ def _distributions(
             logits_KnV, panel.weights, temperature=header.temperature, forbidden_V=forbidden_V
         )
         ids_nk = top_ids(logps_nV, header.k)
-        found.append((ids_nk.cpu(), merged(logps_nV, ids_nk).cpu()))
-    ids_Nk, logps_Nk1 = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if not torch.isfinite(logps_Nk1).all():
-        raise InputError("The teacher's log-probabilities are not finite: it cannot be cached.")
-    with np.errstate(over="ignore"):  # log 0 becomes minus infinity in float16
-        logps = logps_Nk1.numpy().astype(header.dtype)
-    return ids_Nk.numpy().astype(_id_type(V)), logps
+        logps_nk1 = merged(logps_nV, ids_nk)
+        if not torch.isfinite(logps_nk1).all():
+            raise InputError("The teacher's log-probabilities are not finite: it cannot be cached.")
+        yield ids_nk.cpu(), logps_nk1.cpu()

@@ -11,7 +11,7 @@ from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.metrics import sentence_bleu
 from rlkd_trl.models.answers import answer_prompts, decode
 from rlkd_trl.models.vocabulary import share_special_tokens
-from rlkd_trl.teachers.panel import TeacherPanel
+from rlkd_trl.teachers.panel import Scorer, TeacherPanel
 
 
 def pseudo_labels(
@@ -23,10 +23,10 @@ def pseudo_labels(
     leave_out: Collection[str] = ("references",),
     **generation,
 ) -> Iterator[dict[str, object]]:
-    """Answers of the panel's first teacher to each row, through each template.
+    """Answers of the panel's first teacher to each row, through each template; with a routing each row's owners'.
 
-    Yields, for each template all rows in order: the row without the columns `leave_out`, with `pseudo_label` (the
-    answer) and `template` (its name). `num_beams` and `generation` go to `answer_prompts`.
+    Yields, for each teacher and template all of its rows in order: the row without the columns `leave_out`, with
+    `pseudo_label` (the answer) and `template` (its name). `num_beams` and `generation` go to `answer_prompts`.
 
     With `interpolate`, which needs strategy "beam", the answer is the `nearest_candidate` to the row's references
     among the `num_beams` best, and `candidate` is its rank, 0 for the best beam. Candidates that the length cap has
@@ -35,16 +35,20 @@ def pseudo_labels(
     Raises:
         InputError: As `answer_prompts`; or `interpolate` and a row without references.
     """
-    teacher = panel.scorers[0].teacher
-    share_special_tokens([(teacher.model, teacher.processing_class)], reference_texts(rows))
+    teachers = {id(scorer.teacher): scorer.teacher for scorer in _answering(panel)}.values()
+    share_special_tokens([(teacher.model, teacher.processing_class) for teacher in teachers], reference_texts(rows))
     for i, row in enumerate(rows if interpolate else []):
         if not row.get("references"):
             raise InputError(f"Row {i + 1} has no references, and interpolation needs one to choose a beam by.")
     candidates_per_row = num_beams if interpolate else 1
     names = panel.templates.names if panel.templates is not None else [None]
-    questions_of_rows = [panel.questions(row) for row in rows]
-    for scorer, template_name in zip(panel.scorers, names, strict=False):  # the first teacher's come first
-        prompts_P = scorer.prompts(questions_of_rows)
+    owned_KP = panel.owned(rows)
+    for k, scorer in enumerate(_answering(panel)):
+        own = [row for row, is_owned in zip(rows, owned_KP[k].tolist(), strict=True) if is_owned]
+        if not own:
+            continue
+        teacher, template_name = scorer.teacher, names[k % len(names)]
+        prompts_P = scorer.prompts([panel.questions(row) for row in own])
         batches = answer_prompts(
             teacher.model,
             teacher.processing_class,
@@ -54,7 +58,7 @@ def pseudo_labels(
             all_beams=interpolate,
             **generation,
         )
-        remaining = iter(rows)
+        remaining = iter(own)
         for completions in batches:
             texts = decode(completions, teacher.processing_class)
             for first in range(0, len(texts), candidates_per_row):
@@ -87,14 +91,15 @@ def write_pseudo_labels(
     The file has the name `path` + ".part" until it is complete. Of several processes the first one writes it; with a
     sharded teacher the others compute the same answers along with it.
     """
+    total = int(panel.owned(rows)[: len(_answering(panel))].sum())
     if not is_first_process():
-        for _ in pseudo_labels(panel, rows, **generation) if panel.scorers[0].teacher.backbone.is_sharded else ():
+        is_sharded = any(scorer.teacher.backbone.is_sharded for scorer in _answering(panel))
+        for _ in pseudo_labels(panel, rows, **generation) if is_sharded else ():
             pass
-        return _label_count(panel, rows)
+        return total
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    total = _label_count(panel, rows)
     with part.open("w", encoding="utf-8") as file:
         for label in tqdm(pseudo_labels(panel, rows, **generation), total=total, desc="Pseudo-labels"):
             file.write(json.dumps(label, ensure_ascii=False) + "\n")
@@ -107,5 +112,7 @@ def part_of(path: str | Path) -> Path:
     return Path(path).with_name(f"{Path(path).name}.part")
 
 
-def _label_count(panel: TeacherPanel, rows: Sequence) -> int:
-    return len(rows) * (1 if panel.templates is None else len(panel.templates))
+def _answering(panel: TeacherPanel) -> list[Scorer]:
+    """The scorers that answer: the first teacher's, which come first; with a routing all."""
+    num_templates = 1 if panel.templates is None else len(panel.templates)
+    return panel.scorers[: None if panel.routing is not None else num_templates]

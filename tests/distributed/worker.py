@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError, TrainingError
+from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.trainers.processes import from_first_process
-from tests.conftest import MODELS, PAD
+from tests.conftest import MODELS, PAD, word_tokenizer
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, teacher_reward
 
@@ -42,6 +45,7 @@ class Case:
     has_bad_rewards: bool = False
     of_characters: bool = False  # the teacher's tokens are characters
     is_misread: bool = False  # the student reads some completions as NaN
+    panel: str = ""  # of three teachers: "per_example" weights, or "routing" of each example to one
 
 
 CASES = {
@@ -71,6 +75,10 @@ CASES = {
     "kd-aligned": Case(
         "kd", "t5-untied", 2, settings=(("align_tokenizers", True), ("divergence", "tvd")), of_characters=True
     ),
+    "rloo-token-weighed": Case("rloo-token", gradient_accumulation=2, panel="per_example"),
+    "kd-weighed": Case("kd", "llama", 2, settings=(("divergence", "jsd"),), panel="per_example"),
+    "rloo-sequence-routed": Case("rloo-sequence", panel="routing"),
+    "kd-routed": Case("kd", gradient_accumulation=2, panel="routing"),
     "reinforce": Case(
         "reinforce",
         settings=(("baseline", "mean"), ("mask_truncated_completions", True), ("average_reward", "rollout")),
@@ -104,6 +112,7 @@ CASES = {
         "all-actions", "llama", 2, settings=(("signal", "teacher_forcing"), ("mask_truncated_completions", True))
     ),
 }
+EXPERTS = ("one", "two", "three")
 GLOBAL_BATCH = 8
 BUDGETS = (3.0, 3.1, 1e6)
 
@@ -184,7 +193,24 @@ def misread_some(trainer) -> None:
     backbone.completion_states = of_completions
 
 
+def panel_of(case: Case) -> TeacherPanel:
+    teachers = [Teacher(MODELS[case.family](seed=seed), word_tokenizer()) for seed in (5, 6, 7)]
+    if case.panel == "routing":
+        return TeacherPanel(teachers, routing=Routing("expert", None, EXPERTS))
+    return TeacherPanel(teachers, weighting=case.panel)
+
+
+def data_of(case: Case) -> Dataset:
+    """The rows, and for a routing whose each is: three of one expert, then three of the next."""
+    data = pairs(case.rows, seed=1)
+    if case.panel != "routing":
+        return data
+    return data.add_column("expert", [EXPERTS[(i // 3) % len(EXPERTS)] for i in range(len(data))])
+
+
 def reward_of(case: Case) -> TeacherForcingReward | list | None:
+    if case.panel:
+        return TeacherForcingReward(panel_of(case))
     if case.of_characters:
         return TeacherForcingReward(MODELS[case.family](seed=5), character_tokenizer())
     return [teacher_reward(case.family), sometimes_nan] if case.has_bad_rewards else None
@@ -195,7 +221,7 @@ def train(case: Case, output_dir: Path, *, processes: int, gradient_accumulation
         case.method,
         output_dir,
         family=case.family,
-        data=pairs(case.rows, seed=1),
+        data=data_of(case),
         reward=reward_of(case),
         per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation,
         gradient_accumulation_steps=gradient_accumulation,

@@ -417,6 +417,16 @@ ARRIVES = {
         f"{ASKED} --template_column ask",
         lambda r, seen, base: seen.widest("teacher") > base.widest("teacher"),
     ),
+    "RoutingArguments.teacher_column": (
+        ("pseudo_label",),
+        "--teacher {teacher} {other} --teacher_column expert",
+        lambda r, seen, base: set(answers(seen)) - set(answers(base)) and len(seen.labels) == len(base.labels),
+    ),
+    "RoutingArguments.template_column": (
+        ("pseudo_label",),
+        f"{ASKED} --template_column ask",
+        lambda r, seen, _: {line["template"] for line in seen.labels} == {line["ask"] for line in seen.labels},
+    ),
     "StudentArguments.student": (
         WITH_STUDENTS,
         "--student {other}",

@@ -53,6 +53,7 @@ GROUPS = {
         "Data": DATA,
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
+        "An expert for each example": "teacher_column template_column",
         "Pseudo-labels": "output strategy num_beams interpolate temperature max_completion_length batch_size seed",
     },
     "cache_teacher": {

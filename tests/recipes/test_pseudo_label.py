@@ -53,6 +53,28 @@ def test_interpolation_labels_an_input_with_the_beam_that_its_references_name(fa
     assert all("ref" not in line and "references" not in line for line in read_jsonl(output))
 
 
+def test_each_row_is_answered_by_the_teacher_and_through_the_template_that_it_names(checkpoints, tmp_path):
+    pair = checkpoints["t5-tied"]
+    rows = [
+        {"mr": row["mr"], "expert": ("student", "teacher")[i % 3 > 0], "ask": ("two", "one")[i % 2]}
+        for i, row in enumerate(word_rows(8, seed=1))
+    ]
+    data, output = write_csv(tmp_path / "data.csv", rows), tmp_path / "labels.jsonl"
+    write_templates(tmp_path / "t.yaml", one="w9 {{ mr }}", two="{{ mr }} w4")
+    flags = f"--source_column mr --templates {tmp_path / 't.yaml'} --max_completion_length 6 --output {output}"
+    flags += " --teacher_column expert --template_column ask"
+    assert run(f"pseudo_label --teacher {pair.teacher} {pair.student} --dataset {data} {flags}") == 0
+    lines = {line["mr"]: line for line in read_jsonl(output)}
+    assert len(lines) == len(rows)
+    for row in rows:
+        asked = f"w9 {row['mr']}" if row["ask"] == "one" else f"{row['mr']} w4"
+        [answer] = generated(getattr(pair, row["expert"]), [asked])
+        assert lines[row["mr"]]["pseudo_label"] == answer
+        assert lines[row["mr"]]["template"] == row["ask"]
+    assert run(f"pseudo_label --teacher {pair.teacher} {pair.student} --dataset {data} --source_column mr "
+               f"--output {tmp_path / 'none.jsonl'}") == 2  # fmt: skip
+
+
 def test_sampling_depends_on_its_seed_and_temperature(checkpoints, test_csv, tmp_path):
     teacher = checkpoints["t5-tied"].teacher
 

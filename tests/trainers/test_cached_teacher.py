@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import TeacherForcingReward
-from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.teachers import Teacher, TeacherPanel, cache_writer
 from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, key_of, shard_file
 from rlkd_trl.teachers.cache_writer import is_place_of_cache, remove_cache, targets_of, write_cache
 from rlkd_trl.trainers.run_record import model_record
@@ -135,6 +135,16 @@ def test_every_target_is_found_and_no_other(tmp_path):
     assert [panel.cache.place_of(key) for key in keys] == list(range(len(keys)))
     assert panel.cache.place_of(keys[7][:8] + keys[8][8:]) is None
     assert panel.cache.place_of(bytes(16)) is None and panel.cache.place_of(b"\xff" * 16) is None
+
+
+@pytest.mark.parametrize(("k", "rows"), [(4, 5), (1, 16), (0, 1)])
+def test_a_file_is_as_large_as_memory_has_room_for(k, rows, tmp_path, monkeypatch):
+    """A token of 4 ids takes 4 · 2 + 5 · 4 = 28 bytes, the longest target has 6: 1000 bytes hold 5 targets of 168.
+
+    One id takes 2 + 2 · 4 = 10 bytes: 16 targets of 60 are 960. All 24 ids of one target are 888.
+    """
+    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 1000)
+    assert cached(tmp_path, panel_of("llama"), k=k, rows_per_shard=None).cache.header.rows_per_shard == rows
 
 
 def test_a_stopped_writer_goes_on_and_leaves_whole_shards_alone(tmp_path, monkeypatch):
