@@ -10,6 +10,7 @@ Sequence-Level Knowledge Distillation"); the mean reward. Greedy outputs, or sam
 
 from contextlib import nullcontext
 
+from rlkd_trl.commands.absent_teachers import check_evaluation_server
 from rlkd_trl.commands.checks import (
     check_checkpoints,
     check_evaluation_panel,
@@ -37,9 +38,11 @@ def main() -> None:
     refuse_unused(settings.evaluation, "temperature", unless=settings.evaluation.sample, needs="--sample")
     rewards = checked_rewards(settings.reward, settings.evaluation.reward_weights)
     align = settings.evaluation.align_tokenizers
-    refuse_unused(settings.evaluation, "align_tokenizers", unless=settings.teacher.teacher, needs="--teacher")
+    has_teacher = settings.teacher.teacher or settings.absent.teacher_server
+    refuse_unused(settings.evaluation, "align_tokenizers", unless=has_teacher, needs="--teacher")
     check_checkpoints(settings.teacher, settings.student, align=align)
     check_evaluation_panel(settings, templates, rows)
+    check_evaluation_server(settings)
     of_prompts = (settings.prompts, templates, settings.student, settings.teacher)
     lengths = {name: getattr(settings.evaluation, name) for name in ("max_prompt_length", "max_completion_length")}
     rows = list(fit_rows(rows, "Data", *of_prompts, **lengths))

@@ -2,8 +2,8 @@ r"""Several encoders as teachers (MT-BERT), and a chain through an assistant, on
 
     python recipes/benchmarks/several_encoders.py --e2e e2e/train.csv e2e/test.csv --work_dir runs/encoders
 
-Material, task teacher and measuring are those of `encoders.py`, whose work folder may be given: which food a
-restaurant has, from the sentence; accuracy on 300 sentences of held-out inputs.
+Material and measuring are those of `encoders.py`, whose work folder may be given: which food a restaurant has, from
+the sentence; accuracy on 300 sentences of held-out inputs.
 
 MT-BERT (Wu, Wu & Huang 2021). Two teachers: the encoder of 6 layers, and its lowest 4 layers. Both are fine-tuned
 alone, or together under one pooler and head (`--train_along`). Students, three of the first teacher's layers, learn
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 from encoder_measurements import carry_out, measure_accuracy
-from encoder_runs import LONG, PRESETS, QUIET, SHORT, TEACHER, TEACHER_STEPS, Budget, Plan, Run, stages_of
+from encoder_runs import LONG, PRESETS, QUIET, SHORT, TEACHER, Budget, Plan, Run, stages_of
 from encoders import HEAD_STEPS, RESULTS, make_material
 from result_files import made_by, shown, write_results
 from stages import apart
@@ -35,7 +35,8 @@ from rlkd_trl.planning.assistants import geometric_size
 
 TASK = "food"
 SECOND_LAYERS = 4  # of the second teacher
-CHAIN_STEPS = 240  # of each way, in all
+CHAIN_STEPS = 160  # of each way, in all
+TEACHER_STEPS = 40
 STUDENT = {"num_layers": 3, "hidden_size": 192, "num_heads": 6}
 LABELS_ALONE = {"stages": ["task"], "losses": ["hard_ce"]}
 # What the students of two teachers learn from.
@@ -63,7 +64,7 @@ class Runs:
         self.place, self.most_steps = here / "several", most_steps
         self.plan = Plan(here, tasks=(TASK,), most_steps=most_steps)
         self.encoders = here / "encoder", self.place / "encoder2"
-        self.first = self.plan.teacher(TASK)
+        self.first = self._teacher("first", self.encoders[0])
         self.second = self._teacher("second", self.encoders[1])
         self.together = self._teacher("together", self.encoders[0], ["--train_along", self.encoders[1]])
 

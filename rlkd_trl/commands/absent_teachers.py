@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import AbsentTeacherArguments
+from rlkd_trl.commands.arguments import RewardArguments, ServerArguments
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel, routing_of, student_writer
-from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings
+from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, RewardedSettings
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 
@@ -44,6 +44,22 @@ def check_absent_teacher(settings: DistillationSettings, templates: PromptTempla
         _check_cache(settings, templates)
     else:
         _check_server(settings)
+
+
+def check_evaluation_server(settings: EvaluationSettings) -> None:
+    """Checks that the server, if one is named, is there and tells the rewards. Raises `InputError` if not."""
+    if settings.absent.teacher_server is None:
+        _refuse_others(settings.absent, (), "a teacher in this process")
+        return
+    if settings.teacher.teacher is not None:
+        raise InputError("--teacher and --teacher_server are teachers in place of each other: give one of them.")
+    gamma = settings.evaluation.gamma
+    if gamma < 1 and "teacher_forcing" in settings.reward.reward:
+        raise InputError(
+            f"--gamma {gamma} with --teacher_server: a completion's discounted reward needs the mean logits, which a "
+            "server does not tell. Leave it at 1, or give the teacher itself with --teacher."
+        )
+    _check_reachable(settings, align=settings.evaluation.align_tokenizers)
 
 
 def check_cached_rows(
@@ -95,30 +111,42 @@ def _check_cache(settings: DistillationSettings, templates: PromptTemplates | No
 
 
 def _check_server(settings: DistillationSettings) -> None:
-    from rlkd_trl.models.vocabulary import check_tokenizers
     from rlkd_trl.trainers.checks import check_tells_rewards
 
-    flag, args = "--teacher_server", settings.args
+    args = settings.args
     if not isinstance(settings, RewardedSettings):
         raise InputError(
-            f"{flag} tells log p of each written token and of the best one, and this method compares teacher and "
-            "student over all tokens: use ppo_kd.py, rloo_kd.py or reinforce_kd.py (the reward log_ratio is per-token "
-            "distillation), or give the teacher itself with --teacher."
+            "--teacher_server tells log p of each written token and of the best one, and this method compares teacher "
+            "and student over all tokens: use ppo_kd.py, rloo_kd.py or reinforce_kd.py (the reward log_ratio is "
+            "per-token distillation), or give the teacher itself with --teacher."
         )
+    if "teacher_forcing" in settings.reward.reward:
+        check_tells_rewards(settings.reward.value, _tau(settings.reward), args)
+    _check_reachable(settings, align=args.align_tokenizers if args.can_align else None)
+
+
+def _tau(reward: RewardArguments) -> float | None:
+    return reward.tau if reward.value == "soft" else None
+
+
+def _check_reachable(settings: RewardedSettings | EvaluationSettings, *, align: bool | None) -> None:
+    """Checks the flags beside `--teacher_server`, and asks the server. Raises `InputError`."""
+    from rlkd_trl.models.vocabulary import check_tokenizers
+    from rlkd_trl.teachers.served import check_wanted
+
+    flag, reward = "--teacher_server", settings.reward
     if settings.absent.teacher_tokenizer is None:
         raise InputError(f"{flag} needs --teacher_tokenizer: a directory or Hub id with the served model's tokenizer.")
     _refuse_others(settings.teacher, _WITH_A_SERVER, f"{flag}, whose teacher is loaded elsewhere")
     _refuse_others(settings.panel, _OF_PANELS_WITH_A_SERVER, f"{flag}, which is one teacher")
-    if "teacher_forcing" in settings.reward.reward:
-        tau = settings.reward.tau if settings.reward.value == "soft" else None
-        check_tells_rewards(settings.reward.value, tau, args)
+    if "teacher_forcing" in reward.reward:
+        check_wanted(expected=reward.value == "expected", tau=_tau(reward))
     teacher = connect_server(settings)
     tokenizer = student_writer(settings.student).processing_class
-    align = args.align_tokenizers if args.can_align else None
     check_tokenizers(tokenizer, [teacher.processing_class], align=align)
 
 
-def api_key_of(absent: AbsentTeacherArguments) -> str | None:
+def api_key_of(absent: ServerArguments) -> str | None:
     """The key in the environment variable that a flag names. Raises `InputError` if there is none."""
     name = absent.teacher_api_key_env
     if name is None:
@@ -131,7 +159,7 @@ def api_key_of(absent: AbsentTeacherArguments) -> str | None:
     return os.environ[name]
 
 
-def connect_server(settings: DistillationSettings) -> "ServedTeacher":
+def connect_server(settings: DistillationSettings | EvaluationSettings) -> "ServedTeacher":
     """The teacher behind the server that the flags name. Raises `InputError` if it cannot be asked."""
     from rlkd_trl.models.loading import load_tokenizer
     from rlkd_trl.teachers.completions_api import CompletionsClient
@@ -159,7 +187,6 @@ def connect_server(settings: DistillationSettings) -> "ServedTeacher":
 
 def load_any_panel(settings: DistillationSettings, templates: PromptTemplates | None) -> "TeacherPanel":
     """The teachers that the flags name, in this process or not. Raises `InputError`."""
-    from rlkd_trl.teachers import TeacherPanel
     from rlkd_trl.teachers.cache import CachedPanel, TeacherCache
 
     absent, panel, length = settings.absent, settings.panel, settings.args.max_completion_length
@@ -169,7 +196,16 @@ def load_any_panel(settings: DistillationSettings, templates: PromptTemplates | 
         cache = TeacherCache(absent.teacher_cache)
         say(f"Teacher: {cache.describe()}. It is not loaded.")
         return CachedPanel(cache, templates)
-    teacher = connect_server(settings)
+    return load_served_panel(settings, templates, max_reference_length=length)
+
+
+def load_served_panel(
+    settings: DistillationSettings | EvaluationSettings, templates: PromptTemplates | None, **of_panel
+) -> "TeacherPanel":
+    """The teacher behind a server. Raises `InputError`."""
+    from rlkd_trl.teachers import TeacherPanel
+
+    panel, teacher = settings.panel, connect_server(settings)
     say(f"Teacher: {teacher.describe()}. It is not loaded.")
     return TeacherPanel(
         [teacher],
@@ -177,5 +213,5 @@ def load_any_panel(settings: DistillationSettings, templates: PromptTemplates | 
         template_weights=panel.template_weights,
         weighting="per_example" if panel.teacher_weighting == "per_example" else "fixed",
         routing=routing_of(panel, settings.teacher),
-        max_reference_length=length,
+        **of_panel,
     )

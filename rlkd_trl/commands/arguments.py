@@ -211,18 +211,14 @@ class PanelArguments(RoutingArguments):
 
 
 @dataclass
-class AbsentTeacherArguments:
-    """A teacher that is not in this process, in place of --teacher"""
+class ServerArguments:
+    """A teacher behind a server, in place of --teacher"""
 
-    teacher_cache: TeacherCachePath | None = field(
-        default=None,
-        metadata={"help": "Directory that cache_teacher.py has written: kd.py learns from it without the teacher."},
-    )
     teacher_server: str | None = field(
         default=None,
         metadata={
             "help": "URL of a server of the completions API (vLLM's, for instance) with a decoder-only teacher: PPO, "
-            "RLOO and REINFORCE."
+            "RLOO, REINFORCE and evaluate.py."
         },
     )
     teacher_tokenizer: CheckpointPath | None = field(
@@ -244,6 +240,16 @@ class AbsentTeacherArguments:
 
     def __post_init__(self):
         check_ranges(self)
+
+
+@dataclass
+class AbsentTeacherArguments(ServerArguments):
+    """A teacher that is not in this process, in place of --teacher"""
+
+    teacher_cache: TeacherCachePath | None = field(
+        default=None,
+        metadata={"help": "Directory that cache_teacher.py has written: kd.py learns from it without the teacher."},
+    )
 
     @property
     def named(self) -> str | None:

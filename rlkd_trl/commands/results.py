@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlkd_trl.commands.absent_teachers import load_served_panel
 from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
@@ -188,23 +189,20 @@ def evaluate_checkpoints(
     lengths = {"max_completion_length": evaluation.max_completion_length, "batch_size": evaluation.batch_size}
     evaluations, reward_model, teacher_completions, teacher_tokenizer = {}, None, None, None
     share_special_tokens([(model, tokenizer)], reference_texts(rows))
+    of_panel = {"max_reference_length": evaluation.max_completion_length}
+    panel = None
     if settings.teacher.teacher is not None:
+        panel = load_panel(settings.teacher, templates, settings.panel, **of_panel)
+    elif settings.absent.teacher_server is not None:
+        panel = load_served_panel(settings, templates, **of_panel)
+    if panel is not None:
         reward_model = load_reward_model(
-            rewards,
-            settings.reward,
-            load_panel(
-                settings.teacher,
-                templates,
-                settings.panel,
-                max_reference_length=evaluation.max_completion_length,
-            ),
-            gamma=evaluation.gamma,
-            weights=evaluation.reward_weights,
+            rewards, settings.reward, panel, gamma=evaluation.gamma, weights=evaluation.reward_weights
         )
         teachers = [scorer.teacher for panel in reward_model.panels for scorer in panel.scorers]
-        of_teachers = [(teacher.model, teacher.processing_class) for teacher in teachers]
-        share_special_tokens([(model, tokenizer), *of_teachers])
-        if reward_model.panels:
+        in_process = [(teacher.model, teacher.processing_class) for teacher in teachers if teacher.model is not None]
+        share_special_tokens([(model, tokenizer), *in_process])
+        if reward_model.panels and in_process:
             say(f"Evaluating the teacher: its greedy outputs on {len(rows)} inputs.")
             teacher_tokenizer = teachers[0].processing_class
             evaluations["teacher"] = evaluate_teacher(

@@ -29,6 +29,7 @@ from rlkd_trl.commands.arguments import (
     RewardArguments,
     RoutingArguments,
     RunArguments,
+    ServerArguments,
     StudentArguments,
     TaskDataArguments,
     TeacherArguments,
@@ -147,6 +148,7 @@ class EvaluationSettings:
     prompts: PromptArguments
     teacher: TeacherArguments
     panel: PanelArguments
+    absent: ServerArguments
     student: StudentArguments
     code: CodeArguments
     reward: RewardArguments

@@ -367,7 +367,8 @@ ARRIVES = {
     ),
     "AbsentTeacherArguments.teacher_cache": ((), "", None),  # and those of a cache: test_cached_teacher.py
     **{  # test_served_teacher.py
-        f"AbsentTeacherArguments.{name}": ((), "", None)
+        f"{kind}.{name}": ((), "", None)
+        for kind in ("AbsentTeacherArguments", "ServerArguments")
         for name in (
             *("teacher_server", "teacher_tokenizer", "teacher_server_model", "teacher_api_key_env"),
             *("teacher_server_timeout", "teacher_server_patience", "teacher_server_concurrency"),

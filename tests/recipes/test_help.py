@@ -19,10 +19,11 @@ TEACHER = (
 )
 STUDENT = "student student_dtype"
 PANEL = "teacher_weights template_weights teacher_weighting teacher_column template_column"
-ABSENT = (
-    "teacher_cache teacher_server teacher_tokenizer teacher_server_model teacher_api_key_env teacher_server_timeout "
+SERVER = (
+    "teacher_server teacher_tokenizer teacher_server_model teacher_api_key_env teacher_server_timeout "
     "teacher_server_patience teacher_server_concurrency"
 )
+ABSENT = f"teacher_cache {SERVER}"
 REWARD = "reward value k tau"
 TRAINING = (
     "output_dir max_steps num_train_epochs seed learning_rate lr_scheduler_type warmup_steps max_grad_norm "
@@ -149,6 +150,7 @@ GROUPS = {
         "Prompts": PROMPTS,
         "Teacher": TEACHER,
         "Several teachers or templates": PANEL,
+        "A teacher behind a server": SERVER,
         "Student": STUDENT,
         "Reward": REWARD,
         "Evaluation": "output_dir max_completion_length batch_size sample temperature seed ibleu reward_weights",

@@ -90,6 +90,27 @@ def test_the_key_is_sent_and_written_nowhere(asked, far, checkpoints, tmp_path, 
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
 
 
+def test_an_evaluation_is_that_with_the_teacher_itself(far, checkpoints, test_csv, tmp_path, capsys):
+    """But for the teacher's own outputs, which a server that only reads does not write."""
+    pair = checkpoints["llama"]
+    write_templates(tmp_path / "t.yaml", one="w9 {{ mr }}", two="{{ mr }} w4")
+    command = f"evaluate --student {pair.student} --dataset {test_csv} {COLUMNS} --templates {tmp_path / 't.yaml'} "
+    command += "--reward log_likelihood --max_completion_length 6"
+    assert run(f"{command} --teacher {pair.teacher} --output_dir {tmp_path / 'near'}") == 0
+    with far() as loopback:
+        served_by = flags(loopback, pair.teacher)
+        assert run(f"{command} {served_by} --output_dir {tmp_path / 'far'}") == 0
+        assert run(f"{command} {served_by} --teacher {pair.teacher}") == 2
+        assert run(f"{command} {served_by} --gamma 0.9 --reward teacher_forcing") == 2
+        assert run(f"{command} {served_by} --value expected --reward teacher_forcing") == 2
+    near, away = metrics_of(tmp_path / "near"), metrics_of(tmp_path / "far")
+    assert list(away) == ["student"] and "teacher" in near
+    del near["student"]["student_nll_of_teacher_per_token"]
+    assert away["student"] == pytest.approx(near["student"], abs=1e-4)
+    refused = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "in place of each other" in refused[0] and "--gamma 0.9" in refused[1] and "'expected'" in refused[2]
+
+
 def test_a_server_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(asked, far, checkpoints, tmp_path, capfd):
     """At another address, to the student of a run without the failure."""
     teacher = checkpoints["llama"].teacher
