@@ -392,7 +392,10 @@ class EncoderPanelArguments:
 
     more_teachers: list[CheckpointPath] | None = field(
         default=None,
-        metadata={"help": "More teachers of task stages, beside --task_teacher: each loss is summed over all."},
+        metadata={
+            "help": "More teachers, beside --task_teacher of task stages or, where there are none, --teacher: each "
+            "loss is summed over all."
+        },
     )
     teacher_weighting: str = field(
         default="per_example",

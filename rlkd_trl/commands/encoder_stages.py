@@ -126,13 +126,20 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
                 "nsp_ce learns which text follows which: name the second one's column with --pair_column."
             )
         of_stage = Rows(*(with_next_sentences(part, args.seed) for part in (of_stage.train, of_stage.test)))
-    more_teachers = tuple(settings.panel.more_teachers or ()) if objective.stage == "task" and name is not None else ()
+    has_more = name is not None and objective.stage == _stage_of_more_teachers(settings.args.stages)
+    more_teachers = tuple(settings.panel.more_teachers or ()) if has_more else ()
     for other in more_teachers:
         check_teacher(other, None, objective)
-        _check_same_classes(name, load_encoder_config(name, revision=revision), other, load_encoder_config(other))
+        if objective.stage == "task":
+            _check_same_classes(name, load_encoder_config(name, revision=revision), other, load_encoder_config(other))
     is_last = number == len(settings.args.stages) - 1
     trained_along = tuple(settings.panel.train_along or ())
     return Stage(args, of_stage, name, revision, student, classes, is_last, more_teachers, trained_along)
+
+
+def _stage_of_more_teachers(stages: Sequence[str]) -> str:
+    """The stages that more teachers are for: those of the task where there are any."""
+    return "task" if "task" in stages else "general"
 
 
 def _check_same_classes(
@@ -153,16 +160,17 @@ def check_panel(settings: EncoderSettings) -> None:
     teaches = [
         number
         for number in range(len(stages))
-        if (objective := args.objective(number)).stage == "task" and objective.needs_teacher
+        if (objective := args.objective(number)).stage == _stage_of_more_teachers(stages) and objective.needs_teacher
     ]
-    named = settings.teacher.task_teacher or settings.teacher.teacher
+    named = settings.teacher.teacher or ("task" in stages and settings.teacher.task_teacher)
     refuse_unused(
         panel,
         "more_teachers",
         unless=bool(teaches and named),
-        needs="a task stage with a --task_teacher and its losses",
+        needs="a --teacher, or in a task stage a --task_teacher, and its losses",
     )
-    refuse_unused(panel, "teacher_weighting", unless=bool(panel.more_teachers), needs="--more_teachers")
+    of_task = bool(panel.more_teachers) and "task" in stages
+    refuse_unused(panel, "teacher_weighting", unless=of_task, needs="--more_teachers of a task stage")
     if panel.train_along:
         check_trained_along(args.objective(0), None, len(panel.train_along))
         if settings.student.student is None or len(stages) > 1:

@@ -68,8 +68,9 @@ class EncoderKDTrainer(DistillationTrainer):
             `label` (a class's number, or a float in regression) and `next_sentence_label`.
         data_collator: Replaces the trainer's own, for instance by one of transformers' for tokenised rows.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
-        more_teachers: More teachers of a task stage; each loss is summed over all (see `PanelLosses`).
-        weigh_teachers: With several: whether `logits_kl` is weighed per text by each teacher's own error (MT-BERT).
+        more_teachers: More teachers; each loss is summed over all (see `PanelLosses`).
+        weigh_teachers: With several in a task: whether `logits_kl` is weighed per text by each teacher's own error
+            (MT-BERT).
         trained_along: More encoders, trained on labels together with `model`, under its head (see `JointEncoders`).
 
     Raises:
@@ -345,9 +346,9 @@ class EncoderKDTrainer(DistillationTrainer):
 
         In a task these are accuracy and F1, or correlations in regression, and agreement with the teacher; where other
         encoders are trained along, the losses are sums over all, and `ensemble_accuracy` and so on are of all
-        together. In a general stage, how like the teacher's its last hidden states and its similarities of texts are
-        (see `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too large;
-        if there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
+        together. In a general stage, how like the first teacher's its last hidden states and its similarities of texts
+        are (see `Seen.likeness`). `samples_not_finite` counts the texts for which a number is NaN, infinite or too
+        large; if there are any, a warning names one of them, and how well it does is NaN. See `check_finite`.
         """
         was_training = self.student.training
         self.student.eval()

@@ -1,4 +1,4 @@
-"""Losses of a student with several teachers: multi-teacher distillation of encoders (MT-BERT)."""
+"""Losses of a student with several teachers: multi-teacher distillation (MT-BERT)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +33,8 @@ class SeveralTeachings:
 class PanelLosses:
     """The losses of one stage for a student and several teachers, each summed over the teachers.
 
-    per_example: whether `logits_kl` of teacher i is divided by 1 + CE(y, p_i) on each text (Wu, Wu & Huang 2021,
-    L_dis), in regression by 1 + (y − z_i)²; texts without a label count in full.
+    per_example: whether in a task `logits_kl` of teacher i is divided by 1 + CE(y, p_i) on each text (Wu, Wu & Huang
+    2021, L_dis), in regression by 1 + (y − z_i)²; texts without a label count in full.
     """
 
     of_teachers: Sequence[StageLosses]
@@ -73,7 +73,8 @@ class PanelLosses:
         return total_B
 
     def _factor(self, teachings: Teachings, batch: Mapping[str, Tensor]) -> float | Tensor:
-        if not self.per_example or "labels" not in batch:
+        is_task = self.of_teachers[0].objective.stage == "task"  # else `labels` are masked tokens
+        if not (self.per_example and is_task and "labels" in batch):
             return 1.0
         if self.is_regression:
             return loss_factor(squared_error(teachings.logits[:, 0], batch["labels"]))
@@ -103,11 +104,8 @@ def panel_projections(
 
 def check_panel(objective: Objective, count: int) -> None:
     """Raises `InputError` if several teachers have nothing to teach in this stage."""
-    if count > 1 and (objective.stage != "task" or not objective.needs_teacher):
-        raise InputError(
-            f"{count} teachers are for a task stage with a loss that needs a teacher, and this is a {objective.stage} "
-            f"stage with {' + '.join(objective.weights)}: name one teacher."
-        )
+    if count > 1 and not objective.needs_teacher:
+        raise InputError(f"{' + '.join(objective.weights)} needs no teacher, and there are {count}: name none.")
 
 
 def merged(wanted: Sequence[Mapping[str, Mapping[str, set[int]]]]) -> dict[str, dict[str, set[int]]]:

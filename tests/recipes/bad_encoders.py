@@ -75,7 +75,12 @@ def make_encoder_files(here: Path, encoders: Encoders) -> None:
 
 ENCODER_CASES = [
     # several teachers
-    (GENERAL, "--more_teachers encoder", "--more_teachers ['encoder'] has no effect without a task stage with a"),
+    (GENERAL, "--losses mlm_ce --more_teachers encoder", "--more_teachers ['encoder'] has no effect without a --teac"),
+    (
+        GENERAL,
+        "--more_teachers encoder --teacher_weighting fixed",
+        "no effect without --more_teachers of a task stage",
+    ),
     (TASK, "--teacher_weighting fixed", "--teacher_weighting fixed has no effect without --more_teachers"),
     (TASK, "--teacher_weighting validation", "--teacher_weighting validation: choose one of per_example, fixed"),
     (TASK, "--more_teachers two_labels", "--more_teachers two_labels has other classes than classifier"),

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlkd_trl import EncoderKDConfig, EncoderKDTrainer
 from rlkd_trl.errors import InputError
@@ -86,6 +92,50 @@ def test_losses_are_those_of_plain_transformers(kind, tmp_path):
     assert not info["missing_keys"]
     trained = read(trainer.student.model.eval(), WORDS[0], kind)["logits"]
     torch.testing.assert_close(read(saved.eval(), WORDS[0], kind)["logits"], trained)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_generative_student_learns_the_states_of_several_teachers(kind, tmp_path):
+    """Σ_i MSE(H_i, W_i H_s), as MT-BERT's L_hid, and Σ_i T² KL, over tokens of each stack, of every text alone."""
+    auto_class = AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM
+
+    def model(layers: int, seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return auto_class.from_config(CONFIGS[kind](layers)).eval()
+
+    rows = [{"text": text, **({} if kind == "llama" else {"text_pair": text[::-1]})} for text in WORDS]
+    rows = [{name: " ".join(f"w{5 + len(w) % 9}" if name == "text_pair" else w for w in text.split())
+             for name, text in row.items()} for row in rows]  # fmt: skip
+    args = EncoderKDConfig(
+        str(tmp_path), stages=["general"], losses=["hidden_mse + logits_kl"], layer_map=["uniform"], temperature=[2.0],
+        max_steps=1, learning_rate=0.1, max_grad_norm=0.0, logging_steps=1, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    teachers = [model(4, seed=2), model(4, seed=3)]
+    trainer = EncoderKDTrainer(
+        model(2, seed=1), teachers[0], args, Dataset.from_list(rows), processing_class=tokenizer(),
+        more_teachers=teachers[1:],
+    )  # fmt: skip
+    student, hidden, soft = trainer.student.eval(), {stack: [] for stack in PAIRS[kind]}, []
+    for number in range(len(rows)):
+        batch = trainer.data_collator([trainer.train_dataset[number]])
+        inputs = {name: batch[name] for name in batch if "input_ids" in name}
+        read_by = [one(**inputs, output_hidden_states=True) for one in (student.model, *teachers)]
+        for stack, pairs in PAIRS[kind].items():
+            s, *ts = [outputs[f"{stack}_hidden_states".lstrip("_")] for outputs in read_by]
+            of_row = 0.0
+            for t, name in zip(
+                ts, (f"{stack or 'encoder'}_hidden_mse", f"{stack or 'encoder'}_hidden_mse_2"), strict=True
+            ):
+                w = student.projections[name]
+                of_row = of_row + sum((w(s[m][0]) - t[n][0]).square().mean(dim=-1) for m, n in pairs)
+            hidden[stack].append(of_row)
+        s, *ts = [(outputs.logits[0] / 2).log_softmax(-1) for outputs in read_by]
+        soft.append(sum(4 * (t.exp() * (t - s)).sum(dim=-1) for t in ts))
+    expected = sum(torch.cat(by_token).mean() for by_token in hidden.values()), torch.cat(soft).mean()
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for name, value in zip(("hidden_mse", "logits_kl"), expected, strict=True):
+        assert logged[f"losses/{name}"] == pytest.approx(float(value.detach()), rel=1e-4), name
 
 
 @pytest.mark.parametrize("kind", PAIRS)
