@@ -229,7 +229,7 @@ class Plan:
 
     def teacher(self, task: str) -> Run:
         directory = self.here / "task_teachers" / slug(task)
-        flags = ["--student", self.here / "encoder", *self._data_of(task), *TEACHER, *QUIET, "--seed", "0"]
+        flags = ["--student", self.here / "encoder", *self.data_of(task), *TEACHER, *QUIET, "--seed", "0"]
         settings = {"stages": ["task"], "losses": ["hard_ce"]}
         return Run("teacher", task, directory, settings, _words(flags), self._steps(TEACHER_STEPS), task)
 
@@ -243,14 +243,14 @@ class Plan:
         elif not has_general:
             flags += ["--teacher", self.here / "encoder"]
         flags += ["--student", self.general(name).directory] if has_general else _new_student(method)
-        flags += [*self._data_of(task), *method.budget.task_flags, *QUIET, "--seed", str(seed)]
+        flags += [*self.data_of(task), *method.budget.task_flags, *QUIET, "--seed", str(seed)]
         directory = self.here / "tasks" / slug(task) / f"{slug(name)}-seed{seed}"
         return Run("task", name, directory, settings, _words(flags), self._steps(method.budget.task), task, seed)
 
     def _steps(self, steps: int) -> int:
         return steps if self.most_steps is None else min(steps, self.most_steps)
 
-    def _data_of(self, task: str) -> list[object]:
+    def data_of(self, task: str) -> list[object]:
         rows = self.here / "tasks" / slug(task)
         columns = ["--task_source_column", "text", "--label_column", "label"]
         return ["--task_dataset", rows / "train.csv", "--task_eval_dataset", rows / "least.csv", *columns]

@@ -106,14 +106,14 @@ class Runs:
         return [self.first, self.second, self.together]
 
     def _teacher(self, name: str, encoder: Path, more: Sequence[object] = ()) -> Run:
-        flags = ["--student", encoder, *more, *self.plan._data_of(TASK), *TEACHER, *QUIET, "--seed", "0"]
+        flags = ["--student", encoder, *more, *self.plan.data_of(TASK), *TEACHER, *QUIET, "--seed", "0"]
         directory = self.place / "teachers" / name
         return Run("teacher", name, directory, LABELS_ALONE, list(map(str, flags)), self._steps(TEACHER_STEPS), TASK)
 
     def _run(
         self, kind: str, name: str, settings: dict, flags: Sequence[object], budget: Budget, steps: int, seed: int
     ) -> Run:
-        words = [*flags, *self.plan._data_of(TASK), *budget.task_flags, *QUIET, "--seed", seed]
+        words = [*flags, *self.plan.data_of(TASK), *budget.task_flags, *QUIET, "--seed", seed]
         directory = self.place / f"seed{seed}" / name.replace(" ", "_").replace(",", "").replace("'", "")
         return Run(kind, name, directory, settings, list(map(str, words)), self._steps(steps), TASK, seed)
 
