@@ -103,13 +103,22 @@ def test_a_generative_student_learns_the_states_of_several_teachers(kind, tmp_pa
         torch.manual_seed(seed)
         return auto_class.from_config(CONFIGS[kind](layers)).eval()
 
-    rows = [{"text": text, **({} if kind == "llama" else {"text_pair": text[::-1]})} for text in WORDS]
-    rows = [{name: " ".join(f"w{5 + len(w) % 9}" if name == "text_pair" else w for w in text.split())
-             for name, text in row.items()} for row in rows]  # fmt: skip
+    targets = [{} if kind == "llama" else {"text_pair": text} for text in reversed(WORDS)]
+    rows = [{"text": text, **target} for text, target in zip(WORDS, targets, strict=True)]
     args = EncoderKDConfig(
-        str(tmp_path), stages=["general"], losses=["hidden_mse + logits_kl"], layer_map=["uniform"], temperature=[2.0],
-        max_steps=1, learning_rate=0.1, max_grad_norm=0.0, logging_steps=1, disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
+        str(tmp_path),
+        stages=["general"],
+        losses=["hidden_mse + logits_kl"],
+        temperature=[2.0],
+        mlm_probability=0.0,  # no word is masked
+        max_steps=1,
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_strategy="no",
+        max_length=32,
+    )
     teachers = [model(4, seed=2), model(4, seed=3)]
     trainer = EncoderKDTrainer(
         model(2, seed=1), teachers[0], args, Dataset.from_list(rows), processing_class=tokenizer(),
@@ -123,10 +132,8 @@ def test_a_generative_student_learns_the_states_of_several_teachers(kind, tmp_pa
         for stack, pairs in PAIRS[kind].items():
             s, *ts = [outputs[f"{stack}_hidden_states".lstrip("_")] for outputs in read_by]
             of_row = 0.0
-            for t, name in zip(
-                ts, (f"{stack or 'encoder'}_hidden_mse", f"{stack or 'encoder'}_hidden_mse_2"), strict=True
-            ):
-                w = student.projections[name]
+            for t, suffix in zip(ts, ("", "_2"), strict=True):
+                w = student.projections[f"{stack or 'decoder'}_hidden_mse{suffix}"]
                 of_row = of_row + sum((w(s[m][0]) - t[n][0]).square().mean(dim=-1) for m, n in pairs)
             hidden[stack].append(of_row)
         s, *ts = [(outputs.logits[0] / 2).log_softmax(-1) for outputs in read_by]

@@ -174,4 +174,9 @@ def test_other_heads_are_refused(tmp_path):
         several = {"trained_along": [classifier(6)]}
         build("hard_ce + logits_kl", tmp_path, stage="task", student=classifier(5), several=several)
     with pytest.raises(InputError, match="mlm_ce needs no teacher, and there are 2"):
-        build("mlm_ce", tmp_path, several={"more_teachers": [make(layers=2, head="tokens", seed=9)]})
+        build(
+            "mlm_ce",
+            tmp_path,
+            mlm_probability=0.15,
+            several={"more_teachers": [make(layers=2, head="tokens", seed=9)]},
+        )
