@@ -76,7 +76,7 @@ CASES = {
         "kd", "t5-untied", 2, settings=(("align_tokenizers", True), ("divergence", "tvd")), of_characters=True
     ),
     "rloo-token-weighed": Case("rloo-token", gradient_accumulation=2, panel="per_example"),
-    "kd-weighed": Case("kd", "llama", 2, settings=(("max_grad_norm", 0.05),), panel="per_example"),
+    "kd-weighed": Case("kd", gradient_accumulation=2, settings=(("max_grad_norm", 0.05),), panel="per_example"),
     "rloo-sequence-routed": Case("rloo-sequence", panel="routing"),
     "kd-routed": Case("kd", gradient_accumulation=2, settings=(("max_grad_norm", 0.05),), panel="routing"),
     "reinforce": Case(
