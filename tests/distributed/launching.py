@@ -1,5 +1,6 @@
 """Processes of tests: forked from one that has imported everything, or started by torchrun."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -57,6 +58,7 @@ def _work(module: str, directory: Path, environment: dict[str, str], log: Path, 
     os.chdir(directory)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    gc.freeze()  # each `Trainer.train` collects garbage: over all that is imported it takes twice as long as the steps
     importlib.import_module(module).main(*arguments)
 
 
