@@ -15,7 +15,7 @@ from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.recipes.command_lines import ROOT, run, word_rows, write_csv
-from tests.resuming.runs import Fork
+from tests.recipes.forks import Fork
 
 TINY = "--common per_device_train_batch_size=8 num_generations=1 max_completion_length=6 save_strategy=no"
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rlkd_trl.commands import files_read
-from rlkd_trl.commands.comparison import cells
+from rlkd_trl.commands.comparison import cells, checks
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import ENCODERS, check_flags, find_method, first_runs
@@ -35,6 +35,7 @@ from tests.recipes.command_lines import (
     write_csv,
     write_templates,
 )
+from tests.recipes.forks import fork_recipes
 from tests.recipes.stand_ins import DATA, GOOD, MODELS, calls, compare, places, results_of
 
 
@@ -575,7 +576,9 @@ def test_shipped_methods_are_found_by_name():
 
 @pytest.mark.slow
 def test_smoke(tmp_path, monkeypatch):
-    """With the real recipes. As it stands it takes 117 s of CPU: two seeds, and two learning rates to choose from."""
+    """With the real recipes; fewer seeds, rates and steps of its models than it has, which take 117 s of CPU."""
+    fork_recipes(monkeypatch)
+    monkeypatch.setattr(checks, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
     monkeypatch.chdir(tmp_path)
     assert run("compare --smoke --seeds 0 --learning_rates 1e-3") == 0
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())

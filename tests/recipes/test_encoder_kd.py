@@ -21,6 +21,7 @@ from rlkd_trl.commands.presets import shipped_presets
 from rlkd_trl.trainers.encoder import EncoderKDTrainer
 from tests.models.encoders import encoder_tokenizer, make
 from tests.recipes.command_lines import ROOT, metrics_of, parsed, run, write_csv
+from tests.recipes.forks import fork_recipes
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 PRESETS = {path.stem: path for path in shipped_presets() if path.parent.name == "encoder_kd"}
@@ -512,8 +513,9 @@ def test_maps_are_announced(encoders, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo(tmp_path):
+def test_the_demo(tmp_path, monkeypatch):
     """Of five classes, of which the commonest has 56 % of the texts: the student learns all of them."""
+    fork_recipes(monkeypatch)
     assert run(f"encoder_kd --output_dir {tmp_path / 'demo'} --disable_tqdm True") == 0
     metrics = metrics_of(tmp_path / "demo")
     assert metrics["teacher"]["accuracy"] > 95

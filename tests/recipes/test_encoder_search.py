@@ -6,15 +6,19 @@ The recipe that it calls is a stand-in, a script that gives each loss a worth; c
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rlkd_trl import errors
+from rlkd_trl.commands import encoder_search
+from rlkd_trl.commands.encoder_demo import EncoderDemoRequest
 from rlkd_trl.commands.encoder_search import ATTENTION, Combination, questions
 from rlkd_trl.commands.encoder_search_results import Outcome
 from rlkd_trl.trainers.encoder_objective import INGREDIENTS
 from tests.recipes.command_lines import ROOT, main_of, read_jsonl, run
+from tests.recipes.forks import fork_recipes
 
 # Worth of the last stage's losses, and of the seed; a run of a set that FAIL names fails.
 STAND_IN = """
@@ -237,9 +241,13 @@ def test_differences_are_of_the_seeds_that_both_have():
 
 
 @pytest.mark.slow
-def test_on_the_demo(tmp_path):
-    """All of it, with the real recipe."""
-    flags = f"--smoke --seeds 0 --max_steps 20 --candidates logits_kl hard_ce --output_dir {tmp_path / 'out'}"
+def test_on_the_demo(tmp_path, monkeypatch):
+    """All of it, with the real recipe, on teachers that have learnt nothing."""
+    fork_recipes(monkeypatch)
+    monkeypatch.setattr(
+        encoder_search, "EncoderDemoRequest", partial(EncoderDemoRequest, general_steps=3, task_steps=3)
+    )
+    flags = f"--smoke --seeds 0 --max_steps 3 --candidates logits_kl hard_ce --output_dir {tmp_path / 'out'}"
     assert run(f"encoder_search {flags}") == 0
     text = (tmp_path / "out" / "search.md").read_text()
     assert "| soft" not in text and "logits_kl + hard_ce" in text

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.recipes.command_lines import COLUMNS, main_of, run
+from tests.recipes.forks import fork_recipes
 
 BENCHMARK = "benchmarks/quantised_teachers"
 FUNCTIONS = main_of(BENCHMARK).__globals__
@@ -94,7 +95,8 @@ def test_rewards_of_a_tiny_run(family, checkpoints, train_csv, tmp_path):
 
 
 @pytest.mark.slow
-def test_students_of_a_tiny_run(checkpoints, train_csv, test_csv, tmp_path):
+def test_students_of_a_tiny_run(checkpoints, train_csv, test_csv, tmp_path, monkeypatch):
+    fork_recipes(monkeypatch)
     students = "--max_steps 2 --seeds 0 --jobs 2 --common per_device_train_batch_size=8 logging_steps=1"
     tests = f"--test_dataset {test_csv} --eval_target_column ref"
     assert run(f"{command('t5-tied', checkpoints, train_csv, tmp_path)} {tests} {students}") == 0

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rlkd_trl.data import train_tokenizer
 from rlkd_trl.evaluation.metrics import bleu
-from tests.recipes.command_lines import ROOT, main_of, read_jsonl, run, write_csv
+from tests.recipes.command_lines import ROOT, main_of, read_jsonl, write_csv
+from tests.recipes.forks import fork_recipes
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
 FOODS, AREAS = ("Thai", "English", "Chinese", "Indian"), ("riverside", "city centre", "north", "south", "west", "east")
 ROWS = [
     {"mr": f"name[{name}], food[{food}], area[{area}]", "ref": f"{name} serves {food} food in the {area}."}
@@ -100,21 +100,13 @@ def test_inputs_are_disjoint_and_without_references(benchmark, tmp_path):
 
 @pytest.mark.slow
 def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
-    """On a tiny chat model in the teacher's place. The recipes run in this process, compare.py's own runs do not."""
+    """On a tiny chat model in the teacher's place."""
     write_csv(tmp_path / "e2e.csv", ROWS)
     make_teacher(tmp_path / "teacher")
     here, results = tmp_path / "work", tmp_path / "results"
     command = ["smollm2.py", "--smoke", "--inputs", str(tmp_path / "e2e.csv"), "--work_dir", str(here)]
     command += ["--teacher", str(tmp_path / "teacher"), "--results_dir", str(results)]
-    start = subprocess.run
-
-    def in_this_process(words: list[str], **settings) -> SimpleNamespace:
-        recipe = Path(words[1]).stem
-        if recipe not in ("pseudo_label", "sft", "compare"):
-            return start(words, **settings)
-        return SimpleNamespace(returncode=run(shlex.join([recipe, *words[2:]])), stdout="", stderr="")
-
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    fork_recipes(monkeypatch)
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         benchmark.main()

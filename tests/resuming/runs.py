@@ -3,10 +3,6 @@
 import json
 import os
 import re
-import shlex
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +10,6 @@ from types import SimpleNamespace
 import numpy
 import torch
 
-from rlkd_trl import errors
 from rlkd_trl.commands.comparison import cells, results
 from rlkd_trl.trainers.checkpoint_files import MANIFEST, newest_whole
 from rlkd_trl.trainers.supervised import SupervisedTrainer
@@ -23,6 +18,7 @@ from tests.conftest import tiny_t5, word_tokenizer
 from tests.models.encoders import encoder_tokenizer, make
 from tests.recipes.command_lines import COLUMNS, run, word_rows, write_csv
 from tests.recipes.conftest import CLASSES, labelled_rows
+from tests.recipes.forks import Fork
 from tests.trainers.tiny_runs import build, pairs, prompts
 
 # Rollouts of several optimizer steps with accumulation, so that most checkpoints lie inside of one; logs and saves at
@@ -139,37 +135,6 @@ def _finish_trainer(method: str, output_dir: Path, begin: Callable[[], None]) ->
         "generated_tokens": getattr(state, "generated_tokens", 0),
         "beta": getattr(state, "beta", 0),
     }
-
-
-class Fork:
-    """Stands in for `subprocess.Popen`: runs a recipe in a fork of this process, so that nothing is imported again."""
-
-    def __init__(self, words: list[str], *, stdout, stderr, env: dict[str, str]):
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            errors.end_with_parent()
-            os.dup2(stdout.fileno(), 1), os.dup2(stderr.fileno(), 2)
-            sys.stdout, sys.stderr = stdout, stderr  # pytest's are no longer those of the file descriptors
-            os.environ.update(env)
-            code = run(shlex.join([Path(words[1]).stem, *words[2:]]))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            stdout.flush(), stderr.flush()
-            os._exit(code)
-
-    def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def has_ended(self) -> bool:
-        """It still can be waited for."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _content(output_dir: Path) -> dict[str, object]:

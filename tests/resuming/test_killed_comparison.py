@@ -10,7 +10,8 @@ import pytest
 from rlkd_trl.commands.comparison import cells
 from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, run, word_rows, write_csv
-from tests.resuming.runs import Fork, without_times
+from tests.recipes.forks import Fork
+from tests.resuming.runs import without_times
 
 pytestmark = pytest.mark.slow
 

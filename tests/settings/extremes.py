@@ -27,8 +27,9 @@ from rlkd_trl.trainers.config import PPOKDConfig, ReinforceKDConfig, RLOOKDConfi
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.full_vocabulary_config import AllActionsKDConfig, KDConfig
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
+from tests.recipes.forks import Fork
 from tests.resuming.kills import share_with_runs
-from tests.resuming.runs import Fork, make_inputs
+from tests.resuming.runs import make_inputs
 
 _STEPS = "--max_steps 3 --per_device_train_batch_size 8 --logging_steps 1 --disable_tqdm True --save_strategy no"
 _PAIR = "--teacher teacher --student student --dataset data.csv --source_column mr --eval_dataset test.csv"
