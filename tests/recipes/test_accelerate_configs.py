@@ -105,7 +105,7 @@ def launched(name: str, words: str, directory: Path, *launch_flags: str) -> str:
     return (directory / "log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_path):
     """Two updates with a sharded teacher, up to a student that plain transformers loads.
@@ -138,7 +138,7 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     assert json.loads((tmp_path / "student" / "metrics.json").read_text()).keys() == {"teacher", "before", "after"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_the_demo_makes_its_models_outside_of_the_launchers_engine(tmp_path):
     """Once, on the first process, while the others wait; of DeepSpeed's engines a process has one."""
     flags = f"{ROOT}/recipes/ppo_kd.py --bf16 false --use_cpu --teacher_placement zero3 --max_steps 1 --max_rows 20 "

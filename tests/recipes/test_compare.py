@@ -574,7 +574,7 @@ def test_shipped_methods_are_found_by_name():
     assert main_of("compare").__globals__["CONFIGS"]["rloo_kd"] is RLOOKDConfig
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_smoke(tmp_path, monkeypatch):
     """With the real recipes; fewer seeds, rates and steps of its models than it has, which take 117 s of CPU."""
     fork_recipes(monkeypatch)

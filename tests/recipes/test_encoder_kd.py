@@ -512,7 +512,7 @@ def test_maps_are_announced(encoders, tmp_path, capsys):
     assert "layers 2 of the student and layers 4 of the teacher run eager attention, all others SDPA" in said
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_the_demo(tmp_path, monkeypatch):
     """Of five classes, of which the commonest has 56 % of the texts: the student learns all of them."""
     fork_recipes(monkeypatch)

@@ -245,7 +245,7 @@ def test_a_file_without_its_columns_is_refused(material, tmp_path):
 # All of it
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_a_tiny_run(encoder, tmp_path):
     """With a general stage, and two stages of a task."""
     write_csv(tmp_path / "e2e.csv", ROWS * 2)

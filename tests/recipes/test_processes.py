@@ -15,7 +15,7 @@ from rlkd_trl.commands import demo
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metrics_of, run
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(10)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -94,7 +94,7 @@ def test_rewards_of_a_tiny_run(family, checkpoints, train_csv, tmp_path):
     assert sum(line.startswith("| ") for line in lines) == 2 + len(rewards)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_students_of_a_tiny_run(checkpoints, train_csv, test_csv, tmp_path, monkeypatch):
     fork_recipes(monkeypatch)
     students = "--max_steps 2 --seeds 0 --jobs 2 --common per_device_train_batch_size=8 logging_steps=1"

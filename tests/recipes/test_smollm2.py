@@ -98,7 +98,7 @@ def test_inputs_are_disjoint_and_without_references(benchmark, tmp_path):
     assert human[ROWS[0]["mr"]] == [ROWS[0]["ref"], "Another."]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
     """On a tiny chat model in the teacher's place."""
     write_csv(tmp_path / "e2e.csv", ROWS)

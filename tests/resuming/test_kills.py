@@ -32,14 +32,14 @@ def test_a_few_kills():
     check_survival(["ppo", "encoder"], 2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments():
     """In one process, which imports everything once."""
     check_survival([*TRAINERS, "encoder"], 20)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("method", "kills"), [("compare", 20), ("encoder-stages", 8)])
 def test_several_runs_in_one_command(method, kills):
@@ -47,6 +47,6 @@ def test_several_runs_in_one_command(method, kills):
     check_survival([method], kills)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_killed_on_two_ranks():
     check_survival(["ppo", "sft"], 4, processes=2)
