@@ -28,7 +28,7 @@ INSIDE_ROLLOUTS = {
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,
     "num_iterations": 2,
-    "max_steps": 6,
+    "max_steps": 5,
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 2,
@@ -50,7 +50,7 @@ TRAINERS = {
 }
 _ENCODER_FLAGS = (
     "--teacher ../inputs/general --task_teacher ../inputs/task --dataset ../inputs/train.csv "
-    "--task_dataset ../inputs/train.csv --label_column label --max_length 32 --learning_rate 1e-2 --max_steps 5 "
+    "--task_dataset ../inputs/train.csv --label_column label --max_length 32 --learning_rate 1e-2 --max_steps 4 "
     "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --save_strategy steps --save_steps 1 "
     "--logging_steps 3 --eval_strategy steps --eval_steps 2 --disable_tqdm True"
 )
@@ -60,7 +60,7 @@ COMMANDS = {
     "encoder-stages": f"encoder_kd --config tinybert {_ENCODER_FLAGS} --max_steps 3",
     "compare": (
         f"compare --teacher ../inputs/teacher --student ../inputs/student --dataset ../inputs/data.csv {COLUMNS} "
-        "--test_dataset ../inputs/test.csv --methods ppo gkd --seeds 0 --max_steps 5 --max_completion_length 6 "
+        "--test_dataset ../inputs/test.csv --methods ppo gkd --seeds 0 --max_steps 3 --max_completion_length 6 "
         f"--num_samples 2 --num_resamples 100 --common {_COMPARED}"
     ),
 }
