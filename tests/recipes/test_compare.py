@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,23 @@ from tests.recipes.command_lines import (
 )
 from tests.recipes.forks import fork_recipes
 from tests.recipes.stand_ins import DATA, GOOD, MODELS, calls, compare, places, results_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Callable[[str, Path], None]:
+    """Leaves in the working directory what `compare` does, which runs once for all tests that begin with it."""
+    kept: dict[str, Path] = {}
+
+    def leave(flags: str, workplace: Path) -> None:
+        if flags not in kept:
+            assert compare(flags, workplace) == 0
+            kept[flags] = tmp_path_factory.mktemp("finished")
+            shutil.copytree(workplace / "out", kept[flags] / "out")
+            shutil.copy(workplace / "calls.jsonl", kept[flags])
+        else:
+            shutil.copytree(kept[flags], workplace, dirs_exist_ok=True)
+
+    return leave
 
 
 @pytest.mark.slow
@@ -126,8 +144,8 @@ def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+def test_what_is_finished_is_not_run_or_tested_again(finished, workplace, capsys):
+    finished(f"{GOOD} --seeds 0", workplace)
     first, made = results_of(workplace), len(calls(workplace))
     capsys.readouterr()
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
@@ -158,8 +176,8 @@ def test_what_is_finished_is_not_run_or_tested_again(workplace, capsys):
     ],
 )
 @pytest.mark.slow
-def test_results_of_another_command_are_not_mixed_in(change, message, workplace, capsys):
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+def test_results_of_another_command_are_not_mixed_in(change, message, finished, workplace, capsys):
+    finished(f"{GOOD} --seeds 0", workplace)
     before = (workplace / "out" / "comparison.json").read_text()
     assert compare(f"{GOOD} --seeds 0 {change}", workplace) == 2
     err = capsys.readouterr().err
@@ -169,8 +187,8 @@ def test_results_of_another_command_are_not_mixed_in(change, message, workplace,
 
 
 @pytest.mark.slow
-def test_an_edited_preset_is_another_command(workplace, capsys):
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+def test_an_edited_preset_is_another_command(finished, workplace, capsys):
+    finished(f"{GOOD} --seeds 0", workplace)
     (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").write_text("num_generations: 8\n")
     assert compare(f"{GOOD} --seeds 0", workplace) == 2
     assert "its preset was {'num_generations': 4}, now {'num_generations': 8}" in capsys.readouterr().err
@@ -206,10 +224,10 @@ def rewrite_templates(file: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.slow
-def test_results_of_files_that_have_changed_are_not_mixed_in(change, name, flag, workplace, capsys):
+def test_results_of_files_that_have_changed_are_not_mixed_in(change, name, flag, finished, workplace, capsys):
     shutil.copy("data.csv", "validation.csv")
     command = f"{GOOD} --seeds 0 --validation_dataset validation.csv"
-    assert compare(command, workplace) == 0
+    finished(command, workplace)
     before = (workplace / "out" / "comparison.json").read_text()
     change(workplace / name)
     assert compare(command, workplace) == 2
@@ -250,9 +268,9 @@ def test_files_are_read_once_and_copies_are_the_same(workplace, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_record_without_files_is_not_trusted(workplace, capsys):
+def test_a_record_without_files_is_not_trusted(finished, workplace, capsys):
     """As it was written before files were recorded."""
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    finished(f"{GOOD} --seeds 0", workplace)
     file = workplace / "out/max_steps_3/ppo/seed0/command.json"
     record = json.loads(file.read_text())
     del record["files"]
@@ -262,10 +280,10 @@ def test_a_record_without_files_is_not_trusted(workplace, capsys):
 
 
 @pytest.mark.slow
-def test_what_was_tested_before_is_tested_again_with_other_weights(workplace, capsys):
+def test_what_was_tested_before_is_tested_again_with_other_weights(finished, workplace, capsys):
     """Tests are kept for the models that they were made of: teacher, warm start and trained students."""
     flags = f"{GOOD} --seeds 0 --methods ppo"
-    assert compare(flags, workplace) == 0
+    finished(flags, workplace)
     capsys.readouterr()
     retrain(workplace / "out/max_steps_3/ppo/seed0")
     assert compare(flags, workplace) == 0
@@ -288,10 +306,10 @@ def test_what_was_tested_before_is_tested_again_with_other_weights(workplace, ca
 
 @pytest.mark.parametrize("column", ["mr", "ref"])
 @pytest.mark.slow
-def test_what_was_tested_before_is_tested_again_on_other_test_data(column, workplace, capsys):
+def test_what_was_tested_before_is_tested_again_on_other_test_data(column, finished, workplace, capsys):
     """Inputs, or references only, under the same name of a file. Nothing is trained for that."""
     flags = f"{GOOD} --seeds 0 --methods ppo"
-    assert compare(flags, workplace) == 0
+    finished(flags, workplace)
     capsys.readouterr()
     edited = [
         {**row, column: other[column]} for row, other in zip(word_rows(8, seed=1), word_rows(8, seed=4), strict=True)
@@ -306,9 +324,9 @@ def test_what_was_tested_before_is_tested_again_on_other_test_data(column, workp
 
 
 @pytest.mark.slow
-def test_several_test_sets_have_a_table_each(workplace):
+def test_several_test_sets_have_a_table_each(finished, workplace):
     """What was tested on one of them is not tested again; the same inputs under two names give the same numbers."""
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    finished(f"{GOOD} --seeds 0", workplace)
     alone = results_of(workplace)["tests"]["test"]
     shutil.copy("test.csv", "again.csv")
     write_csv(workplace / "other.csv", word_rows(5, seed=7))
@@ -417,9 +435,9 @@ def test_a_method_that_always_fails(workplace, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_broken_off_run_does_not_look_finished(workplace, monkeypatch):
+def test_a_broken_off_run_does_not_look_finished(finished, workplace, monkeypatch):
     """Files of an earlier run with a file missing are not taken for those of the next."""
-    assert compare(f"{GOOD} --seeds 0", workplace) == 0
+    finished(f"{GOOD} --seeds 0", workplace)
     (workplace / "out/max_steps_3/ppo/seed0/metrics.json").unlink()
     monkeypatch.setenv("FAIL", "ppo/seed0")
     assert compare(f"{GOOD} --seeds 0", workplace) == 1
