@@ -3,8 +3,8 @@
 K completions of a prompt have the prompt in common. Both families compute that common part once, in `prefill`, and
 keep it as a key/value cache: the cross-attention keys and values of an encoder-decoder model (whose decoder has then
 read its start tokens), the self-attention keys and values of a decoder-only one. `Prefix.select` gives each completion
-its prompt: a copy of the prompt's rows of the cache, or just their index where nothing writes to them (see
-`shared_attention`). `extend` then reads completion tokens. Sampling uses these three calls.
+its prompt: just the index of the prompt's rows of the cache (see `shared_attention`), or a copy of them where the
+model's attention cannot be replaced. `extend` then reads completion tokens. Sampling uses these three calls.
 
 Teacher scoring and the training forward pass read whole completions with `completion_states`. It makes the same calls,
 except that an encoder-decoder model with shared cross-attention reads a completion in one call, without a cache.
@@ -27,7 +27,13 @@ from rlkd_trl.models.fusion import FusedParts
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.private_apis import execution_device, whole_shape
 from rlkd_trl.models.sharding import is_sharded
-from rlkd_trl.models.shared_attention import PromptRows, can_share, shared_cross_attention
+from rlkd_trl.models.shared_attention import (
+    PromptRows,
+    SharedPrompts,
+    can_share,
+    can_share_self_attention,
+    with_shared_prompts,
+)
 
 Result = TypeVar("Result")
 
@@ -67,7 +73,9 @@ class Prefix:
     cache: keys and values. mask: attention mask over the source tokens (encoder-decoder, `[B, S]`) or over every
     cached position (decoder-only, `[B, S+t]`). hidden_B1D: the last position's state, from which the next token is
     predicted. encoder_hidden_BSD: only for encoder-decoder models. prompt_rows: if set, mask, encoder states and the
-    cross-attention cache have one row per prompt instead of one per completion, and this maps completions to them.
+    cross-attention cache have one row per prompt instead of one per completion, and this maps completions to them. A
+    decoder-only model's cache then is of the same form: "cross-attention" has the prompts, self-attention the
+    completions' own tokens, and the mask is over the prompts, `[P, S]`.
     """
 
     cache: Cache
@@ -88,7 +96,8 @@ class Prefix:
         mask, encoder_hidden = self.mask, self.encoder_hidden_BSD
         if len(kept_P) < self.prompt_rows.num_prompts:
             self.cache.cross_attention_cache.batch_select_indices(kept_P)
-            mask, encoder_hidden = mask[kept_P], encoder_hidden[kept_P]
+            mask = mask[kept_P]
+            encoder_hidden = None if encoder_hidden is None else encoder_hidden[kept_P]
         return Prefix(self.cache, mask, hidden_B1D, encoder_hidden, PromptRows.of(prompt_index_B, len(kept_P)))
 
 
@@ -176,7 +185,7 @@ class Backbone:
                 cache, and with it the prompt, without an error.
         """
         self._refuse_gradient_checkpointing()
-        return self._prefill(prompt_ids_PS, prompt_mask_PS)
+        return self._prefill(prompt_ids_PS, prompt_mask_PS, tokens_at_once=1)
 
     def _refuse_gradient_checkpointing(self) -> None:
         if any(
@@ -187,7 +196,8 @@ class Backbone:
                 "in eval mode, or disable gradient checkpointing."
             )
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
+        """tokens_at_once: so many of a completion are going to be read in one call."""
         raise NotImplementedError
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
@@ -208,7 +218,9 @@ class Backbone:
         Completion b continues prompt `prompt_index_B[b]`. Without `with_final_state` the last token is not read and
         the result is `[B, T, D]`. Completions are padded on the right, which a causal decoder never looks at.
         """
-        prefix = self.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
+        self._refuse_gradient_checkpointing()
+        most = completion_ids_BT.shape[1]
+        prefix = self._prefill(prompt_ids_PS, prompt_mask_PS, tokens_at_once=most).select(prompt_index_B)
         first_B1D = prefix.hidden_B1D
         read_BT = completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]
         if read_BT.shape[1] == 0:
@@ -247,16 +259,16 @@ class EncoderDecoderBackbone(Backbone):
         """The decoder's start tokens, once for each row of `like_BT`."""
         return like_BT.new_tensor(completion_start_ids(self.model)).expand(len(like_BT), -1)
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
-        P, shares = len(prompt_ids_PS), can_share(self.model.get_decoder())
+        shares = can_share(self.model.get_decoder())
         prefix = Prefix(
             # Without the config, whose `num_layers` is the encoder's depth, not the decoder's.
             cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             mask=prompt_mask_PS,
             hidden_B1D=encoder_hidden_PSD[:, :0],
             encoder_hidden_BSD=encoder_hidden_PSD,
-            prompt_rows=PromptRows.of(torch.arange(P, device=prompt_ids_PS.device), P) if shares else None,
+            prompt_rows=PromptRows.one_each(prompt_ids_PS) if shares else None,
         )
         # Reading the start tokens projects the cross-attention keys and values, once per prompt.
         self.extend(prefix, self._start_Bn(prompt_ids_PS))
@@ -310,7 +322,7 @@ class EncoderDecoderBackbone(Backbone):
         decoder, context = self.model.get_decoder(), nullcontext()
         if prompt_rows is not None:
             mask = mask[:, None, None].bool()  # fits any number of queries; a `[P, S]` mask would be expanded to T
-            kwargs["prompt_rows"], context = prompt_rows, shared_cross_attention(decoder)
+            kwargs["prompt_rows"], context = prompt_rows, with_shared_prompts(decoder)
         with self._fused.in_place(), context:
             return decoder(
                 input_ids=token_ids_Bt,
@@ -330,32 +342,46 @@ class DecoderOnlyBackbone(Backbone):
 
     padding_side = "left"
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Prefix:
-        prefix = Prefix(
-            cache=DynamicCache(config=self.model.config.get_text_config(decoder=True)),
-            mask=prompt_mask_PS[:, :0],
-            hidden_B1D=torch.empty(0),
-        )
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        prefix = Prefix(cache=cache, mask=prompt_mask_PS[:, :0], hidden_B1D=torch.empty(0))
         self._read(prefix, prompt_ids_PS, prompt_mask_PS)
+        if can_share_self_attention(self.model.base_model, cache, tokens_at_once):
+            prefix.cache = EncoderDecoderCache(DynamicCache(), cache)
+            prefix.prompt_rows = PromptRows.one_each(prompt_ids_PS)
         return prefix
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
-        return self._read(prefix, token_ids_Bt, torch.ones_like(token_ids_Bt))
+        if prefix.prompt_rows is None:
+            return self._read(prefix, token_ids_Bt, torch.ones_like(token_ids_Bt))
+        own_cache, prompts_cache = prefix.cache.self_attention_cache, prefix.cache.cross_attention_cache
+        prompts = SharedPrompts(prompts_cache, prefix.mask.bool(), prefix.prompt_rows)
+        lengths_B = prefix.mask.sum(dim=1)[prefix.prompt_rows.prompt_index_B]
+        places_t = own_cache.get_seq_length() + torch.arange(token_ids_Bt.shape[1], device=token_ids_Bt.device)
+        with with_shared_prompts(self.model.base_model):
+            hidden_BtD = self._states(
+                token_ids_Bt, lengths_B[:, None] + places_t, own_cache, attention_mask=None, shared_prompts=prompts
+            )
+        prefix.hidden_B1D = hidden_BtD[:, -1:]
+        return hidden_BtD
 
     def _read(self, prefix: Prefix, token_ids_Bt: Tensor, mask_Bt: Tensor) -> Tensor:
         prefix.mask = torch.cat([prefix.mask, mask_Bt], dim=1)
         position_ids_Bt = (prefix.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -token_ids_Bt.shape[1] :]
-        reader = self.model.base_model
-        with self._fused.in_place():
-            hidden_BtD = reader(
-                input_ids=token_ids_Bt,
-                attention_mask=prefix.mask,
-                position_ids=position_ids_Bt,
-                **{_cache_argument(type(reader)): prefix.cache},
-                use_cache=True,
-            ).last_hidden_state
+        hidden_BtD = self._states(token_ids_Bt, position_ids_Bt, prefix.cache, attention_mask=prefix.mask)
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
+
+    def _states(self, token_ids_Bt: Tensor, position_ids_Bt: Tensor, cache: Cache, **kwargs) -> Tensor:
+        reader = self.model.base_model
+        with self._fused.in_place():
+            return reader(
+                input_ids=token_ids_Bt,
+                position_ids=position_ids_Bt,
+                **{_cache_argument(type(reader)): cache},
+                use_cache=True,
+                **kwargs,
+            ).last_hidden_state
 
     def _own_logits(self, prompt_ids_BS: Tensor, completion_ids_BT: Tensor) -> Tensor:
         ids = torch.cat([prompt_ids_BS, completion_ids_BT], dim=1)
