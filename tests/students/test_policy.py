@@ -392,7 +392,8 @@ def test_frozen_copy_stays_as_it_was(any_model, tokenizer):
     reference = frozen_copy(policy, tokenizer)
     before = reference(*ragged_inputs(policy)).logps_BT
     with torch.no_grad():
-        torch.testing.assert_close(before, policy(*ragged_inputs(policy)).logps_BT, rtol=0, atol=0)
+        # The policy reads one token more, for its critic, and products of other shapes may round otherwise.
+        torch.testing.assert_close(before, policy(*ragged_inputs(policy)).logps_BT, rtol=1e-6, atol=1e-6)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
     policy(*ragged_inputs(policy)).logps_BT.sum().backward()
     optimizer.step()
