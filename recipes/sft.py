@@ -18,6 +18,7 @@ from rlkd_trl.commands.checks import check_new_model, check_student, require_fil
 from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
 from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_or_make_model, supervised_writer
+from rlkd_trl.commands.model_card import write_supervised_card
 from rlkd_trl.commands.run_directory import (
     check_free,
     checkpoint_to_resume,
@@ -80,6 +81,8 @@ def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     with StopRequest().listening(is_last=not args.push_to_hub):  # a signal to stop waits
         trainer.save_model(_internal_call=True)
+        if trainer.is_world_process_zero():
+            write_supervised_card(trainer, settings)
         mark_finished(args.output_dir, trainer.state.global_step)
         print(f"The model is in {args.output_dir}.", flush=True)
     finish_pushes(trainer)

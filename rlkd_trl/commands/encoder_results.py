@@ -7,6 +7,7 @@ from rlkd_trl.commands.encoder_models import Stage
 from rlkd_trl.commands.encoder_stages import mark_stage
 from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.launched import say
+from rlkd_trl.commands.model_card import card_sections, place_on_hub
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import EncoderSettings, described
 
@@ -128,6 +129,8 @@ def _write(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSetti
         dataset=_dataset(settings, objective.stage),
         auto_class=_auto_class(objective.head, trainer.student.config),
         columns=columns,
+        sections=card_sections(trainer, settings),
+        checkpoint=place_on_hub(trainer),
     )
 
 

@@ -10,6 +10,7 @@ from rlkd_trl.commands.absent_teachers import load_served_panel
 from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import load_panel, load_reward_model, load_student
+from rlkd_trl.commands.model_card import card_sections, place_on_hub
 from rlkd_trl.commands.run_directory import mark_finished
 from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings, described
 from rlkd_trl.prompts import PromptTemplates
@@ -139,6 +140,8 @@ def _write(
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
+        sections=card_sections(trainer, settings),
+        checkpoint=place_on_hub(trainer),
     )
 
 

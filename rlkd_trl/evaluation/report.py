@@ -17,6 +17,7 @@ from rlkd_trl.evaluation.page import render_page
 from rlkd_trl.evaluation.run_log import RunLog
 from rlkd_trl.evaluation.tables import markdown_table, number, plain_table
 from rlkd_trl.prompts import ChatFormat
+from rlkd_trl.settings.hub import split_revision
 
 Results = dict[str, dict[str, float]]
 Column = tuple[str, str, str]  # a metric's name, the column's heading, the format of its numbers
@@ -98,31 +99,34 @@ def write_model_card(
     title: str,
     results: Results,
     method: str,
-    teacher: str,
+    teacher: str | None,
     student: str,
     dataset: str,
     auto_class: str = "AutoModelForSeq2SeqLM",
     has_content_tokens: bool = False,
     chat: ChatFormat | None = None,
     columns: Sequence[Column] = DEFAULT_COLUMNS,
+    sections: Sequence[str] = (),
+    checkpoint: str | None = None,
 ) -> None:
     """Write the README.md of a checkpoint: metadata for the Hub, the results, how to load it and let it write.
 
-    method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". has_content_tokens: whether special tokens
-    are part of the model's texts, so that the example must keep them when it decodes. chat: how prompts were put into
-    the chat template of the model's tokenizer, if they were. The metadata name `base_model`
-    and `datasets` if these are Hub ids ("owner/name"), not if they are local paths; they name no license, which only
-    the author can choose.
+    method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". teacher: None if targets taught.
+    has_content_tokens: whether special tokens are part of the model's texts, so that the example must keep them when
+    it decodes. chat: how prompts were put into the chat template of the model's tokenizer, if they were. sections:
+    more of the text, in Markdown (see `card_sections`). checkpoint: the Hub id that the model will have. The metadata
+    name `base_model` and `datasets` if these are Hub ids ("owner/name", also with "@revision"), not if they are local
+    paths; they name no license, which only the author can choose.
 
     Raises InputError: `auto_class` is none of `AUTO_CLASSES`.
     """
     if auto_class not in AUTO_CLASSES:
         raise InputError(f"auto_class {auto_class!r} is unknown; use one of: {', '.join(AUTO_CLASSES)}.")
     metadata: dict[str, Any] = {"library_name": "transformers"}
-    if _is_hub_id(student):
-        metadata["base_model"] = student
-    if _is_hub_id(dataset):
-        metadata["datasets"] = [dataset]
+    if _is_hub_id(base_model := split_revision(student)[0]):
+        metadata["base_model"] = base_model
+    if _is_hub_id(data := split_revision(dataset)[0]):
+        metadata["datasets"] = [data]
     metadata["tags"] = ["rlkd_trl", "knowledge-distillation", "generated_from_trainer"]
 
     heads, *rows = [[_one_line(cell) for cell in row] for row in _cells(results, columns)]
@@ -131,7 +135,7 @@ def write_model_card(
     skip = not has_content_tokens
     loading = (
         f"from transformers import AutoTokenizer, {auto_class}\n\n"
-        'checkpoint = "path/or/hub-id/of/this-model"\n'
+        f'checkpoint = "{checkpoint or "path/or/hub-id/of/this-model"}"\n'
         "tokenizer = AutoTokenizer.from_pretrained(checkpoint)\n"
         f"model = {auto_class}.from_pretrained(checkpoint)\n\n"
         f"inputs = {_example_inputs(chat)}\n"
@@ -146,12 +150,17 @@ def write_model_card(
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# {_one_line(title)}",
-        f"{_code(student)}, distilled from the teacher {_code(teacher)} on {_code(dataset)}.\n\n"
+        f"{_code(student)}, {_taught(teacher)} {_code(dataset)}.\n\n"
         f"Method: {_one_line(method)}. Trained with `rlkd_trl`.",
         f"## Results\n\n{markdown_table(heads, rows)}",
         f"## How to use\n\n```python\n{loading}\n```",
+        *sections,
     ]
     write_text(path, "\n\n".join(sections) + "\n")
+
+
+def _taught(teacher: str | None) -> str:
+    return "trained on the targets of" if teacher is None else f"distilled from the teacher {_code(teacher)} on"
 
 
 def _example_inputs(chat: ChatFormat | None) -> str:

@@ -1,5 +1,6 @@
 """Recipes with what is on the Hub, which a server on loopback stands in for."""
 
+import re
 import time
 
 import pytest
@@ -144,12 +145,29 @@ def test_templates_by_their_place_on_the_hub(filled, monkeypatch, tmp_path):
 PUSH = "--push_to_hub True --hub_model_id owner/student"
 
 
+def check_card(files: dict[str, bytes], data: str) -> None:
+    """The parts of the card of a run of RLOO."""
+    card = files["README.md"].decode()
+    assert "Method: RLOO" in card and "distilled from the teacher `lab/teacher@main`" in card
+    assert "````text\nw5 ``` {{source}}\n````" in card
+    assert f"| dataset | `{data}` |" in re.sub(" +", " ", card)
+    for setting in ("learning_rate | `0.01`", "num_generations | `2`", "max_steps | `2`", "seed | `42`"):
+        assert f"| {setting} |" in re.sub(" +", " ", card)
+    assert not any(name in card for name in ("hub_", "output_dir", "save_steps", "logging_steps", "num_train_epochs"))
+    assert "| before |" in card and "| after |" in card and "![" in card and "](curves.png)" in card
+    assert files["curves.png"].startswith(b"\x89PNG") and len(files["curves.png"]) > 10_000
+    assert 'checkpoint = "owner/student"' in card and "AutoModelForSeq2SeqLM.from_pretrained(checkpoint)" in card
+    cited = card.split("## Citations")[1]
+    assert all(name in cited for name in ("Hao, Liu & Mou 2022", "LLMR", "Ahmadian")) and "Schulman" not in cited
+
+
 @pytest.mark.slow
 def test_a_student_is_sent_loaded_back_and_trained_further(hub, checkpoints, train_csv, tmp_path, monkeypatch, capfd):
     pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"
     hub.add_directory("lab/teacher", pair.teacher)
     data = f"--dataset {train_csv} {COLUMNS} {TWO_STEPS}"
     command = f"rloo_kd --teacher lab/teacher@main --student {pair.student} {data} {SAMPLING} {PUSH} --save_steps 1"
+    command += " --template 'w5 ``` {{source}}'"
     assert run(f"{command} --hub_token {TOKEN} --hub_private_repo True --output_dir {output_dir}") == 0
     sent = hub.repositories["model", "owner/student"]
     assert sent.private
@@ -158,6 +176,7 @@ def test_a_student_is_sent_loaded_back_and_trained_further(hub, checkpoints, tra
     assert (output_dir / "checkpoint-2").is_dir()
     written = [path.read_bytes() for path in output_dir.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in written) and TOKEN not in "".join(capfd.readouterr())
+    check_card(sent.files(), data=str(train_csv))
     # Plain transformers, and on from there.
     with pytest.raises(OSError, match="owner/student"):
         AutoModelForSeq2SeqLM.from_pretrained("owner/student")
@@ -225,6 +244,8 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, checkpoints, train_csv,
     hub.lost_for = ""
     assert run(f"{command} --resume") == 0
     assert "The student is on the Hub: owner/student@try-1" in capsys.readouterr().out
+    card = (output_dir / "README.md").read_text()
+    assert "trained on the targets of" in card and "| trained |" in card and "## Templates" not in card
     sent = hub.repositories["model", "owner/student"]
     assert sent.files("try-1")["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
     assert set(sent.files()) == {".gitattributes"}, "the main branch is as it was"
