@@ -90,6 +90,8 @@ def push(args: "TrainingArguments") -> None:
             commit_message="Student and report of a finished run",
             revision=args.hub_revision,
             ignore_patterns=["_*", *(f"{other}/*" for other in others)],
+            # Trainer has sent the whole directory with a checkpoint.
+            delete_patterns=[f"{other}/*" for other in others if not other.startswith("checkpoint-")],
         )
     except Exception as error:  # whatever the client or the HTTP library raises: the student is safe
         raise PushError(

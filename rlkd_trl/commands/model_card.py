@@ -145,7 +145,8 @@ def _of_choices(settings: object, args: "TrainingArguments") -> list[str]:
         papers.append("f-distill")
     if divergence.startswith("skew"):
         papers.append("DistiLLM")
-    if getattr(getattr(settings, "panel", None), "teacher_weighting", "fixed") == "per_example":
+    panel = getattr(settings, "panel", None)
+    if getattr(panel, "teacher_weighting", "fixed") == "per_example" and getattr(panel, "more_teachers", True):
         papers.append("MT-BERT")
     for losses in getattr(args, "losses", []):
         papers += [paper for loss, paper in _OF_LOSSES.items() if loss in losses]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.prompts import PromptTemplates
@@ -184,9 +184,15 @@ def test_a_student_is_sent_loaded_back_and_trained_further(hub, checkpoints, tra
     loaded = AutoModelForSeq2SeqLM.from_pretrained("owner/student")
     trained = AutoModelForSeq2SeqLM.from_pretrained(output_dir)
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in trained.state_dict().items())
-    assert run(f"sft --student owner/student@main {data} --output_dir {tmp_path / 'further'}") == 0
-    further = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "further")
+    push = "--push_to_hub True --hub_model_id further"
+    assert run(f"sft --student owner/student@main {data} {push} --output_dir {tmp_path / 'further'}") == 0
+    further = AutoModelForSeq2SeqLM.from_pretrained("owner/further")
     assert not torch.equal(further.shared.weight, trained.shared.weight)
+    files = hub.repositories["model", "owner/further"].files()
+    assert (
+        b"base_model: owner/student\n" in files["README.md"] and b'checkpoint = "owner/further"' in files["README.md"]
+    )
+    assert not any(TOKEN.encode() in content for content in files.values())
 
 
 @pytest.mark.parametrize(
@@ -249,3 +255,21 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, checkpoints, train_csv,
     sent = hub.repositories["model", "owner/student"]
     assert sent.files("try-1")["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
     assert set(sent.files()) == {".gitattributes"}, "the main branch is as it was"
+
+
+@pytest.mark.slow
+def test_of_an_encoders_stages_the_last_student_is_sent(hub, encoders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    general = f"--teacher {encoders.general} --dataset {encoders.train} --source_column text"
+    task = f"--task_teacher {encoders.task} --task_dataset {encoders.train} --task_source_column text"
+    losses = "--stages general task --losses cosine logits_kl --label_column label --num_layers 1 --max_length 32"
+    command = f"encoder_kd {general} {task} {losses} {TWO_STEPS} {PUSH} --output_dir {tmp_path / 'out'}"
+    assert run(command) == 0
+    files = hub.repositories["model", "owner/student"].files()
+    assert not any("/" in name for name in files)
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert "task distillation: logits_kl" in card and "Hinton" in card and "Sanh" in card and "Wu, Wu" not in card
+    assert "curves.png" in files
+    loaded = AutoModelForSequenceClassification.from_pretrained("owner/student")
+    assert loaded.config.num_hidden_layers == 1
