@@ -14,8 +14,10 @@ size given, over a tokenizer trained on the data (byte-pair encoding with T5's s
 `--tokenizer`. Teacher and student must share one tokenizer.
 """
 
+from typing import TYPE_CHECKING
+
 from rlkd_trl.commands.checks import check_new_model, check_student, require_files
-from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within
+from rlkd_trl.commands.data import load_pairs, load_templates, pairs_within, stream_pairs
 from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_or_make_model, supervised_writer
 from rlkd_trl.commands.model_card import write_supervised_card
@@ -31,6 +33,9 @@ from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, SupervisedSettings
 from rlkd_trl.errors import run
 
+if TYPE_CHECKING:
+    from rlkd_trl.data.streams import RowStream
+
 CONFIG = "rlkd_trl.trainers.supervised_config:SupervisedConfig"
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     require_files(sketch)
     check_new_model(sketch)
     templates = load_templates(sketch.prompts)
-    pairs = load_pairs(sketch, templates)
+    pairs = stream_pairs(sketch, templates) if sketch.streaming.streaming else load_pairs(sketch, templates)
 
     from rlkd_trl.trainers.processes import connect_processes
 
@@ -50,7 +55,7 @@ def main() -> None:
         train(command.settings(), pairs)
 
 
-def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
+def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStream") -> None:
     # Find out what is wrong with the directory and the checkpoints.
     args = settings.args
     check_free(args.output_dir, settings.run, args)
@@ -61,15 +66,17 @@ def train(settings: SupervisedSettings, pairs: list[dict[str, object]]) -> None:
     if is_finished(checkpoint, args):
         push(args)
         return
-    print(f"{len(pairs)} pairs of prompt and target, e.g. {pairs[0]}", flush=True)
+    is_stream = settings.streaming.streaming
+    known = pairs.head if is_stream else pairs
+    print(f"{len(known)} {'first ' * is_stream}pairs of prompt and target, e.g. {known[0]}", flush=True)
 
     # Build.
     from rlkd_trl.trainers.interruption import StopRequest
     from rlkd_trl.trainers.supervised import SupervisedTrainer
     from rlkd_trl.trainers.trainer_internals import finish_pushes
 
-    writer = supervised_writer(settings.student, settings.new, pairs)
-    dataset = pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
+    writer = supervised_writer(settings.student, settings.new, known)
+    dataset = pairs if is_stream else pairs_within(pairs, writer, max_prompt_length=args.max_prompt_length)
     model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
     tokenizer = writer.processing_class
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)

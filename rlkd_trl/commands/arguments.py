@@ -71,6 +71,25 @@ class DataArguments:
 
 
 @dataclass
+class StreamingArguments:
+    """Data that does not fit"""
+
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read --dataset while training goes on, again and again, until --max_steps, which it needs."
+        },
+    )
+    shuffle_buffer_size: CountFromZero = field(
+        default=10_000,
+        metadata={"help": "With --streaming: rows among which the next one is drawn; 0 leaves them in their order."},
+    )
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass
 class HeldOutArguments:
     """Held-out data"""
 

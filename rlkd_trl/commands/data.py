@@ -1,11 +1,12 @@
 """Loads the data that a recipe's flags name, as prompts or pairs, and checks it before any model is loaded."""
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments, StreamingArguments
 from rlkd_trl.commands.launched import say
+from rlkd_trl.commands.loading import supervised_writer
 from rlkd_trl.commands.prompt_lengths import fit_prompts, naming, student_prompt
 from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
@@ -32,6 +33,7 @@ from rlkd_trl.prompts import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from rlkd_trl.data.streams import RowStream
     from rlkd_trl.models.chat import PromptWriter
 
 # Without --eval_dataset, this share of the inputs is held out for the final table, and at most this many.
@@ -69,10 +71,7 @@ def load_prompts(
     Raises:
         InputError: A file, column, split or template is wrong; the message names it.
     """
-    if prompts.student_template is not None:
-        require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
-    for template in templates or []:
-        require_variable(template.name, template.input_variables)
+    require_variables(prompts, templates)
     if data.dataset is None:
         rows = demo_dataset("test" if held_out else "train").remove_columns("target")
         grouped, name = group_by_source(rows, "source", "references"), "The demo's data"
@@ -80,16 +79,72 @@ def load_prompts(
         rows, name = _load_rows(data, held_out), data.dataset if held_out is None else held_out.eval_dataset
         with naming(name):
             grouped = _grouped(rows, data, held_out)
+        _say_what_is_replaced(rows, data)
     if data.max_rows is not None and held_out is None:
         grouped = grouped.select(range(min(data.max_rows, len(grouped))))
     with naming(name):
-        if prompts.student_template is not None:
-            grouped = _with_student_prompts(grouped, prompts.student_template)
-        if templates is not None:
-            templates.validate(question_columns(templates, row) for row in grouped)
+        grouped = _rendered(grouped, prompts, templates)
     if templates is not None and held_out is None:
         _say_what_gets_the_source(templates, grouped[0])
     return grouped
+
+
+def stream_prompts(
+    data: DataArguments,
+    streaming: StreamingArguments,
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    seed: int,
+) -> "RowStream":
+    """As `load_prompts`, of training data that is read while training goes on.
+
+    An input that stands in several rows is one only where these are prepared together.
+
+    Raises:
+        InputError: A file, column, split or template is wrong, or one of the first rows; the message names it.
+    """
+    require_variables(prompts, templates)
+
+    def prepare(rows: "Dataset") -> "Dataset":
+        return _rendered(_grouped(rows, data, None), prompts, templates)
+
+    stream = _stream(data, streaming, prepare, seed)
+    if templates is not None:
+        _say_what_gets_the_source(templates, stream.head[0])
+    return stream
+
+
+def _stream(
+    data: DataArguments, streaming: StreamingArguments, prepare: Callable[["Dataset"], "Dataset"], seed: int
+) -> "RowStream":
+    """The stream of `--dataset`, and a sentence that says what this means. Raises `InputError`."""
+    from rlkd_trl.data.streams import RowStream, stream_rows
+
+    if data.dataset is None:
+        raise InputError("--streaming needs --dataset: the demo's data is small.")
+    if data.max_rows is not None:
+        raise InputError("--max_rows counts the inputs of data that is read at once: leave it out with --streaming.")
+    rows = stream_rows(data.dataset, data.dataset_split, revision=data.dataset_revision, config=data.dataset_config)
+    stream = RowStream(rows, prepare, name=data.dataset, buffer_size=streaming.shuffle_buffer_size, seed=seed)
+    say(
+        f"--streaming: {data.dataset} is read while training goes on. Its first {len(stream.head)} rows are checked "
+        "now; of later rows nobody counts how many are shortened, and one that is wrong ends the run when it is read."
+    )
+    return stream
+
+
+def _rendered(rows: "Dataset", prompts: PromptArguments, templates: PromptTemplates | None) -> "Dataset":
+    """The rows with the student's prompts, after all have been rendered through the templates. Raises `InputError`."""
+    if prompts.student_template is not None:
+        rows = _with_student_prompts(rows, prompts.student_template)
+    if templates is not None:
+        templates.validate(question_columns(templates, row) for row in rows)
+    return rows
+
+
+def _say_what_is_replaced(rows: "Dataset", data: DataArguments) -> None:
+    if "source" in rows.column_names and data.source_column != "source":
+        say(f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.")
 
 
 def _say_what_gets_the_source(templates: PromptTemplates, row: Mapping[str, object]) -> None:
@@ -110,7 +165,6 @@ def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | 
     if data.source_column == "source" and not is_conversation(grouped[0]["prompt"]):
         return grouped
     if "source" in grouped.column_names:
-        say(f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.")
         grouped = grouped.remove_columns("source")
     return grouped.add_column("source", [source_text(prompt) for prompt in grouped["prompt"]])
 
@@ -130,6 +184,14 @@ def _load_rows(data: DataArguments, held_out: HeldOutArguments | None = None) ->
     return load_rows(name, split, revision=data.dataset_revision, config=data.dataset_config)
 
 
+def require_variables(prompts: PromptArguments, templates: PromptTemplates | None) -> None:
+    """Raises `InputError` for a template of the student's or the teacher's that reads no column."""
+    if prompts.student_template is not None:
+        require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
+    for template in templates or []:
+        require_variable(template.name, template.input_variables)
+
+
 def require_variable(name: str, variables: Collection[str]) -> None:
     """Raises `InputError` for a template that reads no column, as it would ask the same about every row."""
     if not variables:
@@ -141,8 +203,10 @@ def require_variable(name: str, variables: Collection[str]) -> None:
 
 def load_train_and_held_out(
     settings: DistillationSettings, templates: PromptTemplates | None, *, flag: str = "--eval_dataset"
-) -> tuple["Dataset", "Dataset"]:
+) -> "tuple[Dataset | RowStream, Dataset]":
     """Training prompts and held-out rows: `--eval_dataset`, the demo's test split, or a share of the training data.
+
+    With `--streaming` the training prompts are a `RowStream`.
 
     flag: the name that `--eval_dataset` has for the user.
 
@@ -156,6 +220,16 @@ def load_train_and_held_out(
         raise InputError("--eval_target_column names a column of --eval_dataset: give that too.")
     if held_out.eval_split != HeldOutArguments.eval_split and held_out.eval_dataset is None:
         raise InputError(f"--eval_split {held_out.eval_split} is a split of --eval_dataset: give that too.")
+    if settings.streaming.streaming:
+        from rlkd_trl.trainers.checks import check_endless
+
+        check_endless(args)
+        if held_out.eval_dataset is None:
+            raise InputError(
+                f"--streaming cannot hold out a share of rows whose number it does not know: give {flag}."
+            )
+        train = stream_prompts(data, settings.streaming, prompts, templates, args.seed)
+        return train, load_prompts(data, prompts, templates, held_out)
     train = load_prompts(data, prompts, templates)
     if held_out.eval_dataset is not None or data.dataset is None:
         test = load_prompts(data, prompts, templates, held_out)
@@ -182,18 +256,55 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
 
     data, prompts = settings.data, settings.prompts
     rows = demo_dataset("train") if data.dataset is None else _load_rows(data)
+    if data.max_rows is not None:
+        rows = rows.select(range(min(data.max_rows, len(rows))))
+    require_variables(prompts, templates)
+    pairs = _pairs_of(rows, data, prompts, templates)
+    if templates is not None:
+        _say_what_gets_the_source(templates, pairs[0])
+    empty_targets([pair["target"] for pair in pairs])
+    return pairs
+
+
+def stream_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> "RowStream":
+    """As `load_pairs` and `pairs_within`, of data that is read while training goes on.
+
+    Raises:
+        InputError: As `load_pairs`, of the first rows; or a flag does not go with a stream.
+    """
+    from datasets import Dataset
+
+    from rlkd_trl.trainers.checks import check_endless, empty_targets
+
+    check_endless(settings.args)
+    if settings.student.student is None and settings.new.tokenizer is None:
+        raise InputError("A new tokenizer is trained on all data: with --streaming give --student or --tokenizer.")
+    data, prompts, length = settings.data, settings.prompts, settings.args.max_prompt_length
+    require_variables(prompts, templates)
+    writer = supervised_writer(settings.student, settings.new, [])
+
+    def prepare(rows: "Dataset") -> "Dataset":
+        pairs = _pairs_of(rows, data, prompts, templates)
+        texts = fit_prompts([pair["prompt"] for pair in pairs], data.dataset, writer, length, counts=False)
+        return Dataset.from_list(
+            [{"prompt": text, "target": pair["target"]} for text, pair in zip(texts, pairs, strict=True)]
+        )
+
+    stream = _stream(data, settings.streaming, prepare, settings.args.seed)
+    empty_targets(stream.head["target"])
+    return stream
+
+
+def _pairs_of(
+    rows: "Dataset", data: DataArguments, prompts: PromptArguments, templates: PromptTemplates | None
+) -> list[dict[str, object]]:
+    """The pairs of some rows; see `load_pairs`. Raises `InputError`."""
     source, target = (data.source_column, data.target_column) if data.dataset else ("source", "target")
     if target is None:
         raise InputError("--target_column is needed here.")
     require_columns(rows, source_column=source, target_column=target)
     require_two_columns(source, target)
-    if data.max_rows is not None:
-        rows = rows.select(range(min(data.max_rows, len(rows))))
     require_no_blanks(rows[source], source)
-    if prompts.student_template is not None:
-        require_variable("student_template", PromptTemplate("student_template", prompts.student_template).variables)
-    for template in templates or []:
-        require_variable(template.name, template.input_variables)
     pairs = []
     for i, row in enumerate(rows):
         require_prompt(row[source], source, i)
@@ -201,8 +312,6 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         columns = {**columns, "source": source_text(row[source]), "prompt": row[source]}
         with naming(f"Row {i + 1}"):
             if templates is not None:
-                if i == 0:
-                    _say_what_gets_the_source(templates, columns)
                 questions = templates.render(question_columns(templates, columns))
             else:
                 questions = [student_prompt(prompts.student_template, columns)]
@@ -210,7 +319,6 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
         is_empty = isinstance(row[target], str) and not row[target].strip()
         answers = [""] if is_empty else as_references(row[target], target, i)
         pairs += [{"prompt": question, "target": answer} for question in questions for answer in answers]
-    empty_targets([pair["target"] for pair in pairs])
     return pairs
 
 

@@ -19,7 +19,7 @@ from rlkd_trl.commands.data import load_templates, load_train_and_held_out
 from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_reward_model, load_student, weigh_by_validation
-from rlkd_trl.commands.prompt_lengths import fit_rows
+from rlkd_trl.commands.prompt_lengths import fit_rows, fit_stream
 from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
 from rlkd_trl.commands.run_directory import (
     check_free,
@@ -36,6 +36,7 @@ from rlkd_trl.prompts import PromptTemplates
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from rlkd_trl.data.streams import RowStream
     from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
@@ -45,7 +46,7 @@ class CheckedData:
     """Templates, and training and test rows for all of which they render."""
 
     templates: PromptTemplates | None
-    train: "Dataset"
+    train: "Dataset | RowStream"
     test: "Dataset"
 
 
@@ -148,6 +149,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     Raises:
         InputError: One of them is wrong; the message names it.
     """
+    from rlkd_trl.data.streams import known_rows
     from rlkd_trl.trainers.checks import check_best_metric, check_prompts, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
@@ -159,7 +161,9 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_prompts(data.train, settings.args)
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
-        check_targets(data.train, settings.args)
+        check_targets(known_rows(data.train), settings.args)
+    if settings.absent.teacher_cache is not None and settings.streaming.streaming:
+        raise InputError("--teacher_cache is of rows that are known beforehand: leave out --streaming.")
     check_absent_teacher(settings, data.templates)
     check_panel(settings.panel, settings.teacher, data.templates)
     check_owners(settings, data)
@@ -174,6 +178,8 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
 
 def check_owners(settings: DistillationSettings, data: CheckedData) -> None:
     """Raises `InputError` if a row names no teacher or template, or held-out references to weigh by are missing."""
+    from rlkd_trl.data.streams import known_rows
+
     panel = settings.panel
     references = data.test["references"] if "references" in data.test.column_names else [[]]
     if panel.teacher_weighting == "validation" and not all(references):
@@ -182,9 +188,8 @@ def check_owners(settings: DistillationSettings, data: CheckedData) -> None:
             "held-out row has one: name their column with --target_column, or choose another weighting."
         )
     if not is_demo(settings):
-        check_routing(
-            panel, settings.teacher, data.templates, {"Training data": data.train, "Held-out data": data.test}
-        )
+        rows = {"Training data": known_rows(data.train), "Held-out data": data.test}
+        check_routing(panel, settings.teacher, data.templates, rows)
 
 
 def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> CheckedInputs:
@@ -193,9 +198,14 @@ def within_lengths(settings: DistillationSettings, inputs: CheckedInputs) -> Che
     Raises:
         InputError: As `fit_rows`.
     """
+    from rlkd_trl.data.streams import RowStream
+
     of_prompts = (settings.prompts, inputs.templates, settings.student, settings.teacher)
     lengths = {name: getattr(settings.args, name) for name in ("max_prompt_length", "max_completion_length")}
-    train = fit_rows(inputs.train, "Training data", *of_prompts, **lengths)
+    if isinstance(inputs.train, RowStream):
+        train = fit_stream(inputs.train, *of_prompts, **lengths)
+    else:
+        train = fit_rows(inputs.train, "Training data", *of_prompts, **lengths)
     test = fit_rows(inputs.test, "Held-out data", *of_prompts, **lengths)
     return replace(inputs, train=train, test=test)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from rlkd_trl.data.streams import RowStream
     from rlkd_trl.models.chat import PromptWriter
 
 BATCH_SIZE = 1000  # texts that are tokenised at a time
@@ -77,22 +78,57 @@ def student_prompt(template: str | None, row: Mapping[str, object]) -> "str | li
     return prompt_template.render({name: value for name, value in row.items() if name != "references"})
 
 
+def fit_stream(
+    stream: "RowStream",
+    prompts: PromptArguments,
+    templates: PromptTemplates | None,
+    student: StudentArguments,
+    teacher: TeacherArguments,
+    **lengths: int | None,
+) -> "RowStream":
+    """As `fit_rows`, of a stream; only its first rows are counted and checked. Raises `InputError`."""
+    head = fit_rows(stream.head, "First rows of the training data", prompts, templates, student, teacher, **lengths)
+    writer, max_length = student_writer(student), lengths["max_prompt_length"]
+    if prompts.student_template is None or max_length is None:
+        return stream
+
+    def fit(rows: "Dataset") -> "Dataset":
+        return fit_student_prompts(rows, "Training data", prompts.student_template, writer, max_length, counts=False)
+
+    return stream.then(fit, head)
+
+
 def fit_student_prompts(
-    rows: "Dataset", data_name: str, template: str | None, writer: "PromptWriter", max_length: int
+    rows: "Dataset",
+    data_name: str,
+    template: str | None,
+    writer: "PromptWriter",
+    max_length: int,
+    *,
+    counts: bool = True,
 ) -> "Dataset":
-    """The rows with prompts of at most `max_length` tokens, if a template makes them. Raises `InputError`."""
+    """The rows with prompts of at most `max_length` tokens, if a template makes them; `counts` as in `fit_prompts`.
+
+    Raises:
+        InputError: As `fit_rows`.
+    """
     if template is None:  # bare sources stay as they are here, and lose their ends when they are tokenised
-        fit_prompts(rows["prompt"], data_name, writer, max_length)
+        fit_prompts(rows["prompt"], data_name, writer, max_length, counts=counts)
         return rows
     texts = [student_prompt(template, {**row, "prompt": row["source"]}) for row in rows]
-    texts = fit_prompts(texts, data_name, writer, max_length)
+    texts = fit_prompts(texts, data_name, writer, max_length, counts=counts)
     return rows.remove_columns("prompt").add_column("prompt", texts)
 
 
 def fit_prompts(
-    prompts: "Sequence[str | list[Message]]", data_name: str, writer: "PromptWriter", max_length: int
+    prompts: "Sequence[str | list[Message]]",
+    data_name: str,
+    writer: "PromptWriter",
+    max_length: int,
+    *,
+    counts: bool = True,
 ) -> "list[str | list[Message]]":
-    """The prompts; those from a template are cut to `max_length` tokens. Prints how many are longer.
+    """The prompts; those from a template are cut to `max_length` tokens. counts: print how many are longer.
 
     The tokens are those of the prompt in its chat template, where there is one; the prompt is returned without it.
 
@@ -111,9 +147,9 @@ def fit_prompts(
                     fitting[i] = str(shorten(tokenizer, prompts[i], max_length, read_as=writer.text))
                 elif isinstance(written[i], RenderedPrompt):  # a chat's, which is cut when it is tokenised
                     check_can_fit(tokenizer, written[i], max_length)
-    _say_shortened(
-        f"{data_name}: {len(excess)} of {len(fitting)} prompts are", "--max_prompt_length", max_length, excess
-    )
+    if counts:
+        how_many = f"{data_name}: {len(excess)} of {len(fitting)} prompts are"
+        _say_shortened(how_many, "--max_prompt_length", max_length, excess)
     return fitting
 
 

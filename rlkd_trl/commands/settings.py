@@ -30,6 +30,7 @@ from rlkd_trl.commands.arguments import (
     RoutingArguments,
     RunArguments,
     ServerArguments,
+    StreamingArguments,
     StudentArguments,
     TaskDataArguments,
     TeacherArguments,
@@ -56,6 +57,7 @@ class DistillationSettings:
     """Settings of a training method without a reward of its own."""
 
     data: DataArguments
+    streaming: StreamingArguments
     held_out: HeldOutArguments
     prompts: PromptArguments
     teacher: TeacherArguments
@@ -79,6 +81,7 @@ class SupervisedSettings:
     """Settings of supervised training."""
 
     data: DataArguments
+    streaming: StreamingArguments
     prompts: PromptArguments
     student: StudentArguments
     new: NewModelArguments

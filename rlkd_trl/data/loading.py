@@ -108,7 +108,7 @@ def _load_file(path: Path, split: str) -> Dataset:
         except Exception as error:  # each format's parser has its own exceptions, StopIteration among them
             if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
                 raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
-            reason = "; ".join(filter(None, (_reason(error), problem_of(path))))
+            reason = "; ".join(filter(None, (reason_of(error), problem_of(path))))
             raise InputError(f"{path} could not be read: {reason}") from error
     if "__index_level_0__" in rows.column_names:  # pandas took the extra field for an index and shifted the others
         raise InputError(f"{path} has rows with more fields than its header; quote the fields that contain commas.")
@@ -155,7 +155,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
-        raise InputError(f"{path} could not be read: {_reason(error)}. Save or copy it again.") from error
+        raise InputError(f"{path} could not be read: {reason_of(error)}. Save or copy it again.") from error
     splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
         raise _unknown_split(str(path), split, ", ".join(splits))
@@ -185,7 +185,7 @@ def _load_directory(path: Path, split: str) -> Dataset:
             raise _unknown_split(str(path), split, splits) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
-        raise InputError(f"{path} could not be read: {_reason(error)}") from error
+        raise InputError(f"{path} could not be read: {reason_of(error)}") from error
 
 
 def _load_from_hub(dataset: str, split: str, revision: str | None, config: str | None) -> Dataset:
@@ -204,7 +204,7 @@ def _load_from_hub(dataset: str, split: str, revision: str | None, config: str |
         at_revision = f" at revision {revision}" if revision else ""
         raise InputError(
             f"Dataset {repository} is not a local path and could not be fetched from the Hub{at_revision}: "
-            f"{_reason(error)}. Check the spelling and the network, or give a local file."
+            f"{reason_of(error)}. Check the spelling and the network, or give a local file."
         ) from error
     if revision is not None:
         _check_commit(rows, repository, revision)
@@ -235,7 +235,7 @@ def _unknown_split(dataset: str, split: str, available: str) -> InputError:
     return InputError(f"Split {split!r} is not in {dataset}; its splits are: {available}.")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of the error, or of its cause, where `datasets` puts the message of a format's parser."""
     from datasets.exceptions import DatasetGenerationError
 

@@ -8,9 +8,10 @@ from functools import partial
 from accelerate.utils import str_to_bool
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
+from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.models.chat import PromptWriter
@@ -23,9 +24,24 @@ from rlkd_trl.trainers.config import OnPolicyConfig, RolloutConfig
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
-def check_prompts(dataset: Dataset, args: RolloutConfig) -> None:
-    """Raises `InputError` if there is no column `prompt` of prompts, or fewer rows than one rollout takes."""
-    check_prompt_column(dataset, "training data")
+def check_endless(args: TrainingArguments) -> None:
+    """Raises `InputError` if a run on a `RowStream` is to last for some epochs."""
+    if args.max_steps <= 0:
+        raise InputError(
+            "A stream of rows has no known length, so there are no epochs to count: say with max_steps how long to "
+            "train."
+        )
+
+
+def check_prompts(dataset: Dataset | RowStream, args: RolloutConfig) -> None:
+    """Raises `InputError` if there is no column `prompt` of prompts, or fewer rows than one rollout takes.
+
+    Of a stream, which has no end, only the column is checked.
+    """
+    check_prompt_column(known_rows(dataset), "training data")
+    if isinstance(dataset, RowStream):
+        check_endless(args)
+        return
     needed = args.prompts_per_rollout * args.world_size
     if len(dataset) < needed:
         raise InputError(
@@ -43,7 +59,7 @@ def check_column(dataset: Dataset, column: str, what: str) -> None:
     if not isinstance(dataset, Dataset):
         raise InputError(
             f"The {what} is of the type {type(dataset).__name__}: give a datasets.Dataset, whose rows can be drawn by "
-            "number (of a list or a stream of rows: Dataset.from_list(list(rows)))."
+            "number (of a list: Dataset.from_list(list(rows))), or rlkd_trl.data.streams.RowStream(rows) for training."
         )
     if column not in dataset.column_names:
         raise InputError(f"The {what} has no column `{column}`; its columns are: {', '.join(dataset.column_names)}.")

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
+from rlkd_trl.data.streams import RowStream
 from rlkd_trl.errors import CheckpointError, InputError, Interrupted
 from rlkd_trl.models.prompts import forget_last_call
 from rlkd_trl.trainers.checkpoint_files import (
@@ -61,6 +62,8 @@ class ResumableTrainer(FiniteTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._check_is_a_batch()
+        if isinstance(self.train_dataset, RowStream):  # each process reads it, and keeps its share
+            self.accelerator.dataloader_config.dispatch_batches = False
         register_process()
         self.run_record: dict[str, object] = {
             "trainer": type(self).__name__,
@@ -213,7 +216,8 @@ class ResumableTrainer(FiniteTrainer):
 
     def _check_is_a_batch(self) -> None:
         """Raises `InputError` if each epoch would be empty: Trainer ends such a run as one that has succeeded."""
-        args, rows = self.args, None if self.train_dataset is None else len(self.train_dataset)
+        is_endless = self.train_dataset is None or isinstance(self.train_dataset, RowStream)
+        args, rows = self.args, None if is_endless else len(self.train_dataset)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and rows is not None and rows < batch:
             raise InputError(

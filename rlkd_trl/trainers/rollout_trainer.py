@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer.utils import print_prompt_completions_sample
 
+from rlkd_trl.data.streams import RepeatedRows, RowStream, known_rows
 from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
@@ -54,6 +55,8 @@ class RolloutTrainer(DistillationTrainer):
     With `peft_config` (a `peft.LoraConfig`, for instance) new adapters are trained and saved in place of the student's
     weights, as in TRL; a critic's weights are trained and saved too.
 
+    Training data that does not fit is a `RowStream`, with which `max_steps` must be given.
+
     The column `prompt` holds texts or conversations, as in TRL. They go through the chat template of the student's
     tokenizer, if it has one, unless `chat` says otherwise (see `PromptWriter`); a teacher has a `chat` of its own.
 
@@ -71,7 +74,7 @@ class RolloutTrainer(DistillationTrainer):
         model: PreTrainedModel | str,
         reward_model: RewardModel,
         args: RolloutConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | RowStream,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
@@ -84,7 +87,7 @@ class RolloutTrainer(DistillationTrainer):
         check_best_metric(args, eval_dataset, has_teacher=any(panel.can_score for panel in reward_model.panels))
         check_sharding(args)
         model, writer = prepare_student(
-            model, processing_class, peft_config, reward_model, args, train_dataset, eval_dataset, chat
+            model, processing_class, peft_config, reward_model, args, known_rows(train_dataset), eval_dataset, chat
         )
         processing_class = writer.processing_class
         self.reward_model = reward_model
@@ -114,7 +117,7 @@ class RolloutTrainer(DistillationTrainer):
         self.sampling = RolloutSampling(args, processing_class, self.accelerator)
         self.run_record |= {
             "student": student_record(model, writer),
-            "reward": reward_record(reward_model, train_dataset),
+            "reward": reward_record(reward_model, known_rows(train_dataset)),
         }
 
     def __init_subclass__(cls, **kwargs):
@@ -373,6 +376,13 @@ class RolloutTrainer(DistillationTrainer):
         """The prompts of each rollout, repeated for each micro-batch of it; a group of samples stays on one device."""
         args = self.args
         prompts = args.prompts_per_rollout
+        if isinstance(self.train_dataset, RowStream):
+            rows = RepeatedRows(
+                self.train_dataset,
+                at_a_time=prompts * self.accelerator.num_processes,
+                repeats=self._micro_steps_per_rollout,
+            )
+            return self.accelerator.prepare(DataLoader(rows, batch_size=prompts, collate_fn=list, drop_last=True))
         sampler = EpochSeededSampler(
             self.train_dataset,
             mini_repeat_count=1,

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
+from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.rewards import RewardModel
@@ -49,10 +50,12 @@ def settings_of(args: TrainingArguments) -> dict[str, object]:
     return {name: value for name, value in settings.items() if not any(fnmatch(name, may) for may in _MAY_CHANGE)}
 
 
-def rows_digest(dataset: Dataset) -> str:
-    """A digest of the rows' whole content, in their order."""
+def rows_digest(dataset: Dataset | RowStream) -> str:
+    """A digest of the rows' whole content, in their order; of a stream: its first rows, and its order's settings."""
     digest = hashlib.sha256()
-    for rows in dataset.iter(_ROWS_AT_A_TIME):
+    if isinstance(dataset, RowStream):
+        digest.update(str(dataset.order).encode())
+    for rows in known_rows(dataset).iter(_ROWS_AT_A_TIME):
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
@@ -19,7 +20,13 @@ from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_tok
 from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
-from rlkd_trl.trainers.checks import check_column, check_conversations, check_prompt_column, empty_targets
+from rlkd_trl.trainers.checks import (
+    check_column,
+    check_conversations,
+    check_endless,
+    check_prompt_column,
+    empty_targets,
+)
 from rlkd_trl.trainers.curves import keep_curves_together
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.resumable import ResumableTrainer
@@ -37,7 +44,7 @@ class SupervisedTrainer(ResumableTrainer):
     special tokens that occur in targets allowed as content.
 
     Args:
-        train_dataset: Rows with `prompt`, a text or a conversation, and `target`, a text.
+        train_dataset: Rows with `prompt`, a text or a conversation, and `target`, a text; or a `RowStream` of them.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
         chat: Whether prompts go through a chat template: by default, if the tokenizer has one (see `PromptWriter`).
 
@@ -50,36 +57,39 @@ class SupervisedTrainer(ResumableTrainer):
         self,
         model: PreTrainedModel,
         args: SupervisedConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | RowStream,
         processing_class: PreTrainedTokenizerBase,
         *,
         peft_config: PeftConfig | None = None,
         chat: ChatFormat | None = None,
         **kwargs,
     ):
-        check_prompt_column(train_dataset, "training data")
-        check_column(train_dataset, "target", "training data")
+        if isinstance(train_dataset, RowStream):
+            check_endless(args)
+        known = known_rows(train_dataset)
+        check_prompt_column(known, "training data")
+        check_column(known, "target", "training data")
         writer = PromptWriter(processing_class, chat)
         processing_class = writer.processing_class
-        check_conversations(lambda row: writer.text(row["prompt"]), train_dataset, "training data")
+        check_conversations(lambda row: writer.text(row["prompt"]), known, "training data")
         model = with_adapters(model, peft_config, seed=args.seed)
         require_eos(processing_class)
-        empty = empty_targets(train_dataset["target"])
+        empty = empty_targets(known["target"])
         if empty:
             _logger.warning(
                 "%d of %d targets are empty, the first in row %d: there the model learns to answer nothing. Drop "
                 "these rows if they are gaps in the data.",
-                *(len(empty), len(train_dataset), empty[0] + 1),
+                *(len(empty), len(known), empty[0] + 1),
             )
         check_embedding_rows("The model", processing_class, model.config)
         limits = position_limits(model)
         if limits.completion is not None:
-            longest = max(prompt_lengths(processing_class, train_dataset["target"])) + 1  # EOS
+            longest = max(prompt_lengths(processing_class, known["target"])) + 1  # EOS
             check_lengths(
                 "The model",
                 limits,
                 processing_class,
-                map(writer.text, train_dataset["prompt"]),
+                map(writer.text, known["prompt"]),
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=min(longest, args.max_completion_length),
             )
@@ -87,7 +97,7 @@ class SupervisedTrainer(ResumableTrainer):
             check_fp16(model.config, on_cpu=args.use_cpu)
         check_weights(model, "The model")
         refuse_float16_weights(model)
-        share_special_tokens([(model, processing_class)], train_dataset["target"])
+        share_special_tokens([(model, processing_class)], known["target"])
         set_trained_generation_config(model, processing_class, max_completion_length=args.max_completion_length)
         collate = PairCollator(
             processing_class,
