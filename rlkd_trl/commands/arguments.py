@@ -72,7 +72,7 @@ class DataArguments:
 
 @dataclass
 class StreamingArguments:
-    """Data that does not fit"""
+    """Streaming, for data that does not fit"""
 
     streaming: bool = field(
         default=False,

@@ -4,7 +4,13 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments, StreamingArguments
+from rlkd_trl.commands.arguments import (
+    DataArguments,
+    GeneralDataArguments,
+    HeldOutArguments,
+    PromptArguments,
+    StreamingArguments,
+)
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.loading import supervised_writer
 from rlkd_trl.commands.prompt_lengths import fit_prompts, naming, student_prompt
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
 # Without --eval_dataset, this share of the inputs is held out for the final table, and at most this many.
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
+HOLDS_NOTHING_OUT = "--streaming cannot hold out a share of rows whose number it does not know"
 
 
 def load_templates(arguments: PromptArguments) -> PromptTemplates | None:
@@ -108,14 +115,17 @@ def stream_prompts(
     def prepare(rows: "Dataset") -> "Dataset":
         return _rendered(_grouped(rows, data, None), prompts, templates)
 
-    stream = _stream(data, streaming, prepare, seed)
+    stream = open_stream(data, streaming, prepare, seed)
     if templates is not None:
         _say_what_gets_the_source(templates, stream.head[0])
     return stream
 
 
-def _stream(
-    data: DataArguments, streaming: StreamingArguments, prepare: Callable[["Dataset"], "Dataset"], seed: int
+def open_stream(
+    data: DataArguments | GeneralDataArguments,
+    streaming: StreamingArguments,
+    prepare: Callable[["Dataset"], "Dataset"],
+    seed: int,
 ) -> "RowStream":
     """The stream of `--dataset`, and a sentence that says what this means. Raises `InputError`."""
     from rlkd_trl.data.streams import RowStream, stream_rows
@@ -225,9 +235,7 @@ def load_train_and_held_out(
 
         check_endless(args)
         if held_out.eval_dataset is None:
-            raise InputError(
-                f"--streaming cannot hold out a share of rows whose number it does not know: give {flag}."
-            )
+            raise InputError(f"{HOLDS_NOTHING_OUT}: give {flag}.")
         train = stream_prompts(data, settings.streaming, prompts, templates, args.seed)
         return train, load_prompts(data, prompts, templates, held_out)
     train = load_prompts(data, prompts, templates)
@@ -290,7 +298,7 @@ def stream_pairs(settings: SupervisedSettings, templates: PromptTemplates | None
             [{"prompt": text, "target": pair["target"]} for text, pair in zip(texts, pairs, strict=True)]
         )
 
-    stream = _stream(data, settings.streaming, prepare, settings.args.seed)
+    stream = open_stream(data, settings.streaming, prepare, settings.args.seed)
     empty_targets(stream.head["target"])
     return stream
 

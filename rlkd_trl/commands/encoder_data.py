@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import EncoderHeldOutArguments
-from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE
+from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE, HOLDS_NOTHING_OUT, open_stream
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.data import load_rows, require_columns, require_no_blanks, require_text
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig
 
+    from rlkd_trl.data.streams import RowStream
+
 
 @dataclass(frozen=True)
 class Rows:
     """Training and held-out rows with `text`, optionally `text_pair`, and in a task `label`, as the data have it."""
 
-    train: "Dataset"
+    train: "Dataset | RowStream"
     test: "Dataset"
 
 
@@ -53,8 +55,10 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
     Raises:
         InputError: A stage's data is not named; a file, column or split is wrong; a text or a label is missing.
     """
+    if settings.streaming.streaming and "general" not in settings.args.stages:
+        raise InputError("--streaming is for the texts of a general stage, and there is none: leave it out.")
     data, task, held_out, seed = settings.data, settings.task, settings.held_out, settings.args.seed
-    if is_demo(settings):
+    if is_demo(settings) and not settings.streaming.streaming:
         train, test = (demo_sentences(split) for split in ("train", "test"))
         return {"general": Rows(*(rows.select_columns("text") for rows in (train, test))), "task": Rows(train, test)}
     found = {}
@@ -62,14 +66,21 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
         if data.dataset is None:
             raise InputError("A general stage learns from texts: give --dataset, or leave the stage out of --stages.")
         columns = Columns(("source_column", data.source_column), ("pair_column", data.pair_column))
-        rows = load_rows(data.dataset, data.dataset_split, revision=data.dataset_revision, config=data.dataset_config)
-        train = _checked(rows, columns, data.max_rows)
+        if settings.streaming.streaming:
+            train = open_stream(data, settings.streaming, lambda rows: _checked(rows, columns), seed)
+        else:
+            rows = load_rows(
+                data.dataset, data.dataset_split, revision=data.dataset_revision, config=data.dataset_config
+            )
+            train = _checked(rows, columns, data.max_rows)
         test = None
         if held_out.eval_dataset is not None:
             rows = load_rows(
                 held_out.eval_dataset, held_out.eval_split, revision=data.dataset_revision, config=data.dataset_config
             )
             test = _checked(rows, columns)
+        if settings.streaming.streaming and test is None:
+            raise InputError(f"{HOLDS_NOTHING_OUT}: give --eval_dataset.")
         found["general"] = _split(train, test, "--eval_dataset", seed)
     if "task" in settings.args.stages:
         if task.task_dataset is None:

@@ -132,6 +132,7 @@ def check_teacher(name: str, revision: str | None, objective: "Objective") -> No
 
 def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
     """Checks tokenizers, layers and lengths before weights are read. Raises `InputError`."""
+    from rlkd_trl.data.streams import known_rows
     from rlkd_trl.models.encoders import load_encoder_config, skeleton
     from rlkd_trl.models.limits import check_embedding_rows
     from rlkd_trl.models.loading import check_dtype, load_tokenizer
@@ -151,7 +152,7 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
         check_same_vocabulary(tokenizer, theirs)
         check_embedding_rows("The teacher", tokenizer, config)
     check_models(objective, student, teacher)
-    data = [stage.rows.train, stage.rows.test]
+    data = [known_rows(stage.rows.train), stage.rows.test]
     check_inputs(stage.args, objective, data, tokenizer, student, teacher)
     for name in (*stage.more_teachers, *stage.trained_along):
         config = load_encoder_config(name)

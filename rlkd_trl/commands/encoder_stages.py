@@ -95,10 +95,14 @@ def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]
 
 def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], student: StudentPlan) -> Stage:
     from rlkd_trl.models.encoders import load_encoder_config
+    from rlkd_trl.trainers.checks import check_endless
 
     args, teacher = settings.args.of_stage(number), settings.teacher
     objective = args.objective(0)
     of_stage = rows[objective.stage]
+    is_stream = settings.streaming.streaming and objective.stage == "general"
+    if is_stream:
+        check_endless(args)
     name, revision = teacher.teacher, teacher.teacher_revision
     if objective.stage == "task" and teacher.task_teacher is not None:
         name, revision = teacher.task_teacher, teacher.task_teacher_revision
@@ -121,6 +125,8 @@ def _stage(settings: EncoderSettings, number: int, rows: dict[str, Rows], studen
             column = settings.task.label_column or "label"
             of_stage = Rows(*(with_numbers(part, classes, column) for part in (of_stage.train, of_stage.test)))
     elif "nsp_ce" in objective.weights:
+        if is_stream:
+            raise InputError("nsp_ce pairs texts of all data at random, which a stream cannot: leave out --streaming.")
         if "text_pair" not in of_stage.train.column_names:
             raise InputError(
                 "nsp_ce learns which text follows which: name the second one's column with --pair_column."

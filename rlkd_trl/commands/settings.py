@@ -95,6 +95,7 @@ class EncoderSettings:
     """Settings of encoder distillation."""
 
     data: GeneralDataArguments
+    streaming: StreamingArguments
     task: TaskDataArguments
     held_out: EncoderHeldOutArguments
     teacher: EncoderTeacherArguments

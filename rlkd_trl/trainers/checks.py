@@ -25,11 +25,16 @@ from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
 
 def check_endless(args: TrainingArguments) -> None:
-    """Raises `InputError` if a run on a `RowStream` is to last for some epochs."""
+    """Raises `InputError` for settings that do not go with a `RowStream`: epochs, and workers."""
     if args.max_steps <= 0:
         raise InputError(
             "A stream of rows has no known length, so there are no epochs to count: say with max_steps how long to "
             "train."
+        )
+    if args.dataloader_num_workers:
+        raise InputError(
+            f"dataloader_num_workers {args.dataloader_num_workers}: each worker would read the whole stream; leave it "
+            "out."
         )
 
 

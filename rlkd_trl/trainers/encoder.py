@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
 from rlkd_trl.evaluation.evaluate import NOT_FINITE, count_not_finite
@@ -28,7 +29,7 @@ from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
 from rlkd_trl.students.joint_encoders import JointEncoders, mean_logits
 from rlkd_trl.trainers.budget import Spent
-from rlkd_trl.trainers.checks import check_sharding
+from rlkd_trl.trainers.checks import check_endless, check_sharding
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.encoder_checks import (
     check_inputs,
@@ -38,7 +39,7 @@ from rlkd_trl.trainers.encoder_checks import (
     projections_needed,
 )
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
-from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, TextCollator, masked_tokens
+from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, NumberedStream, TextCollator, masked_tokens
 from rlkd_trl.trainers.encoder_losses import StageLosses, Teachings, count_units, logits_of, token_mask
 from rlkd_trl.trainers.encoder_teachers import (
     PanelLosses,
@@ -65,7 +66,7 @@ class EncoderKDTrainer(DistillationTrainer):
             to which a missing head is added. `students.from_teacher.smaller_student` makes new students.
         teacher: The teacher, or the name of a checkpoint; None if no loss needs one.
         train_dataset: Rows with `text`, or `input_ids`; optional are `text_pair` (an encoder-decoder's target),
-            `label` (a class's number, or a float in regression) and `next_sentence_label`.
+            `label` (a class's number, or a float in regression) and `next_sentence_label`. Or a `RowStream` of them.
         data_collator: Replaces the trainer's own, for instance by one of transformers' for tokenised rows.
         peft_config: Adapters to train in place of the model's weights, as in TRL.
         more_teachers: More teachers; each loss is summed over all (see `PanelLosses`).
@@ -85,7 +86,7 @@ class EncoderKDTrainer(DistillationTrainer):
         model: PreTrainedModel | str,
         teacher: PreTrainedModel | PeftModel | str | None,
         args: EncoderKDConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | RowStream,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
@@ -100,7 +101,10 @@ class EncoderKDTrainer(DistillationTrainer):
             raise InputError(f"args has {len(args.stages)} stages, and a trainer is for one: give args.of_stage(0).")
         self.objective = objective = args.objective(0)
         check_sharding(args)
-        check_rows(train_dataset, objective, "training data")
+        known = known_rows(train_dataset)
+        if isinstance(train_dataset, RowStream):
+            check_endless(args)
+        check_rows(known, objective, "training data")
         if eval_dataset is not None:
             check_rows(eval_dataset, objective, "evaluation data")
         if isinstance(model, str):
@@ -118,7 +122,7 @@ class EncoderKDTrainer(DistillationTrainer):
             check_fp16(model.config, on_cpu=args.use_cpu)
         check_embedding_rows("The student", processing_class, model.config)
         self._teachers_readers = [LayerReader(one.eval().requires_grad_(False)) for one in teachers]
-        data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
+        data = [known] if eval_dataset is None else [known, eval_dataset]
         for reader in self._teachers_readers or [None]:
             check_models(objective, LayerReader(model), reader)
             check_inputs(args, objective, data, processing_class, LayerReader(model), reader)
@@ -165,7 +169,8 @@ class EncoderKDTrainer(DistillationTrainer):
             ),
             **kwargs,
         )
-        self.train_dataset = NumberedRows(train_dataset)
+        is_stream = isinstance(train_dataset, RowStream)
+        self.train_dataset = NumberedStream(train_dataset) if is_stream else NumberedRows(train_dataset)
         self.loss_is_scaled_for_ga = True  # the counts that losses are divided by are those of the whole step
         for one in teachers:
             one.to(self.accelerator.device)
@@ -259,7 +264,8 @@ class EncoderKDTrainer(DistillationTrainer):
         The counts are over all micro-batches and processes.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        epoch = int(self.state.epoch or 0)
+        # A stream's rows have numbers of their own in each pass; its epoch is the share of `max_steps`.
+        epoch = 0 if isinstance(self.train_dataset, NumberedStream) else int(self.state.epoch or 0)
         batches = [self._with_masked_tokens(batch, epoch) for batch in batches]
         return batches, self._global_counts(batches) if batches else None
 

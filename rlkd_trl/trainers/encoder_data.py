@@ -1,6 +1,6 @@
 """Batches of texts for encoders: token ids, labels, and masked tokens that depend on seed, epoch and row alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd_trl.data.streams import RowStream
 from rlkd_trl.ops.classification import IGNORED
 
 ROW = "row"  # column of a row's number in the training data, on which the choice of masked tokens depends
@@ -26,6 +27,17 @@ class NumberedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         return {**self.rows[i], ROW: i}
+
+
+class NumberedStream(torch.utils.data.IterableDataset):
+    """The rows of a stream, each with a number of its own in the column `ROW`, also where the stream begins anew."""
+
+    def __init__(self, rows: RowStream):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        for i, row in enumerate(self.rows):
+            yield {**row, ROW: i}
 
 
 @dataclass

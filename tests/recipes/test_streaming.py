@@ -1,6 +1,7 @@
 """`--streaming` in the recipes that train."""
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, metrics_of, run, word_rows, write_csv
 
@@ -66,3 +67,37 @@ def test_a_later_row_that_is_wrong_ends_the_run_with_a_message(checkpoints, test
     assert (
         "counted from row 17 of the order in which it is read: Row 15: column `mr` is empty" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "give --eval_dataset"),
+        ("--eval_dataset {test} --max_steps -1", "say with max_steps how long to train"),
+        ("--eval_dataset {test} --dataloader_num_workers 2", "each worker would read the whole stream"),
+        ("--eval_dataset {test} --losses mlm_ce+nsp_ce", "nsp_ce pairs texts of all data at random"),
+        ("--stages task", "--streaming is for the texts of a general stage"),
+    ],
+)
+def test_what_a_stream_cannot_do_for_an_encoder(flags, message, encoders, tmp_path, capsys):
+    command = f"encoder_kd --losses mlm_ce --student {encoders.student} --teacher {encoders.general} --stages general "
+    command += (
+        f"--dataset {encoders.train} --source_column text --streaming --max_steps 1 --output_dir {tmp_path / 'run'}"
+    )
+    assert run(f"{command} {flags.format(test=encoders.test)}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_encoder_from_a_stream_and_on(encoders, tmp_path):
+    """Two steps and six more are eight: the same rows, with the same tokens masked."""
+    command = (
+        f"encoder_kd --config minilmv2 --teacher {encoders.general} --student {encoders.student} --losses mlm_ce "
+        f"--mlm_probability 0.15 --dataset {encoders.train} --source_column text --eval_dataset {encoders.test} "
+        "--streaming --shuffle_buffer_size 8 --per_device_train_batch_size 8 --max_length 16 "
+        "--lr_scheduler_type constant --disable_tqdm True --save_steps 2"
+    )
+    assert run(f"{command} --max_steps 8 --output_dir {tmp_path / 'whole'}") == 0
+    assert run(f"{command} --max_steps 2 --output_dir {tmp_path / 'parts'}") == 0
+    assert run(f"{command} --max_steps 8 --resume --output_dir {tmp_path / 'parts'}") == 0
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(whole[name].equal(parts[name]) for name in whole)
