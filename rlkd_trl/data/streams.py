@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from rlkd_trl.data.loading import FILE_FORMATS, load_rows, reason_of, require_dataset
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.hub import split_revision
 
 if TYPE_CHECKING:
     import datasets
@@ -148,7 +149,10 @@ def stream_rows(
                     f"Dataset {path} has an extension that is not known; use one of: {', '.join(FILE_FORMATS)}."
                 )
             return load_dataset(kind, data_files={"train": str(path)}, split=split, streaming=True)
-        return load_dataset(dataset, config, split=split, revision=revision, streaming=True)
+        if path.is_dir():
+            return load_dataset(str(path), split=split, streaming=True)
+        repository, revision = split_revision(dataset, revision)
+        return load_dataset(repository, config, split=split, revision=revision, streaming=True)
     except InputError:
         raise
     except Exception as error:

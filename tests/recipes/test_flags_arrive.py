@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from rlkd_trl.commands import arguments, checks
+from rlkd_trl.data.streams import RowStream
 from rlkd_trl.models.vocabulary import allowed_special_tokens
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import word_tokenizer
@@ -245,6 +246,7 @@ def targets(recipe: str, seen: Seen) -> list:
 HUB = f"--dataset {HUB_ID}"
 HUB_TEST = f"--eval_dataset {HUB_ID}"
 ASKED = "--templates {templates}"
+STREAMED = "--streaming --max_steps 1"
 
 # Flag: (recipes, the command line with it, whether it is seen, beside what). `base` is the command without it.
 ARRIVES = {
@@ -275,6 +277,16 @@ ARRIVES = {
         "--max_rows 5",
         lambda r, seen, _: len(texts(r, seen)) == 5 and (r not in DISTILLING or len(seen.prompts(True)) == 8),
     ),  # the held-out data are whole
+    "StreamingArguments.streaming": (
+        ("ppo_kd", "kd", "sft"),
+        STREAMED,
+        lambda r, seen, _: isinstance(seen.trainer.train_dataset, RowStream),
+    ),
+    "StreamingArguments.shuffle_buffer_size": (
+        ("ppo_kd", "sft"),
+        f"{STREAMED} --shuffle_buffer_size 7",
+        lambda r, seen, _: seen.trainer.train_dataset.order[0] == 7,
+    ),
     "HeldOutArguments.eval_dataset": (DISTILLING, HUB_TEST, lambda r, seen, _: len(seen.prompts(True)) == 40),
     "HeldOutArguments.eval_split": (
         DISTILLING,
