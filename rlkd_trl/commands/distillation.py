@@ -149,7 +149,6 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     Raises:
         InputError: One of them is wrong; the message names it.
     """
-    from rlkd_trl.data.streams import known_rows
     from rlkd_trl.trainers.checks import check_best_metric, check_prompts, check_sharding, check_targets
     from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 
@@ -161,7 +160,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
     check_prompts(data.train, settings.args)
     check_best_metric(settings.args, data.test, has_teacher=True)
     if isinstance(settings.args, KDConfig):
-        check_targets(known_rows(data.train), settings.args)
+        check_targets(data.train, settings.args)
     if settings.absent.teacher_cache is not None and settings.streaming.streaming:
         raise InputError("--teacher_cache is of rows that are known beforehand: leave out --streaming.")
     check_absent_teacher(settings, data.templates)
@@ -178,8 +177,6 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
 
 def check_owners(settings: DistillationSettings, data: CheckedData) -> None:
     """Raises `InputError` if a row names no teacher or template, or held-out references to weigh by are missing."""
-    from rlkd_trl.data.streams import known_rows
-
     panel = settings.panel
     references = data.test["references"] if "references" in data.test.column_names else [[]]
     if panel.teacher_weighting == "validation" and not all(references):
@@ -188,7 +185,8 @@ def check_owners(settings: DistillationSettings, data: CheckedData) -> None:
             "held-out row has one: name their column with --target_column, or choose another weighting."
         )
     if not is_demo(settings):
-        rows = {"Training data": known_rows(data.train), "Held-out data": data.test}
+        train = data.train.head if settings.streaming.streaming else data.train
+        rows = {"Training data": train, "Held-out data": data.test}
         check_routing(panel, settings.teacher, data.templates, rows)
 
 

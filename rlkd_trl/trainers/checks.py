@@ -112,10 +112,11 @@ def check_conversations(write: Callable[[Mapping[str, object]], object], dataset
             raise InputError(f"Row {i + 1} of the {what}: {error}") from error
 
 
-def check_targets(dataset: Dataset, args: KDConfig) -> None:
+def check_targets(dataset: Dataset | RowStream, args: KDConfig) -> None:
     """Raises `InputError` if sequences come from the data and a row has no `references` to learn from."""
     if args.sequences != "data" or args.lmbda == 1:
         return
+    dataset = known_rows(dataset)
     rows = dataset["references"] if "references" in dataset.column_names else [[]]
     for i, references in enumerate(rows):
         if isinstance(references, str):

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlkd_trl.data.streams import known_rows
 from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.prompts import target_token_ids
@@ -55,7 +54,7 @@ class KDTrainer(FullVocabularyTrainer):
     args: KDConfig
 
     def __init__(self, model, teacher, args: KDConfig, train_dataset, *positional, **kwargs):
-        check_targets(known_rows(train_dataset), args)
+        check_targets(train_dataset, args)
         super().__init__(model, teacher, args, train_dataset, *positional, **kwargs)
         self._samplers = {
             id(scorer.teacher): Policy(
