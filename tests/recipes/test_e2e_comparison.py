@@ -141,3 +141,33 @@ def test_a_result_says_where_it_is_of_no_commit(names, tmp_path, monkeypatch):
     assert re.search(r", commit [0-9a-f]+\.$", made_by())
     (tmp_path / "rival.yaml").write_text("not in the commit")
     assert re.search(r", commit [0-9a-f]+-dirty\.$", made_by())
+
+
+def test_the_tables_of_warm_starts(monkeypatch):
+    """Two seeds: t is 12.706, and the half-width of a and b is t · |a − b| / 2. The differences are paired by seed."""
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    tables_of = main_of("benchmarks/warm_start_tables").__globals__["tables_of"]
+
+    def row(model, seeds, bleu, sampled, rate=None, at_the_edge=False):
+        kinds = {"greedy": bleu, "sampled": sampled}
+        metrics = ("bleu", "teacher_nll_per_token", "length_words", "distinct_outputs")
+        numbers = {
+            kind: {metric: {"mean": sum(values) / len(values), "values": values} for metric in metrics}
+            for kind, values in kinds.items()
+        }
+        return {"model": model, "seeds": seeds, "learning_rate": rate, "at_the_edge": at_the_edge, **numbers}
+
+    first = [row("teacher", [], [60.0], [30.0]), row("seq_kd", [0, 1], [50.0, 52.0], [40.0, 40.0], 1e-3)]
+    first.append(row("ppo", [1, 0], [55.0, 53.2], [40.0, 40.0], 2e-4, True))
+    second = [row(one["model"], one["seeds"], one["sampled"]["bleu"]["values"], [1.0] * 2) for one in first]
+    found = {"tests": {"in_distribution": {"b": first}, "official": {"b": second}}, "baseline": "seq_kd"}
+    of_models, of_differences = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        for table in tables_of(found)
+    )
+    assert [line[0] for line in of_models] == ["`teacher`", "`ppo`", "`seq_kd`"]
+    assert of_models[0][1:4] == ["", "", "60.0; 30.0"]
+    assert of_models[1][1:4] == ["0.0002*", "2", "54.1 ± 11.4; 40.0 ± 0.0"]
+    assert of_models[2][1:4] == ["0.001", "2", "51.0 ± 12.7; 40.0 ± 0.0"]
+    # Seed 0: 53.2 − 50, seed 1: 55 − 52.
+    assert of_differences[0][:3] == ["`ppo`", "2", "**+3.1 ± 1.3**; +0.0 ± 0.0"]
