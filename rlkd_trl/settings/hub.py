@@ -15,6 +15,7 @@ _PATIENCE = 5.0  # seconds to connect, and again to answer
 # A file that nearly every repository has. If it is missing, the Hub's answer still tells whether there is a
 # repository.
 _PROBED = {"model": "config.json", "dataset": "README.md"}
+_ADAPTERS = "adapter_config.json"  # which a model's repository has instead where it holds adapters alone
 _AT_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _URI = "hf://"
@@ -160,10 +161,11 @@ def _is_cached(repo_id: str, revision: str | None, file: str, kind: Kind) -> boo
 
         commit = commit_of(repo_id, revision, kind) if revision else "*"
         return any(Path(config.HF_DATASETS_CACHE).glob(f"{repo_id.replace('/', '___')}/*/*/{commit}"))
+    files = [file, _ADAPTERS] if file == _PROBED["model"] else [file]
     if revision is not None:
-        return _cached(repo_id, revision, file, kind) is not None
+        return any(_cached(repo_id, revision, name, kind) for name in files)
     snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind) / "snapshots"
-    return any(snapshots.glob(f"*/{file}"))
+    return any(any(snapshots.glob(f"*/{name}")) for name in files)
 
 
 def _cached(repo_id: str, revision: str | None, file: str, kind: Kind) -> str | None:

@@ -117,7 +117,8 @@ class EncoderKDConfig(BaseConfig):
     def of_stage(self, number: int) -> "EncoderKDConfig":
         """The settings of one stage alone, counted from 0, with its steps, epochs, learning rate and directory.
 
-        The last stage's directory is `output_dir`; those of the earlier ones are in it, as `stage1-general`.
+        The last stage's directory is `output_dir`; those of the earlier ones are in it, as `stage1-general`. The last
+        student alone goes to the Hub.
         """
         is_last = number == len(self.stages) - 1
         directory = Path(self.output_dir) / f"stage{number + 1}-{self.stages[number]}"
@@ -135,6 +136,7 @@ class EncoderKDConfig(BaseConfig):
         return replace(
             self,
             output_dir=self.output_dir if is_last else str(directory),
+            push_to_hub=self.push_to_hub and is_last,
             **own,
             **steps_epochs_rate,
             **nothing,

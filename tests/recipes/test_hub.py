@@ -233,6 +233,11 @@ def test_a_push_that_would_fail_is_refused_before_training(
     assert time.monotonic() - start < 10 and not output_dir.exists()
 
 
+def test_no_message_quotes_a_token(capsys):
+    assert run(f"sft --push_to_hub True {TOKEN}") == 2
+    assert capsys.readouterr().err.startswith("error: unexpected argument 'hf_***'")
+
+
 @pytest.mark.slow
 def test_a_push_that_fails_at_the_end_loses_nothing(hub, checkpoints, train_csv, tmp_path, capsys):
     """The exit code says that what was asked for is not there; --resume sends it."""
@@ -265,6 +270,7 @@ def test_of_an_encoders_stages_the_last_student_is_sent(hub, encoders, tmp_path,
     losses = "--stages general task --losses cosine logits_kl --label_column label --num_layers 1 --max_length 32"
     command = f"encoder_kd {general} {task} {losses} {TWO_STEPS} {PUSH} --output_dir {tmp_path / 'out'}"
     assert run(command) == 0
+    assert hub.repositories["model", "owner/student"].messages.count("Training in progress, step 2") == 1
     files = hub.repositories["model", "owner/student"].files()
     assert not any("/" in name for name in files)
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
