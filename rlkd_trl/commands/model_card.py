@@ -44,7 +44,7 @@ def card_sections(trainer: "Trainer", settings: object) -> list[str]:
     sections = []
     if isinstance(getattr(settings, "prompts", None), PromptArguments):
         templates = load_templates(settings.prompts) or []
-        if templates or hasattr(settings, "teacher"):
+        if templates or getattr(getattr(settings, "teacher", None), "teacher", None):
             sections.append(templates_section({template.name: template.jinja for template in templates}))
     sections.append(settings_section(chosen_settings(settings)))
     if trainer.args.push_to_hub and _write_curves(trainer):
