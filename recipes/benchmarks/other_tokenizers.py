@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from rlkd_trl.evaluation.tables import markdown_table, number
 
 CAP = ["--max_completion_length", "32"]
-SIZES, SMOKE_SIZES = {"train": 80, "test": 16}, {"train": 12, "test": 4}
+SIZES, SMOKE_SIZES = {"train": 52, "test": 12}, {"train": 12, "test": 4}
 STUDENT = "--architecture llama --d_model 128 --num_layers 2 --num_heads 4 --dropout 0 --vocab_size 600".split()
 STUDENT += "--learning_rate 3e-3 --warmup_steps 20 --per_device_train_batch_size 16 --seed 0".split()
 EACH = "--per_device_train_batch_size 16 --warmup_steps 2 --logging_steps 1 --seed 0 --align_tokenizers True".split()
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="The teacher's file, if it is here already.")
     parser.add_argument("--teacher", type=Path, help="Another chat model, a Llama's checkpoint.")
     parser.add_argument("--warm_start_steps", type=int, default=120)
-    parser.add_argument("--max_steps", type=int, default=12)
+    parser.add_argument("--max_steps", type=int, default=8)
     parser.add_argument("--smoke", action="store_true", help="all of it in small: its numbers say nothing")
     args = parser.parse_args()
     sizes = SIZES
