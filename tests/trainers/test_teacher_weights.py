@@ -1,6 +1,7 @@
 """Distillation on divergences from teachers that are weighed per example, against loops in float64."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
+from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run
 from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import plain_forward
 from tests.trainers.plain_distillation import Asked, assert_gradients, kd_loss
@@ -96,6 +98,17 @@ def test_gradients_are_those_of_loops_with_weights_per_example(case, tmp_path):
         all_shares.append(shares)
     assert max(max(of_one) - min(of_one) for of_one in all_shares) > 0.01, "the test needs weights that differ"
     assert_gradients(recorder, 0, total / tokens, student)
+
+
+def test_weights_that_were_measured_again_may_differ_by_rounding(tmp_path):
+    def record(weight: float, **more) -> dict:
+        return {"reward": {"weightings": [{"weights": [weight, 1 - weight], **more}]}}
+
+    (tmp_path / RUN_RECORD).write_text(json.dumps(record(0.25)))
+    check_same_run(tmp_path, record(0.25 * (1 + 1e-6)))
+    for other in (record(0.2502), record(0.25, weighting="per_example"), {"reward": {"weightings": []}}):
+        with pytest.raises(InputError, match="weightings was"):
+            check_same_run(tmp_path, other)
 
 
 def test_a_resumed_run_keeps_the_weights_of_the_rollout(tmp_path):
