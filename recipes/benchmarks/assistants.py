@@ -24,7 +24,7 @@ from pathlib import Path
 from e2e import DATA_FLAGS, QUIET, RECIPES, RESULTS, delexicalise
 from e2e_comparison import drawn_inputs, read_rows, write_rows
 from ensemble import measure
-from result_files import made_by, shown, write_results
+from result_files import made_by, over_seeds, shown, write_results
 from stages import Stages
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -145,8 +145,7 @@ def main() -> None:
     text = (
         f"E2E, delexicalised, {TEST_INPUTS} test inputs with {len(test)} references; T5 from scratch: a teacher of "
         f"{args.teacher_steps} steps and {sizes[0]} million parameters, an assistant of {sizes[1]}, a student of "
-        f"{sizes[2]}. {args.max_steps} steps of 32 in each way. Mean ± half-width of the 95 % interval over "
-        f"{len(args.seeds)} seeds, differences paired by seed.\n\n"
+        f"{sizes[2]}. {args.max_steps} steps of 32 in each way. {over_seeds(len(args.seeds))}\n\n"
         f"{table(of_teacher, found)}\n\n{made_by()} {stages.cpu_seconds:.0f} s of CPU time in all.\n"
     )
     results = {"teacher": of_teacher, "assistant": assistant, "ways": found}

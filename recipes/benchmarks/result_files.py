@@ -39,6 +39,13 @@ def write_results(directory: str | Path, name: str, results: object, text: str) 
     print(text)
 
 
+def over_seeds(count: int) -> str:
+    """A sentence that says what `shown` shows of so many seeds."""
+    if count == 1:
+        return "One seed."
+    return f"Mean ± half-width of the 95 % interval over {count} seeds, differences paired by seed."
+
+
 def shown(values: Sequence[float], form: str) -> str:
     """Mean over seeds ± half-width of its 95 % interval; the mean alone of one value."""
     mean, half_width = mean_interval(values)

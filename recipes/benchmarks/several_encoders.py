@@ -25,7 +25,7 @@ import yaml
 from encoder_measurements import carry_out, measure_accuracy
 from encoder_runs import LONG, PRESETS, QUIET, SHORT, TEACHER, Budget, Plan, Run, stages_of
 from encoders import HEAD_STEPS, RESULTS, make_material
-from result_files import made_by, shown, write_results
+from result_files import made_by, over_seeds, shown, write_results
 from stages import apart
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -189,8 +189,8 @@ def main() -> None:
     found, answers, results = tables(runs, args.seeds)
     text = (
         f"{TASK}, from E2E's sentences; accuracy on held-out ones. Of several teachers: {SHORT.task} steps of "
-        f"16; by an assistant or directly: {runs.direct(0).steps} steps of 16 in all. Mean ± half-width of the 95 % "
-        f"interval over {len(args.seeds)} seeds; one seed of teachers; differences paired by seed.\n\n{found}\n\n"
+        f"16; by an assistant or directly: {runs.direct(0).steps} steps of 16 in all. "
+        f"{over_seeds(len(args.seeds))} Teachers have one seed.\n\n{found}\n\n"
         f"{answers}\n\n{made_by()}\n"
     )
     write_results(args.results_dir, "several_encoders", results, text)

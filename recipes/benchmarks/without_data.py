@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from e2e import RESULTS, delexicalise
-from result_files import made_by, shown, write_results
+from result_files import made_by, over_seeds, shown, write_results
 from stages import Stages
 
 from rlkd_trl.evaluation.tables import markdown_table
@@ -151,9 +151,8 @@ def main() -> None:
     per_seed = {seed: run_seed(args, stages, args.work_dir / f"seed{seed}", seed, train, test) for seed in args.seeds}
     text = (
         f"E2E, delexicalised; {args.test_rows} test inputs, greedy outputs; teachers of {args.teacher_steps} steps, "
-        f"students of {args.student_steps}. Mean over {len(per_seed)} seeds of everything ± half-width of the 95 % "
-        f"interval, differences paired by seed; counts are of each. {stages.cpu_seconds:.0f} s of CPU time in all. "
-        f"{made_by()}\n\n{table(per_seed)}\n"
+        f"students of {args.student_steps}. {over_seeds(len(per_seed))} Teacher, inputs and students have that seed; "
+        f"counts are of each. {stages.cpu_seconds:.0f} s of CPU time in all. {made_by()}\n\n{table(per_seed)}\n"
     )
     write_results(args.results_dir, "without_data", per_seed, text)
 
