@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rlkd_trl.commands.comparison.statistics import mean_interval
@@ -14,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def made_by() -> str:
-    """A sentence with the command that is running, and the commit that it is of where this is a clone.
+    """A sentence with the command that is running, the commit that it is of where this is a clone, and versions.
 
     The commit ends in -dirty where files differ from it, except results, or are not in it.
     """
@@ -23,7 +24,8 @@ def made_by() -> str:
         found = _git("rev-parse", "--short", "HEAD")
         if found and _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"):
             found += "-dirty"
-    return f"Made by `python {shlex.join(sys.argv)}`{f', commit {found}' if found else ''}."
+    versions = " and ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    return f"Made by `python {shlex.join(sys.argv)}`{f', commit {found}' if found else ''}, with {versions}."
 
 
 def _git(*words: str) -> str:

@@ -138,9 +138,9 @@ def test_a_result_says_where_it_is_of_no_commit(names, tmp_path, monkeypatch):
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
     (results / "table.md").write_text("a result")
-    assert re.search(r", commit [0-9a-f]+\.$", made_by())
+    assert re.search(r", commit [0-9a-f]+, with torch [^ ]+ and transformers [^ ]+\.$", made_by())
     (tmp_path / "rival.yaml").write_text("not in the commit")
-    assert re.search(r", commit [0-9a-f]+-dirty\.$", made_by())
+    assert re.search(r", commit [0-9a-f]+-dirty, with torch", made_by())
 
 
 def test_the_tables_of_warm_starts(monkeypatch):
