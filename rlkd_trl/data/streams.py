@@ -133,6 +133,7 @@ def stream_rows(
     Raises:
         InputError: The dataset or the split is not there, or the split is a slice.
     """
+    from datasets import config as of_datasets
     from datasets import load_dataset
 
     if "[" in split:
@@ -152,6 +153,11 @@ def stream_rows(
         if path.is_dir():
             return load_dataset(str(path), split=split, streaming=True)
         repository, revision = split_revision(dataset, revision)
+        if revision is not None and of_datasets.HF_HUB_OFFLINE:  # it takes the last revision that is cached
+            raise InputError(
+                f"Dataset {repository} cannot be streamed offline at a revision ({revision}): leave --streaming out, "
+                "which finds it in the cache."
+            )
         return load_dataset(repository, config, split=split, revision=revision, streaming=True)
     except InputError:
         raise

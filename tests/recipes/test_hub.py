@@ -3,11 +3,15 @@
 import re
 import time
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import constants
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from rlkd_trl.data import load_rows
+from rlkd_trl.data.streams import stream_rows
+from rlkd_trl.errors import InputError
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.prompts import PromptTemplates
 from tests.hub_server import READER, TOKEN, LoopbackHub, loopback_hub, use_endpoint
@@ -39,6 +43,7 @@ def filled(hub, checkpoints) -> LoopbackHub:
     return hub
 
 
+@pytest.mark.slow
 def test_models_data_and_templates_by_id_and_revision(filled, checkpoints, tmp_path, monkeypatch, capsys):
     """The answers are those of the same files here; again from the cache, and with the network lost."""
     (tmp_path / "old.csv").write_text("mr,ref\nw9 w7,w9\nw8 w8,w8\n")
@@ -63,6 +68,17 @@ def test_models_data_and_templates_by_id_and_revision(filled, checkpoints, tmp_p
     other = there.replace("texts@old", "texts@main")  # which the cache does not have
     assert run(f"{command} {other} --output {tmp_path / 'other.jsonl'}") == 2
     assert "is in the cache, but not" in capsys.readouterr().err
+
+
+def test_a_stream_is_of_the_revision_that_is_named(filled, monkeypatch):
+    """Offline `datasets` would take the last one that is cached, which is the other one here."""
+    load_rows("lab/texts@main")
+    assert [row["mr"] for row in stream_rows("lab/texts@old")] == ["w9 w7", "w8 w8"]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert [row["mr"] for row in stream_rows("lab/texts")] == ["w4 w4"]
+    with pytest.raises(InputError, match=r"cannot be streamed offline at a revision \(old\)"):
+        stream_rows("lab/texts@old")
 
 
 @pytest.mark.parametrize("options", [{"gated": True}, {"private": True}])
