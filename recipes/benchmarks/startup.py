@@ -2,15 +2,14 @@ r"""What the recipes import before their first line of output, and what CPU time
 
     python recipes/benchmarks/startup.py
 
-Each command runs once as it is, for its CPU seconds, and once under `python -X importtime`, for its imports; it is
-stopped at its first line, of stdout or stderr. A package's seconds are those of its own modules, without what these
-import. Writes startup.json and startup.md.
+Each command runs once as it is, for its CPU seconds, those of the processes that it has started among them, and once
+under `python -X importtime`, for its own imports; it is stopped at its first line, of stdout or stderr. A package's
+share is that of its own modules, without what these import, in the time of all imports. Writes startup.json and
+startup.md.
 """
 
 import argparse
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 from result_files import RESULTS, made_by, write_results
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -27,57 +27,50 @@ COMMANDS = {
     "all flags": "ppo_kd --help_all",
     "an input error": "ppo_kd --dataset nowhere.csv --teacher t --student s",
     "PPO": "ppo_kd --output_dir out",
-    "KD": "kd --output_dir out",
     "encoders": "encoder_kd --output_dir out",
     "a comparison": "compare --smoke --output_dir out",
 }
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")
-_SMALL = 0.05  # seconds; packages below are summed up
+_SMALL = 0.02  # of all; packages below are summed up
 
 
 def until_first_line(words: list[str], *options: str) -> tuple[str, float, list[str]]:
     """The first line that is no import's, the CPU seconds until then, and the lines on imports before it."""
     command = [sys.executable, "-u", *options, str(RECIPES / f"{words[0]}.py"), *words[1:]]
     with tempfile.TemporaryDirectory() as directory:
-        process = subprocess.Popen(
-            command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         imports = []
         for line in process.stdout:
             if not line.startswith("import time:"):
                 break
             imports.append(line)
-        seconds = _cpu_seconds(process.pid)
-        os.killpg(process.pid, signal.SIGKILL)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        seconds = sum(sum(one.cpu_times()[:2]) for one in family)
+        for one in family:
+            one.kill()
         process.wait()
     return line.strip(), seconds, imports
 
 
-def _cpu_seconds(process: int) -> float:
-    """Of a process that has not been waited for, from Linux's tables."""
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def seconds_by_package(lines: Iterable[str]) -> dict[str, float]:
-    """Of modules' own seconds, the largest first; the standard library and small packages in a sum each."""
-    seconds = Counter()
+def shares_by_package(lines: Iterable[str]) -> dict[str, float]:
+    """Of modules' own times, the largest first; the standard library and small packages in a sum each."""
+    times = Counter()
     for line in lines:
         if found := _IMPORT.match(line):
             package = found.group(2).partition(".")[0]
-            seconds["the standard library" if package in sys.stdlib_module_names else package] += int(found.group(1))
-    large = {name: value / 1e6 for name, value in seconds.most_common() if value / 1e6 >= _SMALL}
-    return {**large, "others": sum(seconds.values()) / 1e6 - sum(large.values())}
+            times["the standard library" if package in sys.stdlib_module_names else package] += int(found.group(1))
+    large = {name: time / times.total() for name, time in times.most_common() if time / times.total() >= _SMALL}
+    return {**large, "others": 1 - sum(large.values())}
 
 
 def text_of(results: dict[str, dict]) -> str:
     lines = ["# Start-up", "", made_by(), ""]
     lines += [
-        "| | command | first line | CPU s | modules | imports by package, s |",
+        "| | command | first line | CPU s | modules | imports by package |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in results.items():
-        packages = ", ".join(f"{package} {value:.2f}" for package, value in found["packages"].items())
+        packages = ", ".join(f"{package} {value:.0%}" for package, value in found["packages"].items())
         line = f"| {name} | `{COMMANDS[name]}` | {found['first_line'][:60]} | {found['cpu_seconds']:.2f} "
         lines.append(f"{line}| {found['modules']} | {packages} |")
     return "\n".join(lines) + "\n"
@@ -97,7 +90,7 @@ def main() -> None:
             "first_line": first_line,
             "cpu_seconds": seconds,
             "modules": len(imports),
-            "packages": seconds_by_package(imports),
+            "packages": shares_by_package(imports),
         }
     write_results(args.results_dir, "startup", results, text_of(results))
 
