@@ -145,6 +145,7 @@ def test_dir_lists_the_public_names():
     assert dir(rlkd_trl) == sorted([*rlkd_trl.__all__, "__version__"])
 
 
+@pytest.mark.slow
 def test_importing_changes_no_other_librarys_log_level():
     code = """
 import logging

@@ -28,10 +28,6 @@ def check_survival(methods: list[str], kills: int, processes: int = 1) -> None:
         assert line["kills"] >= kills // 4, f"few were killed: {line}"
 
 
-def test_a_few_kills():
-    check_survival(["ppo", "encoder"], 2)
-
-
 @pytest.mark.slow(120)
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments():
