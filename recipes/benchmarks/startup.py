@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,10 +45,11 @@ def until_first_line(words: list[str], *options: str) -> tuple[str, float, list[
             if not line.startswith("import time:"):
                 break
             imports.append(line)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        seconds = sum(sum(one.cpu_times()[:2]) for one in family)
-        for one in family:
-            one.kill()
+        seconds = 0.0
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+                seconds += sum(one.cpu_times()[:2])
+                one.kill()
         process.wait()
     return line.strip(), seconds, imports
 
