@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from rlkd_trl.commands import assistants
 from rlkd_trl.commands.assistants import Chain
 from rlkd_trl.commands.comparison import cells
 from rlkd_trl.commands.comparison.checks import TrainerConfigs
@@ -15,7 +16,7 @@ from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.recipes.command_lines import ROOT, run, word_rows, write_csv
-from tests.recipes.forks import Fork
+from tests.recipes.forks import Fork, fork_recipes
 
 TINY = "--common per_device_train_batch_size=8 num_generations=1 max_completion_length=6 save_strategy=no"
 
@@ -146,8 +147,9 @@ def test_mistakes_are_refused_before_anything_is_made(flags, message, place, cap
 
 
 @pytest.mark.slow
-def test_a_chain_is_run_once(place, capfd):
+def test_a_chain_is_run_once(place, capfd, monkeypatch):
     """The real command: with DGKD's teachers, then again; then on after its last hop was taken away."""
+    fork_recipes(monkeypatch)
     command = f"{COMMAND} --max_steps 2 --dense --num_assistants 1"
     assert run(command) == 0
     printed = capfd.readouterr().out
@@ -199,6 +201,8 @@ def test_a_killed_hop_goes_on_from_its_checkpoint(place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_on_the_demo(tmp_path):
+def test_on_the_demo(tmp_path, monkeypatch):
+    fork_recipes(monkeypatch)
+    monkeypatch.setattr(assistants, "SMOKE_STEPS", {"teacher_steps": 5, "student_steps": 5})
     assert run(f"assistant_kd --smoke --output_dir {tmp_path / 'out'}") == 0
     assert "| assistant1 | word_kd | 4 |" in (tmp_path / "out" / "chain.md").read_text()
