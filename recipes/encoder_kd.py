@@ -67,7 +67,7 @@ def distil(settings: EncoderSettings, rows: dict[str, Rows]) -> None:
         # Train, save, and measure the student again.
         clear_unfinished(stages[number:])
         trainer.train(resume_from_checkpoint=stage.checkpoint)
-        save_student(trainer, results)
+        save_student(trainer, results, merge=settings.adapters.merge_adapters)
         results["after"] = evaluate(trainer, "after training")
 
         # Report.

@@ -37,7 +37,7 @@ def main() -> None:
         EncoderSearchSettings, description=__doc__, recipe="encoder_search", demo_preset=demo_preset
     )
     continued_by("the same command")
-    require_files(settings, may_be_adapters=True)
+    require_files(settings)
     output_dir = Path(settings.search.output_dir)
     check_writable("--output_dir", output_dir)
     with held_alone(output_dir):

@@ -31,6 +31,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, SupervisedSettings
+from rlkd_trl.commands.student_adapters import check_adapters, report_adapters, student_adapters
 from rlkd_trl.errors import run
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStr
     checkpoint, record = checkpoint_to_resume(settings.run, args), command_record(settings)
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student, fp16=args.fp16)
+    check_adapters(settings.adapters, settings.student, has_dropout=True)
     check_push(args)
     if is_finished(checkpoint, args):
         push(args)
@@ -80,13 +82,17 @@ def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStr
     model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
     tokenizer = writer.processing_class
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    trainer = SupervisedTrainer(model, args, dataset, tokenizer, chat=writer.chat)
+    adapters = student_adapters(settings.adapters, model, has_dropout=True)
+    trainer = SupervisedTrainer(model, args, dataset, tokenizer, peft_config=adapters, chat=writer.chat)
+    report_adapters(settings.adapters, trainer.model)
     trainer.run_record["command"] = record
 
     # Train and save.
     clear_results(args.output_dir, goes_on=checkpoint is not None)
     trainer.train(resume_from_checkpoint=checkpoint)
     with StopRequest().listening(is_last=not args.push_to_hub):  # a signal to stop waits
+        if settings.adapters.merge_adapters:
+            trainer.merge_adapters()
         trainer.save_model(_internal_call=True)
         if trainer.is_world_process_zero():
             write_supervised_card(trainer, settings)

@@ -296,16 +296,65 @@ class StudentArguments:
     )
     student_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub student."})
     student_dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16 or auto."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantise its weights to 8 bits (bitsandbytes), beneath adapters."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise its weights to 4 bits (nf4), beneath adapters: QLoRA."}
+    )
     student_chat_template: ChatTemplatePath = field(default=chat.AUTO, metadata={"help": _CHAT_TEMPLATE})
     student_system_prompt: str | None = field(default=None, metadata={"help": _SYSTEM_PROMPT})
     student_chat_template_kwargs: str | None = field(default=None, metadata={"help": _CHAT_TEMPLATE_KWARGS})
 
     def __post_init__(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise InputError("--load_in_8bit and --load_in_4bit are two precisions: give one of them.")
         self.chat_format()
+
+    @property
+    def quantization(self) -> str:
+        """The name of it, as for `models.loading.load_model`."""
+        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else "none"
+
+    @property
+    def quantization_flag(self) -> str:
+        """The flag that asks for it."""
+        return "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
 
     def chat_format(self) -> chat.ChatFormat:
         """Whether and how the student is spoken to through a chat template. Raises `InputError`."""
         return _chat_format(self, "student")
+
+
+@dataclass
+class AdapterArguments:
+    """Adapters on the student (TRL's names)"""
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train adapters, LoRA's, in place of the student's weights."}
+    )
+    lora_r: Count = field(default=16, metadata={"help": "Rank r."})
+    lora_alpha: Count = field(default=32, metadata={"help": "The adapters' output is scaled by alpha / r."})
+    lora_dropout: ShareBelowOne | None = field(
+        default=None,
+        metadata={"help": "Dropout of their inputs in sft and encoder_kd, default 0.05; elsewhere there is none."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that get them, by name; all-linear; or a regular expression. Default: PEFT's."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers of which copies are trained, and saved with the adapters."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / √r instead (rank-stabilised LoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of weights beside them (DoRA)."})
+    merge_adapters: bool = field(
+        default=False,
+        metadata={"help": "At the end merge them into the student: a whole checkpoint is saved in their place."},
+    )
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass

@@ -56,17 +56,17 @@ def is_demo(settings: DistillationSettings) -> bool:
     return bool(missing)
 
 
-def require_files(settings: object, *, may_be_adapters: bool = False) -> None:
+def require_files(settings: object) -> None:
     """Raises `InputError` for a flag whose data or checkpoint is neither local nor on the Hub.
 
-    Also for the revision of something that is local. may_be_adapters: whether directories of adapters are checkpoints.
+    Also for the revision of something that is local.
     """
     for flag, path in _named(settings, Reads.DATA):
         require_dataset(path)
         if not Path(path).expanduser().exists():
             require_on_hub(flag, path, "dataset")
     for flag, path in _named(settings, Reads.CHECKPOINT):
-        require_checkpoint(flag, path, may_be_adapters=may_be_adapters)
+        require_checkpoint(flag, path)
     _check_revisions(settings)
 
 
@@ -109,8 +109,13 @@ def refuse_unused(group: object, *names: str, unless: bool, needs: str) -> None:
 
 
 def check_new_model(settings: SupervisedSettings) -> None:
-    """Raises `InputError` if flags name a student and also describe a new model."""
+    """Raises `InputError` if flags name a student and also describe a new model, or put adapters on a new one."""
     if settings.student.student is None:
+        if settings.adapters.use_peft:
+            raise InputError(
+                "--use_peft trains adapters on a checkpoint, and without --student the model is new, with random "
+                "weights: name one, or leave --use_peft out."
+            )
         return
     for option in fields(settings.new):
         value = getattr(settings.new, option.name)
@@ -166,13 +171,21 @@ def check_checkpoints(
 
 def check_teacher(teacher: TeacherArguments) -> None:
     """Checks that the teachers are language models with an EOS, and can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import check_dtype, check_precision, load_config, load_tokenizer
+    from rlkd_trl.models.loading import (
+        check_dtype,
+        check_precision,
+        load_config,
+        load_tokenizer,
+        refuse_sharded_adapters,
+    )
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
-    Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
+    placement = Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
     check_dtype(teacher.teacher_dtype)
     for name in teacher.teacher or []:
+        if placement.is_sharded:
+            refuse_sharded_adapters(name, revision=teacher.teacher_revision)
         check_precision(load_config(name, revision=teacher.teacher_revision), teacher.teacher_dtype)
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
         if teacher_writer(teacher, name).is_chat:

@@ -30,6 +30,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
+from rlkd_trl.commands.student_adapters import check_adapters, report_adapters, student_adapters
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 
@@ -122,7 +123,7 @@ def distil(
         # 4 train, save at once, and measure the student again.
         clear_results(settings.args.output_dir, goes_on=inputs.checkpoint is not None)
         trainer.train(resume_from_checkpoint=inputs.checkpoint)
-        save_student(trainer, results)
+        save_student(trainer, results, merge=settings.adapters.merge_adapters)
         results["after"] = evaluate(trainer, "after training")
 
         # 5 report.
@@ -171,6 +172,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
         args = settings.args
         align = args.align_tokenizers if args.can_align else None
         check_checkpoints(settings.teacher, settings.student, fp16=args.fp16, top_k=args.top_k, align=align)
+    check_adapters(settings.adapters, settings.student, has_dropout=False)
     check_push(settings.args)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 
@@ -229,7 +231,9 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
         inputs.train,
         eval_dataset=inputs.test,
         processing_class=writer.processing_class,
+        peft_config=student_adapters(settings.adapters, model),
         chat=writer.chat,
     )
+    report_adapters(settings.adapters, built.policy.model)
     built.add_callback(SampleLog(built))
     return built

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlkd_trl.commands.arguments import EncoderStudentArguments
 from rlkd_trl.commands.encoder_data import Classes, Rows
 from rlkd_trl.commands.settings import EncoderSettings
+from rlkd_trl.commands.student_adapters import check_fit, encoder_adapters
 from rlkd_trl.errors import InputError
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
         if name in stage.more_teachers:
             check_models(objective, student, other)
         check_inputs(stage.args, objective, data, tokenizer, student, other)
+    if (adapters := encoder_adapters(settings.adapters, objective.head)) is not None:
+        check_fit(settings.adapters, student.model, adapters)
 
 
 def _tokenizer_of(settings: EncoderSettings) -> tuple[str, str | None]:

@@ -38,10 +38,11 @@ def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
-def save_student(trainer: "EncoderKDTrainer", results: Results) -> None:
+def save_student(trainer: "EncoderKDTrainer", results: Results, *, merge: bool) -> None:
     """Writes the trained student, `cost.json`, and the metrics so far to `metrics.json`.
 
-    If an evaluation or the report fails later, nothing is lost. A signal to stop waits until all is written.
+    If an evaluation or the report fails later, nothing is lost. A signal to stop waits until all is written. merge:
+    whether the student's adapters are merged into it first.
     """
     from rlkd_trl.evaluation.report import write_metrics
     from rlkd_trl.trainers.interruption import StopRequest
@@ -49,6 +50,8 @@ def save_student(trainer: "EncoderKDTrainer", results: Results) -> None:
 
     output_dir = Path(trainer.args.output_dir)
     with StopRequest().listening():
+        if merge:
+            trainer.merge_adapters()
         if trainer.is_world_process_zero():
             write_metrics(output_dir / "metrics.json", results)
         save_without_push(trainer, output_dir)  # the push to the Hub, if any, comes when all files are there
@@ -93,6 +96,8 @@ def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSett
 
 
 def _write(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
+    from peft import PeftModel
+
     from rlkd_trl.evaluation.report import (
         ENCODER_COLUMNS,
         columns_in,
@@ -128,6 +133,7 @@ def _write(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSetti
         student=settings.student.student or "a smaller model of the teacher's architecture",
         dataset=_dataset(settings, objective.stage),
         auto_class=_auto_class(objective.head, trainer.student.config),
+        has_adapters=isinstance(trainer.student.model, PeftModel),
         columns=columns,
         sections=card_sections(trainer, settings),
         checkpoint=place_on_hub(trainer),

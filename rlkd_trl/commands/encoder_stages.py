@@ -28,6 +28,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import EncoderSettings
+from rlkd_trl.commands.student_adapters import check_encoder_adapters, encoder_adapters, report_adapters
 from rlkd_trl.errors import InputError, is_first_process
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_data(settings: EncoderSettings) -> dict[str, Rows]:
     Raises:
         InputError: As `load_stage_rows`; or a file is missing; or several stages are to run under DeepSpeed.
     """
-    require_files(settings, may_be_adapters=True)
+    require_files(settings)
     rows = load_stage_rows(settings)
 
     from rlkd_trl.trainers.processes import uses_deepspeed  # late: it takes seconds, and what is wrong is said before
@@ -84,6 +85,7 @@ def plan_stages(settings: EncoderSettings, rows: dict[str, Rows]) -> list[Stage]
     """
     args = settings.args
     check_panel(settings)
+    check_encoder_adapters(settings.adapters, settings.student, settings.panel, args.stages)
     stages, student = [], plan_student(settings)
     for number in range(len(args.stages)):
         stage = _stage(settings, number, rows, student)
@@ -264,7 +266,9 @@ def build(settings: EncoderSettings, stage: Stage) -> "EncoderKDTrainer":
         more_teachers=models.more_teachers,
         weigh_teachers=settings.panel.teacher_weighting == "per_example",
         trained_along=models.trained_along,
+        peft_config=encoder_adapters(settings.adapters, stage.objective.head),
     )
+    report_adapters(settings.adapters, trainer.student.model)
     trainer.run_record["command"] = command_record(settings)
     return trainer
 

@@ -162,4 +162,10 @@ def load_student(student: StudentArguments) -> tuple["PreTrainedModel", "PromptW
     from rlkd_trl.models.loading import load_model
 
     writer = student_writer(student)
-    return load_model(student.student, revision=student.student_revision, dtype=student.student_dtype), writer
+    model = load_model(
+        student.student,
+        revision=student.student_revision,
+        dtype=student.student_dtype,
+        quantization=student.quantization,
+    )
+    return model, writer

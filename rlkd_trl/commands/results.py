@@ -47,10 +47,11 @@ def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
-def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]) -> None:
+def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]], *, merge: bool) -> None:
     """Writes the trained student, `cost.json`, and `metrics.json` with what has been measured so far.
 
     So nothing is lost if an evaluation or the report fails after training. A signal to stop waits until it is saved.
+    merge: whether its adapters are merged into it first.
     """
     from rlkd_trl.evaluation.report import write_metrics
     from rlkd_trl.trainers.interruption import StopRequest
@@ -58,6 +59,8 @@ def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]
 
     output_dir = Path(trainer.args.output_dir)
     with StopRequest().listening():
+        if merge:
+            trainer.merge_adapters()
         if trainer.is_world_process_zero():
             write_metrics(output_dir / "metrics.json", results)
         save_without_push(trainer, output_dir)  # `finish_run` pushes, when all files are there
@@ -102,6 +105,8 @@ def _report(
 def _write(
     trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
 ) -> None:
+    from peft import PeftModel
+
     from rlkd_trl.evaluation.report import (
         all_columns,
         comparison_table,
@@ -138,6 +143,7 @@ def _write(
         student=settings.student.student,
         dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM",
+        has_adapters=isinstance(trainer.policy.model, PeftModel),
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
         sections=card_sections(trainer, settings),

@@ -19,7 +19,7 @@ _LEFT_OUT = (
     *("GeneralDataArguments", "TaskDataArguments", "EncoderHeldOutArguments"),
     *("teacher_placement", "teacher_offload_path", "teacher_batch_tokens"),
     *("teacher_server", "teacher_api_key_env", "teacher_server_timeout", "teacher_server_patience"),
-    "teacher_server_concurrency",
+    *("teacher_server_concurrency", "merge_adapters"),
 )
 
 

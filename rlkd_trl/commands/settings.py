@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, get_type_hints
 
 from rlkd_trl.commands.arguments import (
     AbsentTeacherArguments,
+    AdapterArguments,
     CacheArguments,
     CodeArguments,
     DataArguments,
@@ -64,6 +65,7 @@ class DistillationSettings:
     panel: PanelArguments
     absent: AbsentTeacherArguments
     student: StudentArguments
+    adapters: AdapterArguments
     code: CodeArguments
     run: RunArguments
     args: "RolloutConfig"
@@ -84,6 +86,7 @@ class SupervisedSettings:
     streaming: StreamingArguments
     prompts: PromptArguments
     student: StudentArguments
+    adapters: AdapterArguments
     new: NewModelArguments
     code: CodeArguments
     run: RunArguments
@@ -101,6 +104,7 @@ class EncoderSettings:
     teacher: EncoderTeacherArguments
     panel: EncoderPanelArguments
     student: EncoderStudentArguments
+    adapters: AdapterArguments
     code: CodeArguments
     run: RunArguments
     args: "EncoderKDConfig"

@@ -104,6 +104,7 @@ def write_model_card(
     dataset: str,
     auto_class: str = "AutoModelForSeq2SeqLM",
     has_content_tokens: bool = False,
+    has_adapters: bool = False,
     chat: ChatFormat | None = None,
     columns: Sequence[Column] = DEFAULT_COLUMNS,
     sections: Sequence[str] = (),
@@ -113,16 +114,17 @@ def write_model_card(
 
     method: a short noun phrase, e.g. "PPO on the teacher-forcing reward". teacher: None if targets taught.
     has_content_tokens: whether special tokens are part of the model's texts, so that the example must keep them when
-    it decodes. chat: how prompts were put into the chat template of the model's tokenizer, if they were. sections:
-    more of the text, in Markdown (see `card_sections`). checkpoint: the Hub id that the model will have. The metadata
-    name `base_model` and `datasets` if these are Hub ids ("owner/name", also with "@revision"), not if they are local
-    paths; they name no license, which only the author can choose.
+    it decodes. has_adapters: whether the checkpoint consists of adapters, which PEFT loads. chat: how prompts were put
+    into the chat template of the model's tokenizer, if they were. sections: more of the text, in Markdown (see
+    `card_sections`). checkpoint: the Hub id that the model will have. The metadata name `base_model` and `datasets` if
+    these are Hub ids ("owner/name", also with "@revision"), not if they are local paths; they name no license, which
+    only the author can choose.
 
     Raises InputError: `auto_class` is none of `AUTO_CLASSES`.
     """
     if auto_class not in AUTO_CLASSES:
         raise InputError(f"auto_class {auto_class!r} is unknown; use one of: {', '.join(AUTO_CLASSES)}.")
-    metadata: dict[str, Any] = {"library_name": "transformers"}
+    metadata: dict[str, Any] = {"library_name": "peft" if has_adapters else "transformers"}
     if _is_hub_id(base_model := split_revision(student)[0]):
         metadata["base_model"] = base_model
     if _is_hub_id(data := split_revision(dataset)[0]):
@@ -132,17 +134,24 @@ def write_model_card(
     heads, *rows = [[_one_line(cell) for cell in row] for row in _cells(results, columns)]
     # A decoder-only model's output begins with the prompt.
     new = "" if auto_class == "AutoModelForSeq2SeqLM" else ', inputs["input_ids"].shape[1]:'
-    skip = not has_content_tokens
+    skip, writes = not has_content_tokens, auto_class in WRITING_CLASSES
+    imports, settings = f"from transformers import AutoTokenizer, {auto_class}", "**inputs"
+    if has_adapters:
+        auto_class = auto_class.replace("Auto", "AutoPeft")
+        imports = f"from peft import {auto_class}\nfrom transformers import AutoTokenizer"
+        if writes:  # PEFT does not read the generation config
+            imports += ", GenerationConfig"
+            settings += ", generation_config=GenerationConfig.from_pretrained(checkpoint)"
     loading = (
-        f"from transformers import AutoTokenizer, {auto_class}\n\n"
+        f"{imports}\n\n"
         f'checkpoint = "{checkpoint or "path/or/hub-id/of/this-model"}"\n'
         "tokenizer = AutoTokenizer.from_pretrained(checkpoint)\n"
         f"model = {auto_class}.from_pretrained(checkpoint)\n\n"
         f"inputs = {_example_inputs(chat)}\n"
     )
-    if auto_class in WRITING_CLASSES:
+    if writes:
         loading += (
-            "output_ids = model.generate(**inputs)  # greedy, up to the length it was trained for\n"
+            f"output_ids = model.generate({settings})  # greedy, up to the length it was trained for\n"
             f"print(tokenizer.decode(output_ids[0{new}], skip_special_tokens={skip}))"
         )
     else:

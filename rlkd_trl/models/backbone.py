@@ -11,10 +11,10 @@ except that an encoder-decoder model with shared cross-attention reads a complet
 """
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.fusion import FusedParts
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.private_apis import execution_device, whole_shape
+from rlkd_trl.models.recomputation import Context, RecomputedLayers, check_cache
 from rlkd_trl.models.sharding import is_sharded
 from rlkd_trl.models.shared_attention import (
     PromptRows,
@@ -116,7 +117,29 @@ class Backbone:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._fused = FusedParts(model)
+        self._recomputed: RecomputedLayers | None = None
         self._apply_head: Callable[[Tensor], Tensor] | None = None  # inside `with_whole_head`
+
+    def recompute_layers(self) -> None:
+        """From now on passes with gradients keep the layers' inputs only (see `models.recomputation`).
+
+        Raises:
+            InputError: The architecture has no layers that can be computed again.
+        """
+        check_cache(DynamicCache(config=self.model.config.get_text_config(decoder=True)), self.model)
+        self._recomputed = RecomputedLayers(self.model)
+
+    @contextmanager
+    def _parts_in_place(self, context: Context = nullcontext) -> Iterator[None]:
+        """Within it, and in `context`, the model's parts compute as they do in all calls from here."""
+
+        @contextmanager
+        def of_a_layer() -> Iterator[None]:
+            with self._fused.in_place(), context():
+                yield
+
+        with of_a_layer(), nullcontext() if self._recomputed is None else self._recomputed.in_place(of_a_layer):
+            yield
 
     @property
     def is_sharded(self) -> bool:
@@ -192,8 +215,8 @@ class Backbone:
             module.training and getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
         ):
             raise InputError(
-                "Gradient checkpointing in training mode drops what the completions of a prompt share: put the model "
-                "in eval mode, or disable gradient checkpointing."
+                "transformers' gradient checkpointing in training mode drops what the completions of a prompt share: "
+                "put the model in eval mode, or disable it, and set gradient_checkpointing in the trainer's config."
             )
 
     def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
@@ -312,18 +335,18 @@ class EncoderDecoderBackbone(Backbone):
         return hidden_BtD
 
     def _encode(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor) -> Tensor:
-        with self._fused.in_place():
+        with self._parts_in_place():
             return self.model.get_encoder()(input_ids=prompt_ids_PS, attention_mask=prompt_mask_PS).last_hidden_state
 
     def _decode(
         self, token_ids_Bt: Tensor, encoder_hidden: Tensor, mask: Tensor, prompt_rows: PromptRows | None, **kwargs
     ) -> Tensor:
         """States `[B, t, D]`; with `prompt_rows`, encoder states and mask have one row per prompt."""
-        decoder, context = self.model.get_decoder(), nullcontext()
+        decoder, context = self.model.get_decoder(), nullcontext
         if prompt_rows is not None:
             mask = mask[:, None, None].bool()  # fits any number of queries; a `[P, S]` mask would be expanded to T
-            kwargs["prompt_rows"], context = prompt_rows, with_shared_prompts(decoder)
-        with self._fused.in_place(), context:
+            kwargs["prompt_rows"], context = prompt_rows, partial(with_shared_prompts, decoder)
+        with self._parts_in_place(context):
             return decoder(
                 input_ids=token_ids_Bt,
                 encoder_hidden_states=encoder_hidden,
@@ -358,10 +381,14 @@ class DecoderOnlyBackbone(Backbone):
         prompts = SharedPrompts(prompts_cache, prefix.mask.bool(), prefix.prompt_rows)
         lengths_B = prefix.mask.sum(dim=1)[prefix.prompt_rows.prompt_index_B]
         places_t = own_cache.get_seq_length() + torch.arange(token_ids_Bt.shape[1], device=token_ids_Bt.device)
-        with with_shared_prompts(self.model.base_model):
-            hidden_BtD = self._states(
-                token_ids_Bt, lengths_B[:, None] + places_t, own_cache, attention_mask=None, shared_prompts=prompts
-            )
+        hidden_BtD = self._states(
+            token_ids_Bt,
+            lengths_B[:, None] + places_t,
+            own_cache,
+            partial(with_shared_prompts, self.model.base_model),
+            attention_mask=None,
+            shared_prompts=prompts,
+        )
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
 
@@ -372,9 +399,11 @@ class DecoderOnlyBackbone(Backbone):
         prefix.hidden_B1D = hidden_BtD[:, -1:]
         return hidden_BtD
 
-    def _states(self, token_ids_Bt: Tensor, position_ids_Bt: Tensor, cache: Cache, **kwargs) -> Tensor:
+    def _states(
+        self, token_ids_Bt: Tensor, position_ids_Bt: Tensor, cache: Cache, context: Context = nullcontext, **kwargs
+    ) -> Tensor:
         reader = self.model.base_model
-        with self._fused.in_place():
+        with self._parts_in_place(context):
             return reader(
                 input_ids=token_ids_Bt,
                 position_ids=position_ids_Bt,

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlkd_trl.errors import InputError, is_first_process
-from rlkd_trl.models.encoder_adapters import SavedAdapters, find_adapters
+from rlkd_trl.models.adapters import SavedAdapters, find_adapters
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
 from rlkd_trl.models.loading import (

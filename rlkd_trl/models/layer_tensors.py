@@ -10,7 +10,7 @@ softmax within the module. Nothing is copied: with gradients, the tensors are pa
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.private_apis import own_eager_attention, with_attention_of_configs
+from rlkd_trl.models.recomputation import Context, RecomputedLayers
 from rlkd_trl.models.vocabulary import base_of
 
 MAPS = ("scores", "probabilities")  # [B, H, S, S]
@@ -90,6 +91,15 @@ class LayerReader:
                 self._attention.setdefault(stack, []).append(module)
         both = ("encoder", "decoder") if self.config.is_encoder_decoder else ("encoder",)
         self.stacks: tuple[str, ...] = tuple(self._attention) or both
+        self._recomputed: RecomputedLayers | None = None
+
+    def recompute_layers(self) -> None:
+        """From now on `read` with gradients keeps inputs only of layers whose maps it does not read.
+
+        A map that is read has to be kept, and with it what its layer has computed. Raises `InputError` as
+        `RecomputedLayers`.
+        """
+        self._recomputed = RecomputedLayers(self.model)
 
     def num_layers(self, stack: str) -> int:
         """The number of layers of a stack."""
@@ -126,9 +136,13 @@ class LayerReader:
             InputError: Maps of a layer are wanted whose attention computes no softmax that can be read.
         """
         layers = {stack: LayerTensors() for stack in self.stacks}
+        attention: Context = nullcontext
+        if any(of_stack.get(kind) for of_stack in wanted.values() for kind in MAPS):
+            attention = partial(with_attention_of_configs, _configs_of(self.model), _EAGER_WHERE_WANTED)
         with ExitStack() as context:
-            if any(of_stack.get(kind) for of_stack in wanted.values() for kind in MAPS):
-                context.enter_context(with_attention_of_configs(_configs_of(self.model), _EAGER_WHERE_WANTED))
+            context.enter_context(attention())
+            if self._recomputed is not None:
+                context.enter_context(self._recomputed.in_place(attention, but=self._layers_with_maps(wanted)))
             for stack, modules in self._attention.items():
                 recorder = _Recorder(layers[stack], wanted.get(stack, {}), self.num_heads(stack))
                 for module in modules:
@@ -141,6 +155,15 @@ class LayerReader:
             states = outputs.get("hidden_states") if states is None else states
             layers[stack].hidden_states = {layer: states[layer] for layer in of_stack.get("hidden_states", ())}
         return outputs, layers
+
+    def _layers_with_maps(self, wanted: Wanted) -> list[nn.Module]:
+        """The layers around the attention modules whose maps are wanted."""
+        read = set()
+        for stack, modules in self._attention.items():
+            numbers = {number for kind in MAPS for number in wanted.get(stack, {}).get(kind, ())}
+            is_shared = len(modules) < self.num_layers(stack)  # one module for several layers, as in ALBERT
+            read |= {module for i, module in enumerate(modules, start=1) if i in numbers or (is_shared and numbers)}
+        return [layer for layer in self.model.modules() if read.intersection(layer.modules())]
 
 
 def _of_stack(config: PreTrainedConfig, stack: str, name: str, *of_decoder: str) -> int:

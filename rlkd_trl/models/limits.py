@@ -7,21 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.generation_config import completion_start_ids
-from rlkd_trl.models.loading import making_model_of
+from rlkd_trl.models.loading import model_without_weights
 from rlkd_trl.models.prompts import prompt_lengths
-from rlkd_trl.models.remote_code import may_run_code
 
 _BATCH_SIZE = 1000  # texts that are tokenised at a time
 
@@ -63,9 +55,7 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
 
 def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
     """`position_limits` before any weights are read, from a model on the meta device. Raises `InputError`."""
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"), making_model_of(config):
-        return position_limits(auto_class.from_config(config, trust_remote_code=may_run_code(config.name_or_path)))
+    return position_limits(model_without_weights(config))
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +34,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils import logging as transformers_logging
 
 from rlkd_trl.errors import InputError, is_first_process
+from rlkd_trl.models.adapters import SavedAdapters, find_adapters
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import check_generation_config, settings_not_used
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
@@ -63,7 +66,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     """
     if (model := adapted_model(name_or_path)) and not (Path(name_or_path) / "tokenizer_config.json").is_file():
         name_or_path, revision = model, None
-    tokenizer = load_part(AutoTokenizer, name_or_path, "tokenizer", revision=revision, may_be_adapters=True)
+    tokenizer = load_part(AutoTokenizer, name_or_path, "tokenizer", revision=revision)
     if not _has_vocabulary(tokenizer, name_or_path, revision):
         raise InputError(f"{name_or_path!r} holds no tokenizer: save it there, with `tokenizer.save_pretrained`.")
     if tokenizer.pad_token_id is None:
@@ -72,11 +75,15 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
 
 
 def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """A checkpoint's config, without its weights.
+    """A checkpoint's config, without its weights; of adapters their model's.
 
     Raises:
         InputError: There is none, or it is not a language model's that completes prompts.
     """
+    adapters = find_adapters(name_or_path, revision)
+    if adapters is not None:
+        adapters.refuse_several()
+        return load_config(adapters.model, revision=adapters.model_revision)
     config = load_part(AutoConfig, name_or_path, "model config", revision=revision)
     check_language_model(config, repr(name_or_path))
     return config
@@ -113,6 +120,13 @@ def making_model_of(config: PreTrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model of this config on the meta device. Raises `InputError`."""
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"), making_model_of(config):
+        return auto_class.from_config(config, trust_remote_code=may_run_code(config.name_or_path))
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -120,8 +134,8 @@ def load_model(
     dtype: str = "float32",
     quantization: str = "none",
     zero3: dict | None = None,
-) -> PreTrainedModel:
-    """An encoder-decoder or decoder-only language model, whichever its config says.
+) -> PreTrainedModel | PeftModel:
+    """An encoder-decoder or decoder-only language model, whichever its config says; of adapters, with its adapters.
 
     `dtype` is one of `DTYPES`; "auto" takes the checkpoint's own. `quantization` is one of `QUANTIZATIONS`: the
     weights of linear layers inside the blocks are quantised while loading; the LM head, embeddings, norms and, in T5,
@@ -131,10 +145,17 @@ def load_model(
     Raises:
         InputError: There is no such directory or Hub repository, an unknown dtype or quantisation, a missing library,
             T5 in float16, whose feed-forward layers overflow, a weight that is not in the checkpoint or is NaN or
-            infinite, or a generation config that cannot be used.
+            infinite, or a generation config that cannot be used; adapters that do not fit, or that are to be sharded.
     """
     check_dtype(dtype)
     check_quantization(quantization)
+    adapters = find_adapters(name_or_path, revision)
+    if adapters is not None:
+        if zero3 is not None:
+            refuse_sharded_adapters(name_or_path, revision=revision)
+        adapters.refuse_several()
+        base = load_model(adapters.model, revision=adapters.model_revision, dtype=dtype, quantization=quantization)
+        return _with_saved_adapters(base, adapters)
     config = load_config(name_or_path, revision=revision)
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -161,6 +182,28 @@ def load_model(
         print(f"{name_or_path}: of its generation config, not used: {settings}.", flush=True)
     compute_in_the_dtype_asked_for(model)
     return model
+
+
+def _with_saved_adapters(base: PreTrainedModel, adapters: SavedAdapters) -> PeftModel:
+    """The model with the adapters on it, and with the generation config that was saved with them, if one was."""
+    model = adapters.placed_on(base)
+    check_weights(model, f"The model {adapters.name_or_path!r}")
+    file = checkpoint_file(adapters.name_or_path, GENERATION_CONFIG_NAME, adapters.revision)
+    if file is not None:
+        base.generation_config = load_part(
+            GenerationConfig, adapters.name_or_path, "generation config", revision=adapters.revision
+        )
+        check_generation_config(base, file, adapters.name_or_path)
+    return model
+
+
+def refuse_sharded_adapters(name_or_path: str, *, revision: str | None) -> None:
+    """Raises `InputError` if the checkpoint consists of adapters, whose model cannot be sharded while it is loaded."""
+    if find_adapters(name_or_path, revision) is not None:
+        raise InputError(
+            f"{name_or_path!r} are adapters, and ZeRO-3 shards whole checkpoints only: merge them into their model "
+            "first, with PEFT's merge_and_unload."
+        )
 
 
 def check_complete(missing: Collection[str], model_name: str) -> None:
@@ -298,18 +341,16 @@ def load_part(
     *,
     revision: str | None = None,
     quietly: bool = False,
-    may_be_adapters: bool = False,
     **kwargs,
 ):
     """`auto_class.from_pretrained`.
 
-    part: what is loaded, for the message. quietly: whether what transformers says of it is not shown. may_be_adapters:
-    as in `require_checkpoint`.
+    part: what is loaded, for the message. quietly: whether what transformers says of it is not shown.
 
     Raises:
         InputError: For whatever fails.
     """
-    require_checkpoint("model", name_or_path, may_be_adapters=may_be_adapters)
+    require_checkpoint("model", name_or_path)
     try:
         # Never left open: at a terminal transformers would ask.
         repository, revision = split_revision(name_or_path, revision)

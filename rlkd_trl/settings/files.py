@@ -91,30 +91,21 @@ def check_names(group: object) -> None:
                 raise InputError(f"--{name} {path[:60]}… cannot be a path ({reason}): name another.") from error
 
 
-def require_checkpoint(flag: str, name_or_path: str, *, may_be_adapters: bool = False) -> None:
-    """Checks, within seconds, that a model checkpoint is a local directory or on the Hub.
-
-    may_be_adapters: whether a directory of adapters will do; their model is checked in the same way.
+def require_checkpoint(flag: str, name_or_path: str) -> None:
+    """Checks, within seconds, that a model checkpoint is a local directory or on the Hub; so for adapters' model.
 
     Raises:
-        InputError: It looks like a path and is missing; it is a directory without `config.json`, for instance of
-            adapters; or the Hub does not have it, or cannot be reached (see `require_on_hub`).
+        InputError: It looks like a path and is missing; it is a directory without `config.json`; or the Hub does not
+            have it, or cannot be reached (see `require_on_hub`).
     """
     path = Path(name_or_path)
     repository, _ = split_revision(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or repository.count("/") > 1
     if path.is_dir():
-        has_adapters = (path / ADAPTERS_CONFIG).is_file()
-        if may_be_adapters and has_adapters:
+        if (path / ADAPTERS_CONFIG).is_file():
             if model := adapted_model(path):
                 require_checkpoint(f"{flag} {name_or_path}, whose adapters are for", model)
             return
-        if not (path / "config.json").is_file() and has_adapters:
-            raise InputError(
-                f"`{flag} {name_or_path}` holds adapters only. Merge them into their model, with "
-                "`PeftModel.from_pretrained(model, directory).merge_and_unload()`, save it and its tokenizer with "
-                "`save_pretrained`, and give that directory."
-            )
         if not (path / "config.json").is_file():
             raise InputError(f"`{flag} {name_or_path}` is a directory without config.json, so not a model checkpoint.")
     elif looks_local or path.exists():

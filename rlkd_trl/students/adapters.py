@@ -1,5 +1,7 @@
 """Adapters (LoRA and its relatives) on a student."""
 
+import warnings
+
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
@@ -24,7 +26,9 @@ def with_adapters(
         raise InputError("The student has adapters already: leave peft_config out, or give the model without them.")
     set_seed(seed)
     try:
-        return get_peft_model(model, peft_config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that PEFT uses
+            return get_peft_model(model, peft_config)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"peft_config does not fit the student: {error}") from error
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.adapters import merged
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
 from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import loading_shards
@@ -58,6 +59,12 @@ class EncoderStudent(nn.Module):
     def config(self):
         return self.model.config
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """`Trainer` calls it with `gradient_checkpointing`. Raises `InputError` as `RecomputedLayers`."""
+        self.reader.recompute_layers()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.24
+
     def forward(
         self,
         inputs: Mapping[str, Tensor],
@@ -86,6 +93,11 @@ class EncoderStudent(nn.Module):
             (Path(output_dir) / name).unlink(missing_ok=True)
         if projections:
             save_file(projections, Path(output_dir) / _PROJECTIONS_FILE)
+
+    def merge_adapters(self) -> None:
+        """Makes the adapters' changes part of the student's own weights. Raises `InputError` as `merged`."""
+        self.model = merged(self.model)
+        self.reader = LayerReader(self.model)
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
         """Loads the weights of a checkpoint that `save_pretrained` wrote, into the model or its adapters.

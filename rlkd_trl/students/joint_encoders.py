@@ -54,6 +54,13 @@ class JointEncoders(EncoderStudent):
             return _sum(losses), [one for of_encoder in logits for one in of_encoder]
         return _sum(results)
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """As in the base class, of all encoders."""
+        for reader in self._readers:
+            reader.recompute_layers()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
     @staticmethod
     def directories(output_dir: str | Path, count: int) -> list[Path]:
         """Where `count` encoders beside the first are saved."""

@@ -11,8 +11,10 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.adapters import merged
 from rlkd_trl.models.backbone import Result, backbone_of
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
@@ -87,7 +89,7 @@ class Policy(nn.Module):
         verify(self.backbone)
         forbidden_V = forbidden_ids_of(model, processing_class)
         self.register_buffer("forbidden_V", forbidden_V.to(self.backbone.device), persistent=False)
-        self.critic_model = copy.deepcopy(model) if critic == "separate" else None
+        self.critic_model = copy_of_trained(model) if critic == "separate" else None
         self.critic_backbone = backbone_of(self.critic_model) if critic == "separate" else self.backbone
         self.value_head = None
         if critic != "none":
@@ -104,6 +106,13 @@ class Policy(nn.Module):
     @property
     def config(self):
         return self.model.config
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """`Trainer` calls it with `gradient_checkpointing`. Raises `InputError` as `Backbone.recompute_layers`."""
+        for backbone in {self.backbone, self.critic_backbone}:
+            backbone.recompute_layers()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.24
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The value head's parameters, and the separate critic's."""
@@ -278,10 +287,18 @@ class Policy(nn.Module):
         student = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         self.model.save_pretrained(output_dir, state_dict=student)
         base_of(self.model).generation_config.save_pretrained(output_dir)  # PEFT leaves it out
-        critic = {k: v.contiguous().clone() for k, v in state_dict.items() if not k.startswith("model.")}
+        of_critic = [name for name in state_dict if not name.startswith("model.")]
+        if isinstance(self.critic_model, PeftModel):  # its frozen weights are the student's
+            trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
+            of_critic = [name for name in of_critic if name in trained]
+        critic = {name: state_dict[name].contiguous().clone() for name in of_critic}
         if critic:
             save_file(critic, Path(output_dir) / _VALUE_HEAD_FILE)
         remove_files_of_others(output_dir, has_critic=bool(critic), has_adapters=isinstance(self.model, PeftModel))
+
+    def merge_adapters(self) -> None:
+        """Makes the adapters' changes part of the student's own weights. Raises `InputError` as `merged`."""
+        self.model = merged(self.model)
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
         """Weights of a checkpoint that `save_pretrained` wrote, into the model (or the adapters) in memory.
@@ -320,7 +337,18 @@ def remove_files_of_others(checkpoint_dir: str | Path, *, has_critic: bool, has_
         (Path(checkpoint_dir) / name).unlink(missing_ok=True)
 
 
+def copy_of_trained(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """A copy that shares with the model what is not trained: with adapters it takes no more memory than these.
+
+    Not where ZeRO-3 is to shard the model, since a shard belongs to one engine.
+    """
+    shared = {}
+    if isinstance(model, PeftModel) and not is_deepspeed_zero3_enabled():
+        shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return copy.deepcopy(model, shared)
+
+
 def frozen_copy(policy: Policy, processing_class: PreTrainedTokenizerBase) -> Policy:
     """A copy of the student as it is in memory now, without critic or gradients: the reference of the KL penalty."""
-    model = copy.deepcopy(policy.model).requires_grad_(False)
+    model = copy_of_trained(policy.model).requires_grad_(False)
     return Policy(model, processing_class, temperature=policy.temperature, writer=policy.writer)

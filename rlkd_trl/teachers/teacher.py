@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.adapters import merged, tied_weights
 from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.chat import PromptWriter
@@ -109,6 +111,8 @@ class Teacher:
     ) -> "Teacher":
         """Loads a teacher from a directory or the Hub, onto the accelerator where there is one.
 
+        Adapters are merged into their model, except into quantised weights, which would round them, and tied ones.
+
         `quantization` is "none", "int8" or "nf4" (see `load_model`), `placement` "replicated", "zero3" or "offload"
         (see `Placement`, also for `offload_path`). `kwargs` go to the constructor.
 
@@ -122,6 +126,8 @@ class Teacher:
             model = load_model(name_or_path, revision=revision, dtype=dtype, zero3=place.deepspeed_config)
         else:
             model = load_model(name_or_path, revision=revision, dtype=dtype, quantization=quantization)
+            if isinstance(model, PeftModel) and quantization == "none" and not tied_weights(model):
+                model = merged(model)
             model.to(default_device() if device is None else device)
         return cls(model, tokenizer, placement=place, **kwargs)
 

@@ -83,6 +83,13 @@ class DistillationTrainer(ResumableTrainer):
 
     # Checkpoints
 
+    def merge_adapters(self) -> None:
+        """After training: makes the adapters' changes part of the student, which is then saved as a whole checkpoint.
+
+        Raises `InputError` as `models.adapters.merged`.
+        """
+        self.accelerator.unwrap_model(self.model).merge_adapters()
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes Trainer's generic card before a push to the Hub, unless there is one that a recipe has written."""
         if not (Path(self.args.output_dir) / "README.md").is_file():

@@ -50,7 +50,7 @@ from rlkd_trl.trainers.encoder_teachers import (
 )
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
-from rlkd_trl.trainers.run_record import model_record
+from rlkd_trl.trainers.run_record import architecture_record, model_record
 from rlkd_trl.trainers.signatures import whole_signature
 
 
@@ -175,7 +175,7 @@ class EncoderKDTrainer(DistillationTrainer):
         for one in teachers:
             one.to(self.accelerator.device)
         self.run_record |= {
-            "student": {"architecture": type(model).__name__},
+            "student": architecture_record(model),
             "teacher": model_record(teachers[0]) if teachers else None,
         }
         if len(teachers) > 1:

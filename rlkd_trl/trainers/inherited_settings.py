@@ -40,6 +40,7 @@ WORKS = (
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout", "deepspeed"),
     "local_rank",  # deprecated: the launcher says which process this is
+    *("gradient_checkpointing", "activation_checkpointing"),  # the second since transformers 5.24
     "remove_unused_columns",  # must stay False, in both configs
     *("dataloader_pin_memory", "do_train"),  # a list of texts cannot be pinned; a recipe always trains
 )
@@ -65,10 +66,7 @@ REFUSED = {
     "batch_eval_metrics": "evaluation has metrics of its own",
 }
 
-_RECOMPUTED = (
-    "recomputed layers would not find the keys and values that the completions of a prompt share. Use a smaller "
-    "per_device_train_batch_size with more gradient_accumulation_steps"
-)
+_RECOMPUTED = "layers are recomputed in one way, each of them and without entering autograd again"
 _SHARDED = "FSDP gathers weights for the whole forward pass only. Use DeepSpeed, as in accelerate_configs/zero3.yaml"
 _PROMPTS_ARE_TEXTS = "prompts are short texts, read by the training process itself"
 
@@ -76,9 +74,7 @@ _PROMPTS_ARE_TEXTS = "prompts are short texts, read by the training process itse
 REFUSED_ON_ROLLOUTS = {
     "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
     "debug": "its hooks do not know the outputs of a policy",
-    "activation_checkpointing": _RECOMPUTED,
     "activation_checkpointing_kwargs": _RECOMPUTED,
-    "gradient_checkpointing": _RECOMPUTED,
     "gradient_checkpointing_kwargs": _RECOMPUTED,
     "torch_compile": "the shapes of samples change with every batch",
     "torch_compile_backend": "the shapes of samples change with every batch",
@@ -112,16 +108,12 @@ REFUSED_SUPERVISED = {
     "greater_is_better": _NOT_EVALUATED,
 }
 
-_RECOMPUTED_LAYERS = "the losses read tensors from inside of layers, which recomputed layers would make a second time"
-
 # Refused by encoder distillation, whose losses read layers. Other fields that trainers on rollouts refuse work there.
 REFUSED_ON_LAYERS = {
     "average_tokens_across_devices": "losses are always averaged over the tokens of all devices",
     "debug": "its hooks do not know what layers are read",
-    "activation_checkpointing": _RECOMPUTED_LAYERS,
-    "activation_checkpointing_kwargs": _RECOMPUTED_LAYERS,
-    "gradient_checkpointing": _RECOMPUTED_LAYERS,
-    "gradient_checkpointing_kwargs": _RECOMPUTED_LAYERS,
+    "activation_checkpointing_kwargs": _RECOMPUTED,
+    "gradient_checkpointing_kwargs": _RECOMPUTED,
     "torch_compile": "compiled layers have no hooks to read them by",
     "torch_compile_backend": "compiled layers have no hooks to read them by",
     "torch_compile_mode": "compiled layers have no hooks to read them by",

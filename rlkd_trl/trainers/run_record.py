@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
@@ -35,7 +36,10 @@ _MAY_CHANGE = (
     *("save_*", "push_to_hub", "hub_*", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
     *("max_steps", "num_train_epochs", "max_generated_tokens", "max_cpu_seconds"),
     *("dataloader_*", "ddp_timeout", "local_rank"),
+    *("gradient_checkpointing*", "activation_checkpointing*"),  # what has run out of memory goes on with them
 )
+# Of a PEFT config: names of places and versions, and what says how it is used.
+_NOT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
 _ROWS_AT_A_TIME = 1000
 _NUMBERS_PER_WEIGHT = 4096
 _DIFFERENCES_SHOWN = 3
@@ -75,9 +79,22 @@ def model_record(model: nn.Module) -> dict[str, str]:
 
 
 def student_record(model: nn.Module, writer: PromptWriter) -> dict[str, object]:
-    """A student's class, and how its prompts are written, if through a chat template."""
+    """A student's class, its adapters, if it has any, and how its prompts are written, if through a chat template."""
     chat = writer.record()
-    return {"architecture": type(model).__name__, **({} if chat is None else {"chat": chat})}
+    return {**architecture_record(model), **({} if chat is None else {"chat": chat})}
+
+
+def architecture_record(model: nn.Module) -> dict[str, object]:
+    """A student's class, and the settings of its adapters, if it has any."""
+    record = {"architecture": type(model).__name__}
+    if isinstance(model, PeftModel):
+        settings = model.active_peft_config.to_dict()
+        record["adapters"] = {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in settings.items()
+            if value and name not in _NOT_OF_ADAPTERS
+        }
+    return record
 
 
 def reward_record(reward_model: RewardModel, rows: Dataset) -> dict[str, object]:

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkd_trl.data.streams import RowStream, known_rows
+from rlkd_trl.models.adapters import merged
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.loading import check_fp16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
-from rlkd_trl.models.vocabulary import padding_id, require_eos, share_special_tokens
+from rlkd_trl.models.vocabulary import base_of, padding_id, require_eos, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
 from rlkd_trl.trainers.checks import (
@@ -160,11 +161,19 @@ class SupervisedTrainer(ResumableTrainer):
         """Whether position t predicts label t+1."""
         return not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder
 
+    def merge_adapters(self) -> None:
+        """After training: makes the adapters' changes part of the model, which is then saved as a whole checkpoint.
+
+        Raises `InputError` as `models.adapters.merged`.
+        """
+        self.model = self.model_wrapped = merged(self.accelerator.unwrap_model(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        remove_files_of_others(
-            output_dir or self.args.output_dir, has_critic=False, has_adapters=isinstance(self.model, PeftModel)
-        )
+        directory, has_adapters = output_dir or self.args.output_dir, isinstance(self.model, PeftModel)
+        if has_adapters:
+            base_of(self.model).generation_config.save_pretrained(directory)  # PEFT leaves it out
+        remove_files_of_others(directory, has_critic=False, has_adapters=has_adapters)
 
 
 @dataclass

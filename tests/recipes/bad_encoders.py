@@ -247,12 +247,30 @@ ENCODER_CASES = [
         "--task_teacher_revision v1",
         "--task_teacher_revision v1 is for what is on the Hub, and classifier is here",
     ),
+    (ONE_STAGE, "--lora_r 4", "--lora_r 4 has no effect without --use_peft"),
+    (ONE_STAGE, "--merge_adapters", "--merge_adapters True has no effect without --use_peft"),
+    (
+        EACH,
+        "--use_peft",
+        "--use_peft saves adapters alone, which can be used again only for one task stage of a --stu",
+    ),
+    (TASK, "--use_peft --student of_encoder", "--use_peft makes new adapters, and --student of_encoder are adapters"),
+    (
+        TASK,
+        "--use_peft --losses hard_ce --student encoder --train_along encoder",
+        "--use_peft goes with one encoder, and --train_along names others",
+    ),
+    (
+        ONE_STAGE,
+        "--use_peft --merge_adapters --lora_target_modules nowhere",
+        "not found in the base model. Please check the target modules and try again.",
+    ),
     # settings that all trainers share
     (EACH, "--learning_rate nan", "learning_rate = nan is out of range: 0 or more, up to 10"),
     (
         ONE_STAGE,
-        "--gradient_checkpointing True",
-        "gradient_checkpointing = True is not supported: the losses read tens",
+        """--gradient_checkpointing_kwargs '{"use_reentrant": true}'""",
+        "is not supported: layers are recomputed in one way",
     ),
     (ONE_STAGE, "--torch_compile True", "torch_compile = True is not supported: compiled layers have no hooks"),
     (ONE_STAGE, "--fsdp full_shard", "FSDP gathers weights for the whole forward pass only. Use DeepSpeed"),

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    T5ForConditionalGeneration,
     ViTConfig,
 )
 
@@ -307,6 +309,24 @@ def _make_checkpoints(here: Path) -> None:
     word_tokenizer().save_pretrained(here / "llama")
     (here / "adapter").mkdir()
     (here / "adapter" / "adapter_config.json").write_text("{}")
+    _make_adapters(here, "lora", "student")
+    _make_adapters(here, "lora_on_lora", "lora")
+    _make_adapters(here, "lora_of_gone", "./gone")
+    weights = load_file(here / "lora" / "adapter_model.safetensors")
+    deeper = {name.replace("encoder.block.0", "encoder.block.7"): weight for name, weight in weights.items()}
+    save_file(deeper, _make_adapters(here, "lora_of_deeper", "student") / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, _make_adapters(here, "lora_incomplete", "student") / "adapter_model.safetensors")
+
+
+def _make_adapters(here: Path, name: str, model: str) -> Path:
+    """LoRA's for the student, which say that they are for another model."""
+    base = T5ForConditionalGeneration.from_pretrained(here / "student")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = model
+    adapted.save_pretrained(here / name)
+    word_tokenizer().save_pretrained(here / name)
+    return here / name
 
 
 def _edit_config(checkpoint: Path, **changed: object) -> None:

@@ -329,7 +329,50 @@ MODEL_CASES = [
     (
         ("sft", "ppo_kd", "evaluate"),
         "--student adapter",
-        "`--student adapter` holds adapters only. Merge them into their model",
+        "adapter/adapter_config.json does not name the model that the adapters are for",
+    ),
+    (("sft", "evaluate"), "--student lora_of_gone", "lora_of_gone, whose adapters are for ./gone` is not a directory"),
+    (("sft", "kd", "evaluate"), "--student lora_on_lora", "are for 'lora', which are adapters too: merge these into"),
+    (
+        ("pseudo_label", "rloo_kd"),
+        "--teacher lora_on_lora",
+        "are for 'lora', which are adapters too: merge these into",
+    ),
+    (
+        ("pseudo_label", "rloo_kd"),
+        "--teacher lora --teacher_placement zero3",
+        "'lora' are adapters, and ZeRO-3 shards whole checkpoints only: merge them",
+    ),
+    (TRAINED, "--lora_r 4", "--lora_r 4 has no effect without --use_peft: give that, or leave it out"),
+    (SOME_TRAINED, "--use_dora", "--use_dora True has no effect without --use_peft: give that, or leave it out"),
+    (SOME_TRAINED, "--merge_adapters", "--merge_adapters True has no effect without --use_peft, or adapters as --stu"),
+    (SOME_TRAINED, "--use_peft --lora_r 0", "--lora_r 0 is out of range"),
+    (SOME_TRAINED, "--use_peft --lora_alpha 0", "--lora_alpha 0 is out of range"),
+    (SOME_TRAINED, "--use_peft --lora_dropout 1", "--lora_dropout 1.0 is out of range"),
+    (DISTILLED, "--use_peft --lora_dropout 0.1", "--lora_dropout 0.1 has no effect here: what is sampled is learnt"),
+    (
+        SOME_TRAINED,
+        "--use_peft --lora_target_modules nowhere",
+        "nowhere: peft_config does not fit the student: Target modules {'nowhere'} not found in the base model.",
+    ),
+    (
+        SOME_TRAINED,
+        "--use_peft --lora_target_modules nowhere",
+        "Its linear layers are called: q, k, v, o, wi, wo, lm_head; all-linear takes all but the head.",
+    ),
+    (SOME_TRAINED, "--use_peft --lora_modules_to_save nowhere", "nowhere"),
+    (SOME_TRAINED, "--use_peft --student lora", "--student lora are adapters already, which are trained further wit"),
+    (TRAINED, "--load_in_4bit", "--load_in_4bit: quantised weights are not trained, only adapters on them: give --us"),
+    (SOME_TRAINED, "--load_in_8bit --load_in_4bit", "--load_in_8bit and --load_in_4bit are two precisions: give one"),
+    (
+        SOME_TRAINED,
+        "--use_peft --load_in_8bit --merge_adapters",
+        "--merge_adapters would round the adapters away in weights of --load_in_8bit",
+    ),
+    (
+        ("sft (new model)",),
+        "--use_peft",
+        "--use_peft trains adapters on a checkpoint, and without --student the model",
     ),
     (
         ("sft", "ppo_kd", "evaluate"),
@@ -557,7 +600,11 @@ SETTING_CASES = [
         "torch_compile_mode = foo: choose one of default, redu",
     ),
     (SOME_DISTILLED, "--torch_compile True", "torch_compile = True is not supported: the shapes of samples change"),
-    (SOME_DISTILLED, "--gradient_checkpointing True", "gradient_checkpointing = True is not supported"),
+    (
+        SOME_DISTILLED,
+        """--gradient_checkpointing_kwargs '{"use_reentrant": true}'""",
+        "gradient_checkpointing_kwargs = {'use_reentrant': True} is not supported: layers are recomputed in one way",
+    ),
     (SOME_DISTILLED, "--dataloader_num_workers 2", "dataloader_num_workers = 2 is not supported"),
     (("sft",), "--dataloader_num_workers -1", "dataloader_num_workers = -1 is out of range"),
     (SOME_TRAINED, "--log_level foo", "invalid choice: 'foo'"),
@@ -906,6 +953,21 @@ COMMAND_CASES = [
 ]
 # What only a model's weights, or a reward's first call, show: (recipes, what is wrong, a part of the message)
 LOADED_CASES = [
+    (
+        ("ppo_kd", "evaluate"),
+        "--student lora_of_deeper",
+        "The adapters in 'lora_of_deeper' cannot be put on their mod",
+    ),
+    (
+        ("sft", "evaluate"),
+        "--student lora_incomplete",
+        "The adapters in 'lora_incomplete' cannot be put on their model",
+    ),
+    (
+        ("sft", "rloo_kd"),
+        "--use_peft --merge_adapters --lora_target_modules lm_head",
+        "The adapters on lm_head.base_layer.weight cannot be merged: the model uses this weight elsewhere too",
+    ),
     (
         ("evaluate", "ppo_kd"),
         "--teacher dropout_of_7",

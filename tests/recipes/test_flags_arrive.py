@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
 from rlkd_trl.commands import arguments, checks
@@ -248,6 +249,15 @@ HUB_TEST = f"--eval_dataset {HUB_ID}"
 ASKED = "--templates {templates}"
 STREAMED = "--streaming --max_steps 1"
 
+ADAPTED = ("rloo_kd", "sft")
+
+
+def lora(seen: Seen):
+    """The config of the adapters that are trained."""
+    model = seen.model if isinstance(seen.model, PeftModel) else seen.model.model
+    return model.active_peft_config
+
+
 # Flag: (recipes, the command line with it, whether it is seen, beside what). `base` is the command without it.
 ARRIVES = {
     "DataArguments.dataset": (
@@ -470,6 +480,50 @@ ARRIVES = {
         """--student_chat_template {chat} --student_chat_template_kwargs '{{"more": "w6 w7 w8 w9"}}'""",
         lambda r, seen, base: read_by_student(r, seen) == read_by_student(r, base) + 2 + 4,
     ),
+    "StudentArguments.load_in_8bit": (
+        ("evaluate",),  # where it is trained with adapters: test_adapters.py
+        "--load_in_8bit",
+        lambda r, seen, _: seen.of_model("student", "quantization_config").load_in_8bit,
+    ),
+    "StudentArguments.load_in_4bit": (
+        ("evaluate",),
+        "--load_in_4bit",
+        lambda r, seen, _: seen.of_model("student", "quantization_config").load_in_4bit,
+    ),
+    "AdapterArguments.use_peft": (
+        (*DISTILLING, "sft"),
+        "--use_peft",
+        lambda r, seen, _: (
+            (lora(seen).r, lora(seen).lora_alpha, lora(seen).lora_dropout) == (16, 32, 0.05 if r == "sft" else 0.0)
+        ),
+    ),
+    "AdapterArguments.lora_r": (ADAPTED, "--use_peft --lora_r 3", lambda r, seen, _: lora(seen).r == 3),
+    "AdapterArguments.lora_alpha": (
+        ADAPTED,
+        "--use_peft --lora_alpha 3",
+        lambda r, seen, _: lora(seen).lora_alpha == 3,
+    ),
+    "AdapterArguments.lora_dropout": (
+        ("sft",),
+        "--use_peft --lora_dropout 0.3",
+        lambda r, seen, _: lora(seen).lora_dropout == 0.3,
+    ),
+    "AdapterArguments.lora_target_modules": (
+        ADAPTED,
+        "--use_peft --lora_target_modules '.*decoder.*[.]wi'",  # one text that is a regular expression
+        lambda r, seen, _: (
+            {name.rpartition(".lora_A")[0] for name, _ in seen.model.named_parameters() if "lora_A" in name}
+            == {name for name, _ in seen.model.named_modules() if "decoder" in name and name.endswith(".wi")}
+        ),
+    ),
+    "AdapterArguments.lora_modules_to_save": (
+        ADAPTED,
+        "--use_peft --lora_modules_to_save wo",
+        lambda r, seen, _: any("wo.modules_to_save" in n for n, w in seen.model.named_parameters() if w.requires_grad),
+    ),
+    "AdapterArguments.use_rslora": (ADAPTED, "--use_peft --use_rslora", lambda r, seen, _: lora(seen).use_rslora),
+    "AdapterArguments.use_dora": (ADAPTED, "--use_peft --use_dora", lambda r, seen, _: lora(seen).use_dora),
+    "AdapterArguments.merge_adapters": ((), "", None),  # test_adapters.py
     "CodeArguments.trust_remote_code": ((), "", None),  # test_remote_code
     "RewardArguments.reward": (WITH_REWARDS, "--reward length", lambda r, seen, base: reward(seen) != reward(base)),
     "RewardArguments.value": (WITH_REWARDS, "--value expected", lambda r, seen, base: reward(seen) > reward(base)),

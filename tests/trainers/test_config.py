@@ -18,15 +18,6 @@ def config(config_class, tmp_path, **settings):
     return config_class(output_dir=str(tmp_path), **settings)
 
 
-@pytest.mark.skipif(
-    "activation_checkpointing" not in TrainingArguments.__dataclass_fields__,
-    reason="this transformers has no such setting",
-)
-def test_checkpointing_under_its_newer_name_is_refused(tmp_path):
-    with pytest.raises(InputError, match="checkpointing"):
-        config(PPOKDConfig, tmp_path, activation_checkpointing=True)
-
-
 @pytest.mark.parametrize("config_class", [*ALL, KDConfig, AllActionsKDConfig, SupervisedConfig])
 def test_the_hubs_token_is_not_pickled(config_class, tmp_path):
     settings, file = config_class(output_dir=str(tmp_path), hub_token="hf_secret"), io.BytesIO()
@@ -48,7 +39,7 @@ def test_the_hubs_token_is_not_pickled(config_class, tmp_path):
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "not a multiple"),
         ({"steps_per_generation": 0}, "steps_per_generation"),
         ({"top_p": 0.9}, "top_p"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing"),
         ({"max_completion_length": 0}, "max_completion_length"),
         ({"num_iterations": 0}, "num_iterations"),
         ({"temperature": 0.0}, "temperature"),

@@ -354,6 +354,8 @@ ELSEWHERE = {  # the test that shows it
     "remove_unused_columns": "test_settings_that_are_ignored_are_refused",
     "push_to_hub": "test_what_would_fail_later_is_refused_at_once",
     "ddp_backend": "tests/distributed",
+    "gradient_checkpointing": "tests/trainers/test_gradient_checkpointing.py",
+    "activation_checkpointing": "tests/trainers/test_gradient_checkpointing.py",
     "local_rank": "read by nothing, as in transformers",
 }
 

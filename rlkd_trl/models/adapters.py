@@ -3,7 +3,9 @@
 import json
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rlkd_trl.settings.files import ADAPTERS_CONFIG, adapted_model
 from rlkd_trl.settings.hub import split_revision
 
 _WEIGHTS = "adapter_model.safetensors"
+_BENEATH = ("base_layer", "original_module")  # what PEFT calls the model's own layer beneath an adapter, or a copy
 _PREFIX = "base_model.model."  # of names in the file
 _NOT_COMPLETE = "Found missing adapter keys"  # how PEFT's warning begins
 
@@ -30,6 +33,14 @@ class SavedAdapters:
     revision: str | None
     model: str
     model_revision: str | None
+
+    def refuse_several(self) -> None:
+        """Raises `InputError` if the model that the adapters are for consists of adapters itself."""
+        if find_adapters(self.model, self.model_revision) is not None:
+            raise InputError(
+                f"The adapters in {self.name_or_path!r} are for {self.model!r}, which are adapters too: merge these "
+                "into their model (PEFT's merge_and_unload), and name the result as base_model_name_or_path."
+            )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the weights in the file, by their names in the model.
@@ -53,23 +64,45 @@ class SavedAdapters:
             InputError: They do not fit the model, as those for more layers than it has, are not complete, or are of a
                 kind that cannot be merged.
         """
+        with self._refusing("merged into"):
+            config = PeftConfig.from_pretrained(self.name_or_path, revision=self.revision)
+            config.task_type = None  # PEFT's class for a task would ask for the task's head
+            place = self._place_in(model)
+            adapted = PeftModel.from_pretrained(place, self.name_or_path, config=config, revision=self.revision)
+            self._check_placed(adapted, place)
+            adapted.merge_and_unload()
+        return model.requires_grad_(True)
+
+    def placed_on(self, model: PreTrainedModel) -> PeftModel:
+        """The model with the adapters on it, which can be trained further; the model's own weights are frozen.
+
+        Raises:
+            InputError: They do not fit the model, are not complete, or are of a kind that is no change of weights.
+        """
+        with self._refusing("put on"):
+            config = PeftConfig.from_pretrained(self.name_or_path, revision=self.revision)
+            if config.is_prompt_learning:
+                raise ValueError(f"{config.peft_type.value} is not supported")
+            adapted = PeftModel.from_pretrained(
+                model, self.name_or_path, config=config, revision=self.revision, is_trainable=True
+            )
+            self._check_placed(adapted, model)
+        return adapted
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Turns whatever PEFT raises, or warns about weights that are missing, into an `InputError`."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", message=_NOT_COMPLETE)
-                config = PeftConfig.from_pretrained(self.name_or_path, revision=self.revision)
-                config.task_type = None  # PEFT's class for a task would ask for the task's head
-                place = self._place_in(model)
-                adapted = PeftModel.from_pretrained(place, self.name_or_path, config=config, revision=self.revision)
-                self._check_placed(adapted, place)
-                adapted.merge_and_unload()
+                yield
         except Exception as error:  # PEFT raises whatever happens to fail
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             raise InputError(
-                f"The adapters in {self.name_or_path!r} cannot be merged into their model {self.model!r} ({reason}): "
+                f"The adapters in {self.name_or_path!r} cannot be {what} their model {self.model!r} ({reason}): "
                 "give a merged model, or adapters of weights, such as LoRA's."
             ) from error
-        return model.requires_grad_(True)
 
     def _check_placed(self, adapted: PeftModel, place: nn.Module) -> None:
         """Raises `ValueError` if weights of the body have no place in the model: PEFT drops them and says nothing.
@@ -92,6 +125,37 @@ class SavedAdapters:
             setattr(around, prefix, model)
             return around
         return model if is_of_body_within else model.base_model
+
+
+def tied_weights(model: PeftModel) -> list[str]:
+    """Names of weights beneath adapters that the model also uses elsewhere, as an LM head that is the embeddings too.
+
+    A merge would change them there, too.
+    """
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, weight in model.get_base_model().named_parameters(remove_duplicate=False):
+        names_of[id(weight)].append(name)
+    shared = [name for names in names_of.values() if len(names) > 1 for name in names]
+    return [name for name in shared if any(f".{part}." in f".{name}" for part in _BENEATH)]
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The model with the adapters' changes in its own weights.
+
+    Raises:
+        InputError: There are adapters on tied weights.
+    """
+    refuse_tied_adapters(model)
+    return model.merge_and_unload()
+
+
+def refuse_tied_adapters(model: PeftModel) -> None:
+    """Raises `InputError` if the adapters cannot be merged, as they are on tied weights."""
+    if tied := tied_weights(model):
+        raise InputError(
+            f"The adapters on {tied[0]} cannot be merged: the model uses this weight elsewhere too, where the merge "
+            "would change it. Leave it out of the adapters' target_modules and modules_to_save."
+        )
 
 
 def find_adapters(name_or_path: str, revision: str | None) -> SavedAdapters | None:
