@@ -23,7 +23,6 @@ _OF_LORA = (
     *("use_rslora", "use_dora"),
 )
 _DROPOUT = 0.05  # TRL's default
-_OF_A_REGEX = set("*+?()[]|^$\\")
 
 
 def check_adapters(adapters: AdapterArguments, student: StudentArguments, *, has_dropout: bool) -> None:
@@ -165,13 +164,15 @@ def lora_config(adapters: AdapterArguments, task: str | None, *, has_dropout: bo
     """LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) as the flags describe it; task: PEFT's word for the head."""
     from peft import LoraConfig
 
+    from rlkd_trl.students import target_modules
+
     dropout = _DROPOUT if adapters.lora_dropout is None else adapters.lora_dropout
     return LoraConfig(
         task_type=task,
         r=adapters.lora_r,
         lora_alpha=adapters.lora_alpha,
         lora_dropout=dropout if has_dropout else 0.0,
-        target_modules=_modules(adapters.lora_target_modules),
+        target_modules=target_modules(adapters.lora_target_modules),
         modules_to_save=adapters.lora_modules_to_save,
         use_rslora=adapters.use_rslora,
         use_dora=adapters.use_dora,
@@ -180,13 +181,6 @@ def lora_config(adapters: AdapterArguments, task: str | None, *, has_dropout: bo
 
 def _task_of(is_encoder_decoder: bool) -> str:
     return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-
-
-def _modules(names: list[str] | None) -> list[str] | str | None:
-    """PEFT reads a single text as a regular expression, or as "all-linear", and a list as ends of modules' names."""
-    if names is None or len(names) > 1:
-        return names
-    return names[0] if names[0] == "all-linear" or _OF_A_REGEX & set(names[0]) else names
 
 
 def encoder_adapters(adapters: AdapterArguments, head: str) -> "PeftConfig | None":

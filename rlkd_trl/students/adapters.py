@@ -7,6 +7,8 @@ from transformers import PreTrainedModel, set_seed
 
 from rlkd_trl.errors import InputError
 
+_OF_A_REGEX = set("*+?()[]|^$\\")
+
 
 def with_adapters(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int
@@ -24,6 +26,12 @@ def with_adapters(
         return model
     if isinstance(model, PeftModel):
         raise InputError("The student has adapters already: leave peft_config out, or give the model without them.")
+    names = [name for name, _ in model.named_modules()]
+    for wanted in peft_config.modules_to_save or ():
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            raise InputError(
+                f"peft_config does not fit the student: modules_to_save {wanted!r} is none of its modules."
+            )
     set_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -31,6 +39,16 @@ def with_adapters(
             return get_peft_model(model, peft_config)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"peft_config does not fit the student: {error}") from error
+
+
+def target_modules(names: list[str] | None) -> list[str] | str | None:
+    """The `target_modules` of a PEFT config for the names on a command line.
+
+    PEFT reads a list as ends of modules' names, and a single text as a regular expression, or as "all-linear".
+    """
+    if names is None or len(names) > 1:
+        return names
+    return names[0] if names[0] == "all-linear" or _OF_A_REGEX & set(names[0]) else names
 
 
 def start_as_identity(peft_config: PeftConfig) -> bool:

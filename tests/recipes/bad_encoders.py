@@ -263,7 +263,7 @@ ENCODER_CASES = [
     (
         ONE_STAGE,
         "--use_peft --merge_adapters --lora_target_modules nowhere",
-        "not found in the base model. Please check the target modules and try again.",
+        "--use_peft with --lora_target_modules nowhere: peft_config does not fit the student: ",
     ),
     # settings that all trainers share
     (EACH, "--learning_rate nan", "learning_rate = nan is out of range: 0 or more, up to 10"),

@@ -360,7 +360,11 @@ MODEL_CASES = [
         "--use_peft --lora_target_modules nowhere",
         "Its linear layers are called: q, k, v, o, wi, wo, lm_head; all-linear takes all but the head.",
     ),
-    (SOME_TRAINED, "--use_peft --lora_modules_to_save nowhere", "nowhere"),
+    (
+        SOME_TRAINED,
+        "--use_peft --lora_modules_to_save nowhere",
+        "peft_config does not fit the student: modules_to_save 'nowhere' is none of its modules",
+    ),
     (SOME_TRAINED, "--use_peft --student lora", "--student lora are adapters already, which are trained further wit"),
     (TRAINED, "--load_in_4bit", "--load_in_4bit: quantised weights are not trained, only adapters on them: give --us"),
     (SOME_TRAINED, "--load_in_8bit --load_in_4bit", "--load_in_8bit and --load_in_4bit are two precisions: give one"),
@@ -603,7 +607,7 @@ SETTING_CASES = [
     (
         SOME_DISTILLED,
         """--gradient_checkpointing_kwargs '{"use_reentrant": true}'""",
-        "gradient_checkpointing_kwargs = {'use_reentrant': True} is not supported: layers are recomputed in one way",
+        "is not supported: layers are recomputed in one way, each of them and without entering autograd again",
     ),
     (SOME_DISTILLED, "--dataloader_num_workers 2", "dataloader_num_workers = 2 is not supported"),
     (("sft",), "--dataloader_num_workers -1", "dataloader_num_workers = -1 is out of range"),

@@ -510,10 +510,10 @@ ARRIVES = {
     ),
     "AdapterArguments.lora_target_modules": (
         ADAPTED,
-        "--use_peft --lora_target_modules '.*decoder.*[.]wi'",  # one text that is a regular expression
+        "--use_peft --lora_target_modules '.*decoder.*[.]wo'",  # one text that is a regular expression
         lambda r, seen, _: (
             {name.rpartition(".lora_A")[0] for name, _ in seen.model.named_parameters() if "lora_A" in name}
-            == {name for name, _ in seen.model.named_modules() if "decoder" in name and name.endswith(".wi")}
+            == {name for name, _ in seen.model.named_modules() if "decoder" in name and name.endswith(".wo")}
         ),
     ),
     "AdapterArguments.lora_modules_to_save": (
