@@ -82,7 +82,7 @@ def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStr
     model = load_or_make_model(settings.student, settings.new, writer, seed=args.seed)
     tokenizer = writer.processing_class
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    adapters = student_adapters(settings.adapters, model, has_dropout=True)
+    adapters = student_adapters(settings.adapters, settings.student, model, has_dropout=True)
     trainer = SupervisedTrainer(model, args, dataset, tokenizer, peft_config=adapters, chat=writer.chat)
     report_adapters(settings.adapters, trainer.model)
     trainer.run_record["command"] = record

@@ -231,7 +231,7 @@ def build(trainer: type["RolloutTrainer"], settings: DistillationSettings, input
         inputs.train,
         eval_dataset=inputs.test,
         processing_class=writer.processing_class,
-        peft_config=student_adapters(settings.adapters, model),
+        peft_config=student_adapters(settings.adapters, settings.student, model),
         chat=writer.chat,
     )
     report_adapters(settings.adapters, built.policy.model)

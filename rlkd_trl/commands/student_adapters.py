@@ -12,6 +12,7 @@ from rlkd_trl.commands.arguments import (
 from rlkd_trl.commands.checks import refuse_unused
 from rlkd_trl.commands.launched import say
 from rlkd_trl.errors import InputError
+from rlkd_trl.settings.hub import split_revision
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -152,12 +153,14 @@ def _linear_layers(model: "nn.Module") -> list[str]:
 
 
 def student_adapters(
-    adapters: AdapterArguments, model: "PreTrainedModel", *, has_dropout: bool = False
+    adapters: AdapterArguments, student: StudentArguments, model: "PreTrainedModel", *, has_dropout: bool = False
 ) -> "PeftConfig | None":
-    """The config of the new adapters on a loaded model; None if none are asked for. Raises `InputError`."""
+    """The config of the new adapters on the loaded student; None if none are asked for. Raises `InputError`."""
     if not adapters.use_peft:
         return None
-    return lora_config(adapters, _task_of(model.config.is_encoder_decoder), has_dropout=has_dropout)
+    config = lora_config(adapters, _task_of(model.config.is_encoder_decoder), has_dropout=has_dropout)
+    _, config.revision = split_revision(student.student, student.student_revision)  # as PEFT calls the model's
+    return config
 
 
 def lora_config(adapters: AdapterArguments, task: str | None, *, has_dropout: bool = False) -> "PeftConfig":
