@@ -181,10 +181,10 @@ def check_teacher(teacher: TeacherArguments) -> None:
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
-    placement = Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype)
+    is_sharded = Placement(**teacher.placement_settings(), dtype=teacher.teacher_dtype).is_sharded
     check_dtype(teacher.teacher_dtype)
     for name in teacher.teacher or []:
-        if placement.is_sharded:
+        if is_sharded:
             refuse_sharded_adapters(name, revision=teacher.teacher_revision)
         check_precision(load_config(name, revision=teacher.teacher_revision), teacher.teacher_dtype)
         require_eos(load_tokenizer(name, revision=teacher.teacher_revision))
