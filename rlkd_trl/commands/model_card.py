@@ -61,6 +61,8 @@ def place_on_hub(trainer: "Trainer") -> str | None:
 
 def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings) -> None:
     """The model card of a model that was trained on targets."""
+    from peft import PeftModel
+
     from rlkd_trl.evaluation.report import write_model_card
     from rlkd_trl.models.vocabulary import allowed_special_tokens
 
@@ -78,6 +80,7 @@ def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings) -> N
         dataset=settings.data.dataset or "the embedded demo of rlkd_trl",
         auto_class="AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.model)),
+        has_adapters=isinstance(trainer.model, PeftModel),
         sections=card_sections(trainer, settings),
         checkpoint=place_on_hub(trainer),
     )
