@@ -185,6 +185,11 @@ GROUPS = {
 }
 for _recipe in ("sft", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "encoder_kd"):
     GROUPS[_recipe]["Streaming"] = "streaming shuffle_buffer_size"
+for _recipe in ("sft", "ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd", "encoder_kd"):
+    GROUPS[_recipe]["Adapters on the student"] = (
+        "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
+        "merge_adapters"
+    )
 for _recipe in GROUPS:
     GROUPS[_recipe]["Code of checkpoints"] = "trust_remote_code"
 WITH_HELP = (*RECIPES, "generate_data", "compare", "encoder_search", "assistant_kd")
