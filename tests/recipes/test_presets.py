@@ -55,7 +55,7 @@ def test_there_are_presets_to_test():
     assert len(PRESETS) >= 4 and len(LAUNCH_CONFIGS) >= 3 and len(OF_LANGUAGE_MODELS) >= 18
     assert len(METHOD_PRESETS) >= 27
     assert recipes_of(ROOT / "recipes/configs/demo_ppo.yaml") == ["ppo_kd"]
-    assert len(REAL_PAIRS) == 11
+    assert len(REAL_PAIRS) == 12
     for path in REAL_PAIRS:
         assert recipes_of(path) == ["kd", "ppo_kd", "reinforce_kd", "rloo_kd"], path
 
