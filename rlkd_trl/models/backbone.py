@@ -219,8 +219,8 @@ class Backbone:
                 "put the model in eval mode, or disable it, and set gradient_checkpointing in the trainer's config."
             )
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
-        """tokens_at_once: so many of a completion are going to be read in one call."""
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int | None) -> Prefix:
+        """tokens_at_once: so many of a completion are going to be read in one call; None: each prompt has only one."""
         raise NotImplementedError
 
     def extend(self, prefix: Prefix, token_ids_Bt: Tensor) -> Tensor:
@@ -242,8 +242,8 @@ class Backbone:
         the result is `[B, T, D]`. Completions are padded on the right, which a causal decoder never looks at.
         """
         self._refuse_gradient_checkpointing()
-        most = completion_ids_BT.shape[1]
-        prefix = self._prefill(prompt_ids_PS, prompt_mask_PS, tokens_at_once=most).select(prompt_index_B)
+        tokens_at_once = completion_ids_BT.shape[1] if len(prompt_index_B) > len(prompt_ids_PS) else None
+        prefix = self._prefill(prompt_ids_PS, prompt_mask_PS, tokens_at_once=tokens_at_once).select(prompt_index_B)
         first_B1D = prefix.hidden_B1D
         read_BT = completion_ids_BT if with_final_state else completion_ids_BT[:, :-1]
         if read_BT.shape[1] == 0:
@@ -282,7 +282,7 @@ class EncoderDecoderBackbone(Backbone):
         """The decoder's start tokens, once for each row of `like_BT`."""
         return like_BT.new_tensor(completion_start_ids(self.model)).expand(len(like_BT), -1)
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int | None) -> Prefix:
         encoder_hidden_PSD = self._encode(prompt_ids_PS, prompt_mask_PS)
         shares = can_share(self.model.get_decoder())
         prefix = Prefix(
@@ -365,11 +365,11 @@ class DecoderOnlyBackbone(Backbone):
 
     padding_side = "left"
 
-    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int) -> Prefix:
+    def _prefill(self, prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, *, tokens_at_once: int | None) -> Prefix:
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         prefix = Prefix(cache=cache, mask=prompt_mask_PS[:, :0], hidden_B1D=torch.empty(0))
         self._read(prefix, prompt_ids_PS, prompt_mask_PS)
-        if can_share_self_attention(self.model.base_model, cache, tokens_at_once):
+        if tokens_at_once is not None and can_share_self_attention(self.model.base_model, cache, tokens_at_once):
             prefix.cache = EncoderDecoderCache(DynamicCache(), cache)
             prefix.prompt_rows = PromptRows.one_each(prompt_ids_PS)
         return prefix
@@ -378,7 +378,8 @@ class DecoderOnlyBackbone(Backbone):
         if prefix.prompt_rows is None:
             return self._read(prefix, token_ids_Bt, torch.ones_like(token_ids_Bt))
         own_cache, prompts_cache = prefix.cache.self_attention_cache, prefix.cache.cross_attention_cache
-        prompts = SharedPrompts(prompts_cache, prefix.mask.bool(), prefix.prompt_rows)
+        padding_PS = prefix.mask == 0
+        prompts = SharedPrompts(prompts_cache, prefix.prompt_rows, padding_PS if padding_PS.any() else None)
         lengths_B = prefix.mask.sum(dim=1)[prefix.prompt_rows.prompt_index_B]
         places_t = own_cache.get_seq_length() + torch.arange(token_ids_Bt.shape[1], device=token_ids_Bt.device)
         hidden_BtD = self._states(

@@ -80,13 +80,13 @@ class PromptRows:
 class SharedPrompts:
     """The prompts that B completions of a decoder-only model continue.
 
-    cache: the prompts' keys and values, `[P, h, S, d]` in each layer. mask_PS: True on the prompts' tokens. rows:
-    which prompt each completion continues.
+    cache: the prompts' keys and values, `[P, h, S, d]` in each layer. rows: which prompt each completion continues.
+    padding_PS: True where there is no token; None where there is one everywhere.
     """
 
     cache: Cache
-    mask_PS: Tensor
     rows: PromptRows
+    padding_PS: Tensor | None
 
 
 def _attention(
@@ -131,8 +131,8 @@ def attend_to_shared_prompts(
 ) -> Tensor:
     """Attention `[B, T, H, d]` of the last T of U own tokens to their prompt's S tokens and, causally, to their own.
 
-    H query heads share h heads of keys and values, as in grouped-query attention. The weights are computed in float32
-    and exist at once: `[B, H, T, S + U]`.
+    H query heads share h heads of keys and values, as in grouped-query attention. All weights exist at once:
+    `[B, H, T, S + U]`.
     """
     rows = prompts.rows
     B, H, T, d = query_BHTd.shape
@@ -144,10 +144,9 @@ def attend_to_shared_prompts(
         is_later_TU = torch.ones(T, U, dtype=torch.bool, device=query_BHTd.device).triu(U - T + 1)
         own_BHTU = own_BHTU.masked_fill(is_later_TU, -torch.inf)
     prompt_PHQS = (rows.gather(query_BHTd).reshape(P, h, -1, d) @ prompt_key_PhSd.mT).view(P, H, Q, -1)
-    if not bool(prompts.mask_PS.all()):
-        prompt_PHQS = prompt_PHQS.masked_fill(~prompts.mask_PS[:, None, None], -torch.inf)
-    weights_PHQX = torch.cat([prompt_PHQS, rows.gather(own_BHTU)], dim=-1).softmax(dim=-1, dtype=torch.float32)
-    weights_PHQX = F.dropout(weights_PHQX, dropout).to(query_BHTd.dtype)
+    if prompts.padding_PS is not None:
+        prompt_PHQS = prompt_PHQS.masked_fill(prompts.padding_PS[:, None, None], -torch.inf)
+    weights_PHQX = F.dropout(torch.cat([prompt_PHQS, rows.gather(own_BHTU)], dim=-1).softmax(dim=-1), dropout)
     prompt_PHQS, own_PHQU = weights_PHQX.split([prompt_key_PhSd.shape[2], U], dim=-1)
     of_prompt_PHQd = (prompt_PHQS.reshape(P, h, -1, prompt_PHQS.shape[-1]) @ prompt_value_PhSd).view(P, H, Q, -1)
     own_BTHU = rows.scatter(own_PHQU.transpose(1, 2))
@@ -169,6 +168,7 @@ def can_share_self_attention(reader: PreTrainedModel, cache: Cache, tokens_at_on
     """Whether a decoder-only model can take `shared_prompts`, and whether that needs less memory than copies.
 
     For a completion it keeps weights, `[H, T, S + T]`, where copies of keys and values would be `[h, S + T, d]` twice.
+    In half precision torch's fused attention to copies is more exact, and these are half as large: nothing is shared.
 
     cache: with the prompts, as the model filled it; layers with a sliding window or without attention are of other
     classes. tokens_at_once: T, of a completion, read in one call.
@@ -180,6 +180,7 @@ def can_share_self_attention(reader: PreTrainedModel, cache: Cache, tokens_at_on
         and type(reader).__module__.startswith("transformers.")
         and len(cache.layers) == config.num_hidden_layers
         and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and cache.layers[0].keys.dtype == torch.float32
     ):
         return False
     _, h, _, d = cache.layers[0].keys.shape

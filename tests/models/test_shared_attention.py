@@ -145,12 +145,13 @@ def test_attention_over_prompt_and_own_tokens_by_loops(index):
                 scores = torch.stack([0.3 * query[b, head, t] @ k for k, _ in seen])
                 weights = scores.exp() / scores.exp().sum()
                 expected[b, t, head] = sum(w * v for w, (_, v) in zip(weights, seen, strict=True))
-    prompts = SharedPrompts(DynamicCache(), mask_PS, PromptRows.of(torch.tensor(index), 2))
-    found = attend_to_shared_prompts(query, key, value, prompt_key, prompt_value, prompts, 0.3)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    prompts = SharedPrompts(DynamicCache(), PromptRows.of(torch.tensor(index), 2), ~mask_PS)
     inputs, towards = (query, key, value, prompt_key, prompt_value), torch.randn_like(expected)
+    found = attend_to_shared_prompts(*inputs, prompts, 0.3)
+    torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad((result * towards).sum(), inputs) for result in (found, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs)
+    assert not attend_to_shared_prompts(*inputs, prompts, 0.3, dropout=1.0).any()
 
 
 @torch.no_grad()
