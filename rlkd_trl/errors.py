@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn, Protocol
 
 LAUNCHER = "RLKD_TRL_LAUNCHER"  # an environment variable: set if the launcher reports killed processes itself
@@ -32,7 +32,8 @@ _LAUNCHERS = (
     "rlkd_trl",
 )
 _CHECKPOINTS_CODE = "transformers_modules."  # the package into which transformers copies it
-_TOKEN = re.compile(r"\bhf_\w{8,}")  # of an account on the Hub: a message may quote a flag's value
+# Of an account or organisation on the Hub: a message may quote a flag's value.
+_TOKEN = re.compile(r"\b(?:(hf_)[A-Za-z0-9]{20,}|(api_org_)\w+)")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
@@ -260,8 +261,18 @@ def _end(code: int, message: str) -> NoReturn:
 def _say(message: str) -> None:
     """Prints the message on stderr; with `--debug`, after the traceback of the exception being handled."""
     if "--debug" in sys.argv:
-        traceback.print_exc()
-    print(_TOKEN.sub("hf_***", message), file=sys.stderr, flush=True)
+        print(_without_tokens(traceback.format_exc()), end="", file=sys.stderr)
+    print(_without_tokens(message), file=sys.stderr, flush=True)
+
+
+def _without_tokens(text: str) -> str:
+    return _TOKEN.sub(r"\1\2***", text)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`, without tokens."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(_without_tokens("".join(lines)), end="", file=sys.stderr, flush=True)
 
 
 def _is_connected() -> bool:
@@ -306,13 +317,14 @@ def _end_unexpectedly(error: Exception) -> NoReturn:
         raised = f"The code of a checkpoint raised {type(error).__name__}: {error} ({place})."
         _refuse(InputError(f"{raised} Correct it there, or give another checkpoint."))
     if _peers is None:
+        sys.excepthook = _print_traceback
         raise error
     # If another process has ended by an error of its own, it has printed that; the consequences need no message.
     is_said_by_launcher = missing is not None and "has ended" in missing and LAUNCHER in os.environ
     if is_said_by_launcher or not _peers.is_first_to_speak():
         _wait_for_end(1)
     if missing is None:
-        traceback.print_exception(error)
+        _print_traceback(type(error), error, error.__traceback__)
     else:
         why = " ".join(missing.split())
         print(f"error: {why}; the others cannot go on.{_hint(' ')}", file=sys.stderr, flush=True)

@@ -110,6 +110,28 @@ def test_ctrl_c_that_a_shell_has_it_ignore_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+TOKENS = ["hf_" + "a1B2" * 6, "api_org_" + "c3D4" * 6]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    ("raised", "arguments"), [("errors.InputError", "--debug"), ("errors.InputError", ""), ("RuntimeError", "")]
+)
+def test_neither_message_nor_traceback_quotes_a_token(raised, arguments, token):
+    script = "import sys; from rlkd_trl import errors\n"
+    script += f"def main(): raise {raised}(f'hf_hub_download of {{sys.argv[1]}}')\nerrors.run(main)"
+    command = [sys.executable, "-c", script, token, *arguments.split()]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    masked = f"hf_hub_download of {token[: token.rindex('_') + 1]}***"
+    assert masked in said and token not in said
+    assert ("Traceback" in said) == (arguments == "--debug" or raised == "RuntimeError")
+
+
+def test_no_traceback_of_one_of_several_processes_quotes_a_token(monkeypatch, capsys):
+    assert end_of_one_of_two(KeyError(TOKENS[0]), FakePeers(True, None), monkeypatch) == 1
+    assert "KeyError: 'hf_***'" in capsys.readouterr().err
+
+
 def test_other_errors_of_files_keep_their_traceback():
     with pytest.raises(FileNotFoundError):
         run(lambda: Path("nowhere").read_text())

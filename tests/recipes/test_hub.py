@@ -216,7 +216,7 @@ def test_a_student_is_sent_loaded_back_and_trained_further(hub, checkpoints, tra
     [
         ("sft", f"--hub_token {READER}", "push_to_hub: this account may not write to owner/student on the Hub"),
         ("sft", f"--hub_token {TOKEN} --hub_model_id lab/x", "this account may not write to lab/x on the Hub"),
-        ("sft", "--hub_token hf_unknown0123456789", "does not know the token of hub_token: log in again"),
+        ("sft", "--hub_token hf_unknown01234567890123", "does not know the token of hub_token: log in again"),
         ("sft", f"--hub_token {TOKEN} --hub_model_id a/b/c", "hub_model_id a/b/c is no possible Hub id"),
         ("sft", "", "push_to_hub needs an account: log in with `hf auth login`, or give hub_token"),
         *[
