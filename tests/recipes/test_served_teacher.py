@@ -65,7 +65,8 @@ def test_the_student_is_that_of_the_teacher_itself(method, asked, far, checkpoin
     assert "Teacher: tiny, behind a server. It is not loaded." in capsys.readouterr().out
     near, metrics = metrics_of(tmp_path / "near")["after"], metrics_of(tmp_path / "far")["after"]
     assert metrics["teacher_nll_per_token"] == pytest.approx(near["teacher_nll_per_token"], rel=1e-3)
-    assert_same_student(tmp_path / "far", tmp_path / "near", rtol=1e-3, atol=1e-4)
+    # The rewards are the same to 1e-4 (tests/teachers); Adam divides a small gradient, and its rounding, by its size.
+    assert_same_student(tmp_path / "far", tmp_path / "near", rtol=1e-3, atol=1e-3)
     assert "tiny, behind a server" in (tmp_path / "far" / "README.md").read_text()
 
 
