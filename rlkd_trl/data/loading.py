@@ -94,9 +94,7 @@ def _load_file(path: Path, split: str) -> Dataset:
         )
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; it needs a header and rows.")
-    check_encoding(path)
-    if twice := twice_in_header(path):
-        raise InputError(f"{path} has the column `{twice}` twice: rename or remove one of them in its header.")
+    check_file(path)
     with _quiet_if_small([path]):
         try:
             rows = load_dataset(
@@ -110,9 +108,23 @@ def _load_file(path: Path, split: str) -> Dataset:
                 raise InputError(f"{path} has no rows in split {split!r}; there is nothing to work on.") from error
             reason = "; ".join(filter(None, (reason_of(error), problem_of(path))))
             raise InputError(f"{path} could not be read: {reason}") from error
-    if "__index_level_0__" in rows.column_names:  # pandas took the extra field for an index and shifted the others
-        raise InputError(f"{path} has rows with more fields than its header; quote the fields that contain commas.")
+    check_columns(str(path), rows.column_names)
     return rows
+
+
+def check_file(path: Path) -> None:
+    """Raises `InputError` if a local file is not UTF-8, or a CSV's header names a column twice."""
+    if path.suffix.lower() in COMPRESSED:
+        return
+    check_encoding(path)
+    if twice := twice_in_header(path):
+        raise InputError(f"{path} has the column `{twice}` twice: rename or remove one of them in its header.")
+
+
+def check_columns(name: str, columns: Sequence[str]) -> None:
+    """Raises `InputError` if pandas took the extra field of a CSV's row for an index, and shifted the others."""
+    if "__index_level_0__" in columns:
+        raise InputError(f"{name} has rows with more fields than its header; quote the fields that contain commas.")
 
 
 def _cache_for_content(files: list[Path]) -> str:
@@ -171,11 +183,12 @@ def _load_directory(path: Path, split: str) -> Dataset:
         check_directory(path, tuple(FILE_FORMATS))
         files = data_files(str(path))
         for file in files:
-            if file.suffix.lower() not in COMPRESSED:
-                check_encoding(file)
+            check_file(file)
         _check_slice(split)
         with _quiet_if_small(files):
-            return load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
+            rows = load_dataset(str(path), split=split, cache_dir=_cache_for_content(files))
+        check_columns(str(path), rows.column_names)
+        return rows
     except InputError:
         raise
     except (DataFilesNotFoundError, EmptyDatasetError) as error:

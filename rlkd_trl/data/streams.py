@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
-from rlkd_trl.data.loading import FILE_FORMATS, load_rows, reason_of, require_dataset
+from rlkd_trl.data.directories import check_directory
+from rlkd_trl.data.loading import (
+    FILE_FORMATS,
+    check_columns,
+    check_file,
+    data_files,
+    load_rows,
+    reason_of,
+    require_dataset,
+)
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.hub import split_revision
 
@@ -88,12 +97,14 @@ class RowStream(IterableDataset):
         iterator = iter(rows)
         while True:
             try:
-                chunk = list(itertools.islice(iterator, ROWS_AT_A_TIME))
+                read = list(itertools.islice(iterator, ROWS_AT_A_TIME))
+                if not read:
+                    return
+                chunk = Dataset.from_list(read, features=rows.features)
             except Exception as error:  # each format's parser has its own exceptions, and so has the network
                 raise InputError(f"{self._name} could not be read: {reason_of(error)}") from error
-            if not chunk:
-                return
-            yield Dataset.from_list(chunk, features=rows.features)
+            check_columns(self._name, chunk.column_names)
+            yield chunk
 
     def _prepared(self, chunk: Dataset, first: int) -> Dataset:
         try:
@@ -131,7 +142,8 @@ def stream_rows(
     """The rows of one split, to be read one after the other; arguments are those of `load_rows`.
 
     Raises:
-        InputError: The dataset or the split is not there, or the split is a slice.
+        InputError: The dataset or the split is not there, the split is a slice, or a local file is not UTF-8 or names
+            a column twice.
     """
     from datasets import config as of_datasets
     from datasets import load_dataset
@@ -149,8 +161,12 @@ def stream_rows(
                 raise InputError(
                     f"Dataset {path} has an extension that is not known; use one of: {', '.join(FILE_FORMATS)}."
                 )
+            check_file(path)
             return load_dataset(kind, data_files={"train": str(path)}, split=split, streaming=True)
         if path.is_dir():
+            check_directory(path, tuple(FILE_FORMATS))
+            for file in data_files(dataset):
+                check_file(file)
             return load_dataset(str(path), split=split, streaming=True)
         repository, revision = split_revision(dataset, revision)
         if revision is not None and of_datasets.HF_HUB_OFFLINE:  # it takes the last revision that is cached

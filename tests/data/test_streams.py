@@ -3,9 +3,10 @@
 from itertools import islice
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from rlkd_trl.data import streams
+from rlkd_trl.data.loading import load_rows
 from rlkd_trl.data.streams import RepeatedRows, RowStream, known_rows, stream_rows
 from rlkd_trl.errors import InputError
 from tests.recipes.command_lines import word_rows, write_csv
@@ -95,3 +96,30 @@ def test_a_stream_without_rows_or_that_breaks(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(InputError, match=r"data\.jsonl could not be read"):
         RowStream(stream_rows(str(tmp_path / "data.jsonl")), name="data.jsonl")
+
+
+@pytest.mark.parametrize("place", ["data.csv", "directory"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"mr,ref\nw3,w4,w5\n", "has rows with more fields than its header"),
+        (b"mr,mr\nw3,w4\n", "has the column `mr` twice"),
+        ("mr,ref\nw3,caf\u00e9\n".encode("latin-1"), "line 2. Save the file as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read", [load_rows, lambda name: RowStream(stream_rows(name), name=name)], ids=["whole", "stream"]
+)
+def test_files_that_would_be_read_as_something_else(read, content, message, place, tmp_path):
+    (tmp_path / "directory").mkdir()
+    for file in (tmp_path / "data.csv", tmp_path / "directory" / "train.csv"):
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(str(tmp_path / place))
+
+
+def test_a_column_whose_type_changes_in_a_later_row(monkeypatch):
+    monkeypatch.setattr(streams, "ROWS_AT_A_TIME", 2)
+    rows = IterableDataset.from_generator(lambda: iter([{"n": 1}, {"n": 2}, {"n": 3}, {"n": "four"}]))
+    with pytest.raises(InputError, match=r"data\.jsonl could not be read: .*four"):
+        first(RowStream(rows, name="data.jsonl", buffer_size=0), 4)
