@@ -127,10 +127,9 @@ def run(main: Callable[[], None]) -> None:
     SIGINT and SIGTERM end it at once, unless it saves something first (see `trainers.interruption`). Exit codes: 2 for
     input to be corrected, which the code of a user's rewards and checkpoints is too; 1 if numbers are not finite, a
     checkpoint could not be written, or a student not sent to the Hub, a teacher's server has failed, or another
-    process has died; 130 after Ctrl-C; 143
-    after SIGTERM. Of several processes only one prints. When a command succeeds, or all processes leave it at the same
-    step, it also closes the connection between the processes, whose threads could otherwise abort the interpreter on
-    its way out.
+    process has died; 130 after Ctrl-C; 143 after SIGTERM. Of several processes only one prints. When a command
+    succeeds, or all processes leave it at the same step, it also closes the connection between the processes, whose
+    threads could otherwise abort the interpreter on its way out.
     """
     _end_with_launcher()
     # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
