@@ -36,7 +36,7 @@ _TEXTS_PER_REQUEST = 8
 _CHECK_SECONDS = 10.0  # that a request may take when a server is tried out
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 _POLL_SECONDS = 0.25  # between looks at whether a signal has come
-_SECONDS_AFTER_SIGNAL = 5.0  # in which an answer may still let the step end, after which the trainer saves
+_SECONDS_AFTER_SIGNAL = 5.0  # without any answer; while some come the step may end, after which the trainer saves
 _QUOTED = 300  # characters of a server's answer in a message
 _KEY_PIECE = 8  # characters of a key by which it is recognised
 _UNREADABLE = "\ufffd"  # in a text, for a token that is a part of a character
@@ -163,7 +163,7 @@ class CompletionsClient:
 
         Raises:
             ServerError: The server refuses a request, has read other tokens, or has failed for all of `patience`.
-            Interrupted: A signal to stop came in the main thread, and for five seconds after it no answer.
+            Interrupted: A signal to stop has come in the main thread, and five seconds have passed without an answer.
         """
         parts = [texts[start : start + _TEXTS_PER_REQUEST] for start in range(0, len(texts), _TEXTS_PER_REQUEST)]
         answers: list[Future[list[TextLogProbs]]] = [Future() for _ in parts]
@@ -188,6 +188,8 @@ class CompletionsClient:
                     done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
                     for answer in done:
                         answer.result()
+                    if done:
+                        heard.answered()
                     heard.obey(self.url)
             finally:  # the other requests are not repeated any longer
                 given_up.set()
@@ -301,16 +303,23 @@ class CompletionsClient:
 
 
 class _Heard:
-    """The signal to stop that has come, and when."""
+    """The signal to stop that has come, and since when nothing has been answered after it.
 
-    def __init__(self):
-        self.signum, self._since = 0, 0.0
+    signum: of one that came earlier, or 0.
+    """
+
+    def __init__(self, signum: int = 0):
+        self.signum, self._since = signum, monotonic()
 
     def note(self, signum: int) -> None:
-        self.signum, self._since = self.signum or signum, self._since or monotonic()
+        if not self.signum:
+            self.signum, self._since = signum, monotonic()
+
+    def answered(self) -> None:
+        self._since = monotonic()
 
     def obey(self, url: str) -> None:
-        """Raises `Interrupted` if one came and has waited for long enough."""
+        """Raises `Interrupted` if one has come, and the server has not answered for long enough."""
         if self.signum and monotonic() - self._since > _SECONDS_AFTER_SIGNAL:
             by = "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
             message = f"Stopped by {by} while the teacher's server {url} did not answer: the step is not saved."
@@ -319,13 +328,17 @@ class _Heard:
 
 @contextmanager
 def _signals_heard() -> Iterator[_Heard]:
-    """Within it SIGINT and SIGTERM are noted in the main thread, beside what else is done when they come."""
-    heard = _Heard()
+    """Within it SIGINT and SIGTERM are noted in the main thread, beside what else is done when they come.
+
+    A signal that came earlier in the step is known to a trainer's `StopRequest`, whose method handles signals then.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield heard
+        yield _Heard()
         return
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     before = {signum: handler for signum, handler in before.items() if callable(handler)}
+    owners = [getattr(handler, "__self__", None) for handler in before.values()]
+    heard = _Heard(max((getattr(owner, "signum", 0) for owner in owners), default=0))
 
     def note(signum: int, frame: FrameType | None) -> None:
         heard.note(signum)

@@ -2,7 +2,10 @@
 
 import html
 import json
+import os
+import signal
 import socket
+import threading
 import time
 from urllib.parse import quote
 
@@ -11,13 +14,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from rlkd_trl.errors import InputError, ServerError
+from rlkd_trl.errors import InputError, Interrupted, ServerError
 from rlkd_trl.ops.rewards import potential_shaping
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardInputs, RewardModel, TeacherForcingReward
-from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.teachers import Teacher, TeacherPanel, completions_api
 from rlkd_trl.teachers.completions_api import CompletionsClient, checked_url
 from rlkd_trl.teachers.served import ServedTeacher
+from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.run_record import check_same_run
 from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.teachers.loopback_server import served
@@ -309,3 +313,43 @@ def test_keys_that_no_header_can_have(key):
     with pytest.raises(InputError, match="API key is empty, or has characters that no header can have") as caught:
         CompletionsClient("http://host", word_tokenizer(), api_key=key)
     assert not key.strip() or key not in str(caught.value)
+
+
+def test_after_a_signal_a_server_that_answers_slowly_is_waited_for(monkeypatch):
+    """Six answers take 1.5 s, longer than the second after the signal in which there must be one."""
+    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 1.0)
+    signals = iter([signal.SIGTERM])
+
+    def slowly(body: dict, number: int) -> None:
+        if number > 1:  # the first request is that by which the server is tried out
+            for once in signals:
+                os.kill(os.getpid(), once)
+            time.sleep(0.25)
+
+    stop = StopRequest()
+    with served(model(), word_tokenizer(), fails=slowly) as loopback:
+        client = teacher_at(loopback, concurrency=1).client
+        with stop.listening(is_last=True):
+            try:
+                assert len(client.read([[5, 6]] * 48)) == 48
+            except Interrupted as stopped:  # which would end all tests
+                pytest.fail(str(stopped))
+        assert stop.signum == signal.SIGTERM
+
+
+def test_a_signal_that_came_before_is_obeyed_while_a_server_hangs(monkeypatch):
+    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 0.3)
+    released = threading.Event()
+
+    def hang(body: dict, number: int) -> None:
+        if number > 1:
+            released.wait(20)
+
+    with served(model(), word_tokenizer(), fails=hang) as loopback:
+        client = teacher_at(loopback, timeout=3.0, patience=3.0).client
+        with StopRequest().listening(is_last=True):
+            signal.raise_signal(signal.SIGTERM)  # while the student samples
+            with pytest.raises(Interrupted) as stopped:
+                client.read([[5, 6]])
+        released.set()
+    assert stopped.value.signum == signal.SIGTERM and not stopped.value.is_saved
