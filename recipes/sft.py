@@ -36,6 +36,7 @@ from rlkd_trl.errors import run
 
 if TYPE_CHECKING:
     from rlkd_trl.data.streams import RowStream
+    from rlkd_trl.prompts.templates import PromptTemplates
 
 CONFIG = "rlkd_trl.trainers.supervised_config:SupervisedConfig"
 
@@ -53,10 +54,14 @@ def main() -> None:
 
     connect_processes(sketch.args)
     with held_alone(sketch.args.output_dir):
-        train(command.settings(), pairs)
+        train(command.settings(), pairs, templates)
 
 
-def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStream") -> None:
+def train(
+    settings: SupervisedSettings,
+    pairs: "list[dict[str, object]] | RowStream",
+    templates: "PromptTemplates | None",
+) -> None:
     # Find out what is wrong with the directory and the checkpoints.
     args = settings.args
     check_free(args.output_dir, settings.run, args)
@@ -95,7 +100,7 @@ def train(settings: SupervisedSettings, pairs: "list[dict[str, object]] | RowStr
             trainer.merge_adapters()
         trainer.save_model(_internal_call=True)
         if trainer.is_world_process_zero():
-            write_supervised_card(trainer, settings)
+            write_supervised_card(trainer, settings, templates)
         mark_finished(args.output_dir, trainer.state.global_step)
         print(f"The model is in {args.output_dir}.", flush=True)
     finish_pushes(trainer)

@@ -99,6 +99,7 @@ class _Stopped(KeyboardInterrupt):
 
 _peers: Peers | None = None
 _continued_by = ""
+_is_command = False
 _is_interrupted = False  # what was to be saved is saved, and the command is on its way out
 
 
@@ -119,6 +120,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_command() -> bool:
+    """Whether this process runs a command (see `run`), not a program that uses the package."""
+    return _is_command
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command. An error that the user can act on ends in a line or two on stderr, without a traceback.
 
@@ -131,6 +137,8 @@ def run(main: Callable[[], None]) -> None:
     succeeds, or all processes leave it at the same step, it also closes the connection between the processes, whose
     threads could otherwise abort the interpreter on its way out.
     """
+    global _is_command
+    _is_command = True
     _end_with_launcher()
     # Saves 1.4 s of CPU, in which the interpreter would search half a million objects for garbage before it exits.
     atexit.register(gc.freeze)
@@ -144,11 +152,11 @@ def run(main: Callable[[], None]) -> None:
         _refuse(error)
     except TrainingError as error:  # raised by all processes together
         _disconnect()
-        _end(1, f"error: {_one_line(error)}")
+        _end(1, f"error: {one_line(error)}")
     except (CheckpointError, PushError) as error:
-        _end(1, f"error: {_one_line(error)}")
+        _end(1, f"error: {one_line(error)}")
     except ServerError as error:
-        _end(1, f"error: {_one_line(error)}{_hint(' ')}")
+        _end(1, f"error: {one_line(error)}{_hint(' ')}")
     except OSError as error:  # while results are written
         if error.errno not in _DISK_ERRORS:
             _end_unexpectedly(error)
@@ -169,8 +177,14 @@ def run(main: Callable[[], None]) -> None:
         _disconnect()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: Exception, *, at_most: int | None = None) -> str:
+    """The error's message on one line; with `at_most`, that many characters of it, to go on after.
+
+    >>> one_line(ValueError("not\\n  this."), at_most=9)
+    'not this'
+    """
+    line = " ".join(str(error).split())
+    return line if at_most is None else line[:at_most].rstrip(".")
 
 
 def _hint(before: str = "\n", *, is_saved: bool = False) -> str:
@@ -295,7 +309,7 @@ def _refuse(error: InputError) -> NoReturn:
     if _peers is None and is_one_of_several and not is_first_process():
         # Most often all processes find the same mistake. Then the first one prints it, and the launcher ends the rest.
         time.sleep(_FIRST_PROCESS_SPEAKS)
-    _say(f"error: {_one_line(error)}")
+    _say(f"error: {one_line(error)}")
     if is_one_of_several:
         _leave(2)
     sys.exit(2)

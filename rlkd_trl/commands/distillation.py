@@ -127,7 +127,8 @@ def distil(
         results["after"] = evaluate(trainer, "after training")
 
         # 5 report.
-        finish_run(trainer, results, settings, method=title if isinstance(title, str) else title(settings))
+        method = title if isinstance(title, str) else title(settings)
+        finish_run(trainer, results, settings, inputs.templates, method=method)
 
 
 def check_data(settings: DistillationSettings, *, held_out_flag: str = "--eval_dataset") -> CheckedData:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.launched import say
-from rlkd_trl.errors import InputError, PushError, is_first_process
+from rlkd_trl.errors import InputError, PushError, is_first_process, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoUrl
@@ -47,7 +47,7 @@ def check_push(args: "TrainingArguments") -> None:
         if args.hub_revision is not None:
             api.create_branch(repository.repo_id, branch=args.hub_revision, exist_ok=True)
     except HFValidationError as error:
-        raise InputError(f"hub_model_id {name} is no possible Hub id: {_one_line(error)}.") from error
+        raise InputError(f"hub_model_id {name} is no possible Hub id: {one_line(error, at_most=200)}.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
@@ -61,11 +61,13 @@ def check_push(args: "TrainingArguments") -> None:
                 f"push_to_hub: this account may not write to {name} on the Hub ({constants.ENDPOINT}): name one of "
                 f"its own with --hub_model_id, or take a token that may write. {later}"
             ) from error
-        raise InputError(f"push_to_hub: the Hub ({constants.ENDPOINT}) answers {_one_line(error)}. {later}") from error
+        raise InputError(
+            f"push_to_hub: the Hub ({constants.ENDPOINT}) answers {one_line(error, at_most=200)}. {later}"
+        ) from error
     except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
         raise InputError(
             f"push_to_hub: the Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__}: "
-            f"{_one_line(error)}): look at the connection. {later}"
+            f"{one_line(error, at_most=200)}): look at the connection. {later}"
         ) from error
 
 
@@ -96,7 +98,7 @@ def push(args: "TrainingArguments") -> None:
     except Exception as error:  # whatever the client or the HTTP library raises: the student is safe
         raise PushError(
             f"The student is in {output_dir}, but could not be sent to {name} on the Hub ({type(error).__name__}: "
-            f"{_one_line(error)}). To send it: {_by_hand(name, args)}"
+            f"{one_line(error, at_most=200)}). To send it: {_by_hand(name, args)}"
         ) from error
     at = f"@{args.hub_revision}" if args.hub_revision else ""
     say(f"The student is on the Hub: {repository.repo_id}{at} ({repository}).")
@@ -119,7 +121,3 @@ def _by_hand(name: str, args: "TrainingArguments") -> str:
     options = " --private" if args.hub_private_repo else ""
     options += f" --revision {args.hub_revision}" if args.hub_revision else ""
     return f'hf upload {name} {shlex.quote(args.output_dir)} . --exclude "*/*"{options}'
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,13 +1,15 @@
 """What a run's model card says beside its results: templates, settings, curves, papers."""
 
+import json
 from dataclasses import MISSING, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import PromptArguments
-from rlkd_trl.commands.data import load_templates
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.settings import SupervisedSettings
+from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -19,6 +21,14 @@ _USUAL = (
 # Groups that say where a run is, not what it is; and flags of others that do.
 _LEFT_OUT_GROUPS = ("RunArguments", "CodeArguments")
 _LEFT_OUT = ("use_cpu", "teacher_server", "teacher_api_key_env", "teacher_offload_path", "teacher_cache")
+# Of the trainer's settings, as patterns.
+_WHERE_AND_HOW_OFTEN = (
+    *("output_dir", "run_name", "project", "trackio_*", "report_to", "disable_tqdm", "debug", "skip_memory_metrics"),
+    *("log_*", "logging_*", "num_completions_to_print", "include_for_metrics", "do_*"),
+    *("eval_*", "per_device_eval_batch_size", "batch_eval_metrics", "*_full_eval"),
+    *("save_*", "push_to_hub", "hub_*", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+    *("dataloader_num_workers", "dataloader_p*", "ddp_timeout", "local_rank"),
+)
 _OF_LOSSES = {
     "embedding_mse": "TinyBERT",
     "hidden_mse": "TinyBERT",
@@ -32,8 +42,11 @@ _OF_LOSSES = {
 }
 
 
-def card_sections(trainer: "Trainer", settings: object) -> list[str]:
-    """The sections, each a text in Markdown; writes the picture of curves if the run is to be pushed."""
+def card_sections(trainer: "Trainer", settings: object, templates: PromptTemplates | None = None) -> list[str]:
+    """The sections, each a text in Markdown; writes the picture of curves if the run is to be pushed.
+
+    templates: those that were used, as their files may have changed since.
+    """
     from rlkd_trl.evaluation.card_sections import (
         citations_section,
         curves_section,
@@ -42,10 +55,9 @@ def card_sections(trainer: "Trainer", settings: object) -> list[str]:
     )
 
     sections = []
-    if isinstance(getattr(settings, "prompts", None), PromptArguments):
-        templates = load_templates(settings.prompts) or []
-        if templates or getattr(getattr(settings, "teacher", None), "teacher", None):
-            sections.append(templates_section({template.name: template.jinja for template in templates}))
+    is_asked = isinstance(getattr(settings, "prompts", None), PromptArguments)
+    if is_asked and (templates or getattr(getattr(settings, "teacher", None), "teacher", None)):
+        sections.append(templates_section({template.name: template.jinja for template in templates or ()}))
     sections.append(settings_section(chosen_settings(settings)))
     if trainer.args.push_to_hub and _write_curves(trainer):
         sections.append(curves_section())
@@ -59,8 +71,8 @@ def place_on_hub(trainer: "Trainer") -> str | None:
     return trainer.hub_model_id if trainer.args.push_to_hub else None
 
 
-def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings) -> None:
-    """The model card of a model that was trained on targets."""
+def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings, templates: PromptTemplates | None) -> None:
+    """The model card of a model that was trained on targets; templates: those that wrote its prompts."""
     from peft import PeftModel
 
     from rlkd_trl.evaluation.report import write_model_card
@@ -81,7 +93,7 @@ def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings) -> N
         auto_class="AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.model)),
         has_adapters=isinstance(trainer.model, PeftModel),
-        sections=card_sections(trainer, settings),
+        sections=card_sections(trainer, settings, templates),
         checkpoint=place_on_hub(trainer),
     )
 
@@ -104,11 +116,16 @@ def chosen_settings(settings: object) -> dict[str, object]:
 
 
 def _of_trainer(args: "TrainingArguments") -> dict[str, object]:
-    """Plain values of the trainer's settings, without those that say where and how often things are written."""
-    from rlkd_trl.trainers.run_record import settings_of
+    """The trainer's settings in JSON's types, without those that say where and how often things are written."""
+    from transformers.trainer_pt_utils import AcceleratorConfig
 
-    values = {name: getattr(args, name) for name in _USUAL} | settings_of(args)
-    return {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | list)}
+    values = json.loads(json.dumps(args.to_dict(), default=str))
+    if not args.fsdp:
+        del values["fsdp_config"]  # which the trainer's settings fill with defaults, as the next
+    if args.accelerator_config == AcceleratorConfig():
+        del values["accelerator_config"]
+    left_out = {name for pattern in _WHERE_AND_HOW_OFTEN for name in values if fnmatch(name, pattern)}
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def _is_default(value: object, option) -> bool:

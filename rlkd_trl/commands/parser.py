@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from trl import TrlParser
@@ -109,6 +109,7 @@ class RecipeParser(TrlParser):
         if unknown:
             raise InputError(self._unknown("flag", unknown[0].split("=")[0].lstrip("-"), prefix="--"))
         values = vars(parsed)
+        _refuse_recorded_token(argv, values.get("report_to"))
         try:
             return tuple(
                 kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
@@ -196,6 +197,17 @@ class RecipeParser(TrlParser):
     def _show_everything(self) -> None:
         for action in flags_of(self):
             action.help = self._hidden_help.get(id(action), action.help)
+
+
+def _refuse_recorded_token(argv: Sequence[str], report_to: str | list[str] | None) -> None:
+    """Raises `InputError` if the command line has a token, and services are reported to: W&B records it."""
+    services = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    has_token = any(arg.split("=")[0].replace("-", "_") == "__hub_token" for arg in argv)
+    if has_token and (services := sorted(services - {"none", "tensorboard"})):
+        raise InputError(
+            f"--hub_token with report_to = {' '.join(services)}, which may record the command line: set HF_TOKEN, or "
+            "log in with `hf auth login`."
+        )
 
 
 def _split_config(arg: str) -> list[str]:

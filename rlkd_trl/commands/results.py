@@ -68,7 +68,12 @@ def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]
 
 
 def finish_run(
-    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
+    trainer: "RolloutTrainer",
+    results: dict[str, dict[str, float]],
+    settings: DistillationSettings,
+    templates: PromptTemplates | None,
+    *,
+    method: str,
 ) -> None:
     """Writes `metrics.json`, `report.html` and the model card of a saved student, and prints the final table.
 
@@ -82,20 +87,25 @@ def finish_run(
     from rlkd_trl.trainers.trainer_internals import finish_pushes
 
     with StopRequest().listening(is_last=not trainer.args.push_to_hub):
-        _report(trainer, results, settings, method=method)
+        _report(trainer, results, settings, templates, method=method)
     finish_pushes(trainer)
     push(trainer.args)  # last, so that a failing push loses nothing
 
 
 def _report(
-    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
+    trainer: "RolloutTrainer",
+    results: dict[str, dict[str, float]],
+    settings: DistillationSettings,
+    templates: PromptTemplates | None,
+    *,
+    method: str,
 ) -> None:
     from rlkd_trl.evaluation.evaluate import check_finite
     from rlkd_trl.trainers.processes import wait_for_all
 
     output_dir = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        _write(trainer, results, settings, method=method)
+        _write(trainer, results, settings, templates, method=method)
     wait_for_all()  # else the others' error could end the first process before it has written
     check_finite(results, f"The student, metrics.json and report.html are in {output_dir}.")
     mark_finished(output_dir, trainer.state.global_step)
@@ -103,7 +113,12 @@ def _report(
 
 
 def _write(
-    trainer: "RolloutTrainer", results: dict[str, dict[str, float]], settings: DistillationSettings, *, method: str
+    trainer: "RolloutTrainer",
+    results: dict[str, dict[str, float]],
+    settings: DistillationSettings,
+    templates: PromptTemplates | None,
+    *,
+    method: str,
 ) -> None:
     from peft import PeftModel
 
@@ -146,7 +161,7 @@ def _write(
         has_adapters=isinstance(trainer.policy.model, PeftModel),
         has_content_tokens=bool(allowed_special_tokens(trainer.policy.model)),
         chat=trainer.policy.writer.chat if trainer.policy.writer.is_chat else None,
-        sections=card_sections(trainer, settings),
+        sections=card_sections(trainer, settings, templates),
         checkpoint=place_on_hub(trainer),
     )
 

@@ -14,7 +14,7 @@ from rlkd_trl.data.broken_files import check_encoding, problem_of, twice_in_head
 from rlkd_trl.data.datasets_errors import configurations_named_in, splits_named_in
 from rlkd_trl.data.directories import COMPRESSED, check_directory, check_saved, data_suffix
 from rlkd_trl.errors import InputError
-from rlkd_trl.settings.hub import commit_of, split_revision
+from rlkd_trl.settings.hub import HUB_ID, commit_of, split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,6 @@ EXTENSIONS = ", ".join(FILE_FORMATS)
 QUIET_BELOW_BYTES = 16 * 2**20  # smaller files are read too fast for a progress bar to be of use
 
 # "name" or "owner/name"; anything else can only be a path.
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_rows(

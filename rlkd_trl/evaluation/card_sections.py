@@ -26,7 +26,8 @@ def settings_section(settings: Mapping[str, object]) -> str:
     """The settings as a table."""
     rows = [[name, _cell(value)] for name, value in settings.items()]
     return (
-        "## Training\n\nAll settings that are not at their defaults, and the usual ones:\n\n"
+        "## Training\n\nAll settings that are not at their defaults, but for those that say where and how often "
+        "things are written or measured; and the usual ones:\n\n"
         f"{markdown_table(['setting', 'value'], rows)}"
     )
 

@@ -17,7 +17,7 @@ from rlkd_trl.evaluation.page import render_page
 from rlkd_trl.evaluation.run_log import RunLog
 from rlkd_trl.evaluation.tables import markdown_table, number, plain_table
 from rlkd_trl.prompts import ChatFormat
-from rlkd_trl.settings.hub import split_revision
+from rlkd_trl.settings.hub import WITH_OWNER, split_revision
 
 Results = dict[str, dict[str, float]]
 Column = tuple[str, str, str]  # a metric's name, the column's heading, the format of its numbers
@@ -212,4 +212,4 @@ def _code(text: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
+    return WITH_OWNER.fullmatch(name) is not None and not Path(name).exists()

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import yaml
 
-from rlkd_trl.errors import InputError
+from rlkd_trl.errors import InputError, one_line
 from rlkd_trl.settings.hub import file_on_hub
 
 FILE_NAME = "templates.yaml"
@@ -83,7 +83,7 @@ def read_entries(file: Path) -> list[TemplateEntry]:
     except RecursionError as error:
         raise InputError(f"{file} cannot be read: its brackets are nested too deeply. {SHORT_FORM}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, impossible dates
-        raise InputError(f"{file} cannot be read as promptsource YAML: {_one_line(error)}. {SHORT_FORM}") from error
+        raise InputError(f"{file} cannot be read as promptsource YAML: {one_line(error)}. {SHORT_FORM}") from error
     if isinstance(document, list) and document:
         document = {f"template_{number}": text for number, text in enumerate(document, start=1)}
     if isinstance(document, dict) and document and not _PROMPTSOURCE_KEYS.intersection(map(str, document)):
@@ -159,7 +159,3 @@ def _entry(file: Path, key: object, fields: object) -> TemplateEntry:
         answer_choices=answer_choices,
         original_task=original_task is not False,
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

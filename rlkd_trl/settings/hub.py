@@ -9,20 +9,25 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from rlkd_trl.errors import InputError, is_first_process
+from rlkd_trl.errors import InputError, is_command, is_first_process, one_line
 
 _PATIENCE = 5.0  # seconds to connect, and again to answer
 # A file that nearly every repository has. If it is missing, the Hub's answer still tells whether there is a
 # repository.
 _PROBED = {"model": "config.json", "dataset": "README.md"}
 _ADAPTERS = "adapter_config.json"  # which a model's repository has instead where it holds adapters alone
-_AT_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)", re.ASCII)
+_NAME = r"\w[\w.-]*"
+HUB_ID = re.compile(f"{_NAME}(?:/{_NAME})?", re.ASCII)
+WITH_OWNER = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
+_AT_REVISION = re.compile(rf"({HUB_ID.pattern})@(\w[\w./-]*)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _URI = "hf://"
+_REVISION = r"refs/[\w.-]+/[\w.-]+|(?!refs/)[\w.-]+"  # such as refs/pr/1
 _FILE_URI = re.compile(
-    _URI + r"(?P<dataset>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+)", re.ASCII
+    _URI + r"(?P<dataset>datasets/)?(?!datasets/)"
+    rf"(?P<repository>{WITH_OWNER.pattern})(?:@(?P<revision>{_REVISION}))?/(?P<file>.+)",
+    re.ASCII,
 )
-_WITH_OWNER = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 Kind = Literal["model", "dataset"]
 
 
@@ -63,7 +68,7 @@ def file_on_hub(flag: str, name: str, usual: str) -> Path | None:
             )
         kind = "dataset" if parts["dataset"] else "model"
         repository, revision, file = parts["repository"], parts["revision"], parts["file"]
-    elif not _WITH_OWNER.fullmatch(repository):
+    elif not WITH_OWNER.fullmatch(repository):
         return None
     require_on_hub(flag, f"{repository}@{revision}" if revision else repository, kind, file)
     try:
@@ -104,7 +109,7 @@ def require_on_hub(flag: str, name: str, kind: Kind = "model", file: str | None 
             reason = _why_not_there(error, kind, repo_id, revision, file)
             raise InputError(f"{flag} {name} {reason}") from error
         if not isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
-            _use_cache_only(f"{constants.ENDPOINT} cannot be reached ({_one_line(error)})")
+            _use_cache_only(f"{constants.ENDPOINT} cannot be reached ({one_line(error, at_most=200)})")
 
 
 def _why_not_there(error: Exception, kind: Kind, repo_id: str, revision: str | None, file: str | None) -> str:
@@ -136,16 +141,17 @@ def _why_not_there(error: Exception, kind: Kind, repo_id: str, revision: str | N
         return f"is on the Hub ({constants.ENDPOINT}), but has no file {file}."
     return (
         f"is neither here nor in the Hub's cache, and the Hub ({constants.ENDPOINT}) cannot be reached "
-        f"({type(error).__name__}: {_one_line(error)}): check the spelling of the path, or the connection."
+        f"({type(error).__name__}: {one_line(error, at_most=200)}): check the spelling of the path, or the connection."
     )
 
 
 def _use_cache_only(reason: str) -> None:
-    """Sets the libraries, and the commands that this process starts, to offline mode, and says so."""
+    """Sets the libraries to offline mode, within a command also the processes that it starts, and says so."""
     import datasets
     from huggingface_hub import constants
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    if is_command():
+        os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     if is_first_process():
         print(f"{reason}: what is in the Hub's cache is used from here on, as with HF_HUB_OFFLINE=1.", flush=True)
@@ -185,7 +191,3 @@ def commit_of(repo_id: str, revision: str, kind: Kind) -> str | None:
     if _COMMIT.fullmatch(revision):
         return revision
     return noted.read_text().strip() if noted.is_file() else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")

@@ -22,9 +22,10 @@ def test_all_wait_for_the_process_that_writes(module, writes, tmp_path, monkeypa
         state=SimpleNamespace(global_step=1),
         is_world_process_zero=lambda: writes,
     )
-    of_stage = (SimpleNamespace(directory=tmp_path, is_last=True),) if module is encoder_results else ()
-    settings = {} if of_stage else {"method": "RLOO"}
+    is_encoder = module is encoder_results
+    stage_or_templates = SimpleNamespace(directory=tmp_path, is_last=True) if is_encoder else None
+    settings = {} if is_encoder else {"method": "RLOO"}
     with pytest.raises(TrainingError, match="numbers that are not finite in 2 samples of 'after'"):
-        module._report(trainer, BAD, None, *of_stage, **settings)
+        module._report(trainer, BAD, None, stage_or_templates, **settings)
     assert happened == (["written"] if writes else []) + ["all are here"]
     assert not (tmp_path / "finished.json").exists()

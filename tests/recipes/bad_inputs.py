@@ -577,6 +577,11 @@ SETTING_CASES = [
     (DISTILLED, "--remove_unused_columns True", "remove_unused_columns must stay False"),
     (TRAINED, "--fp16 True --bf16 True", "bf16"),
     (TRAINED, "--report_to swanlab", "report_to = swanlab needs a package that is not installed"),
+    (
+        ("sft", "kd", "encoder_kd"),
+        "--hub_token abc --report_to wandb",
+        "--hub_token with report_to = wandb, which may record the command",
+    ),
     (TRAINED, "--neftune_noise_alpha 5", "neftune_noise_alpha = 5.0 is not supported"),
     (TRAINED, "--optim adamw_torch_npu_fused", "torch_npu"),
     (DISTILLED, "--eval_strategy steps --metric_for_best_model bleau", "Unknown metric 'bleau'"),

@@ -93,6 +93,14 @@ def test_the_student_alone_is_sent_to_the_hub(place, monkeypatch):
     assert of_hub == [[], ["--push_to_hub=True", "--hub-model-id=owner/student"]]
 
 
+def test_no_preset_sends_every_assistant_to_the_hub(place, monkeypatch):
+    (place / "kd").mkdir(exist_ok=True)
+    (place / "kd/pushed.yaml").write_text("push_to_hub: true\n")
+    message = r"The preset .*pushed.yaml sets push_to_hub, .* give --common push_to_hub=True, which sends the last"
+    with pytest.raises(InputError, match=message):
+        chain_of("--methods kd/pushed.yaml", monkeypatch)
+
+
 def test_each_hop_is_checked_with_its_own_teachers(place, monkeypatch):
     """A teacher with another tokenizer is asked in the first hop alone; weights by losses begin with two teachers."""
     (place / "ppo_kd").mkdir()

@@ -9,12 +9,13 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     T5ForConditionalGeneration,
+    Trainer,
 )
 
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from tests.conftest import MODELS, word_tokenizer
 from tests.hub_server import TOKEN, loopback_hub
-from tests.recipes.command_lines import COLUMNS, TWO_STEPS, run, word_rows, write_csv, write_templates
+from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run, word_rows, write_csv, write_templates
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 AUTO_CLASSES = {"t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
@@ -89,6 +90,23 @@ def test_every_reference_of_a_row_is_learnt(checkpoints, tmp_path, monkeypatch):
     flags = f"--student {checkpoints['t5-tied'].student} --output_dir {tmp_path / 'out'}"
     assert run(f"sft --dataset {data} {COLUMNS} {TWO_STEPS} {flags}") == 0
     assert [(pair["prompt"], pair["target"]) for pair in seen] == [("w3 w4", "w5"), ("w3 w4", "w6 w7"), ("w8", "w9")]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "kd"])
+def test_the_card_has_the_templates_that_were_used(recipe, checkpoints, train_csv, tmp_path, monkeypatch):
+    """Their file is gone when the card is written."""
+    pair, file = checkpoints["t5-tied"], write_templates(tmp_path / "t.yaml", first="w9 {{ mr }} ||| {{ ref }}")
+    train = Trainer.train
+
+    def train_and_remove(self, *args, **kwargs):
+        file.unlink()
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", train_and_remove)
+    models = f"--student {pair.student}" + f" --teacher {pair.teacher} {SAMPLING}" * (recipe == "kd")
+    command = f"{recipe} {models} --dataset {train_csv} {COLUMNS} {TWO_STEPS} --templates {file}"
+    assert run(f"{command} --output_dir {tmp_path / 'out'}") == 0
+    assert "w9 {{ mr }}" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_students_own_template(tmp_path, capsys):

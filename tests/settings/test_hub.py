@@ -1,16 +1,19 @@
 """The first contact with the Hub: a local server with the Hub's answers stands in for it."""
 
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from rlkd_trl import errors
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.files import require_checkpoint
-from rlkd_trl.settings.hub import require_on_hub, split_revision
+from rlkd_trl.settings.hub import _use_cache_only, file_on_hub, require_on_hub, split_revision
 from tests.hub_server import use_endpoint
 from tests.recipes.command_lines import run
 
@@ -128,6 +131,44 @@ def test_an_id_and_its_revision(name, given, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here@home").mkdir()
     assert split_revision(name, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hf://datasets/a/b/c/d.csv", ("dataset", "a/b", None, "c/d.csv")),
+        ("hf://a/b@v1/c.yaml", ("model", "a/b", "v1", "c.yaml")),
+        ("hf://a/b@refs/pr/1/c.yaml", ("model", "a/b", "refs/pr/1", "c.yaml")),
+        ("hf://datasets/a/b@refs/convert/parquet/c", ("dataset", "a/b", "refs/convert/parquet", "c")),
+        ("hf://a/b@refs/pr/1", None),
+        ("hf://datasets/a/b", None),
+    ],
+)
+def test_a_file_on_the_hub_and_its_revision(name, asked, tmp_path, monkeypatch):
+    seen = []
+
+    def download(repository, file, *, repo_type, revision):
+        seen.append((repo_type, repository, revision, file))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if asked is None:
+        with pytest.raises(InputError, match="names no file on the Hub"):
+            file_on_hub("--template", name, "x")
+    else:
+        assert file_on_hub("--template", name, "x") == tmp_path
+    assert seen == ([] if asked is None else [asked])
+
+
+@pytest.mark.parametrize("is_command", [False, True])
+def test_only_a_command_sets_its_environment_to_offline_mode(is_command, monkeypatch):
+    monkeypatch.setattr(errors, "_is_command", is_command)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    _use_cache_only("The Hub cannot be reached")
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == ("1" if is_command else "0")
 
 
 def test_two_revisions_are_refused():

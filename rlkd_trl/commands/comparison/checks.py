@@ -145,7 +145,7 @@ def refuse_set_here(
     """Raises `InputError` if a preset or `--common` sets a key, or what the command sets for its runs itself.
 
     common: as name=value; a flag's name may be written with hyphens. whose: the end of the message. may_push: whether
-    a student can be sent to the Hub.
+    `--common` may send a student to the Hub.
     """
     given = {"--common": [flag.partition("=")[0].replace("-", "_") for flag in common]}
     given |= {f"The preset {method.preset}": list(method.settings()) for method in methods}
@@ -154,10 +154,12 @@ def refuse_set_here(
             raise InputError(
                 f"{source} sets hub_token, which would stand in every run's record: log in with `hf auth login`."
             )
-        if "push_to_hub" in names and not may_push:
+        if "push_to_hub" in names and not (may_push and source == "--common"):
+            instead = "give --common push_to_hub=True, which sends the last student alone"
+            by_hand = "send the one that you choose: hf upload OWNER/NAME DIRECTORY_OF_ITS_RUN"
             raise InputError(
-                f"{source} sets push_to_hub, which would send the student of every run: leave it out, and send the "
-                "one that you choose: hf upload OWNER/NAME DIRECTORY_OF_ITS_RUN"
+                f"{source} sets push_to_hub, which would send the student of every run: leave it out, and "
+                f"{instead if may_push else by_hand}"
             )
         if clash := sorted(set(set_here).intersection(names)):
             raise InputError(f"{source} sets {clash[0]}, which {whose}.")
