@@ -146,9 +146,10 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint(signum, launcher, tracebac
     assert ended.orphans == []
 
 
-def test_a_reward_that_raises_in_one_process_ends_both_at_once(start, tmp_path):
+@pytest.mark.parametrize(("launcher", "code", "tracebacks"), [("rlkd-trl", 2, 0), ("accelerate", 1, 1)])
+def test_a_reward_that_raises_in_one_process_ends_both_at_once(launcher, code, tracebacks, start, tmp_path):
     (tmp_path / "own.py").write_text(FAILING_REWARD)
-    ended = start("rlkd-trl", f"--reward {tmp_path}/own.py:failing --ddp_timeout 600").end(time.monotonic(), [])
+    ended = start(launcher, f"--reward {tmp_path}/own.py:failing --ddp_timeout 600").end(time.monotonic(), [])
     assert len(ended.messages) == 1 and "raised ValueError: no such key" in ended.messages[0], ended.errors[-3000:]
-    assert ended.errors.count("Traceback") == 0
-    assert ended.code == 2
+    assert ended.errors.count("Traceback") == tracebacks
+    assert ended.code == code
