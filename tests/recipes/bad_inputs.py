@@ -881,8 +881,12 @@ COMPARISON_CASES = [
         ("--config yaml_bomb.yaml", "expands to more than 10000 values"),
     ]
 ]
-# Which compare.py sets for all methods, itself or (the last but one) by default; the last it refuses in its own words.
-NOT_IN_COMMON = ("--max_", "--seed", "--learning_rate", "--config", "--load_best_model_at_end", "--push_to_hub")
+# Which compare.py sets for all methods, itself or (--load_best_model_at_end) by default; what is of the Hub it
+# refuses in its own words.
+NOT_IN_COMMON = (
+    *("--max_", "--seed", "--learning_rate", "--config", "--load_best_model_at_end"),
+    *("--push_to_hub", "--hub_token"),
+)
 
 
 def _common_cases() -> Iterator[tuple[tuple[str], str, str]]:
