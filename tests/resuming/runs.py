@@ -54,7 +54,7 @@ _ENCODER_FLAGS = (
     "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --save_strategy steps --save_steps 1 "
     "--logging_steps 3 --eval_strategy steps --eval_steps 2 --disable_tqdm True"
 )
-_COMPARED = "per_device_train_batch_size=8 num_iterations=2 save_strategy=steps save_steps=2 logging_steps=1"
+_COMPARED = "per_device_train_batch_size=8 num_iterations=2 save_strategy=steps save_steps=1 logging_steps=1"
 COMMANDS = {
     "encoder": f"encoder_kd --config distilbert {_ENCODER_FLAGS}",
     "encoder-stages": f"encoder_kd --config tinybert {_ENCODER_FLAGS} --max_steps 3",
