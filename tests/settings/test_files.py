@@ -33,7 +33,8 @@ NO_FILES = set(
     "sequences signal future report_to average_reward allowed_special_tokens pair_column label_column init "
     "teacher_system_prompt teacher_chat_template_kwargs student_system_prompt student_chat_template_kwargs "
     "task_split task_config task_revision task_source_column task_pair_column task_eval_split task_teacher_revision "
-    "stages losses layer_map teacher_weighting teacher_column template_column stage sets candidates metric".split()
+    "stages losses layer_map teacher_weighting teacher_column template_column stage sets candidates metric "
+    "lora_target_modules lora_modules_to_save".split()
 )
 # The same of transformers.TrainingArguments.
 INHERITED_NO_FILES = set(
