@@ -7,6 +7,7 @@ they were seen to work, and fails with the name of what a newer version lacks.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import cached_file
 
-from rlkd_trl.settings.hub import split_revision
+from rlkd_trl.settings.hub import HUB_ID, split_revision
 
 
 def attention_name(model: PreTrainedModel) -> str:
@@ -86,6 +87,8 @@ def tying_weights_by(around: Callable[[Callable], Callable]) -> Iterator[None]:
 def checkpoint_file(name_or_path: str, name: str, revision: str | None) -> str | None:
     """The path of a checkpoint's file, downloaded if necessary; None if there is none, or the Hub is unreachable."""
     repository, revision = split_revision(name_or_path, revision)
+    if not Path(repository).is_dir() and not HUB_ID.fullmatch(repository):
+        return None  # a path of nothing, for which the Hub's library has an error of its own
     return cached_file(
         repository,
         name,

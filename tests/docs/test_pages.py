@@ -215,7 +215,12 @@ def assert_command_left(words: list[str], printed: str) -> None:
     else:
         assert (output_dir / "finished.json").is_file()
         assert f"in {output_dir}." in printed
-        assert load_file(output_dir / "model.safetensors") if recipe == "encoder_kd" else weights_of(str(output_dir))
+        if "--use_peft" in words:
+            assert load_file(output_dir / "adapter_model.safetensors")
+        else:
+            assert (
+                load_file(output_dir / "model.safetensors") if recipe == "encoder_kd" else weights_of(str(output_dir))
+            )
         if recipe != "sft":
             assert {"before", "after", "teacher"} <= json.loads((output_dir / "metrics.json").read_text()).keys()
             assert (output_dir / "report.html").is_file() and (output_dir / "README.md").is_file()

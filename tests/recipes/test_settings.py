@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments
+from rlkd_trl.commands.arguments import DataArguments, HeldOutArguments, PromptArguments, StreamingArguments
 from rlkd_trl.commands.data import load_prompts, load_train_and_held_out
 from rlkd_trl.commands.settings import DistillationSettings
 from rlkd_trl.errors import InputError
@@ -113,8 +113,8 @@ def test_every_format_of_data_gives_the_same_run(checkpoints, test_csv, tmp_path
 
 
 def settings(data: DataArguments, held_out: HeldOutArguments, args: RLOOKDConfig) -> DistillationSettings:
-    unread = dict.fromkeys(("teacher", "panel", "absent", "student", "code", "run"))
-    rest = {"prompts": PromptArguments(), **unread}
+    unread = dict.fromkeys(("teacher", "panel", "absent", "student", "adapters", "code", "run"))
+    rest = {"prompts": PromptArguments(), "streaming": StreamingArguments(), **unread}
     return DistillationSettings(data=data, held_out=held_out, args=args, **rest)
 
 
