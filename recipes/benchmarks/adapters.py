@@ -25,6 +25,8 @@ from statistics import median
 from result_files import RESULTS, made_by, write_results
 from workload import Dimensions, Shape, peak_resident_mib, prompt_texts, resident_mib, t5_config, word_tokenizer
 
+from rlkd_trl.evaluation.tables import markdown_table
+
 T5_SMALL = Dimensions(d_model=512, d_ff=2048, heads=8, layers=6)
 
 
@@ -138,19 +140,21 @@ def table(rounds: list[dict[str, dict]]) -> str:
             else (f"{min(ratios):.2f} to {max(ratios):.2f}")
         )
 
-    lines = [
-        "| trained | weights trained | peak, MB beyond imports | ratio | CPU s of an update | ratio "
-        "| of a rollout: ratio | saved, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    rows = [
+        [
+            name,
+            f"{mean(name, 'trained') / 1e6:.2f} M of {mean(name, 'weights') / 1e6:.1f} M",
+            f"{mean(name, 'peak_bytes_beyond_imports') / 1e6:,.0f}",
+            ratio(name, "peak_bytes_beyond_imports"),
+            f"{mean(name, 'update_cpu_seconds'):.2f}",
+            ratio(name, "update_cpu_seconds"),
+            ratio(name, "rollout_cpu_seconds"),
+            f"{mean(name, 'saved_bytes') / 1e6:,.1f}",
+        ]
+        for name in rounds[0]
     ]
-    for name in rounds[0]:
-        lines.append(
-            f"| {name} | {mean(name, 'trained') / 1e6:.2f} M of {mean(name, 'weights') / 1e6:.1f} M "
-            f"| {mean(name, 'peak_bytes_beyond_imports') / 1e6:,.0f} | {ratio(name, 'peak_bytes_beyond_imports')} "
-            f"| {mean(name, 'update_cpu_seconds'):.2f} | {ratio(name, 'update_cpu_seconds')} "
-            f"| {ratio(name, 'rollout_cpu_seconds')} | {mean(name, 'saved_bytes') / 1e6:,.1f} |"
-        )
-    return "\n".join(lines)
+    heads = ["trained", "weights trained", "peak, MB beyond imports", "ratio", "CPU s of an update", "ratio"]
+    return markdown_table([*heads, "of a rollout: ratio", "saved, MB"], rows)
 
 
 def main() -> None:

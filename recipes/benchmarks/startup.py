@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 from result_files import RESULTS, made_by, write_results
 
+from rlkd_trl.evaluation.tables import markdown_table
+
 RECIPES = Path(__file__).resolve().parents[1]
 # What is started -> its command; the demos say something before they train anything.
 COMMANDS = {
@@ -66,16 +68,13 @@ def shares_by_package(lines: Iterable[str]) -> dict[str, float]:
 
 
 def text_of(results: dict[str, dict]) -> str:
-    lines = ["# Start-up", "", made_by(), ""]
-    lines += [
-        "| | command | first line | CPU s | modules | imports by package |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, found in results.items():
         packages = ", ".join(f"{package} {value:.0%}" for package, value in found["packages"].items())
-        line = f"| {name} | `{COMMANDS[name]}` | {found['first_line'][:60]} | {found['cpu_seconds']:.2f} "
-        lines.append(f"{line}| {found['modules']} | {packages} |")
-    return "\n".join(lines) + "\n"
+        seconds = f"{found['cpu_seconds']:.2f}"
+        rows.append([name, f"`{COMMANDS[name]}`", found["first_line"][:60], seconds, str(found["modules"]), packages])
+    heads = ["", "command", "first line", "CPU s", "modules", "imports by package"]
+    return f"# Start-up\n\n{made_by()}\n\n{markdown_table(heads, rows)}\n"
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.settings.files import adapted_model, require_checkpoint
 from rlkd_trl.settings.hub import split_revision
+from rlkd_trl.settings.trusted_code import trusted_checkpoints
 
 DTYPES = {
     "auto": "auto",
@@ -370,6 +371,11 @@ def load_part(
 def _reason(error: Exception) -> str:
     """Why loading failed, in one line. All lines of the error count: the second often says what to do."""
     text = str(error)
+    if "trust_remote_code" in text and trusted_checkpoints():
+        return (
+            "its architecture is Python code that comes with the checkpoint, and --trust_remote_code is for "
+            "checkpoints that flags name: merge adapters into such a model, and name the result."
+        )
     if "trust_remote_code" in text:
         return (
             "its architecture is Python code that comes with the checkpoint. Read it, and give --trust_remote_code if "

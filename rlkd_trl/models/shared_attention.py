@@ -180,7 +180,8 @@ def can_share_self_attention(reader: PreTrainedModel, cache: Cache, tokens_at_on
         and type(reader).__module__.startswith("transformers.")
         and len(cache.layers) == config.num_hidden_layers
         and all(type(layer) is DynamicLayer for layer in cache.layers)
-        and cache.layers[0].keys.dtype == torch.float32
+        and cache.layers[0].keys.dtype == cache.layers[0].values.dtype == torch.float32
+        and not torch.is_autocast_enabled(cache.layers[0].keys.device.type)
     ):
         return False
     _, h, _, d = cache.layers[0].keys.shape

@@ -183,11 +183,11 @@ def test_killed_outside_of_training(when, stage, encoders, tmp_path, whole, monk
     room = encoder_stages if when == "build" else encoder_results
     step, seen = getattr(room, when), []
 
-    def killed(*args):
+    def killed(*args, **kwargs):
         seen.append(args)
         if len(seen) == stage:
             raise KeyboardInterrupt
-        return step(*args)
+        return step(*args, **kwargs)
 
     flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES} --max_steps 3"
     with monkeypatch.context() as patch:

@@ -126,5 +126,5 @@ def test_code_of_a_checkpoint_that_is_not_named_never_runs(tmp_path, train_csv, 
             assert run(evaluation + flag) == 2
             error = capsys.readouterr().err
             assert error.count("\n") == 1
-            assert not flag or f"names code in {str(other)!r}, and --trust_remote_code is for checkpoints" in error
+            assert not flag or (f"{str(other)!r}" in error and "and --trust_remote_code is for checkpoints" in error)
     assert not list(tmp_path.glob("*.ran"))
