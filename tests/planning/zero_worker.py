@@ -47,7 +47,9 @@ def main(output_dir: Path) -> None:
     # Not needed here, and its compiler run would take a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    held = {(stage, bf16): held_after_a_step(stage, bf16) for stage in (1, 2, 3) for bf16 in (False, True)}
+    # What a former engine has left may die while the next is measured, which then counts too little.
+    ways = [(stage, bf16) for stage in (1, 2, 3) for bf16 in (False, True)]
+    held = {way: max(held_after_a_step(*way) for _ in range(2)) for way in ways}
     torch.save(held, output_dir / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     # DeepSpeed with gloo sometimes aborts in its teardown.
