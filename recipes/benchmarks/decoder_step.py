@@ -25,7 +25,7 @@ from workload import (
     DECODER_STUDENT,
     DECODER_TEACHER,
     Shape,
-    decoder_flops,
+    decoder_phase_flops,
     prompt_texts,
     random_decoder,
     resident_mib,
@@ -35,16 +35,6 @@ from workload import (
 from rlkd_trl import RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
 
 RIVAL = Path(__file__).resolve().parent / "trl_rloo_step.py"
-
-
-def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
-    """The FLOPs that each phase needs, counted as in `step.py`."""
-    student = decoder_flops(DECODER_STUDENT, shape)
-    return {
-        "generate": decoder_flops(DECODER_STUDENT, shape, cached=True),
-        "score": decoder_flops(DECODER_TEACHER, shape),
-        "update": (3 + several_updates + reference) * student,
-    }
 
 
 def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
@@ -74,7 +64,7 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
         )
         meter, loaded_mib = metered(trainer, updates), resident_mib()
         trainer.train()
-    return meter.results(phase_flops(shape, several_updates=updates > 1, reference=beta > 0), loaded_mib)
+    return meter.results(decoder_phase_flops(shape, several_updates=updates > 1, reference=beta > 0), loaded_mib)
 
 
 def main() -> None:

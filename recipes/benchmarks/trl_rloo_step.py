@@ -23,7 +23,7 @@ from workload import (
     PAD,
     UNK,
     Shape,
-    decoder_flops,
+    decoder_phase_flops,
     prompt_texts,
     random_decoder,
     resident_mib,
@@ -108,12 +108,7 @@ def main() -> None:
         trainer.meter = meter
         loaded_mib = resident_mib()
         trainer.train()
-    student = decoder_flops(DECODER_STUDENT, shape)
-    needed = {
-        "generate": decoder_flops(DECODER_STUDENT, shape, cached=True),
-        "score": decoder_flops(DECODER_TEACHER, shape),
-        "update": (3 + (updates > 1) + (args.beta > 0)) * student,
-    }
+    needed = decoder_phase_flops(shape, several_updates=updates > 1, reference=args.beta > 0)
     print(json.dumps(meter.results(needed, loaded_mib)))
 
 
