@@ -44,6 +44,7 @@ def _send(tracker: TrainerCallback, name: str, columns: list[str], data: list[li
     if isinstance(tracker, TensorBoardCallback):
         texts = [["" if cell is None else str(cell) for cell in row] for row in data]
         tracker.tb_writer.add_text(name, markdown_table(columns, texts), step)
+        tracker.tb_writer.flush()  # its own callback has done so before, and after the last log nothing else does
     elif isinstance(tracker, WandbCallback):
         import wandb
 

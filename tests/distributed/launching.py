@@ -62,7 +62,7 @@ def _work(module: str, directory: Path, environment: dict[str, str], log: Path, 
     importlib.import_module(module).main(*arguments)
 
 
-def launch(module: str, output_dir: Path, processes: int, *arguments: str) -> list[dict]:
+def launch(module: str, output_dir: Path, processes: int, *arguments: object) -> list[dict]:
     """What `module.main(output_dir, *arguments)` has left on each rank, as `rank{i}.pt`."""
     return _results(module, output_dir, environments_of_ranks(processes), arguments)
 

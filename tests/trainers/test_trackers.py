@@ -15,13 +15,17 @@ HELD_OUT_COLUMNS = ["step", "by", "prompt", "completion", "reward", "references"
 
 
 class Writer:
-    """Stands in for TensorBoard's."""
+    """Stands in for TensorBoard's, which writes from a thread: on disk is what was added before the last flush."""
 
     def __init__(self):
-        self.texts = []
+        self.texts, self._added = [], []
 
     def add_text(self, name, text, step):
-        self.texts.append((name, text, step))
+        self._added.append((name, text, step))
+
+    def flush(self):
+        self.texts += self._added
+        self._added = []
 
 
 def test_tables_wait_for_a_log_and_go_once():
