@@ -26,7 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages import RECIPES, is_made, mark_made
+from stages import RECIPES, begun_anew, is_made, mark_made
 
 from rlkd_trl.evaluation.tables import markdown_table
 
@@ -70,7 +70,7 @@ def stage(recipe: str, done: Path, *flags: str, threads: int | None = None) -> N
     """
     if is_made(recipe, done, flags):
         return
-    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
+    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags), *begun_anew(flags)]
     print(f"{time.strftime('%H:%M:%S')} {recipe} for {done}", flush=True)
     started = time.perf_counter()
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}

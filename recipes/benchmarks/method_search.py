@@ -9,7 +9,8 @@ of the one before. All candidates have the same number of steps of 32 completion
 those read from data included. What is combined: the exact expectation over the next token, with a differential future;
 entropy, in the reward (log_ratio) or as a bonus; a KL penalty to the start; imitation of the teacher's answers, first
 or in turn with reinforcement learning (an off-policy share). The learning rate of what is learnt from rewards, or on
-the student's own samples, is the candidate's; imitation has its own.
+the student's own samples, is the candidate's; imitation before it has its own, or, where it is called fast, the rate
+that is best for imitation alone.
 
 No test input is read here. Candidates stand in the order of the teacher's NLL per token of sampled outputs, those that
 lose greedy BLEU against the warm start last. A finished stage is not run again; the same command goes on.
@@ -23,10 +24,11 @@ from pathlib import Path
 
 from e2e import QUIET, RESULTS, TEMPLATE_NAMES, stage
 from result_files import made_by
+from stages import RECIPES
 
 from rlkd_trl.evaluation.tables import markdown_table, number
 
-IMITATION_RATE = "1e-3"
+IMITATION_RATE, FAST_RATE = "1e-3", "4e-3"
 COMMON = ["--per_device_train_batch_size", "32", "--warmup_steps", "5", "--logging_steps", "25"]
 COMMON += ["--per_device_eval_batch_size", "100", "--max_completion_length", "64"]
 COLUMNS = {"bleu": "BLEU", "teacher_nll_per_token": "NLL / token", "length_words": "words"}
@@ -43,9 +45,14 @@ class Stage:
     learning_rate: str | None = None
 
 
-def imitation(share: float) -> Stage:
+def imitation(share: float, learning_rate: str = IMITATION_RATE) -> Stage:
     """Maximum likelihood on the teacher's answers: `seq_kd`."""
-    return Stage("kd", "--alpha 0 --sequences data --lmbda 0", share, IMITATION_RATE)
+    return Stage("kd", "--alpha 0 --sequences data --lmbda 0", share, learning_rate)
+
+
+def preset(recipe: str, name: str) -> Stage:
+    """A method as `compare.py` runs it."""
+    return Stage(recipe, f"--config {RECIPES / 'configs' / 'methods' / recipe / name}.yaml")
 
 
 def gkd(share: float) -> Stage:
@@ -62,6 +69,8 @@ CANDIDATES: dict[str, list[Stage]] = {
     "gkd": [gkd(1.0)],
     "ppo": [Stage("ppo_kd", PPO)],
     "rloo_token": [Stage("rloo_kd", RLOO)],
+    "llmr": [preset("reinforce_kd", "llmr")],
+    "ketchup": [preset("reinforce_kd", "ketchup")],
     "all_actions_expected": [Stage("all_actions_kd", f"{K} --future_weight 1 --gamma 0.5 --future expected")],
     # Exact next token, differential future.
     "exact, expected": [Stage("all_actions_kd", f"{EXACT} --future expected")],
@@ -79,6 +88,22 @@ CANDIDATES: dict[str, list[Stage]] = {
     "imitation, ppo log ratio": [imitation(0.5), Stage("ppo_kd", f"{PPO} --reward log_ratio", 0.5)],
     "imitation, exact": [imitation(0.5), Stage("all_actions_kd", f"{EXACT} --future expected", 0.5)],
     "gkd, exact": [gkd(0.5), Stage("all_actions_kd", f"{EXACT} --future expected", 0.5)],
+    "fast imitation, exact": [
+        imitation(0.5, FAST_RATE),
+        Stage("all_actions_kd", f"{EXACT} --future expected", 0.5),
+    ],
+    "fast imitation, exact, discount 0.9": [
+        imitation(0.5, FAST_RATE),
+        Stage("all_actions_kd", f"{EXACT} --future expected --gamma 0.9", 0.5),
+    ],
+    "fast imitation, all_actions_expected": [
+        imitation(0.5, FAST_RATE),
+        Stage("all_actions_kd", f"{K} --future_weight 1 --gamma 0.5 --future expected", 0.5),
+    ],
+    "fast imitation, ppo log ratio": [
+        imitation(0.5, FAST_RATE),
+        Stage("ppo_kd", f"{PPO} --reward log_ratio", 0.5),
+    ],
     # An off-policy share: imitation and the student's own samples in turn.
     "exact and imitation in turn": [
         *[Stage("all_actions_kd", f"{EXACT} --future expected", 0.2), imitation(0.1)] * 3,
@@ -91,8 +116,8 @@ CANDIDATES: dict[str, list[Stage]] = {
 }
 
 
-def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed: str, here: Path) -> None:
-    """All stages, then the last student's greedy and sampled outputs on the validation inputs."""
+def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed: str, here: Path) -> Path:
+    """All stages, each in a directory of its own in `here`; returns the last one's, which holds the student."""
     student = args.work_dir / f"warm_{args.warm_start}"
     asked = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
     data = ["--dataset", args.work_dir / "pseudo.jsonl", "--source_column", "mr", "--target_column", "pseudo_label"]
@@ -105,17 +130,21 @@ def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed
         models = ["--teacher", args.work_dir / "teacher", "--student", student]
         stage(of_stage.recipe, output_dir / "finished.json", *models, *data, *asked, *flags, threads=1)
         student = output_dir
-    evaluate(args, student, here)
+    return student
 
 
-def evaluate(args: argparse.Namespace, student: Path, here: Path) -> None:
+def evaluate(args: argparse.Namespace, student: Path, dataset: Path, here: Path) -> None:
     """Metrics of a student's greedy and sampled outputs, in `here`/greedy and `here`/sampled."""
     for kind in ("greedy", "sampled"):
         asked = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
-        asked += ["--dataset", args.work_dir / "validation.csv", "--source_column", "mr", "--target_column", "ref"]
+        asked += ["--dataset", dataset, "--source_column", "mr", "--target_column", "ref"]
         asked += ["--teacher", args.work_dir / "teacher", "--student", student, "--output_dir", here / kind]
         asked += ["--sample", "--seed", "1"] if kind == "sampled" else []
         stage("evaluate", here / kind / "metrics.json", *asked, threads=1)
+
+
+def directory_name(candidate: str) -> str:
+    return candidate.replace(",", "").replace(" ", "_")
 
 
 def measured(here: Path) -> dict[str, dict[str, float]]:
@@ -155,17 +184,18 @@ def main() -> None:
 
     until = None if args.stop_after_minutes is None else time.monotonic() + 60 * args.stop_after_minutes
     search = args.work_dir / f"search_{args.warm_start}_{args.max_steps}"
-    evaluate(args, args.work_dir / f"warm_{args.warm_start}", search / "before")
+    evaluate(args, args.work_dir / f"warm_{args.warm_start}", args.work_dir / "validation.csv", search / "before")
     rows, left = [], 0
     for seed in args.seeds:
         for rate in args.learning_rates:
             for name in args.candidates:
-                here = search / name.replace(",", "").replace(" ", "_") / f"seed{seed}-lr{rate}"
+                here = search / directory_name(name) / f"seed{seed}-lr{rate}"
                 is_done = (here / "sampled" / "metrics.json").is_file()
                 if not is_done and until is not None and time.monotonic() >= until:
                     left += 1
                     continue
-                run_candidate(args, CANDIDATES[name], rate, seed, here)
+                student = run_candidate(args, CANDIDATES[name], rate, seed, here)
+                evaluate(args, student, args.work_dir / "validation.csv", here)
                 rows.append((name, rate, seed, measured(here)))
     text = f"{args.max_steps} steps from the {args.warm_start} warm start; validation inputs.\n\n"
     text += table(rows, measured(search / "before"))

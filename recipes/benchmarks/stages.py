@@ -73,7 +73,7 @@ class Stages:
             return
         print(f"{time.strftime('%H:%M:%S')} {recipe} for {done}", flush=True)
         log = self._logs / f"{'_'.join(done.parts[-3:])}.txt"
-        apart(call_recipe, recipe, [str(flag) for flag in flags], self._seconds, log=log)
+        apart(call_recipe, recipe, [str(flag) for flag in flags] + begun_anew(flags), self._seconds, log=log)
         mark_made(recipe, done, flags)
 
 
@@ -89,6 +89,13 @@ def is_made(recipe: str, done: Path, flags: Sequence[object]) -> bool:
             f"{done.parent}, or choose another --work_dir."
         )
     return True
+
+
+def begun_anew(flags: Sequence[object]) -> list[str]:
+    """The flag with which a stage begins where another call of it was ended; none where nothing is."""
+    words = [str(flag) for flag in flags]
+    is_there = "--output_dir" in words and Path(words[words.index("--output_dir") + 1]).exists()
+    return ["--overwrite_output_dir", "True"] if is_there else []
 
 
 def mark_made(recipe: str, done: Path, flags: Sequence[object]) -> None:
