@@ -7,8 +7,8 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
   bytes per output row, nf4 4 bytes per block of 64 (no double quantisation).
 - **Activations** are counted while the package's own forward and backward passes run on fake tensors: every storage
   from its creation to its release. Attention is assumed to be a fused kernel, as on GPUs. Every prompt and completion
-  has its greatest length. Not counted: the workspace inside kernels, and that of a quantised teacher beyond its
-  largest weight in 16 bits.
+  has its greatest length. Not counted: the workspace inside kernels, and that of a quantised model beyond its
+  largest weight before it was quantised.
 - **Optimizer**: AdamW, two moments in the weights' dtype; under DeepSpeed float32 moments and a float32 copy of the
   weights, split over the ranks.
 - **Gradients**: with DDP on several ranks, communication buckets are a second copy of them. ZeRO-1 holds all gradients
@@ -18,6 +18,10 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
   so many. A student with fewer parameters is therefore whole during its update. While it samples it is whole on every
   rank, whatever its size.
 - The **reference** (beta > 0) and a separate critic are copies of the student. The reference is never sharded.
+- **Adapters** are PEFT's, in float32; they alone have gradients and moments. The reference is the student with these
+  off, and a separate critic copies the adapters alone, but under ZeRO-3 the weights beneath them too. Beneath
+  adapters weights may be quantised, as in a teacher.
+- **Recomputed layers** are computed again while the fake backward pass runs, and counted like everything else.
 - Sampling, log-probabilities, scoring and update come one after another, so a rank's peak is what it always holds plus
   the largest of the four. The pass for log-probabilities is counted always, though RLOO and REINFORCE may not need it.
   The **reserve** is for what is not counted: CUDA's context, kernels' workspace, fragmentation.

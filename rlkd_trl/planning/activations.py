@@ -118,21 +118,29 @@ def log_prob_bytes(
 
 
 def update_bytes(
-    student: Skeleton, workload: Workload, *, critic: str = "shared", bf16: bool = False, fused_attention: bool = True
+    student: Skeleton,
+    workload: Workload,
+    *,
+    critic: str = "shared",
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    fused_attention: bool = True,
 ) -> int:
     """Peak of forward and backward of `Policy` on one micro-batch, beyond weights and their gradients.
 
-    critic: as `Policy` takes it. bf16: under autocast.
+    critic: as `Policy` takes it. bf16: under autocast. gradient_checkpointing: with recomputed layers.
     """
     with student.mode:
-        student.model.requires_grad_(True)
         with CopyingSkeletons():  # a separate critic is a copy
             policy = Policy(student.model, one_word_tokenizer(), critic=critic)
+        if gradient_checkpointing:
+            policy.activation_checkpointing_enable()
         parameters = list(policy.parameters())
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
+        gradients = [torch.empty_like(parameter) for parameter in parameters if parameter.requires_grad]
+        for parameter, gradient in zip((p for p in parameters if p.requires_grad), gradients, strict=True):
+            parameter.grad = gradient
         batch = _Batch.of_completions(workload, workload.micro_batch)
-        known = [*parameters, *(parameter.grad for parameter in parameters), *policy.buffers(), *batch.tensors()]
+        known = [*parameters, *gradients, *policy.buffers(), *batch.tensors()]
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with counted(known, fused_attention) as live:
             with autocast:

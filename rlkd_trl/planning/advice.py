@@ -154,10 +154,11 @@ def _nothing_fits(teachers: Sequence[TeacherBytes], students: Sequence[StudentBy
     teacher, student = smallest
     remedies = {  # by the bytes that each may lower
         "lower --teacher_batch_tokens": teacher.scoring,
-        "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps)": student.update,
+        "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or recompute layers "
+        "(--gradient_checkpointing)": student.update,
         "lower --local_rollout_forward_batch_size": student.log_probs,
         "lower --sampling_batch_size": student.cache,
-        "take more GPUs, --student_dtype bfloat16 or a smaller student": student.always_held,
+        "take more GPUs, adapters (--use_peft), --student_dtype bfloat16 or a smaller student": student.always_held,
         "take more GPUs or a smaller teacher": teacher.weights + teacher.gathered,
     }
     remedy = max(remedies, key=remedies.get)

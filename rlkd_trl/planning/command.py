@@ -8,11 +8,14 @@ weights are not needed. Lengths and batch sizes are those of the run; at a short
 """
 
 import argparse
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
 from rlkd_trl.settings.trusted_code import trust_code_of
+
+if TYPE_CHECKING:
+    from rlkd_trl.planning.adapters import Adapters
 
 _DTYPES = ("float32", "bfloat16")
 _CRITICS = ("shared", "separate", "none")
@@ -34,12 +37,21 @@ _RANGES = {
     "local_rollout_forward_batch_size": Count,
     "beta": Coefficient,
     "assistants": Annotated[int, Range(0, 20)],
+    "lora_r": Count,
 }
+_OF_LORA = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
+
+
+def _boolean(word: str) -> bool:
+    """As recipes read it, so that their flags can be copied."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return word.lower() == "true"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, help: str, kind: type = int, **more) -> None:
         default = more.get("default")
         flags.add_argument(name, type=kind, help=help if default is None else f"{help} [{default}]", **more)
+
+    def switch(name: str, help: str) -> None:
+        flags.add_argument(name, type=_boolean, nargs="?", const=True, default=False, metavar="True", help=help)
 
     add("--teacher", "Checkpoint directory or Hub id.", str, required=True, metavar="T")
     add("--student", "Checkpoint directory or Hub id.", str, required=True, metavar="S")
@@ -74,9 +89,18 @@ def parser() -> argparse.ArgumentParser:
     add("--student_dtype", "Of the student's weights.", str, default="float32", choices=_DTYPES)
     add("--critic", "PPO's; none for other methods.", str, default="shared", choices=_CRITICS)
     add("--beta", "KL coefficient; above 0 there is a reference model.", float, default=0.0, metavar="X")
+    switch("--bf16", "Train in mixed precision.")
+    switch("--gradient_checkpointing", "Recompute layers in the backward pass.")
+    switch("--use_peft", "Train adapters, LoRA's, in place of the student's weights.")
+    add("--lora_r", "Rank r.", default=16, metavar="N")
+    modules = {"nargs": "+", "metavar": "NAME"}
+    add("--lora_target_modules", "Layers that get adapters; all-linear; or a regular expression.", str, **modules)
+    add("--lora_modules_to_save", "Layers of which copies are trained.", str, **modules)
+    switch("--use_dora", "Train the lengths of weights beside them (DoRA).")
+    switch("--load_in_8bit", "Quantise the student's weights to 8 bits, beneath adapters.")
+    switch("--load_in_4bit", "Quantise the student's weights to 4 bits (nf4), beneath adapters.")
     flags.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     flags.add_argument("--trust_remote_code", action="store_true", help="Run code in the checkpoints. Read it first.")
-    flags.add_argument("--bf16", action="store_true", help="Train in mixed precision.")
     return flags
 
 
@@ -89,6 +113,22 @@ def _check(flags: argparse.Namespace) -> None:
             f"{flags.per_device_train_batch_size} × --gradient_accumulation_steps "
             f"{flags.gradient_accumulation_steps}) is not divisible by --num_generations {flags.num_generations}."
         )
+    if flags.load_in_8bit and flags.load_in_4bit:
+        raise InputError("--load_in_8bit and --load_in_4bit are two precisions: give one of them.")
+    if flags.use_peft:
+        return
+    if flags.load_in_8bit or flags.load_in_4bit:
+        raise InputError("--load_in_8bit, --load_in_4bit: only adapters on quantised weights are trained: --use_peft.")
+    defaults = parser()
+    for name in _OF_LORA:
+        if getattr(flags, name) != defaults.get_default(name):
+            raise InputError(f"--{name} has no effect without --use_peft: give that, or leave it out.")
+
+
+def _adapters(flags: argparse.Namespace) -> "Adapters | None":
+    from rlkd_trl.planning.adapters import Adapters
+
+    return Adapters(**{name: getattr(flags, name) for name in _OF_LORA}) if flags.use_peft else None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +145,15 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     cluster = Cluster(flags.gpus, flags.nodes, int(flags.gpu_memory * 2**30), flags.reserve)
-    training = Training(flags.student_dtype, flags.bf16, flags.critic, flags.beta)
+    training = Training(
+        student_dtype=flags.student_dtype,
+        bf16=flags.bf16,
+        critic=flags.critic,
+        beta=flags.beta,
+        quantization="int8" if flags.load_in_8bit else "nf4" if flags.load_in_4bit else "none",
+        adapters=_adapters(flags),
+        gradient_checkpointing=flags.gradient_checkpointing,
+    )
     workload = Workload(
         prompt_tokens=flags.max_prompt_length,
         completion_tokens=flags.max_completion_length,

@@ -7,9 +7,11 @@ import torch
 
 from rlkd_trl.models.loading import DTYPES
 from rlkd_trl.planning.activations import Workload, log_prob_bytes, sampling_bytes, scoring_bytes, update_bytes
+from rlkd_trl.planning.adapters import Adapters, adapted
 from rlkd_trl.planning.skeletons import Checkpoint, Skeleton
 from rlkd_trl.planning.weights import (
     SHARDINGS,
+    Shares,
     gathered_bytes,
     live_bytes,
     quantisation_workspace_bytes,
@@ -42,12 +44,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Training:
-    """The student's settings on which memory depends, with the recipes' names."""
+    """The student's settings on which memory depends, with the recipes' names.
+
+    quantization: of the weights beneath adapters. adapters: None if all weights are trained.
+    """
 
     student_dtype: str = "float32"
     bf16: bool = False
     critic: str = "shared"
     beta: float = 0.0
+    quantization: str = "none"
+    adapters: Adapters | None = None
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,40 +138,45 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
             scoring=scoring + workspace,
             host=0,
         )
-    itemsize = teacher.model.dtype.itemsize
     share = all_weights // cluster.ranks
     if cluster.ranks > 1:
-        gathered = gathered_bytes(teacher.num_parameters, itemsize, cluster.ranks)
+        gathered = gathered_bytes(teacher.num_parameters, all_weights, cluster.ranks)
         yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0)
     # A rank's own share comes to the GPU only when it is gathered, too.
-    live = live_bytes(teacher.num_parameters, itemsize)
+    live = live_bytes(teacher.num_parameters, all_weights)
     yield TeacherBytes("offload", dtype, "none", 0, live, scoring, host=share * cluster.gpus)
 
 
 def student_estimates(
     checkpoint: Checkpoint, workload: Workload, cluster: Cluster, training: Training
 ) -> list[StudentBytes]:
-    """Every sharding of the student; on one rank only "ddp", which shards nothing."""
+    """Every sharding of the student; on one rank only "ddp", which shards nothing; quantised weights without ZeRO-3.
+
+    Raises:
+        InputError: The adapters do not fit the student.
+    """
     student = checkpoint.build(DTYPES[training.student_dtype])
-    itemsize, copies = student.model.dtype.itemsize, 2 if training.critic == "separate" else 1
-    update = update_bytes(student, workload, critic=training.critic, bf16=training.bf16)
-    log_probs = log_prob_bytes(student, workload, bf16=training.bf16)
-    sampling, cache = sampling_bytes(student, workload, bf16=training.bf16)
     head = student.model.get_output_embeddings().weight
-    # A separate critic's own LM head is never used, and frozen.
-    frozen = head.numel() if copies == 2 and not student.head_is_tied else 0
-    width = head.shape[-1]
-    shares = {
-        sharding: training_shares(
-            sharding,
-            trained=copies * student.num_parameters - frozen,
-            frozen=frozen,
-            itemsize=itemsize,
-            ranks=cluster.ranks,
-            bf16=training.bf16,
-        )
+    before = weight_bytes(student, training.quantization)  # adapters come on top
+    workspace = quantisation_workspace_bytes(student) if training.quantization != "none" else 0
+    if training.adapters is not None:
+        student = adapted(student, training.adapters)
+    settings = {"bf16": training.bf16}
+    update = update_bytes(
+        student,
+        workload,
+        critic=training.critic,
+        gradient_checkpointing=training.gradient_checkpointing,
+        **settings,
+    )
+    log_probs = log_prob_bytes(student, workload, **settings)
+    sampling, cache = sampling_bytes(student, workload, **settings)
+    shardings = [
+        sharding
         for sharding in (SHARDINGS if cluster.ranks > 1 else SHARDINGS[:1])
-    }
+        if sharding != "zero3" or training.quantization == "none"
+    ]
+    shares = {sharding: _shares(student, head.numel(), before, sharding, cluster, training) for sharding in shardings}
     return [
         StudentBytes(
             sharding=sharding,
@@ -172,12 +185,39 @@ def student_estimates(
             gradients=share.gradients,
             optimizer=share.optimizer,
             # In float32: the linear map, its gradient and two moments.
-            value_head=0 if training.critic == "none" else 4 * (width + 1) * torch.float32.itemsize,
-            reference=weight_bytes(student) if training.beta > 0 else 0,
-            update=update,
-            log_probs=log_probs,
-            sampling=share.elsewhere + sampling,
+            value_head=0 if training.critic == "none" else 4 * (head.shape[-1] + 1) * torch.float32.itemsize,
+            # Of adapters it is the student with these off.
+            reference=before if training.beta > 0 and training.adapters is None else 0,
+            update=update + workspace,
+            log_probs=log_probs + workspace,
+            sampling=share.elsewhere + sampling + workspace,
             cache=cache,
         )
         for sharding, share in shares.items()
     ]
+
+
+def _shares(student: Skeleton, head: int, before: int, sharding: str, cluster: Cluster, training: Training) -> Shares:
+    """A rank's shares of the student and, where there is one, of a separate critic's copy of what is trained.
+
+    head: the parameters of the LM head. before: the bytes of the weights without adapters.
+    """
+    copies = 2 if training.critic == "separate" else 1
+    trained = copies * student.num_trained
+    frozen = student.num_parameters - student.num_trained
+    frozen_bytes, itemsize = before, student.trained_itemsize
+    if training.adapters is None:
+        # A separate critic's own LM head is never used, and frozen.
+        frozen = head if copies == 2 and not student.head_is_tied else 0
+        trained, frozen_bytes = trained - frozen, frozen * itemsize
+    elif sharding == "zero3":  # where a critic of adapters has frozen weights of its own
+        frozen, frozen_bytes = copies * frozen, copies * frozen_bytes
+    return training_shares(
+        sharding,
+        trained=trained,
+        frozen=frozen,
+        itemsize=itemsize,
+        frozen_bytes=frozen_bytes,
+        ranks=cluster.ranks,
+        bf16=training.bf16,
+    )

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.limits import check_caps, position_limits_of_config
+from rlkd_trl.models.loading import DTYPES
 from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.adapters import adapted
 from rlkd_trl.planning.advice import advice
 from rlkd_trl.planning.assistants import assistant_configs, assistants_table
 from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
@@ -30,14 +32,28 @@ def _explained(flag: str) -> Iterator[None]:
         ) from cause
 
 
+def _how(training: Training) -> str:
+    """How the student is trained, in words."""
+    words = [training.student_dtype]
+    if training.quantization != "none":
+        words.append(f"quantised to {training.quantization}")
+    if training.bf16:
+        words.append("mixed precision")
+    if (adapters := training.adapters) is not None:
+        words.append(f"{'DoRA' if adapters.use_dora else 'LoRA'} of rank {adapters.lora_r}")
+    if training.gradient_checkpointing:
+        words.append("layers recomputed")
+    return ", ".join(words)
+
+
 def report(
     teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training, *, assistants: int = 0
 ) -> str:
     """The planner's output for two checkpoints, as text; assistants: of how many to propose sizes between them.
 
     Raises:
-        InputError: As `Checkpoint.of` and `check_caps`, before anything is computed; or a model cannot be run on fake
-            tensors.
+        InputError: As `Checkpoint.of`, `check_caps` and `adapted`, before anything is computed; or a model cannot be
+            run on fake tensors.
     """
     teacher_checkpoint = Checkpoint.of("--teacher", teacher)
     student_checkpoint = Checkpoint.of("--student", student)
@@ -48,6 +64,8 @@ def report(
             max_prompt_length=workload.prompt_tokens,
             max_completion_length=workload.completion_tokens,
         )
+    if training.adapters is not None:  # that they fit takes a second, the estimates half a minute
+        adapted(student_checkpoint.build(DTYPES[training.student_dtype]), training.adapters)
     between = []
     if assistants:
         ends = teacher_checkpoint.config, student_checkpoint.config
@@ -59,10 +77,9 @@ def report(
         teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
     with _explained(f"--student {student}"):
         students = student_estimates(student_checkpoint, workload, cluster, training)
-    precision = training.student_dtype + (", mixed precision" if training.bf16 else "")
     sections = [
         f"Teacher: {teacher}, {teacher_checkpoint.num_parameters / 1e6:,.1f} M parameters\n"
-        f"Student: {student}, {student_checkpoint.num_parameters / 1e6:,.1f} M parameters, {precision}\n"
+        f"Student: {student}, {student_checkpoint.num_parameters / 1e6:,.1f} M parameters, {_how(training)}\n"
         f"GPUs:    {cluster.ranks} × {gib(cluster.gpu_memory)} GiB, of which {cluster.reserve:.0%} stay free\n"
         f"Rollout: {workload.micro_batches} × {workload.micro_batch} completions on each, of "
         f"{workload.completion_tokens} tokens, {workload.num_generations} for each prompt of "

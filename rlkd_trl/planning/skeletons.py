@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -93,13 +94,23 @@ class CopyingSkeletons(TorchFunctionMode):
 class Skeleton:
     """A model whose weights are fake tensors of `mode`: operations on them compute shapes and allocate nothing."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     mode: ShapesOnly
 
     @property
     def num_parameters(self) -> int:
         """The number of parameters; tied weights count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_trained(self) -> int:
+        """The number of parameters that are trained: all, or those of adapters."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @property
+    def trained_itemsize(self) -> int:
+        """Bytes of each of these; adapters are in float32 also where the weights beneath them are not."""
+        return next(parameter.element_size() for parameter in self.model.parameters() if parameter.requires_grad)
 
     @property
     def head_is_tied(self) -> bool:

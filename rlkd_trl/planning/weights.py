@@ -40,8 +40,8 @@ def weight_bytes(skeleton: Skeleton, quantization: str = "none") -> int:
 
 
 def quantisation_workspace_bytes(skeleton: Skeleton) -> int:
-    """Bytes of the largest quantised matrix in 16 bits, which a product with it may need besides the stored one."""
-    return max((2 * module.weight.numel() for module in _quantised(skeleton)), default=0)
+    """Bytes of the largest quantised matrix as it was, which a product with it may need besides the stored one."""
+    return max((module.weight.nbytes for module in _quantised(skeleton)), default=0)
 
 
 def _quantised(skeleton: Skeleton) -> list[nn.Module]:
@@ -70,36 +70,46 @@ class Shares:
     optimizer: int
 
 
-def live_bytes(num_parameters: int, itemsize: int) -> int:
-    """Bytes of weights that ZeRO-3 has on a GPU at a time while it computes."""
-    return min(num_parameters, MAX_LIVE_PARAMETERS) * itemsize
+def live_bytes(num_parameters: int, nbytes: int) -> int:
+    """Bytes of weights that ZeRO-3 has on a GPU at a time while it computes. nbytes: of all of them."""
+    return nbytes * min(num_parameters, MAX_LIVE_PARAMETERS) // num_parameters
 
 
-def gathered_bytes(num_parameters: int, itemsize: int, ranks: int) -> int:
+def gathered_bytes(num_parameters: int, nbytes: int, ranks: int) -> int:
     """The part of `live_bytes` that comes from other ranks."""
-    live = live_bytes(num_parameters, itemsize)
+    live = live_bytes(num_parameters, nbytes)
     return live - live // ranks
 
 
 def training_shares(
-    sharding: str, *, trained: int, frozen: int, itemsize: int, ranks: int, bf16: bool = False
+    sharding: str,
+    *,
+    trained: int,
+    frozen: int,
+    itemsize: int,
+    ranks: int,
+    bf16: bool = False,
+    frozen_bytes: int | None = None,
 ) -> Shares:
-    """A rank's shares of a model with `trained` and `frozen` parameters of `itemsize` bytes each, under AdamW.
+    """A rank's shares of a model with `trained` and `frozen` parameters under AdamW, the trained of `itemsize` bytes.
 
     bf16: mixed precision. DDP keeps the weights as they are and computes under autocast; DeepSpeed has its weights in
-    bfloat16.
+    bfloat16, but for quantised ones. frozen_bytes: of all frozen parameters; by default they are of `itemsize` too.
     """
+    frozen_bytes = frozen * itemsize if frozen_bytes is None else frozen_bytes
     if sharding == "ddp":
-        buckets = trained * itemsize if ranks > 1 else 0
-        return Shares((trained + frozen) * itemsize, 0, 0, trained * itemsize + buckets, 2 * trained * itemsize)
-    itemsize = 2 if bf16 else itemsize
+        of_trained = trained * itemsize
+        buckets = of_trained if ranks > 1 else 0
+        return Shares(of_trained + frozen_bytes, 0, 0, of_trained + buckets, 2 * of_trained)
+    if bf16:
+        itemsize, frozen_bytes = 2, min(frozen_bytes, 2 * frozen)
     stage = int(sharding.removeprefix("zero"))
-    weights = (trained + frozen) * itemsize
+    weights = trained * itemsize + frozen_bytes
     gradients = trained * itemsize // (ranks if stage >= 2 else 1) + trained * _FLOAT32 // ranks
     held = weights // ranks if stage == 3 else weights
     return Shares(
         weights=held,
-        gathered=gathered_bytes(trained + frozen, itemsize, ranks) if stage == 3 else 0,
+        gathered=gathered_bytes(trained + frozen, weights, ranks) if stage == 3 else 0,
         elsewhere=weights - held,
         gradients=gradients + REDUCE_BUCKET_ELEMENTS * itemsize,
         optimizer=3 * trained * _FLOAT32 // ranks,

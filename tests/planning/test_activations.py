@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from peft import LoraConfig
+from transformers import PreTrainedModel, Trainer
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.models.generation import Completions
@@ -24,6 +25,7 @@ from rlkd_trl.planning.activations import (
     scoring_bytes,
     update_bytes,
 )
+from rlkd_trl.planning.adapters import Adapters, adapted
 from rlkd_trl.planning.skeletons import CopyingSkeletons
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
@@ -122,9 +124,49 @@ def full_length(prompt_ids_PS, prompt_mask_PS, prompt_index_B, *, length: int, *
     ],
 )
 def test_update(name, shape, critic, tmp_path, monkeypatch):
+    critic, _, bf16 = critic.partition("-")
+    model = MODELS[name]()
+    measured = measured_update(model, shape, tmp_path, monkeypatch, critic=critic, bf16=bool(bf16))
+    skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
+    estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), fused_attention=False)
+    assert_close(estimated, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape", "critic", "adapters", "recomputed"),
+    [
+        ("t5-deep-encoder", "long-prompts", "shared", None, True),
+        ("llama-deep", "both", "none", None, True),
+        ("t5-tied", "both", "separate", Adapters(lora_r=4), False),
+        ("llama", "long-completions", "shared", Adapters(8, ["all-linear"], use_dora=True), False),
+        ("llama-deep", "both", "none", Adapters(8, ["all-linear"]), True),
+    ],
+)
+def test_update_of_adapters_and_of_recomputed_layers(name, shape, critic, adapters, recomputed, tmp_path, monkeypatch):
+    model = MODELS[name]()
+    skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
+    config = None
+    if adapters is not None:
+        skeleton = adapted(skeleton, adapters)
+        modules = adapters.lora_target_modules
+        config = LoraConfig(
+            r=adapters.lora_r,
+            target_modules="all-linear" if modules == ["all-linear"] else modules,
+            use_dora=adapters.use_dora,
+        )
+    how = {"critic": critic, "gradient_checkpointing": recomputed}
+    measured = measured_update(model, shape, tmp_path, monkeypatch, peft_config=config, **how)
+    estimated = update_bytes(skeleton, workload(SHAPES[shape]), **how, fused_attention=False)
+    assert_close(estimated, measured)
+
+
+def measured_update(
+    model: PreTrainedModel, shape: str, directory: Path, monkeypatch, *, critic: str, **settings
+) -> int:
     """Of the second of two accumulated micro-batches: the gradients, which are not counted, exist by then."""
     P, _, K, T = SHAPES[shape]
-    model, measured = MODELS[name](), []
+    measured = []
     train_step = Trainer.training_step
 
     def measured_step(*args, **kwargs):
@@ -133,10 +175,9 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
         return results[0]
 
     monkeypatch.setattr(Trainer, "training_step", measured_step)
-    critic, _, bf16 = critic.partition("-")
     trainer = build(
         "rloo-token" if critic == "none" else "ppo",
-        tmp_path,
+        directory,
         model=model,
         reward=TeacherForcingReward(MODELS["llama"](), word_tokenizer()),
         data=Dataset.from_list([{"prompt": text} for text in 2 * prompt_texts(SHAPES[shape])]),
@@ -145,15 +186,13 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
         num_generations=K,
         max_completion_length=T,
         max_steps=1,
-        bf16=bool(bf16),
         **({} if critic == "none" else {"critic": critic}),
+        **settings,
     )
     trainer.model.sample = partial(full_length, length=T)
     trainer.train()
     assert len(measured) == 2
-    skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
-    estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), fused_attention=False)
-    assert_close(estimated, measured[1])
+    return measured[1]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """The student's estimates for one sharding against another's."""
 
+import logging
+
+import peft
 import pytest
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlkd_trl.planning import estimates
 from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.adapters import Adapters
 from rlkd_trl.planning.estimates import Cluster, TeacherBytes, Training, peak_bytes, student_estimates
 from rlkd_trl.planning.skeletons import Checkpoint
-from tests.planning.models import T5_BASE, write_config
+from tests.planning.measured import weight_bytes
+from tests.planning.models import T5_BASE, llama, write_config
 
 # Few and very wide layers, which are quick to build: t5-base's fields, D = 16384, F = 32768, A = 64, V = 100, tied.
 # Embeddings VD, an encoder layer 4DA + 2DF + 2D, a decoder layer 8DA + 2DF + 3D, relative positions 2 · 32, norms 2D:
@@ -54,6 +60,71 @@ def test_a_separate_critics_own_head_is_frozen(tied, tmp_path, monkeypatch):
     (shared,) = student_estimates(checkpoint, workload, cluster, Training())
     assert (shared.weights, shared.gradients, shared.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
     assert shared.reference == 0
+
+
+LORA = Adapters(lora_r=2, lora_target_modules=["q", "v"])
+# Queries and values of three attentions, each 64 × 64: A and B have 2 · 64 weights each.
+OF_LORA = 3 * 2 * 2 * (2 * 64)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Checkpoint:
+    """Without activations, which take seconds to count, and are not of interest."""
+    for name, found in (("update_bytes", 0), ("log_prob_bytes", 0), ("sampling_bytes", (0, 0))):
+        monkeypatch.setattr(estimates, name, lambda *args, found=found, **settings: found)
+    return Checkpoint.of("--student", str(write_config(tmp_path, SMALL)))
+
+
+def cluster(gpus: int) -> Cluster:
+    return Cluster(gpus=gpus, nodes=1, gpu_memory=2**30, reserve=0.0)
+
+
+@pytest.mark.parametrize(("critic", "copies"), [("shared", 1), ("separate", 2)])
+def test_adapters_alone_have_gradients_and_moments(critic, copies, small):
+    """A separate critic has adapters of its own on the same frozen weights; the reference has them off."""
+    workload, training = Workload(8, 4, 2, 4, 1, 64), Training(critic=critic, beta=0.1, adapters=LORA)
+    (found,) = student_estimates(small, workload, cluster(1), training)
+    trained = copies * OF_LORA
+    assert (found.weights, found.gradients, found.optimizer) == (
+        4 * (OF_LAYERS + HEAD + trained),
+        4 * trained,
+        8 * trained,
+    )
+    assert found.reference == 0
+    (half,) = student_estimates(
+        small, workload, cluster(1), Training("bfloat16", critic=critic, beta=0.1, adapters=LORA)
+    )
+    assert half.weights == 2 * (OF_LAYERS + HEAD) + 4 * trained, "adapters are in float32"
+
+
+def test_adapters_in_shards(small):
+    """Of four ranks; with ZeRO-3 a separate critic has frozen weights of its own, too."""
+    workload = Workload(8, 4, 2, 4, 1, 64)
+    ddp, _, zero2, zero3 = student_estimates(small, workload, cluster(4), Training(critic="separate", adapters=LORA))
+    whole = 4 * (OF_LAYERS + HEAD + 2 * OF_LORA)
+    assert ddp.weights == zero2.weights == whole
+    assert zero3.weights == (whole + 4 * (OF_LAYERS + HEAD)) // 4
+    assert zero2.optimizer == zero3.optimizer == 3 * 4 * 2 * OF_LORA // 4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_of_adapters_on_quantised_ones(quantization, tmp_path, monkeypatch):
+    """Those of a loaded model, which is not split by ZeRO-3."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name, found in (("update_bytes", 0), ("log_prob_bytes", 0), ("sampling_bytes", (0, 0))):
+        monkeypatch.setattr(estimates, name, lambda *args, found=found, **settings: found)
+    llama().save_pretrained(tmp_path)
+    is_int8 = quantization == "int8"
+    settings = BitsAndBytesConfig(load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    measured = weight_bytes(peft.get_peft_model(loaded, peft.LoraConfig(r=4, target_modules="all-linear")))
+    training = Training(quantization=quantization, adapters=Adapters(4, ["all-linear"]))
+    found = student_estimates(
+        Checkpoint.of("--student", str(tmp_path)), Workload(8, 4, 2, 4, 1, 64), cluster(2), training
+    )
+    assert [student.sharding for student in found] == ["ddp", "zero1", "zero2"]
+    assert found[0].weights == pytest.approx(measured, rel=0.05)
+    assert found[0].update == 64 * 160 * 4, "the largest matrix, as it was"
 
 
 def test_a_rollout_is_all_accumulated_micro_batches():

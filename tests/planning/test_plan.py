@@ -13,6 +13,7 @@ from rlkd_trl.errors import InputError, run
 from rlkd_trl.planning import command as plan
 from rlkd_trl.planning import report
 from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.adapters import Adapters
 from rlkd_trl.planning.estimates import Cluster, Training
 from rlkd_trl.planning.tables import gib
 from tests.planning.models import T5_BASE, write_config
@@ -113,7 +114,8 @@ def test_every_flag_arrives(monkeypatch):
             "--max_completion_length 12 --per_device_train_batch_size 6 --gradient_accumulation_steps 5 "
             "--num_generations 3 --teacher_batch_tokens 13 --sampling_batch_size 14 "
             "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16 "
-            "--assistants 2"
+            "--assistants 2 --use_peft --lora_r 9 --lora_target_modules q v --lora_modules_to_save lm_head "
+            "--use_dora True --load_in_4bit --gradient_checkpointing True"
         )
     )
     assert found == [
@@ -130,7 +132,15 @@ def test_every_flag_arrives(monkeypatch):
             forward_batch=15,
         ),
         Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2),
-        Training(student_dtype="bfloat16", bf16=True, critic="separate", beta=0.3),
+        Training(
+            student_dtype="bfloat16",
+            bf16=True,
+            critic="separate",
+            beta=0.3,
+            quantization="nf4",
+            adapters=Adapters(9, ["q", "v"], ["lm_head"], use_dora=True),
+            gradient_checkpointing=True,
+        ),
         {"assistants": 2},
     ]
 
@@ -159,6 +169,17 @@ def test_bytes_are_shown_in_gib(nbytes, shown):
         ("--teacher {encoder} --student {student}", "model type 'bert') is neither"),
         ("--teacher {teacher} --student {encoder}", "`--student "),
         ("--teacher {experts} --student {student}", "cannot be planned: its forward pass fails without real tensors"),
+        ("--teacher {teacher} --student {student} --lora_r 4", "--lora_r has no effect without --use_peft"),
+        ("--teacher {teacher} --student {student} --load_in_4bit", "only adapters on quantised weights are trained"),
+        (
+            "--teacher {teacher} --student {student} --use_peft --load_in_4bit --load_in_8bit",
+            "are two precisions: give one of them",
+        ),
+        ("--teacher {teacher} --student {student} --use_peft maybe", "'maybe' is neither True nor False"),
+        (
+            f"--teacher {{teacher}} --student {{student}} --use_peft --lora_target_modules nowhere {SMALL_RUN}",
+            "--use_peft with --lora_target_modules nowhere: peft_config does not fit the student",
+        ),
         ("--teacher ./nowhere --student {student}", "`--teacher ./nowhere` is not a directory"),
     ],
 )
