@@ -3,7 +3,7 @@ r"""The winner of `method_search.py` against what it is to beat, on the test inp
     python recipes/benchmarks/method_confirmation.py --work_dir runs/e2e_comparison \
         --templates promptsource/e2e_nlg_cleaned/templates.yaml --winner "imitation, exact"
 
-Each candidate has the learning rate that the search found best by greedy BLEU on the validation inputs, at its seed.
+Each candidate has the learning rate that is first in the search's order, on validation inputs at the search's seed.
 All have the same number of steps of 32 completions; the tokens that this took, those read from data included, are in
 the table. Means over seeds ± half-width of their 95 % interval by Student's t; differences are paired by seed, in bold
 where the interval leaves out 0, and not corrected for the number of comparisons. A finished stage is not run again.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from e2e import RESULTS
-from method_search import CANDIDATES, directory_name, evaluate, measured, run_candidate
+from method_search import CANDIDATES, directory_name, evaluate, measured, rank, run_candidate
 from result_files import made_by
 from warm_start_tables import with_interval
 
@@ -38,18 +38,18 @@ Measures = dict[str, dict[str, float]]
 
 
 def best_rate(search: Path, candidate: str, seed: str) -> str:
-    """The learning rate with the highest greedy BLEU on the validation inputs.
+    """The learning rate that comes first in the search's order.
 
     Raises:
         SystemExit: The search has not finished this candidate with this seed at any rate.
     """
-    found = {}
+    found, before = {}, measured(search / "before")
     for here in sorted((search / directory_name(candidate)).glob(f"seed{seed}-lr*")):
         if (here / "sampled" / "metrics.json").is_file():
-            found[here.name.split("-lr")[1]] = measured(here)["greedy"]["bleu"]
+            found[here.name.split("-lr")[1]] = rank(measured(here), before)
     if not found:
         raise SystemExit(f"method_search.py has not tried {candidate!r} with seed {seed}: nothing in {search}.")
-    return max(found, key=found.__getitem__)
+    return min(found, key=found.__getitem__)
 
 
 def generated_tokens(here: Path) -> int:

@@ -154,16 +154,19 @@ def measured(here: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def rank(found: dict, before: dict) -> tuple[bool, float]:
+    """The least is the best: by NLL per token of sampled outputs, those that lose greedy BLEU behind the others."""
+    return found["greedy"]["bleu"] < before["greedy"]["bleu"], found["sampled"]["teacher_nll_per_token"]
+
+
 def table(rows: list[tuple[str, str, str, dict]], before: dict) -> str:
-    """The best first; those that lose greedy BLEU behind the others."""
-
-    def order(row: tuple[str, str, str, dict]) -> tuple[bool, float]:
-        found = row[3]
-        return found["greedy"]["bleu"] < before["greedy"]["bleu"], found["sampled"]["teacher_nll_per_token"]
-
+    """The best first."""
     heads = ["candidate", "rate", "seed", *COLUMNS.values(), *(f"sampled {name}" for name in COLUMNS.values())]
     lines = []
-    for name, rate, seed, found in [("warm start", "–", "–", before), *sorted(rows, key=order)]:
+    for name, rate, seed, found in [
+        ("warm start", "–", "–", before),
+        *sorted(rows, key=lambda row: rank(row[3], before)),
+    ]:
         numbers = [number(found[kind][metric], ".3f") for kind in ("greedy", "sampled") for metric in COLUMNS]
         lines.append([name, rate, seed, *numbers])
     return markdown_table(heads, lines)
