@@ -1,4 +1,6 @@
-"""Estimates how many bytes a run takes on each GPU, from the models' configs; `python -m rlkd_trl.plan` prints it.
+"""Estimates what bytes, and what time, a run takes on each GPU, from the models' configs.
+
+`python -m rlkd_trl.plan` prints it.
 
 Only config.json is downloaded, and nothing of a model's size is allocated. The assumptions:
 
@@ -25,4 +27,12 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
 - Sampling, log-probabilities, scoring and update come one after another, so a rank's peak is what it always holds plus
   the largest of the four. The pass for log-probabilities is counted always, though RLOO and REINFORCE may not need it.
   The **reserve** is for what is not counted: CUDA's context, kernels' workspace, fragmentation.
+- **Time** (`--gpu_name`) is by the roofline: each operation of the same passes takes the longest of its arithmetic at
+  the GPU's rate, its bytes at the memory's, and 10 µs for Python and the launch. A GPU reaches 60 % of its rated
+  products, 80 % of its memory's rate and 70 % of its links'. These four figures are assumed, not measured. (On one CPU
+  thread, with that machine's own rates, `recipes/benchmarks/planned_time.py` compares.) Sampling writes every token.
+  What ranks send each other, in rings, and weights from CPU memory are not hidden behind computation; the teacher's
+  int8 and nf4 matrices are unpacked to 16 bits for every scoring batch. One optimizer step a rollout. Not counted:
+  loading, evaluations, checkpoints, a separate critic's values of the rollout, the unpacking of a quantised student's
+  weights, tokenization, rewards that run user code.
 """

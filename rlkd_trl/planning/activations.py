@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import invert_distribution
 from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
+from rlkd_trl.planning.operations import Operation, operations_of
 from rlkd_trl.planning.skeletons import THE_WORD, CopyingSkeletons, Skeleton, one_word_tokenizer
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
@@ -77,10 +78,12 @@ def scoring_bytes(
     *,
     fused_attention: bool = True,
     max_slice_elements: int | None = MAX_SLICE_ELEMENTS,
+    operations: list[Operation] | None = None,
 ) -> int:
     """Peak of `Teacher.score` on its largest batch, beyond the teacher's weights.
 
     max_slice_elements: logits in a slice (see `map_head_slices`), by default as many as on a GPU; None: as on a CPU.
+    operations: gets those of this batch.
     """
     prompts = workload.scored_prompts
     with teacher.mode:
@@ -89,7 +92,7 @@ def scoring_bytes(
         scorer.backbone.max_slice_elements = max_slice_elements
         truncated_B = torch.zeros(len(batch.completion_ids_BT), dtype=torch.bool)
         completions = (batch.prompt_index_B, batch.completion_ids_BT, batch.completion_mask_BT, truncated_B)
-        with counted([*teacher.tensors(), *batch.tensors(), truncated_B], fused_attention) as live:
+        with counted([*teacher.tensors(), *batch.tensors(), truncated_B], fused_attention, operations) as live:
             scorer.score(batch.texts(), *completions)
     return live.peak
 
@@ -101,10 +104,11 @@ def log_prob_bytes(
     bf16: bool = False,
     fused_attention: bool = True,
     max_slice_elements: int | None = MAX_SLICE_ELEMENTS,
+    operations: list[Operation] | None = None,
 ) -> int:
     """Peak of `Policy` without gradients on as many completions as are read at a time, beyond weights.
 
-    max_slice_elements: as for `scoring_bytes`. A separate critic's states come after these, and take less.
+    max_slice_elements, operations: as for `scoring_bytes`. A separate critic's states come after these, and take less.
     """
     with student.mode:
         policy = Policy(student.model, one_word_tokenizer())
@@ -112,7 +116,7 @@ def log_prob_bytes(
         batch = _Batch.of_completions(workload, workload.forwarded_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         known = [*student.tensors(), *policy.buffers(), *batch.tensors()]
-        with counted(known, fused_attention) as live, autocast, torch.no_grad():
+        with counted(known, fused_attention, operations) as live, autocast, torch.no_grad():
             policy(*batch.policy_inputs(), with_entropy=False)
     return live.peak
 
@@ -125,10 +129,12 @@ def update_bytes(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     fused_attention: bool = True,
+    operations: list[Operation] | None = None,
 ) -> int:
     """Peak of forward and backward of `Policy` on one micro-batch, beyond weights and their gradients.
 
-    critic: as `Policy` takes it. bf16: under autocast. gradient_checkpointing: with recomputed layers.
+    critic: as `Policy` takes it. bf16: under autocast. gradient_checkpointing: with recomputed layers. operations: as
+    for `scoring_bytes`.
     """
     with student.mode:
         with CopyingSkeletons():  # a separate critic is a copy
@@ -142,7 +148,7 @@ def update_bytes(
         batch = _Batch.of_completions(workload, workload.micro_batch)
         known = [*parameters, *gradients, *policy.buffers(), *batch.tensors()]
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with counted(known, fused_attention) as live:
+        with counted(known, fused_attention, operations) as live:
             with autocast:
                 output = policy(*batch.policy_inputs(), with_final_value=False)
                 loss = output.logps_BT.sum() + output.entropy_BT.sum()  # a loss that needs every output's gradient
@@ -155,9 +161,18 @@ def update_bytes(
 
 
 def sampling_bytes(
-    student: Skeleton, workload: Workload, *, bf16: bool = False, fused_attention: bool = True
+    student: Skeleton,
+    workload: Workload,
+    *,
+    bf16: bool = False,
+    fused_attention: bool = True,
+    prompt_operations: list[Operation] | None = None,
+    token_operations: list[Operation] | None = None,
 ) -> tuple[int, int]:
-    """Peak of `sample_completions` on one batch, beyond weights, and how much of it is the cache at its end."""
+    """Peak of `sample_completions` on one batch, beyond weights, and how much of it is the cache at its end.
+
+    prompt_operations: gets those with which the prompts are read. token_operations: those of the last token.
+    """
     with student.mode:
         batch = _Batch.of_completions(workload, workload.sampled_completions)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
@@ -170,7 +185,9 @@ def sampling_bytes(
                 invert_distribution(logits_BV / 1.0, uniforms_B)
                 return logits_BV
 
+            live.operations = prompt_operations
             prefix = backbone.prefill(*batch.prompt).select(batch.prompt_index_B)
+            live.operations = None
             # All tokens but the last two are read in one call, of which only the cache is kept: read one by one they
             # peak lower than the last step, so the peak of this call does not count.
             peak = live.peak
@@ -179,6 +196,7 @@ def sampling_bytes(
                 prefix.hidden_B1D = prefix.hidden_B1D.clone()  # without the other tokens' states
             live.peak = live.now
             logits_BV = draw()
+            live.operations = token_operations
             if batch.completion_ids_BT.shape[1] > 1:  # the last token but one; the last is never read
                 backbone.extend(prefix, batch.completion_ids_BT[:, :1])  # while the previous logits still exist
             del logits_BV
@@ -223,11 +241,15 @@ class _Batch:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages created inside it: `now`, those that still exist, and `peak`, the most so far."""
+    """Counts the bytes of storages created inside it: `now`, those that still exist, and `peak`, the most so far.
 
-    def __init__(self, tensors_before: Iterable[Tensor]):
+    operations: gets what is computed, if it is not None.
+    """
+
+    def __init__(self, tensors_before: Iterable[Tensor], operations: list[Operation] | None):
         super().__init__()
         self.now = self.peak = 0
+        self.operations = operations
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in tensors_before)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -236,6 +258,8 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
+        if self.operations is not None:
+            self.operations += operations_of(func, args, kwargs or {}, result)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -271,9 +295,11 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 @contextmanager
-def counted(tensors_before: list[Tensor], fused_attention: bool) -> Iterator[_LiveBytes]:
+def counted(
+    tensors_before: list[Tensor], fused_attention: bool, operations: list[Operation] | None = None
+) -> Iterator[_LiveBytes]:
     """Counts bytes beyond those of `tensors_before`, see `_LiveBytes`; fused_attention: as on a GPU."""
-    with _LiveBytes(tensors_before) as live:
+    with _LiveBytes(tensors_before, operations) as live:
         if fused_attention:
             with _FusedAttention():
                 yield live

@@ -1,12 +1,15 @@
 """Recommends one of the estimated configurations, as flags, with the reasons in words."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.durations import Timing
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
-from rlkd_trl.planning.tables import gib
+from rlkd_trl.planning.tables import duration, gib
 
 # The file in accelerate_configs/ for each sharding of the student.
 ACCELERATE_CONFIGS = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
@@ -23,6 +26,12 @@ _PREFERENCES = (
 )
 # ‖logits − float32's‖ / ‖float32's‖ for a two-layer T5 with random weights; tests/planning/test_advice.py measures it.
 LOGIT_ERRORS = {"bfloat16": 0.009, "int8": 0.02, "nf4": 0.18}
+
+
+_EVEN = 0.05  # what the estimate of a time does not tell apart
+
+T = TypeVar("T")
+Seconds = Callable[[TeacherBytes, StudentBytes], float]
 
 
 @dataclass(frozen=True)
@@ -56,28 +65,57 @@ class Choice:
 
 
 def fitting_choices(
-    teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster
+    teachers: Sequence[TeacherBytes],
+    students: Sequence[StudentBytes],
+    cluster: Cluster,
+    seconds: Seconds | None = None,
 ) -> list[Choice]:
-    """Each preferred way to hold the teacher, best first, with the least sharded student that fits beside it."""
+    """Each preferred way to hold the teacher, best first, with a student that fits beside it.
+
+    The order is `_PREFERENCES`, with the least sharded student. seconds: of a step; what is slower than the fastest by
+    more than `_EVEN` comes later then, but before nf4.
+    """
     choices = []
     for placement, precision in _PREFERENCES:
         for teacher in teachers:
             if (teacher.placement, teacher.precision) == (placement, precision):
                 fitting = [student for student in students if peak_bytes(teacher, student) <= cluster.usable]
+                if seconds is not None:
+                    fitting = _fast_first(fitting, partial(seconds, teacher))
                 choices += [Choice(teacher, student, cluster) for student in fitting[:1]]
-    return choices
+    if seconds is None:
+        return choices
+    exact = [choice for choice in choices if choice.teacher.precision != "nf4"]
+    inexact = [choice for choice in choices if choice.teacher.precision == "nf4"]
+    return _fast_first(exact, lambda choice: seconds(choice.teacher, choice.student)) + inexact
+
+
+def _fast_first(candidates: list[T], seconds: Callable[[T], float]) -> list[T]:
+    """Those about as fast as the fastest, in the order in which they are given; then the others by their time."""
+    limit = (1 + _EVEN) * min(map(seconds, candidates), default=0.0)
+    slower = [candidate for candidate in candidates if seconds(candidate) > limit]
+    return [candidate for candidate in candidates if seconds(candidate) <= limit] + sorted(slower, key=seconds)
 
 
 def advice(
-    teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster, workload: Workload
+    teachers: Sequence[TeacherBytes],
+    students: Sequence[StudentBytes],
+    cluster: Cluster,
+    workload: Workload,
+    timing: Timing | None = None,
 ) -> str:
-    """The recommended command and its reasons, or what to lower where nothing fits."""
-    choices = fitting_choices(teachers, students, cluster)
+    """The recommended command and its reasons, or what to lower where nothing fits.
+
+    timing: what fits is recommended by the time of a step then.
+    """
+    choices = fitting_choices(teachers, students, cluster, timing and timing.total)
     if not choices:
         return _nothing_fits(teachers, students, cluster)
     best_choice, *other_choices = choices
     whole_teacher = _whole_in_bfloat16(teachers)
     reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload)
+    if timing is not None:
+        reasons.insert(1, _duration(best_choice, timing))
     bullets = [textwrap.fill(reason, 118, initial_indent="- ", subsequent_indent="  ") for reason in reasons]
     return "\n".join([f"Recommended:\n    {best_choice.command}", *bullets])
 
@@ -101,9 +139,9 @@ def _reasons(
             f"every rank would gather at least {traffic}."
         )
     elif teacher.placement == "zero3":
-        reasons.append(
-            f"No whole teacher fits beside the student, so each rank holds a share and gathers at least {traffic}."
-        )
+        whole_fits = any(choice.teacher.precision == "int8" for choice in other_choices)
+        reason = "A whole one fits only quantised, and is slower" if whole_fits else "No whole teacher fits"
+        reasons.append(f"{reason}: each rank holds a share and gathers at least {traffic}.")
     elif teacher.placement == "offload":
         reasons.append(
             f"Not even a share of the teacher fits: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
@@ -120,6 +158,23 @@ def _reasons(
             "and --main_process_port too, before ppo_kd."
         )
     return reasons
+
+
+def _duration(best_choice: Choice, timing: Timing) -> str:
+    seconds = timing.step(best_choice.teacher, best_choice.student)
+    phases = {
+        "sampling": seconds.sampling,
+        "log-probabilities": seconds.log_probs,
+        "scoring": seconds.scoring,
+        "fetching the teacher's weights": seconds.fetching,
+        "update": seconds.update,
+        "exchange between GPUs": seconds.exchange,
+    }
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items() if value)
+    return (
+        f"By the ratings of {timing.name}, not measured: {duration(seconds.total)} a step at full lengths ({parts}); "
+        f"{timing.steps:,} steps take {timing.gpu_hours(seconds.total):,.1f} GPU-hours."
+    )
 
 
 def _costs(

@@ -11,6 +11,7 @@ import argparse
 from typing import TYPE_CHECKING, Annotated
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.planning.machines import MACHINES
 from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
 from rlkd_trl.settings.trusted_code import trust_code_of
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rlkd_trl.planning.adapters import Adapters
 
 _DTYPES = ("float32", "bfloat16")
+_GPU_MEMORY = 80.0
 _CRITICS = ("shared", "separate", "none")
 _GIB = Annotated[float, Range(0, 1e6, above=True)]
 
@@ -25,7 +27,9 @@ _GIB = Annotated[float, Range(0, 1e6, above=True)]
 _RANGES = {
     "gpus": Count,
     "nodes": Count,
-    "gpu_memory": _GIB,
+    "gpu_memory": _GIB | None,
+    "node_link": _GIB,
+    "max_steps": Count,
     "reserve": ShareBelowOne,
     "max_prompt_length": Length,
     "max_completion_length": Length,
@@ -40,6 +44,7 @@ _RANGES = {
     "lora_r": Count,
 }
 _OF_LORA = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora")
+_OF_GPU = ("node_link", "max_steps")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +80,10 @@ def parser() -> argparse.ArgumentParser:
     add("--student", "Checkpoint directory or Hub id.", str, required=True, metavar="S")
     add("--gpus", "GPUs on each node.", default=1, metavar="N")
     add("--nodes", "Nodes.", default=1, metavar="N")
-    add("--gpu_memory", "Memory of each GPU, in GiB.", float, default=80.0, metavar="GIB")
+    add("--gpu_name", "Kind of GPU, to estimate times by its ratings.", str, choices=MACHINES)
+    add("--gpu_memory", "Memory of each GPU, in GiB [80, or what --gpu_name has].", float, metavar="GIB")
+    add("--node_link", "With --gpu_name: what nodes send each other, in GB/s.", float, default=25.0, metavar="GB/S")
+    add("--max_steps", "With --gpu_name: steps of the run.", default=1000, metavar="N")
     add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
     add("--max_prompt_length", "Longest prompt, of teacher and student.", default=512, metavar="N")
     add("--max_completion_length", "Longest completion.", default=64, metavar="N")
@@ -115,14 +123,13 @@ def _check(flags: argparse.Namespace) -> None:
         )
     if flags.load_in_8bit and flags.load_in_4bit:
         raise InputError("--load_in_8bit and --load_in_4bit are two precisions: give one of them.")
-    if flags.use_peft:
-        return
-    if flags.load_in_8bit or flags.load_in_4bit:
+    if (flags.load_in_8bit or flags.load_in_4bit) and not flags.use_peft:
         raise InputError("--load_in_8bit, --load_in_4bit: only adapters on quantised weights are trained: --use_peft.")
     defaults = parser()
-    for name in _OF_LORA:
-        if getattr(flags, name) != defaults.get_default(name):
-            raise InputError(f"--{name} has no effect without --use_peft: give that, or leave it out.")
+    for needed, names in {"use_peft": _OF_LORA, "gpu_name": _OF_GPU}.items():
+        for name in names if not getattr(flags, needed) else ():
+            if getattr(flags, name) != defaults.get_default(name):
+                raise InputError(f"--{name} has no effect without --{needed}: give that, or leave it out.")
 
 
 def _adapters(flags: argparse.Namespace) -> "Adapters | None":
@@ -140,11 +147,13 @@ def main(argv: list[str] | None = None) -> None:
     import transformers
 
     from rlkd_trl.planning.activations import Workload
+    from rlkd_trl.planning.durations import Timing
     from rlkd_trl.planning.estimates import Cluster, Training
     from rlkd_trl.planning.report import report
 
     transformers.utils.logging.set_verbosity_error()
-    cluster = Cluster(flags.gpus, flags.nodes, int(flags.gpu_memory * 2**30), flags.reserve)
+    memory = flags.gpu_memory or (MACHINES[flags.gpu_name].memory_gib if flags.gpu_name else _GPU_MEMORY)
+    cluster = Cluster(flags.gpus, flags.nodes, int(memory * 2**30), flags.reserve, node_link=flags.node_link * 1e9)
     training = Training(
         student_dtype=flags.student_dtype,
         bf16=flags.bf16,
@@ -164,4 +173,6 @@ def main(argv: list[str] | None = None) -> None:
         sampling_batch=flags.sampling_batch_size,
         forward_batch=flags.local_rollout_forward_batch_size,
     )
-    print(report(flags.teacher, flags.student, workload, cluster, training, assistants=flags.assistants))
+    timing = flags.gpu_name and Timing(flags.gpu_name, MACHINES[flags.gpu_name], workload, cluster, flags.max_steps)
+    models = (flags.teacher, flags.student)
+    print(report(*models, workload, cluster, training, assistants=flags.assistants, timing=timing))

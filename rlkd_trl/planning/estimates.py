@@ -1,13 +1,17 @@
-"""The bytes on each rank: the teacher's for every placement and precision, the student's for every sharding."""
+"""The bytes on each rank: the teacher's for every placement and precision, the student's for every sharding.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+With them, the operations that take the time (see `durations.py`), which the same passes show.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from rlkd_trl.models.loading import DTYPES
 from rlkd_trl.planning.activations import Workload, log_prob_bytes, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.planning.adapters import Adapters, adapted
+from rlkd_trl.planning.operations import Operation
 from rlkd_trl.planning.skeletons import Checkpoint, Skeleton
 from rlkd_trl.planning.weights import (
     SHARDINGS,
@@ -26,12 +30,16 @@ PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), (
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines. gpus: on each node. gpu_memory: bytes on each GPU. reserve: the share of it that stays free."""
+    """The machines. gpus: on each node. gpu_memory: bytes on each GPU. reserve: the share of it that stays free.
+
+    node_link: bytes per second from a node to the others.
+    """
 
     gpus: int
     nodes: int
     gpu_memory: int
     reserve: float
+    node_link: float = 25e9
 
     @property
     def ranks(self) -> int:
@@ -62,7 +70,8 @@ class Training:
 class TeacherBytes:
     """The bytes of one way to hold the teacher: on a rank's GPU, or for `host` in a node's CPU memory.
 
-    weights: held throughout. gathered: other ranks' weights while it computes. scoring: activations.
+    weights: held throughout. gathered: other ranks' weights while it computes. scoring: activations. unquantised: all
+    weights as they are computed with. operations: of a scoring batch.
     """
 
     placement: str
@@ -72,10 +81,23 @@ class TeacherBytes:
     gathered: int
     scoring: int
     host: int
+    unquantised: int = 0
+    operations: Sequence[Operation] = field(default=(), repr=False)
 
     @property
     def precision(self) -> str:
         return self.dtype if self.quantization == "none" else self.quantization
+
+
+@dataclass(frozen=True)
+class StudentOperations:
+    """Of a micro-batch's update, of a pass for log-probabilities, and of a sampling batch: its prompts, a token."""
+
+    update: list[Operation] = field(default_factory=list)
+    log_probs: list[Operation] = field(default_factory=list)
+    prompts: list[Operation] = field(default_factory=list)
+    second_token: list[Operation] = field(default_factory=list)
+    last_token: list[Operation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ class StudentBytes:
     weights, gradients, optimizer, value_head, reference: held throughout. gathered: other ranks' weights, while it
     learns or reads completions. update, log_probs, sampling: activations of these phases; sampling includes all
     weights of other ranks, which ZeRO-3 gathers for it. cache: the part of sampling that is its key/value cache at the
-    end.
+    end. num_trained, trained_itemsize: of the parameters that are trained.
     """
 
     sharding: str
@@ -99,6 +121,10 @@ class StudentBytes:
     log_probs: int
     sampling: int
     cache: int
+    has_reference: bool = False
+    num_trained: int = 0
+    trained_itemsize: int = 4
+    operations: StudentOperations = field(default_factory=StudentOperations, repr=False)
 
     @property
     def always_held(self) -> int:
@@ -126,7 +152,9 @@ def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Clust
 
 
 def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluster) -> Iterator[TeacherBytes]:
-    scoring, all_weights = scoring_bytes(teacher, workload), weight_bytes(teacher)
+    operations: list[Operation] = []
+    scoring, all_weights = scoring_bytes(teacher, workload, operations=operations), weight_bytes(teacher)
+    work = {"unquantised": all_weights, "operations": operations}
     for _, quantization in (precision for precision in PRECISIONS if precision[0] == dtype):
         workspace = quantisation_workspace_bytes(teacher) if quantization != "none" else 0
         yield TeacherBytes(
@@ -137,14 +165,15 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
             gathered=0,
             scoring=scoring + workspace,
             host=0,
+            **work,
         )
     share = all_weights // cluster.ranks
     if cluster.ranks > 1:
         gathered = gathered_bytes(teacher.num_parameters, all_weights, cluster.ranks)
-        yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0)
+        yield TeacherBytes("zero3", dtype, "none", share, gathered, scoring, host=0, **work)
     # A rank's own share comes to the GPU only when it is gathered, too.
     live = live_bytes(teacher.num_parameters, all_weights)
-    yield TeacherBytes("offload", dtype, "none", 0, live, scoring, host=share * cluster.gpus)
+    yield TeacherBytes("offload", dtype, "none", 0, live, scoring, host=share * cluster.gpus, **work)
 
 
 def student_estimates(
@@ -161,16 +190,25 @@ def student_estimates(
     workspace = quantisation_workspace_bytes(student) if training.quantization != "none" else 0
     if training.adapters is not None:
         student = adapted(student, training.adapters)
-    settings = {"bf16": training.bf16}
+    settings, operations = {"bf16": training.bf16}, StudentOperations()
     update = update_bytes(
         student,
         workload,
         critic=training.critic,
         gradient_checkpointing=training.gradient_checkpointing,
+        operations=operations.update,
         **settings,
     )
-    log_probs = log_prob_bytes(student, workload, **settings)
-    sampling, cache = sampling_bytes(student, workload, **settings)
+    log_probs = log_prob_bytes(student, workload, operations=operations.log_probs, **settings)
+    sampling, cache = sampling_bytes(
+        student,
+        workload,
+        prompt_operations=operations.prompts,
+        token_operations=operations.last_token,
+        **settings,
+    )
+    of_two_tokens = replace(workload, completion_tokens=min(2, workload.completion_tokens))
+    sampling_bytes(student, of_two_tokens, token_operations=operations.second_token, **settings)
     shardings = [
         sharding
         for sharding in (SHARDINGS if cluster.ranks > 1 else SHARDINGS[:1])
@@ -192,6 +230,10 @@ def student_estimates(
             log_probs=log_probs + workspace,
             sampling=share.elsewhere + sampling + workspace,
             cache=cache,
+            has_reference=training.beta > 0,
+            num_trained=(2 if training.critic == "separate" else 1) * student.num_trained,
+            trained_itemsize=student.trained_itemsize,
+            operations=operations,
         )
         for sharding, share in shares.items()
     ]

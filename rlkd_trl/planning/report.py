@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.evaluation.tables import MISSING
 from rlkd_trl.models.limits import check_caps, position_limits_of_config
 from rlkd_trl.models.loading import DTYPES
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.adapters import adapted
 from rlkd_trl.planning.advice import advice
 from rlkd_trl.planning.assistants import assistant_configs, assistants_table
+from rlkd_trl.planning.durations import Timing
 from rlkd_trl.planning.estimates import Cluster, Training, student_estimates, teacher_estimates
 from rlkd_trl.planning.skeletons import Checkpoint
-from rlkd_trl.planning.tables import gib, peak_table, student_table, teacher_table
+from rlkd_trl.planning.tables import gib, peak_table, seconds_table, student_table, teacher_table
 
 
 @contextmanager
@@ -47,9 +49,18 @@ def _how(training: Training) -> str:
 
 
 def report(
-    teacher: str, student: str, workload: Workload, cluster: Cluster, training: Training, *, assistants: int = 0
+    teacher: str,
+    student: str,
+    workload: Workload,
+    cluster: Cluster,
+    training: Training,
+    *,
+    assistants: int = 0,
+    timing: Timing | None = None,
 ) -> str:
-    """The planner's output for two checkpoints, as text; assistants: of how many to propose sizes between them.
+    """The planner's output for two checkpoints, as text.
+
+    assistants: of how many to propose sizes between them. timing: also how long a step takes.
 
     Raises:
         InputError: As `Checkpoint.of`, `check_caps` and `adapted`, before anything is computed; or a model cannot be
@@ -77,6 +88,10 @@ def report(
         teachers = teacher_estimates(teacher_checkpoint, workload, cluster)
     with _explained(f"--student {student}"):
         students = student_estimates(student_checkpoint, workload, cluster, training)
+    durations = []
+    if timing is not None:
+        heading = f"A step on {timing.name}, by its ratings ({MISSING} does not fit):\n"
+        durations.append(heading + seconds_table(teachers, students, cluster, timing))
     sections = [
         f"Teacher: {teacher}, {teacher_checkpoint.num_parameters / 1e6:,.1f} M parameters\n"
         f"Student: {student}, {student_checkpoint.num_parameters / 1e6:,.1f} M parameters, {_how(training)}\n"
@@ -89,7 +104,8 @@ def report(
         "Student, GiB on each GPU:\n" + student_table(students),
         "Peak, GiB on each GPU (always held, and the largest of the phases; x does not fit):\n"
         + peak_table(teachers, students, cluster),
-        advice(teachers, students, cluster, workload),
+        *durations,
+        advice(teachers, students, cluster, workload, timing),
         *between,
     ]
     return "\n\n".join(sections)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from rlkd_trl.evaluation.tables import plain_table
+from rlkd_trl.evaluation.tables import MISSING, plain_table
+from rlkd_trl.planning.durations import Timing
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes, peak_bytes
 
 _GIB = 2**30
@@ -35,6 +36,30 @@ def peak_table(teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes
     return plain_table(
         ["placement", "precision", *(student.sharding + "  " for student in students)], rows, labels=2, rule=False
     )
+
+
+def seconds_table(
+    teachers: Sequence[TeacherBytes], students: Sequence[StudentBytes], cluster: Cluster, timing: Timing
+) -> str:
+    """Seconds of a step for every teacher with every student; `MISSING` where they do not fit."""
+    rows = [
+        [
+            teacher.placement,
+            teacher.precision,
+            *(
+                duration(timing.total(teacher, student)) if peak_bytes(teacher, student) <= cluster.usable else MISSING
+                for student in students
+            ),
+        ]
+        for teacher in teachers
+    ]
+    heads = ["placement", "precision", *(student.sharding for student in students)]
+    return plain_table(heads, rows, labels=2, rule=False)
+
+
+def duration(seconds: float) -> str:
+    """With two or three significant digits: `0.0042 s`, `0.31 s`, `5.20 s`, `74 s`."""
+    return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def gib(nbytes: int) -> str:

@@ -14,7 +14,9 @@ from rlkd_trl.planning import command as plan
 from rlkd_trl.planning import report
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.adapters import Adapters
+from rlkd_trl.planning.durations import Timing
 from rlkd_trl.planning.estimates import Cluster, Training
+from rlkd_trl.planning.machines import MACHINES
 from rlkd_trl.planning.tables import gib
 from tests.planning.models import T5_BASE, write_config
 
@@ -67,7 +69,9 @@ SMALL_RUN = "--max_prompt_length 16 --max_completion_length 8 --per_device_train
 @pytest.mark.slow
 def test_tables_for_every_placement_precision_and_sharding(configs, capsys):
     text = printed(
-        f"--teacher {{teacher}} --student {{student}} --gpus 2 --gpu_memory 1 --beta 0.1 {SMALL_RUN}", configs, capsys
+        f"--teacher {{teacher}} --student {{student}} --gpus 2 --gpu_memory 1 --gpu_name l4 --beta 0.1 {SMALL_RUN}",
+        configs,
+        capsys,
     )
     teachers = rows(text, "Teacher, GiB")
     replicated = {("replicated", precision) for precision in ("float32", "bfloat16", "int8", "nf4")}
@@ -89,6 +93,14 @@ def test_tables_for_every_placement_precision_and_sharding(configs, capsys):
     cells = text[text.index("Peak, GiB") :].split("\n\n")[0].splitlines()[2:]
     marks = re.findall(r" x(?= |$)", "\n".join(cells), re.MULTILINE)
     assert len(marks) == 3 * 8, "of each line, all but DDP"
+    seconds = rows(text, "A step on l4")
+    assert set(seconds) == set(teachers) and seconds[("placement", "precision")] == ["ddp", "zero1", "zero2", "zero3"]
+    assert all(
+        re.fullmatch(r"[\d.]+ s", line[0]) and line[1:] == ["–"] * 3
+        for key, line in seconds.items()
+        if "placement" not in key
+    )
+    assert "By the ratings of l4, not measured" in text
     assert "--teacher_placement replicated --teacher_dtype bfloat16" in text
     assert max(map(len, text.replace(configs["teacher"], "").splitlines())) <= 120
 
@@ -115,23 +127,26 @@ def test_every_flag_arrives(monkeypatch):
             "--num_generations 3 --teacher_batch_tokens 13 --sampling_batch_size 14 "
             "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16 "
             "--assistants 2 --use_peft --lora_r 9 --lora_target_modules q v --lora_modules_to_save lm_head "
-            "--use_dora True --load_in_4bit --gradient_checkpointing True"
+            "--use_dora True --load_in_4bit --gradient_checkpointing True "
+            "--gpu_name h100 --max_steps 7 --node_link 50"
         )
+    )
+    cluster = Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2, node_link=50e9)
+    workload = Workload(
+        prompt_tokens=11,
+        completion_tokens=12,
+        num_generations=3,
+        micro_batch=6,
+        micro_batches=5,
+        teacher_batch_tokens=13,
+        sampling_batch=14,
+        forward_batch=15,
     )
     assert found == [
         "T",
         "S",
-        Workload(
-            prompt_tokens=11,
-            completion_tokens=12,
-            num_generations=3,
-            micro_batch=6,
-            micro_batches=5,
-            teacher_batch_tokens=13,
-            sampling_batch=14,
-            forward_batch=15,
-        ),
-        Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2),
+        workload,
+        cluster,
         Training(
             student_dtype="bfloat16",
             bf16=True,
@@ -141,8 +156,18 @@ def test_every_flag_arrives(monkeypatch):
             adapters=Adapters(9, ["q", "v"], ["lm_head"], use_dora=True),
             gradient_checkpointing=True,
         ),
-        {"assistants": 2},
+        {"assistants": 2, "timing": Timing("h100", MACHINES["h100"], workload, cluster, steps=7)},
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "gib_of_a_gpu"), [("", 80), ("--gpu_name l4", 24), ("--gpu_name l4 --gpu_memory 20", 20)]
+)
+def test_memory_of_a_kind_of_gpu(flags, gib_of_a_gpu, monkeypatch):
+    found = []
+    monkeypatch.setattr(report, "report", lambda *args, **more: found.extend(args) or "")
+    plan.main(f"--teacher T --student S {flags}".split())
+    assert found[3].gpu_memory == gib_of_a_gpu * 2**30
 
 
 @pytest.mark.parametrize(
@@ -164,6 +189,9 @@ def test_bytes_are_shown_in_gib(nbytes, shown):
         ("--teacher {teacher} --student {student} --beta -1", "--beta -1.0 is out of range"),
         ("--teacher {teacher} --student {student} --gpus two", "invalid int value: 'two'"),
         ("--teacher {teacher} --student {student} --gpu 2", "unrecognized arguments: --gpu 2"),
+        ("--teacher {teacher} --student {student} --gpu_name z9", "invalid choice: 'z9'"),
+        ("--teacher {teacher} --student {student} --max_steps 9", "--max_steps has no effect without --gpu_name"),
+        ("--teacher {teacher} --student {student} --gpu_name l4 --node_link 0", "--node_link 0.0 is out of range"),
         ("--teacher {teacher} --student {student} --num_generations 5", "not divisible by --num_generations 5"),
         ("--teacher {teacher} --student {student} --student_dtype float16", "invalid choice: 'float16'"),
         ("--teacher {encoder} --student {student}", "model type 'bert') is neither"),

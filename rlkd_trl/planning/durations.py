@@ -1,0 +1,124 @@
+"""How long a step takes on each GPU, phase by phase, for a way to hold the teacher and a way to shard the student.
+
+A step is a rollout and the update from it. Phases come one after another. What ranks send each other, or fetch from
+CPU memory, is added: none of it is assumed to be hidden behind computation.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes
+from rlkd_trl.planning.machines import Machine
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of each phase. fetching: the teacher's weights, to score; exchange: what training's ranks send."""
+
+    sampling: float
+    log_probs: float
+    scoring: float
+    fetching: float
+    update: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        return self.sampling + self.log_probs + self.scoring + self.fetching + self.update + self.exchange
+
+
+def step_seconds(
+    teacher: TeacherBytes, student: StudentBytes, workload: Workload, cluster: Cluster, machine: Machine
+) -> StepSeconds:
+    """Of a step on each rank, where every prompt and completion has its greatest length."""
+    scoring, fetching = _scoring_seconds(teacher, workload, cluster, machine)
+    completions = workload.micro_batch * workload.micro_batches
+    passes = math.ceil(completions / workload.forwarded_completions) * (2 if student.has_reference else 1)
+    return StepSeconds(
+        sampling=_sampling_seconds(student, workload, machine),
+        log_probs=passes * machine.seconds(student.operations.log_probs),
+        scoring=scoring,
+        fetching=fetching,
+        update=workload.micro_batches * machine.seconds(student.operations.update)
+        + _optimizer_bytes(student, cluster) / machine.bandwidth,
+        exchange=_exchanged_bytes(student, workload, cluster) / _link(cluster, machine),
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times a workload on one kind of GPU, of which `MACHINES` has the name. steps: of a run."""
+
+    name: str
+    machine: Machine
+    workload: Workload
+    cluster: Cluster
+    steps: int
+
+    def step(self, teacher: TeacherBytes, student: StudentBytes) -> StepSeconds:
+        return step_seconds(teacher, student, self.workload, self.cluster, self.machine)
+
+    def total(self, teacher: TeacherBytes, student: StudentBytes) -> float:
+        """Seconds of a step."""
+        return self.step(teacher, student).total
+
+    def gpu_hours(self, seconds: float) -> float:
+        """Of a run whose steps take so many seconds, on all GPUs together."""
+        return seconds * self.steps * self.cluster.ranks / 3600
+
+
+def _scoring_seconds(
+    teacher: TeacherBytes, workload: Workload, cluster: Cluster, machine: Machine
+) -> tuple[float, float]:
+    """Of all scoring batches of a step: computing, and fetching weights.
+
+    Quantised matrices are multiplied in 16 bits: in each batch they are read, and written as 16 bits, first.
+    """
+    batch = machine.seconds(teacher.operations)
+    if teacher.quantization != "none":
+        batch += (teacher.weights + teacher.unquantised) / machine.bandwidth
+    fetched = 0.0
+    if teacher.placement != "replicated":
+        share = teacher.unquantised / cluster.ranks
+        fetched = (teacher.unquantised - share) / _link(cluster, machine)
+        if teacher.placement == "offload":
+            fetched += share / machine.bus
+    return workload.scoring_batches * batch, workload.scoring_batches * fetched
+
+
+def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machine) -> float:
+    """A token takes longer the more tokens are in the cache: from the second to the last, evenly so."""
+    work = student.operations
+    tokens = (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2 * workload.completion_tokens
+    batches = math.ceil(workload.micro_batch * workload.micro_batches / workload.sampled_completions)
+    return batches * (machine.seconds(work.prompts) + tokens)
+
+
+def _optimizer_bytes(student: StudentBytes, cluster: Cluster) -> float:
+    """AdamW reads weights, gradients and two moments, and writes all but the gradients; in float32."""
+    ranks = 1 if student.sharding == "ddp" else cluster.ranks
+    return 7 * _FLOAT32 * student.num_trained / ranks
+
+
+def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster) -> float:
+    """What a rank sends in a step, in rings of `cluster.ranks`.
+
+    DDP, ZeRO-1 and ZeRO-2: gradients, to whoever sums them, and back what has become of them. ZeRO-3: gradients of
+    each micro-batch; all weights for each forward and each backward pass, for log-probabilities, and once for
+    sampling.
+    """
+    others = (cluster.ranks - 1) / cluster.ranks
+    if student.sharding != "zero3":
+        return 2 * others * student.num_trained * student.trained_itemsize
+    weights = student.weights * cluster.ranks
+    completions = workload.micro_batch * workload.micro_batches
+    passes = 2 * workload.micro_batches + math.ceil(completions / workload.forwarded_completions) + 1
+    return others * (passes * weights + workload.micro_batches * student.num_trained * student.trained_itemsize)
+
+
+def _link(cluster: Cluster, machine: Machine) -> float:
+    """Bytes per second in a ring of all ranks: that of its slowest part, which between nodes is their network."""
+    return machine.link if cluster.nodes == 1 else min(machine.link, cluster.node_link)

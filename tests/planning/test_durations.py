@@ -1,0 +1,120 @@
+"""Seconds of a step, worked by hand on a machine with round numbers, and that advice follows them."""
+
+from dataclasses import replace
+
+import pytest
+
+from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.advice import advice, fitting_choices
+from rlkd_trl.planning.durations import Timing, step_seconds
+from rlkd_trl.planning.estimates import Cluster, StudentBytes, StudentOperations, TeacherBytes
+from rlkd_trl.planning.machines import Machine
+from rlkd_trl.planning.operations import Operation
+
+MACHINE = Machine(
+    memory_gib=1.0, float32=1.0, bfloat16=10.0, bandwidth=100.0, link=20.0, bus=10.0, seconds_per_operation=0.0
+)
+# 16 prompts × 4 completions in 2 micro-batches of 32; read 32 at a time; sampled 64 at a time; 5 scoring batches:
+# 400 tokens are 3 prompts of 4 · (20 + 10).
+WORKLOAD = Workload(20, 10, 4, micro_batch=32, micro_batches=2, teacher_batch_tokens=400, forward_batch=32)
+ALONE, FOUR = Cluster(1, 1, 2**30, 0.0), Cluster(4, 1, 2**30, 0.0)
+
+
+def operation(seconds: float) -> list[Operation]:
+    """That takes so long in float32."""
+    return [Operation(int(seconds), 0, is_16_bit=False)]
+
+
+TEACHER = TeacherBytes(
+    "replicated", "bfloat16", "none", weights=800, gathered=0, scoring=0, host=0,
+    unquantised=800, operations=[Operation(30, 0, is_16_bit=True)],
+)  # fmt: skip
+STUDENT = StudentBytes(
+    "ddp", weights=100, gathered=0, gradients=0, optimizer=0, value_head=0, reference=0, update=0, log_probs=0,
+    sampling=0, cache=0, num_trained=25, trained_itemsize=4,
+    operations=StudentOperations(operation(7), operation(3), operation(5), operation(1), operation(2)),
+)  # fmt: skip
+
+
+def test_one_gpu():
+    seconds = step_seconds(TEACHER, STUDENT, WORKLOAD, ALONE, MACHINE)
+    assert WORKLOAD.scoring_batches == 6  # of 3 prompts, the last of 1
+    assert seconds.sampling == 5 + 10 * (1 + 2) / 2
+    assert seconds.log_probs == 2 * 3
+    assert seconds.scoring == 6 * 30 / 10
+    # AdamW: 7 · 4 bytes for each of 25 parameters
+    assert seconds.update == 2 * 7 + 7 * 4 * 25 / 100
+    assert seconds.fetching == seconds.exchange == 0
+    assert seconds.total == pytest.approx(20 + 6 + 18 + 21)
+
+
+def test_a_reference_reads_completions_too():
+    seconds = step_seconds(TEACHER, replace(STUDENT, has_reference=True), WORKLOAD, ALONE, MACHINE)
+    assert seconds.log_probs == 4 * 3
+
+
+def test_quantised_matrices_are_unpacked_for_each_batch():
+    teacher = replace(TEACHER, quantization="int8", weights=400)
+    seconds = step_seconds(teacher, STUDENT, WORKLOAD, ALONE, MACHINE)
+    assert seconds.scoring == pytest.approx(6 * (3 + (400 + 800) / 100))
+
+
+@pytest.mark.parametrize(
+    ("placement", "cluster", "fetching"),
+    [
+        ("zero3", FOUR, 600 / 20),  # three quarters from other ranks
+        ("offload", FOUR, 600 / 20 + 200 / 10),
+        ("offload", ALONE, 800 / 10),
+        ("zero3", replace(FOUR, gpus=2, nodes=2, node_link=5.0), 600 / 5),
+    ],
+)
+def test_a_teacher_that_is_fetched(placement, cluster, fetching):
+    teacher = replace(TEACHER, placement=placement)
+    assert step_seconds(teacher, STUDENT, WORKLOAD, cluster, MACHINE).fetching == pytest.approx(6 * fetching)
+
+
+def test_what_ranks_of_a_student_send():
+    # gradients of 100 bytes out and back, of each three quarters
+    assert step_seconds(TEACHER, STUDENT, WORKLOAD, FOUR, MACHINE).exchange == pytest.approx(2 * 75 / 20)
+    # ZeRO-3 holds 25 of 100 bytes. Weights: 2 micro-batches twice, 2 passes for log-probabilities, sampling once;
+    # gradients twice
+    zero3 = replace(STUDENT, sharding="zero3", weights=25)
+    seconds = step_seconds(TEACHER, zero3, WORKLOAD, FOUR, MACHINE)
+    assert seconds.exchange == pytest.approx((7 * 75 + 2 * 75) / 20)
+    assert seconds.update == 2 * 7 + 7 * 4 * 25 / 100 / 4, "each rank steps a quarter of the parameters"
+
+
+def timing(cluster: Cluster) -> Timing:
+    return Timing("abacus", MACHINE, WORKLOAD, cluster, steps=360)
+
+
+def test_the_fastest_is_recommended_but_nf4():
+    """A quantised teacher fits whole; split in bfloat16 it takes longer to unpack than to fetch, or the other way."""
+    int8 = replace(TEACHER, quantization="int8", weights=400)
+    nf4 = replace(TEACHER, quantization="nf4", weights=200, operations=[])
+    split = replace(TEACHER, placement="zero3", weights=200)
+    slow_link, fast_link = replace(MACHINE, link=20.0), replace(MACHINE, link=200.0)
+    for machine, order in ((slow_link, ["int8", "bfloat16", "nf4"]), (fast_link, ["bfloat16", "int8", "nf4"])):
+        seconds = replace(timing(FOUR), machine=machine).total
+        choices = fitting_choices([nf4, int8, split], [STUDENT], FOUR, seconds)
+        assert [choice.teacher.precision for choice in choices] == order
+    by_fit = fitting_choices([nf4, int8, split], [STUDENT], FOUR)
+    assert [choice.teacher.precision for choice in by_fit] == ["int8", "bfloat16", "nf4"]
+
+
+def test_what_is_as_fast_keeps_its_order():
+    slower, faster = (replace(STUDENT, sharding=name) for name in ("ddp", "zero2"))
+    times = {"ddp": 1.04, "zero2": 1.0}
+    best = fitting_choices([TEACHER], [slower, faster], FOUR, lambda _, student: times[student.sharding])[0]
+    assert best.student.sharding == "ddp"
+    times["ddp"] = 1.06
+    best = fitting_choices([TEACHER], [slower, faster], FOUR, lambda _, student: times[student.sharding])[0]
+    assert best.student.sharding == "zero2"
+
+
+def test_what_is_said_of_time():
+    exact = replace(TEACHER, dtype="float32")
+    text = " ".join(advice([TEACHER, exact], [STUDENT], ALONE, WORKLOAD, timing(ALONE)).split())
+    # 65 seconds a step, 360 of them on one GPU
+    assert "65 s a step" in text and "(sampling 20 s, log-probabilities 6.00 s, scoring 18 s, update 21 s)" in text
+    assert "360 steps take 6.5 GPU-hours" in text
