@@ -20,7 +20,7 @@ from rlkd_trl.commands.demo import use_demo_models
 from rlkd_trl.commands.hub import check_push, push
 from rlkd_trl.commands.loading import load_reward_model, load_student, weigh_by_validation
 from rlkd_trl.commands.prompt_lengths import fit_rows, fit_stream
-from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student
+from rlkd_trl.commands.results import evaluate, evaluate_teacher_of, finish_run, save_student, warn_if_spoilt
 from rlkd_trl.commands.run_directory import (
     check_free,
     checkpoint_to_resume,
@@ -128,6 +128,7 @@ def distil(
 
         # 5 report.
         method = title if isinstance(title, str) else title(settings)
+        warn_if_spoilt(trainer, results)
         finish_run(trainer, results, settings, inputs.templates, method=method)
 
 

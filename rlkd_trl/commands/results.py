@@ -47,6 +47,21 @@ def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
+def warn_if_spoilt(trainer: "RolloutTrainer", results: dict[str, dict[str, float]]) -> None:
+    """Says so if the student's held-out outputs are worse than before training while a distillation loss fell.
+
+    A policy gradient's loss says nothing of that kind; its trainers watch their rollouts (`guards`).
+    """
+    from rlkd_trl.trainers.guards import spoilt
+    from rlkd_trl.trainers.kd import KDTrainer
+
+    if not isinstance(trainer, KDTrainer) or not trainer.args.guards:
+        return
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for warning in spoilt(losses, results["before"], results["after"]):
+        say(f"Warning: {warning}.")
+
+
 def save_student(trainer: "RolloutTrainer", results: dict[str, dict[str, float]], *, merge: bool) -> None:
     """Writes the trained student, `cost.json`, and `metrics.json` with what has been measured so far.
 

@@ -74,11 +74,19 @@ def span_divergences(
     learnt_BT: Tensor,
     *,
     divergence: Callable[[Tensor, Tensor], Tensor],
+    temperature: float = 1.0,
 ) -> Tensor:
-    """D( (P, 1 − P) ‖ (Q, 1 − Q) ) of each common span, P and Q being the teacher's and student's probability of it.
+    """τ D( (P^(1/τ), 1 − P^(1/τ)) ‖ (Q^(1/τ), 1 − Q^(1/τ)) ) of each common span.
+
+    P and Q are the teacher's and the student's probability of it, τ the temperature.
 
     Minixhofer, Vulić & Ponti 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching"
-    ("ALM"): the binarised f-divergence of aligned chunks. Coarser than a divergence over all tokens, never larger.
+    ("ALM"): the binarised f-divergence of aligned chunks, τ = 100 there. It is 0 where P = Q and positive elsewhere.
+
+    At τ = 1 it is never larger than a divergence over all tokens, and almost 0 where P and Q are both small, however
+    different: on its own samples a student without any idea, whose every Q is small, has hardly a loss. For τ → ∞ the
+    forward KL tends to p log(p / q) − p + q with p = −log P and q = −log Q, where small probabilities count as much as
+    large ones.
 
     Args:
         teacher_logps_BT: log P of each span at its last token, as `summed_at` puts it there.
@@ -87,6 +95,7 @@ def span_divergences(
         last_BT: of each token the last one of its span; `NO_SPAN` for tokens in none, which are left out.
         learnt_BT: True on tokens that may be learnt; a span with others is left out.
         divergence: of two sets of log-probabilities `[n, 2]`, `[n]`.
+        temperature: τ > 0.
 
     Returns:
         `[B, T]`, each span's at its last token, 0 elsewhere.
@@ -96,9 +105,10 @@ def span_divergences(
     unlearnt_BT = summed_at((~learnt_BT).float(), last_BT, mask_BT, length=T)
     is_last_BT = mask_BT & (last_BT == torch.arange(T, device=last_BT.device)) & (unlearnt_BT == 0)
     spans_BT = summed_at(student_logps_BT, last_BT, mask_BT, length=T)
-    teacher_n2 = in_two_log_probs(teacher_logps_BT[is_last_BT].clamp(max=_ROUNDING))
-    student_n2 = in_two_log_probs(spans_BT[is_last_BT])
-    return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergence(teacher_n2, student_n2))
+    teacher_n2 = in_two_log_probs(teacher_logps_BT[is_last_BT].clamp(max=_ROUNDING) / temperature)
+    student_n2 = in_two_log_probs(spans_BT[is_last_BT] / temperature)
+    divergences_n = temperature * divergence(teacher_n2, student_n2)
+    return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergences_n)
 
 
 def in_two_log_probs(logps: Tensor) -> Tensor:

@@ -65,6 +65,10 @@ class KDConfig(FullVocabularyConfig):
     distillation_temperature: Temperature = field(
         default=1.0, metadata={"help": "T of both distributions in the divergence, which is times T² (Hinton 2015)."}
     )
+    span_temperature: Temperature = field(
+        default=100.0,
+        metadata={"help": "With align_tokenizers: τ, to compare P^(1/τ) of a span's probability P (ALM; 100)."},
+    )
     alpha: Share = field(
         default=1.0,
         metadata={
@@ -103,11 +107,13 @@ class KDConfig(FullVocabularyConfig):
         if self.skew is not None and not self.divergence.startswith("skew"):
             raise InputError(f"skew = {self.skew} is a setting of the skewed KLs, not of {self.divergence!r}.")
         if self.alpha == 0:
-            self._refuse_unused("alpha = 0", "divergence", "distillation_temperature", "ensemble")
+            self._refuse_unused("alpha = 0", "divergence", "distillation_temperature", "ensemble", "span_temperature")
         if self.lmbda == 1:
             self._refuse_unused("lmbda = 1", "sequences")
         if self.align_tokenizers:
             self._check_aligned()
+        else:
+            self._refuse_unused("teachers of the student's tokenizer", "span_temperature")
         if self.alpha < 1 and self.lmbda > 0:
             raise InputError(
                 f"lmbda = {self.lmbda} with alpha = {self.alpha}: the student's own samples would be its hard labels. "

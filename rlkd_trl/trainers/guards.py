@@ -1,4 +1,4 @@
-"""Warnings of a student that earns more reward by writing worse, in comparison with the start of the run."""
+"""Warnings of a student that earns more reward, or a lower loss, by writing worse than at the start of the run."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,7 +9,10 @@ _NGRAM = 3
 _REFERENCE = 8  # the number of rollouts at the start, and of the latest ones that are compared with them
 _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
+_WORSE = 0.1  # by so large a share, outputs have got worse
 
+# What says how good held-out outputs are, and whether more is better.
+_QUALITIES = {"teacher_nll_per_token": False, "bleu": True}
 # What is watched: its name in a warning, and the metric's name.
 GUARDED = {
     "length": "completions/mean_length",
@@ -53,6 +56,32 @@ def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | Non
     if fmean(latest) > highest + spread:
         return "above"
     return "below" if fmean(latest) < lowest - spread else None
+
+
+def spoilt(losses: Sequence[float], before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Warnings of held-out outputs that got worse by more than a tenth while the loss fell.
+
+    losses: in the order of steps. before, after: metrics of the student's outputs, of which there may be none.
+    """
+    if not _falls(losses):
+        return []
+    warnings = []
+    for name, more_is_better in _QUALITIES.items():
+        if name not in before or name not in after:
+            continue
+        loss_of_quality = before[name] - after[name] if more_is_better else after[name] - before[name]
+        if loss_of_quality > _WORSE * abs(before[name]):
+            warnings.append(
+                f"{name} of held-out outputs went from {before[name]:.3g} to {after[name]:.3g}, which is worse, while "
+                f"the loss fell from {losses[0]:.3g} to {losses[-1]:.3g}: the student comes closer to what it is "
+                "trained on, and writes worse than before. Compare fewer steps, a lower --learning_rate, another "
+                "--divergence, or hard labels (--alpha below 1)"
+            )
+    return warnings
+
+
+def _falls(losses: Sequence[float]) -> bool:
+    return len(losses) > 1 and losses[-1] < losses[0]
 
 
 class Guards:

@@ -202,7 +202,15 @@ class KDTrainer(FullVocabularyTrainer):
         if args.alpha > 0:
             shares = batch.teacher_shares or self.panel.weights
             divergences = (
-                span_divergences(of_teacher_BT, logps_BT, last_BT, mask_BT, learnt_BT, divergence=self._divergence)
+                span_divergences(
+                    of_teacher_BT,
+                    logps_BT,
+                    last_BT,
+                    mask_BT,
+                    learnt_BT,
+                    divergence=self._divergence,
+                    temperature=args.span_temperature,
+                )
                 for of_teacher_BT, last_BT in zip(batch.span_logps, batch.span_ends, strict=True)
             )
             weighted = (share * of_spans_BT for share, of_spans_BT in zip(shares, divergences, strict=True))

@@ -111,7 +111,8 @@ GROUPS = {
         "A teacher that is not in this process": ABSENT,
         "Student": STUDENT,
         "Run": "resume",
-        "Distillation by a divergence": f"{ROLLOUTS} ensemble divergence beta skew alpha sequences lmbda",
+        "Distillation by a divergence": f"{ROLLOUTS} ensemble divergence beta skew span_temperature alpha sequences "
+        "lmbda",
         USUAL: TRAINING,
     },
     "all_actions_kd": {

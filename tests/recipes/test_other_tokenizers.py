@@ -39,6 +39,16 @@ def test_a_run_and_its_evaluation(place):
     assert student["unreadable"] == 0 and "unreadable_of_teacher" in student
 
 
+@pytest.mark.parametrize("guards", [True, False])
+def test_kd_says_that_it_has_spoilt_the_student(guards, place, capsys, monkeypatch):
+    monkeypatch.setattr("rlkd_trl.trainers.guards._WORSE", -10.0)  # no output is good enough
+    monkeypatch.setattr("rlkd_trl.trainers.guards._falls", lambda losses: len(losses) == 2)
+    flags = f"--align_tokenizers True --lmbda 1 {SAMPLING} {TWO_STEPS} --logging_steps 1 --guards {guards}"
+    assert run(f"{command('kd', place)} {flags} --output_dir {place}/kd{guards}") == 0
+    said = capsys.readouterr().out
+    assert ("Warning: teacher_nll_per_token of held-out outputs went from" in said) == guards
+
+
 @pytest.mark.parametrize("recipe", ["ppo_kd", "all_actions_kd", "evaluate"])
 def test_without_the_flag_it_is_refused_before_models_load(recipe, place, capsys, monkeypatch):
     monkeypatch.setattr("rlkd_trl.models.loading.load_model", None)

@@ -108,7 +108,7 @@ REFUSED = {("kd", "local_rollout_forward_batch_size"), ("rloo-sequence", "teache
 # Without an effect on a run in which nothing is amiss: tests/trainers/test_guards.py, tests/trainers/test_finite.py.
 IN_TROUBLE = {"guards", "max_skipped_steps"}
 # Refused where teacher and student have one tokenizer: tests/trainers/test_other_tokenizers.py.
-OF_OTHER_TOKENIZERS = {"align_tokenizers"}
+OF_OTHER_TOKENIZERS = {"align_tokenizers", "span_temperature"}
 
 
 def own_settings(method: str) -> list[str]:

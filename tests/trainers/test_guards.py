@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_counts
+from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_counts, spoilt
 from tests.trainers.tiny_runs import build, run
 
 START = {"reward": -10.0, **dict.fromkeys(GUARDED.values(), 0.5)}
@@ -90,3 +90,20 @@ def test_a_run_that_goes_wrong_is_warned_of(method, tmp_path, caplog, monkeypatc
 def test_they_can_be_switched_off(tmp_path):
     recorder = run("ppo", tmp_path, guards=False)
     assert not recorder.trainer._guards.history["reference"]
+
+
+@pytest.mark.parametrize(
+    "losses, after, warned",
+    [
+        ([2.0, 1.0], {"teacher_nll_per_token": 0.56, "bleu": 50.0}, ["teacher_nll_per_token"]),
+        ([2.0, 1.0], {"teacher_nll_per_token": 0.54, "bleu": 44.0}, ["bleu"]),  # a tenth: above 0.55, below 45
+        ([2.0, 1.0], {"teacher_nll_per_token": 0.3, "bleu": 60.0}, []),
+        ([2.0, 1.0], {"bleu": 10.0}, ["bleu"]),  # a cache has no teacher
+        ([1.0, 2.0], {"teacher_nll_per_token": 4.0, "bleu": 10.0}, []),
+        ([2.0], {"bleu": 10.0}, []),
+    ],
+)
+def test_outputs_that_are_spoilt_while_the_loss_falls(losses, after, warned):
+    said = spoilt(losses, {"teacher_nll_per_token": 0.5, "bleu": 50.0, "tokens": 9.0}, {**after, "tokens": 1.0})
+    assert [line.split()[0] for line in said] == warned
+    assert all("the loss fell from 2 to 1" in line for line in said)

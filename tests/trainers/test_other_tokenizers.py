@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlkd_trl import TeacherForcingReward
+from rlkd_trl import KDConfig, TeacherForcingReward
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
 from rlkd_trl.models.generation import Completions
@@ -142,6 +142,8 @@ def test_refusals(tmp_path):
         build("ppo", tmp_path, reward=teacher())
     with pytest.raises(InputError, match="align_tokenizers has no effect"):
         build("ppo", tmp_path, align_tokenizers=True)
+    with pytest.raises(InputError, match=r"span_temperature = 2.0 has no effect with teachers of the student's"):
+        build("kd", tmp_path, span_temperature=2.0)
     for setting in ({"sequences": "teacher", "lmbda": 0.5}, {"temperature": 0.7}, {"distillation_temperature": 2.0}):
         with pytest.raises(InputError, match="does not go with align_tokenizers"):
             build("kd", tmp_path, reward=teacher(), align_tokenizers=True, **setting)
@@ -222,9 +224,12 @@ def bernoulli_kl(p: float, q: float) -> float:
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
-def test_kd_compares_the_probabilities_of_words(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_kd_compares_the_probabilities_of_words(temperature, tmp_path):
     """The loss of the first step against loops over both models' own logits, of what they may write."""
     settings = {"divergence": "forward_kl", "lmbda": 1.0, "max_steps": 1, "align_tokenizers": True}
+    if temperature != KDConfig.span_temperature:
+        settings["span_temperature"] = temperature
     recorder = run("kd", tmp_path, reward=teacher(), **settings)
     rollout, student, tokenizer = recorder.rollouts[0], MODELS["t5-tied"](), word_tokenizer()
     teacher_model, allowed = MODELS["t5-untied"](seed=5), [1, *range(3, 3 + len(CHARACTERS))]
@@ -243,7 +248,7 @@ def test_kd_compares_the_probabilities_of_words(tmp_path):
         logits = plain_forward(student, tokenizer(prompt)["input_ids"], ids)[0]
         own = allowed_log_softmax(logits.double()[:-1])[range(len(ids)), ids].tolist()
         for of_teacher, of_student in zip(summed(of_characters, owner, len(ids)), own, strict=True):
-            total += bernoulli_kl(math.exp(of_teacher), math.exp(of_student))
+            total += temperature * bernoulli_kl(math.exp(of_teacher / temperature), math.exp(of_student / temperature))
         count += len(ids)
     assert recorder.logs[0]["divergence"] == pytest.approx(total / count, rel=1e-4)
     assert recorder.logs[0]["loss"] == pytest.approx(total / count, rel=1e-3)
@@ -256,7 +261,7 @@ def test_kd_learns_from_data_and_leaves_out_what_cannot_be_read(tmp_path):
     assert 0 < sum(entry["completions/unreadable"] for entry in recorder.logs) < 12
     # 3.29 nats to 3.06.
     assert recorder.logs[-1]["cross_entropy"] < recorder.logs[0]["cross_entropy"] - 0.1
-    assert all(0 < entry["divergence"] < 0.05 for entry in recorder.logs)
+    assert all(0 < entry["divergence"] < 9 for entry in recorder.logs)
 
 
 @pytest.mark.parametrize("method", ["kd", pytest.param("ppo", marks=pytest.mark.slow)])
