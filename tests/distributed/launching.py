@@ -18,8 +18,17 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "C
 SECONDS = 550
 
 # What a process imports takes it six seconds: processes are forked from one that has done so.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.distributed.sharded_worker", "tests.distributed.worker"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "tests.distributed.sharded_worker",
+        "tests.distributed.worker",
+        # What recipes import only when they need it.
+        "rlkd_trl.trainers.encoder",
+        "rouge_score.rouge_scorer",
+        "matplotlib.backends.backend_agg",
+    ]
+)
 
 
 def environments_of_ranks(processes: int) -> list[dict[str, str]]:
@@ -39,7 +48,7 @@ def run_forked(module: str, directory: Path, environments: list[dict[str, str]],
     """
     logs = [directory / f"log{number}.txt" for number in range(len(environments))]
     workers = [
-        _FORKS.Process(target=_work, args=(module, directory, environment, log, arguments), daemon=True)
+        FORKS.Process(target=_work, args=(module, directory, environment, log, arguments), daemon=True)
         for environment, log in zip(environments, logs, strict=True)
     ]
     for worker in workers:

@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from transformers import AutoModelForSeq2SeqLM
 
+from tests.distributed import forked_launchers
 from tests.distributed.launching import ENVIRONMENT, environments_of_ranks, run_forked
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, metrics_of
 
@@ -94,15 +93,11 @@ def told_by_launcher(name: str, processes: int) -> dict[str, str]:
 
 def launched(name: str, words: str, directory: Path, *launch_flags: str) -> str:
     """What is printed by as many launchers, each in processes of its own, as there are `launch_flags`."""
-    program, started = Path(sys.executable).with_name("accelerate"), []
     environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(directory / "cache"), "FEW_DEMO_STEPS": "3"}
-    for flags in launch_flags:
-        command = f"{program} launch --config_file {CONFIGS[name]} {flags} {LAUNCHED} {directory / 'kind'} {words}"
-        with (directory / "log").open("a") as log:
-            started.append(subprocess.Popen(command.split(), cwd=directory, env=environment, stdout=log, stderr=log))
-    for process in started:
-        process.wait(timeout=500)
-    return (directory / "log").read_text()
+    start = f"accelerate launch --config_file {CONFIGS[name]}"
+    lines = [f"{start} {flags} {LAUNCHED} {directory / 'kind'} {words}" for flags in launch_flags]
+    finished = forked_launchers.launched(*lines, directory=directory, environment=environment)
+    return finished.stdout + finished.stderr
 
 
 @pytest.mark.slow(8)
@@ -110,7 +105,8 @@ def launched(name: str, words: str, directory: Path, *launch_flags: str) -> str:
 def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_path):
     """Two updates with a sharded teacher, up to a student that plain transformers loads.
 
-    For one machine, in forked processes that are told what the launcher tells them; for several, by two launchers.
+    For one machine, in forked processes that are told what the launcher tells them; for several, by two launchers,
+    forked too.
     """
     pair, processes = checkpoints["t5-untied"], int(EXPECTED[name].split()[-1])
     words = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
@@ -138,7 +134,7 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     assert json.loads((tmp_path / "student" / "metrics.json").read_text()).keys() == {"teacher", "before", "after"}
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(10)
 def test_the_demo_makes_its_models_outside_of_the_launchers_engine(tmp_path):
     """Once, on the first process, while the others wait; of DeepSpeed's engines a process has one."""
     flags = f"{ROOT}/recipes/ppo_kd.py --bf16 false --use_cpu --teacher_placement zero3 --max_steps 1 --max_rows 20 "

@@ -1,4 +1,7 @@
-"""Recipes in processes of their own, launched as the README says, and the demo."""
+"""Recipes in processes of their own, launched as the README says, and the demo.
+
+One run is launched for real in two processes, and some that start one; the others in forks, which import nothing.
+"""
 
 import os
 import subprocess
@@ -12,11 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.commands import demo
+from tests.distributed import forked_launchers
+from tests.distributed.launching import ENVIRONMENT
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metrics_of, run
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 pytestmark = pytest.mark.slow(10)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+LAUNCHER = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
 
 
 def launched(command: str, directory: Path) -> subprocess.CompletedProcess:
@@ -26,6 +31,12 @@ def launched(command: str, directory: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=directory, env=environment)
 
 
+def launched_in_forks(recipe: str, flags: str, directory: Path) -> subprocess.CompletedProcess:
+    environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(directory / "cache")}
+    command = f"{LAUNCHER} {ROOT}/recipes/{recipe}.py {flags}"
+    return forked_launchers.launched(command, directory=directory, environment=environment)
+
+
 def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_path):
     """The same global batch: 8 completions in one process, 4 in each of two."""
     pair = checkpoints["t5-tied"]
@@ -33,9 +44,8 @@ def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_pa
     # Not Adam, which makes whole steps of gradients that are rounding errors.
     flags += f" {COLUMNS} {TWO_STEPS} {SAMPLING} --optim sgd --learning_rate 0.3"
     assert run(f"ppo_kd {flags} --output_dir {tmp_path / 'one'}") == 0
-    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
     flags += " --per_device_train_batch_size 4 --output_dir two"
-    finished = launched(f"{accelerate} {ROOT}/recipes/ppo_kd.py {flags}", tmp_path)
+    finished = launched(f"{LAUNCHER} {ROOT}/recipes/ppo_kd.py {flags}", tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert finished.stdout.count("Student, metrics.json and report.html are in") == 1, "one process speaks"
 
@@ -60,9 +70,8 @@ def test_stages_of_two_processes_do_what_those_of_one_do(encoders, tmp_path):
     flags += f"--label_column label {TWO_STEPS} --max_length 32 --optim sgd --learning_rate 0.05 "
     flags += "--stages general task --losses hidden_mse+mlm_ce logits_kl+hard_ce --init random"
     assert run(f"encoder_kd {flags} --output_dir {tmp_path / 'one'}") == 0
-    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
     flags += " --per_device_train_batch_size 4 --output_dir two"
-    finished = launched(f"{accelerate} {ROOT}/recipes/encoder_kd.py {flags}", tmp_path)
+    finished = launched_in_forks("encoder_kd", flags, tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     for place in ("stage1-general", "."):
         one, two = (load_file(tmp_path / name / place / "model.safetensors") for name in ("one", "two"))
@@ -88,12 +97,11 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(checkpoints, tra
     (tmp_path / "slow.py").write_text(HANGING_REWARD)
     pair = checkpoints["t5-tied"]
     flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {SAMPLING}"
-    flags += f" --reward {tmp_path / 'slow.py'}:hanging --ddp_timeout 15 --output_dir {tmp_path / 'student'}"
-    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
-    finished = launched(f"{accelerate} {ROOT}/recipes/rloo_kd.py {flags}", tmp_path)
+    flags += f" --reward {tmp_path / 'slow.py'}:hanging --ddp_timeout 6 --output_dir {tmp_path / 'student'}"
+    finished = launched_in_forks("rloo_kd", flags, tmp_path)
     seconds = time.time() - os.path.getmtime(tmp_path / "sleeps")
     assert finished.returncode != 0
-    assert 10 < seconds < 75
+    assert 4 < seconds < 60
     assert finished.stderr.count("error: process 1 has not come to where the others wait for it") == 1
     assert finished.stderr.count("Traceback") == 1, "the launcher's own"
     assert not (tmp_path / "student" / "metrics.json").exists()
@@ -129,9 +137,8 @@ def test_accelerate_starts_one_process_where_two_are_meant(flags, tmp_path):
 
 
 def test_several_processes_say_once_what_is_wrong(tmp_path):
-    accelerate = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml"
     flags = f"--dataset nowhere.csv --teacher t --student s --output_dir {tmp_path}/out"
-    finished = launched(f"{accelerate} {ROOT}/recipes/rloo_kd.py {flags}", tmp_path)
+    finished = launched_in_forks("rloo_kd", flags, tmp_path)
     assert finished.returncode != 0
     assert finished.stderr.count("error: Dataset nowhere.csv does not exist") == 1
     assert not (tmp_path / "out").exists()
