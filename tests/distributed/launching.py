@@ -41,7 +41,9 @@ def environments_of_ranks(processes: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
-def run_forked(module: str, directory: Path, environments: list[dict[str, str]], *arguments: object) -> str:
+def run_forked(
+    module: str, directory: Path, environments: list[dict[str, str]], *arguments: object, seconds: float = SECONDS
+) -> str:
     """Runs `module.main(*arguments)` in `directory`, in one process for each environment; returns what they print.
 
     If one fails, or it takes too long, the others, which wait for it, are killed.
@@ -53,7 +55,7 @@ def run_forked(module: str, directory: Path, environments: list[dict[str, str]],
     ]
     for worker in workers:
         worker.start()
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while any(worker.is_alive() for worker in workers):
         if time.monotonic() > end or any(worker.exitcode for worker in workers):
             for worker in workers:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, METHODS, SAMPLING, TWO_STEPS, metrics_of, read_jsonl, run
+from tests.recipes.forks import fork_recipes
 from tests.trainers.tiny_runs import assert_same_weights
 
 LORA = "--use_peft --lora_r 4"
@@ -173,7 +174,8 @@ def test_encoders_of_several_stages_have_merged_adapters(encoders, tmp_path):
 
 
 @pytest.mark.slow
-def test_students_of_adapters_are_compared(checkpoints, train_csv, test_csv, tmp_path):
+def test_students_of_adapters_are_compared(checkpoints, train_csv, test_csv, tmp_path, monkeypatch):
+    fork_recipes(monkeypatch)
     pair, out = checkpoints["t5-tied"], tmp_path / "out"
     assert (
         run(
@@ -188,7 +190,8 @@ def test_students_of_adapters_are_compared(checkpoints, train_csv, test_csv, tmp
 
 
 @pytest.mark.slow
-def test_a_chain_whose_assistants_are_adapters(checkpoints, train_csv, test_csv, tmp_path):
+def test_a_chain_whose_assistants_are_adapters(checkpoints, train_csv, test_csv, tmp_path, monkeypatch):
+    fork_recipes(monkeypatch)
     pair, out = checkpoints["t5-tied"], tmp_path / "out"
     assert (
         run(

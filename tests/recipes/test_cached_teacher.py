@@ -1,15 +1,14 @@
 """recipes/cache_teacher.py, and recipes/kd.py without its teacher."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.forked_launchers import launched
+from tests.distributed.launching import ENVIRONMENT
 from tests.recipes.command_lines import COLUMNS, ROOT, metrics_of, run, write_templates
 
 FLAGS = (
@@ -78,15 +77,9 @@ def test_two_processes_learn_what_one_does(place, tmp_path):
     here, command = place
     if not (here / "cached").exists():
         assert run(f"{command} --save_steps 2 --output_dir {here / 'cached'}") == 0
-    flags = command.removeprefix("kd ").replace("_batch_size 8", "_batch_size 4").split()
-    launch = ["accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu_2_processes.yaml"]
-    finished = subprocess.run(
-        [sys.executable, "-m", *launch, ROOT / "recipes" / "kd.py", *flags, "--output_dir", tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    flags = command.removeprefix("kd ").replace("_batch_size 8", "_batch_size 4")
+    launch = f"accelerate launch --config_file {ROOT}/accelerate_configs/cpu_2_processes.yaml {ROOT}/recipes/kd.py"
+    finished = launched(f"{launch} {flags} --output_dir {tmp_path}", directory=tmp_path, environment=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert_same_student(tmp_path, here / "cached", rtol=1e-4, atol=1e-5)
 

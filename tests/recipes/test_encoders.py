@@ -1,17 +1,17 @@
 """recipes/benchmarks/encoders.py: what it runs in which order, its texts and labels, its tables, and a tiny run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from rlkd_trl.errors import InputError
-from tests.recipes.command_lines import ROOT, write_csv
+from tests.recipes.command_lines import ROOT, main_of, write_csv
 
 PRESETS = ROOT / "recipes" / "configs" / "methods" / "encoder_kd"
 SENTENCES = ["Cheap French food at The Vaults.", "The Mill is a pub in the city centre.", "Rated low, and not cheap."]
@@ -245,15 +245,17 @@ def test_a_file_without_its_columns_is_refused(material, tmp_path):
 # All of it
 
 
-@pytest.mark.slow(30)
-def test_a_tiny_run(encoder, tmp_path):
-    """With a general stage, and two stages of a task."""
+@pytest.mark.slow(10)
+def test_a_tiny_run(encoder, tmp_path, monkeypatch):
+    """With a general stage, and two stages of a task. Of docstrings it reads one package's."""
     write_csv(tmp_path / "e2e.csv", ROWS * 2)
+    main = main_of("benchmarks/encoders")
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    monkeypatch.setitem(main.__globals__, "documented_roots", lambda: [Path(datasets.__file__).parent])
     flags = ["--e2e", tmp_path / "e2e.csv", "--encoder", encoder, "--work_dir", tmp_path / "work", "--smoke"]
     flags += ["--results_dir", tmp_path / "results", "--seeds", "0", "--tasks", "food", "--methods", "tinybert"]
-    command = [sys.executable, "recipes/benchmarks/encoders.py", *map(str, flags)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["encoders.py", *map(str, flags)])
+    main()
     page = (tmp_path / "results" / "encoders.md").read_text()
     assert page.startswith("3 of 3 runs are done") and "Not run: nothing." in page
     assert str(tmp_path) not in page

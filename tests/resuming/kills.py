@@ -208,13 +208,13 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
     }
 
 
-def main() -> None:
+def main(*words: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
+    flags = parser.parse_args(words or None)
     share_with_runs()
     for method in flags.methods:
         print(json.dumps(survive(method, flags.kills, flags.processes, flags.seed)), flush=True)

@@ -1,48 +1,40 @@
 """A run that was killed and resumed ends as one that was not, to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launching import run_forked
 from tests.resuming.runs import TRAINERS
 
-ROOT = Path(__file__).parents[2]
+SECONDS = 3600
 
 
-def check_survival(methods: list[str], kills: int, processes: int = 1) -> None:
-    command = [sys.executable, "-m", "tests.resuming.kills", "--methods", *methods, "--kills", str(kills)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        [*command, "--processes", str(processes)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    lines = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert [line["method"] for line in lines] == methods
+def check_survival(place: Path, methods: list[str], kills: int, processes: int = 1) -> None:
+    words = ["--methods", *methods, "--kills", str(kills), "--processes", str(processes)]
+    said = run_forked("tests.resuming.kills", place, [{"OMP_NUM_THREADS": "1"}], *words, seconds=SECONDS)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"method"')]
+    assert [line["method"] for line in lines] == methods, said[-3000:]
     for line in lines:
         assert line["failures"] == [] and line["bit_identical"] == kills, line
         assert line["kills"] >= kills // 4, f"few were killed: {line}"
 
 
 @pytest.mark.slow(120)
-@pytest.mark.timeout(3600)
-def test_killed_at_random_moments():
-    """In one process, which imports everything once."""
-    check_survival([*TRAINERS, "encoder"], 20)
+@pytest.mark.timeout(SECONDS)
+def test_killed_at_random_moments(tmp_path):
+    check_survival(tmp_path, [*TRAINERS, "encoder"], 20)
 
 
 @pytest.mark.slow(40)
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize(("method", "kills"), [("compare", 20), ("encoder-stages", 8)])
-def test_several_runs_in_one_command(method, kills):
+def test_several_runs_in_one_command(method, kills, tmp_path):
     """Each of these is of 2 or 3 runs, and costs as much."""
-    check_survival([method], kills)
+    check_survival(tmp_path, [method], kills)
 
 
 @pytest.mark.slow(20)
-def test_killed_on_two_ranks():
-    check_survival(["ppo", "sft"], 4, processes=2)
+def test_killed_on_two_ranks(tmp_path):
+    check_survival(tmp_path, ["ppo", "sft"], 4, processes=2)
