@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from rlkd_trl.evaluation.tables import markdown_table, number
 
 CAP = ["--max_completion_length", "32"]
-SIZES, SMOKE_SIZES = {"train": 52, "test": 12}, {"train": 12, "test": 4}
+SIZES, SMOKE_SIZES = {"train": 52, "test": 12}, {"train": 16, "test": 4}
 STUDENT = "--architecture llama --d_model 128 --num_layers 2 --num_heads 4 --dropout 0 --vocab_size 600".split()
 STUDENT += "--learning_rate 3e-3 --warmup_steps 20 --per_device_train_batch_size 16 --seed 0".split()
 EACH = "--per_device_train_batch_size 16 --warmup_steps 2 --logging_steps 1 --seed 0 --align_tokenizers True".split()
