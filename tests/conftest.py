@@ -8,6 +8,7 @@ from collections import Counter
 # The Hugging Face libraries read it when they are imported: no test asks the real Hub, whatever the machine's network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -27,6 +28,14 @@ from transformers import (
 
 # The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
 torch.set_num_threads(1)
+# The same examples in every run, however long one takes on a busy machine.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
 # A shell has the jobs that it starts in the background ignore Ctrl-C; the tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

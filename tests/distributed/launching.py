@@ -4,10 +4,12 @@ import gc
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,22 @@ FORKS.set_forkserver_preload(
 )
 
 
+def free_port() -> int:
+    """A port on which nobody listens.
+
+    None of those that Linux chooses by itself: until the first rank listens, another connection could be given it.
+    """
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise OSError("No port was free.")
+
+
 def environments_of_ranks(processes: int) -> list[dict[str, str]]:
     """What a launcher tells each process of one machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+    shared["MASTER_PORT"] = free_port()
     ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 

@@ -31,7 +31,7 @@ def test_a_browser_that_does_not_work_is_ended_and_its_tests_are_skipped(script,
 def is_running(pid: str) -> bool:
     """Whether there is such a process, other than one that has ended and was not waited for."""
     status = Path("/proc") / pid / "stat"
-    for _ in range(40):  # the kernel needs a moment to end it
+    for _ in range(400):  # the kernel needs a moment to end it
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
             return False
         time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from transformers import AutoModelForSeq2SeqLM
 
 from tests.distributed import forked_launchers
-from tests.distributed.launching import ENVIRONMENT, environments_of_ranks, run_forked
+from tests.distributed.launching import ENVIRONMENT, environments_of_ranks, free_port, run_forked
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, metrics_of
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
@@ -113,10 +112,8 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     words += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} {SAMPLING} --max_steps 2 --logging_steps 1 "
     words += f"--per_device_train_batch_size 4 --disable_tqdm True --output_dir {tmp_path / 'student'}"
     if name == "zero3_multi_node":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = f"--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+        common = "--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 "
+        common += f"--main_process_port {free_port()}"
         log = launched(name, words, tmp_path, *(f"{common} --machine_rank {rank}" for rank in (0, 1)))
     else:
         told = {**told_by_launcher(name, processes), "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -97,8 +97,9 @@ class Run:
     def end(self, start: float, pids: list[int]) -> Ended:
         code = self._launcher.wait(90)
         seconds = time.monotonic() - start
-        time.sleep(0.5)
-        orphans = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        end = time.monotonic() + 10  # the kernel needs a moment to end them
+        while (orphans := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+            time.sleep(0.05)
         return Ended(code, seconds, self._errors.read_text(), orphans)
 
     def clean(self) -> None:

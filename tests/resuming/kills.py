@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from tqdm import tqdm
 
+from tests.distributed.launching import free_port
 from tests.resuming.runs import COMMANDS, TRAINERS, finish, make_inputs, same
 
 METHODS = (*TRAINERS, *COMMANDS)
@@ -81,9 +81,7 @@ def share_with_runs() -> None:
 
 def start(method: str, output_dir: Path, processes: int, killed_at: int | None = None) -> list[int]:
     """Process ids of a run in processes of its own."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ids = []
     for rank in range(processes):
         process = os.fork()
