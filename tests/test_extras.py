@@ -25,37 +25,26 @@ sys.meta_path.insert(0, Missing())
 """
 
 
-def without_extras(code: str) -> str:
-    """What the code prints last."""
+@pytest.mark.slow
+def test_training_needs_neither_deepspeed_nor_bitsandbytes_and_what_needs_them_says_so(tmp_path):
+    code = f"""
+from rlkd_trl.errors import InputError
+from rlkd_trl.teachers import Teacher
+from tests.trainers.tiny_runs import run
+
+recorder = run("ppo", {str(tmp_path)!r}, use_cpu=True)
+print(len(recorder.logs), sorted({{"deepspeed", "bitsandbytes"}} & set(sys.modules)))
+for settings in ({{"placement": "zero3"}}, {{"quantization": "int8"}}):
+    try:
+        Teacher.from_pretrained("nowhere", **settings)
+    except InputError as error:
+        print(error)
+"""
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTRAS + code], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    return finished.stdout.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_training_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
-    code = f"""
-from tests.trainers.tiny_runs import run
-recorder = run("ppo", {str(tmp_path)!r}, use_cpu=True)
-print(len(recorder.logs), sorted({{"deepspeed", "bitsandbytes"}} & set(sys.modules)))
-"""
-    assert without_extras(code) == "2 []"
-
-
-@pytest.mark.slow
-def test_what_needs_them_says_so():
-    code = """
-from rlkd_trl.errors import InputError
-from rlkd_trl.teachers import Teacher
-for settings in ({"placement": "zero3"}, {"quantization": "int8"}):
-    try:
-        Teacher.from_pretrained("nowhere", **settings)
-    except InputError as error:
-        print(error, end=" ")
-print()
-"""
-    said = without_extras(code)
-    assert "needs DeepSpeed: pip install 'rlkd_trl[deepspeed]'" in said
-    assert "needs bitsandbytes: pip install 'rlkd_trl[quantization]'" in said
+    trained, sharded, quantised = finished.stdout.splitlines()[-3:]
+    assert trained == "2 []"
+    assert "needs DeepSpeed: pip install 'rlkd_trl[deepspeed]'" in sharded
+    assert "needs bitsandbytes: pip install 'rlkd_trl[quantization]'" in quantised

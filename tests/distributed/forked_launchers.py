@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
 class ForkedLauncher:
-    """Like `subprocess.Popen`, of a command line that begins with `rlkd-trl` or `accelerate`.
+    """Like `subprocess.Popen`, of a command line that begins with `rlkd-trl`, `accelerate` or `torchrun`.
 
     Its processes have their ranks for names, `rank0` and so on, in /proc/PID/comm.
     """
@@ -61,6 +61,7 @@ def _launch(words: list[str], directory: Path, environment: dict[str, str], stdo
     from accelerate.commands.accelerate_cli import main as accelerate
     from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.run import main as torchrun
 
     from rlkd_trl.commands import console
 
@@ -72,7 +73,7 @@ def _launch(words: list[str], directory: Path, environment: dict[str, str], stdo
     PContext.close.__defaults__ = (None, _PATIENCE)
     if "HF_DATASETS_CACHE" in environment:  # which datasets has read already
         datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
-    {"rlkd-trl": console.main, "accelerate": accelerate}[words[0]]()
+    {"rlkd-trl": console.main, "accelerate": accelerate, "torchrun": torchrun}[words[0]]()
 
 
 def _be_new(argv: list[str], environment: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Processes of tests: forked from one that has imported everything, or started by torchrun."""
+"""Processes of tests, forked from one that has imported everything."""
 
 import gc
 import importlib
@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -101,12 +99,3 @@ def _results(module: str, output_dir: Path, environments: list[dict[str, str]], 
     if not all(file.is_file() for file in files):
         pytest.fail(f"The workers left no results.\n{said[-12000:]}")
     return [torch.load(file) for file in files]
-
-
-def run_by_torchrun(module: str, output_dir: Path, processes: int) -> subprocess.CompletedProcess:
-    """`python -m module OUTPUT_DIR` on several processes, each of which imports what it needs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*command, "-m", module, str(output_dir)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip

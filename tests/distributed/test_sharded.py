@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from rlkd_trl.teachers import placement
 from tests.conftest import MODELS
 from tests.distributed import dying_worker, files_worker, sharded_worker
-from tests.distributed.launching import launch, run_by_torchrun, without_launcher
+from tests.distributed.forked_launchers import launched
+from tests.distributed.launching import ENVIRONMENT, launch, without_launcher
 from tests.distributed.sharded_worker import save_checkpoints
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
@@ -153,7 +154,8 @@ def test_a_teacher_in_files_is_the_whole_one_to_the_last_bit(family, tmp_path):
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
     """As when the machine runs out of memory; the survivor waits for weights of the dead one."""
-    finished = run_by_torchrun("tests.distributed.dying_worker", tmp_path, 2)
+    command = f"torchrun --standalone --nproc_per_node 2 {dying_worker.__file__} {tmp_path}"
+    finished = launched(command, directory=tmp_path, environment=ENVIRONMENT)
     seconds = time.time() - os.path.getmtime(tmp_path / dying_worker.LAST_WORDS)
     assert finished.returncode != 0
     assert seconds < 60
