@@ -1,0 +1,251 @@
+r"""Runs with models of real size and random weights: time, and memory against the planner's number.
+
+    python recipes/benchmarks/true_size.py --work_dir runs/true_size --cases t0_3b-bfloat16 t0_3b-int8
+
+Checkpoints of the shapes of T0-3B (5.7 GB), T0-11B (22 GB) and t5-base are written to the work directory with random
+weights, in shards, of which one is in memory at a time; they are deleted when no case is left that needs them.
+`ppo_kd.py` then runs with the shipped preset for the teacher, but for the data (random words), the lengths and the
+batch, which are a rehearsal's, and the number of steps. Peak memory is the process's resident set at its greatest;
+the planner's number is for a GPU, so what Python and the libraries take, measured in a process that only imports them,
+is added. Linux only.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from result_files import RESULTS, made_by, write_results
+from safetensors.torch import save_file
+from stages import RECIPES
+from transformers import T5Config, T5ForConditionalGeneration
+from workload import EOS, PAD, word_tokenizer
+
+from rlkd_trl.evaluation.tables import markdown_table
+from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.estimates import Cluster, Training, peak_bytes, student_estimates, teacher_estimates
+from rlkd_trl.planning.skeletons import Checkpoint
+
+ROWS, WORDS = 32_128, 32_100  # T5's embeddings have more rows than its tokenizer has tokens
+SHARD_BYTES = 2 * 10**9
+PROMPT, COMPLETION, BATCH, GENERATIONS, BATCH_TOKENS = 64, 32, 16, 4, 16384
+
+
+@dataclass(frozen=True)
+class Size:
+    """A T5: of v1.1 (gated, untied), or the first one. preset: the shipped one with such a teacher."""
+
+    d_model: int
+    d_ff: int
+    heads: int
+    layers: int
+    v1_1: bool = True
+    preset: str = ""
+
+    def config(self) -> T5Config:
+        return T5Config(
+            vocab_size=ROWS,
+            d_model=self.d_model,
+            d_kv=64,
+            d_ff=self.d_ff,
+            num_layers=self.layers,
+            num_decoder_layers=self.layers,
+            num_heads=self.heads,
+            feed_forward_proj="gated-gelu" if self.v1_1 else "relu",
+            tie_word_embeddings=not self.v1_1,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            decoder_start_token_id=PAD,
+        )
+
+
+STUDENT = Size(768, 3072, 12, 12, v1_1=False)
+TEACHERS = {
+    "t0_3b": Size(2048, 5120, 32, 24, preset="t0_3b_t5_base_dailydialog"),
+    "t0_11b": Size(4096, 10240, 64, 24, preset="t0_11b_t5_base_xsum"),
+}
+PRECISIONS = {"bfloat16": "none", "int8": "int8", "nf4": "nf4"}
+CASES = [f"{teacher}-{precision}" for teacher in TEACHERS for precision in PRECISIONS]
+
+
+def write_checkpoint(size: Size, directory: Path, dtype: torch.dtype) -> None:
+    """Random weights, a matrix's with the variance 1 / columns; norms are 1. Nothing if it is there already."""
+    if (directory / "config.json").exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {
+            name: tensor.shape for name, tensor in T5ForConditionalGeneration(size.config()).state_dict().items()
+        }
+    left_out = {
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        *([] if size.v1_1 else ["lm_head.weight"]),
+    }
+    generator = torch.Generator().manual_seed(0)
+    shard, where, count = {}, {}, 0
+
+    def write() -> None:
+        nonlocal count
+        count += 1
+        name = f"model-{count:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, shape in shapes.items():
+        if name in left_out:
+            continue
+        matrix = torch.ones(shape, dtype=dtype) if len(shape) == 1 else torch.empty(shape, dtype=dtype)
+        if len(shape) > 1:
+            matrix.normal_(std=shape[-1] ** -0.5, generator=generator)
+        shard[name] = matrix
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            write()
+    if shard:
+        write()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    word_tokenizer(WORDS).save_pretrained(directory)
+    config = size.config()
+    config.architectures, config.dtype = ["T5ForConditionalGeneration"], dtype
+    config.save_pretrained(directory)
+
+
+def write_data(path: Path, rows: int) -> None:
+    """Documents longer than a prompt may be, so that every prompt has its greatest length."""
+    rng = random.Random(0)
+    texts = [" ".join(f"w{rng.randrange(3, WORDS)}" for _ in range(2 * PROMPT)) for _ in range(rows)]
+    path.write_text("".join(json.dumps({"source": text, "target": text[:50]}) + "\n" for text in texts))
+
+
+def run(command: list[str]) -> tuple[float, float, float]:
+    """Runs it; its wall seconds, CPU seconds and peak resident bytes. Raises `SystemExit` if it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}\n{said[-4000:]}")
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def planned_bytes(teacher: Path, student: Path, quantization: str) -> int:
+    """The peak on a GPU: `rlkd-trl plan` with this rehearsal's sizes; mixed precision and KL as the presets have."""
+    workload = Workload(PROMPT, COMPLETION, GENERATIONS, BATCH, 1, BATCH_TOKENS)
+    cluster = Cluster(gpus=1, nodes=1, gpu_memory=2**40, reserve=0.0)
+    of_teacher, of_student = Checkpoint.of("--teacher", str(teacher)), Checkpoint.of("--student", str(student))
+    wanted = ("replicated", "bfloat16", quantization)
+    found = teacher_estimates(of_teacher, workload, cluster)
+    chosen = next(t for t in found if (t.placement, t.dtype, t.quantization) == wanted)
+    return peak_bytes(chosen, student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0])
+
+
+def rehearse(case: str, work_dir: Path, steps: int) -> dict:
+    """One case: what it took, and what the planner said."""
+    name, precision = case.split("-")
+    teacher, student = work_dir / name, work_dir / "t5_base"
+    data, held_out, templates = (work_dir / name for name in ("data.jsonl", "held_out.jsonl", "templates.yaml"))
+    started = time.perf_counter()
+    write_checkpoint(TEACHERS[name], teacher, torch.bfloat16)
+    write_checkpoint(STUDENT, student, torch.float32)
+    write_data(data, 64), write_data(held_out, 2)
+    templates.write_text('again: "{{source}} again :"\n')
+    print(f"{case}: checkpoints written in {time.perf_counter() - started:.0f} s", flush=True)
+    output_dir = work_dir / f"out_{case}"
+    command = [sys.executable, str(RECIPES / "ppo_kd.py"), "--config", TEACHERS[name].preset]
+    command += ["--teacher", str(teacher), "--student", str(student), "--dataset", str(data)]
+    command += ["--dataset_split", "train", "--eval_dataset", str(held_out)]
+    command += ["--source_column", "source", "--target_column", "target", "--student_template", "{{source}}"]
+    command += ["--templates", str(templates), "--template_names", "again"]
+    command += ["--teacher_quantization", PRECISIONS[precision], "--teacher_batch_tokens", str(BATCH_TOKENS)]
+    command += ["--teacher_max_prompt_length", str(PROMPT), "--max_prompt_length", str(PROMPT)]
+    command += ["--per_device_train_batch_size", str(BATCH), "--gradient_accumulation_steps", "1"]
+    command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(COMPLETION)]
+    command += ["--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "True"]
+    command += ["--output_dir", str(output_dir), "--overwrite_output_dir", "True", "--disable_tqdm", "True"]
+    wall, cpu, peak = run(command)
+    libraries = run([sys.executable, "-c", "import rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation"])[2]
+    return {
+        "case": case,
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "peak_gib": peak / 2**30,
+        "libraries_gib": libraries / 2**30,
+        "planned_gib": planned_bytes(teacher, student, PRECISIONS[precision]) / 2**30,
+        "log": logged(output_dir),
+    }
+
+
+def logged(output_dir: Path) -> list[dict[str, float]]:
+    """Of each step: its reward and the seconds of its phases; of the run: how long training took."""
+    state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
+    kept = ("reward", "train_runtime")
+    rows = [
+        {name: value for name, value in entry.items() if name in kept or name.startswith("seconds/")}
+        for entry in state["log_history"]
+    ]
+    return [row for row in rows if row]
+
+
+def table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        steps = [entry for entry in row["log"] if "seconds/update" in entry]
+        (training,) = (entry["train_runtime"] for entry in row["log"] if "train_runtime" in entry)
+        last = steps[-1]
+        phases = [f"{last.get(f'seconds/{name}', 0):.1f}" for name in ("sample", "log_probs", "score", "update")]
+        expected = row["planned_gib"] + row["libraries_gib"]
+        lines.append(
+            [
+                row["case"],
+                f"{row['wall_seconds'] - training:.0f}",
+                *phases,
+                f"{row['cpu_seconds']:.0f}",
+                f"{row['peak_gib']:.1f}",
+                f"{row['planned_gib']:.1f} + {row['libraries_gib']:.1f}",
+                f"{row['peak_gib'] / expected:.2f}",
+            ]
+        )
+    heads = ["case", "around training, s", "sample", "log-probabilities", "score", "update", "CPU s of all"]
+    heads += ["peak, GiB", "planned + libraries", "peak over these"]
+    return markdown_table(heads, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/true_size"))
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, case in enumerate(args.cases):
+        rows.append(rehearse(case, args.work_dir, args.steps))
+        print(json.dumps(rows[-1]), flush=True)
+        teacher = case.split("-")[0]
+        if not any(later.startswith(teacher) for later in args.cases[index + 1 :]):
+            shutil.rmtree(args.work_dir / teacher)
+    text = f"""# Rehearsals with models of real size
+
+PPO with the shipped presets' settings, but for lengths and batch: {args.steps} steps of {BATCH} completions of
+{COMPLETION} tokens, {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Wall
+seconds of each phase are of the last step; "around training" is everything else: imports, loading (and quantising),
+evaluations, saving.
+
+{table(rows)}
+
+{made_by()}
+"""
+    write_results(args.results_dir, "true_size", rows, text)
+
+
+if __name__ == "__main__":
+    main()
