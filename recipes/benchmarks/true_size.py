@@ -71,6 +71,7 @@ TEACHERS = {
     "t0_3b": Size(2048, 5120, 32, 24, preset="t0_3b_t5_base_dailydialog"),
     "t0_11b": Size(4096, 10240, 64, 24, preset="t0_11b_t5_base_xsum"),
 }
+PHASES = ("sample", "log_probs", "score", "update")
 PRECISIONS = {"bfloat16": "none", "int8": "int8", "nf4": "nf4"}
 CASES = [f"{teacher}-{precision}" for teacher in TEACHERS for precision in PRECISIONS]
 
@@ -179,41 +180,35 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "peak_gib": peak / 2**30,
         "libraries_gib": libraries / 2**30,
         "planned_gib": planned_bytes(teacher, student, PRECISIONS[precision]) / 2**30,
-        "log": logged(output_dir),
+        **logged(output_dir),
     }
 
 
-def logged(output_dir: Path) -> list[dict[str, float]]:
-    """Of each step: its reward and the seconds of its phases; of the run: how long training took."""
-    state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
-    kept = ("reward", "train_runtime")
-    rows = [
-        {name: value for name, value in entry.items() if name in kept or name.startswith("seconds/")}
-        for entry in state["log_history"]
-    ]
-    return [row for row in rows if row]
+def logged(output_dir: Path) -> dict[str, float]:
+    """Of the run: seconds of training, and of the last step's phases."""
+    cost = json.loads((output_dir / "cost.json").read_text(encoding="utf-8"))
+    history = json.loads((output_dir / "run_log.json").read_text(encoding="utf-8"))["history"]
+    last = [entry for entry in history if "loss" in entry][-1]
+    phases = {name: value for name, value in last.items() if name.startswith("seconds/")}
+    return {"training_cpu_seconds": cost["cpu_seconds"], "training_wall_seconds": cost["wall_seconds"], **phases}
 
 
 def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        steps = [entry for entry in row["log"] if "seconds/update" in entry]
-        (training,) = (entry["train_runtime"] for entry in row["log"] if "train_runtime" in entry)
-        last = steps[-1]
-        phases = [f"{last.get(f'seconds/{name}', 0):.1f}" for name in ("sample", "log_probs", "score", "update")]
         expected = row["planned_gib"] + row["libraries_gib"]
         lines.append(
             [
                 row["case"],
-                f"{row['wall_seconds'] - training:.0f}",
-                *phases,
-                f"{row['cpu_seconds']:.0f}",
+                f"{row['cpu_seconds'] - row['training_cpu_seconds']:.0f}",
+                f"{row['training_cpu_seconds']:.0f}",
+                *(f"{row[f'seconds/{phase}']:.1f}" for phase in PHASES),
                 f"{row['peak_gib']:.1f}",
                 f"{row['planned_gib']:.1f} + {row['libraries_gib']:.1f}",
                 f"{row['peak_gib'] / expected:.2f}",
             ]
         )
-    heads = ["case", "around training, s", "sample", "log-probabilities", "score", "update", "CPU s of all"]
+    heads = ["case", "around training, CPU s", "training, CPU s", *(f"{phase}, s" for phase in PHASES)]
     heads += ["peak, GiB", "planned + libraries", "peak over these"]
     return markdown_table(heads, lines)
 
@@ -236,9 +231,9 @@ def main() -> None:
     text = f"""# Rehearsals with models of real size
 
 PPO with the shipped presets' settings, but for lengths and batch: {args.steps} steps of {BATCH} completions of
-{COMPLETION} tokens, {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Wall
-seconds of each phase are of the last step; "around training" is everything else: imports, loading (and quantising),
-evaluations, saving.
+{COMPLETION} tokens, {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Seconds
+of each phase are of the last step, by the wall's clock; "around training" is everything else: imports, loading (and
+quantising), evaluations, saving.
 
 {table(rows)}
 

@@ -73,20 +73,21 @@ class Timing:
 def _scoring_seconds(
     teacher: TeacherBytes, workload: Workload, cluster: Cluster, machine: Machine
 ) -> tuple[float, float]:
-    """Of all scoring batches of a step: computing, and fetching weights.
+    """Of all scoring batches of a step, of which the last may be smaller: computing, and fetching weights.
 
     Quantised matrices are multiplied in 16 bits: in each batch they are read, and written as 16 bits, first.
     """
-    batch = machine.seconds(teacher.operations)
+    prompts = workload.micro_batch * workload.micro_batches / workload.num_generations
+    computing = prompts / workload.scored_prompts * machine.seconds(teacher.operations)
     if teacher.quantization != "none":
-        batch += (teacher.weights + teacher.unquantised) / machine.bandwidth
+        computing += workload.scoring_batches * (teacher.weights + teacher.unquantised) / machine.bandwidth
     fetched = 0.0
     if teacher.placement != "replicated":
         share = teacher.unquantised / cluster.ranks
         fetched = (teacher.unquantised - share) / _link(cluster, machine)
         if teacher.placement == "offload":
             fetched += share / machine.bus
-    return workload.scoring_batches * batch, workload.scoring_batches * fetched
+    return computing, workload.scoring_batches * fetched
 
 
 def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machine) -> float:
