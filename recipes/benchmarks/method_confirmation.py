@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--templates", type=Path, required=True)
     parser.add_argument("--warm_start", default="middling")
     parser.add_argument("--winner", required=True, choices=list(CANDIDATES))
-    parser.add_argument("--rivals", nargs="+", default=RIVALS, choices=list(CANDIDATES))
+    parser.add_argument("--rivals", nargs="+", default=RIVALS, choices=list(CANDIDATES), help="without the winner")
     parser.add_argument("--search_seed", default="0")
     parser.add_argument("--seeds", nargs="+", default=["10", "11", "12"])
     parser.add_argument("--max_steps", type=int, default=150)
@@ -99,9 +99,11 @@ def main() -> None:
     place = f"{args.warm_start}_{args.max_steps}"
     search, confirmed = args.work_dir / f"search_{place}", args.work_dir / f"confirmed_{place}"
     names = [args.winner, *args.rivals]
-    rates = {name: best_rate(search, name, args.search_seed) for name in names}
+    if len(set(names)) < len(names):
+        raise SystemExit(f"--rivals: each once, and not the --winner, {args.winner!r}.")
     if args.search_seed in args.seeds:
         raise SystemExit(f"--seeds: the search has had seed {args.search_seed}, by which the winner was chosen.")
+    rates = {name: best_rate(search, name, args.search_seed) for name in names}
     runs = {}
     for seed in args.seeds:
         for name in names:

@@ -5,7 +5,8 @@ r"""The planner's seconds of a step against measured ones, on this CPU.
 The planner takes a GPU's rates from a table. Here they are measured on one CPU thread instead, before and after each
 step: matrix products, copies of a large block, and what Python and dispatch take of an operation on almost nothing, in
 a model of the same class. Nothing is fitted to the steps, which are those of `step.py`: PPO on random T5 models with
-a penalty on the KL to the initial student, in float32. Seconds are of CPU time, medians over steps.
+a penalty on the KL to the initial student, in float32. Seconds are of CPU time, medians over steps. What the planner
+plans is a GPU's step: with fused attention, logits in a GPU's slices, and one optimizer step where these have several.
 """
 
 import argparse

@@ -31,8 +31,9 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
   the GPU's rate, its bytes at the memory's, and 10 µs for Python and the launch. A GPU reaches 60 % of its rated
   products, 80 % of its memory's rate and 70 % of its links'. These four figures are assumed, not measured. (On one CPU
   thread, with that machine's own rates, `recipes/benchmarks/planned_time.py` compares.) Sampling writes every token.
-  What ranks send each other, in rings, and weights from CPU memory are not hidden behind computation; the teacher's
-  int8 and nf4 matrices are unpacked to 16 bits for every scoring batch. One optimizer step a rollout. Not counted:
+  What ranks send each other, in rings, and weights from CPU memory are not hidden behind computation; a teacher's nf4
+  matrices are unpacked to 16 bits for every scoring batch, int8 ones are as fast as bfloat16. One optimizer step a
+  rollout. Not counted:
   loading, evaluations, checkpoints, a separate critic's values of the rollout, the unpacking of a quantised student's
   weights, tokenization, rewards that run user code.
 """

@@ -113,7 +113,7 @@ def advice(
         return _nothing_fits(teachers, students, cluster)
     best_choice, *other_choices = choices
     whole_teacher = _whole_in_bfloat16(teachers)
-    reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload)
+    reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload, timing is not None)
     if timing is not None:
         reasons.insert(1, _duration(best_choice, timing))
     bullets = [textwrap.fill(reason, 118, initial_indent="- ", subsequent_indent="  ") for reason in reasons]
@@ -127,8 +127,10 @@ def _reasons(
     whole_teacher: TeacherBytes,
     cluster: Cluster,
     workload: Workload,
+    by_time: bool,
 ) -> list[str]:
     teacher, student = best_choice.teacher, best_choice.student
+    others = {choice.teacher.placement for choice in other_choices if choice.teacher.precision != "nf4"}
     total, usable = gib(peak_bytes(teacher, student)), gib(cluster.usable)
     reasons = [f"{total} of the {usable} GiB that may be used on each GPU."]
     gathered = whole_teacher.weights - whole_teacher.weights // cluster.ranks
@@ -139,19 +141,20 @@ def _reasons(
             f"every rank would gather at least {traffic}."
         )
     elif teacher.placement == "zero3":
-        whole_fits = any(choice.teacher.precision == "int8" for choice in other_choices)
-        reason = "A whole one fits only quantised, and is slower" if whole_fits else "No whole teacher fits"
+        reason = "A whole teacher fits too, and is slower" if "replicated" in others else "No whole teacher fits"
         reasons.append(f"{reason}: each rank holds a share and gathers at least {traffic}.")
     elif teacher.placement == "offload":
+        reason = "Faster than what else fits" if others else "Not even a share of the teacher fits"
         reasons.append(
-            f"Not even a share of the teacher fits: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
+            f"{reason}: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
             f"and {gib(whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
             "scoring batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens "
             "makes fewer batches."
         )
     reasons += _costs(best_choice, other_choices, teachers, cluster)
     if student.sharding != "ddp":
-        reasons.append(f"The student is sharded by {student.sharding}, the least sharding with which this fits.")
+        why = "the fastest with which this fits" if by_time else "the least sharding with which this fits"
+        reasons.append(f"The student is sharded by {student.sharding}, {why}.")
     if cluster.nodes > 1:
         reasons.append(
             f"Over {cluster.nodes} nodes: on each of them, give --num_machines, --machine_rank, --main_process_ip "
@@ -209,11 +212,13 @@ def _nothing_fits(teachers: Sequence[TeacherBytes], students: Sequence[StudentBy
     teacher, student = smallest
     remedies = {  # by the bytes that each may lower
         "lower --teacher_batch_tokens": teacher.scoring,
-        "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or recompute layers "
-        "(--gradient_checkpointing)": student.update,
+        "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or recompute layers if you "
+        "do not yet (--gradient_checkpointing)": student.update,
         "lower --local_rollout_forward_batch_size": student.log_probs,
         "lower --sampling_batch_size": student.cache,
-        "take more GPUs, adapters (--use_peft), --student_dtype bfloat16 or a smaller student": student.always_held,
+        "take more GPUs, a smaller student or, if you do not yet, adapters (--use_peft) or --student_dtype bfloat16": (
+            student.always_held
+        ),
         "take more GPUs or a smaller teacher": teacher.weights + teacher.gathered,
     }
     remedy = max(remedies, key=remedies.get)

@@ -1,4 +1,4 @@
-r"""Estimates the bytes of teacher, student and training on each GPU, before anything is downloaded or started.
+r"""Estimates bytes on each GPU, and time, of teacher, student and training, before anything is downloaded or started.
 
     rlkd-trl plan --teacher bigscience/T0 --student google-t5/t5-base --gpus 4 --gpu_memory 80
 
@@ -11,7 +11,7 @@ import argparse
 from typing import TYPE_CHECKING, Annotated
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.planning.machines import MACHINES
+from rlkd_trl.planning.machines import GIGA, LINK_SHARE, MACHINES
 from rlkd_trl.settings.ranges import Coefficient, Count, Length, Range, ShareBelowOne, check_values
 from rlkd_trl.settings.trusted_code import trust_code_of
 
@@ -82,9 +82,9 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", "Nodes.", default=1, metavar="N")
     add("--gpu_name", "Kind of GPU, to estimate times by its ratings.", str, choices=MACHINES)
     add("--gpu_memory", "Memory of each GPU, in GiB [80, or what --gpu_name has].", float, metavar="GIB")
-    add("--node_link", "With --gpu_name: what nodes send each other, in GB/s.", float, default=25.0, metavar="GB/S")
-    add("--max_steps", "With --gpu_name: steps of the run.", default=1000, metavar="N")
     add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
+    add("--node_link", "With --gpu_name: rated link between --nodes, GB/s.", float, default=25.0, metavar="GB/S")
+    add("--max_steps", "With --gpu_name: steps of the run.", default=1000, metavar="N")
     add("--max_prompt_length", "Longest prompt, of teacher and student.", default=512, metavar="N")
     add("--max_completion_length", "Longest completion.", default=64, metavar="N")
     add("--per_device_train_batch_size", "Completions in a micro-batch.", default=64, metavar="N")
@@ -130,6 +130,8 @@ def _check(flags: argparse.Namespace) -> None:
         for name in names if not getattr(flags, needed) else ():
             if getattr(flags, name) != defaults.get_default(name):
                 raise InputError(f"--{name} has no effect without --{needed}: give that, or leave it out.")
+    if flags.nodes == 1 and flags.node_link != defaults.get_default("node_link"):
+        raise InputError("--node_link has no effect on one node: give --nodes, or leave it out.")
 
 
 def _adapters(flags: argparse.Namespace) -> "Adapters | None":
@@ -153,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     memory = flags.gpu_memory or (MACHINES[flags.gpu_name].memory_gib if flags.gpu_name else _GPU_MEMORY)
-    cluster = Cluster(flags.gpus, flags.nodes, int(memory * 2**30), flags.reserve, node_link=flags.node_link * 1e9)
+    cluster = Cluster(
+        flags.gpus, flags.nodes, int(memory * 2**30), flags.reserve, node_link=flags.node_link * GIGA * LINK_SHARE
+    )
     training = Training(
         student_dtype=flags.student_dtype,
         bf16=flags.bf16,

@@ -75,11 +75,12 @@ def _scoring_seconds(
 ) -> tuple[float, float]:
     """Of all scoring batches of a step, of which the last may be smaller: computing, and fetching weights.
 
-    Quantised matrices are multiplied in 16 bits: in each batch they are read, and written as 16 bits, first.
+    nf4 matrices are multiplied in 16 bits: in each batch they are read, and written as 16 bits, first. int8 ones are
+    multiplied as they are; that is taken to be as fast as bfloat16.
     """
     prompts = workload.micro_batch * workload.micro_batches / workload.num_generations
     computing = prompts / workload.scored_prompts * machine.seconds(teacher.operations)
-    if teacher.quantization != "none":
+    if teacher.quantization == "nf4":
         computing += workload.scoring_batches * (teacher.weights + teacher.unquantised) / machine.bandwidth
     fetched = 0.0
     if teacher.placement != "replicated":
@@ -107,17 +108,21 @@ def _optimizer_bytes(student: StudentBytes, cluster: Cluster) -> float:
 def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster) -> float:
     """What a rank sends in a step, in rings of `cluster.ranks`.
 
-    DDP, ZeRO-1 and ZeRO-2: gradients, to whoever sums them, and back what has become of them. ZeRO-3: gradients of
-    each micro-batch; all weights for each forward and each backward pass, for log-probabilities, and once for
-    sampling.
+    DDP and ZeRO-1: gradients, to whoever sums them, and back what has become of them. ZeRO-2: the same, but gradients
+    after each micro-batch. ZeRO-3 too, and all weights for each forward and each backward pass, for log-probabilities
+    (and those of a reference that is the student without its adapters), and once for sampling.
     """
     others = (cluster.ranks - 1) / cluster.ranks
-    if student.sharding != "zero3":
-        return 2 * others * student.num_trained * student.trained_itemsize
+    gradients = student.num_trained * student.gradient_itemsize
+    if student.sharding in ("ddp", "zero1"):
+        return 2 * others * gradients
+    if student.sharding == "zero2":
+        return (workload.micro_batches + 1) * others * gradients
     weights = student.weights * cluster.ranks
     completions = workload.micro_batch * workload.micro_batches
-    passes = 2 * workload.micro_batches + math.ceil(completions / workload.forwarded_completions) + 1
-    return others * (passes * weights + workload.micro_batches * student.num_trained * student.trained_itemsize)
+    reading = math.ceil(completions / workload.forwarded_completions) * (2 if student.is_own_reference else 1)
+    learning = (3 if student.recomputes else 2) * workload.micro_batches
+    return others * ((learning + reading + 1) * weights + workload.micro_batches * gradients)
 
 
 def _link(cluster: Cluster, machine: Machine) -> float:

@@ -32,7 +32,7 @@ PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), (
 class Cluster:
     """The machines. gpus: on each node. gpu_memory: bytes on each GPU. reserve: the share of it that stays free.
 
-    node_link: bytes per second from a node to the others.
+    node_link: bytes per second that a node sends the others.
     """
 
     gpus: int
@@ -107,7 +107,8 @@ class StudentBytes:
     weights, gradients, optimizer, value_head, reference: held throughout. gathered: other ranks' weights, while it
     learns or reads completions. update, log_probs, sampling: activations of these phases; sampling includes all
     weights of other ranks, which ZeRO-3 gathers for it. cache: the part of sampling that is its key/value cache at the
-    end. num_trained, trained_itemsize: of the parameters that are trained.
+    end. num_trained: parameters that are trained. gradient_itemsize: bytes of each one's gradient, as ranks send it.
+    is_own_reference: with its adapters off. recomputes: layers, in the backward pass.
     """
 
     sharding: str
@@ -123,7 +124,9 @@ class StudentBytes:
     cache: int
     has_reference: bool = False
     num_trained: int = 0
-    trained_itemsize: int = 4
+    gradient_itemsize: int = 4
+    is_own_reference: bool = False
+    recomputes: bool = False
     operations: StudentOperations = field(default_factory=StudentOperations, repr=False)
 
     @property
@@ -231,8 +234,10 @@ def student_estimates(
             sampling=share.elsewhere + sampling + workspace,
             cache=cache,
             has_reference=training.beta > 0,
-            num_trained=(2 if training.critic == "separate" else 1) * student.num_trained,
-            trained_itemsize=student.trained_itemsize,
+            num_trained=_num_trained(student, head.numel(), training),
+            gradient_itemsize=2 if training.bf16 and sharding != "ddp" else student.trained_itemsize,
+            is_own_reference=training.beta > 0 and training.adapters is not None,
+            recomputes=training.gradient_checkpointing,
             operations=operations,
         )
         for sharding, share in shares.items()
@@ -245,13 +250,12 @@ def _shares(student: Skeleton, head: int, before: int, sharding: str, cluster: C
     head: the parameters of the LM head. before: the bytes of the weights without adapters.
     """
     copies = 2 if training.critic == "separate" else 1
-    trained = copies * student.num_trained
+    trained = _num_trained(student, head, training)
     frozen = student.num_parameters - student.num_trained
     frozen_bytes, itemsize = before, student.trained_itemsize
     if training.adapters is None:
-        # A separate critic's own LM head is never used, and frozen.
-        frozen = head if copies == 2 and not student.head_is_tied else 0
-        trained, frozen_bytes = trained - frozen, frozen * itemsize
+        frozen = copies * student.num_trained - trained
+        frozen_bytes = frozen * itemsize
     elif sharding == "zero3":  # where a critic of adapters has frozen weights of its own
         frozen, frozen_bytes = copies * frozen, copies * frozen_bytes
     return training_shares(
@@ -263,3 +267,11 @@ def _shares(student: Skeleton, head: int, before: int, sharding: str, cluster: C
         ranks=cluster.ranks,
         bf16=training.bf16,
     )
+
+
+def _num_trained(student: Skeleton, head: int, training: Training) -> int:
+    """Of the student and of a separate critic, whose own LM head of `head` parameters is never used, and frozen."""
+    if training.critic != "separate":
+        return student.num_trained
+    has_frozen_head = training.adapters is None and not student.head_is_tied
+    return 2 * student.num_trained - (head if has_frozen_head else 0)

@@ -62,13 +62,14 @@ def _gpu(memory_gib: float, float32: float, bfloat16: float, bandwidth: float, l
     )
 
 
-# Memory; float32 and bfloat16 products; memory bandwidth; link (NVLink, or PCIe where there is none) and bus (PCIe),
-# in one direction. Float32 is the rate without TF32, which PyTorch does not use unless it is told to.
+# Memory as programs see it; float32 and bfloat16 products; memory bandwidth; link (NVLink between A100, H100 and H200,
+# PCIe between the others) and bus (PCIe), in one direction. Float32 is the rate without TF32, which PyTorch does not
+# use unless it is told to.
 MACHINES = {
     "a100": _gpu(80, 19.5, 312, 2039, 300, 32),
-    "h100": _gpu(80, 67, 989, 3350, 450, 64),
-    "h200": _gpu(141, 67, 989, 4800, 450, 64),
-    "l4": _gpu(24, 30.3, 121, 300, 32, 32),
-    "rtx4090": _gpu(24, 82.6, 165.2, 1008, 32, 32),
-    "rtx3090": _gpu(24, 35.6, 71, 936, 32, 32),
+    "h100": _gpu(79, 67, 989, 3350, 450, 64),
+    "h200": _gpu(139, 67, 989, 4800, 450, 64),
+    "l4": _gpu(22, 30.3, 121, 300, 32, 32),
+    "rtx4090": _gpu(23.5, 82.6, 165.2, 1008, 32, 32),
+    "rtx3090": _gpu(23.5, 35.6, 71, 936, 32, 32),
 }

@@ -28,21 +28,30 @@ class Operation:
 def operations_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> list[Operation]:
     """The operation that a call of torch's is, from its arguments and result; none if it computes and moves nothing.
 
-    Views do neither. A gather, such as an embedding's, reads as much as it writes, not the whole table.
+    Views do neither. A gather, such as an embedding's, reads as much as it writes, not the whole table; a scatter
+    writes as much as it is given; what is overwritten is not read.
     """
     inputs, outputs = _tensors((args, kwargs)), _tensors(result)
     if not outputs or func.overloadpacket in _ALLOCATIONS or _is_view(func, inputs, outputs):
         return []
     count = _FLOPS.get(func.overloadpacket)
-    written = sum(map(_nbytes, outputs))
-    read = written if func.overloadpacket in _GATHERS else sum(map(_nbytes, inputs))
     return [
         Operation(
             flops=0 if count is None else int(count(*args, **kwargs, out_val=result)),
-            nbytes=read + written,
+            nbytes=_moved(func, inputs, outputs),
             is_16_bit=any(tensor.is_floating_point() and tensor.element_size() == 2 for tensor in outputs),
         )
     ]
+
+
+def _moved(func: OpOverload, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    written = sum(map(_nbytes, outputs))
+    if func.overloadpacket in _GATHERS:
+        return 2 * written
+    if func.overloadpacket in _SCATTERS:
+        return 2 * sum(map(_nbytes, inputs[1:]))
+    overwritten = _nbytes(inputs[0]) if func.overloadpacket in _OVERWRITES else 0
+    return written + sum(map(_nbytes, inputs)) - overwritten
 
 
 def _tensors(tree: object) -> list[Tensor]:
@@ -63,7 +72,9 @@ _FLOPS = flop_registry | {
         _aten._scaled_dot_product_flash_attention_backward
     ],
 }
-_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.new_empty}
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_OVERWRITES = {_aten.copy_, _aten.fill_, _aten.zero_}  # their first argument
+_SCATTERS = {_aten.index_put_, _aten.index_copy_, _aten.index_add_, _aten.scatter_, _aten.scatter_add_}
 _GATHERS = {
     _aten.embedding,
     _aten.gather,

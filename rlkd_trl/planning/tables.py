@@ -58,8 +58,10 @@ def seconds_table(
 
 
 def duration(seconds: float) -> str:
-    """With two or three significant digits: `0.0042 s`, `0.31 s`, `5.20 s`, `74 s`."""
-    return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
+    """With two or three significant digits; less than 0.01 s is "<0.01 s"."""
+    if seconds < 0.01:
+        return "0 s" if seconds == 0 else "<0.01 s"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def gib(nbytes: int) -> str:

@@ -31,7 +31,7 @@ TEACHER = TeacherBytes(
 )  # fmt: skip
 STUDENT = StudentBytes(
     "ddp", weights=100, gathered=0, gradients=0, optimizer=0, value_head=0, reference=0, update=0, log_probs=0,
-    sampling=0, cache=0, num_trained=25, trained_itemsize=4,
+    sampling=0, cache=0, num_trained=25, gradient_itemsize=4,
     operations=StudentOperations(operation(7), operation(3), operation(5), operation(1), operation(2)),
 )  # fmt: skip
 
@@ -52,10 +52,11 @@ def test_a_reference_reads_completions_too():
     assert seconds.log_probs == 4 * 3
 
 
-def test_quantised_matrices_are_unpacked_for_each_batch():
-    teacher = replace(TEACHER, quantization="int8", weights=400)
-    seconds = step_seconds(teacher, STUDENT, WORKLOAD, ALONE, MACHINE)
+def test_nf4_is_unpacked_for_each_batch():
+    nf4, int8 = (replace(TEACHER, quantization=name, weights=400) for name in ("nf4", "int8"))
+    seconds = step_seconds(nf4, STUDENT, WORKLOAD, ALONE, MACHINE)
     assert seconds.scoring == pytest.approx(16 / 3 * 3 + 6 * (400 + 800) / 100)
+    assert step_seconds(int8, STUDENT, WORKLOAD, ALONE, MACHINE).scoring == pytest.approx(16 / 3 * 3)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +73,29 @@ def test_a_teacher_that_is_fetched(placement, cluster, fetching):
     assert step_seconds(teacher, STUDENT, WORKLOAD, cluster, MACHINE).fetching == pytest.approx(6 * fetching)
 
 
+def exchange(sharding: str, **changes) -> float:
+    """In bytes, of a student whose weights and gradients have 100 on four ranks."""
+    weights = 25 if sharding == "zero3" else 100
+    student = replace(STUDENT, sharding=sharding, weights=weights, **changes)
+    return step_seconds(TEACHER, student, WORKLOAD, FOUR, MACHINE).exchange * MACHINE.link
+
+
 def test_what_ranks_of_a_student_send():
-    # gradients of 100 bytes out and back, of each three quarters
-    assert step_seconds(TEACHER, STUDENT, WORKLOAD, FOUR, MACHINE).exchange == pytest.approx(2 * 75 / 20)
-    # ZeRO-3 holds 25 of 100 bytes. Weights: 2 micro-batches twice, 2 passes for log-probabilities, sampling once;
-    # gradients twice
-    zero3 = replace(STUDENT, sharding="zero3", weights=25)
-    seconds = step_seconds(TEACHER, zero3, WORKLOAD, FOUR, MACHINE)
-    assert seconds.exchange == pytest.approx((7 * 75 + 2 * 75) / 20)
-    assert seconds.update == 2 * 7 + 7 * 4 * 25 / 100 / 4, "each rank steps a quarter of the parameters"
+    """Three quarters of everything goes to others. Two micro-batches."""
+    assert exchange("ddp") == exchange("zero1") == pytest.approx(2 * 75), "gradients out, and what they made back"
+    assert exchange("zero2") == pytest.approx(3 * 75), "gradients of each micro-batch"
+    # weights: two passes for each micro-batch, two for log-probabilities, one for sampling; gradients of each
+    assert exchange("zero3") == pytest.approx((4 + 2 + 1 + 2) * 75)
+    assert exchange("zero3", gradient_itemsize=2) == pytest.approx((4 + 2 + 1) * 75 + 2 * 75 / 2)
+    assert exchange("zero3", recomputes=True) == pytest.approx((6 + 2 + 1 + 2) * 75)
+    assert exchange("zero3", is_own_reference=True) == pytest.approx((4 + 4 + 1 + 2) * 75)
+    assert exchange("zero3", has_reference=True) == exchange("zero3"), "a copy, which is whole"
+
+
+def test_each_rank_steps_its_own_parameters():
+    for sharding, ranks in (("ddp", 1), ("zero1", 4), ("zero3", 4)):
+        seconds = step_seconds(TEACHER, replace(STUDENT, sharding=sharding), WORKLOAD, FOUR, MACHINE)
+        assert seconds.update == 2 * 7 + 7 * 4 * 25 / 100 / ranks
 
 
 def timing(cluster: Cluster) -> Timing:
@@ -88,17 +103,14 @@ def timing(cluster: Cluster) -> Timing:
 
 
 def test_the_fastest_is_recommended_but_nf4():
-    """A quantised teacher fits whole; split in bfloat16 it takes longer to unpack than to fetch, or the other way."""
-    int8 = replace(TEACHER, quantization="int8", weights=400)
     nf4 = replace(TEACHER, quantization="nf4", weights=200, operations=[])
-    split = replace(TEACHER, placement="zero3", weights=200)
-    slow_link, fast_link = replace(MACHINE, link=20.0), replace(MACHINE, link=200.0)
-    for machine, order in ((slow_link, ["int8", "bfloat16", "nf4"]), (fast_link, ["bfloat16", "int8", "nf4"])):
-        seconds = replace(timing(FOUR), machine=machine).total
-        choices = fitting_choices([nf4, int8, split], [STUDENT], FOUR, seconds)
-        assert [choice.teacher.precision for choice in choices] == order
-    by_fit = fitting_choices([nf4, int8, split], [STUDENT], FOUR)
-    assert [choice.teacher.precision for choice in by_fit] == ["int8", "bfloat16", "nf4"]
+    split, offloaded = (replace(TEACHER, placement=name, weights=200) for name in ("zero3", "offload"))
+    seconds = {"replicated": 1.0, "zero3": 3.0, "offload": 2.0}
+    teachers = [offloaded, nf4, split]
+    by_time = fitting_choices(teachers, [STUDENT], FOUR, lambda teacher, _: seconds[teacher.placement])
+    assert [choice.teacher.placement for choice in by_time] == ["offload", "zero3", "replicated"]
+    by_fit = fitting_choices(teachers, [STUDENT], FOUR)
+    assert [choice.teacher.placement for choice in by_fit] == ["zero3", "offload", "replicated"]
 
 
 def test_what_is_as_fast_keeps_its_order():
@@ -109,6 +121,28 @@ def test_what_is_as_fast_keeps_its_order():
     times["ddp"] = 1.06
     best = fitting_choices([TEACHER], [slower, faster], FOUR, lambda _, student: times[student.sharding])[0]
     assert best.student.sharding == "zero2"
+
+
+def words(teachers: list[TeacherBytes], students: list[StudentBytes], **machine) -> str:
+    more = Timing("abacus", replace(MACHINE, **machine), WORKLOAD, FOUR, steps=1)
+    exact = [replace(teacher, dtype="float32") for teacher in teachers]
+    return " ".join(advice([*teachers, *exact], students, FOUR, WORKLOAD, more).split())
+
+
+def test_reasons_are_those_of_time():
+    """What is recommended is faster than what also fits, and is not said to be all that fits."""
+    whole, split = (
+        replace(TEACHER, operations=[Operation(9000, 0, is_16_bit=True)]),
+        replace(TEACHER, placement="zero3"),
+    )
+    text = words([whole, split], [STUDENT])
+    assert "placement zero3" in text and "A whole teacher fits too, and is slower: each rank" in text
+    offloaded = replace(TEACHER, placement="offload")
+    slow = replace(split, operations=whole.operations)
+    assert "Faster than what else fits: it stays in CPU memory" in words([whole, slow, offloaded], [STUDENT])
+    many = replace(STUDENT, num_trained=10**6, gradient_itemsize=0)
+    text = words([TEACHER], [many, replace(many, sharding="zero1")])
+    assert "sharded by zero1, the fastest with which this fits" in text
 
 
 def test_what_is_said_of_time():

@@ -35,6 +35,12 @@ def test_what_is_not_moved_does_not_count():
     assert embedded.nbytes == 2 * 2 * 6 * 4, "two rows of the table, read and written"
     (in_place,) = recorded(lambda: x.add_(1.0))
     assert in_place.nbytes == 2 * 24 * 4
+    (copied,) = recorded(lambda: x.copy_(torch.ones(4, 6).view(4, 6)))[-1:]
+    (zeroed,) = recorded(lambda: x.zero_())
+    assert (copied.nbytes, zeroed.nbytes) == (2 * 24 * 4, 24 * 4), "what is overwritten is not read"
+    rows, index = torch.ones(2, 6), torch.tensor([1, 2])
+    (put,) = recorded(lambda: table.index_put_((index,), rows))
+    assert put.nbytes == 2 * (2 * 6 * 4 + 2 * 8), "two rows and their numbers, not the table"
 
 
 # A T5 of two layers each, D = A = 64, F = 160 (gated), V = 1000; 3 rows of S = 10 and T = 4 tokens. A multiplication

@@ -131,7 +131,7 @@ def test_every_flag_arrives(monkeypatch):
             "--gpu_name h100 --max_steps 7 --node_link 50"
         )
     )
-    cluster = Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2, node_link=50e9)
+    cluster = Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2, node_link=35e9)
     workload = Workload(
         prompt_tokens=11,
         completion_tokens=12,
@@ -161,7 +161,7 @@ def test_every_flag_arrives(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "gib_of_a_gpu"), [("", 80), ("--gpu_name l4", 24), ("--gpu_name l4 --gpu_memory 20", 20)]
+    ("flags", "gib_of_a_gpu"), [("", 80), ("--gpu_name l4", 22), ("--gpu_name l4 --gpu_memory 20", 20)]
 )
 def test_memory_of_a_kind_of_gpu(flags, gib_of_a_gpu, monkeypatch):
     found = []
@@ -191,6 +191,10 @@ def test_bytes_are_shown_in_gib(nbytes, shown):
         ("--teacher {teacher} --student {student} --gpu 2", "unrecognized arguments: --gpu 2"),
         ("--teacher {teacher} --student {student} --gpu_name z9", "invalid choice: 'z9'"),
         ("--teacher {teacher} --student {student} --max_steps 9", "--max_steps has no effect without --gpu_name"),
+        (
+            "--teacher {teacher} --student {student} --gpu_name l4 --node_link 9",
+            "--node_link has no effect on one node",
+        ),
         ("--teacher {teacher} --student {student} --gpu_name l4 --node_link 0", "--node_link 0.0 is out of range"),
         ("--teacher {teacher} --student {student} --num_generations 5", "not divisible by --num_generations 5"),
         ("--teacher {teacher} --student {student} --student_dtype float16", "invalid choice: 'float16'"),
