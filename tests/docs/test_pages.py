@@ -21,6 +21,7 @@ from rlkd_trl.teachers import TeacherScores
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, commands, links, recipe_command, snippets
 from tests.recipes.command_lines import RECIPES, parsed, run, word_rows, write_csv, write_templates
 from tests.recipes.conftest import Encoders, Pair, labelled_rows
+from tests.recipes.forks import fork_recipes
 
 SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
 SHELL = [snippet for snippet in SNIPPETS if snippet.language == "sh"]
@@ -228,7 +229,10 @@ def assert_command_left(words: list[str], printed: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
-def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, encoders, capsys):
+def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, encoders, monkeypatch, capsys):
+    """What they start is forked, but for a comparison's runs, which are new interpreters here alone."""
+    if page.name != "choosing.md":
+        fork_recipes(monkeypatch)
     for words in runnable(page):
         words = [word for word in shlex.split(stood_in(shlex.join(words)))]
         while words[0].startswith("--"):  # of the launcher
