@@ -31,7 +31,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, SupervisedSettings
-from rlkd_trl.commands.student_adapters import check_adapters, report_adapters, student_adapters
+from rlkd_trl.commands.student_adapters import check_adapters, check_pushed_adapters, report_adapters, student_adapters
 from rlkd_trl.errors import run
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def train(
     check_own_checkpoint(checkpoint, "SupervisedTrainer", args, record)
     check_student(settings.student, fp16=args.fp16)
     check_adapters(settings.adapters, settings.student, has_dropout=True)
+    check_pushed_adapters(settings.adapters, settings.student, args)
     check_push(args)
     if is_finished(checkpoint, args):
         push(args)

@@ -30,7 +30,7 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import CommandLine, DistillationSettings, RewardedSettings
-from rlkd_trl.commands.student_adapters import check_adapters, report_adapters, student_adapters
+from rlkd_trl.commands.student_adapters import check_adapters, check_pushed_adapters, report_adapters, student_adapters
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates
 
@@ -175,6 +175,7 @@ def check(settings: DistillationSettings, data: CheckedData) -> CheckedInputs:
         align = args.align_tokenizers if args.can_align else None
         check_checkpoints(settings.teacher, settings.student, fp16=args.fp16, top_k=args.top_k, align=align)
     check_adapters(settings.adapters, settings.student, has_dropout=False)
+    check_pushed_adapters(settings.adapters, settings.student, settings.args)
     check_push(settings.args)
     return CheckedInputs(**vars(data), rewards=rewards, checkpoint=checkpoint)
 

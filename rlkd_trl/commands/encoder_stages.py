@@ -28,7 +28,12 @@ from rlkd_trl.commands.run_directory import (
 )
 from rlkd_trl.commands.run_record import check_own_checkpoint, command_record
 from rlkd_trl.commands.settings import EncoderSettings
-from rlkd_trl.commands.student_adapters import check_encoder_adapters, encoder_adapters, report_adapters
+from rlkd_trl.commands.student_adapters import (
+    check_encoder_adapters,
+    check_pushed_adapters,
+    encoder_adapters,
+    report_adapters,
+)
 from rlkd_trl.errors import InputError, is_first_process
 
 if TYPE_CHECKING:
@@ -74,6 +79,7 @@ def check_directories(settings: EncoderSettings) -> None:
             f"--resume_from_checkpoint {args.resume_from_checkpoint} is of one stage, and there are "
             f"{len(args.stages)}: --resume goes on with the stage that was not finished."
         )
+    check_pushed_adapters(settings.adapters, settings.student, args)
     check_push(args)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trl import TrlParser
@@ -109,7 +109,7 @@ class RecipeParser(TrlParser):
         if unknown:
             raise InputError(self._unknown("flag", unknown[0].split("=")[0].lstrip("-"), prefix="--"))
         values = vars(parsed)
-        _refuse_recorded_token(argv, values.get("report_to"))
+        _refuse_recorded_token(values.get("hub_token"), values.get("report_to"))
         try:
             return tuple(
                 kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
@@ -199,14 +199,13 @@ class RecipeParser(TrlParser):
             action.help = self._hidden_help.get(id(action), action.help)
 
 
-def _refuse_recorded_token(argv: Sequence[str], report_to: str | list[str] | None) -> None:
-    """Raises `InputError` if the command line has a token, and services are reported to: W&B records it."""
+def _refuse_recorded_token(token: str | None, report_to: str | list[str] | None) -> None:
+    """Raises `InputError` if a token was given and services are reported to: W&B records command lines and files."""
     services = {report_to} if isinstance(report_to, str) else set(report_to or ())
-    has_token = any(arg.split("=")[0].replace("-", "_") == "__hub_token" for arg in argv)
-    if has_token and (services := sorted(services - {"none", "tensorboard"})):
+    if token is not None and (services := sorted(services - {"none", "tensorboard"})):
         raise InputError(
-            f"--hub_token with report_to = {' '.join(services)}, which may record the command line: set HF_TOKEN, or "
-            "log in with `hf auth login`."
+            f"--hub_token with report_to = {' '.join(services)}, which may record the command line and its files: set "
+            "HF_TOKEN, or log in with `hf auth login`."
         )
 
 

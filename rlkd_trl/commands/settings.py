@@ -213,10 +213,17 @@ class CommandLine(Generic[Settings]):
         """The settings, with the trainer's config itself.
 
         Raises:
-            InputError: As `check_launch`, `RecipeParser.parse`, `check_names` and `check_apart`.
+            InputError: As `check_launch`, `RecipeParser.parse`, `check_names`, `check_apart` and `check_hub_agrees`.
         """
         check_launch(os.environ)
-        return self._parse(None if self.config is None else pkgutil.resolve_name(self.config))
+        if self.config is None:
+            return self._parse(None)
+        settings = self._parse(pkgutil.resolve_name(self.config))  # with which the processes are connected
+
+        from rlkd_trl.trainers.processes import check_hub_agrees
+
+        check_hub_agrees()
+        return settings
 
     def _parse(self, config: type | None) -> Settings:
         groups = groups_of(self.kind, config)

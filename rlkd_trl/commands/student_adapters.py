@@ -1,6 +1,7 @@
 """The adapters on a student that a command's flags describe: checked before a model is loaded, then made."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import (
@@ -17,7 +18,7 @@ from rlkd_trl.settings.hub import split_revision
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 _OF_LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
@@ -93,6 +94,24 @@ def check_encoder_adapters(
         raise InputError(
             "--use_peft saves adapters alone, which can be used again only for one task stage of a --student that is "
             "a checkpoint: give --merge_adapters, which saves whole students."
+        )
+
+
+def check_pushed_adapters(
+    adapters: AdapterArguments, student: StudentArguments | EncoderStudentArguments, args: "TrainingArguments"
+) -> None:
+    """Raises `InputError` if adapters are to be sent to the Hub whose model is only here: they would load nowhere."""
+    from rlkd_trl.models.adapters import find_adapters
+
+    if not args.push_to_hub or adapters.merge_adapters or student.student is None:
+        return
+    saved = find_adapters(student.student, student.student_revision)
+    model = student.student if saved is None else saved.model
+    if (adapters.use_peft or saved is not None) and Path(model).is_dir():
+        raise InputError(
+            f"push_to_hub would send adapters for {model}, a directory on this machine, so that they load nowhere "
+            "else: give --merge_adapters, which sends a whole student; or send that model too, and train adapters on "
+            "it by its Hub id."
         )
 
 

@@ -77,12 +77,24 @@ def function_reward(
 
 
 @contextmanager
-def same_directory() -> Iterator[None]:
-    """After it the current directory is what it was: a run's own files may be named relative to it."""
+def contained() -> Iterator[None]:
+    """For a user's code: within it `os._exit` raises `SystemExit`: a run that it ended would look like a finished one.
+
+    After it the current directory is what it was: a run's own files may be named relative to it.
+    """
     here = os.open(".", os.O_RDONLY)  # which works for one that was removed, too
+    process, end_at_once = os.getpid(), os._exit
+
+    def refuse(code: int) -> None:
+        if os.getpid() != process:  # a fork of the user's, which is to end so
+            end_at_once(code)
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = refuse
     try:
         yield
     finally:
+        os._exit = end_at_once
         os.fchdir(here)
         os.close(here)
 
@@ -90,7 +102,7 @@ def same_directory() -> Iterator[None]:
 def construct(kind: type[TeacherReward], panel: TeacherPanel, **settings) -> TeacherReward:
     """An instance of the class for the teachers of `panel`. Raises `InputError` if the constructor fails."""
     try:
-        with same_directory():
+        with contained():
             return kind(panel, **settings)
     except (InputError, KeyboardInterrupt):
         raise
@@ -114,7 +126,7 @@ def teacher_reward(
     if type(reward).__module__.startswith("rlkd_trl."):
         return reward.mean_over_scorers(scores, inputs), reward.mean_potentials(scores)
     try:
-        with same_directory():
+        with contained():
             inputs_of = [inputs if s.alignment is None else inputs.of_teacher(s.alignment) for s in scores]
             rewards = [reward.rewards(*of_scorer) for of_scorer in zip(scores, inputs_of, strict=True)]
             potentials = [reward.potentials(of_scorer) for of_scorer in scores]
@@ -139,7 +151,7 @@ def teacher_reward(
 
 def _result(function: Callable, inputs: RewardInputs) -> object:
     """What the function returns, called by its own protocol and awaited if it is asynchronous."""
-    with same_directory():
+    with contained():
         if not follows_trl_protocol(function):
             return function(inputs)
         result = function(**_trl_arguments(function, inputs))

@@ -17,9 +17,9 @@ from rlkd_trl.rewards import sequence_rewards
 from rlkd_trl.rewards.inputs import RewardInputs
 from rlkd_trl.rewards.own_rewards import (
     check_signature,
+    contained,
     follows_trl_protocol,
     function_reward,
-    same_directory,
     teacher_reward,
 )
 from rlkd_trl.rewards.teacher_rewards import (
@@ -201,7 +201,7 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look up the module of a class
     try:
-        with same_directory():
+        with contained():
             module_spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise

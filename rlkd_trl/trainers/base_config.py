@@ -75,6 +75,10 @@ class BaseConfig(TrainingArguments):
     # Fields of the base class that must keep their defaults, each with the reason.
     refused: ClassVar[dict[str, str]] = REFUSED
 
+    # As transformers' own, which it computes; a sketch of the class has to know it.
+    output_dir: str = field(
+        default="trainer_output", metadata={"help": "Where the student, its checkpoints and results are written."}
+    )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the data's columns are read as they are."}
     )

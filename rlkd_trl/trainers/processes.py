@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, get_int_from_env, str_to_bool
+from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env, str_to_bool
+from huggingface_hub import constants
 from transformers import TrainingArguments
 
 from rlkd_trl import errors
@@ -49,6 +50,8 @@ def connect_processes(args: TrainingArguments) -> None:
         # DeepSpeed uses deprecated names whenever it gathers weights, which prints twenty lines in a step of ZeRO-3.
         deprecated = r"`torch\.distributed\.\w+` is deprecated"
         warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    # transformers 5.24's, of the name that 5.23 knows alone.
+    warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing` is depr", category=FutureWarning)
     if args.use_cpu or not torch.accelerator.is_available():
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
         register_process()
@@ -95,6 +98,24 @@ def from_first_process(work: Callable[[], Result]) -> Result:
     if isinstance(result, InputError):
         raise result
     return result
+
+
+def check_hub_agrees() -> None:
+    """Raises `InputError`, on all processes, if some are in offline mode for the Hub and others are not.
+
+    Each asks it before they are connected, and where one gets no answer it has taken data and templates from its
+    cache, which may be older than what the others were sent.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    is_offline = gather_object([constants.is_offline_mode()])
+    if any(is_offline) and not all(is_offline):
+        alone = ", ".join(str(rank) for rank, offline in enumerate(is_offline) if offline)
+        raise InputError(
+            f"The Hub ({constants.ENDPOINT}) was reached by some processes and not by others (process {alone}), which "
+            "took older things from the cache perhaps: run the command again; or with HF_HUB_OFFLINE=1, with which "
+            "all take the cache."
+        )
 
 
 def register_process() -> None:

@@ -174,7 +174,7 @@ def _make_templates(here: Path) -> None:
 
 
 def _make_presets(here: Path) -> None:
-    _write(here, {"ppo_kd/reward_fails.yaml": "reward: [fails.py:f]\n"})
+    _write(here, {"ppo_kd/reward_fails.yaml": "reward: [fails.py:f]\n", "token.yaml": "hub_token: abc\n"})
     for recipe in ("ppo_kd", "rloo_kd", "reinforce_kd", "kd", "all_actions_kd"):
         _write(here, {f"{recipe}/plain.yaml": "per_device_train_batch_size: 8\nnum_generations: 2\n"})
     (here / "latin1_preset.yaml").write_bytes("source_column: 'ä'".encode("latin1"))

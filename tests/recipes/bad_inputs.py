@@ -582,6 +582,7 @@ SETTING_CASES = [
         "--hub_token abc --report_to wandb",
         "--hub_token with report_to = wandb, which may record the command",
     ),
+    (("rloo_kd",), "--config token.yaml --report_to wandb", "--hub_token with report_to = wandb, which may"),
     (TRAINED, "--neftune_noise_alpha 5", "neftune_noise_alpha = 5.0 is not supported"),
     (TRAINED, "--optim adamw_torch_npu_fused", "torch_npu"),
     (DISTILLED, "--eval_strategy steps --metric_for_best_model bleau", "Unknown metric 'bleau'"),

@@ -249,6 +249,24 @@ def test_a_push_that_would_fail_is_refused_before_training(
     assert time.monotonic() - start < 20 and not output_dir.exists()
 
 
+@pytest.mark.parametrize("recipe", ["sft", "kd", "encoder_kd"])
+def test_adapters_for_a_model_that_is_only_here_are_not_sent(
+    recipe, hub, checkpoints, encoders, train_csv, tmp_path, capsys
+):
+    """Nobody else could load them."""
+    pair = checkpoints["t5-tied"]
+    inputs = {
+        "sft": f"--student {pair.student} --dataset {train_csv} {COLUMNS}",
+        "kd": f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS}",
+        "encoder_kd": f"--stages task --losses hard_ce --student {encoders.task} --task_dataset {encoders.train} "
+        "--label_column label",
+    }[recipe]
+    push = f"--use_peft {PUSH} --hub_token {TOKEN} --output_dir {tmp_path / 'out'}"
+    assert run(f"{recipe} {inputs} {TWO_STEPS} {push}") == 2
+    assert f"push_to_hub would send adapters for {inputs.split('--student ')[1].split()[0]}" in capsys.readouterr().err
+    assert ("POST", "/api/repos/create") not in hub.asked and not (tmp_path / "out").exists()
+
+
 def test_no_message_quotes_a_token(capsys):
     assert run(f"sft --push_to_hub True {TOKEN}") == 2
     assert capsys.readouterr().err.startswith("error: unexpected argument 'hf_***'")

@@ -136,9 +136,11 @@ def test_resuming_equals_not_stopping(family, checkpoints, train_csv, tmp_path):
     assert largest_difference(resumed, half) > 0.01
 
 
-def test_without_data_it_trains_on_the_demo(checkpoints, tmp_path, capsys):
-    flags = f"--student {checkpoints['t5-tied'].student} --max_rows 5 --output_dir {tmp_path}"
-    assert run(f"sft {TWO_STEPS} {flags}") == 0
+def test_without_data_and_an_output_directory(checkpoints, tmp_path, monkeypatch, capsys):
+    """It trains on the demo, and writes where transformers does."""
+    monkeypatch.chdir(tmp_path)
+    assert run(f"sft {TWO_STEPS} --student {checkpoints['t5-tied'].student} --max_rows 5") == 0
+    assert (tmp_path / "trainer_output" / "finished.json").is_file()
     assert "5 pairs of prompt and target, e.g. {'prompt': 'name[" in capsys.readouterr().out
 
 

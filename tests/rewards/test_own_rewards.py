@@ -209,6 +209,17 @@ def cancelled(completions):
     import asyncio
     raise asyncio.CancelledError                # line 42, no Exception either
 
+def ends(completions):
+    import os
+    os._exit(0)                                 # line 46
+
+def forks(completions):
+    import os
+    child = os.fork()
+    if not child:
+        os._exit(7)
+    return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)
+
 nothing = 3
 """
 
@@ -241,6 +252,7 @@ def own_file(tmp_path):
         ("Potential", r"'Potential' raised TypeError: .* \(line 34 of FILE\), on a batch of 4 completions"),
         ("Narrow", r"'Narrow' has potentials of shape \(4, 4\); expected \(4, 5\), one per token and one more"),
         ("cancelled", r"'cancelled' raised CancelledError: .*\(line 42 of FILE\), on the prompt 'w3 w4'"),
+        ("ends", r"'ends' raised SystemExit: os._exit\(0\) \(line 46 of FILE\), on the prompt 'w3 w4'"),
         ("Wants", r"'Wants' cannot be made of the teachers: TypeError: .*scale"),
     ],
 )
@@ -251,6 +263,10 @@ def test_an_error_in_a_users_file_names_file_line_and_prompt(name, message, own_
     with pytest.raises(InputError, match=message.replace("FILE", str(own_file))) as caught:
         rewards_of(construct(reward, teachers) if isinstance(reward, type) else reward, teachers)
     assert str(own_file) in str(caught.value)
+
+
+def test_a_process_that_a_reward_forks_may_end_so(own_file):
+    assert rewards_of(load_reward(f"{own_file}:forks"), panel()).sum() == 4 * 7
 
 
 def test_a_class_by_name(own_file):

@@ -48,6 +48,11 @@ def flags(kind: type) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.parametrize("path", [*PATHS, "rlkd_trl.trainers.encoder_config.EncoderKDConfig"])
+def test_it_knows_the_output_directory_that_is_used_where_none_is_named(path):
+    assert declared(path)().output_dir == real(path).__dataclass_fields__["output_dir"].default == "trainer_output"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_it_has_the_fields_of_the_class_itself(path):
     """If this fails on a new version of transformers, `--help` is only slower: see `declared`."""

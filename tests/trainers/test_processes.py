@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
+from rlkd_trl.errors import InputError
 from rlkd_trl.trainers import processes
-from rlkd_trl.trainers.processes import Processes
+from rlkd_trl.trainers.processes import Processes, check_hub_agrees
 
 CLOSED = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4")
 TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 8000ms for recv to complete")
@@ -95,3 +96,16 @@ def test_errors_of_another_kind_are_their_own_reason(error, store, other):
 def test_one_speaks(store, other):
     both = [processes_of(store, 0), processes_of(store, 1)]
     assert [one.is_first_to_speak() for one in (*both, *both)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("is_offline", [(False, False), (True, True), (False, True, True), (True, False)])
+def test_all_reach_the_hub_or_none(is_offline, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "gather_object", lambda own: list(is_offline))
+    if len(set(is_offline)) == 1:
+        return check_hub_agrees()
+    alone = "1, 2" if len(is_offline) == 3 else "0"
+    with pytest.raises(
+        InputError, match=rf"by some processes and not by others \(process {alone}\).*HF_HUB_OFFLINE=1"
+    ):
+        check_hub_agrees()
