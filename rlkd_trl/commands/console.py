@@ -32,7 +32,8 @@ _HELP = """usage: {program} [launcher's flags] COMMAND [flags]
     {program} --config_file zero2 ppo_kd ...              # one of accelerate's configurations that ship, or a path
 
 `{program} COMMAND --help` lists a command's flags, `accelerate launch --help` those of the launcher.
-Presets: {presets}
+Presets, for --config:
+{presets}
 Accelerate's configurations: {accelerate_configs}"""
 
 
@@ -81,21 +82,35 @@ def script_of(command: str) -> Path:
 
 def help_text() -> str:
     """All commands, each with the first sentence of its script."""
-    from rlkd_trl.commands.presets import shipped_presets
-
     script_of_command = scripts()
     width = max(map(len, script_of_command))
     lines = []
     for name, path in script_of_command.items():
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines.append(f"    {name:{width}}  {textwrap.shorten(docstring.splitlines()[0], 99, placeholder=' …')}")
-    names = [preset.stem for preset in shipped_presets() if not preset.stem.startswith("demo_")]
     return _HELP.format(
         program=PROGRAM,
         commands="\n".join(lines),
-        presets=", ".join(names),
+        presets="\n".join(_preset_lines()),
         accelerate_configs=", ".join(sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))),
     )
+
+
+def _preset_lines() -> list[str]:
+    """The presets that ship: those that name models and data, for several commands, and each command's methods."""
+    from rlkd_trl.commands.presets import shipped_presets
+
+    names: dict[str, list[str]] = {}
+    for preset in shipped_presets():
+        is_method = preset.parent.parent.name == "methods"
+        if not preset.stem.startswith("demo_"):
+            names.setdefault(preset.parent.name if is_method else "models and data", []).append(preset.stem)
+    width = max(map(len, names))
+    lines = []
+    for kind, of_kind in names.items():
+        first, *more = textwrap.wrap(", ".join(of_kind), 113 - width)
+        lines += [f"    {kind:{width}}  {first}", *(f"    {'':{width}}  {line}" for line in more)]
+    return lines
 
 
 def launch(argv: list[str]) -> NoReturn:

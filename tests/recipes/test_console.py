@@ -32,8 +32,10 @@ def run_console(monkeypatch, *argv: str) -> int:
 def test_it_lists_the_commands(argv, monkeypatch, capsys):
     assert run_console(monkeypatch, *argv) == 0
     text = capsys.readouterr().out
-    listed = {line.split()[0] for line in text.splitlines() if line.startswith("    ") and "rlkd-trl" not in line}
+    commands, presets = text.split("Presets, for --config:\n")
+    listed = {line.split()[0] for line in commands.splitlines() if line.startswith("    ") and "rlkd-trl" not in line}
     assert listed == set(COMMANDS)
+    assert "    encoder_kd       distilbert, kd, minilm" in presets, "by the recipe that they are for"
     for word in ("llmr_t0_3b_t5_base", "zero2", "--num_processes 2"):
         assert word in text
     assert max(len(line) for line in text.splitlines() if line.startswith("    ")) <= 119
