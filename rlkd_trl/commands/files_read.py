@@ -62,6 +62,7 @@ class FileDigests:
 
     def of_files(self, files: Sequence[Path]) -> str:
         """A digest of the files' contents, and of their names relative to their common directory."""
+        files = [Path(os.path.abspath(file)) for file in files]  # adapters may be named otherwise than their model
         shared = os.path.commonpath(files)
         digest = hashlib.sha256()
         for file in files:

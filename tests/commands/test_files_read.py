@@ -1,5 +1,7 @@
 """Digests of data, templates and checkpoints: what changes them, and what does not."""
 
+import json
+
 import datasets
 import pytest
 
@@ -80,6 +82,20 @@ def test_what_datasets_computes_beside_saved_rows_does_not_count(tmp_path):
     assert digest("--dataset", tmp_path / "saved") == before
     datasets.Dataset.from_list([{"mr": str(i)} for i in range(5)]).save_to_disk(tmp_path / "other")
     assert digest("--dataset", tmp_path / "other") != before
+
+
+def test_adapters_by_a_relative_path_for_a_model_by_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "adapters"):
+        (tmp_path / name).mkdir()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_text("one")
+    config = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(config))
+    before = digest("--teacher", "adapters")
+    assert before == digest("--teacher", tmp_path / "adapters")
+    weights.write_text("other")
+    assert digest("--teacher", "adapters") != before
 
 
 def test_what_is_not_local_has_no_digest(tmp_path, monkeypatch):
