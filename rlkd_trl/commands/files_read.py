@@ -62,7 +62,7 @@ class FileDigests:
 
     def of_files(self, files: Sequence[Path]) -> str:
         """A digest of the files' contents, and of their names relative to their common directory."""
-        files = [Path(os.path.abspath(file)) for file in files]  # adapters may be named otherwise than their model
+        files = [_absolute(file) for file in files]  # adapters may be named otherwise than their model
         shared = os.path.commonpath(files)
         digest = hashlib.sha256()
         for file in files:
@@ -95,7 +95,11 @@ def checkpoint_files(name_or_path: str | Path) -> list[Path]:
     """The model files of a local checkpoint directory, sorted, of adapters with their model's; none for a Hub id."""
     model = adapted_model(name_or_path)
     files = [*Path(name_or_path).glob("*"), *(Path(model).glob("*") if model else ())]
-    return sorted(file for file in files if _is_any_of(file, CHECKPOINT_FILES) and file.is_file())
+    return sorted((file for file in files if _is_any_of(file, CHECKPOINT_FILES) and file.is_file()), key=_absolute)
+
+
+def _absolute(file: Path) -> Path:
+    return Path(os.path.abspath(file))
 
 
 def _is_any_of(file: Path, patterns: Sequence[str]) -> bool:
