@@ -55,10 +55,15 @@ def warn_if_spoilt(trainer: "RolloutTrainer", results: dict[str, dict[str, float
     from rlkd_trl.trainers.guards import spoilt
     from rlkd_trl.trainers.kd import KDTrainer
 
-    if not isinstance(trainer, KDTrainer) or not trainer.args.guards:
+    args = trainer.args
+    if not isinstance(trainer, KDTrainer) or not args.guards:
         return
+    remedies = ["fewer steps", "a lower --learning_rate"]
+    remedies += ["another --divergence"] if args.alpha > 0 else []
+    remedies += ["texts of the data or the teacher (--lmbda 0)"] if args.lmbda > 0 else []
+    remedies += ["hard labels (--alpha below 1)"] if args.alpha == 1 and args.lmbda == 0 else []
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    for warning in spoilt(losses, results["before"], results["after"]):
+    for warning in spoilt(losses, results["before"], results["after"], remedies):
         say(f"Warning: {warning}.")
 
 

@@ -105,10 +105,19 @@ def span_divergences(
     unlearnt_BT = summed_at((~learnt_BT).float(), last_BT, mask_BT, length=T)
     is_last_BT = mask_BT & (last_BT == torch.arange(T, device=last_BT.device)) & (unlearnt_BT == 0)
     spans_BT = summed_at(student_logps_BT, last_BT, mask_BT, length=T)
-    teacher_n2 = in_two_log_probs(teacher_logps_BT[is_last_BT].clamp(max=_ROUNDING) / temperature)
-    student_n2 = in_two_log_probs(spans_BT[is_last_BT] / temperature)
-    divergences_n = temperature * divergence(teacher_n2, student_n2)
-    return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergences_n)
+    # In float64: two powers 1/τ of float32's probabilities differ in its last digits only.
+    student_n = spans_BT[is_last_BT].double()
+    teacher_n = teacher_logps_BT[is_last_BT].clamp(max=_ROUNDING).double()
+    teacher_n = torch.where(_differ_by_rounding(teacher_n, student_n.detach()), student_n.detach(), teacher_n)
+    of_two = (in_two_log_probs(logps_n / temperature) for logps_n in (teacher_n, student_n))
+    divergences_n = temperature * divergence(*of_two)
+    return torch.zeros_like(spans_BT).masked_scatter(is_last_BT, divergences_n.to(spans_BT.dtype))
+
+
+def _differ_by_rounding(logps_n: Tensor, others_n: Tensor) -> Tensor:
+    """Whether two log-probabilities may be one, read twice in float32, of which the gradient is 0 (compare `tvd`)."""
+    eps = torch.finfo(torch.float32).eps
+    return (logps_n - others_n).abs() <= 2 * eps + 256 * eps * torch.maximum(logps_n.abs(), others_n.abs())
 
 
 def in_two_log_probs(logps: Tensor) -> Tensor:

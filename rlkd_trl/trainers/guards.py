@@ -11,8 +11,8 @@ _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
 _WORSE = 0.1  # by so large a share, outputs have got worse
 
-# What says how good held-out outputs are, and whether more is better.
-_QUALITIES = {"teacher_nll_per_token": False, "bleu": True}
+# What says how good held-out outputs are: whether more is better, and the least difference that is one.
+_QUALITIES = {"teacher_nll_per_token": (False, 0.0), "bleu": (True, 1.0)}
 # What is watched: its name in a warning, and the metric's name.
 GUARDED = {
     "length": "completions/mean_length",
@@ -58,30 +58,32 @@ def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | Non
     return "below" if fmean(latest) < lowest - spread else None
 
 
-def spoilt(losses: Sequence[float], before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Warnings of held-out outputs that got worse by more than a tenth while the loss fell.
+def spoilt(
+    losses: Sequence[float], before: Mapping[str, float], after: Mapping[str, float], remedies: Sequence[str]
+) -> list[str]:
+    """Warnings of held-out outputs that got worse while the loss fell.
 
-    losses: in the order of steps. before, after: metrics of the student's outputs, of which there may be none.
+    Worse is by more than a tenth, and of BLEU by more than a point.
+
+    losses: as logged, in order: the means of the halves are compared, and of fewer than two nothing is said. before,
+    after: metrics of the student's outputs, of which there may be none. remedies: what can be changed.
     """
-    if not _falls(losses):
+    half = len(losses) // 2
+    if not half or fmean(losses[-half:]) >= fmean(losses[:half]):
         return []
     warnings = []
-    for name, more_is_better in _QUALITIES.items():
+    for name, (more_is_better, least) in _QUALITIES.items():
         if name not in before or name not in after:
             continue
         loss_of_quality = before[name] - after[name] if more_is_better else after[name] - before[name]
-        if loss_of_quality > _WORSE * abs(before[name]):
+        if loss_of_quality > max(least, _WORSE * abs(before[name])):
             warnings.append(
                 f"{name} of held-out outputs went from {before[name]:.3g} to {after[name]:.3g}, which is worse, while "
-                f"the loss fell from {losses[0]:.3g} to {losses[-1]:.3g}: the student comes closer to what it is "
-                "trained on, and writes worse than before. Compare fewer steps, a lower --learning_rate, another "
-                "--divergence, or hard labels (--alpha below 1)"
+                f"the loss fell from {fmean(losses[:half]):.3g} to {fmean(losses[-half:]):.3g} (halves of what was "
+                "logged): the student comes closer to what it is trained on, and writes worse than before. Compare "
+                f"{', '.join(remedies)}"
             )
     return warnings
-
-
-def _falls(losses: Sequence[float]) -> bool:
-    return len(losses) > 1 and losses[-1] < losses[0]
 
 
 class Guards:

@@ -18,7 +18,7 @@ from rlkd_trl.ops.alignment import (
     states_before,
     summed_at,
 )
-from rlkd_trl.ops.divergences import forward_kl, reverse_kl, tvd
+from rlkd_trl.ops.divergences import DIVERGENCES, forward_kl, reverse_kl, tvd
 from rlkd_trl.ops.lm_head import token_log_probs
 
 # Lengths of tokens; 0 is a token without characters, None one that ends within a character.
@@ -149,6 +149,59 @@ def test_of_a_high_temperature_small_probabilities_count_too():
     # A student of 300 tokens without an idea, on what it samples itself: P = e^−9, Q = 1/300 = e^−5.7.
     assert loss(9.0, math.log(300), 1.0) < 0.004
     assert loss(9.0, math.log(300), 100.0) > 0.7
+
+
+def of_two(name: str, log_p: float, log_q: float, temperature: float) -> float:
+    """τ D of (P^(1/τ), 1 − P^(1/τ)) and (Q^(1/τ), 1 − Q^(1/τ)), from the papers' definitions of D."""
+    pairs = [
+        (math.exp(log_p / temperature), math.exp(log_q / temperature)),
+        (-math.expm1(log_p / temperature), -math.expm1(log_q / temperature)),
+    ]
+
+    def kl(share: float, swapped: bool) -> float:
+        """Of the first, or if swapped the second, from the mixture with `share` of it."""
+        total = 0.0
+        for p, q in pairs:
+            p, q = (q, p) if swapped else (p, q)
+            total += p * math.log(p / (share * p + (1 - share) * q))
+        return total
+
+    divergences = {
+        "forward_kl": lambda: kl(0.0, False),
+        "reverse_kl": lambda: kl(0.0, True),
+        "jsd": lambda: 0.5 * kl(0.5, False) + 0.5 * kl(0.5, True),
+        "tvd": lambda: 0.5 * sum(abs(p - q) for p, q in pairs),
+        "skew_kl": lambda: kl(0.1, False),
+        "skew_reverse_kl": lambda: kl(0.1, True),
+    }
+    return temperature * divergences[name]()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 100.0, 10_000.0])
+@pytest.mark.parametrize(("log_p", "log_q"), [(-1e-3, -2e-3), (-2e-4, -1e-4), (-0.5, -9.0), (-9.0, -5.7)])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_float32_is_precise_enough_at_every_temperature(name, log_p, log_q, temperature):
+    """Values and gradients of float32's log-probabilities against float64, of spans that both are sure of too."""
+    each, last = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long)
+    teacher, student = torch.tensor([[log_p]]), torch.tensor([[log_q]], requires_grad=True)
+    settings = {"divergence": DIVERGENCES[name], "temperature": temperature}
+    loss = span_divergences(teacher, student, last, each, each, **settings).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(of_two(name, log_p, log_q, temperature), rel=1e-4)
+    step = abs(log_q) * 1e-4
+    above, below = (of_two(name, log_p, log_q + sign * step, temperature) for sign in (1, -1))
+    assert student.grad.item() == pytest.approx((above - below) / (2 * step), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_model_read_twice_has_no_gradient(name):
+    each, last = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
+    student = torch.tensor([[-1e-3, -3.0]], requires_grad=True)
+    again = student.detach() * (1 + 1e-6) + 1e-7
+    span_divergences(
+        again, student, last, each, each, divergence=DIVERGENCES[name], temperature=100.0
+    ).sum().backward()
+    assert student.grad.abs().max() < 1e-6
 
 
 class WordsInCharacters:

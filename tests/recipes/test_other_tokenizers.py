@@ -42,11 +42,15 @@ def test_a_run_and_its_evaluation(place):
 @pytest.mark.parametrize("guards", [True, False])
 def test_kd_says_that_it_has_spoilt_the_student(guards, place, capsys, monkeypatch):
     monkeypatch.setattr("rlkd_trl.trainers.guards._WORSE", -10.0)  # no output is good enough
-    monkeypatch.setattr("rlkd_trl.trainers.guards._falls", lambda losses: len(losses) == 2)
-    flags = f"--align_tokenizers True --lmbda 1 {SAMPLING} {TWO_STEPS} --logging_steps 1 --guards {guards}"
+    monkeypatch.setattr("rlkd_trl.trainers.guards._QUALITIES", {"teacher_nll_per_token": (False, -10.0)})
+    flags = (
+        f"--align_tokenizers True --sequences data --target_column ref {TWO_STEPS} --logging_steps 1 --guards {guards}"
+    )
+    flags += " --max_steps 8 --learning_rate 0.01"  # enough for the loss to fall
     assert run(f"{command('kd', place)} {flags} --output_dir {place}/kd{guards}") == 0
     said = capsys.readouterr().out
     assert ("Warning: teacher_nll_per_token of held-out outputs went from" in said) == guards
+    assert ("--alpha below 1" in said) == guards
 
 
 @pytest.mark.parametrize("recipe", ["ppo_kd", "all_actions_kd", "evaluate"])

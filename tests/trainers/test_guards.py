@@ -101,9 +101,18 @@ def test_they_can_be_switched_off(tmp_path):
         ([2.0, 1.0], {"bleu": 10.0}, ["bleu"]),  # a cache has no teacher
         ([1.0, 2.0], {"teacher_nll_per_token": 4.0, "bleu": 10.0}, []),
         ([2.0], {"bleu": 10.0}, []),
+        ([3.0, 1.0, 9.0, 0.0, 2.0], {"bleu": 10.0}, ["bleu"]),  # halves: 2 and 1, the one between in neither
+        ([1.0, 2.0, 2.0, 0.9], {"bleu": 10.0}, ["bleu"]),
+        ([2.0, 0.9, 1.0, 2.0], {"bleu": 10.0}, []),
     ],
 )
 def test_outputs_that_are_spoilt_while_the_loss_falls(losses, after, warned):
-    said = spoilt(losses, {"teacher_nll_per_token": 0.5, "bleu": 50.0, "tokens": 9.0}, {**after, "tokens": 1.0})
+    before = {"teacher_nll_per_token": 0.5, "bleu": 50.0, "tokens": 9.0}
+    said = spoilt(losses, before, {**after, "tokens": 1.0}, ["less", "more"])
     assert [line.split()[0] for line in said] == warned
-    assert all("the loss fell from 2 to 1" in line for line in said)
+    assert all("the loss fell from " in line and line.endswith("Compare less, more") for line in said)
+
+
+def test_a_fraction_of_a_bleu_point_is_no_difference():
+    assert spoilt([2.0, 1.0], {"bleu": 1.5}, {"bleu": 0.6}, []) == []
+    assert "the loss fell from 2 to 1" in spoilt([2.0, 1.0], {"bleu": 1.5}, {"bleu": 0.4}, [])[0]

@@ -261,7 +261,8 @@ def test_kd_learns_from_data_and_leaves_out_what_cannot_be_read(tmp_path):
     assert 0 < sum(entry["completions/unreadable"] for entry in recorder.logs) < 12
     # 3.29 nats to 3.06.
     assert recorder.logs[-1]["cross_entropy"] < recorder.logs[0]["cross_entropy"] - 0.1
-    assert all(0 < entry["divergence"] < 9 for entry in recorder.logs)
+    # 0.96 to 0.46 in between.
+    assert all(0 < entry["divergence"] < 1.5 for entry in recorder.logs)
 
 
 @pytest.mark.parametrize("method", ["kd", pytest.param("ppo", marks=pytest.mark.slow)])
