@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from rlkd_trl.models.answers import decode
 from rlkd_trl.models.generation import Completions
@@ -24,6 +25,8 @@ from rlkd_trl.trainers.full_vocabulary import FullVocabularyTrainer
 from rlkd_trl.trainers.full_vocabulary_config import KDConfig
 from rlkd_trl.trainers.rollout import Rollout
 from rlkd_trl.trainers.rollout_metrics import completion_metrics, sample_table
+
+logger = logging.get_logger(__name__)
 
 _SOURCE_STREAM = 1  # of the rollout's random numbers
 
@@ -66,6 +69,12 @@ class KDTrainer(FullVocabularyTrainer):
             for scorer in (self.panel.scorers if args.sequences == "teacher" else [])
         }
         self._divergence = partial(DIVERGENCES[args.divergence], **args.divergence_settings)
+        if args.align_tokenizers and args.alpha > 0 and self.is_world_process_zero():
+            logger.warning(
+                "The divergence over common spans is least near the student that agrees with the teacher, not at it, "
+                "where tokens begin alike, and on one answer per input it says little of what else the teacher might "
+                "write (docs/limits.md): compare with alpha = 0 and with RLOO on held-out data."
+            )
         if isinstance(self.panel, CachedPanel):
             policy = self.policy
             check_same_ids(self.panel.cache.header, policy.forbidden_V, policy.eos_ids, self.processing_class)

@@ -1,5 +1,6 @@
 """A teacher that reads characters, and a student that writes words: what is learnt is what the text is worth."""
 
+import logging
 import math
 
 import pytest
@@ -254,10 +255,12 @@ def test_kd_compares_the_probabilities_of_words(temperature, tmp_path):
     assert recorder.logs[0]["loss"] == pytest.approx(total / count, rel=1e-3)
 
 
-def test_kd_learns_from_data_and_leaves_out_what_cannot_be_read(tmp_path):
+def test_kd_learns_from_data_and_leaves_out_what_cannot_be_read(tmp_path, caplog):
+    logging.getLogger("rlkd_trl").propagate = True
     data = pairs(32)  # every tenth word of the references is unknown to the student
     settings = {"divergence": "jsd", "lmbda": 0.0, "alpha": 0.5, "align_tokenizers": True, "max_steps": 12}
     recorder = run("kd", tmp_path, reward=teacher(), data=data, **settings)
+    assert "least near the student that agrees with the teacher, not at it" in caplog.text
     assert 0 < sum(entry["completions/unreadable"] for entry in recorder.logs) < 12
     # 3.29 nats to 3.06.
     assert recorder.logs[-1]["cross_entropy"] < recorder.logs[0]["cross_entropy"] - 0.1
