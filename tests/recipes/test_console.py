@@ -214,10 +214,11 @@ def test_a_wheel_plans(installed, checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_trains_in_two_processes(installed, checkpoints, train_csv, test_csv, tmp_path):
+@pytest.mark.parametrize("launcher", ["", "--num_processes 2 "])
+def test_a_wheel_trains(launcher, installed, checkpoints, train_csv, test_csv, tmp_path):
     pair = checkpoints["t5-tied"]
     flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} --eval_dataset {test_csv}"
-    command = f"--num_processes 2 ppo_kd --config ppo {flags} {COLUMNS} {TWO_STEPS} {SAMPLING} --output_dir out"
+    command = f"{launcher}ppo_kd --config ppo {flags} {COLUMNS} {TWO_STEPS} {SAMPLING} --output_dir out"
     said = _run([str(installed / "rlkd-trl"), *command.split()], tmp_path)
     assert said.count("Student, metrics.json and report.html are in out.") == 1
     assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())) == ["teacher", "before", "after"]

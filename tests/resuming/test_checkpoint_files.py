@@ -64,6 +64,27 @@ def killed_at(number: int, work) -> bool:
     return False
 
 
+def test_what_has_a_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Every file of a checkpoint, and its directory, before it is renamed; its parent afterwards."""
+    synced, at_the_rename = [], []
+    rename = os.rename
+
+    def recorded_rename(source, target):
+        if Path(target).name == "checkpoint-7":
+            at_the_rename.append(set(synced))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    save(tmp_path, 7, "text")
+    (before,) = at_the_rename
+    staged = tmp_path / STAGING / "checkpoint-7"
+    names = {path.name for path in (tmp_path / "checkpoint-7").iterdir()}
+    assert {"model", "optimizer"} < names
+    assert {str(staged), *(str(staged / name) for name in names)} <= before
+    assert str(tmp_path) in synced[len(before) :]
+
+
 class InTurn:
     def __init__(self, count: int):
         pass
