@@ -29,6 +29,8 @@ FORKS.set_forkserver_preload(
         "matplotlib.backends.backend_agg",
     ]
 )
+# There is one such process, of benchmarks that tests run too: they do not choose anew what it imports.
+FORKS.set_forkserver_preload = lambda modules: None
 
 
 def free_port() -> int:
