@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -272,14 +272,21 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Computes attention with the memory-efficient kernel, which GPUs also use for T5's masks that need a gradient."""
+@contextmanager
+def _with_fused_attention() -> Iterator[None]:
+    """Within it attention is the memory-efficient kernel, which GPUs also use for T5's masks that need a gradient.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and not kwargs.get("enable_gqa"):
-            return _fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    No `TorchFunctionMode`, as none is in place in a backward pass, where layers may be computed again.
+    """
+
+    def attention(*args, **kwargs):
+        return (scaled_dot_product_attention if kwargs.get("enable_gqa") else _fused_attention)(*args, **kwargs)
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -301,7 +308,7 @@ def counted(
     """Counts bytes beyond those of `tensors_before`, see `_LiveBytes`; fused_attention: as on a GPU."""
     with _LiveBytes(tensors_before, operations) as live:
         if fused_attention:
-            with _FusedAttention():
+            with _with_fused_attention():
                 yield live
         else:
             yield live

@@ -161,6 +161,14 @@ def test_update_of_adapters_and_of_recomputed_layers(name, shape, critic, adapte
     assert_close(estimated, measured)
 
 
+@pytest.mark.parametrize("name", ["t5-tied", "llama"])
+def test_layers_are_recomputed_with_the_attention_of_a_gpu(name, tmp_path):
+    """With adapters, as the command does; they save memory there, too."""
+    skeleton = checkpoint_of(MODELS[name](), tmp_path).build(torch.float32)
+    student, load = adapted(skeleton, Adapters(lora_r=4)), workload(SHAPES["both"])
+    assert 0 < update_bytes(student, load, gradient_checkpointing=True) < 0.8 * update_bytes(student, load)
+
+
 def measured_update(
     model: PreTrainedModel, shape: str, directory: Path, monkeypatch, *, critic: str, **settings
 ) -> int:
