@@ -64,7 +64,7 @@ CASES = {
     "rloo": Case("rloo-sequence"),
     # The first process needs no decoder pass over tokens, the second one does.
     "rloo-uneven": Case("rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + LONGER),
-    "ppo-lora": Case("ppo", ("zero3",), "t5-tied", lora=True),
+    "ppo-lora": Case("ppo", ("zero2", "zero3"), "t5-tied", lora=True),
     # Tied embeddings get a gradient from the head and elsewhere.
     "kd-student": Case("kd", family="t5-tied"),
     "kd-teacher": Case("kd", ("ddp", "zero3"), settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))),

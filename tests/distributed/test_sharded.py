@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -73,6 +74,9 @@ def test_every_parallelism_trains_as_one_process_does(name, mode, two_ranks, one
     case = sharded_worker.CASES[name]
     found, expected = saved_weights(runs[0]["saved"], case), saved_weights(single["saved"], case)
     assert_same_weights(found, expected, rtol=1e-5, atol=1e-6)
+    if case.method == "ppo":
+        heads = [load_file(Path(saved["saved"]) / "value_head.safetensors") for saved in (runs[0], single)]
+        assert_same_weights(*heads, rtol=1e-5, atol=1e-6)
 
 
 def metrics(entry: dict) -> dict[str, float]:
