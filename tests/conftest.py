@@ -29,7 +29,8 @@ from transformers import (
 # The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
 torch.set_num_threads(1)
 # What is written outlives a killed process without it, and no test cuts the power: each checkpoint of a few bytes
-# would wait for the disk twenty times. Called with what is no open file, it fails as the real one does.
+# would wait for the disk twenty times. Called with what is no open file, it fails as the real one does. That it is
+# called is for `tests/resuming/test_checkpoint_files.py`.
 os.fsync = lambda descriptor: os.fstat(descriptor) and None
 # The same examples in every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(

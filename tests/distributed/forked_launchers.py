@@ -1,8 +1,10 @@
 """Launchers, and the processes that they start, as forks of a process that has imported everything.
 
-Launched for real, each of three processes imports for five CPU seconds, and the test takes one. All is here as it is
-there, signals, sessions and exit codes too, but for the interpreter's own start and end; that is for the tests that
-launch `accelerate launch` and `rlkd-trl` for real.
+Launched for real, each of three processes imports for five CPU seconds, and the test takes one. Signals, sessions and
+the exit codes of `SystemExit` are as they are there. Not so, and for the tests that launch `accelerate launch` and
+`rlkd-trl` for real: the interpreter's start; its end, with what `atexit` runs and threads that it waits for; death by
+an uncaught Ctrl-C, which is exit code 1 here; that a rank finds out by its command line that it has a launcher; and
+the 30 seconds that torch's launcher gives its processes after SIGTERM, which are 3.
 """
 
 import ctypes
@@ -50,11 +52,16 @@ class ForkedLauncher:
 
 
 def launched(*command_lines: str, directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """As many launchers at a time as there are command lines; the first one's exit code, what all of them print."""
+    """As many launchers at a time as there are command lines; the first exit code that is not 0, and what they print.
+
+    It is 0 if all are.
+    """
     output = {"stdout": directory / "stdout", "stderr": directory / "stderr"}
     launchers = [ForkedLauncher(line.split(), cwd=directory, env=environment, **output) for line in command_lines]
     codes = [launcher.wait(SECONDS) for launcher in launchers]
-    return subprocess.CompletedProcess(command_lines, codes[0], *(file.read_text() for file in output.values()))
+    return subprocess.CompletedProcess(
+        command_lines, next(filter(None, codes), 0), *(file.read_text() for file in output.values())
+    )
 
 
 def _launch(words: list[str], directory: Path, environment: dict[str, str], stdout: Path, stderr: Path) -> None:
