@@ -57,16 +57,13 @@ def _give_tensors(wrapped: PeftModel, student: Skeleton) -> None:
     own = dict(student.model.named_parameters(remove_duplicate=False)) | dict(student.model.named_buffers())
     with student.mode:
         for prefix, module in wrapped.named_modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    needs_gradient = tensor.requires_grad
-                    tensors[name] = own.get(_own_name(f"{prefix}.{name}"))
-                    if tensors[name] is None:
-                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-                    tensors[name].requires_grad_(needs_gradient)
+            of_module = {"recurse": False, "remove_duplicate": False}
+            for name, tensor in [*module.named_parameters(**of_module), *module.named_buffers(**of_module)]:
+                given = own.get(_own_name(f"{prefix}.{name}"))
+                if given is None:
+                    given = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    given = nn.Parameter(given) if isinstance(tensor, nn.Parameter) else given
+                setattr(module, name, given.requires_grad_(tensor.requires_grad))
 
 
 def _own_name(name: str) -> str:

@@ -59,9 +59,10 @@ def _tensors(tree: object) -> list[Tensor]:
 
 
 def _is_view(func: OpOverload, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> bool:
-    """Whether the outputs are the inputs' memory, unchanged."""
-    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
-    return not func._schema.is_mutable and all(tensor.untyped_storage()._cdata in storages for tensor in outputs)
+    """Whether the outputs are the inputs' memory, unchanged. What changes its input has a name that ends in "_"."""
+    storages = [tensor.untyped_storage() for tensor in inputs]
+    is_in_place = func.overloadpacket.__name__.endswith("_")
+    return not is_in_place and all(any(t.untyped_storage() is each for each in storages) for t in outputs)
 
 
 _aten = torch.ops.aten
