@@ -30,6 +30,9 @@ _CONNECTION_ERRORS = (
     "nccl",
     "connection closed",
     "connection reset",
+    "pair closure",  # gloo's "Application timeout caused pair closure", in a backward pass
+    "timed out waiting",
+    "socket closed",
     "broken pipe",
     "socket timeout",
 )

@@ -16,6 +16,7 @@ from rlkd_trl.trainers.processes import Processes, check_hub_agrees
 
 CLOSED = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4")
 TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 8000ms for recv to complete")
+IN_BACKWARD = RuntimeError("Application timeout caused pair closure")  # as DDP's reducer passes it on
 NCCL = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0.")
 
 
@@ -48,7 +49,7 @@ def wait_for_state(pid: int, states: str) -> None:
 
 
 @pytest.mark.parametrize("is_reaped", [False, True])
-@pytest.mark.parametrize("error", [CLOSED, TIMED_OUT, NCCL])
+@pytest.mark.parametrize("error", [CLOSED, TIMED_OUT, IN_BACKWARD, NCCL])
 def test_one_that_was_killed(error, is_reaped, store, other):
     other.kill()
     if is_reaped:
