@@ -146,14 +146,14 @@ def _reasons(
     elif teacher.placement == "offload":
         reason = "Faster than what else fits" if others else "Not even a share of the teacher fits"
         reasons.append(
-            f"{reason}: it stays in CPU memory, {gib(teacher.host)} GiB on each node, "
+            f"{reason}: the teacher stays in CPU memory, {gib(teacher.host)} GiB on each node, "
             f"and {gib(whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
             "scoring batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens "
             "makes fewer batches."
         )
     reasons += _costs(best_choice, other_choices, teachers, cluster)
     if student.sharding != "ddp":
-        why = "the fastest with which this fits" if by_time else "the least sharding with which this fits"
+        why = "of the fastest with which this fits" if by_time else "the least sharding with which this fits"
         reasons.append(f"The student is sharded by {student.sharding}, {why}.")
     if cluster.nodes > 1:
         reasons.append(

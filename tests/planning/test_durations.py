@@ -139,10 +139,10 @@ def test_reasons_are_those_of_time():
     assert "placement zero3" in text and "A whole teacher fits too, and is slower: each rank" in text
     offloaded = replace(TEACHER, placement="offload")
     slow = replace(split, operations=whole.operations)
-    assert "Faster than what else fits: it stays in CPU memory" in words([whole, slow, offloaded], [STUDENT])
+    assert "Faster than what else fits: the teacher stays in CPU memory" in words([whole, slow, offloaded], [STUDENT])
     many = replace(STUDENT, num_trained=10**6, gradient_itemsize=0)
     text = words([TEACHER], [many, replace(many, sharding="zero1")])
-    assert "sharded by zero1, the fastest with which this fits" in text
+    assert "sharded by zero1, of the fastest with which this fits" in text
 
 
 def test_what_is_said_of_time():
