@@ -94,11 +94,34 @@ def _variables(jinja: str) -> list[list[str]]:
 
 
 def _render(
-    jinja: str, answer_choices: str | None, values: dict[str, object], seed: str, until_separator: bool
+    jinja: str,
+    answer_choices: str | None,
+    values: dict[str, object],
+    whole_values: dict[str, object] | None,
+    seed: str,
+    until_separator: bool,
 ) -> list[str]:
-    """The rendered text, split at its `|||`; with `until_separator` only the first part, and the rest is not run."""
+    """The rendered text, split at its `|||`; with `until_separator` only the first part, and the rest is not run.
+
+    whole_values: if `values` are shortened ones, those they were made of, whose branches the template takes.
+    """
+    branches = sandbox.Branches()
+    if whole_values is not None:
+        _render_once(jinja, answer_choices, whole_values, seed, until_separator, branches)
+        branches.repeat()
+    return _render_once(jinja, answer_choices, values, seed, until_separator, branches)
+
+
+def _render_once(
+    jinja: str,
+    answer_choices: str | None,
+    values: dict[str, object],
+    seed: str,
+    until_separator: bool,
+    branches: sandbox.Branches,
+) -> list[str]:
     compiled = sandbox.compile_jinja(jinja)
-    with sandbox.seeded_choice(seed):
+    with sandbox.seeded_choice(seed), branches.in_force():
         if answer_choices is not None and "answer_choices" in compiled.variables:
             try:
                 choices = sandbox.compile_jinja(answer_choices).parts(values)

@@ -7,10 +7,11 @@ really bounds time and memory is the process in which this runs, `prompts.render
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,10 +28,44 @@ WRITTEN_SEPARATOR = "|||"
 # text. It has no letters and no spaces, so that filters such as `upper` and `trim` do not change it.
 SEPARATOR = f"\ue000{secrets.randbelow(10**18):018d}\ue001"
 
+_OUTCOME = "outcome of a condition"  # the name of a filter, which no template can write
+
 MAX_CHARACTERS = 10_000_000  # in one rendering; also the largest number of elements that a `*` may make
 MAX_POWER_BITS = 10_000
 
 _random: ContextVar[random.Random] = ContextVar("_random")
+_branches: ContextVar[Branches] = ContextVar("_branches")
+_condition_numbers = itertools.count()
+
+
+class Branches:
+    """The outcomes of a template's conditions, in order, so that a second rendering takes the same branches.
+
+    A condition about a loop itself (`loop.last`) is not among them: the second rendering may have fewer rounds.
+    """
+
+    def __init__(self) -> None:
+        self._outcomes: dict[int, list[bool]] = defaultdict(list)  # by the condition's number
+        self._expected: dict[int, Iterator[bool]] = {}
+
+    def repeat(self) -> None:
+        """From now on conditions have the outcomes so far, and their own where they are asked more often."""
+        self._expected = {condition: iter(outcomes) for condition, outcomes in self._outcomes.items()}
+
+    def outcome(self, value: object, condition: int) -> bool:
+        """What the condition with this number and value is taken for."""
+        is_true = bool(value)
+        self._outcomes[condition].append(is_true)
+        return next(self._expected.get(condition, iter(())), is_true)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Inside it these are the branches of all templates."""
+        token = _branches.set(self)
+        try:
+            yield
+        finally:
+            _branches.reset(token)
 
 
 class MissingColumn(jinja2.UndefinedError):
@@ -98,6 +133,7 @@ def _make_environment() -> _PromptEnvironment:
     environment.globals["zip"] = zip
     del environment.globals["lipsum"]  # draws at random
     environment.filters.update(choice=_choice, random=_choice, most_frequent=_most_frequent)
+    environment.filters[_OUTCOME] = lambda value, condition: _branches.get().outcome(value, condition)
     return environment
 
 
@@ -150,6 +186,7 @@ def compile_jinja(source: str) -> CompiledJinja:
     input_tree = _ENVIRONMENT.parse(source)
     _mark_separators(input_tree)
     input_tree.body, _ = _before_separator(input_tree.body)
+    _number_conditions(tree)
     return CompiledJinja(
         variables=frozenset(meta.find_undeclared_variables(tree)),
         input_variables=frozenset(meta.find_undeclared_variables(input_tree)),
@@ -169,6 +206,14 @@ def _mark_separators(parent: nodes.Node) -> None:
             is_printed = not isinstance(parent, nodes.Call | nodes.Compare | nodes.Operand)
             node.value = node.value.replace(WRITTEN_SEPARATOR, SEPARATOR) if is_printed else node.value
         _mark_separators(node)
+
+
+def _number_conditions(tree: nodes.Template) -> None:
+    """Passes the outcome of each condition through `Branches.outcome`."""
+    for node in tree.find_all((nodes.If, nodes.CondExpr, nodes.For)):
+        if node.test is not None and all(name.name != "loop" for name in node.test.find_all(nodes.Name)):
+            number = nodes.Const(next(_condition_numbers))
+            node.test = nodes.Filter(node.test, _OUTCOME, [number], [], None, None, lineno=node.lineno)
 
 
 def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:

@@ -38,7 +38,8 @@ class RenderedPrompt(str):
 class ShortenedText(str):
     """The beginning of a text, as a template's variable: it prints as the beginning, but compares as the whole text.
 
-    `if`, `length`, `in` and `==` see the whole text, so that a template's conditions take the same branch as before.
+    `length`, `in` and `==` see the whole text, so that a chat template's conditions take the same branch as before.
+    (All conditions of other templates do, see `sandbox.Branches`.)
     """
 
     __slots__ = ("_end", "_whole")
@@ -50,6 +51,9 @@ class ShortenedText(str):
 
     def __len__(self) -> int:
         return len(self._whole)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(str(self))
 
     def __contains__(self, part: str) -> bool:
         return part in self._whole

@@ -74,15 +74,15 @@ class PromptTemplate:
         read = {column: plain_value(column, row[column]) for column in self.input_variables if column in row}
 
         def render(shorter: Mapping[str, object]) -> str:
-            return self._input({**row, **shorter}, choosing_for=row)
+            return self._input({**row, **shorter}, whole_row=row)
 
         return RenderedPrompt(self._input(row), read, render)
 
-    def _input(self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None = None) -> str:
-        """The prompt. choosing_for: the row that fixes the draws of `choice`; default `row`. Raises `InputError`."""
+    def _input(self, row: Mapping[str, object], whole_row: Mapping[str, object] | None = None) -> str:
+        """The prompt. whole_row: what a shortened row was made of. Raises `InputError`."""
         hint = ", or leave this template out if that is the human reference: a prompt must not show it"
         with self._explained(row, hint):
-            [prompt] = self._parts(row, choosing_for, until_separator=True)
+            [prompt] = self._parts(row, whole_row, until_separator=True)
         prompt = prompt.strip()
         if not prompt:
             raise InputError(
@@ -114,14 +114,20 @@ class PromptTemplate:
         return variables - {"answer_choices"} | _variables_of(self.answer_choices).anywhere
 
     def _parts(
-        self, row: Mapping[str, object], choosing_for: Mapping[str, object] | None, until_separator: bool
+        self, row: Mapping[str, object], whole_row: Mapping[str, object] | None, until_separator: bool
     ) -> list[str]:
-        """The rendered text, split at its `|||`; or only the part before it. Raises `RenderingError`."""
-        values = {column: plain_value(column, value) for column, value in row.items() if column in self.variables}
-        choosing_for = row if choosing_for is None else choosing_for
-        read = [(column, choosing_for[column]) for column in sorted(self.input_variables) if column in choosing_for]
+        """The rendered text, split at its `|||`; or only the part before it. Raises `RenderingError`.
+
+        whole_row: if `row` is a shortened one, the row that fixes the draws of `choice` and the branches taken.
+        """
+        values, whole_values = self._values(row), None if whole_row is None else self._values(whole_row)
+        chosen_for = row if whole_row is None else whole_row
+        read = [(column, chosen_for[column]) for column in sorted(self.input_variables) if column in chosen_for]
         seed = repr((self.name, self.jinja, read))
-        return ask_renderer("render", self.jinja, self.answer_choices, values, seed, until_separator)
+        return ask_renderer("render", self.jinja, self.answer_choices, values, whole_values, seed, until_separator)
+
+    def _values(self, row: Mapping[str, object]) -> dict[str, object]:
+        return {column: plain_value(column, value) for column, value in row.items() if column in self.variables}
 
     @contextmanager
     def _explained(self, row: Mapping[str, object], hint: str = "") -> Iterator[None]:
