@@ -22,11 +22,7 @@ from rlkd_trl.trainers.supervised_config import SupervisedConfig
 
 CONFIGS = [PPOKDConfig, RLOOKDConfig, ReinforceKDConfig, KDConfig, AllActionsKDConfig, SupervisedConfig]
 ARGUMENTS = [
-    *(
-        kind
-        for _, kind in inspect.getmembers(arguments, dataclasses.is_dataclass)
-        if kind.__module__ == arguments.__name__
-    ),
+    *(kind for _, kind in inspect.getmembers(arguments, dataclasses.is_dataclass)),
     ComparisonArguments,
     MeasurementArguments,
 ]
