@@ -4,11 +4,12 @@ r"""Which method should I use, and is reinforcement learning worth it here? Meth
     python recipes/compare.py --teacher runs/teacher --student runs/warm --dataset runs/pseudo.jsonl \
         --source_column mr --target_column pseudo_label --templates templates.yaml \
         --validation_dataset dev.csv --test_dataset test.csv --eval_target_column ref \
-        --methods seq_kd ppo rloo_sequence --baseline seq_kd --seeds 0 1 2 --max_steps 150 400 \
+        --methods seq_kd ppo seq_kd+recommended --baseline seq_kd --seeds 0 1 2 --max_steps 150 400 \
         --learning_rates 2e-4 5e-4 1e-3 --common per_device_train_batch_size=64 logging_steps=50
 
 A method is a preset in recipes/configs/methods/ or your own YAML file in a directory named for its recipe; its teacher
-may be of another teacher_dtype or teacher_quantization than the one that judges. Every
+may be of another teacher_dtype or teacher_quantization than the one that judges. With a + between them, as in
+seq_kd+recommended, methods follow one another, each with an equal share of the budget. Every
 method starts from the same student with the same seeds and gets the same budget: optimizer steps, generated tokens or
 CPU seconds. The learning rate is chosen for each method from the same grid, on the validation inputs, at the first
 seed and the smallest budget. The test inputs serve the tables only. With a budget of tokens or time, where the number

@@ -41,7 +41,7 @@ TEST_INPUTS, VALIDATION_INPUTS, STUDENT_INPUTS, OFFICIAL_INPUTS = 300, 60, 600, 
 WARM_START_STEPS = {"middling": 130, "good": 400, "cold": 70}  # in the order in which they are compared
 RIVALS = Path(__file__).resolve().parent / "rivals"
 METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup minillm".split()
-METHODS += "ppo rloo_token rloo_sequence all_actions all_actions_w1 all_actions_expected".split()
+METHODS += "ppo rloo_token rloo_sequence all_actions all_actions_w1 all_actions_expected seq_kd+recommended".split()
 METHODS += [str(path) for path in sorted(RIVALS.glob("*/*.yaml"))]
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 RATES = ["1e-5", "5e-5", "2e-4", "1e-3", "4e-3", "1.5e-2"]

@@ -171,9 +171,11 @@ class Chain:
 
     @classmethod
     def of(cls, settings: ChainSettings, recipes: Path) -> "Chain":
-        """Raises `InputError` as `find_method` and `refuse_set_here`."""
+        """Raises `InputError` as `find_method` and `refuse_set_here`, and for a hop with several methods."""
         chain = settings.chain
         methods = [find_method(name, recipes) for name in chain.methods]
+        if several := [method.name for method in methods if method.before is not None]:
+            raise InputError(f"--methods {several[0]}: a hop has one method.")
         set_here = {option.name for group in _GROUPS_SET_HERE for option in dataclasses.fields(group)}.union(_SET_HERE)
         whose = "the chain sets for each hop: give assistant_kd.py's own flag, if it has one, or leave it out"
         refuse_set_here(methods, chain.common or [], set_here, whose, may_push=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rlkd_trl.commands import files_read
 from rlkd_trl.commands.comparison import cells, checks
-from rlkd_trl.commands.comparison.arguments import ComparisonSettings
+from rlkd_trl.commands.comparison.arguments import Budget, ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import ENCODERS, check_flags, find_method, first_runs
 from rlkd_trl.commands.comparison.grid import Grid
@@ -99,6 +99,82 @@ def test_search_runs_and_tables(workplace):
     assert expected.items() <= of_run.items()
     assert "--lr_scheduler_type" not in of_run
     assert of_run["--config"].endswith("methods/ppo_kd/ppo.yaml") and "--eval_target_column" not in of_run
+
+
+FOLLOWED = GOOD.replace("ppo rloo_sequence", "ppo+rloo_sequence ppo")
+
+
+@pytest.mark.slow
+def test_methods_that_follow_one_another(workplace):
+    """Half of the budget each, the first one's rate chosen by what it leaves; the second begins with that."""
+    flags = f"{FOLLOWED} --max_steps 5 --learning_rates 2e-4 5e-4 1e-3"
+    assert compare(flags, workplace) == 0
+    both = "max_steps_5/ppo+rloo_sequence"
+    search = [f"{both}/ppo/seed0-lr{rate}" for rate in ("0.0002", "0.0005", "0.001")]
+    search += [f"max_steps_5/ppo/seed0-lr{rate}" for rate in ("0.0002", "0.0005", "0.001")]
+    search += [f"{both}/seed0-lr0.0005-lr{rate}" for rate in ("0.0002", "0.0005", "0.001")]
+    runs = [f"{both}/ppo/seed1-lr0.0005", f"{both}/seed1-lr0.0005-lr0.001", "max_steps_5/ppo/seed1-lr0.0005"]
+    assert places(workplace) == search + runs
+
+    values = {Path(call["place"]).relative_to("out").as_posix(): call["values"] for call in calls(workplace)}
+    first, second = values[f"{both}/ppo/seed1-lr0.0005"], values[f"{both}/seed1-lr0.0005-lr0.001"]
+    assert (first["--student"], first["--max_steps"], first["--seed"]) == ("student", "2", "1")
+    assert first["--config"].endswith("ppo_kd/ppo.yaml")
+    assert (second["--student"], second["--max_steps"], second["--seed"]) == (f"out/{runs[0]}", "3", "1")
+    assert second["--config"].endswith("rloo_kd/rloo_sequence.yaml") and second["--learning_rate"] == "0.001"
+
+    results = results_of(workplace)
+    assert results["search"]["chosen"] == {
+        "ppo (of ppo+rloo_sequence)": 5e-4,
+        "ppo+rloo_sequence": 1e-3,
+        "ppo": 5e-4,
+    }
+    rows = {row["model"]: row for row in results["tests"]["test"]["max_steps_5"]}
+    assert rows["ppo+rloo_sequence"]["cost"]["cpu_seconds"]["values"] == [2.5 + 2.5] * 2
+    assert rows["ppo"]["cost"]["cpu_seconds"]["values"] == [2.5] * 2
+    assert rows["ppo+rloo_sequence"]["at_the_edge"] and not rows["ppo"]["at_the_edge"]
+    # All of it is there: nothing is run again. With another first preset, it is not the same run.
+    assert compare(flags, workplace) == 0 and len(calls(workplace)) == 12
+    with (workplace / "recipes/configs/methods/ppo_kd/ppo.yaml").open("a") as file:
+        file.write("\ntemperature: 0.9\n")
+    again = flags.replace("ppo+rloo_sequence ppo", "ppo+rloo_sequence")
+    shutil.rmtree(workplace / "out" / both / "ppo")
+    assert compare(again, workplace) == 2 and len(calls(workplace)) == 12
+
+
+@pytest.mark.slow
+def test_a_first_part_that_fails_is_the_methods_failure(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("FAIL", "rloo_sequence/ppo/seed1")
+    assert compare(FOLLOWED, workplace) == 1
+    assert "ppo+rloo_sequence/seed1: FAILED: ppo_kd.py ended with exit code 3:" in capsys.readouterr().out
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
+    assert (rows["ppo+rloo_sequence"]["seeds"], rows["ppo+rloo_sequence"]["failed_seeds"]) == ([0], [1])
+    monkeypatch.delenv("FAIL")
+    assert compare(FOLLOWED, workplace) == 0
+    both = "max_steps_3/ppo+rloo_sequence"
+    assert places(workplace)[-2:] == [f"{both}/ppo/seed1", f"{both}/seed1"], "what is there is kept"
+    # A first part without a rate leaves none for the method.
+    monkeypatch.setenv("FAIL", "rloo_sequence/ppo")
+    again = f"{FOLLOWED} --output_dir out2 --learning_rates 5e-4 1e-3"
+    assert compare(again, workplace) == 1
+    results = json.loads((workplace / "out2" / "comparison.json").read_text())
+    assert results["search"]["chosen"]["ppo+rloo_sequence"] is None
+    rows = {row["model"]: row for row in results["tests"]["test"]["max_steps_3"]}
+    assert rows["ppo+rloo_sequence"]["failed_seeds"] == [0, 1] and rows["ppo"]["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "parts", "shares"),
+    [
+        ("max_steps", 150, 2, ["75", "75"]),
+        ("max_steps", 5, 3, ["1", "2", "2"]),
+        ("max_generated_tokens", 10**9 + 1, 2, ["500000000", "500000001"]),
+        ("max_cpu_seconds", 1.5, 2, ["0.75", "0.75"]),
+        ("max_cpu_seconds", 60.0, 1, ["60"]),
+    ],
+)
+def test_shares_of_a_budget(kind, value, parts, shares):
+    assert [Budget(kind, value).flag(part, parts) for part in range(parts)] == [f"--{kind}={of}" for of in shares]
 
 
 @pytest.mark.slow
@@ -501,6 +577,17 @@ BAD = [
     ("--baseline kd", "--baseline kd: choose warm_start or one of --methods: ppo, rloo_sequence"),
     ("--methods poem", "--methods poem: no such method; give one of ode, ppo, twice, "),
     ("--methods twice", "there are several; give a path: "),
+    ("--methods ppo+poem", "--methods poem: no such method; give one of ode, ppo, twice, "),
+    ("--methods ppo+", "--methods : no such method; give one of ode, ppo, twice, "),
+    (
+        "--methods ppo+rloo_sequence+ppo --max_steps 9 2",
+        "--max_steps 2 is less than one for each of the 3 methods of ",
+    ),
+    ("--methods ppo+with_rate", "with_rate.yaml sets learning_rate, which compare.py sets for all methods alike"),
+    ("--methods greedy+ppo", "pseudo_label is none of the recipes to compare: ppo_kd, rloo_kd"),
+    ("--methods ppo+out_of_range", "Method ppo+out_of_range: "),
+    ("--methods out_of_range+ppo", "Method out_of_range (of out_of_range+ppo): "),
+    ("--methods ppo+rloo_sequence --common use_peft=True", "add merge_adapters=True to --common"),
     ("--methods ode", "its directory is to be named for a recipe, and there is no "),
     ("--methods greedy", "pseudo_label is none of the recipes to compare: ppo_kd, rloo_kd"),
     ("--methods misspelt", "unknown key levl; did you mean level"),

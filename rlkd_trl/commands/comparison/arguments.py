@@ -29,6 +29,25 @@ _QUIET = ("--save_strategy=no", "--disable_tqdm=True")
 _UNTIL_SPENT = ("--max_steps=1000000", "--lr_scheduler_type=constant_with_warmup")
 
 
+@dataclass(frozen=True)
+class Budget:
+    """kind: one of `BUDGETS`."""
+
+    kind: str
+    value: float
+
+    def flag(self, part: int, parts: int) -> str:
+        """Of one of so many methods that follow one another, counted from 0, as `--max_steps=75`: an equal share.
+
+        Of what cannot be divided the later ones get more.
+        """
+        if self.kind == "max_cpu_seconds":
+            share = self.value / parts
+        else:
+            share = self.value * (part + 1) // parts - self.value * part // parts
+        return f"--{self.kind}={share:.15g}"
+
+
 @dataclass
 class ComparisonArguments:
     """Comparison"""
@@ -39,7 +58,11 @@ class ComparisonArguments:
     }
     smoke: bool = field(default=False, metadata={"help": "All of it on the embedded demo, in minutes."})
     methods: list[PresetPath] | None = field(
-        default=None, metadata={"help": "Names in recipes/configs/methods/, or YAML files. Default: all of them."}
+        default=None,
+        metadata={
+            "help": "Names in recipes/configs/methods/, or YAML files; seq_kd+ppo: half of the budget each, one after "
+            "the other. Default: all that there are, none after another."
+        },
     )
     baseline: str | None = field(
         default=None, metadata={"help": "Method to compare with, or warm_start. Default: the first of --methods."}
@@ -83,10 +106,10 @@ class ComparisonArguments:
         if odd := [flag for flag in self.common or [] if not flag.partition("=")[2]]:
             raise InputError(f"--common {odd[0]} is not of the form name=value, e.g. logging_steps=50.")
 
-    def budgets(self) -> dict[str, str]:
-        """Name to flag, the smallest first: {"max_steps_150": "--max_steps=150"}."""
-        (name,) = [name for name in BUDGETS if getattr(self, name) is not None]
-        return {f"{name}_{value:.15g}": f"--{name}={value:.15g}" for value in sorted(getattr(self, name))}
+    def budgets(self) -> dict[str, "Budget"]:
+        """By name, the smallest first."""
+        (kind,) = [kind for kind in BUDGETS if getattr(self, kind) is not None]
+        return {f"{kind}_{value:.15g}": Budget(kind, value) for value in sorted(getattr(self, kind))}
 
     def common_flags(self) -> list[str]:
         """The same for every run."""
@@ -169,7 +192,10 @@ class ComparisonSettings:
     compare: ComparisonArguments
     measurement: MeasurementArguments
 
-    def run_flags(self) -> list[str]:
+    def run_flags(self, *, names_student: bool = True) -> list[str]:
         """What every training run gets, beside its method, budget, learning rate and seed."""
-        named = as_flags(self.data, self.prompts, self.teacher, self.student, self.code)
+        student = self.student
+        if not names_student:
+            student = dataclasses.replace(student, student=None, student_revision=None)
+        named = as_flags(self.data, self.prompts, self.teacher, student, self.code)
         return [*named, *self.measurement.run_flags(), *self.compare.common_flags()]

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlkd_trl.commands.files_read import FileDigests
@@ -22,13 +22,25 @@ _RESULTS = ("metrics.json", "cost.json", FINISHED)
 _STDERR_LINES = 15  # of a failed run, shown
 
 
+THEN = "+"  # between methods of which each goes on from what the one before has made
+
+
 @dataclass(frozen=True)
 class Method:
-    """A preset of a recipe: `recipe` is the script, `preset` the YAML file."""
+    """A preset of a recipe: `recipe` is the script, `preset` the YAML file.
+
+    before: the method whose student this one begins with; without one it is the warm start.
+    """
 
     name: str
     recipe: Path
     preset: Path
+    before: "Method | None" = None
+
+    @property
+    def parts(self) -> list["Method"]:
+        """The methods that follow one another, this one the last."""
+        return [*(self.before.parts if self.before is not None else []), self]
 
     def settings(self) -> dict:
         """What the preset holds for the recipe. Raises `InputError` as `read_preset`."""
@@ -39,13 +51,15 @@ class Method:
 class Cell:
     """One training run: a method with these flags, in its own directory. A finished one is not run again.
 
-    `digests` are shared by the cells of a comparison, so that each file is read once.
+    `digests` are shared by the cells of a comparison, so that each file is read once. before: the run whose student
+    this one begins with, which `flags` do not name then.
     """
 
     method: Method
     directory: Path
     flags: tuple[str, ...]
     digests: FileDigests
+    before: "Cell | None" = None
 
     @property
     def is_done(self) -> bool:
@@ -56,8 +70,19 @@ class Cell:
         """The content of one of the JSON files that the run left."""
         return json.loads((self.directory / name).read_text(encoding="utf-8"))
 
+    def cost(self) -> dict[str, float]:
+        """What the run, and those before it, have cost."""
+        cost = self.read("cost.json")
+        if self.before is None:
+            return cost
+        cost_before = self.before.cost()
+        return {name: cost_before[name] + value for name, value in cost.items()}
+
     def record(self) -> dict:
-        """What makes the run what it is, all but its place, in JSON's types: its command and digests of its inputs."""
+        """What makes the run what it is, all but its place, in JSON's types: its command and digests of its inputs.
+
+        Of a student that a run before has made, that run's record.
+        """
         preset, flags = self.method.settings(), _by_name(self.flags)
         of_preset = {f"--{name}": value if isinstance(value, list) else [value] for name, value in preset.items()}
         record = {
@@ -66,12 +91,15 @@ class Cell:
             "flags": {name: " ".join(words) for name, words in flags.items()},
             "files": self.digests.of_flags({**of_preset, **flags}),
         }
+        if self.before is not None:
+            record["before"] = self.before.record()
         return json.loads(json.dumps(record, default=str))
 
     def words(self, *, goes_on: bool) -> list[str]:
         """The recipe's command line. goes_on: from the run's own checkpoint."""
         begin = "--resume" if goes_on else "--overwrite_output_dir"
-        return ["--config", str(self.method.preset), *self.flags, begin, "--output_dir", str(self.directory)]
+        student = [] if self.before is None else ["--student", str(self.before.directory)]
+        return ["--config", str(self.method.preset), *self.flags, *student, begin, "--output_dir", str(self.directory)]
 
     def check(self) -> None:
         """Raises `InputError` if the directory holds the results of another command, or of other files."""
@@ -87,7 +115,14 @@ class Cell:
             )
 
     def run(self, environment: dict[str, str], running: "RunningProcesses") -> str | None:
-        """Runs the recipe in a process of its own; None, or the end of its stderr if it failed."""
+        """Runs the recipe in a process of its own; None, or the end of its stderr if it failed.
+
+        The run before it, if there is one, comes first unless it is done.
+        """
+        if self.before is not None and not self.before.is_done:
+            failure = self.before.run(environment, running)
+            if failure is not None:
+                return failure
         self.directory.mkdir(parents=True, exist_ok=True)
         # A run that breaks off must not look finished by what an earlier one left.
         for name in _RESULTS:
@@ -168,9 +203,20 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
 def find_method(name: str, recipes: Path) -> Method:
     """A method by its name among `recipes/configs/methods/<recipe>/`, or by a path to a YAML file in such a directory.
 
+    Several with `THEN` between them follow one another: the last one is returned, the others stand before it.
+
     Raises:
         InputError: There is no such preset, or several, or its directory is not named for a recipe.
     """
+    names = [name] if Path(name).is_file() else name.split(THEN)
+    parts = [_find_preset(part, recipes) for part in names]
+    method = parts[0]
+    for part in parts[1:]:
+        method = replace(part, name=f"{method.name}{THEN}{part.name}", before=method)
+    return method
+
+
+def _find_preset(name: str, recipes: Path) -> Method:
     if Path(name).suffix in (".yaml", ".yml"):
         preset = Path(name)
         if not preset.is_file():
@@ -202,6 +248,10 @@ def _first_difference(recorded: dict, record: dict) -> str:
     for key in ("recipe", "preset"):
         if recorded.get(key) != record[key]:
             return f"another command: its {key} was {recorded.get(key)}, now {record[key]}"
+    if (of_before := recorded.get("before")) != record.get("before"):
+        if of_before is None or "before" not in record:
+            return "another command: one of the two begins with what another run has made"
+        return _first_difference(of_before, record["before"])
     old, new = recorded["flags"], record["flags"]
     if old != new:
         name = next(name for name in {**old, **new} if old.get(name) != new.get(name))

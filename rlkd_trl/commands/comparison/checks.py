@@ -18,7 +18,7 @@ from rlkd_trl.commands.arguments import (
 from rlkd_trl.commands.checks import check_checkpoints
 from rlkd_trl.commands.comparison.arguments import BUDGETS, ComparisonArguments, ComparisonSettings, as_flags
 from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
-from rlkd_trl.commands.comparison.grid import Grid
+from rlkd_trl.commands.comparison.grid import Grid, part_name
 from rlkd_trl.commands.data import load_prompts
 from rlkd_trl.commands.demo import DemoRequest, demo_files, make_demo_models, write_demo_files
 from rlkd_trl.commands.distillation import check, check_data, within_lengths
@@ -97,7 +97,8 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
     """The methods named, or all.
 
     Raises:
-        InputError: One is not there, or twice, or the baseline is not among them.
+        InputError: One is not there, or twice, or the baseline is not among them; a budget cannot be shared by
+            methods that follow one another.
     """
     comparable = [str(preset) for preset in shipped_presets(recipes) if preset.parent.name != ENCODERS]
     methods = [find_method(name, recipes) for name in compare.methods or comparable]
@@ -106,6 +107,13 @@ def find_methods(compare: ComparisonArguments, recipes: Path) -> list[Method]:
         raise InputError(f"--methods: {twice[0]} is there twice; give the files different names.")
     if reserved := {"teacher", "warm_start"}.intersection(names):
         raise InputError(f"--methods: {reserved.pop()} is the name of another line of the table; rename the file.")
+    for method in methods:
+        too_small = [budget for budget in compare.budgets().values() if budget.value < len(method.parts)]
+        if too_small and too_small[0].kind != "max_cpu_seconds":
+            budget = f"--{too_small[0].kind} {too_small[0].value}"
+            raise InputError(
+                f"{budget} is less than one for each of the {len(method.parts)} methods of {method.name}."
+            )
     if compare.baseline not in (None, "warm_start", *names):
         raise InputError(f"--baseline {compare.baseline}: choose warm_start or one of --methods: {', '.join(names)}.")
     return methods
@@ -126,12 +134,13 @@ def check_flags(
     set_here = {option.name for group in groups for option in fields(group)}.union(SET_HERE)
     given_flags = {flag.removeprefix("--") for flag in as_flags(teacher)}
     set_here -= OF_THE_TEACHERS_WEIGHTS - given_flags
-    for method in methods:
-        if method.recipe.stem not in configs:
+    parts = [part for method in methods for part in method.parts]
+    for part in parts:
+        if part.recipe.stem not in configs:
             raise InputError(
-                f"{method.preset}: {method.recipe.stem} is none of the recipes to compare: {', '.join(configs)}."
+                f"{part.preset}: {part.recipe.stem} is none of the recipes to compare: {', '.join(configs)}."
             )
-    refuse_set_here(methods, common, set_here, "compare.py sets for all methods alike")
+    refuse_set_here(parts, common, set_here, "compare.py sets for all methods alike")
 
 
 def refuse_set_here(
@@ -166,27 +175,39 @@ def refuse_set_here(
 
 
 def first_runs(grid: Grid, configs: Mapping[str, type]) -> dict[str, DistillationSettings]:
-    """The settings of each method's first run, parsed as the recipe will parse them, by the method's name.
+    """The settings of the first run of each method's parts, parsed as the recipe will parse them, by the part's name.
+
+    Where another part will make the student, the warm start stands for it: a model of the same kind.
 
     Raises:
-        InputError: The recipe would refuse a flag or a value.
+        InputError: The recipe would refuse a flag or a value, or adapters would be handed on.
     """
-    runs = {}
+    runs, budget = {}, next(iter(grid.budgets))
     for method in grid.methods:
-        config = configs[method.recipe.stem]
-        has_rewards = any(option.name == "reward_weights" for option in fields(config))
-        kind = RewardedSettings if has_rewards else DistillationSettings
-        groups = groups_of(kind, config)
-        parser = RecipeParser(*groups.values(), description="", recipe=method.recipe.stem)
-        cell = grid.cell(next(iter(grid.budgets)), method, grid.seeds[0], grid.learning_rates[0])
-        with _naming(method.name):
-            parsed = parser.parse(cell.words(goes_on=False))
-            runs[method.name] = kind(**dict(zip(groups, parsed, strict=True)))
+        for number, part in enumerate(method.parts, start=1):
+            name = part_name(method, part)
+            config = configs[part.recipe.stem]
+            has_rewards = any(option.name == "reward_weights" for option in fields(config))
+            kind = RewardedSettings if has_rewards else DistillationSettings
+            groups = groups_of(kind, config)
+            parser = RecipeParser(*groups.values(), description="", recipe=part.recipe.stem)
+            cell = grid.cell(budget, method, grid.seeds[0], [grid.learning_rates[0]] * number)
+            with _naming(name):
+                parsed = parser.parse(cell.words(goes_on=False))
+                run = kind(**dict(zip(groups, parsed, strict=True)))
+                if part is not method and run.adapters.use_peft and not run.adapters.merge_adapters:
+                    raise InputError(
+                        "the next method would begin with adapters and put others on them: add merge_adapters=True to "
+                        "--common."
+                    )
+            runs[name] = run
+            if number > 1:
+                run.student = runs[part_name(method, method.parts[0])].student
     return runs
 
 
 def check_runs(runs: Mapping[str, DistillationSettings]) -> None:
-    """All that each method's recipe checks before it loads a model; of the data, which are the same for all, once.
+    """All that each run's recipe checks before it loads a model; of the data, which are the same for all, once.
 
     Raises:
         InputError: One of the recipes would; the message names the method.

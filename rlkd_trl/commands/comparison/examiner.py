@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlkd_trl.commands.arguments import RewardArguments, StudentArguments, TeacherArguments
 from rlkd_trl.commands.comparison.arguments import ComparisonSettings, as_flags
 from rlkd_trl.commands.comparison.cells import Method
-from rlkd_trl.commands.comparison.grid import Grid
+from rlkd_trl.commands.comparison.grid import Grid, rates_of
 from rlkd_trl.commands.comparison.outcome import Outcome, kept_outcome, measure
 from rlkd_trl.commands.comparison.statistics import Entry, summarise
 from rlkd_trl.commands.files_read import FileDigests
@@ -106,9 +106,9 @@ class Examiner:
                 of_methods = []
                 for method in grid.methods:
                     more = grid.top_seeds if method.name in best[budget] else []
-                    rate = chosen[method.name]
+                    rates = rates_of(method, chosen)
                     of_methods.append(
-                        self._of_method(test, grid, budget, method, rate, [*grid.seeds, *more], failures)
+                        self._of_method(test, grid, budget, method, rates, [*grid.seeds, *more], failures)
                     )
                 found[test][budget] = summarise(
                     [*given_models, *of_methods],
@@ -124,25 +124,25 @@ class Examiner:
         grid: Grid,
         budget: str,
         method: Method,
-        rate: float | None,
+        rates: Sequence[float] | None,
         seeds: Sequence[int],
         failures: Mapping[Path, str],
     ) -> Entry:
-        """A method at one budget: its finished seeds, tested."""
-        if rate is None:
+        """A method at one budget: its finished seeds, tested. rates: of its parts; the table has the last one's."""
+        if rates is None:
             return Entry(method.name, [], failed_seeds=list(seeds))
-        cells = {seed: grid.cell(budget, method, seed, rate) for seed in seeds}
+        cells = {seed: grid.cell(budget, method, seed, rates) for seed in seeds}
         done = {seed: cell for seed, cell in cells.items() if cell.is_done}
         left = {seed: cell.directory for seed, cell in cells.items() if seed not in done}
         return Entry(
             method.name,
             [self._test_trained(test, cell.directory) for cell in done.values()],
-            rate,
+            rates[-1],
             seeds=list(done),
-            costs=[cell.read("cost.json") for cell in done.values()],
+            costs=[cell.cost() for cell in done.values()],
             failed_seeds=[seed for seed, directory in left.items() if directory in failures],
             missing_seeds=[seed for seed, directory in left.items() if directory not in failures],
-            at_the_edge=grid.is_edge(rate),
+            at_the_edge=grid.is_edge(rates),
         )
 
     def _test_trained(self, test: str, checkpoint: Path) -> Outcome:

@@ -1,5 +1,6 @@
 """Which training runs a comparison consists of: budgets × methods × seeds, and each method's search for a rate."""
 
+import itertools
 import math
 import statistics
 import time
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkd_trl.commands.comparison.arguments import SELECTION, ComparisonSettings
+from rlkd_trl.commands.comparison.arguments import SELECTION, Budget, ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell, Method, run_cells
 from rlkd_trl.commands.comparison.statistics import best, choose_learning_rate
 from rlkd_trl.commands.files_read import FileDigests
@@ -15,19 +16,21 @@ from rlkd_trl.commands.files_read import FileDigests
 
 @dataclass(frozen=True)
 class Grid:
-    """budgets: name to flag, the smallest first. flags: those of every run. select_on: one of `SELECTION`.
+    """budgets: by name, the smallest first. flags: those of every run; flags_later:
+    of one that begins with what another has made. select_on: one of `SELECTION`.
 
     digests: of the files that the runs read. until: no run is begun after it, a reading of `time.monotonic`.
     """
 
     output_dir: Path
     methods: Sequence[Method]
-    budgets: Mapping[str, str]
+    budgets: Mapping[str, Budget]
     seeds: Sequence[int]
     top: int
     top_seeds: Sequence[int]
     learning_rates: Sequence[float]
     flags: Sequence[str]
+    flags_later: Sequence[str]
     select_on: str
     jobs: int
     until: float
@@ -47,35 +50,51 @@ class Grid:
             compare.top_seeds or [],
             compare.learning_rates,
             flags=settings.run_flags(),
+            flags_later=settings.run_flags(names_student=False),
             select_on=compare.select_on,
             jobs=compare.jobs,
             until=time.monotonic() + 60 * minutes,
             digests=FileDigests(),
         )
 
-    def cell(self, budget: str, method: Method, seed: int, rate: float) -> Cell:
-        name = f"seed{seed}" if len(self.learning_rates) == 1 else f"seed{seed}-lr{rate:g}"
-        flags = (*self.flags, self.budgets[budget], f"--learning_rate={rate}", f"--seed={seed}")
-        return Cell(method, self.output_dir / budget / method.name / name, flags, self.digests)
+    def cell(self, budget: str, method: Method, seed: int, rates: Sequence[float]) -> Cell:
+        """A run of a method with a rate for each of its parts; with fewer rates, of so many of its first parts."""
+        place, cell = self.output_dir / budget / method.name, None
+        for number, (part, rate) in enumerate(zip(method.parts, rates, strict=False)):
+            name = f"seed{seed}"
+            if len(self.learning_rates) > 1:
+                name += "".join(f"-lr{earlier:g}" for earlier in rates[: number + 1])
+            directory = place / name if part is method else place / part.name / name
+            share = self.budgets[budget].flag(number, len(method.parts))
+            named = self.flags if cell is None else self.flags_later
+            flags = (*named, share, f"--learning_rate={rate}", f"--seed={seed}")
+            cell = Cell(part, directory, flags, self.digests, before=cell)
+        return cell
 
-    def is_edge(self, rate: float) -> bool:
-        """The rate is the smallest or the largest of several, so that the best one may lie beyond."""
-        return len(self.learning_rates) > 1 and rate in (min(self.learning_rates), max(self.learning_rates))
+    def is_edge(self, rates: Sequence[float]) -> bool:
+        """One of the rates is the smallest or the largest of several, so that the best one may lie beyond."""
+        edges = (min(self.learning_rates), max(self.learning_rates))
+        return len(self.learning_rates) > 1 and any(rate in edges for rate in rates)
 
     def check(self) -> None:
         """Raises `InputError` if any of its directories holds the results of another command, or of other files."""
         for method in self.methods:
-            for budget in self.budgets:
-                for seed in [*self.seeds, *self.top_seeds]:
-                    for rate in self.learning_rates:
-                        self.cell(budget, method, seed, rate).check()
+            for number in range(1, len(method.parts) + 1):
+                rates_of_parts = itertools.product(self.learning_rates, repeat=number)
+                seeds = [*self.seeds, *self.top_seeds]
+                for budget, seed, rates in itertools.product(self.budgets, seeds, rates_of_parts):
+                    self.cell(budget, method, seed, rates).check()
 
     def search(self, failures: dict[Path, str]) -> dict:
         """Runs every method with every rate, at the smallest budget and the first seed, and chooses.
 
+        Of methods that follow one another each has its own rate: the first one's is chosen by the student that it
+        leaves, and with that the next one's.
+
         Returns a dict of plain values: `budget`, `seed`, `select_on`, `lower_is_better`, and by method `scores` and
         `cost` (each by rate; a score is None where there is no finished run) and `chosen` (None where all are; among
-        what there is, where time ran out). With one rate, nothing is run. What fails is added to `failures`.
+        what there is, where time ran out). A method that another goes on from has entries of its own under
+        `part_name`. With one rate, nothing is run. What fails is added to `failures`.
         """
         budget, seed, rates = next(iter(self.budgets)), self.seeds[0], self.learning_rates
         outcome = {
@@ -85,20 +104,25 @@ class Grid:
             "lower_is_better": SELECTION[self.select_on],
             "scores": {},
             "cost": {},
-            "chosen": {method.name: rates[0] for method in self.methods},
+            "chosen": {part_name(method, part): None for method in self.methods for part in method.parts},
         }
         if len(rates) == 1:
+            outcome["chosen"] = dict.fromkeys(outcome["chosen"], rates[0])
             return outcome
-        cells = {
-            method.name: {rate: self.cell(budget, method, seed, rate) for rate in rates} for method in self.methods
-        }
-        failures |= self._run(cell for by_rate in cells.values() for cell in by_rate.values())
-        for name, by_rate in cells.items():
-            done = {rate: cell for rate, cell in by_rate.items() if cell.is_done}
-            scores = {rate: self._score(cell) for rate, cell in done.items()}
-            outcome["scores"][name] = {rate: scores.get(rate) for rate in rates}
-            outcome["cost"][name] = {rate: cell.read("cost.json") for rate, cell in done.items()}
-            outcome["chosen"][name] = choose_learning_rate(scores, lower_is_better=SELECTION[self.select_on])
+        for number in range(max(len(method.parts) for method in self.methods)):
+            cells = {}
+            for method in self.methods:
+                chosen = rates_of(method, outcome["chosen"], parts=number)
+                if number < len(method.parts) and chosen is not None:
+                    name = part_name(method, method.parts[number])
+                    cells[name] = {rate: self.cell(budget, method, seed, (*chosen, rate)) for rate in rates}
+            failures |= self._run(cell for by_rate in cells.values() for cell in by_rate.values())
+            for name, by_rate in cells.items():
+                done = {rate: cell for rate, cell in by_rate.items() if cell.is_done}
+                scores = {rate: self._score(cell) for rate, cell in done.items()}
+                outcome["scores"][name] = {rate: scores.get(rate) for rate in rates}
+                outcome["cost"][name] = {rate: cell.read("cost.json") for rate, cell in done.items()}
+                outcome["chosen"][name] = choose_learning_rate(scores, lower_is_better=SELECTION[self.select_on])
         return outcome
 
     def train(self, chosen: Mapping[str, float | None], failures: dict[Path, str]) -> dict[str, list[str]]:
@@ -108,9 +132,10 @@ class Grid:
         to `failures`. Once time has run out in the search, nothing is run: what is chosen may change.
         """
         best_of = {budget: [] for budget in self.budgets}
-        rated = [method for method in self.methods if chosen[method.name] is not None]
+        rates = {method.name: rates_of(method, chosen) for method in self.methods}
+        rated = [method for method in self.methods if rates[method.name] is not None]
         cells = {
-            (budget, method.name): [self.cell(budget, method, seed, chosen[method.name]) for seed in self.seeds]
+            (budget, method.name): [self.cell(budget, method, seed, rates[method.name]) for seed in self.seeds]
             for budget in self.budgets
             for method in rated
         }
@@ -126,7 +151,7 @@ class Grid:
             }
             best_of[budget] = best(scores, self.top, lower_is_better=SELECTION[self.select_on])
         failures |= self._run(
-            self.cell(budget, method, seed, chosen[method.name])
+            self.cell(budget, method, seed, rates[method.name])
             for seed in self.top_seeds
             for budget in self.budgets
             for method in rated
@@ -141,3 +166,16 @@ class Grid:
 
     def _run(self, cells: Iterator[Cell]) -> dict[Path, str]:
         return run_cells(list(cells), self.jobs, until=self.until)
+
+
+def part_name(method: Method, part: Method) -> str:
+    """Under which the search has a part of a method: of the last one the method's own name."""
+    return method.name if part is method else f"{part.name} (of {method.name})"
+
+
+def rates_of(
+    method: Method, chosen: Mapping[str, float | None], *, parts: int | None = None
+) -> tuple[float, ...] | None:
+    """The chosen rates of a method's parts, or of so many of the first; None where one has none."""
+    rates = tuple(chosen.get(part_name(method, part)) for part in method.parts[:parts])
+    return None if None in rates else rates
