@@ -77,7 +77,7 @@ def compare(settings: ComparisonSettings, methods: Sequence[Method], templates: 
 
     from rlkd_trl.commands.comparison.examiner import Examiner
     from rlkd_trl.commands.comparison.results import write_results
-    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.not_finite import check_finite
 
     # Test the teacher and the warm start: if one of them is broken, no run is begun.
     examiner = Examiner(settings, tests, templates, grid.digests)

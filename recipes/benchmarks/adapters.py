@@ -120,10 +120,10 @@ def train(way: Way, shape: Shape, steps: int) -> dict[str, object]:
 def in_a_process(name: str, flags: argparse.Namespace) -> dict[str, object]:
     """The same in a new process, whose peak is its own."""
     words = [f"--{key}={value}" for key, value in vars(flags).items() if key not in ("way", "rounds", "output_dir")]
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, __file__, f"--way={name}", *words], stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(found.stdout.splitlines()[-1])
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def table(rounds: list[dict[str, dict]]) -> str:

@@ -78,8 +78,8 @@ def run_seed(stages: Stages, here: Path, seed: int, steps: int) -> dict[str, Pat
 
 def measured(model: Path, rows: list[dict[str, str]]) -> dict[str, float]:
     """On the test inputs; kept beside the model."""
-    kept = model / "measured.json"
-    if not kept.is_file():
+    file = model / "measured.json"
+    if not file.is_file():
         references: dict[str, list[str]] = {}
         for row in rows:
             references.setdefault(row["mr"], []).append(row["ref"])
@@ -88,9 +88,9 @@ def measured(model: Path, rows: list[dict[str, str]]) -> dict[str, float]:
         policy = Policy(AutoModelForSeq2SeqLM.from_pretrained(model).eval(), tokenizer)
         lengths = {"max_prompt_length": None, "max_completion_length": 64}
         metrics = evaluate_student(policy, tokenizer, prompts, None, **lengths).metrics
-        found = {**measure([model], rows), "bleu": metrics["bleu"], "parameters": policy.model.num_parameters()}
-        kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))
+        measures = {**measure([model], rows), "bleu": metrics["bleu"], "parameters": policy.model.num_parameters()}
+        file.write_text(json.dumps(measures) + "\n", encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def cpu_seconds(run: Path) -> float:
@@ -105,15 +105,16 @@ def found_of(way: str, students: dict[str, Path], rows: list[dict[str, str]]) ->
     return measured(students[way], rows) | {"cpu_seconds": seconds}
 
 
-def table(teacher: dict[str, float], found: dict[str, list[dict[str, float]]]) -> str:
+def table(teacher: dict[str, float], measures: dict[str, list[dict[str, float]]]) -> str:
     rows = [["teacher", *(format(teacher[name], form) for name, (_, form) in METRICS.items()), ""]]
-    for way, of_seeds in found.items():
-        cells = [shown([one[name] for one in of_seeds], form) for name, (_, form) in METRICS.items()]
-        rows.append([way, *cells, shown([one["cpu_seconds"] for one in of_seeds], ".0f")])
-    for way in [way for way in found if way != "direct"]:
-        pairs = list(zip(found[way], found["direct"], strict=True))
+    for way, of_seeds in measures.items():
+        cells = [shown([of_seed[name] for of_seed in of_seeds], form) for name, (_, form) in METRICS.items()]
+        rows.append([way, *cells, shown([of_seed["cpu_seconds"] for of_seed in of_seeds], ".0f")])
+    for way in [way for way in measures if way != "direct"]:
+        pairs = list(zip(measures[way], measures["direct"], strict=True))
         cells = [
-            shown([one[name] - direct[name] for one, direct in pairs], form) for name, (_, form) in METRICS.items()
+            shown([of_seed[name] - direct[name] for of_seed, direct in pairs], form)
+            for name, (_, form) in METRICS.items()
         ]
         rows.append([f"{way} less direct", *cells, ""])
     return markdown_table(["model", *(head for head, _ in METRICS.values()), "CPU s of training"], rows)
@@ -138,17 +139,17 @@ def main() -> None:
     stages.run("sft", teacher / "finished.json", *of_teacher, "--output_dir", teacher)
     students = [run_seed(stages, here, seed, args.max_steps) for seed in args.seeds]
     test = read_rows(here / "test.csv")
-    found = {way: [found_of(way, of_seed, test) for of_seed in students] for way in WAYS}
+    measures = {way: [found_of(way, of_seed, test) for of_seed in students] for way in WAYS}
     of_teacher = measured(teacher, test)
     assistant = measured(here / f"seed{args.seeds[0]}" / "chain" / "assistant1", test)
-    sizes = [f"{one['parameters'] / 1e6:.2f}" for one in (of_teacher, assistant, found["direct"][0])]
+    sizes = [f"{of_model['parameters'] / 1e6:.2f}" for of_model in (of_teacher, assistant, measures["direct"][0])]
     text = (
         f"E2E, delexicalised, {TEST_INPUTS} test inputs with {len(test)} references; T5 from scratch: a teacher of "
         f"{args.teacher_steps} steps and {sizes[0]} million parameters, an assistant of {sizes[1]}, a student of "
         f"{sizes[2]}. {args.max_steps} steps of 32 in each way. {over_seeds(len(args.seeds))}\n\n"
-        f"{table(of_teacher, found)}\n\n{made_by()} {stages.cpu_seconds:.0f} s of CPU time in all.\n"
+        f"{table(of_teacher, measures)}\n\n{made_by()} {stages.cpu_seconds:.0f} s of CPU time in all.\n"
     )
-    results = {"teacher": of_teacher, "assistant": assistant, "ways": found}
+    results = {"teacher": of_teacher, "assistant": assistant, "ways": measures}
     write_results(args.results_dir, "assistants", results, text)
 
 

@@ -71,11 +71,11 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    found = json.loads((args.results / "comparison.json").read_text(encoding="utf-8"))
+    comparison = json.loads((args.results / "comparison.json").read_text(encoding="utf-8"))
     heads = ["BLEU gained, validation"]
     heads += [f"{measure}, {group}" for group in GROUPS for measure in ("BLEU", "brevity penalty", "words")]
     sections = []
-    for test, budgets in found["tests"].items():
+    for test, budgets in comparison["tests"].items():
         for budget, rows in budgets.items():
             table = []
             for row in rows:
@@ -88,7 +88,9 @@ def main() -> None:
                 if all((directory / "tests" / f"{test}.jsonl").is_file() for directory in directories):
                     table.append(cells_of(row["model"], directories, test, trained=trained))
             sections.append(f"## {test}, {budget}\n\n{markdown_table(['model', *heads], table)}\n")
-    shares = [share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", *found["tests"])]
+    shares = [
+        share_of_8(args.results.parent / f"{name}.csv") for name in ("train", "validation", *comparison["tests"])
+    ]
     text = f"8 slots have {', '.join(shares)}.\n\n"
     text += "\n".join(sections)
     (args.results_dir / "by_slots.md").write_text(text, encoding="utf-8")

@@ -84,11 +84,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         seconds = save_and_check(args.millions, args.steps, directory)
         size = sum(file.stat().st_size for file in Path(directory).rglob("checkpoint-*/*") if file.is_file())
-    found = {
+    results = {
         name: {"wall": median(wall for wall, _ in times), "cpu": median(cpu for _, cpu in times)}
         for name, times in seconds.items()
     }
-    print(json.dumps({"megabytes": round(size / 1e6), **found}))
+    print(json.dumps({"megabytes": round(size / 1e6), **results}))
 
 
 if __name__ == "__main__":

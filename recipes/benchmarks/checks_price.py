@@ -40,7 +40,7 @@ def without_checks() -> Iterator[None]:
     """Within it training checks no numbers."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(FiniteTrainer, "training_step", Trainer.training_step))
-        stack.enter_context(mock.patch.object(RolloutTrainer, "_dropping", lambda self, rollout, *args: rollout))
+        stack.enter_context(mock.patch.object(RolloutTrainer, "_dropping", lambda self, rollout, *_, **__: rollout))
         stack.enter_context(mock.patch.object(RolloutTrainer, "_guard", lambda self, *args: None))
         stack.enter_context(mock.patch.object(on_policy, "_usable", lambda *args: {}))
         yield

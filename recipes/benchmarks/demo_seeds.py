@@ -58,12 +58,14 @@ def train_and_measure(recipe: str, seed: int, flags: list[str], run: Path, work_
     stage(recipe, run / "finished.json", *of_demo, *quiet, *flags, threads=1)
 
     def on_test(student: str | Path, output_dir: Path) -> dict[str, dict[str, float]]:
-        asked = ["--templates", prompts.templates, "--template_names", *prompts.template_names]
-        asked += ["--dataset", data["test"], "--target_column", "references", "--teacher", models.teacher]
+        template_flags = ["--templates", prompts.templates, "--template_names", *prompts.template_names]
+        template_flags += ["--dataset", data["test"], "--target_column", "references", "--teacher", models.teacher]
         lengths = ["--max_completion_length", values["max_completion_length"], "--batch_size", "100"]
-        found = output_dir / "metrics.json"
-        stage("evaluate", found, "--student", student, *asked, *lengths, "--output_dir", output_dir, threads=1)
-        return json.loads(found.read_text(encoding="utf-8"))
+        results = output_dir / "metrics.json"
+        stage(
+            "evaluate", results, "--student", student, *template_flags, *lengths, "--output_dir", output_dir, threads=1
+        )
+        return json.loads(results.read_text(encoding="utf-8"))
 
     before = on_test(models.student, work_dir / f"seed{seed}" / "before_test")
     results = {"teacher": before["teacher"], "before": before["student"]}
@@ -72,8 +74,8 @@ def train_and_measure(recipe: str, seed: int, flags: list[str], run: Path, work_
 
 
 def row_of(name: str, seed: int, run: Path, split: str) -> dict[str, float | str]:
-    found = measured(run, split)
-    teacher, before, after = (found[model] for model in ("teacher", "before", "after"))
+    metrics = measured(run, split)
+    teacher, before, after = (metrics[model] for model in ("teacher", "before", "after"))
     cost = json.loads((run / "cost.json").read_text(encoding="utf-8"))
     closed = (after["reward"] - before["reward"]) / (teacher["reward"] - before["reward"])
     numbers = [before["bleu"], after["bleu"], teacher["bleu"], 100 * closed]
@@ -84,9 +86,9 @@ def row_of(name: str, seed: int, run: Path, split: str) -> dict[str, float | str
 
 def cells(numbers: list[float]) -> list[str]:
     formats = [".1f", ".1f", ".1f", ".0f", ".3f", ".3f", ".1f", ".1f", ".0f"]
-    found = [format(value, spec) for value, spec in zip(numbers, formats, strict=True)]
-    found[3] += " %"
-    return found
+    shown = [format(value, spec) for value, spec in zip(numbers, formats, strict=True)]
+    shown[3] += " %"
+    return shown
 
 
 def table(rows: list[dict]) -> str:

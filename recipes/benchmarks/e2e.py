@@ -56,9 +56,9 @@ def delexicalise(source: Path, target: Path) -> None:
         writer.writeheader()
         for row in csv.DictReader(reading):
             for attribute, placeholder in (("name", "NAME"), ("near", "NEAR")):
-                found = re.search(rf"\b{attribute}\[(.*?)\]", row["mr"])
-                if found:
-                    row = {key: text.replace(found.group(1), placeholder) for key, text in row.items()}
+                value = re.search(rf"\b{attribute}\[(.*?)\]", row["mr"])
+                if value:
+                    row = {key: text.replace(value.group(1), placeholder) for key, text in row.items()}
             writer.writerow({"mr": row["mr"], "ref": row["ref"]})
 
 

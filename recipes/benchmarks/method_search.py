@@ -119,7 +119,7 @@ CANDIDATES: dict[str, list[Stage]] = {
 def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed: str, here: Path) -> Path:
     """All stages, each in a directory of its own in `here`; returns the last one's, which holds the student."""
     student = args.work_dir / f"warm_{args.warm_start}"
-    asked = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
+    template_flags = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
     data = ["--dataset", args.work_dir / "pseudo.jsonl", "--source_column", "mr", "--target_column", "pseudo_label"]
     data += ["--eval_dataset", args.work_dir / "validation.csv", "--eval_target_column", "ref"]
     for index, of_stage in enumerate(stages):
@@ -128,7 +128,7 @@ def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed
         flags = ["--max_steps", str(steps), "--learning_rate", of_stage.learning_rate or rate, *COMMON, *QUIET]
         flags += [*of_stage.flags.split(), "--seed", str(int(seed) + 100 * index), "--output_dir", output_dir]
         models = ["--teacher", args.work_dir / "teacher", "--student", student]
-        stage(of_stage.recipe, output_dir / "finished.json", *models, *data, *asked, *flags, threads=1)
+        stage(of_stage.recipe, output_dir / "finished.json", *models, *data, *template_flags, *flags, threads=1)
         student = output_dir
     return student
 
@@ -136,11 +136,11 @@ def run_candidate(args: argparse.Namespace, stages: list[Stage], rate: str, seed
 def evaluate(args: argparse.Namespace, student: Path, dataset: Path, here: Path) -> None:
     """Metrics of a student's greedy and sampled outputs, in `here`/greedy and `here`/sampled."""
     for kind in ("greedy", "sampled"):
-        asked = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
-        asked += ["--dataset", dataset, "--source_column", "mr", "--target_column", "ref"]
-        asked += ["--teacher", args.work_dir / "teacher", "--student", student, "--output_dir", here / kind]
-        asked += ["--sample", "--seed", "1"] if kind == "sampled" else []
-        stage("evaluate", here / kind / "metrics.json", *asked, threads=1)
+        template_flags = ["--templates", args.templates, "--template_names", TEMPLATE_NAMES[0]]
+        template_flags += ["--dataset", dataset, "--source_column", "mr", "--target_column", "ref"]
+        template_flags += ["--teacher", args.work_dir / "teacher", "--student", student, "--output_dir", here / kind]
+        template_flags += ["--sample", "--seed", "1"] if kind == "sampled" else []
+        stage("evaluate", here / kind / "metrics.json", *template_flags, threads=1)
 
 
 def directory_name(candidate: str) -> str:
@@ -154,9 +154,9 @@ def measured(here: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def rank(found: dict, before: dict) -> tuple[bool, float]:
+def rank(metrics: dict, before: dict) -> tuple[bool, float]:
     """The least is the best: by NLL per token of sampled outputs, those that lose greedy BLEU behind the others."""
-    return found["greedy"]["bleu"] < before["greedy"]["bleu"], found["sampled"]["teacher_nll_per_token"]
+    return metrics["greedy"]["bleu"] < before["greedy"]["bleu"], metrics["sampled"]["teacher_nll_per_token"]
 
 
 def table(rows: list[tuple[str, str, str, dict]], before: dict) -> str:

@@ -49,8 +49,17 @@ def make_models(stages: Stages, here: Path, train: Path, teacher: Path, sizes: d
     if not (here / "human.json").is_file():
         make_inputs(train, here, sizes)
     answers, warm = here / "answers.jsonl", here / "warm"
-    asked = ["--teacher", teacher, "--dataset", here / "inputs.jsonl", "--source_column", "mr", "--template", QUESTION]
-    stages.run("pseudo_label", answers, *asked, *CAP, "--batch_size", "32", "--output", answers)
+    teacher_flags = [
+        "--teacher",
+        teacher,
+        "--dataset",
+        here / "inputs.jsonl",
+        "--source_column",
+        "mr",
+        "--template",
+        QUESTION,
+    ]
+    stages.run("pseudo_label", answers, *teacher_flags, *CAP, "--batch_size", "32", "--output", answers)
     split(answers, here, sizes)
     of_data = ["--dataset", here / "train.jsonl", *LABELS, *STUDENT, "--max_steps", steps, *QUIET]
     stages.run("sft", warm / "finished.json", *of_data, "--output_dir", warm)

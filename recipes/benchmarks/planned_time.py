@@ -111,14 +111,14 @@ def table(rows: list[dict]) -> str:
     """Measured and planned seconds of each phase, and planned over measured."""
     lines = []
     for row in rows:
-        plan, found = row["planned"], row["measured"]
+        plan, measured_seconds = row["planned"], row["measured"]
         of_phase = {
             "generate": plan["sampling"],
             "score": plan["scoring"],
             "update": plan["log_probs"] + plan["update"],
         }
-        cells = [f"{found[name]:.2f} / {of_phase[name]:.2f}" for name in of_phase]
-        total, expected = sum(found[name] for name in of_phase), sum(of_phase.values())
+        cells = [f"{measured_seconds[name]:.2f} / {of_phase[name]:.2f}" for name in of_phase]
+        total, expected = sum(measured_seconds[name] for name in of_phase), sum(of_phase.values())
         name = "S={prompt_tokens} T={completion_tokens} P={prompts} K={samples}".format(**row["shape"])
         lines.append([name, *cells, f"{total:.2f} / {expected:.2f}", f"{expected / total:.2f}"])
     return markdown_table(["shape", "generate", "score", "update", "step", "planned over measured"], lines)
@@ -134,10 +134,10 @@ def main() -> None:
     rows = []
     for shape in SHAPES[: args.shapes]:
         before = this_machine()
-        found = measured(shape, args.steps)
+        seconds = measured(shape, args.steps)
         after = this_machine()
         machine = Machine(**{name: (value + asdict(after)[name]) / 2 for name, value in asdict(before).items()})
-        row = {"shape": asdict(shape), "measured": found, "planned": asdict(planned(shape, machine))}
+        row = {"shape": asdict(shape), "measured": seconds, "planned": asdict(planned(shape, machine))}
         rows.append({**row, "machine": asdict(machine)})
         print(json.dumps(rows[-1]), flush=True)
     rates = [row["machine"] for row in rows]

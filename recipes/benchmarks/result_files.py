@@ -19,13 +19,13 @@ def made_by() -> str:
 
     The commit ends in -dirty where files differ from it, except results, or are not in it.
     """
-    found = ""
+    commit = ""
     if shutil.which("git"):
-        found = _git("rev-parse", "--short", "HEAD")
-        if found and _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"):
-            found += "-dirty"
+        commit = _git("rev-parse", "--short", "HEAD")
+        if commit and _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"):
+            commit += "-dirty"
     versions = " and ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
-    return f"Made by `python {shlex.join(sys.argv)}`{f', commit {found}' if found else ''}, with {versions}."
+    return f"Made by `python {shlex.join(sys.argv)}`{f', commit {commit}' if commit else ''}, with {versions}."
 
 
 def _git(*words: str) -> str:

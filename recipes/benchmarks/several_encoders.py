@@ -179,18 +179,18 @@ def main() -> None:
     make_material(args.work_dir, args.e2e, args.encoder, most_steps or HEAD_STEPS)
     runs = Runs(args.work_dir, most_steps)
     make_second_encoder(*runs.encoders)
-    for one in [*runs.teachers, *(one for seed in args.seeds for one in runs.of_seed(seed))]:
-        if not one.is_done:
-            print(one.directory, flush=True)
-            carry_out(one, args.work_dir)
+    for encoder in [*runs.teachers, *(of_seed for seed in args.seeds for of_seed in runs.of_seed(seed))]:
+        if not encoder.is_done:
+            print(encoder.directory, flush=True)
+            carry_out(encoder, args.work_dir)
     measured_apart = second_of(runs.together)
     if not measured_apart.is_done:
         apart(measure_accuracy, measured_apart, args.work_dir, 0.0, log=args.work_dir / "logs" / "several.txt")
-    found, answers, results = tables(runs, args.seeds)
+    accuracies, answers, results = tables(runs, args.seeds)
     text = (
         f"{TASK}, from E2E's sentences; accuracy on held-out ones. Of several teachers: {SHORT.task} steps of "
         f"16; by an assistant or directly: {runs.direct(0).steps} steps of 16 in all. "
-        f"{over_seeds(len(args.seeds))} Teachers have one seed.\n\n{found}\n\n"
+        f"{over_seeds(len(args.seeds))} Teachers have one seed.\n\n{accuracies}\n\n"
         f"{answers}\n\n{made_by()}\n"
     )
     write_results(args.results_dir, "several_encoders", results, text)

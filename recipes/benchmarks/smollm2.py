@@ -142,9 +142,9 @@ def make_models(args: argparse.Namespace, here: Path) -> None:
     sizes, answers = {name: getattr(args, f"{name}_inputs") for name in SIZES}, here / "answers.jsonl"
     if not (here / "human.json").is_file():
         make_inputs(args.inputs, here, sizes)
-    asked = ["--teacher", args.teacher, "--dataset", here / "inputs.jsonl", "--source_column", "mr"]
-    asked += ["--template", QUESTION, *CAP, "--batch_size", "32"]
-    stage("pseudo_label", answers, *asked, "--output", answers)
+    teacher_flags = ["--teacher", args.teacher, "--dataset", here / "inputs.jsonl", "--source_column", "mr"]
+    teacher_flags += ["--template", QUESTION, *CAP, "--batch_size", "32"]
+    stage("pseudo_label", answers, *teacher_flags, "--output", answers)
     split(answers, here, sizes)
     of_student = ["--student", here / "pruned", "--dataset", here / "train.jsonl", *LABELS, *CAP, *QUIET]
     size = ["--max_steps", args.warm_start_steps, *(SMOKE_WARM_START if args.smoke else WARM_START)]
@@ -168,8 +168,8 @@ def compare(args: argparse.Namespace, here: Path) -> int:
 
 def summary(results: Path, human: dict[str, list[str]]) -> list[dict]:
     """A line of the table for each model: metrics of the comparison, and BLEU against human references, per seed."""
-    found = json.loads((results / "comparison.json").read_text(encoding="utf-8"))["tests"]["test"]
-    [(budget, rows)] = found.items()
+    comparison = json.loads((results / "comparison.json").read_text(encoding="utf-8"))["tests"]["test"]
+    [(budget, rows)] = comparison.items()
     lines = []
     for row in rows:
         place = results / row["model"] if not row["seeds"] else results / budget / row["model"]

@@ -81,11 +81,11 @@ def is_made(recipe: str, done: Path, flags: Sequence[object]) -> bool:
     """Whether a stage's result is there. Raises `SystemExit` if it was made with other flags."""
     if not done.exists():
         return False
-    made_with, asked = _record(done), _asked(recipe, flags)
-    recorded = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else asked
-    if recorded != asked:
+    made_with, command = _record(done), _asked(recipe, flags)
+    recorded = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else command
+    if recorded != command:
         raise SystemExit(
-            f"{done} is of `{shlex.join(recorded)}`, and now `{shlex.join(asked)}` is asked for: remove "
+            f"{done} is of `{shlex.join(recorded)}`, and now `{shlex.join(command)}` is asked for: remove "
             f"{done.parent}, or choose another --work_dir."
         )
     return True

@@ -48,10 +48,10 @@ def until_first_line(words: list[str], *options: str) -> tuple[str, float, list[
                 break
             imports.append(line)
         seconds = 0.0
-        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
-                seconds += sum(one.cpu_times()[:2])
-                one.kill()
+                seconds += sum(member.cpu_times()[:2])
+                member.kill()
         process.wait()
     return line.strip(), seconds, imports
 
@@ -60,19 +60,21 @@ def shares_by_package(lines: Iterable[str]) -> dict[str, float]:
     """Of modules' own times, the largest first; the standard library and small packages in a sum each."""
     times = Counter()
     for line in lines:
-        if found := _IMPORT.match(line):
-            package = found.group(2).partition(".")[0]
-            times["the standard library" if package in sys.stdlib_module_names else package] += int(found.group(1))
+        if imported := _IMPORT.match(line):
+            package = imported.group(2).partition(".")[0]
+            times["the standard library" if package in sys.stdlib_module_names else package] += int(imported.group(1))
     large = {name: time / times.total() for name, time in times.most_common() if time / times.total() >= _SMALL}
     return {**large, "others": 1 - sum(large.values())}
 
 
 def text_of(results: dict[str, dict]) -> str:
     rows = []
-    for name, found in results.items():
-        packages = ", ".join(f"{package} {value:.0%}" for package, value in found["packages"].items())
-        seconds = f"{found['cpu_seconds']:.2f}"
-        rows.append([name, f"`{COMMANDS[name]}`", found["first_line"][:60], seconds, str(found["modules"]), packages])
+    for name, measures in results.items():
+        packages = ", ".join(f"{package} {value:.0%}" for package, value in measures["packages"].items())
+        seconds = f"{measures['cpu_seconds']:.2f}"
+        rows.append(
+            [name, f"`{COMMANDS[name]}`", measures["first_line"][:60], seconds, str(measures["modules"]), packages]
+        )
     heads = ["", "command", "first line", "CPU s", "modules", "imports by package"]
     return f"# Start-up\n\n{made_by()}\n\n{markdown_table(heads, rows)}\n"
 

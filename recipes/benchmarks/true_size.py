@@ -143,8 +143,8 @@ def planned_bytes(teacher: Path, student: Path, quantization: str) -> int:
     cluster = Cluster(gpus=1, nodes=1, gpu_memory=2**40, reserve=0.0)
     of_teacher, of_student = Checkpoint.of("--teacher", str(teacher)), Checkpoint.of("--student", str(student))
     wanted = ("replicated", "bfloat16", quantization)
-    found = teacher_estimates(of_teacher, workload, cluster)
-    chosen = next(t for t in found if (t.placement, t.dtype, t.quantization) == wanted)
+    estimates = teacher_estimates(of_teacher, workload, cluster)
+    chosen = next(t for t in estimates if (t.placement, t.dtype, t.quantization) == wanted)
     return peak_bytes(chosen, student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0])
 
 

@@ -39,12 +39,12 @@ def with_interval(values: list[float], digits: int, *, signed: bool = False) -> 
     return f"**{text}**" if signed and abs(mean) > half_width else text
 
 
-def tables_of(found: dict) -> list[str]:
+def tables_of(results: dict) -> list[str]:
     """The table of all models, the best greedy BLEU first, and that of differences."""
-    (budget,) = found["tests"][TESTS[0]]
-    by_model = {row["model"]: [] for row in found["tests"][TESTS[0]][budget]}
+    (budget,) = results["tests"][TESTS[0]]
+    by_model = {row["model"]: [] for row in results["tests"][TESTS[0]][budget]}
     for test in TESTS:
-        for row in found["tests"][test][budget]:
+        for row in results["tests"][test][budget]:
             by_model[row["model"]].append(row)
     fixed = [name for name in by_model if not by_model[name][0]["seeds"]]
     methods = sorted(
@@ -61,7 +61,7 @@ def tables_of(found: dict) -> list[str]:
         lines.append([f"`{name}`", rate, str(len(first["seeds"]) or ""), *cells])
     heads = ["model", "rate", "seeds", *(name for name, *_ in COLUMNS)]
     tables = [markdown_table(heads, lines)]
-    baseline, lines = found["baseline"], []
+    baseline, lines = results["baseline"], []
     for name in methods:
         if name == baseline:
             continue

@@ -80,11 +80,11 @@ def run_seed(
     files = {name: here / f"{name}.jsonl" for name in SOURCES}
     spread = real[:: max(1, len(real) // args.num_rows)][: args.num_rows]
     files["data"].write_text("".join(json.dumps({"source": text}) + "\n" for text in spread), encoding="utf-8")
-    asked = ["--teacher", teacher, "--template", INVENT, "--num_rows", args.num_rows, "--max_input_length", 80]
+    teacher_flags = ["--teacher", teacher, "--template", INVENT, "--num_rows", args.num_rows, "--max_input_length", 80]
     for name, flags in (("inverse", []), ("schema", ["--schema", here / "schema.json"])):
-        stages.run("generate_data", files[name], *asked, "--seed", seed, *flags, "--output", files[name])
+        stages.run("generate_data", files[name], *teacher_flags, "--seed", seed, *flags, "--output", files[name])
 
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     describe = ["--teacher", teacher, "--template", DESCRIBE]
     for name, path in files.items():
         labels, student = here / f"{name}_labels.jsonl", here / name
@@ -100,29 +100,31 @@ def run_seed(
         metrics = json.loads((tested_in / "metrics.json").read_text(encoding="utf-8"))
         with labels.open(encoding="utf-8") as file:
             rows = [json.loads(line)["source"] for line in file]
-        found["teacher"] = {"metrics": metrics["teacher"]}
-        found[name] = {
+        results["teacher"] = {"metrics": metrics["teacher"]}
+        results[name] = {
             "metrics": metrics["student"],
             "inputs": len(rows),
             "in the training data": len(set(real) & set(rows)),
             "test inputs among them": len(tested & set(rows)),
         }
-    return found
+    return results
 
 
 def table(per_seed: dict[int, dict[str, dict]]) -> str:
     rows = []
     for name in ("teacher", *SOURCES):
-        of_seeds = [found[name] for found in per_seed.values()]
-        cells = [shown([one["metrics"][metric] for one in of_seeds], form) for metric, form in FORMS.items()]
+        of_seeds = [of_kinds[name] for of_kinds in per_seed.values()]
+        cells = [shown([result["metrics"][metric] for result in of_seeds], form) for metric, form in FORMS.items()]
         counts = [
-            ", ".join(str(one.get(key, "–")) for one in of_seeds) if name != "teacher" else "–"
+            ", ".join(str(result.get(key, "–")) for result in of_seeds) if name != "teacher" else "–"
             for key in ("inputs", "in the training data", "test inputs among them")
         ]
         rows.append([name, *cells, *counts])
     for name in SOURCES[1:]:
-        of_seeds = [(found[name]["metrics"], found["data"]["metrics"]) for found in per_seed.values()]
-        cells = [shown([one[metric] - data[metric] for one, data in of_seeds], form) for metric, form in FORMS.items()]
+        of_seeds = [(of_kinds[name]["metrics"], of_kinds["data"]["metrics"]) for of_kinds in per_seed.values()]
+        cells = [
+            shown([result[metric] - data[metric] for result, data in of_seeds], form) for metric, form in FORMS.items()
+        ]
         rows.append([f"{name} less data", *cells, "", "", ""])
     header = ["inputs from", *METRICS.values(), "distinct inputs", "in the training data", "in the test data"]
     return markdown_table(header, rows)

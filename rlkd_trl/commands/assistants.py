@@ -139,12 +139,14 @@ def check_named(settings: ChainSettings) -> None:
         raise InputError(f"{' and '.join(missing)} missing. To try this on the embedded demo: --smoke.")
     if len(teacher.teacher) > 1:
         raise InputError(f"{len(teacher.teacher)} teachers: a chain begins with one.")
-    asked = [name for name in ("templates", "template") if getattr(settings.prompts, name) is not None]
-    asked += [name for name in ("teacher_revision", *_OF_THE_FIRST_TEACHER) if not _is_default(teacher, name)]
-    asked += [f"teacher_{name}" for name in _CHAT if _of("teacher", teacher, name) != _of("student", student, name)]
-    if chain.dense and asked:
+    differing = [name for name in ("templates", "template") if getattr(settings.prompts, name) is not None]
+    differing += [name for name in ("teacher_revision", *_OF_THE_FIRST_TEACHER) if not _is_default(teacher, name)]
+    differing += [
+        f"teacher_{name}" for name in _CHAT if _of("teacher", teacher, name) != _of("student", student, name)
+    ]
+    if chain.dense and differing:
         raise InputError(
-            f"--dense with --{asked[0]}: it would hold for the assistants too, which are asked and kept as the "
+            f"--dense with --{differing[0]}: it would hold for the assistants too, which are asked and kept as the "
             "student is. Distil a teacher that is asked as the student is, or leave --dense out."
         )
 

@@ -171,13 +171,8 @@ def check_checkpoints(
 
 def check_teacher(teacher: TeacherArguments) -> None:
     """Checks that the teachers are language models with an EOS, and can be kept as asked for. Raises `InputError`."""
-    from rlkd_trl.models.loading import (
-        check_dtype,
-        check_precision,
-        load_config,
-        load_tokenizer,
-        refuse_sharded_adapters,
-    )
+    from rlkd_trl.models.loading import load_config, load_tokenizer, refuse_sharded_adapters
+    from rlkd_trl.models.precision import check_dtype, check_precision
     from rlkd_trl.models.vocabulary import require_eos
     from rlkd_trl.teachers.placement import Placement
 
@@ -209,12 +204,12 @@ def check_panel(panel: PanelArguments, teacher: TeacherArguments, templates: "Pr
                 f"--{what}_weights {' '.join(map(str, weights))} has no effect with --{what}_column {column}: each "
                 f"example has one {what}. Leave one of them out."
             )
-    asked = [
+    counts = [
         1 if column is not None else count
         for column, count in ((panel.teacher_column, num_teachers), (panel.template_column, num_templates))
     ]
     refuse_unused(
-        panel, "teacher_weighting", unless=max(asked) > 1, needs="several teachers or templates for each example"
+        panel, "teacher_weighting", unless=max(counts) > 1, needs="several teachers or templates for each example"
     )
     if teacher.teacher and panel.teacher_weighting != "fixed":
         check_one_tokenizer(teacher, f"--teacher_weighting {panel.teacher_weighting}")
@@ -266,7 +261,8 @@ def check_student(student: StudentArguments, *, fp16: bool = False) -> None:
 
     fp16: as in `check_checkpoints`. Raises `InputError`.
     """
-    from rlkd_trl.models.loading import check_dtype, check_precision, load_config, load_tokenizer
+    from rlkd_trl.models.loading import load_config, load_tokenizer
+    from rlkd_trl.models.precision import check_dtype, check_precision
     from rlkd_trl.models.vocabulary import require_eos
 
     check_dtype(student.student_dtype)

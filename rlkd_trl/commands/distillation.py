@@ -112,7 +112,7 @@ def distil(
             push(settings.args)
             return
 
-        from rlkd_trl.evaluation.evaluate import check_finite
+        from rlkd_trl.evaluation.not_finite import check_finite
 
         # 3 build, and measure teacher and student, which calls the reward for the first time.
         trainer = build(pkgutil.resolve_name(trainer), settings, inputs)

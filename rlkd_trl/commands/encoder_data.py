@@ -61,7 +61,7 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
     if is_demo(settings) and not settings.streaming.streaming:
         train, test = (demo_sentences(split) for split in ("train", "test"))
         return {"general": Rows(*(rows.select_columns("text") for rows in (train, test))), "task": Rows(train, test)}
-    found = {}
+    rows_of_stages = {}
     if "general" in settings.args.stages:
         if data.dataset is None:
             raise InputError("A general stage learns from texts: give --dataset, or leave the stage out of --stages.")
@@ -81,7 +81,7 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
             test = _checked(rows, columns)
         if settings.streaming.streaming and test is None:
             raise InputError(f"{HOLDS_NOTHING_OUT}: give --eval_dataset.")
-        found["general"] = _split(train, test, "--eval_dataset", seed)
+        rows_of_stages["general"] = _split(train, test, "--eval_dataset", seed)
     if "task" in settings.args.stages:
         if task.task_dataset is None:
             raise InputError("A task stage learns from a task's texts: give --task_dataset.")
@@ -101,9 +101,9 @@ def load_stage_rows(settings: EncoderSettings) -> dict[str, Rows]:
                 config=task.task_config,
             )
             test = _checked(rows, columns)
-        found["task"] = _split(train, test, "--task_eval_dataset", seed)
+        rows_of_stages["task"] = _split(train, test, "--task_eval_dataset", seed)
     check_held_out_flags(held_out, settings.args.stages)
-    return found
+    return rows_of_stages
 
 
 def check_held_out_flags(held_out: EncoderHeldOutArguments, stages: Sequence[str]) -> None:

@@ -136,7 +136,8 @@ def check_stage_models(settings: EncoderSettings, stage: Stage) -> None:
     from rlkd_trl.data.streams import known_rows
     from rlkd_trl.models.encoders import load_encoder_config, skeleton
     from rlkd_trl.models.limits import check_embedding_rows
-    from rlkd_trl.models.loading import check_dtype, load_tokenizer
+    from rlkd_trl.models.loading import load_tokenizer
+    from rlkd_trl.models.precision import check_dtype
     from rlkd_trl.trainers.encoder_checks import check_inputs, check_models, check_same_vocabulary
 
     check_dtype(settings.teacher.teacher_dtype)
@@ -210,11 +211,11 @@ def load_models(settings: EncoderSettings, stage: Stage) -> Models:
         student = smaller_student(whole, plan.sizes, init=plan.init, seed=seed)
     name, revision = _tokenizer_of(settings)
     more_teachers = [
-        load_encoder(one, objective.teachers_head, "The teacher", dtype=settings.teacher.teacher_dtype)
-        for one in stage.more_teachers
+        load_encoder(checkpoint, objective.teachers_head, "The teacher", dtype=settings.teacher.teacher_dtype)
+        for checkpoint in stage.more_teachers
     ]
     trained_along = [
-        load_encoder(one, objective.head, "The encoder", may_be_new=True, seed=seed, **of_classes)
-        for one in stage.trained_along
+        load_encoder(checkpoint, objective.head, "The encoder", may_be_new=True, seed=seed, **of_classes)
+        for checkpoint in stage.trained_along
     ]
     return Models(student, teacher, load_tokenizer(name, revision=revision), more_teachers, trained_along)

@@ -25,7 +25,7 @@ def evaluate_untrained(trainer: "EncoderKDTrainer", stage: Stage) -> Results:
     Raises:
         TrainingError: There are numbers that are not finite. The students of earlier stages are kept.
     """
-    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.not_finite import check_finite
 
     results = {"teacher": trainer.evaluate_teacher(), "before": evaluate(trainer, "before training")}
     check_finite(results, f"The {stage.objective.stage} stage was not begun.")
@@ -80,7 +80,7 @@ def finish_stage(trainer: "EncoderKDTrainer", results: Results, settings: Encode
 
 
 def _report(trainer: "EncoderKDTrainer", results: Results, settings: EncoderSettings, stage: Stage) -> None:
-    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.not_finite import check_finite
     from rlkd_trl.trainers.processes import wait_for_all
 
     directory, step = stage.directory, trainer.state.global_step

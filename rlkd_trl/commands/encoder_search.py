@@ -238,25 +238,25 @@ class Search:
         """The base first, then what is asked for, each set of ingredients once."""
         base, asked = self.base.losses, self.search.sets
         candidates = self._candidates() if {"add_one", "subsets"} & set(asked) else []
-        found = [self.base]
+        proposed = [self.base]
         if "questions" in asked:
-            found += questions(base)
+            proposed += questions(base)
         if "leave_one_out" in asked and len(base) > 1:
-            found += [Combination(f"without {name}", _without(base, [name])) for name in base]
+            proposed += [Combination(f"without {name}", _without(base, [name])) for name in base]
         if "add_one" in asked:
-            found += [Combination(f"with {name}", {**base, name: 1.0}) for name in candidates if name not in base]
+            proposed += [Combination(f"with {name}", {**base, name: 1.0}) for name in candidates if name not in base]
         if "subsets" in asked:
             for size in range(1, self.search.up_to + 1):
-                found += [
+                proposed += [
                     Combination("+".join(names), {name: base.get(name, 1.0) for name in names})
                     for names in combinations(candidates, size)
                 ]
-        once: dict[frozenset, Combination] = {}
-        for combination in found:
-            once.setdefault(frozenset(combination.losses), combination)
-        for combination in once.values():
+        distinct: dict[frozenset, Combination] = {}
+        for combination in proposed:
+            distinct.setdefault(frozenset(combination.losses), combination)
+        for combination in distinct.values():
             self._refuse_unfit(combination)
-        return list(once.values())
+        return list(distinct.values())
 
 
 def questions(base: Losses) -> list[Combination]:

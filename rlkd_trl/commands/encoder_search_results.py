@@ -40,7 +40,7 @@ class Outcome:
 
 def outcomes(search: Search) -> list[Outcome]:
     """Of all combinations, in order, from what their runs have left. Raises `InputError` for a metric they lack."""
-    found = []
+    outcomes_in_order = []
     for combination in search.combinations:
         cells = {seed: search.cell(combination, seed) for seed in search.search.seeds}
         done = {seed: cell for seed, cell in cells.items() if cell.is_done}
@@ -52,7 +52,7 @@ def outcomes(search: Search) -> list[Outcome]:
         scores = {seed: of_run[search.search.metric] for seed, of_run in metrics.items()}
         scores = {seed: score for seed, score in scores.items() if score is not None}  # as JSON has NaN
         costs = [_cpu_seconds(cell.directory) for cell in done.values()]
-        found.append(
+        outcomes_in_order.append(
             Outcome(
                 combination,
                 scores,
@@ -61,7 +61,7 @@ def outcomes(search: Search) -> list[Outcome]:
                 [seed for seed in done if seed not in scores],
             )
         )
-    return found
+    return outcomes_in_order
 
 
 def _cpu_seconds(directory: Path) -> float:
@@ -70,14 +70,14 @@ def _cpu_seconds(directory: Path) -> float:
     return sum(json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"] for file in files)
 
 
-def report(search: Search, found: Sequence[Outcome]) -> str:
+def report(search: Search, all_outcomes: Sequence[Outcome]) -> str:
     """The tables, in Markdown: all combinations, the best first; and what the questions come to.
 
     A combination with a failed run is behind all others: those of its seeds that are left may be its better ones.
     """
     arguments = search.search
-    base = found[0]
-    ranked = sorted(found, key=lambda outcome: (not outcome.failed, _rank(outcome.interval.mean)), reverse=True)
+    base = all_outcomes[0]
+    ranked = sorted(all_outcomes, key=lambda outcome: (not outcome.failed, _rank(outcome.interval.mean)), reverse=True)
     lines = [
         [
             outcome.combination.name,
@@ -97,35 +97,35 @@ def report(search: Search, found: Sequence[Outcome]) -> str:
         "difference is paired by seed. Not corrected for the number of sets; the best of many is too good by chance.",
         markdown_table(heads, lines),
     ]
-    if answers := _answers(found):
+    if answers := _answers(all_outcomes):
         parts += ["## Questions", "\n".join(f"- {line}" for line in answers)]
-    if failed := [_failures(one, arguments.metric) for one in found if one.failed]:
+    if failed := [_failures(outcome, arguments.metric) for outcome in all_outcomes if outcome.failed]:
         parts += ["## Failed runs", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
 
 
-def _failures(one: Outcome, metric: str) -> str:
-    undefined = f"; of {_listed(one.undefined)} {metric} is no number" if one.undefined else ""
-    return f"- {one.combination.name}: {_listed(one.failed)}{undefined}"
+def _failures(outcome: Outcome, metric: str) -> str:
+    undefined = f"; of {_listed(outcome.undefined)} {metric} is no number" if outcome.undefined else ""
+    return f"- {outcome.combination.name}: {_listed(outcome.failed)}{undefined}"
 
 
 def _listed(seeds: Sequence[int]) -> str:
     return f"seeds {' '.join(map(str, seeds))}"
 
 
-def _answers(found: Sequence[Outcome]) -> list[str]:
+def _answers(all_outcomes: Sequence[Outcome]) -> list[str]:
     """A line for each question to which the sets have an answer, under whichever names they were tried."""
-    by_losses = {frozenset(outcome.combination.losses): outcome for outcome in found}
-    of_base = found[0].combination
+    by_losses = {frozenset(outcome.combination.losses): outcome for outcome in all_outcomes}
+    of_base = all_outcomes[0].combination
     by_name = {one.name: by_losses.get(frozenset(one.losses)) for one in (of_base, *questions(of_base.losses))}
-    asked = [
+    pairs = [
         ("Attention losses", BASE, "without attention"),
         ("Hard labels beside all other losses", BASE, "without hard labels"),
         ("Hard labels beside soft targets alone", "soft and hard", "soft alone"),
         ("All losses of the base over soft targets alone", BASE, "soft alone"),
     ]
     lines = []
-    for what, name, other_name in asked:
+    for what, name, other_name in pairs:
         one, other = by_name.get(name), by_name.get(other_name)
         if one is None or other is None or one is other:
             continue
@@ -152,19 +152,19 @@ def write_results(search: Search) -> bool:
     Raises:
         InputError: As `outcomes`.
     """
-    found = outcomes(search)
-    text, output_dir = report(search, found), Path(search.search.output_dir)
+    all_outcomes = outcomes(search)
+    text, output_dir = report(search, all_outcomes), Path(search.search.output_dir)
     results = [
         {
-            "set": one.combination.name,
-            "losses": one.combination.losses,
-            "scores": one.scores,
-            "failed": one.failed,
-            "cpu_seconds": one.cost,
+            "set": outcome.combination.name,
+            "losses": outcome.combination.losses,
+            "scores": outcome.scores,
+            "failed": outcome.failed,
+            "cpu_seconds": outcome.cost,
         }
-        for one in found
+        for outcome in all_outcomes
     ]
     write_metrics(output_dir / "search.json", {"metric": search.search.metric, "sets": results})
     (output_dir / "search.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nsearch.md and search.json are in {output_dir}.", flush=True)
-    return not any(one.failed for one in found)
+    return not any(outcome.failed for outcome in all_outcomes)

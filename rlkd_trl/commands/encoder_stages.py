@@ -204,7 +204,7 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
     elif run.resume and not any(_has_begun(stage.directory) for stage in stages):
         checkpoint_to_resume(run, settings.args)  # which says that there is none
     record = command_record(settings)
-    found, all_done = [], True
+    with_progress, all_done = [], True
     for stage in stages:
         if run.resume and all_done and len(stages) > 1:
             if _has_checkpoint(stage.directory):
@@ -216,8 +216,8 @@ def _progress(settings: EncoderSettings, stages: Sequence[Stage]) -> list[Stage]
         if not stage.is_done and is_finished(stage.checkpoint, stage.args):
             stage = replace(stage, is_done=True)
         all_done = all_done and stage.is_done
-        found.append(stage)
-    return found
+        with_progress.append(stage)
+    return with_progress
 
 
 def _has_begun(directory: Path) -> bool:

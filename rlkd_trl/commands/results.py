@@ -16,7 +16,7 @@ from rlkd_trl.commands.settings import DistillationSettings, EvaluationSettings,
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
-    from rlkd_trl.evaluation.evaluate import Evaluation
+    from rlkd_trl.evaluation.completions import Evaluation
     from rlkd_trl.rewards import TeacherReward
     from rlkd_trl.trainers.rollout_trainer import RolloutTrainer
 
@@ -120,7 +120,7 @@ def _report(
     *,
     method: str,
 ) -> None:
-    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.not_finite import check_finite
     from rlkd_trl.trainers.processes import wait_for_all
 
     output_dir = Path(trainer.args.output_dir)
@@ -297,7 +297,7 @@ def _write_evaluation(
 
 def report_evaluation(results: dict[str, dict[str, float]], output_dir: str | None) -> None:
     """Prints the table of results. Raises `TrainingError` if an evaluation met numbers that are not finite."""
-    from rlkd_trl.evaluation.evaluate import check_finite
+    from rlkd_trl.evaluation.not_finite import check_finite
     from rlkd_trl.evaluation.report import all_columns, comparison_table
 
     print(comparison_table(results, all_columns(results)))

@@ -128,7 +128,7 @@ def _refuse_sharded_merge(adapters: AdapterArguments) -> None:
 def _check_quantised(adapters: AdapterArguments, student: StudentArguments, *, is_adapters: bool) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from rlkd_trl.models.loading import check_quantization
+    from rlkd_trl.models.precision import check_quantization
 
     flag = student.quantization_flag
     if not (adapters.use_peft or is_adapters):

@@ -154,7 +154,7 @@ class Seen:
         """
         metrics = {}
         if self.embeddings[0]:
-            similarities = [pair_similarities(torch.cat(one)[:_MOST_COMPARED]) for one in self.embeddings]
+            similarities = [pair_similarities(torch.cat(batches)[:_MOST_COMPARED]) for batches in self.embeddings]
             if len(similarities[0]) > 1:
                 metrics["similarity_spearman"] = spearman(*similarities)
         if self.cosines:
@@ -168,8 +168,8 @@ class Seen:
         predicted = {name: torch.cat(batches).tolist() for name, batches in columns.items() if batches}
         texts = [name for name in ("text", "text_pair") if name in rows.column_names]
         for i, row in enumerate(rows.select(range(min(_SAMPLES, len(rows))))):
-            found = {name: _named(values[i], config) for name, values in predicted.items()}
-            table.append({**{name: row[name] for name in texts}, **found})
+            of_row = {name: _named(values[i], config) for name, values in predicted.items()}
+            table.append({**{name: row[name] for name in texts}, **of_row})
         return table
 
 

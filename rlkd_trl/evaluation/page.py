@@ -64,8 +64,8 @@ def _result_rows(logs: Mapping[str, RunLog]) -> dict[str, Any]:
     """The table of results, a row for each metric: first those that the runs name, then all other numbers."""
     headline = {column[0]: column for log in logs.values() for column in log.headline}
     models = [(model, values) for log in logs.values() for model, values in log.results.items()]
-    found = {key: None for _, values in models for key, value in values.items() if is_number(value)}
-    others = [(key, key, ".4g") for key in found if key not in headline]
+    numbers = {key: None for _, values in models for key, value in values.items() if is_number(value)}
+    others = [(key, key, ".4g") for key in numbers if key not in headline]
 
     def rows(columns: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
         return [

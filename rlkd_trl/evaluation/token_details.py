@@ -60,10 +60,16 @@ def reward_values(
     forcing = next((term for term in reward_model.teacher_terms if isinstance(term, TeacherForcingReward)), None)
     of_scorers = result.scores if forcing is None else scores[id(forcing.panel)]
     q_BT = weighted_mean(
-        (one.on_students_tokens(centre(one.chosen, one.centre_BT1[:, :-1])) for one in of_scorers), of_scorers
+        (
+            of_scorer.on_students_tokens(centre(of_scorer.chosen, of_scorer.centre_BT1[:, :-1]))
+            for of_scorer in of_scorers
+        ),
+        of_scorers,
     )
     if forcing is None:
-        values_BT1 = (one.at_students_states(centre(one.max, one.centre_BT1)) for one in of_scorers)
+        values_BT1 = (
+            of_scorer.at_students_states(centre(of_scorer.max, of_scorer.centre_BT1)) for of_scorer in of_scorers
+        )
         V_BT1 = weighted_mean(values_BT1, of_scorers)
     else:
         V_BT1 = forcing.mean_potentials(of_scorers)
@@ -86,10 +92,10 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return pieces
 
 
-def _common_length(one: str, other: str) -> int:
+def _common_length(first: str, second: str) -> int:
     """How many characters both begin with."""
-    differences = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differences, min(len(one), len(other)))
+    differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))
 
 
 def _rounded(values_T: Tensor) -> list[float]:

@@ -13,18 +13,19 @@ except that an encoder-decoder model with shared cross-attention reads a complet
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.fusion import FusedParts
 from rlkd_trl.models.generation_config import completion_start_ids
+from rlkd_trl.models.logit_scale import scaled_logits
+from rlkd_trl.models.prefix import Prefix
 from rlkd_trl.models.private_apis import execution_device, whole_shape
 from rlkd_trl.models.recomputation import Context, RecomputedLayers, check_cache
 from rlkd_trl.models.sharding import is_sharded
@@ -44,62 +45,11 @@ _SCALED_HEAD_MODEL_TYPES = {"t5", "longt5", "umt5", "switch_transformers"}
 # Its attention wants one row of cross-attention keys for each row of queries, unless the keys come from a cache.
 _SHARES_CACHED_ONLY = {"umt5"}
 
-# The config fields by which other models scale their logits. Factors: Cohere, Falcon-H1, Muse. Divisors: Granite and
-# others; HyperCLOVA X has a divisor's name for a factor.
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-
-
-def _logit_factor(config: PreTrainedConfig) -> float:
-    """The constant by which a model multiplies the LM head's output; 1 in most models."""
-    factor = 1.0
-    for name in _FACTORS:
-        factor *= getattr(config, name, None) or 1.0
-    for name in _DIVISORS:
-        value = getattr(config, name, None) or 1.0
-        factor = factor * value if config.model_type.startswith("hyperclovax") else factor / value
-    return factor
-
 
 @cache
 def _cache_argument(reader: type[nn.Module]) -> str:
     """By which name a model takes its cache: `cache` since transformers 5.24, `past_key_values` in older code."""
     return "cache" if "cache" in inspect.signature(reader.forward).parameters else "past_key_values"
-
-
-@dataclass
-class Prefix:
-    """What the model has read so far, one row per sequence.
-
-    cache: keys and values. mask: attention mask over the source tokens (encoder-decoder, `[B, S]`) or over every
-    cached position (decoder-only, `[B, S+t]`). hidden_B1D: the last position's state, from which the next token is
-    predicted. encoder_hidden_BSD: only for encoder-decoder models. prompt_rows: if set, mask, encoder states and the
-    cross-attention cache have one row per prompt instead of one per completion, and this maps completions to them. A
-    decoder-only model's cache then is of the same form: "cross-attention" has the prompts, self-attention the
-    completions' own tokens, and the mask is over the prompts, `[P, S]`.
-    """
-
-    cache: Cache
-    mask: Tensor
-    hidden_B1D: Tensor
-    encoder_hidden_BSD: Tensor | None = None
-    prompt_rows: PromptRows | None = None
-
-    def select(self, index_B: Tensor) -> "Prefix":
-        """Rows `index_B`, repeats allowed: one prompt's row for each of its completions. Invalidates this prefix."""
-        hidden_B1D = self.hidden_B1D[index_B]
-        if self.prompt_rows is None:
-            self.cache.batch_select_indices(index_B)
-            encoder_hidden = None if self.encoder_hidden_BSD is None else self.encoder_hidden_BSD[index_B]
-            return Prefix(self.cache, self.mask[index_B], hidden_B1D, encoder_hidden)
-        self.cache.self_attention_cache.batch_select_indices(index_B)
-        kept_P, prompt_index_B = self.prompt_rows.prompt_index_B[index_B].unique(return_inverse=True)
-        mask, encoder_hidden = self.mask, self.encoder_hidden_BSD
-        if len(kept_P) < self.prompt_rows.num_prompts:
-            self.cache.cross_attention_cache.batch_select_indices(kept_P)
-            mask = mask[kept_P]
-            encoder_hidden = None if encoder_hidden is None else encoder_hidden[kept_P]
-        return Prefix(self.cache, mask, hidden_B1D, encoder_hidden, PromptRows.of(prompt_index_B, len(kept_P)))
 
 
 class Backbone:
@@ -167,12 +117,8 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in the model's dtype, through the model's own head path."""
-        logits = (self._apply_head or self.model.get_output_embeddings())(hidden)
-        factor = _logit_factor(self.model.config.get_text_config())
-        if factor != 1:
-            logits = logits * factor
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        head = self._apply_head or self.model.get_output_embeddings()
+        return scaled_logits(head(hidden), self.model.config.get_text_config())
 
     def with_whole_head(self, work: Callable[[], Result]) -> Result:
         """`work()`, inside which each process may apply a sharded model's head as often as it needs to.

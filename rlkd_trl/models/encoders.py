@@ -20,17 +20,11 @@ from transformers import (
 
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.adapters import SavedAdapters, find_adapters
+from rlkd_trl.models.checkpoint_weights import check_complete, check_no_layers_left, weight_names
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.layer_tensors import LayerReader
-from rlkd_trl.models.loading import (
-    DTYPES,
-    check_complete,
-    check_dtype,
-    check_no_layers_left,
-    load_part,
-    making_model_of,
-    weight_names,
-)
+from rlkd_trl.models.loading import load_part, making_model_of
+from rlkd_trl.models.precision import DTYPES, check_dtype
 from rlkd_trl.models.sharding import loading_shards
 
 
@@ -98,8 +92,8 @@ def model_class(config: PreTrainedConfig, head: str, who: str) -> type[PreTraine
             f"{who} (model type {config.model_type!r}) is of an architecture for which transformers has no model with "
             f"{HEADS[head].name}: choose one of BERT's, RoBERTa's, DistilBERT's or a like kind."
         )
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    classes = mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
 def load_encoder(

@@ -1,21 +1,16 @@
 """Loading models and tokenizers from a local directory or the Hub, there also by "id@revision"."""
 
-import importlib.util
-import json
 import logging
-import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -24,37 +19,32 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.models.adapters import SavedAdapters, find_adapters
+from rlkd_trl.models.checkpoint_weights import check_complete, check_no_layers_left, lost_tied_weights
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import check_generation_config, settings_not_used
+from rlkd_trl.models.precision import (
+    DTYPES,
+    check_dtype,
+    check_quantization,
+    quantization_settings,
+    refuse_t5_in_float16,
+)
 from rlkd_trl.models.private_apis import checkpoint_file, compute_in_the_dtype_asked_for
 from rlkd_trl.models.remote_code import brings_model, may_run_code
 from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.settings.files import adapted_model, require_checkpoint
 from rlkd_trl.settings.hub import split_revision
 from rlkd_trl.settings.trusted_code import trusted_checkpoints
-
-DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-_SHOWN = 3  # names in a message
-
-# int8: LLM.int8 (Dettmers et al. 2022). nf4: 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA").
-QUANTIZATIONS = ("none", "int8", "nf4")
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -168,9 +158,9 @@ def load_model(
             revision=revision,
             dtype=DTYPES[dtype],
             output_loading_info=True,
-            **_quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
+            **quantization_settings(quantization, config.dtype if dtype == "auto" else DTYPES[dtype]),
         )
-    missing = {*info["missing_keys"], *_lost_tied_weights(model, name_or_path, revision)}
+    missing = {*info["missing_keys"], *lost_tied_weights(model, name_or_path, revision)}
     untied = {name for name in missing if model.all_tied_weights_keys.get(name) not in missing}
     check_complete(untied, f"The model {name_or_path!r}")
     check_no_layers_left(model, info["unexpected_keys"], f"The model {name_or_path!r}")
@@ -207,96 +197,6 @@ def refuse_sharded_adapters(name_or_path: str, *, revision: str | None) -> None:
         )
 
 
-def check_complete(missing: Collection[str], model_name: str) -> None:
-    """Raises `InputError`, with the names of weights that a checkpoint lacks: they would be random numbers."""
-    if missing:
-        names = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise InputError(
-            f"{model_name} is incomplete: {len(missing)} of its weights are not in the checkpoint ({names}), and "
-            "would be random numbers. Copy or download it again."
-        )
-
-
-def check_no_layers_left(model: nn.Module, unexpected: Collection[str], model_name: str) -> None:
-    """Raises `InputError` if a checkpoint has weights of more layers than the model was made with.
-
-    unexpected: the names of the checkpoint's weights that the model has no place for.
-    """
-    for name in sorted(unexpected):
-        for number in re.finditer(r"\.(\d+)\.", name):
-            layers = dict(model.named_modules()).get(name[: number.start()])
-            if isinstance(layers, nn.ModuleList) and int(number[1]) >= len(layers):
-                raise InputError(
-                    f"{model_name} has weights of more layers than its config.json names ({name}, and "
-                    f"{name[: number.start()]} has {len(layers)} layers): the two are of different models. Copy or "
-                    "download it again."
-                )
-
-
-def _lost_tied_weights(model: PreTrainedModel, name_or_path: str, revision: str | None) -> set[str]:
-    """The name of an LM head or embedding that transformers ties to the other, but whose own weight is lost; or none.
-
-    transformers 5 ties head and embeddings of every T5: where one of them is missing it silently takes the other. That
-    is right for a checkpoint of tied weights, which holds the embeddings only. But a checkpoint that holds a weight
-    for the head, as T0's do, must also have embeddings; and one whose config says that the two are not tied, as
-    transformers 4 wrote it for T0, must also have a head.
-    """
-    names = weight_names(name_or_path, revision)
-    head, tied = "lm_head.weight", model.all_tied_weights_keys
-    if not names or head not in tied:
-        return set()
-    if head not in names:
-        repository, revision = split_revision(name_or_path, revision)
-        as_written, _ = PreTrainedConfig.get_config_dict(repository, revision=revision)
-        return {head} if as_written.get("tie_word_embeddings") is False else set()
-    group = {tied[head], *(name for name, source in tied.items() if source == tied[head])} - {head}
-    # A checkpoint of the model without its head names the weights without this prefix.
-    without_prefix = {name.removeprefix(f"{model.base_model_prefix}.") for name in group}
-    return set() if names & (group | without_prefix) else {tied[head]}
-
-
-def weight_names(name_or_path: str, revision: str | None) -> set[str]:
-    """Names of the weights in a checkpoint's safetensors; none where it has other files."""
-    index = checkpoint_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision)
-    if index is not None:
-        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    file = checkpoint_file(name_or_path, SAFE_WEIGHTS_NAME, revision)
-    if file is None:
-        return set()
-    with safe_open(file, framework="pt") as weights:
-        return set(weights.keys())
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises `InputError` for a name that is not in `DTYPES`."""
-    if dtype not in DTYPES:
-        raise InputError(f"Unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
-
-
-def check_quantization(quantization: str) -> None:
-    """Raises `InputError` for a name that is not in `QUANTIZATIONS`, or without the library for it."""
-    if quantization not in QUANTIZATIONS:
-        raise InputError(f"Unknown quantisation {quantization!r}; choose one of: {', '.join(QUANTIZATIONS)}.")
-    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"Quantisation {quantization!r} needs bitsandbytes: pip install 'rlkd_trl[quantization]'.")
-
-
-def _quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict[str, BitsAndBytesConfig]:
-    """Arguments of `from_pretrained`; `dtype` is the one that quantised layers compute in."""
-    if quantization == "none":
-        return {}
-    if quantization == "int8":
-        # Otherwise it logs a line at every matrix product.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    compute_dtype = torch.float32 if dtype is None else dtype
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
-        )
-    }
-
-
 def default_device() -> torch.device:
     """This process's accelerator where there is one, or the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -311,28 +211,6 @@ def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revis
         checkpoint_file(name_or_path, name, revision) is not None
         for name in dict.fromkeys(("tokenizer.json", *vocabulary_files, "tokenizer.model", "tekken.json"))
     )
-
-
-def check_precision(config: PreTrainedConfig, dtype: str, *, fp16: bool = False) -> None:
-    """Raises `InputError` as `refuse_t5_in_float16`, for a name of a dtype, and with `fp16` as `check_fp16`."""
-    refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
-    if fp16:
-        check_fp16(config, on_cpu=not torch.accelerator.is_available())
-
-
-def check_fp16(config: PreTrainedConfig, *, on_cpu: bool) -> None:
-    """Raises `InputError` where a student cannot be trained in mixed precision with float16: T5, and on a CPU."""
-    refuse_t5_in_float16(config, torch.float16)
-    if on_cpu:
-        raise InputError(
-            "fp16 would have no effect on a CPU, where training goes on in float32: leave it out, or use bf16."
-        )
-
-
-def refuse_t5_in_float16(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Raises `InputError` for a T5 in float16, whose feed-forward layers would overflow."""
-    if dtype == torch.float16 and "t5" in config.model_type:
-        raise InputError("T5 models overflow in float16: choose bfloat16 or float32.")
 
 
 def load_part(

@@ -80,8 +80,8 @@ def _checkpointed(forward: Callable, again: Context, *args, **kwargs):
         if is_first:
             is_first = False
             return forward(*args, **kwargs)
-        found = [_copy_of(value) for value in before]
-        return forward(*found[: len(args)], **dict(zip(kwargs, found[len(args) :], strict=True)))
+        copies = [_copy_of(value) for value in before]
+        return forward(*copies[: len(args)], **dict(zip(kwargs, copies[len(args) :], strict=True)))
 
     return checkpoint(run, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 

@@ -37,12 +37,12 @@ def _named_in(name_or_path: str, revision: str | None) -> set[str]:
     """The other checkpoints whose code would run with this one's: "other/repository--module.Class"."""
     from rlkd_trl.models.private_apis import checkpoint_file
 
-    found = set()
+    checkpoints = set()
     for name in _FILES:
         file = checkpoint_file(name_or_path, name, revision)
         content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
         references = (content.get("auto_map") or {}).values()
         classes = [c for r in references for c in (r if isinstance(r, list | tuple) else [r]) if c]
-        found |= {reference.partition("--")[0] for reference in classes if "--" in reference}
-        found |= {base for base in [content.get("base_model_name_or_path")] if base}
-    return found - {name_or_path}
+        checkpoints |= {reference.partition("--")[0] for reference in classes if "--" in reference}
+        checkpoints |= {base for base in [content.get("base_model_name_or_path")] if base}
+    return checkpoints - {name_or_path}

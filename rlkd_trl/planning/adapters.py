@@ -54,12 +54,12 @@ def adapted(student: Skeleton, adapters: Adapters) -> Skeleton:
 
 def _give_tensors(wrapped: PeftModel, student: Skeleton) -> None:
     """Replaces weights and buffers on the meta device: the model's own by the student's, the others by new ones."""
-    own = dict(student.model.named_parameters(remove_duplicate=False)) | dict(student.model.named_buffers())
+    of_student = dict(student.model.named_parameters(remove_duplicate=False)) | dict(student.model.named_buffers())
     with student.mode:
         for prefix, module in wrapped.named_modules():
             of_module = {"recurse": False, "remove_duplicate": False}
             for name, tensor in [*module.named_parameters(**of_module), *module.named_buffers(**of_module)]:
-                given = own.get(_own_name(f"{prefix}.{name}"))
+                given = of_student.get(_own_name(f"{prefix}.{name}"))
                 if given is None:
                     given = torch.empty(tensor.shape, dtype=tensor.dtype)
                     given = nn.Parameter(given) if isinstance(tensor, nn.Parameter) else given

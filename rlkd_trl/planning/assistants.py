@@ -52,8 +52,8 @@ def _between(teacher: PreTrainedConfig, student: PreTrainedConfig, share: float)
     for size, names in SIZES.items():
         if size != "hidden_size" and (ends := _ends(teacher, student, names, names)):
             sizes[size] = geometric_size(*ends, share)
-        own = DECODER_SIZES.get(size, ())
-        if student.is_encoder_decoder and (ends := _ends(teacher, student, (*own, *names), own)):
+        decoder_names = DECODER_SIZES.get(size, ())
+        if student.is_encoder_decoder and (ends := _ends(teacher, student, (*decoder_names, *names), decoder_names)):
             decoder_sizes[size] = geometric_size(*ends, share)
     heads = math.lcm(*(of_part.get("num_heads", 1) for of_part in (sizes, decoder_sizes)))
     widths = _ends(teacher, student, SIZES["hidden_size"], SIZES["hidden_size"])

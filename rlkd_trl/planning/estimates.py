@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlkd_trl.models.loading import DTYPES
+from rlkd_trl.models.precision import DTYPES
 from rlkd_trl.planning.activations import Workload, log_prob_bytes, sampling_bytes, scoring_bytes, update_bytes
 from rlkd_trl.planning.adapters import Adapters, adapted
 from rlkd_trl.planning.operations import Operation

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rlkd_trl.errors import InputError
 from rlkd_trl.evaluation.tables import MISSING
 from rlkd_trl.models.limits import check_caps, position_limits_of_config
-from rlkd_trl.models.loading import DTYPES
+from rlkd_trl.models.precision import DTYPES
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.adapters import adapted
 from rlkd_trl.planning.advice import advice

@@ -15,7 +15,7 @@ Message = Mapping[str, object]
 
 def is_conversation(prompt: object) -> bool:
     """Whether a prompt is a list of messages, and not a text. What is in the messages is not looked at."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(one, Mapping) for one in prompt)
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
 
 
 def checked_messages(prompt: list[Message]) -> list[dict[str, object]]:

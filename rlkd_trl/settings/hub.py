@@ -178,8 +178,8 @@ def _cached(repo_id: str, revision: str | None, file: str, kind: Kind) -> str | 
     """The path of a file in the cache, at the revision or the main branch."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, file, constants.HF_HUB_CACHE, revision, kind)
-    return found if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo_id, file, constants.HF_HUB_CACHE, revision, kind)
+    return path if isinstance(path, str) else None
 
 
 def commit_of(repo_id: str, revision: str, kind: Kind) -> str | None:

@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.adapters import merged
+from rlkd_trl.models.checkpoint_weights import check_complete
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
-from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import loading_shards
 
 Result = TypeVar("Result")

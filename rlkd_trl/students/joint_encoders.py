@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlkd_trl.errors import InputError
+from rlkd_trl.models.checkpoint_weights import check_complete
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
-from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import loading_shards
 from rlkd_trl.students.encoder import EncoderStudent
 
@@ -73,8 +73,8 @@ class JointEncoders(EncoderStudent):
         directories = self.directories(output_dir, len(self.companions))
         for number, (companion, directory) in enumerate(zip(self.companions, directories, strict=True)):
             prefix = f"companions.{number}."
-            own = {name.removeprefix(prefix): w for name, w in state_dict.items() if name.startswith(prefix)}
-            companion.save_pretrained(directory, state_dict=own)
+            of_companion = {name.removeprefix(prefix): w for name, w in state_dict.items() if name.startswith(prefix)}
+            companion.save_pretrained(directory, state_dict=of_companion)
 
     def load_pretrained(self, checkpoint_dir: str | Path) -> None:
         """Loads what `save_pretrained` wrote. Raises `InputError` if weights are missing."""
@@ -121,14 +121,14 @@ def _heads(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _share_head(model: PreTrainedModel, companion: PreTrainedModel, number: int) -> None:
-    own, other = _heads(model), _heads(companion)
+    of_model, of_companion = _heads(model), _heads(companion)
     shapes = [
         {
             f"{name}.{key}": tuple(weight.shape)
             for name, (parent, child) in heads.items()
             for key, weight in getattr(parent, child).named_parameters()
         }
-        for heads in (own, other)
+        for heads in (of_model, of_companion)
     ]
     if shapes[0] != shapes[1]:
         differing = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
@@ -136,5 +136,5 @@ def _share_head(model: PreTrainedModel, companion: PreTrainedModel, number: int)
             f"Encoder {number} cannot have the first one's pooler and head: {differing} is {shapes[0].get(differing)} "
             f"in the first and {shapes[1].get(differing)} in it. Choose encoders of one architecture and width."
         )
-    for name, (parent, child) in other.items():
-        setattr(parent, child, getattr(*own[name]))
+    for name, (parent, child) in of_companion.items():
+        setattr(parent, child, getattr(*of_model[name]))

@@ -17,8 +17,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.adapters import merged
 from rlkd_trl.models.backbone import Result, backbone_of
 from rlkd_trl.models.chat import PromptWriter
+from rlkd_trl.models.checkpoint_weights import check_complete
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
-from rlkd_trl.models.loading import check_complete
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id

@@ -176,8 +176,8 @@ class TeacherCache(AbsentTeacher):
         """The number of the completion with this key; None if it is not here."""
         head = np.frombuffer(key[:8], dtype=np.uint64)[0]
         first, last = (np.searchsorted(self._heads, head, side=side, sorter=self._order) for side in ("left", "right"))
-        found = (int(place) for place in self._order[first:last] if self._keys[place].tobytes() == key)
-        return next(found, None)
+        places = (int(place) for place in self._order[first:last] if self._keys[place].tobytes() == key)
+        return next(places, None)
 
     def read(self, place: int) -> tuple[Tensor, Tensor]:
         """Ids `[n, k]` and log-probabilities `[n, k+1]`, float32, of the n tokens of a completion.

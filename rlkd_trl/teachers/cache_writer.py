@@ -67,15 +67,15 @@ def targets_of(
     max_completion_length: int,
 ) -> list[Target]:
     """The distinct targets of the rows' `references`, in their order, as `KDTrainer` makes completions of them."""
-    found: dict[bytes, Target] = {}
+    targets: dict[bytes, Target] = {}
     for row in rows:
-        asked = questions(row)
+        questions_of_row = questions(row)
         for text in listed_references(row["references"]):
             ids = target_token_ids(tokenizer, text, max_length=max_completion_length)
             end = next((t + 1 for t, token in enumerate(ids) if token in eos_ids), len(ids))
-            key = key_of(asked, ids[:end])
-            found.setdefault(key, Target(row, asked, ids[:end], key))
-    return list(found.values())
+            key = key_of(questions_of_row, ids[:end])
+            targets.setdefault(key, Target(row, questions_of_row, ids[:end], key))
+    return list(targets.values())
 
 
 def write_cache(

@@ -11,34 +11,27 @@ has read are compared with those of the ids that were sent. An API key is never 
 answers.
 """
 
-import html
 import json
 import math
-import re
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from time import monotonic
-from types import FrameType
 from typing import Protocol
 from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
-from rlkd_trl.errors import InputError, Interrupted, ServerError
+from rlkd_trl.errors import InputError, ServerError
+from rlkd_trl.teachers.server_secrets import ApiKey, checked_url
+from rlkd_trl.teachers.server_signals import signals_heard
 
 _TEXTS_PER_REQUEST = 8
 _CHECK_SECONDS = 10.0  # that a request may take when a server is tried out
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 _POLL_SECONDS = 0.25  # between looks at whether a signal has come
-_SECONDS_AFTER_SIGNAL = 5.0  # without any answer; while some come the step may end, after which the trainer saves
-_QUOTED = 300  # characters of a server's answer in a message
-_KEY_PIECE = 8  # characters of a key by which it is recognised
 _UNREADABLE = "\ufffd"  # in a text, for a token that is a part of a character
 
 
@@ -110,9 +103,7 @@ class CompletionsClient:
     ):
         self.url, self.model = checked_url(url), model
         self.vocabulary, self.timeout, self.patience, self.concurrency = vocabulary, timeout, patience, concurrency
-        self._api_key = None if api_key is None else api_key.strip()
-        if api_key is not None and not (self._api_key and self._api_key.isascii() and self._api_key.isprintable()):
-            raise InputError("The API key is empty, or has characters that no header can have: correct it.")
+        self._key = ApiKey(api_key)
         self._opener: OpenerDirector = build_opener(_NoRedirects)
         self._speaks_echo = False
         self.max_length: int | None = None
@@ -134,13 +125,13 @@ class CompletionsClient:
             raise InputError(f"The teacher's server {self.url} cannot be asked: {failure}") from None
         except (KeyError, TypeError):
             raise InputError(f"{self.url} is no server of the completions API: it lists no models.") from None
-        listing = self._clean(", ".join(names))
+        listing = self._key.clean(", ".join(names))
         if self.model is None and len(names) != 1:
             raise InputError(f"The server {self.url} has {len(names)} models: name one of {listing}.")
         self.model = self.model or names[0]
         if self.model not in names:
             raise InputError(f"The server {self.url} has no model {self.model!r}: name one of {listing}.")
-        if self._api_key is not None and len(self._api_key) >= _KEY_PIECE and self._repeats_key(self.model):
+        if self._key.is_part_of(self.model):
             raise InputError(f"The name of the model that the server {self.url} has holds the API key: rename it.")
         length = next(entry for entry in listed if entry["id"] == self.model).get("max_model_len")
         self.max_length = length if isinstance(length, int) else None
@@ -178,7 +169,7 @@ class CompletionsClient:
                 if given_up.is_set():
                     return
 
-        with _signals_heard() as heard:
+        with signals_heard() as heard:
             for _ in range(min(self.concurrency, len(parts))):
                 # Not a pool's: the interpreter would wait for its requests before it exits.
                 threading.Thread(target=ask, name="teacher", daemon=True).start()
@@ -257,15 +248,13 @@ class CompletionsClient:
         is_part = not text or _UNREADABLE in text or _UNREADABLE in decoded or text.startswith("bytes:")
         if not (is_part or text in (piece, f"token_id:{index}") or text.strip() == decoded.strip()):
             raise _Refused(
-                f"it has read other tokens than were sent: {self._clean(repr(text))} for id {index}, which is "
+                f"it has read other tokens than were sent: {self._key.clean(repr(text))} for id {index}, which is "
                 f"{decoded!r} in the tokenizer that was given. Give that of the served model."
             )
 
     def _once(self, path: str, body: Mapping | None, *, timeout: float) -> dict:
         """The answer of one request, as JSON. Raises `_Temporary` or `_Refused`."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        headers = {"Content-Type": "application/json", "Accept": "application/json", **self._key.headers}
         data = None if body is None else json.dumps(body).encode()
 
         def answer() -> bytes:
@@ -275,7 +264,7 @@ class CompletionsClient:
         try:
             return json.loads(_within(timeout, answer))
         except HTTPError as error:
-            said = f"{error.code} {self._clean(_content(error))}".rstrip(" .") + "."
+            said = f"{error.code} {self._key.clean(_content(error))}".rstrip(" .") + "."
             if error.code == 429 or error.code >= 500:
                 raise _Temporary(said, _seconds(error.headers.get("Retry-After"))) from None
             raise _Refused(said) from None
@@ -283,75 +272,7 @@ class CompletionsClient:
             raise _Refused("its answer is not JSON.") from None
         except (URLError, HTTPException, OSError) as error:
             reason = getattr(error, "reason", None) or error
-            raise _Temporary(f"{self._clean(str(reason) or type(error).__name__)}.") from None
-
-    def _clean(self, text: str) -> str:
-        """A text of the server for a message: short, on one line, and without the key."""
-        if self._api_key is not None:
-            text = text.replace(self._api_key, "***")
-            text = "its answer repeats the key, and is not shown" if self._repeats_key(text) else text
-        text = " ".join(text.split())
-        return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
-
-    def _repeats_key(self, text: str) -> bool:
-        """Whether a piece of the key is there, as it is or escaped for JSON, HTML or URLs."""
-        key = self._api_key
-        starts = range(max(1, len(key) - _KEY_PIECE + 1))
-        plain = {text, _without_backslashes(text), html.unescape(text), unquote(text)}
-        plain.add(_without_backslashes(unquote(html.unescape(text))))
-        return any(key[i : i + _KEY_PIECE] in one for i in starts for one in plain)
-
-
-class _Heard:
-    """The signal to stop that has come, and since when nothing has been answered after it.
-
-    signum: of one that came earlier, or 0.
-    """
-
-    def __init__(self, signum: int = 0):
-        self.signum, self._since = signum, monotonic()
-
-    def note(self, signum: int) -> None:
-        if not self.signum:
-            self.signum, self._since = signum, monotonic()
-
-    def answered(self) -> None:
-        self._since = monotonic()
-
-    def obey(self, url: str) -> None:
-        """Raises `Interrupted` if one has come, and the server has not answered for long enough."""
-        if self.signum and monotonic() - self._since > _SECONDS_AFTER_SIGNAL:
-            by = "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
-            message = f"Stopped by {by} while the teacher's server {url} did not answer: the step is not saved."
-            raise Interrupted(self.signum, message, is_saved=False)
-
-
-@contextmanager
-def _signals_heard() -> Iterator[_Heard]:
-    """Within it SIGINT and SIGTERM are noted in the main thread, beside what else is done when they come.
-
-    A signal that came earlier in the step is known to a trainer's `StopRequest`, whose method handles signals then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield _Heard()
-        return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    before = {signum: handler for signum, handler in before.items() if callable(handler)}
-    owners = [getattr(handler, "__self__", None) for handler in before.values()]
-    heard = _Heard(max((getattr(owner, "signum", 0) for owner in owners), default=0))
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        heard.note(signum)
-        before[signum](signum, frame)
-
-    for signum in before:
-        signal.signal(signum, note)
-    try:
-        yield heard
-    finally:
-        for signum, handler in before.items():
-            if signal.getsignal(signum) is note:
-                signal.signal(signum, handler)
+            raise _Temporary(f"{self._key.clean(str(reason) or type(error).__name__)}.") from None
 
 
 def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
@@ -372,31 +293,6 @@ def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
         return result.result(seconds)
     except FutureTimeoutError:  # also a socket's, as TimeoutError
         raise TimeoutError(f"no whole answer in {seconds:g} s") from None
-
-
-def _without_backslashes(text: str) -> str:
-    """A text with JSON's escapes, as it is without them."""
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
-    return re.sub(r"\\(.)", r"\1", text)
-
-
-def checked_url(url: str) -> str:
-    """The URL with /v1. Raises `InputError` if it is none, or holds what must not be in messages and files."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port
-    except ValueError:
-        parts, host = urlsplit(""), None
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise InputError(
-            "The URL of the teacher's server holds a name, a password or parameters, which would be written down with "
-            "the run: give the key by the name of an environment variable."
-        )
-    if parts.scheme not in ("http", "https") or not host:
-        raise InputError(f"The teacher's server {url!r} is no URL: give http://HOST:PORT, or https://HOST.")
-    trimmed = url.rstrip("/")
-    return trimmed if trimmed.endswith("/v1") else f"{trimmed}/v1"
 
 
 def _best(logprobs: Mapping, position: int) -> float | None:

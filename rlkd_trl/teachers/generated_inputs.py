@@ -59,29 +59,29 @@ class Schema:
         return cls._checked(found, path)
 
     @classmethod
-    def _checked(cls, found: object, path: str) -> "Schema":
+    def _checked(cls, parts: object, path: str) -> "Schema":
         known = ("slots", "required", "slot_format", "separator")
-        if not isinstance(found, dict) or not isinstance(found.get("slots"), dict) or not found["slots"]:
+        if not isinstance(parts, dict) or not isinstance(parts.get("slots"), dict) or not parts["slots"]:
             raise InputError(f'--schema {path} needs {{"slots": {{"name": ["value", …], …}}}}.')
-        if unknown := sorted(set(found) - set(known)):
+        if unknown := sorted(set(parts) - set(known)):
             raise InputError(f"--schema {path}: {unknown[0]!r} is none of {', '.join(known)}.")
-        for name, values in found["slots"].items():
+        for name, values in parts["slots"].items():
             if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
                 raise InputError(f"--schema {path}: slot {name!r} needs a list of texts; it has {values!r}.")
-        required = found.get("required", [])
+        required = parts.get("required", [])
         if not isinstance(required, list):
             raise InputError(f"--schema {path}: required needs a list of slots; it has {required!r}.")
-        if missing := [name for name in required if name not in found["slots"]]:
-            raise InputError(f"--schema {path}: required slot {missing[0]!r} is none of {', '.join(found['slots'])}.")
-        slot_format, separator = found.get("slot_format", cls.slot_format), found.get("separator", cls.separator)
-        texts = {"slot_format": [slot_format], "separator": [separator], **found["slots"]}
+        if missing := [name for name in required if name not in parts["slots"]]:
+            raise InputError(f"--schema {path}: required slot {missing[0]!r} is none of {', '.join(parts['slots'])}.")
+        slot_format, separator = parts.get("slot_format", cls.slot_format), parts.get("separator", cls.separator)
+        texts = {"slot_format": [slot_format], "separator": [separator], **parts["slots"]}
         for name, values in texts.items():
             for text in (name, *values):
                 if not isinstance(text, str) or not _is_unicode(text):
                     raise InputError(f"--schema {path}: {name!a} needs text; it has {text!a}.")
         if "{slot}" not in slot_format and "{value}" not in slot_format:
             raise InputError(f"--schema {path}: slot_format {slot_format!r} needs {{slot}}, {{value}} or both.")
-        return cls(found["slots"], tuple(required), slot_format, separator)
+        return cls(parts["slots"], tuple(required), slot_format, separator)
 
     def recombinations(self, seed: int) -> Iterator[str]:
         """Inputs without end, drawn independently; none is empty."""
@@ -150,7 +150,7 @@ def generate_inputs(
         drawn = _sampled(teacher, questions, temperature, max_input_length, batch_size, seed)
     else:
         drawn = _recombined(teacher, questions, schema, max_input_length, batch_size, seed)
-    found: dict[str, GeneratedInput] = {}
+    by_source: dict[str, GeneratedInput] = {}
     tries = _MOST_TRIES * wanted
     for candidate in itertools.islice(drawn, tries):
         if candidate is not None:
@@ -159,20 +159,20 @@ def generate_inputs(
                     f"The teacher's log-probability of {candidate.source[:_SHOWN]!r} is {candidate.logp_per_token}: "
                     "load it in another precision (--teacher_dtype float32)."
                 )
-            found.setdefault(candidate.source, candidate)
-        if len(found) == wanted:
+            by_source.setdefault(candidate.source, candidate)
+        if len(by_source) == wanted:
             break
-    if len(found) < wanted:
+    if len(by_source) < wanted:
         remedy = "give the schema more values" if schema is not None else "raise --temperature or --max_input_length"
         raise InputError(
-            f"{len(found)} distinct inputs came of {tries} candidates, and {wanted} are needed, --num_rows "
+            f"{len(by_source)} distinct inputs came of {tries} candidates, and {wanted} are needed, --num_rows "
             f"{num_inputs} over --keep_share {keep_share}: lower one of these, or {remedy}."
         )
-    kept = list(found.values())
-    if len(kept) > num_inputs:
-        least = sorted((candidate.logp_per_token for candidate in kept), reverse=True)[num_inputs - 1]
-        kept = [candidate for candidate in kept if candidate.logp_per_token >= least][:num_inputs]
-    return kept
+    inputs = list(by_source.values())
+    if len(inputs) > num_inputs:
+        least = sorted((candidate.logp_per_token for candidate in inputs), reverse=True)[num_inputs - 1]
+        inputs = [candidate for candidate in inputs if candidate.logp_per_token >= least][:num_inputs]
+    return inputs
 
 
 def _sampled(

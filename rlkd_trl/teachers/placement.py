@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlkd_trl.errors import InputError
-from rlkd_trl.models.loading import DTYPES, check_dtype, check_quantization
 from rlkd_trl.models.memory import held_bytes
+from rlkd_trl.models.precision import DTYPES, check_dtype, check_quantization
 from rlkd_trl.models.private_apis import without_compiled_communication
 
 PLACEMENTS = ("replicated", "zero3", "offload")

@@ -44,11 +44,11 @@ def pseudo_labels(
     names = panel.templates.names if panel.templates is not None else [None]
     owned_KP = panel.owned(rows)
     for k, scorer in enumerate(_answering(panel)):
-        own = [row for row, is_owned in zip(rows, owned_KP[k].tolist(), strict=True) if is_owned]
-        if not own:
+        rows_of_scorer = [row for row, is_owned in zip(rows, owned_KP[k].tolist(), strict=True) if is_owned]
+        if not rows_of_scorer:
             continue
         teacher, template_name = scorer.teacher, names[k % len(names)]
-        prompts_P = scorer.prompts([panel.questions(row) for row in own])
+        prompts_P = scorer.prompts([panel.questions(row) for row in rows_of_scorer])
         batches = answer_prompts(
             teacher.model,
             teacher.processing_class,
@@ -58,7 +58,7 @@ def pseudo_labels(
             all_beams=interpolate,
             **generation,
         )
-        remaining = iter(own)
+        remaining = iter(rows_of_scorer)
         for completions in batches:
             texts = decode(completions, teacher.processing_class)
             for first in range(0, len(texts), candidates_per_row):

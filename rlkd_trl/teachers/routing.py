@@ -32,15 +32,15 @@ class Routing:
         if self.teacher_column is not None:
             names = [str(Path(name)) for name in self.teachers]
             value = str(Path(str(_value(row, self.teacher_column))))
-            found = [i for i, name in enumerate(names) if name == value]
-            found = found or [i for i, name in enumerate(names) if Path(name).name == value]
-            if len(found) != 1:
-                how = "no teacher" if not found else f"{len(found)} teachers"
+            places = [i for i, name in enumerate(names) if name == value]
+            places = places or [i for i, name in enumerate(names) if Path(name).name == value]
+            if len(places) != 1:
+                how = "no teacher" if not places else f"{len(places)} teachers"
                 raise InputError(
                     f"`{self.teacher_column}` is {row[self.teacher_column]!r}, which names {how} of: "
                     f"{', '.join(self.teachers)}."
                 )
-            teacher = found[0]
+            teacher = places[0]
         if self.template_column is not None:
             value = str(_value(row, self.template_column))
             if value not in templates:

@@ -16,37 +16,26 @@ from transformers.utils import ModelOutput
 from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.errors import InputError, is_first_process
 from rlkd_trl.evaluation.encoders import Seen
-from rlkd_trl.evaluation.evaluate import NOT_FINITE, count_not_finite
-from rlkd_trl.models.encoders import know_padding, load_encoder
-from rlkd_trl.models.finite import check_weights, refuse_float16_weights
+from rlkd_trl.evaluation.not_finite import NOT_FINITE, count_not_finite
 from rlkd_trl.models.generation_config import completion_start_ids
 from rlkd_trl.models.layer_tensors import LayerReader, LayerTensors, Wanted
-from rlkd_trl.models.limits import check_embedding_rows
-from rlkd_trl.models.loading import check_fp16, load_tokenizer
 from rlkd_trl.models.private_apis import whole_shape
 from rlkd_trl.models.vocabulary import base_of
-from rlkd_trl.students import with_adapters
 from rlkd_trl.students.encoder import EncoderStudent
 from rlkd_trl.students.joint_encoders import JointEncoders, mean_logits
 from rlkd_trl.trainers.budget import Spent
 from rlkd_trl.trainers.checks import check_endless, check_sharding
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.encoder_checks import (
-    check_inputs,
-    check_models,
     check_rows,
-    check_trained_along,
-    projections_needed,
 )
 from rlkd_trl.trainers.encoder_config import EncoderKDConfig
 from rlkd_trl.trainers.encoder_data import ROW, NumberedRows, NumberedStream, TextCollator, masked_tokens
-from rlkd_trl.trainers.encoder_losses import StageLosses, Teachings, count_units, logits_of, token_mask
+from rlkd_trl.trainers.encoder_losses import Teachings, count_units, logits_of, token_mask
+from rlkd_trl.trainers.encoder_preparation import prepare_encoders
 from rlkd_trl.trainers.encoder_teachers import (
-    PanelLosses,
     SeveralTeachings,
-    check_panel,
     merged,
-    panel_projections,
 )
 from rlkd_trl.trainers.finite import MicroBatch
 from rlkd_trl.trainers.rollout_metrics import RunningMeans
@@ -107,46 +96,22 @@ class EncoderKDTrainer(DistillationTrainer):
         check_rows(known, objective, "training data")
         if eval_dataset is not None:
             check_rows(eval_dataset, objective, "evaluation data")
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_encoder(model, objective.head, "The student", may_be_new=True, seed=args.seed)
-        teachers = [
-            load_encoder(one, objective.teachers_head, "The teacher") if isinstance(one, str) else one
-            for one in ([] if teacher is None else [teacher, *more_teachers])
-        ]
-        check_panel(objective, len(teachers))
-        check_trained_along(objective, peft_config, len(trained_along))
-        if processing_class is None:
-            raise InputError("A loaded student needs its tokenizer: pass `processing_class`.")
-        if args.fp16:
-            check_fp16(model.config, on_cpu=args.use_cpu)
-        check_embedding_rows("The student", processing_class, model.config)
-        self._teachers_readers = [LayerReader(one.eval().requires_grad_(False)) for one in teachers]
-        data = [known] if eval_dataset is None else [known, eval_dataset]
-        for reader in self._teachers_readers or [None]:
-            check_models(objective, LayerReader(model), reader)
-            check_inputs(args, objective, data, processing_class, LayerReader(model), reader)
-        for one in (model, *teachers, *trained_along):
-            know_padding(base_of(one).config, processing_class)
-        model = with_adapters(model, peft_config, seed=args.seed)
-        check_weights(model, "The student")
-        refuse_float16_weights(model)
-        self.teacher = teachers[0] if teachers else None
+        encoders = prepare_encoders(
+            model,
+            [] if teacher is None else [teacher, *more_teachers],
+            args,
+            objective,
+            [known] if eval_dataset is None else [known, eval_dataset],
+            processing_class,
+            peft_config=peft_config,
+            weigh_teachers=weigh_teachers,
+            trained_along=trained_along,
+        )
+        model, student, teachers = encoders.model, encoders.student, encoders.teachers
+        processing_class = encoders.processing_class
+        self._teachers_readers, self._losses = encoders.readers, encoders.losses
+        self.teacher = next(iter(teachers), None)
         self.teachers_reader = next(iter(self._teachers_readers), None)
-        if trained_along:
-            for companion in trained_along:
-                refuse_float16_weights(companion)
-            student = JointEncoders(model, trained_along)
-        elif len(teachers) > 1:
-            projections = panel_projections(objective, LayerReader(model), self._teachers_readers)
-            student = EncoderStudent(model, projections, seed=args.seed)
-        else:
-            projections = projections_needed(objective, LayerReader(model), self.teachers_reader)
-            student = EncoderStudent(model, projections, seed=args.seed)
-        if len(teachers) > 1:
-            self._losses = PanelLosses.of(objective, student, self._teachers_readers, per_example=weigh_teachers)
-        else:
-            self._losses = StageLosses(objective, student, self.teachers_reader)
         self._wanted, self._wanted_of_teachers = self._wanted_layers(student.reader)
         self._means = RunningMeans()
         self._step_metrics: dict[str, float] = defaultdict(float)
@@ -172,17 +137,17 @@ class EncoderKDTrainer(DistillationTrainer):
         is_stream = isinstance(train_dataset, RowStream)
         self.train_dataset = NumberedStream(train_dataset) if is_stream else NumberedRows(train_dataset)
         self.loss_is_scaled_for_ga = True  # the counts that losses are divided by are those of the whole step
-        for one in teachers:
-            one.to(self.accelerator.device)
+        for frozen in teachers:
+            frozen.to(self.accelerator.device)
         self.run_record |= {
             "student": architecture_record(model),
             "teacher": model_record(teachers[0]) if teachers else None,
         }
         if len(teachers) > 1:
-            more = [model_record(one) for one in teachers[1:]]
+            more = [model_record(other) for other in teachers[1:]]
             self.run_record["more_teachers"] = {"models": more, "weighed_per_text": weigh_teachers}
         if trained_along:
-            self.run_record["trained_along"] = [type(one).__name__ for one in trained_along]
+            self.run_record["trained_along"] = [type(encoder).__name__ for encoder in trained_along]
         if objective.reads_maps and is_first_process():
             print(
                 f"Attention maps are read: {self._mapped_layers()} run eager attention, all others SDPA.", flush=True

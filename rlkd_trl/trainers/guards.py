@@ -1,9 +1,12 @@
 """Warnings of a student that earns more reward, or a lower loss, by writing worse than at the start of the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+import torch
 from torch import Tensor
+
+from rlkd_trl.trainers.rollout import Rollout
 
 _NGRAM = 3
 _REFERENCE = 8  # the number of rollouts at the start, and of the latest ones that are compared with them
@@ -43,6 +46,16 @@ def repetition_counts(
         repeated += len(ngrams) - len(set(ngrams))
     of_prompts = [ids for ids in completions[::num_generations] if ids]
     return float(repeated), float(grams), float(len(set(of_prompts))), float(len(of_prompts))
+
+
+def repetition_and_distinct(
+    rollout: Rollout, num_generations: int, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """The shares of repeated n-grams and of different completions in a rollout, over all processes; 0 of none."""
+    counts = repetition_counts(rollout.completion_ids_BT, rollout.counted_BT, num_generations=num_generations)
+    on_device = torch.tensor(counts, device=rollout.completion_ids_BT.device)
+    repeated, grams, distinct, count = sum_over_ranks(on_device).tolist()
+    return repeated / max(grams, 1), distinct / max(count, 1)
 
 
 def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | None:

@@ -9,7 +9,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import set_trained_generation_config
-from rlkd_trl.models.loading import check_fp16, load_model, load_tokenizer
+from rlkd_trl.models.loading import load_model, load_tokenizer
+from rlkd_trl.models.precision import check_fp16
 from rlkd_trl.models.vocabulary import allow_special_tokens, check_tokenizers, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.rewards import RewardModel

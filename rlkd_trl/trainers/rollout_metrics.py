@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import print_prompt_completions_sample
 
 from rlkd_trl.ops.masking import masked_moments, masked_sum
 from rlkd_trl.ops.rewards import sequence_sum
@@ -112,3 +113,15 @@ def sample_table(
         }
         for i in range(min(count, len(completions)))
     ]
+
+
+def print_samples(table: list[dict[str, object]], step: int) -> None:
+    """Prints a `sample_table` as TRL does, with the rewards where there are any."""
+    has_rewards = bool(table) and "reward" in table[0]
+    print_prompt_completions_sample(
+        [row["prompt"] for row in table],
+        [row["completion"] for row in table],
+        {"reward": [row["reward"] for row in table]} if has_rewards else {},
+        None,
+        step,
+    )

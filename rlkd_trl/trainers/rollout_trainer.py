@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.trainer.utils import print_prompt_completions_sample
 
-from rlkd_trl.data.streams import RepeatedRows, RowStream, known_rows
+from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.models.sharding import is_sharded, whole
@@ -32,12 +31,13 @@ from rlkd_trl.trainers.checks import (
 )
 from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
+from rlkd_trl.trainers.dropping import UsableSamples
 from rlkd_trl.trainers.finite import PROMPTS_SHOWN, MicroBatch
-from rlkd_trl.trainers.guards import Guards, repetition_counts
+from rlkd_trl.trainers.guards import Guards, repetition_and_distinct
 from rlkd_trl.trainers.preparation import prepare_student, teachers_of
-from rlkd_trl.trainers.prompt_sampler import EpochSeededSampler
+from rlkd_trl.trainers.prompt_sampler import rollout_loader
 from rlkd_trl.trainers.rollout import Rollout
-from rlkd_trl.trainers.rollout_metrics import PhaseTimer, RunningMeans
+from rlkd_trl.trainers.rollout_metrics import PhaseTimer, RunningMeans, print_samples
 from rlkd_trl.trainers.rollout_sampling import RolloutSampling
 from rlkd_trl.trainers.run_record import reward_record, student_record
 from rlkd_trl.trainers.run_state import RolloutState
@@ -45,7 +45,6 @@ from rlkd_trl.trainers.signatures import whole_signature
 from rlkd_trl.trainers.tracker_tables import TrackerTables
 
 logger = logging.get_logger(__name__)
-_READABLE = "its text in both vocabularies"
 
 
 class RolloutTrainer(DistillationTrainer):
@@ -190,26 +189,20 @@ class RolloutTrainer(DistillationTrainer):
         completions have only finite ones, `[B]`. readable_B: which of them have tokens in all teachers' vocabularies,
         `[B]`; None if these are the student's.
         """
-        device = rollout.completion_mask_BT.device
+        samples = UsableSamples.of(is_usable_B, readable_B, rollout.completion_mask_BT.device)
         if readable_B is not None:
-            is_usable_B = {name: usable_B.to(device) | ~readable_B for name, usable_B in is_usable_B.items()}
-            is_usable_B[_READABLE] = readable_B
             unreadable, count = self._sum_over_ranks(torch.stack([~readable_B, readable_B | True]).sum(dim=1))
             self._metrics.record({"completions/unreadable": unreadable / count})
-        kept_B = torch.stack([usable_B.to(device) for usable_B in is_usable_B.values()]).all(dim=0)
+        kept_B = samples.kept_B
         dropped, kept = self._sum_over_ranks(torch.stack([(~kept_B).sum(), kept_B.sum()]).float()).tolist()
         if not dropped:
             return rollout
         self._dropped_since_log += dropped
         for b in (~kept_B).nonzero()[:PROMPTS_SHOWN, 0].tolist():
-            bad = " and ".join(name for name, usable_B in is_usable_B.items() if not usable_B[b])
             prompt = str(rows[int(rollout.prompt_index_B[b])]["prompt"])
-            self.warn_of_prompts(f"A sample is dropped, {_what_is_wrong(bad)}", [prompt])
+            self.warn_of_prompts(f"A sample is dropped, {samples.what_is_wrong_with(b)}", [prompt])
         if not kept:
-            reasons = " or ".join(name for name, usable_B in is_usable_B.items() if not usable_B.all())
-            self.rollout_state.lost = (
-                f"all {dropped:.0f} samples dropped, {_what_is_wrong(reasons or 'on other processes')}"
-            )
+            self.rollout_state.lost = f"all {dropped:.0f} samples dropped, {samples.what_is_wrong()}"
         remaining = rollout.dropping(kept_B)
         # The trainer counts the tokens of `remaining`, where stand-ins replace the completions that were generated.
         tokens = rollout.completion_mask_BT.sum() - remaining.completion_mask_BT.sum()
@@ -221,17 +214,11 @@ class RolloutTrainer(DistillationTrainer):
 
         metrics: of the rollout's rewards; see `Guards` for what is compared.
         """
-        counts = repetition_counts(
-            rollout.completion_ids_BT, rollout.counted_BT, num_generations=self.args.num_generations
-        )
-        repeated, grams, distinct, count = self._sum_over_ranks(
-            torch.tensor(counts, device=self.accelerator.device)
-        ).tolist()
-        distinct = {"completions/distinct": distinct / max(count, 1)}
-        self._metrics.record(distinct)
+        repetition, distinct = repetition_and_distinct(rollout, self.args.num_generations, self._sum_over_ranks)
+        self._metrics.record({"completions/distinct": distinct})
         if not self.args.guards:
             return
-        measured = {**metrics, **self._entropy, **distinct, "repetition": repeated / max(grams, 1)}
+        measured = {**metrics, **self._entropy, "completions/distinct": distinct, "repetition": repetition}
         warnings = self._guards.warnings(measured)
         if warnings:
             self._metrics.record({"guards_raised": len(warnings)})
@@ -314,7 +301,7 @@ class RolloutTrainer(DistillationTrainer):
             with torch.no_grad():
                 state.rollout = self.advantages(state.rollout)
             self._metrics = recorded
-        self._count_windows(state.rollout)
+        self._count_windows()
         counts = [count for _, count in micro_batches]
         return [(state.rollout.micro_batch(i, size), count) for i, count in zip(numbers, counts, strict=True)]
 
@@ -331,7 +318,7 @@ class RolloutTrainer(DistillationTrainer):
             state.lost = ""
             state.rollout = self.make_rollout(inputs)  # 1 sample, 2 score, 3 reward, 4 advantage
             state.stopped = bool(state.lost)
-            self._count_windows(state.rollout)
+            self._count_windows()
             state.generated_tokens += int(self._sum_over_ranks(state.rollout.completion_mask_BT.sum()))
         if state.stopped:
             # Without gradients the optimizer does not change the weights. All processes come here together.
@@ -361,36 +348,22 @@ class RolloutTrainer(DistillationTrainer):
     def _prepare_inputs(self, inputs):
         return inputs  # rows of text; the rollout's tensors are made on the device
 
-    def _count_windows(self, rollout: Rollout) -> None:
-        """Counts tokens and sequences in the loss of each of the rollout's optimizer steps, over all processes."""
-        loss_mask_BT = rollout.loss_mask_BT
-        counts_B2 = torch.stack([loss_mask_BT.sum(dim=1), loss_mask_BT.any(dim=1)], dim=1).float()
-        windows = self.args.steps_per_generation // self.args.gradient_accumulation_steps
-        in_loss_W2 = self._sum_over_ranks(counts_B2.view(windows, -1, 2).sum(dim=1)).clamp(min=1)
-        self.rollout_state.window_tokens = list(in_loss_W2[:, 0])
-        self.rollout_state.window_sequences = list(in_loss_W2[:, 1])
+    def _count_windows(self) -> None:
+        """Counts what is in the loss of each of the rollout's optimizer steps."""
+        args = self.args
+        steps = args.steps_per_generation // args.gradient_accumulation_steps
+        self.rollout_state.count_windows(steps, self._sum_over_ranks)
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """The prompts of each rollout, repeated for each micro-batch of it; a group of samples stays on one device."""
-        args = self.args
-        prompts = args.prompts_per_rollout
-        if isinstance(self.train_dataset, RowStream):
-            rows = RepeatedRows(
-                self.train_dataset,
-                at_a_time=prompts * self.accelerator.num_processes,
-                repeats=self._micro_steps_per_rollout,
-            )
-            return self.accelerator.prepare(DataLoader(rows, batch_size=prompts, collate_fn=list, drop_last=True))
-        sampler = EpochSeededSampler(
+        loader = rollout_loader(
             self.train_dataset,
-            mini_repeat_count=1,
-            batch_size=prompts * self.accelerator.num_processes,
-            repeat_count=self._micro_steps_per_rollout,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
+            self.args,
+            repeats=self._micro_steps_per_rollout,
+            num_processes=self.accelerator.num_processes,
         )
-        loader = DataLoader(self.train_dataset, batch_size=prompts, sampler=sampler, collate_fn=list, drop_last=True)
         return self.accelerator.prepare(loader)
 
     # Logging
@@ -404,14 +377,7 @@ class RolloutTrainer(DistillationTrainer):
                 self.tracker_tables.add("completions", self.sample_table)
         super().log(logs, start_time)
         if self.args.log_completions and is_training_log and self.is_world_process_zero():
-            names = [name for name in ("reward",) if self.sample_table and name in self.sample_table[0]]
-            print_prompt_completions_sample(
-                [row["prompt"] for row in self.sample_table],
-                [row["completion"] for row in self.sample_table],
-                {name: [row[name] for row in self.sample_table] for name in names},
-                None,
-                self.state.global_step,
-            )
+            print_samples(self.sample_table, self.state.global_step)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -479,8 +445,3 @@ class RolloutTrainer(DistillationTrainer):
 
     def is_finished(self) -> bool:
         return super().is_finished() or self._clock.is_spent()
-
-
-def _what_is_wrong(kinds: str) -> str:
-    """Why samples are dropped, from the kinds of number that are not usable."""
-    return "its text not in both vocabularies" if kinds == _READABLE else f"{kinds} not finite"

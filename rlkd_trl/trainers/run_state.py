@@ -1,5 +1,6 @@
 """The state of a run on rollouts, beyond weights and optimizer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,6 +34,16 @@ class RolloutState:
     rollout: Rollout | None = None
     window_tokens: list[Tensor] | None = None
     window_sequences: list[Tensor] | None = None
+
+    def count_windows(self, steps: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Counts tokens and sequences in the loss of each of the rollout's `steps` optimizer steps, of all processes.
+
+        At least 1 each, since losses are divided by them.
+        """
+        loss_mask_BT = self.rollout.loss_mask_BT
+        counts_B2 = torch.stack([loss_mask_BT.sum(dim=1), loss_mask_BT.any(dim=1)], dim=1).float()
+        in_loss_W2 = sum_over_ranks(counts_B2.view(steps, -1, 2).sum(dim=1)).clamp(min=1)
+        self.window_tokens, self.window_sequences = list(in_loss_W2[:, 0]), list(in_loss_W2[:, 1])
 
     def saved(self) -> dict[str, object]:
         """The whole state as tensors and plain values."""

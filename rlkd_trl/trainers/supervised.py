@@ -16,7 +16,7 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
-from rlkd_trl.models.loading import check_fp16
+from rlkd_trl.models.precision import check_fp16
 from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import base_of, padding_id, require_eos, share_special_tokens
 from rlkd_trl.prompts import ChatFormat

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlkd_trl.models.loading import load_model
-from rlkd_trl.teachers import completions_api
+from rlkd_trl.teachers import server_signals
 from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, run, write_templates
 from tests.teachers.loopback_server import served
@@ -135,7 +135,7 @@ def test_a_server_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(ask
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_obeyed_while_the_server_hangs(signum, asked, far, checkpoints, tmp_path, capfd, monkeypatch):
     """The request of the second step is never answered; its patience is longer than any test. --resume goes on."""
-    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 0.3)
+    monkeypatch.setattr(server_signals, "_SECONDS_AFTER_SIGNAL", 0.3)
     teacher, released, signals = checkpoints["llama"].teacher, threading.Event(), iter([signum])
     command = f"rloo_kd {asked} --save_steps 1 --teacher_server_timeout 500 --teacher_server_patience 1000"
 

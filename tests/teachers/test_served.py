@@ -18,9 +18,10 @@ from rlkd_trl.errors import InputError, Interrupted, ServerError
 from rlkd_trl.ops.rewards import potential_shaping
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardInputs, RewardModel, TeacherForcingReward
-from rlkd_trl.teachers import Teacher, TeacherPanel, completions_api
-from rlkd_trl.teachers.completions_api import CompletionsClient, checked_url
+from rlkd_trl.teachers import Teacher, TeacherPanel, server_signals
+from rlkd_trl.teachers.completions_api import CompletionsClient
 from rlkd_trl.teachers.served import ServedTeacher
+from rlkd_trl.teachers.server_secrets import checked_url
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.run_record import check_same_run
 from tests.conftest import EOS, MODELS, word_tokenizer
@@ -318,9 +319,9 @@ def test_keys_that_no_header_can_have(key):
 
 def test_after_a_signal_a_server_that_answers_slowly_is_waited_for(monkeypatch):
     """Six answers take 1.5 s, by a clock of their own, longer than the second after the signal without an answer."""
-    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 1.0)
+    monkeypatch.setattr(server_signals, "_SECONDS_AFTER_SIGNAL", 1.0)
     clock = [0.0]
-    monkeypatch.setattr(completions_api, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(server_signals, "monotonic", lambda: clock[0])
     signals = iter([signal.SIGTERM])
 
     def slowly(body: dict, number: int) -> None:
@@ -341,7 +342,7 @@ def test_after_a_signal_a_server_that_answers_slowly_is_waited_for(monkeypatch):
 
 
 def test_a_signal_that_came_before_is_obeyed_while_a_server_hangs(monkeypatch):
-    monkeypatch.setattr(completions_api, "_SECONDS_AFTER_SIGNAL", 0.3)
+    monkeypatch.setattr(server_signals, "_SECONDS_AFTER_SIGNAL", 0.3)
     released = threading.Event()
 
     def hang(body: dict, number: int) -> None:

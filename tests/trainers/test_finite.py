@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rlkd_trl.errors import InputError, TrainingError
-from rlkd_trl.evaluation.evaluate import check_finite
+from rlkd_trl.evaluation.not_finite import check_finite
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 from tests.conftest import MODELS, word_tokenizer

@@ -19,7 +19,7 @@ from rlkd_trl.commands.loading import load_panel, load_reward_model, load_studen
 from rlkd_trl.prompts import PromptTemplates
 
 if TYPE_CHECKING:
-    from rlkd_trl.evaluation.evaluate import Evaluation
+    from rlkd_trl.evaluation.completions import Evaluation
     from rlkd_trl.rewards import RewardModel
 
 COVERAGE = "nll_of_teacher_samples_per_token"
@@ -73,7 +73,7 @@ class Examiner:
         """
         from accelerate.utils import release_memory
 
-        from rlkd_trl.evaluation.evaluate import check_finite
+        from rlkd_trl.evaluation.not_finite import check_finite
 
         load_student(self.student)  # before anything is written, as the teacher
         self._reward_model = self._load_rewards()
@@ -98,10 +98,10 @@ class Examiner:
 
         best: names of the methods that have `grid.top_seeds` too, by budget. failures: why, by a run's directory.
         """
-        found = {}
+        by_test = {}
         for test in self.tests:
             given_models = self._test_given_models(test, grid.output_dir)
-            found[test] = {}
+            by_test[test] = {}
             for budget in grid.budgets:
                 of_methods = []
                 for method in grid.methods:
@@ -110,13 +110,13 @@ class Examiner:
                     of_methods.append(
                         self._of_method(test, grid, budget, method, rates, [*grid.seeds, *more], failures)
                     )
-                found[test][budget] = summarise(
+                by_test[test][budget] = summarise(
                     [*given_models, *of_methods],
                     teacher=given_models[0].outcomes[0],
                     baseline=self.baseline or grid.methods[0].name,
                     num_resamples=self.num_resamples,
                 )
-        return found
+        return by_test
 
     def _of_method(
         self,
@@ -166,10 +166,10 @@ class Examiner:
 
     def _kept(self, test: str, directory: Path, settings: dict, make: Callable[[], Outcome]) -> Outcome:
         """The outcome, remembered if a number in it is not finite."""
-        from rlkd_trl.evaluation.evaluate import NOT_FINITE
+        from rlkd_trl.evaluation.not_finite import NOT_FINITE
 
         outcome = kept_outcome(directory, test, settings, make)
-        bad = {kind: found for kind in ("greedy", "sampled") if (found := getattr(outcome, kind)).get(NOT_FINITE)}
+        bad = {kind: metrics for kind in ("greedy", "sampled") if (metrics := getattr(outcome, kind)).get(NOT_FINITE)}
         self.not_finite |= {f"{directory} ({test}, {kind})": metrics for kind, metrics in bad.items()}
         return outcome
 
@@ -198,10 +198,10 @@ class Examiner:
         of_teacher = self._teacher_sample(test).completions
 
         def answer(seed: int | None) -> "Evaluation":
-            found = evaluate(seed=seed, teacher_completions=of_teacher if seed is None else None)
+            evaluation = evaluate(seed=seed, teacher_completions=of_teacher if seed is None else None)
             if seed is None:  # under this name elsewhere: of the teacher's greedy answers
-                found.metrics[COVERAGE] = found.metrics.pop("student_nll_of_teacher_per_token")
-            return found
+                evaluation.metrics[COVERAGE] = evaluation.metrics.pop("student_nll_of_teacher_per_token")
+            return evaluation
 
         return measure(answer, self.tests[test], self.num_samples)
 

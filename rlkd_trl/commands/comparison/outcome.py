@@ -12,7 +12,7 @@ from rlkd_trl.evaluation.metrics import self_bleu
 from rlkd_trl.evaluation.report import write_metrics
 
 if TYPE_CHECKING:
-    from rlkd_trl.evaluation.evaluate import Evaluation
+    from rlkd_trl.evaluation.completions import Evaluation
 
 _DIRECTORY = "tests"  # beside a checkpoint
 
