@@ -24,13 +24,14 @@ from rlkd_trl.models.vocabulary import (
     padding_id,
 )
 
-# Settings that change the model's distribution. Instead of `suppress_tokens` and its like there is one rule of what
-# may be sampled, `models.vocabulary.forbidden_ids`.
-_NOT_USED = (
-    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-    *("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias"),
-    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "guidance_scale", "length_penalty"),
-)
+# Settings that change the model's distribution, with the values besides None that change nothing. Instead of
+# `suppress_tokens` and its like there is one rule of what may be sampled, `models.vocabulary.forbidden_ids`.
+_NOT_USED = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "length_penalty"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), ([], {})),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+}
 
 
 def completion_start_ids(model: PreTrainedModel) -> list[int]:
@@ -115,10 +116,10 @@ def check_generation_config(model: PreTrainedModel, file: str | None, name: str)
 
 def settings_not_used(config: GenerationConfig) -> dict[str, object]:
     """The settings of a checkpoint's generation config that change its distribution and are ignored here, by name."""
-    neutral = (None, 0, 1, [], {})
-    was_trained_here = hasattr(config, ALLOWED_SPECIAL_TOKENS)  # then `bad_words_ids` is our own rule
-    settings = {} if was_trained_here else {name: getattr(config, name, None) for name in _NOT_USED}
-    return {name: value for name, value in settings.items() if value not in neutral}
+    if hasattr(config, ALLOWED_SPECIAL_TOKENS):  # trained here: its `bad_words_ids` are our own rule
+        return {}
+    settings = {name: getattr(config, name, None) for name in _NOT_USED}
+    return {name: value for name, value in settings.items() if value is not None and value not in _NOT_USED[name]}
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
     for name, size in _tables(model):
         side = "encoder" if model.config.is_encoder_decoder and ".encoder." in f".{name}" else "decoder"
         sizes[side] = size if sizes[side] is None else min(size, sizes[side])
+    if model.config.model_type == "mpt":  # it has no table, but makes its ALiBi bias for so many tokens only
+        sizes["decoder"] = model.config.max_seq_len
     if not model.config.is_encoder_decoder:
         return PositionLimits(sizes["decoder"], sizes["decoder"], is_shared=True)
     completion = None if sizes["decoder"] is None else sizes["decoder"] - len(completion_start_ids(model))

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     M2M100Config,
     MBartConfig,
+    MptConfig,
     OPTConfig,
     PegasusConfig,
     T5Config,
@@ -59,6 +60,7 @@ SMALL = {
         num_attention_heads=2,
     ),
 }
+SMALL["mpt"] = MptConfig(vocab_size=40, max_seq_len=20, d_model=16, n_layers=1, n_heads=2)
 SEQ2SEQ = {
     "vocab_size": 40,
     "d_model": 16,

@@ -328,10 +328,21 @@ def test_a_prompt_without_tokens_is_named():
 
 def test_settings_of_a_generation_config_that_are_not_used_are_named(tmp_path, capsys):
     model = tiny_t5(tied=True)
-    model.generation_config.repetition_penalty, model.generation_config.bad_words_ids = 1.3, [[5]]
+    config = model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.bad_words_ids = 1.3, 1, [[5]]
+    config.forced_eos_token_id, config.encoder_no_repeat_ngram_size = (
+        EOS,
+        1,
+    )  # each of a value that is neutral in another
+    config.min_length, config.guidance_scale = 0, 1.0
     model.save_pretrained(tmp_path)
     load_model(str(tmp_path))
-    assert "not used: repetition_penalty = 1.3, bad_words_ids = [[5]]." in capsys.readouterr().out
+    *named, last = capsys.readouterr().out.strip().rpartition("not used: ")[2].split(", ")
+    assert {*named, last} == {
+        *("repetition_penalty = 1.3", "no_repeat_ngram_size = 1", "encoder_no_repeat_ngram_size = 1"),
+        "bad_words_ids = [[5]]",
+        f"forced_eos_token_id = {EOS}.",
+    }
     set_trained_generation_config(model, word_tokenizer(), max_completion_length=8)
     model.save_pretrained(tmp_path)
     load_model(str(tmp_path))
