@@ -1,9 +1,12 @@
 """recipes/pseudo_label.py: the teacher's answers as JSON lines."""
 
 import pytest
+import torch
 
 from rlkd_trl.models.loading import load_model
-from tests.models.plain_generate import plain_texts
+from tests.conftest import EOS
+from tests.models.bart_like import LANGUAGE, bart_like, tokenizer
+from tests.models.plain_generate import NEVER_SAMPLED, plain_texts
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, word_rows, write_csv, write_templates
 
 FAMILIES = ["t5-tied", "llama", "glm"]
@@ -158,3 +161,37 @@ def test_a_variable_that_gets_the_source_is_named(recipe, checkpoints, test_csv,
             command = f"sft --student {pair.student} {COLUMNS} {TWO_STEPS} --output_dir {output}"
         assert run(f"{command} --dataset {test_csv} --template '{template}' {more}") == 0
         assert (GETS_THE_SOURCE.format("reff") in capsys.readouterr().out) is is_named
+
+
+@pytest.mark.parametrize("strategy, generation", [("greedy", {}), ("beam --num_beams 3", {"num_beams": 3})])
+def test_forced_tokens_are_given_and_allowed_special_tokens_are_written(strategy, generation, test_csv, tmp_path):
+    """Of a model that is forced to begin with a language's code, and that likes special tokens best."""
+    model, words = bart_like("M2M100", start=EOS, forced=LANGUAGE).eval(), tokenizer()
+    marks = [words.get_vocab()[mark] for mark in ("<triplet>", "<subj>")]
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough for answers to differ
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+        head = model.get_output_embeddings().weight
+        head[marks[0]], head[marks[1]] = 1.5 * head[8], 1.5 * head[3]
+    model.save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    model.generation_config.forced_eos_token_id = None  # which would replace the last token of a text without an end
+    prompts = [row["mr"] for row in word_rows(8, seed=1)]
+    found = {}
+    for flag, banned in {"": marks, "--allowed_special_tokens '<triplet>'": marks[1:]}.items():
+        output = tmp_path / f"{len(banned)}.jsonl"
+        flags = f"--strategy {strategy} --max_completion_length 6 --output {output} {flag}"
+        assert run(f"pseudo_label --teacher {tmp_path / 'teacher'} --dataset {test_csv} {COLUMNS} {flags}") == 0
+        expected = []
+        for prompt in prompts:
+            ids = words(prompt, return_tensors="pt")
+            bad_words = [[token] for token in [*NEVER_SAMPLED[:4], LANGUAGE, *banned]]
+            [answer] = model.generate(**ids, max_new_tokens=7, bad_words_ids=bad_words, **generation).tolist()
+            assert answer[:2] == [EOS, LANGUAGE]
+            rest = answer[2:]
+            expected.append(words.decode(rest[: rest.index(EOS)] if EOS in rest else rest))
+        found[flag] = labels(output)
+        assert found[flag] == expected
+    without, with_marks = found.values()
+    assert not any("<" in text for text in without) and any("<triplet>" in text for text in with_marks)
