@@ -16,9 +16,14 @@ def with_adapters(
     """The student with new adapters, initialised from `seed`; without a config, the student as it is.
 
     Raises:
-        InputError: The student has adapters already; the config does not fit the model; or it describes virtual tokens
-            in the prompt, which are not supported.
+        InputError: The student has adapters already; the config is none, or does not fit the model; or it describes
+            virtual tokens in the prompt, which are not supported.
     """
+    if not isinstance(peft_config, PeftConfig | None):
+        raise InputError(
+            f"peft_config is of the type {type(peft_config).__name__}: give a configuration of PEFT, such as "
+            "LoraConfig(r=16)."
+        )
     config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if config is not None and config.is_prompt_learning:
         raise InputError(f"{config.peft_type.value} is not supported: give adapters of weights, such as LoraConfig.")

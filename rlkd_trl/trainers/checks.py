@@ -44,6 +44,7 @@ def check_prompts(dataset: Dataset | RowStream, args: RolloutConfig) -> None:
     Of a stream, which has no end, only the column is checked.
     """
     check_prompt_column(known_rows(dataset), "training data")
+    check_references(known_rows(dataset), "training data")
     if isinstance(dataset, RowStream):
         check_endless(args)
         return
@@ -94,6 +95,17 @@ def check_prompt_column(dataset: Dataset, what: str) -> None:
             raise InputError(
                 f"Row {i + 1} of the {what}: `prompt` is {reprlib.repr(prompt)} ({type(prompt).__name__}), not text "
                 "and not a conversation (a list of messages): convert it, or leave the row out."
+            )
+
+
+def check_references(dataset: Dataset, what: str) -> None:
+    """Raises `InputError` if a row's `references`, where there are any, are neither a text nor a list of texts."""
+    for i, references in enumerate(dataset["references"] if "references" in dataset.column_names else []):
+        texts = references if isinstance(references, list | tuple) else [references]
+        if references is not None and not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"Row {i + 1} of the {what}: `references` is {reprlib.repr(references)}, not a text, a list of texts "
+                "or None: convert it, or leave the row out."
             )
 
 
@@ -173,10 +185,20 @@ def check_sharded_head(model: PreTrainedModel | PeftModel) -> None:
 
 
 def check_held_out(dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `InputError` if evaluation data has no column `prompt` of prompts."""
+    """Raises `InputError` if evaluation data has no column `prompt` of prompts, or `references` that are not texts."""
     for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if rows is not None:
             check_prompt_column(rows, "evaluation data")
+            check_references(rows, "evaluation data")
+
+
+def check_evaluated(args: TrainingArguments, dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Raises `InputError` if training is to be interrupted by evaluations, and there is nothing to evaluate on."""
+    if dataset is None and args.eval_strategy != "no":
+        raise InputError(
+            f"eval_strategy = {args.eval_strategy.value} evaluates on held-out rows, of which there are none: pass "
+            "eval_dataset, or leave it out."
+        )
 
 
 def check_best_metric(

@@ -24,7 +24,7 @@ from rlkd_trl.models.vocabulary import base_of
 from rlkd_trl.students.encoder import EncoderStudent
 from rlkd_trl.students.joint_encoders import JointEncoders, mean_logits
 from rlkd_trl.trainers.budget import Spent
-from rlkd_trl.trainers.checks import check_endless, check_sharding
+from rlkd_trl.trainers.checks import check_endless, check_evaluated, check_sharding
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.encoder_checks import (
     check_rows,
@@ -94,6 +94,7 @@ class EncoderKDTrainer(DistillationTrainer):
         if isinstance(train_dataset, RowStream):
             check_endless(args)
         check_rows(known, objective, "training data")
+        check_evaluated(args, eval_dataset)
         if eval_dataset is not None:
             check_rows(eval_dataset, objective, "evaluation data")
         encoders = prepare_encoders(

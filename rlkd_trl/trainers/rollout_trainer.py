@@ -25,6 +25,7 @@ from rlkd_trl.students import Policy
 from rlkd_trl.trainers.budget import BudgetMeter
 from rlkd_trl.trainers.checks import (
     check_best_metric,
+    check_evaluated,
     check_held_out,
     check_prompts,
     check_sharding,
@@ -83,6 +84,7 @@ class RolloutTrainer(DistillationTrainer):
     ):
         check_prompts(train_dataset, args)
         check_held_out(eval_dataset)
+        check_evaluated(args, eval_dataset)
         check_best_metric(args, eval_dataset, has_teacher=any(panel.can_score for panel in reward_model.panels))
         check_sharding(args)
         model, writer = prepare_student(

@@ -93,6 +93,27 @@ def test_evaluation_data_without_prompts(tmp_path):
         build("ppo", tmp_path).evaluate()
 
 
+@pytest.mark.parametrize("references", [3, [3], ["w3", None], {"text": "w3"}])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_references_that_are_no_texts(kind, references, tmp_path):
+    rows = [{"prompt": "w3", "references": references} for _ in range(8)]
+    data = {"training": {"data": Dataset.from_list(rows)}, "evaluation": {"eval_data": Dataset.from_list(rows)}}
+    with pytest.raises(InputError, match=f"Row 1 of the {kind} data: `references` is .*, not a text, a list of texts"):
+        build("ppo", tmp_path, **data[kind])
+
+
+@pytest.mark.parametrize("references", [None, "w3 w4", ["w3", "w4"], []])
+def test_references_that_are_texts_or_none(references, tmp_path):
+    rows = [{"prompt": "w3", "references": references} for _ in range(8)]
+    build("ppo", tmp_path, data=Dataset.from_list(rows), eval_data=Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_evaluations_without_rows(method, tmp_path):
+    with pytest.raises(InputError, match="eval_strategy = steps evaluates on held-out rows, of which there are none"):
+        build(method, tmp_path, eval_strategy="steps", eval_steps=1)
+
+
 def test_rewards_without_gamma_go_with_any(tmp_path):
     build("ppo", tmp_path, reward=LogLikelihoodReward(teacher_reward().panel), gamma=0.5)
 

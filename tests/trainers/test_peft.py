@@ -133,6 +133,7 @@ def test_adapters_that_change_the_student_from_the_start_have_a_copy_as_referenc
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
+        (MODELS["t5-tied"], {"r": 4}, "peft_config is of the type dict: give a configuration of PEFT"),
         (lambda: lora_student("t5-tied"), lora_config("t5-tied"), "The student has adapters already"),
         (MODELS["t5-tied"], peft.LoraConfig(target_modules=["nowhere"]), "peft_config does not fit .*nowhere"),
         (
