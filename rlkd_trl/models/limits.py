@@ -105,6 +105,26 @@ def check_lengths(
             )
 
 
+def check_read(who: str, limits: PositionLimits, lengths: Iterable[tuple[int, int]]) -> None:
+    """Raises `InputError` if the model has too few positions for one of the pairs that it is about to read.
+
+    lengths: tokens of each prompt, and of the completion that follows it.
+    """
+    for prompt, completion in lengths:
+        used = prompt + completion if limits.is_shared else prompt
+        if limits.prompt is not None and used > limits.prompt:
+            behind = f" and a completion of {completion}" if limits.is_shared else ""
+            raise InputError(
+                f"{who} has positions for {limits.prompt} tokens, too few for a prompt of {prompt}{behind}: shorten "
+                "prompts (max_prompt_length), or let completions be shorter."
+            )
+        if limits.completion is not None and completion > limits.completion:
+            raise InputError(
+                f"{who} has positions for completions of {limits.completion} tokens, too few for one of {completion}: "
+                "let completions be shorter."
+            )
+
+
 def check_caps(who: str, limits: PositionLimits, *, max_prompt_length: int, max_completion_length: int) -> None:
     """`check_lengths` for a prompt and a completion that are as long as they may be."""
     longest = _longest_prompt(who, limits, max_completion_length)

@@ -94,8 +94,8 @@ class RewardModel:
       tokens. It may be asynchronous.
 
     Raises:
-        InputError: There is no term, the number of weights is not that of the terms, or a function takes other
-            arguments than these.
+        InputError: There is no term, one is no function, the number of weights is not that of the terms, or a function
+            takes other arguments than these.
     """
 
     def __init__(
@@ -107,6 +107,8 @@ class RewardModel:
         if len(weights) != len(terms):
             raise InputError(f"{len(weights)} reward weights for {len(terms)} rewards: give one each.")
         for term in terms:
+            if not callable(term):
+                raise InputError(f"A reward is a function or a TeacherReward; {term!r} is neither.")
             if not isinstance(term, TeacherReward):
                 check_signature(term)
         self._panel = panel

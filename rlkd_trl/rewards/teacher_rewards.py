@@ -101,10 +101,10 @@ class TeacherReward:
         completion whose last id is not EOS counts as truncated.
 
         Raises:
-            InputError: The numbers of prompts and completions differ, or a prompt is neither text nor a conversation.
+            InputError: The numbers of prompts and completions differ, a prompt is neither text nor a conversation, a
+                completion has ids that the teacher does not have, or is too long for its positions.
         """
-        if len(prompts) != len(completions_ids):
-            raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
+        _require_one_each(prompts, completions_ids)
         if not prompts:
             return []
         inputs = self._inputs([{"prompt": _checked(prompt, i)} for i, prompt in enumerate(prompts)], completions_ids)
@@ -120,10 +120,11 @@ class TeacherReward:
         without this correction.
 
         Raises:
-            InputError: There are no `completion_ids`, or a prompt is neither text nor a conversation.
+            InputError: There are no `completion_ids`; or as `score_tokens`.
         """
         if completion_ids is None:
             raise InputError(f"{self.__name__} scores token ids: call it with `completion_ids`, as TRL 1.x does.")
+        _require_one_each(prompts, completion_ids)
         columns = {name: v for name, v in kwargs.items() if isinstance(v, list) and len(v) == len(prompts)}
         rows = [
             {**{name: values[i] for name, values in columns.items()}, "prompt": _checked(prompt, i)}
@@ -154,6 +155,13 @@ class TeacherReward:
         ids_BT = torch.zeros(len(rows), max([1, *lengths]), dtype=torch.long)
         for row_T, ids in zip(ids_BT, completions_ids, strict=True):
             row_T[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        if self.student_tokenizer is None and teacher.model is not None:
+            vocab_size, least, most = teacher.backbone.vocab_size, int(ids_BT.min()), int(ids_BT.max())
+            if least < 0 or most >= vocab_size:
+                raise InputError(
+                    f"A completion has the token id {least if least < 0 else most}, and the teacher has ids from 0 to "
+                    f"{vocab_size - 1}: if they are of another tokenizer, name it (student_tokenizer)."
+                )
         return RewardInputs(
             rows=rows,
             prompt_index_B=torch.arange(len(rows)),
@@ -295,6 +303,14 @@ class LogRatioReward(TeacherReward):
             raise InputError("log_ratio needs the student's log-probabilities, which only the trainers here have.")
         logps_BT = scores.allowed_log_likelihood(inputs.completion_mask_BT)
         return log_ratio(logps_BT, inputs.student_logps_BT, scores.read_mask(inputs.completion_mask_BT))
+
+
+def _require_one_each(prompts: Sequence, completions_ids: Sequence) -> None:
+    """Raises `InputError` unless there are a list of prompts and as many completions."""
+    if isinstance(prompts, str):
+        raise InputError(f"The prompts are one text, {prompts[:40]!r}: give a list of them, one for each completion.")
+    if len(prompts) != len(completions_ids):
+        raise InputError(f"{len(prompts)} prompts for {len(completions_ids)} completions: give one each.")
 
 
 def _checked(prompt: object, index: int) -> str | list[Message]:

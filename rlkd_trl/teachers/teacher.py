@@ -14,7 +14,7 @@ from rlkd_trl.models.alignment import TokenAligner
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.finite import check_weights
-from rlkd_trl.models.limits import PositionLimits, check_embedding_rows, position_limits
+from rlkd_trl.models.limits import PositionLimits, check_embedding_rows, check_read, position_limits
 from rlkd_trl.models.loading import default_device, load_model, load_tokenizer
 from rlkd_trl.models.prompts import pad_prompts, prompt_token_ids
 from rlkd_trl.models.sharding import largest_of_all
@@ -201,7 +201,7 @@ class Teacher:
         `.soft` and `.allowed_logsumexp`. The result is on the completions' device.
 
         Raises:
-            InputError: A prompt has no tokens; it is named.
+            InputError: A prompt has no tokens; it is named. Or there are too few positions for one and its completion.
         """
         scores = empty_scores(
             *completion_ids_BT.shape,
@@ -314,6 +314,8 @@ class Teacher:
         prompt_ids = prompt_token_ids(self.processing_class, texts, max_length=self.max_prompt_length)
         lengths_B = completion_mask_BT.sum(dim=1)
         members = [torch.nonzero(prompt_index_B == p)[:, 0] for p in range(len(prompts))]
+        longest_of = [int(lengths_B[rows].max()) if len(rows) else 0 for rows in members]
+        check_read("The teacher", self.limits, zip(map(len, prompt_ids), longest_of, strict=True))
         for batch in self._batches(prompt_ids, members, lengths_B):
             rows_b = torch.cat([members[p] for p in batch])
             index_b = torch.repeat_interleave(

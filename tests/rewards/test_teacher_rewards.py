@@ -13,7 +13,7 @@ from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardInputs, 
 from rlkd_trl.students.policy import Policy
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import EOS, MODELS, tiny_llama, tiny_t5, word_tokenizer
-from tests.models.reference import pad_completions, pad_prompts
+from tests.models.reference import FAMILIES, pad_completions, pad_prompts
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing, teacher_forcing_sum, value
 
 PROMPTS = ["w3 w4 w5", "w6", "w3 w4 w5", "w7 w8 w9 w10 w11", "w6", "w12 w13"]
@@ -166,6 +166,32 @@ def test_nothing_to_score(tokenizer):
 def test_unequal_numbers_of_prompts_and_completions(tokenizer):
     with pytest.raises(InputError, match="2 prompts for 1 completions"):
         TeacherForcingReward(tiny_llama(), tokenizer).score_tokens(["w3", "w4"], [[5]])
+
+
+@pytest.mark.parametrize(
+    "family, prompts, completions, message",
+    [
+        (
+            "gpt2",
+            ["w3 " * 28],
+            [[4, 5, 6, 7]],
+            "positions for 32 tokens, too few for a prompt of 29 and a completion of 4",
+        ),
+        ("bart", ["w3 " * 40], [[4]], "positions for 32 tokens, too few for a prompt of 41: shorten prompts"),
+        ("bart", ["w3", "w4"], [[4], [5] * 32], "positions for completions of 31 tokens, too few for one of 32"),
+        ("t5-tied", ["w3"], [[4, 32]], "has the token id 32, and the teacher has ids from 0 to 31"),
+        ("t5-tied", ["w3"], [[-100, 4]], "has the token id -100"),
+        ("t5-tied", "w3", [[4], [5]], "The prompts are one text, 'w3': give a list"),
+    ],
+)
+def test_what_a_teacher_cannot_read(family, prompts, completions, message, tokenizer):
+    """In TRL's trainers nothing else looks at it before."""
+    reward = TeacherForcingReward(FAMILIES[family](), tokenizer)
+    if family == "gpt2":
+        assert len(reward.score_tokens(prompts, [[4, 5, 6]])[0]) == 3  # 29 + 3 tokens are as many as it has positions
+    for read in (reward.score_tokens, lambda prompts, ids: reward(prompts, completion_ids=ids)):
+        with pytest.raises(InputError, match=message):
+            read(prompts, completions)
 
 
 def test_a_second_eos_id_ends_a_completion_too(tokenizer):

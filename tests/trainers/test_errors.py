@@ -118,6 +118,13 @@ def test_rewards_without_gamma_go_with_any(tmp_path):
     build("ppo", tmp_path, reward=LogLikelihoodReward(teacher_reward().panel), gamma=0.5)
 
 
+@pytest.mark.parametrize("reward", [3, "bleu", [teacher_reward, None]])
+def test_a_reward_that_is_none(reward, tmp_path):
+    reward = [reward[0](), reward[1]] if isinstance(reward, list) else reward
+    with pytest.raises(InputError, match=r"A reward is a function or a TeacherReward; (3|'bleu'|None) is neither"):
+        build("rloo-token", tmp_path, reward=reward)
+
+
 def test_no_reward(tmp_path):
     with pytest.raises(InputError, match="reward"):
         build("ppo", tmp_path, reward=[])
