@@ -76,9 +76,9 @@ def run_seed(stages: Stages, here: Path, seed: int, steps: int) -> dict[str, Pat
     return {"direct": direct, "chain": chain / "student", "dense": dense}
 
 
-def measured(model: Path, rows: list[dict[str, str]]) -> dict[str, float]:
-    """On the test inputs; kept beside the model."""
-    file = model / "measured.json"
+def measured(model: Path, rows: list[dict[str, str]], name: str = "measured.json") -> dict[str, float]:
+    """On the test inputs; kept beside the model, in a file of this name."""
+    file = model / name
     if not file.is_file():
         references: dict[str, list[str]] = {}
         for row in rows:

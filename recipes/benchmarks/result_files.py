@@ -49,6 +49,6 @@ def over_seeds(count: int) -> str:
 
 
 def shown(values: Sequence[float], form: str) -> str:
-    """Mean over seeds ± half-width of its 95 % interval; the mean alone of one value."""
+    """Mean over seeds ± half-width of its 95 % interval, which has no sign; the mean alone of one value."""
     mean, half_width = mean_interval(values)
-    return format(mean, form) + ("" if half_width is None else f" ± {half_width:{form}}")
+    return format(mean, form) + ("" if half_width is None else f" ± {half_width:{form.lstrip('+')}}")

@@ -121,6 +121,100 @@ def test_assistants_in_small(script, run_forked, tmp_path, monkeypatch):
     assert "6 test inputs with 6 references" in (tmp_path / "results" / "assistants.md").read_text()
 
 
+# Experts
+
+
+def test_students_of_experts_differ_in_who_says_how_much(script, tmp_path):
+    names, stages = script("experts"), Recorder()
+    begin = tmp_path / "seed3" / "begin"
+    begin.mkdir(parents=True)
+    (begin / "config.json").write_text("{}")
+    students = names.run_seed(stages, tmp_path, 3, 7, 5)
+    asked = dict(zip(students, stages.calls, strict=True))
+    experts = [str(tmp_path / "near"), str(tmp_path / "without")]
+    own = {"--teacher_weighting", "--teacher_column"}
+    weighed = {way: next((word for word in flags if word in own), None) for way, (_, flags) in asked.items()}
+    assert {way for way, flag in weighed.items() if flag == "--teacher_column"} == {"routed", "PPO, routed"}
+    by_losses = {way for way, flag in weighed.items() if flag == "--teacher_weighting"}
+    assert by_losses == {"validation", "per example", "PPO, per example"}
+    assert values_of(asked["validation"][1], "--teacher_weighting") == ["validation"]
+    assert values_of(asked["PPO, routed"][1], "--teacher_column") == ["expert"]
+    for way, (recipe, flags) in asked.items():
+        is_ppo = way.startswith("PPO")
+        assert recipe == ("ppo_kd" if is_ppo else "kd") and values_of(flags, "--seed") == ["3"]
+        assert values_of(flags, "--max_steps") == ["5" if is_ppo else "7"]
+        assert values_of(flags, "--student") == [str(students["equal"] if is_ppo else begin)]
+        of_one = {"generalist", "near", "without"}
+        assert (
+            values_of(flags, "--teacher", 2) == experts
+            if way not in of_one
+            else flags[flags.index("--teacher") + 2] == "--student"
+        )
+    assert len(set(students.values())) == len(students) == 10
+
+
+def test_data_of_experts_is_divided_by_domain(script, tmp_path, monkeypatch):
+    names = script("experts")
+    monkeypatch.setitem(names.main.__globals__, "TEST_INPUTS", 4)
+    monkeypatch.setitem(names.main.__globals__, "HELD_OUT_INPUTS", 2)
+    inputs = [f"name[N{i}], food[f{i}]" + (f", near[P{i}]" if i % 3 == 0 else "") for i in range(12)]
+    write_csv(tmp_path / "e2e.csv", [{"mr": text, "ref": f"N{i} serves f{i}."} for i, text in enumerate(inputs)])
+    names.make_data(tmp_path / "e2e.csv", tmp_path / "work")
+    rows = {path.stem: names.read_rows(path) for path in (tmp_path / "work").glob("*.csv")}
+    assert {name: len(rows[name]) for name in ("all", "test", "held_out", "train", "generalist")} == {
+        "all": 12,
+        "test": 4,
+        "held_out": 2,
+        "train": 6,
+        "generalist": 6,
+    }
+    assert all(("near[" in row["mr"]) == (row["expert"] == "near") for row in [*rows["train"], *rows["held_out"]])
+    of_experts = [row["mr"] for domain in ("near", "without") for row in rows[domain]]
+    assert sorted(of_experts) == sorted(row["mr"] for row in rows["generalist"])
+    assert all("near[" in row["mr"] for row in rows["near"]) and not any(
+        "near[" in row["mr"] for row in rows["without"]
+    )
+
+
+def test_table_of_experts_by_hand(script):
+    def one(near: float, without: float) -> dict:
+        return {"near": {"nats": near, "bleu": 30.0}, "without": {"nats": without, "bleu": 40.0}, "cpu_seconds": 5.0}
+
+    names = script("experts")
+    found = {way: [one(2.0, 3.0), one(1.0, 2.0)] for way in [*names.WAYS, *names.REWARDS]}
+    found["routed"] = [one(1.5, 3.0), one(0.7, 2.0)]
+    rows = cells_of(names.table({"near": one(1.25, 4.5)}, found))
+    assert rows["teacher: near"] == ["1.250", "30.0", "4.500", "40.0"]
+    assert rows["equal"][0] == f"1.500 ± {T_OF_TWO / 2:.3f}" and rows["equal"][4] == "5 ± 0"
+    # Of -0.5 and -0.3: 12.7 · 0.2 / 2.
+    assert rows["routed less equal"][0] == f"-0.400 ± {T_OF_TWO / 10:.3f}"
+    assert rows["PPO, routed less PPO, equal"][2] == "0.000 ± 0.000" and "equal less equal" not in rows
+
+
+@pytest.mark.slow(40)
+def test_experts_in_small(script, run_forked, tmp_path, monkeypatch):
+    inputs = [
+        f"name[NAME], food[{food}]" + ", near[NEAR]" * near for food in "abcdefghijklmnopqrstuvwx" for near in (0, 1)
+    ]
+    write_csv(tmp_path / "e2e.csv", [{"mr": text, "ref": f"NAME serves {text[17]} there."} for text in inputs])
+    names = script("experts")
+    kept = {way: names.WAYS[way] for way in ("equal", "routed")}
+    for name, value in (
+        ("TEST_INPUTS", 6),
+        ("HELD_OUT_INPUTS", 4),
+        ("WAYS", kept),
+        ("REWARDS", {"PPO, routed": names.ROUTED}),
+    ):
+        monkeypatch.setitem(names.main.__globals__, name, value)
+    monkeypatch.setitem(names.main.__globals__, "BASELINE", {"equal": "equal", "routed": "equal"})
+    run_forked(names, "--train", tmp_path / "e2e.csv", "--smoke")
+    found = json.loads((tmp_path / "results" / "experts.json").read_text())
+    assert list(found["teachers"]) == ["generalist", "near", "without"]
+    assert list(found["students"]) == ["equal", "routed", "PPO, routed"]
+    weights = {way: of_seed[0]["near"]["nats"] for way, of_seed in found["students"].items()}
+    assert len(set(weights.values())) == 3, "each learnt something else"
+
+
 # Several encoders
 
 
@@ -168,7 +262,7 @@ def test_questions_about_encoders_by_hand(script, encoder, tmp_path):  # noqa: F
     found, answers, results = names.tables(runs, [0, 1])
     # Of 73 and 75 less 70 and 74: 3 and 1, 12.7 · 2 / 2.
     row = cells_of(answers)["A second teacher: alone, MT-BERT's weights less one teacher"]
-    assert row == [f"+2.0 ± {T_OF_TWO:+.1f}"]
+    assert row == [f"+2.0 ± {T_OF_TWO:.1f}"]
     assert cells_of(found)["one teacher"] == [f"72.0 ± {2 * T_OF_TWO:.1f}", "70.0, 74.0", "3 ± 0"]
     assert results["students"][1]["one teacher"]["accuracy"] == 74.0
 
