@@ -10,6 +10,7 @@ from rlkd_trl.models.generation import Completions
 from rlkd_trl.prompts import PromptTemplate
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.students import Policy
+from rlkd_trl.teachers import Teacher, TeacherPanel
 from tests.conftest import EOS, MODELS, chat_tokenizer, word_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
 from tests.students.plain_forward import ALLOWED, chosen_log_probs, plain_forward
@@ -159,6 +160,21 @@ def test_a_teacher_asked_without_its_chat_is_measured_without_it():
 
     plain = outputs(chat_tokenizer(None))
     assert outputs(chat_tokenizer(), ChatFormat("none")) == plain != outputs(chat_tokenizer())
+
+
+def test_a_teacher_is_asked_through_its_first_template_within_its_own_length():
+    def outputs(*texts: str, max_prompt_length: int | None = None) -> list[str]:
+        templates = PromptTemplates([PromptTemplate(f"t{i}", text) for i, text in enumerate(texts)])
+        teacher = Teacher(teacher_of("llama"), word_tokenizer(), max_prompt_length=max_prompt_length)
+        panel = TeacherPanel([teacher], templates)
+        rewards = RewardModel([TeacherForcingReward(panel)])
+        return evaluate_teacher(ROWS, rewards, max_completion_length=LENGTH).outputs
+
+    first, second, short = "w9 {{ source }} w10", "w11 w12 w13 {{ source }}", "w9 {{ source.split()[0] }} w10"
+    of_first = outputs(first)
+    assert outputs(first, second) == of_first != outputs(second)
+    # Words around the document stay: of the source one token is left.
+    assert outputs(first, max_prompt_length=4) == outputs(short) != of_first
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

@@ -1,5 +1,6 @@
 """The benchmarks of assistants, several encoders, and other tokenizers: budgets, tables by hand, and all in small."""
 
+import csv
 import json
 import multiprocessing
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.recipes.command_lines import ROOT, main_of, write_csv
 from tests.recipes.test_encoders import ROWS as SENTENCES
@@ -267,6 +269,20 @@ def test_questions_about_encoders_by_hand(script, encoder, tmp_path):  # noqa: F
     assert results["students"][1]["one teacher"]["accuracy"] == 74.0
 
 
+@torch.no_grad()
+def percent_right(checkpoint: Path, task: Path) -> float:
+    """Of the held-out sentences, read one by one, those whose likeliest class is the label."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    with (task / "test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    classes = [int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
+    assert len(rows) > 1
+    return (
+        100 * sum(model.config.id2label[c] == row["label"] for c, row in zip(classes, rows, strict=True)) / len(rows)
+    )
+
+
 @pytest.mark.slow(60)
 def test_several_encoders_in_small(script, encoder, run_forked, tmp_path, monkeypatch):  # noqa: F811
     names = script("several_encoders")
@@ -278,7 +294,11 @@ def test_several_encoders_in_small(script, encoder, run_forked, tmp_path, monkey
     run_forked(names, *flags)
     found = json.loads((tmp_path / "results" / "several_encoders.json").read_text())
     assert len(found["teachers"]) == 4 and len(found["students"]["0"]) == 5
-    assert all(0 <= one["accuracy"] <= 100 for one in [*found["teachers"].values(), *found["students"]["0"].values()])
+    runs = names.Runs(tmp_path / "work", 2)
+    teachers = [runs.first, runs.second, runs.together, names.second_of(runs.together)]
+    expected = [percent_right(run.directory, tmp_path / "work" / "tasks" / script("encoder_runs").slug(run.task)) for run in teachers]
+    assert [one["accuracy"] for one in found["teachers"].values()] == pytest.approx(expected)
+    assert {run.of: run.measured for run in runs.of_seed(0)} == found["students"]["0"]
     assert "2 steps of 16 in all" in (tmp_path / "results" / "several_encoders.md").read_text()
 
 
