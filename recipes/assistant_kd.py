@@ -24,10 +24,11 @@ are averaged (the same gradient for forward KL, over their number), and none is 
 import sys
 from pathlib import Path
 
-from rlkd_trl.commands.assistants import Chain, ChainSettings, check_named, make_demo, use_demo, write_results
+from rlkd_trl.commands.assistants import Chain, ChainSettings, check_named, use_demo, write_results
 from rlkd_trl.commands.checks import require_files
 from rlkd_trl.commands.comparison.cells import run_cells
 from rlkd_trl.commands.comparison.checks import CONFIGS
+from rlkd_trl.commands.demo import make_smoke_demo
 from rlkd_trl.commands.run_directory import check_writable, held_alone
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
@@ -53,7 +54,7 @@ def distil_through_assistants(settings: ChainSettings, output_dir: Path) -> None
     demo = use_demo(settings) if settings.chain.smoke else None
     chain = Chain.of(settings, RECIPES)
     if demo is not None:
-        make_demo(demo)
+        make_smoke_demo(demo)
     chain.check(CONFIGS)
 
     # One hop after the other: each reads what the last one has made.

@@ -35,11 +35,11 @@ from rlkd_trl.commands.comparison.checks import (
     checked_rows,
     find_methods,
     first_runs,
-    make_demo,
     name_demo,
 )
 from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.data import load_templates
+from rlkd_trl.commands.demo import make_smoke_demo
 from rlkd_trl.commands.run_directory import check_writable, held_alone
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import continued_by, run
@@ -70,7 +70,7 @@ def compare(settings: ComparisonSettings, methods: Sequence[Method], templates: 
     grid = Grid.of(settings, methods)
     runs = first_runs(grid, CONFIGS)
     if demo is not None:
-        make_demo(demo)
+        make_smoke_demo(demo)
     tests = checked_rows(settings, templates)
     check_runs(runs)
     grid.check()

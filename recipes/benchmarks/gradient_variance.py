@@ -20,12 +20,10 @@ token (`average_reward`); all others have the sum of rewards. The script writes 
 
 from dataclasses import dataclass, field
 
+from given_or_demo import GivenOrDemo
 from result_files import RESULTS, made_by, write_results
 
-from rlkd_trl.commands.arguments import DataArguments, PromptArguments, StudentArguments, TeacherArguments
-from rlkd_trl.commands.checks import check_checkpoints, is_demo
-from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.arguments import StudentArguments
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.settings import parse_settings
 from rlkd_trl.errors import InputError, run
@@ -33,7 +31,6 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import AtLeastTwo, Count, Length, Seed, check_ranges
 
-DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
 # The trainer of each method, its settings, and the reward with its settings; None for methods without rewards.
 SUM = {"average_reward": "none"}
 METHODS = {
@@ -81,13 +78,9 @@ class VarianceArguments:
 
 
 @dataclass
-class VarianceSettings:
+class VarianceSettings(GivenOrDemo):
     """All flags."""
 
-    data: DataArguments
-    prompts: PromptArguments
-    teacher: TeacherArguments
-    student: StudentArguments
     args: VarianceArguments
 
 
@@ -150,23 +143,19 @@ def measure(panel, student: StudentArguments, rows: list[dict], args: VarianceAr
 def main() -> None:
     # Parse.
     settings = parse_settings(VarianceSettings, description=__doc__)
-    data, prompts, teacher, args = settings.data, settings.prompts, settings.teacher, settings.args
-    if teacher.teacher is None and prompts.templates is None:
-        prompts.templates, prompts.template_names = DEMO_TEMPLATES
-    templates = load_templates(prompts)
-    rows = list(load_prompts(data, prompts, templates))[: args.num_prompts]
+    args = settings.args
+    templates, rows = settings.load_data()
+    rows = list(rows)[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise InputError(f"--num_prompts {args.num_prompts}, but the data has {len(rows)} distinct inputs.")
-    if is_demo(settings):
-        use_demo_models(settings, args.output_dir, seed=args.seed)
-    check_checkpoints(teacher, settings.student)
+    settings.check_models(args.output_dir, seed=args.seed)
 
     # Measure.
-    per_method = measure(load_panel(teacher, templates), settings.student, rows, args)
+    per_method = measure(load_panel(settings.teacher, templates), settings.student, rows, args)
 
     # Save.
     sizes = f"{args.num_rollouts} rollouts of {args.num_prompts} prompts × {args.num_generations} completions"
-    text = f"Gradients per sequence at the warm start, {sizes}; {data.dataset or 'the embedded demo'}.\n\n"
+    text = f"Gradients per sequence at the warm start, {sizes}; {settings.data.dataset or 'the embedded demo'}.\n\n"
     text += f"{table(per_method)}\n\n{made_by()}\n"
     write_results(args.results_dir, "gradient_variance", per_method, text)
 

@@ -19,18 +19,13 @@ script writes `return_variance.json` and `return_variance.md` to `--results_dir`
 
 from dataclasses import dataclass, field
 
+from given_or_demo import GivenOrDemo
 from result_files import RESULTS, write_results
 
 from rlkd_trl.commands.arguments import (
-    DataArguments,
-    PromptArguments,
     RewardArguments,
-    StudentArguments,
-    TeacherArguments,
 )
-from rlkd_trl.commands.checks import check_checkpoints, checked_rewards, is_demo
-from rlkd_trl.commands.data import load_prompts, load_templates
-from rlkd_trl.commands.demo import use_demo_models
+from rlkd_trl.commands.checks import checked_rewards
 from rlkd_trl.commands.loading import load_panel, load_student
 from rlkd_trl.commands.prompt_lengths import fit_rows
 from rlkd_trl.commands.settings import parse_settings
@@ -39,7 +34,6 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.settings.files import OutputPath
 from rlkd_trl.settings.ranges import Count, Length, Seed, check_ranges
 
-DEMO_TEMPLATES = ("builtin:data_to_text", ["facts_to_text", "tell_a_friend", "turn_into_sentence"])
 COLUMNS = {
     "mean_return": "mean return",
     "first_token_variance": "variance, first token",
@@ -70,13 +64,9 @@ class VarianceArguments:
 
 
 @dataclass
-class VarianceSettings:
+class VarianceSettings(GivenOrDemo):
     """All flags."""
 
-    data: DataArguments
-    prompts: PromptArguments
-    teacher: TeacherArguments
-    student: StudentArguments
     reward: RewardArguments
     args: VarianceArguments
 
@@ -167,13 +157,8 @@ def main() -> None:
     checked_rewards(reward, None)
     if reward.reward != ["teacher_forcing"] or reward.k != 1:
         raise InputError("This measures the teacher-forcing reward at several K: give --steps, no --reward, no --k.")
-    if teacher.teacher is None and prompts.templates is None:
-        prompts.templates, prompts.template_names = DEMO_TEMPLATES
-    templates = load_templates(prompts)
-    rows = load_prompts(data, prompts, templates)
-    if is_demo(settings):
-        use_demo_models(settings, args.output_dir, seed=args.seed)
-    check_checkpoints(teacher, settings.student)
+    templates, rows = settings.load_data()
+    settings.check_models(args.output_dir, seed=args.seed)
     lengths = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     rows = list(fit_rows(rows, "Data", prompts, templates, settings.student, teacher, **lengths))
     rows = rows[: args.num_prompts]

@@ -19,8 +19,8 @@ from rlkd_trl.commands.arguments import (
 )
 from rlkd_trl.commands.comparison.arguments import as_flags
 from rlkd_trl.commands.comparison.cells import Cell, Method, find_method
-from rlkd_trl.commands.comparison.checks import SMOKE_STEPS, refuse_set_here
-from rlkd_trl.commands.demo import DemoRequest, demo_files, make_demo_models, write_demo_files
+from rlkd_trl.commands.comparison.checks import refuse_set_here
+from rlkd_trl.commands.demo import DemoRequest, name_smoke_demo
 from rlkd_trl.commands.distillation import check, check_data, within_lengths
 from rlkd_trl.commands.files_read import FileDigests
 from rlkd_trl.commands.loading import student_writer
@@ -108,19 +108,9 @@ class ChainSettings:
 
 def use_demo(settings: ChainSettings) -> DemoRequest:
     """Names the demo's data, teacher and warm start, in `--output_dir`/demo; returns what is to be trained."""
-    directory = Path(settings.chain.output_dir) / "demo"
-    files = demo_files(directory)
+    request, files = name_smoke_demo(settings, settings.chain.output_dir)
     settings.data.dataset, settings.held_out.eval_dataset = files["train"], files["test"]
-    request = DemoRequest(str(directory), dataclasses.asdict(settings.prompts), seed=0, **SMOKE_STEPS)
-    settings.teacher.teacher, settings.student.student = [request.teacher], request.student
     return request
-
-
-def make_demo(request: DemoRequest) -> None:
-    """Writes the demo's data and trains its models briefly, unless an earlier chain has."""
-    write_demo_files(request.output_dir)
-    if not Path(request.student, "config.json").is_file():
-        make_demo_models(request)
 
 
 def check_named(settings: ChainSettings) -> None:

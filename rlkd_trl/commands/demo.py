@@ -22,9 +22,12 @@ from rlkd_trl.data.demo import SPLIT_SIZES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlkd_trl.commands.assistants import ChainSettings
+    from rlkd_trl.commands.comparison.checks import ComparisonSettings
     from rlkd_trl.commands.settings import DistillationSettings
 
 MAX_COMPLETION_LENGTH = 48
+SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,24 @@ def use_demo_models(settings: "DistillationSettings", output_dir: str | Path, *,
     request = DemoRequest(str(Path(output_dir) / "demo_models"), asdict(settings.prompts), seed)
     make_demo_models(request)
     settings.teacher.teacher, settings.student.student = [request.teacher], request.student
+
+
+def name_smoke_demo(settings: "ChainSettings | ComparisonSettings", output_dir: str) -> tuple[DemoRequest, dict]:
+    """Names the models of a `--smoke` run, in `output_dir`/demo, in the settings.
+
+    Returns what `make_smoke_demo` is to make, and the demo's data files by split.
+    """
+    directory = Path(output_dir) / "demo"
+    request = DemoRequest(str(directory), asdict(settings.prompts), seed=0, **SMOKE_STEPS)
+    settings.teacher.teacher, settings.student.student = [request.teacher], request.student
+    return request, demo_files(directory)
+
+
+def make_smoke_demo(request: DemoRequest) -> None:
+    """Writes the demo's data and trains its models briefly, unless an earlier run has."""
+    write_demo_files(request.output_dir)
+    if not Path(request.student, "config.json").is_file():
+        make_demo_models(request)
 
 
 def make_demo_models(request: DemoRequest) -> None:

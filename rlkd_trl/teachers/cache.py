@@ -227,7 +227,6 @@ class CachedPanel(TeacherPanel):
     """
 
     def __init__(self, cache: TeacherCache, templates: PromptTemplates | None = None):
-        self.cache, self.templates = cache, templates
         super().__init__([cache])
         self.cache, self.templates = cache, templates
         names = [] if templates is None else templates.names

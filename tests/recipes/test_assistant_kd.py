@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rlkd_trl.commands import assistants
+from rlkd_trl.commands import demo
 from rlkd_trl.commands.assistants import Chain
 from rlkd_trl.commands.comparison import cells
 from rlkd_trl.commands.comparison.checks import TrainerConfigs
@@ -211,6 +211,6 @@ def test_a_killed_hop_goes_on_from_its_checkpoint(place, monkeypatch):
 @pytest.mark.slow
 def test_on_the_demo(tmp_path, monkeypatch):
     fork_recipes(monkeypatch)
-    monkeypatch.setattr(assistants, "SMOKE_STEPS", {"teacher_steps": 5, "student_steps": 5})
+    monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 5, "student_steps": 5})
     assert run(f"assistant_kd --smoke --output_dir {tmp_path / 'out'}") == 0
     assert "| assistant1 | word_kd | 4 |" in (tmp_path / "out" / "chain.md").read_text()

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rlkd_trl.commands import files_read
-from rlkd_trl.commands.comparison import cells, checks
+from rlkd_trl.commands import demo, files_read
+from rlkd_trl.commands.comparison import cells
 from rlkd_trl.commands.comparison.arguments import Budget, ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell
 from rlkd_trl.commands.comparison.checks import ENCODERS, check_flags, find_method, first_runs
@@ -683,7 +683,7 @@ def test_shipped_methods_are_found_by_name():
 def test_smoke(tmp_path, monkeypatch):
     """With the real recipes; fewer seeds, rates and steps of its models than it has, which take 117 s of CPU."""
     fork_recipes(monkeypatch)
-    monkeypatch.setattr(checks, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
+    monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
     monkeypatch.chdir(tmp_path)
     assert run("compare --smoke --seeds 0 --learning_rates 1e-3") == 0
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())

@@ -57,6 +57,22 @@ def test_seconds_are_those_between_the_first_step_and_the_last(method, tmp_path,
     }
 
 
+def test_what_is_done_uncounted_costs_nothing(tmp_path, monkeypatch):
+    """As the answers for the report, which are written between two steps."""
+    clocks = Clocks(monkeypatch, cpu_per_step=2.0, wall_per_step=3.5)
+    trainer = timed("kd", tmp_path, clocks, max_steps=3)
+
+    class Aside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with trainer.uncounted():
+                clocks.advance(50.0, 70.0)
+
+    trainer.add_callback(Aside())
+    trainer.train()
+    assert trainer.cost().cpu_seconds == pytest.approx(3 * 2.0, rel=1e-6)
+    assert trainer.cost().wall_seconds == pytest.approx(3 * 3.5, rel=1e-6)
+
+
 @pytest.mark.parametrize(("budget", "steps"), [(2.0, 1), (2.1, 2), (6.0, 3), (1e6, 5)])
 def test_a_run_stops_when_its_cpu_seconds_are_spent(budget, steps, tmp_path, monkeypatch):
     """Two a step, while the clock on the wall runs a hundred times as fast: at the end of the step that spends all."""

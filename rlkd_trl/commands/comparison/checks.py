@@ -3,7 +3,7 @@
 import pkgutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from rlkd_trl.commands.comparison.arguments import BUDGETS, ComparisonArguments,
 from rlkd_trl.commands.comparison.cells import Method, find_method, shipped_presets
 from rlkd_trl.commands.comparison.grid import Grid, part_name
 from rlkd_trl.commands.data import load_prompts
-from rlkd_trl.commands.demo import DemoRequest, demo_files, make_demo_models, write_demo_files
+from rlkd_trl.commands.demo import DemoRequest, name_smoke_demo
 from rlkd_trl.commands.distillation import check, check_data, within_lengths
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.prompt_lengths import fit_rows
@@ -41,7 +41,6 @@ SET_HERE = (
 ENCODERS = "encoder_kd"
 # These a preset may set nevertheless: teachers kept in different ways are methods to compare.
 OF_THE_TEACHERS_WEIGHTS = {"teacher_dtype", "teacher_quantization"}
-SMOKE_STEPS = {"teacher_steps": 120, "student_steps": 80}
 
 
 class TrainerConfigs(Mapping):
@@ -272,18 +271,8 @@ def checked_rows(settings: ComparisonSettings, templates: PromptTemplates | None
 
 def name_demo(settings: ComparisonSettings) -> DemoRequest:
     """Fills in the demo's data, a teacher and a warm start, in `--output_dir`/demo; returns what is to be trained."""
-    directory = Path(settings.compare.output_dir) / "demo"
-    files = demo_files(directory)
+    request, files = name_smoke_demo(settings, settings.compare.output_dir)
     settings.data.dataset = files["train"]
     settings.measurement.validation_dataset = files["validation"]
     settings.measurement.test_dataset = [files["test"]]
-    request = DemoRequest(str(directory), asdict(settings.prompts), seed=0, **SMOKE_STEPS)
-    settings.teacher.teacher, settings.student.student = [request.teacher], request.student
     return request
-
-
-def make_demo(request: DemoRequest) -> None:
-    """Writes the demo's data and trains its models briefly, unless an earlier comparison has."""
-    write_demo_files(request.output_dir)
-    if not Path(request.student, "config.json").is_file():
-        make_demo_models(request)
