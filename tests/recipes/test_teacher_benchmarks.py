@@ -344,3 +344,22 @@ def test_other_tokenizers_in_small(script, run_forked, tmp_path):
         "16 training inputs, 4 test inputs, 2 steps of warm start"
         in (tmp_path / "results" / "other_tokenizers.md").read_text()
     )
+
+
+# A served teacher
+
+
+def test_what_a_served_teacher_costs_by_hand(script, tmp_path):
+    def entry(score: float, nll: float) -> dict[str, float]:
+        return {"seconds/sample": 1.0, "seconds/score": score, "seconds/update": 0.5, "teacher_nll": nll}
+
+    (tmp_path / "checkpoint-3").mkdir()
+    history = [{"eval_bleu": 1.0}, entry(0.5, 7.25), entry(3.0, 7.0), entry(0.75, 6.0), {"train_loss": 1.0}]
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    names = script("served_teacher")
+    run = names.of_run(tmp_path, 3)
+    assert run == {"teacher_nll": 7.25, "step_seconds": 2.25, "score_seconds": 0.75}
+    run |= {"peak_mib": 600.4, "cpu_seconds": 9.06}
+    assert names.line("local", run, 3) == ["local", "600", "9.1", "2.250", "0.750", "–", "–", "7.25000"]
+    asked = names.line("served", run | {"requests": 21, "bytes": 6000}, 3)
+    assert asked[5:] == ["7", "2", "7.25000"] and len(asked) == len(names.HEADS)

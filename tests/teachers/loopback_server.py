@@ -19,7 +19,7 @@ class Loopback:
     dialect: "prompt_logprobs" or "echo". key: the only one that is let in. fails: called with a request's body and its
     number, 1 for the first; a status code in place of an answer, with headers that repeat the request's, in the form
     that `escape` gives them. change: of an answer before it is sent. gathers: requests wait until so many are there.
-    trickle: seconds between the bytes of an answer.
+    trickle: seconds between the bytes of an answer. max_model_len: what it says of itself, in tokens.
     """
 
     model: PreTrainedModel
@@ -32,6 +32,7 @@ class Loopback:
     change: Callable[[dict], dict] = lambda answer: answer
     gathers: int = 1
     trickle: float = 0.0
+    max_model_len: int = 64
     bodies: list[dict] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -78,7 +79,7 @@ def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
             pass
 
         def do_GET(self):
-            models = [{"id": name, "max_model_len": 64} for name in loopback.names]
+            models = [{"id": name, "max_model_len": loopback.max_model_len} for name in loopback.names]
             self._respond({}, {"data": models} if self.path == "/v1/models" else None)
 
         def do_POST(self):
