@@ -316,7 +316,7 @@ def _pairs_of(
     pairs = []
     for i, row in enumerate(rows):
         require_prompt(row[source], source, i)
-        columns = {name: value for name, value in row.items() if name not in (target, "references")}
+        columns = {name: value for name, value in row.items() if name != target}
         columns = {**columns, "source": source_text(row[source]), "prompt": row[source]}
         with naming(f"Row {i + 1}"):
             if templates is not None:
