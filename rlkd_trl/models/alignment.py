@@ -147,10 +147,12 @@ class TokenAligner:
 
         Unless it has ended, without a character of which only the first bytes are there.
         """
+        if not ids:  # transformers 5.23 decodes no text to one empty text
+            return "", []
         beginnings = self.student.batch_decode(
             [ids[:number] for number in range(1, len(ids) + 1)], skip_special_tokens=False
         )
-        text = beginnings[-1] if beginnings else ""
+        text = beginnings[-1]
         whole = text.rstrip(_NO_CHARACTER)
         if not ended and len(text) - len(whole) <= _MOST_BYTES_OF_A_PART:  # more are no part of one character
             text = whole
