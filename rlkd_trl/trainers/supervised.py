@@ -17,7 +17,7 @@ from rlkd_trl.models.finite import check_weights, refuse_float16_weights
 from rlkd_trl.models.generation_config import completion_start_ids, set_trained_generation_config
 from rlkd_trl.models.limits import check_embedding_rows, check_lengths, position_limits
 from rlkd_trl.models.precision import check_fp16
-from rlkd_trl.models.prompts import prompt_lengths, prompt_token_ids, target_token_ids
+from rlkd_trl.models.prompts import prompt_token_ids, target_token_ids
 from rlkd_trl.models.vocabulary import base_of, padding_id, require_eos, share_special_tokens
 from rlkd_trl.prompts import ChatFormat
 from rlkd_trl.students import remove_files_of_others, with_adapters
@@ -85,7 +85,8 @@ class SupervisedTrainer(ResumableTrainer):
         check_embedding_rows("The model", processing_class, model.config)
         limits = position_limits(model)
         if limits.completion is not None:
-            longest = max(prompt_lengths(processing_class, known["target"])) + 1  # EOS
+            targets = processing_class(text_target=list(known["target"]), add_special_tokens=False, verbose=False)
+            longest = max(map(len, targets["input_ids"])) + 1  # EOS
             check_lengths(
                 "The model",
                 limits,

@@ -234,6 +234,17 @@ def test_wrong_settings_are_refused_by_name(settings, message, tmp_path):
         SupervisedConfig(str(tmp_path), **settings)
 
 
+def test_targets_as_long_as_the_positions(tmp_path):
+    """BART's 32 positions, less the start token's: 30 words and EOS, whatever the tokenizer adds to a text."""
+
+    def rows(words: int) -> Dataset:
+        return Dataset.from_list([{"prompt": "w3", "target": " ".join(["w4"] * words)}] * 8)
+
+    build(FAMILIES["bart"](), tmp_path, rows(30)).train()
+    with pytest.raises(InputError, match="positions for completions of 31 tokens, and max_completion_length is 32"):
+        build(FAMILIES["bart"](), tmp_path, rows(31))
+
+
 def test_empty_targets_are_counted(tmp_path, caplog):
     rows = [{"prompt": "w3", "target": target} for target in ["w4", "", "w5", " \n", "w6", "", "w7", "w8", "w9"]]
     build(MODELS["t5-tied"](), tmp_path, Dataset.from_list(rows))
