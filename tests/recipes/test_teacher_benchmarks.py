@@ -296,10 +296,8 @@ def test_several_encoders_in_small(script, encoder, run_forked, tmp_path, monkey
     assert len(found["teachers"]) == 4 and len(found["students"]["0"]) == 5
     runs = names.Runs(tmp_path / "work", 2)
     teachers = [runs.first, runs.second, runs.together, names.second_of(runs.together)]
-    expected = [
-        percent_right(run.directory, tmp_path / "work" / "tasks" / script("encoder_runs").slug(run.task))
-        for run in teachers
-    ]
+    task = Path(values_of(runs.first.flags, "--task_dataset")[0]).parent
+    expected = [percent_right(run.directory, task) for run in teachers]
     assert [one["accuracy"] for one in found["teachers"].values()] == pytest.approx(expected)
     assert {run.of: run.measured for run in runs.of_seed(0)} == found["students"]["0"]
     assert "2 steps of 16 in all" in (tmp_path / "results" / "several_encoders.md").read_text()
