@@ -177,7 +177,7 @@ class Chain:
 
     @property
     def names(self) -> list[str]:
-        """Of the models after the teacher."""
+        """The names of the models after the teacher."""
         return [*(f"assistant{number}" for number in range(1, len(self.begins))), "student"]
 
     def teachers(self, hop: int) -> list[str]:

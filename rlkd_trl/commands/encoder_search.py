@@ -145,7 +145,7 @@ class Combination:
 
     @property
     def text(self) -> str:
-        """As `--losses` has it."""
+        """The sum of losses as `--losses` takes it."""
         return " + ".join(name if weight == 1 else f"{weight:.15g}*{name}" for name, weight in self.losses.items())
 
 

@@ -65,7 +65,7 @@ def outcomes(search: Search) -> list[Outcome]:
 
 
 def _cpu_seconds(directory: Path) -> float:
-    """Of a run's stages."""
+    """The CPU seconds of all stages of a run."""
     files = [directory / "cost.json", *directory.glob("stage*/cost.json")]
     return sum(json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"] for file in files)
 

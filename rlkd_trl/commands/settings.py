@@ -123,7 +123,7 @@ class PseudoLabelSettings:
 
     @property
     def panel(self) -> PanelArguments:
-        """How the teachers share the rows."""
+        """The weights, all at their defaults, with the columns that name each row's teacher."""
         return PanelArguments(**vars(self.routing))
 
 

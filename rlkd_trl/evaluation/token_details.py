@@ -93,7 +93,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def _common_length(first: str, second: str) -> int:
-    """How many characters both begin with."""
+    """The number of characters with which both texts begin."""
     differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differences, min(len(first), len(second)))
 

@@ -46,7 +46,7 @@ class AbsentTeacher:
         """None: teacher and student have one tokenizer."""
 
     def describe(self) -> str:
-        """Where it is, in one line."""
+        """Where the teacher is, in one line."""
         raise NotImplementedError
 
     def record(self) -> dict[str, object]:

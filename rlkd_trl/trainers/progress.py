@@ -32,7 +32,7 @@ class RunProgress(ProgressCallback):
 
 
 def shown_metrics(logs: dict[str, float]) -> dict[str, str]:
-    """What the bar shows of a log of training."""
+    """The numbers of a training log that the bar shows."""
     values = {label: next((logs[name] for name in names if name in logs), None) for label, names in SHOWN.items()}
     return {label: f"{value:.3g}" for label, value in values.items() if value is not None}
 

@@ -155,7 +155,7 @@ class AbsentTeacherArguments(ServerArguments):
 
     @property
     def named(self) -> str | None:
-        """What names the teacher."""
+        """The cache's directory or the server's URL; None where there is a teacher in the process."""
         return self.teacher_cache or self.teacher_server
 
 

@@ -107,7 +107,7 @@ class ComparisonArguments:
             raise InputError(f"--common {odd[0]} is not of the form name=value, e.g. logging_steps=50.")
 
     def budgets(self) -> dict[str, "Budget"]:
-        """By name, the smallest first."""
+        """The budgets by name, the smallest first."""
         (kind,) = [kind for kind in BUDGETS if getattr(self, kind) is not None]
         return {f"{kind}_{value:.15g}": Budget(kind, value) for value in sorted(getattr(self, kind))}
 
@@ -154,7 +154,7 @@ class MeasurementArguments:
         return {Path(dataset).stem: dataset for dataset in self.test_dataset or []}
 
     def run_flags(self) -> list[str]:
-        """What of this concerns the training runs."""
+        """The flags that the training runs are given."""
         flags = [f"--max_prompt_length={self.max_prompt_length}"]
         flags.append(f"--max_completion_length={self.max_completion_length}")
         if self.validation_dataset is not None:
