@@ -38,8 +38,8 @@ class RenderedPrompt(str):
 class ShortenedText(str):
     """The beginning of a text, as a template's variable: it prints as the beginning, but compares as the whole text.
 
-    `length`, `in` and `==` see the whole text, so that a chat template's conditions take the same branch as before.
-    (All conditions of other templates do, see `sandbox.Branches`.)
+    So a template finds the same entry of a mapping by it. (Conditions have the outcomes that they have for the whole
+    text in any case, see `sandbox.Branches`.)
     """
 
     __slots__ = ("_end", "_whole")
@@ -48,15 +48,6 @@ class ShortenedText(str):
         text = super().__new__(cls, whole[:end])
         text._whole, text._end = whole, end
         return text
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-    def __reversed__(self) -> Iterator[str]:
-        return reversed(str(self))
-
-    def __contains__(self, part: str) -> bool:
-        return part in self._whole
 
     def __eq__(self, other: object) -> bool:
         return self._whole == other
@@ -140,8 +131,8 @@ def cannot_fit(prompt: RenderedPrompt, count_tokens, token_ends, max_length: int
 
 def _beginning(prompt: RenderedPrompt) -> str:
     texts = [text for value in prompt.variables.values() for text in _texts(value)]
-    longest = str(max(texts, key=str.__len__, default=prompt))
-    return longest[:SHOWN_CHARACTERS] + ("…" if str.__len__(longest) > SHOWN_CHARACTERS else "")
+    longest = str(max(texts, key=len, default=prompt))
+    return longest[:SHOWN_CHARACTERS] + ("…" if len(longest) > SHOWN_CHARACTERS else "")
 
 
 class _Cuts:

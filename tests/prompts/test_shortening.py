@@ -52,6 +52,7 @@ def numbered(name: str, words: int) -> str:
         ("{{ s }} {{ 'long' if s | wordcount > 30 else 'short' }}", 4, "s1 s2 long"),
         ("{% set n = s.count('s') %}{{ s }} {% if n < 9 %}short{% elif n < 99 %}long{% endif %}", 4, "s1 s2 long"),
         ("{{ s | last }} {{ s }} end", 5, "2 s1 s2 end"),
+        ("{{ {title: 'Yes', s: 'No'}[s] }} {{ s }} end", 5, "No s1 s2 end"),
         ("{% for w in s.split(' ') %}{{ w }} {% endfor %}end", 5, "s1 s2 s3 end"),
         ("{% set x %}Say {{ s }} now{% endset %}{{ x }} please", 7, "Say s1 s2 s3 now please"),
         ("{% macro ask(x) %}Q: {{ x }} A:{% endmacro %}{{ ask(s) }}", 5, "Q: s1 s2 A:"),
