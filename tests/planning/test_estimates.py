@@ -1,4 +1,4 @@
-"""The student's estimates for one sharding against another's."""
+"""Estimates for one placement or sharding against another's."""
 
 import logging
 
@@ -9,7 +9,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from rlkd_trl.planning import estimates
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.adapters import Adapters
-from rlkd_trl.planning.estimates import Cluster, TeacherBytes, Training, peak_bytes, student_estimates
+from rlkd_trl.planning.estimates import (
+    Cluster,
+    TeacherBytes,
+    Training,
+    peak_bytes,
+    student_estimates,
+    teacher_estimates,
+)
 from rlkd_trl.planning.skeletons import Checkpoint
 from tests.planning.measured import weight_bytes
 from tests.planning.models import T5_BASE, llama, write_config
@@ -40,6 +47,21 @@ def test_a_student_in_shards_is_whole_while_it_samples(critic, copies, bf16, ite
     assert zero3.sampling == ddp.sampling + elsewhere
     assert zero3.gathered == 10**9 * itemsize * 3 // 4, "in an update"
     assert peak_bytes(NO_TEACHER, zero3) >= zero3.always_held + elsewhere
+
+
+def test_a_teachers_shares_on_two_nodes(tmp_path, monkeypatch):
+    """Of 4 ranks, 2 on each node: a quarter of the weights on each GPU, or half of them in each node's CPU memory."""
+    monkeypatch.setattr(estimates, "scoring_bytes", lambda *args, **settings: 7)
+    config = write_config(tmp_path, {**SMALL, "tie_word_embeddings": True})
+    cluster = Cluster(gpus=2, nodes=2, gpu_memory=2**30, reserve=0.0)
+    of_all = teacher_estimates(Checkpoint.of("--teacher", str(config)), Workload(8, 4, 2, 4, 1, 64), cluster)
+    plain = {(t.placement, t.dtype): t for t in of_all if t.quantization == "none"}
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        nbytes = itemsize * (OF_LAYERS + HEAD)
+        replicated, zero3, offload = (plain[name, dtype] for name in ("replicated", "zero3", "offload"))
+        assert (replicated.weights, replicated.gathered, replicated.host) == (nbytes, 0, 0)
+        assert (zero3.weights, zero3.gathered, zero3.host) == (nbytes // 4, nbytes - nbytes // 4, 0)
+        assert (offload.weights, offload.gathered, offload.host) == (0, nbytes, nbytes // 4 * 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
