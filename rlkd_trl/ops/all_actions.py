@@ -261,10 +261,9 @@ def _signal_of_states(
     cut: Sequence[Tensor],
     teacher_signal: Callable[[Sequence[Tensor], Sequence[float | Tensor]], Tensor],
 ) -> Tensor:
-    """The teachers' signal in a slice of positions, outside of the student's autocast; cut: see `of_slice`."""
+    """The teachers' signal in a slice of positions; cut: see `of_slice`."""
     hidden_KnD, weights_K = of_slice(teachers, cut)
-    with torch.autocast(hidden_KnD[0].device.type, enabled=False):
-        return teacher_signal(teacher_logits(teachers, hidden_KnD), weights_K)
+    return teacher_signal(teacher_logits(teachers, hidden_KnD), weights_K)
 
 
 @torch.no_grad()

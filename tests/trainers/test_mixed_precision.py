@@ -48,7 +48,9 @@ def watched(trainer) -> dict[str, list[torch.dtype]]:
         dtypes_of(a_projection(policy.critic_model), found, "critic")
     if policy.value_head is not None:
         dtypes_of(policy.value_head, found, "value head")
-    dtypes_of(a_projection(trainer.reward_model.panels[0].scorers[0].teacher.model), found, "teacher")
+    teacher = trainer.reward_model.panels[0].scorers[0].teacher.model
+    dtypes_of(a_projection(teacher), found, "teacher")
+    dtypes_of(teacher.get_output_embeddings(), found, "teacher's head")
     return found
 
 
@@ -62,7 +64,7 @@ def test_who_is_read_in_bfloat16(case, family, tmp_path):
         found = watched(trainer)
         stage()
         assert set(found["student"]) == {torch.bfloat16}
-        assert set(found["teacher"]) == {torch.float32}, "in its own precision"
+        assert set(found["teacher"]) == set(found["teacher's head"]) == {torch.float32}, "in its own precision"
         for copy in {"reference", "behaviour", "critic"} & found.keys():
             assert set(found[copy]) == {torch.bfloat16}
         if found["value head"]:
