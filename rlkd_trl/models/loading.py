@@ -5,7 +5,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from rlkd_trl.models.adapters import SavedAdapters, find_adapters
 from rlkd_trl.models.checkpoint_weights import check_complete, check_no_layers_left, lost_tied_weights
 from rlkd_trl.models.finite import check_weights
 from rlkd_trl.models.generation_config import check_generation_config, settings_not_used
+from rlkd_trl.models.memory import giving_back_what_is_freed
 from rlkd_trl.models.precision import (
     DTYPES,
     check_dtype,
@@ -150,7 +151,8 @@ def load_model(
     config = load_config(name_or_path, revision=revision)
     refuse_t5_in_float16(config, config.dtype if dtype == "auto" else DTYPES[dtype])
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with loading_shards(zero3):
+    memory = nullcontext() if quantization == "none" else giving_back_what_is_freed()
+    with loading_shards(zero3), memory:
         model, info = load_part(
             auto_class,
             name_or_path,

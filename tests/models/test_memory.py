@@ -1,0 +1,41 @@
+"""What a process holds after a model has been loaded."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tests.conftest import word_tokenizer
+
+# Loads the model that is named, and prints by how many MiB the memory that belongs to no file has grown.
+GROWTH = """
+import sys, bitsandbytes
+from rlkd_trl.models.loading import load_model
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+before = anonymous()
+model = load_model(sys.argv[1], dtype="bfloat16", quantization=sys.argv[2])
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc's heap is meant")
+@pytest.mark.slow(20)
+def test_quantised_weights_are_not_kept_beside_the_whole_ones(tmp_path):
+    """112 million weights are quantised, to 112 MiB in int8; those that are not stay in the mapped file."""
+    config = T5Config(
+        vocab_size=64, d_model=1024, d_ff=4096, num_layers=4, num_heads=16, d_kv=64, feed_forward_proj="gated-gelu"
+    )
+    model = T5ForConditionalGeneration(config).to(torch.bfloat16)
+    layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "wo" not in name]
+    quantised = sum(m.weight.numel() for m in layers if m is not model.lm_head) / 2**20
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    for quantization, share in [("int8", 1.0), ("nf4", 0.5)]:
+        command = [sys.executable, "-c", GROWTH, str(tmp_path), quantization]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        growth = float(found.stdout.split()[-1])
+        assert share * quantised <= growth < 1.25 * share * quantised + 16, quantization
