@@ -105,13 +105,18 @@ def check_generation_config(model: PreTrainedModel, file: str | None, name: str)
     rows = model.config.get_text_config().vocab_size
     for setting in ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
         value, is_read = _id_of(model, setting), setting != "eos_token_id"
-        ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        ids = [] if value is None else value if isinstance(value, list | tuple) and not is_read else [value]
         for token_id in ids:
             if not isinstance(token_id, int) or token_id < 0 or (is_read and token_id >= rows):
                 raise InputError(
                     f"The checkpoint {name!r} has {setting} = {value!r}: the model's token ids are whole numbers from "
                     f"0 to {rows - 1}. Correct generation_config.json or config.json, or copy them again."
                 )
+    if model.config.is_encoder_decoder and not completion_start_ids(model):
+        raise InputError(
+            f"The checkpoint {name!r} names no token that its decoder begins with: set decoder_start_token_id in its "
+            "config.json (T5's is its padding token, 0)."
+        )
 
 
 def settings_not_used(config: GenerationConfig) -> dict[str, object]:

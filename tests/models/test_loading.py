@@ -370,6 +370,30 @@ def test_a_token_that_the_decoder_cannot_read_is_refused_in_the_config_too(tmp_p
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "of_config, of_generation, message",
+    [
+        (
+            {"decoder_start_token_id": None, "bos_token_id": None},
+            {},
+            "names no token that its decoder begins with: set",
+        ),
+        (
+            {},
+            {"forced_bos_token_id": [7]},
+            r"has forced_bos_token_id = \[7\]: the model's token ids are whole numbers",
+        ),
+    ],
+)
+def test_a_decoder_that_has_nothing_to_begin_with_is_refused(of_config, of_generation, message, tmp_path):
+    tiny_t5(tied=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **of_config}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(of_generation))
+    with pytest.raises(InputError, match=message):
+        load_model(str(tmp_path))
+
+
 def without(directory, destination, *parts: str):
     """A copy of a checkpoint that lacks the weights whose names contain any of `parts`."""
     shutil.copytree(directory, destination)
