@@ -1,11 +1,12 @@
 """Guards against a reward that rises while the completions get worse."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_counts, spoilt
+from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_and_distinct, repetition_counts, spoilt
 from tests.trainers.tiny_runs import build, run
 
 START = {"reward": -10.0, **dict.fromkeys(GUARDED.values(), 0.5)}
@@ -33,6 +34,16 @@ def test_outputs_are_distinct_over_prompts():
     assert repetition_counts(ids_BT, torch.ones(6, 2).bool(), num_generations=2)[2:] == (2.0, 3.0)
     ids_BT[2] = torch.tensor([4, 4])
     assert repetition_counts(ids_BT, torch.ones(6, 2).bool(), num_generations=2)[2:] == (3.0, 3.0)
+
+
+def test_shares_are_of_all_processes():
+    """Here 2 of 9 trigrams are repeats, and 3 of 3 texts differ; in the other process 2 of 9, and 2 of 3."""
+    ids_BT = torch.tensor([[5, 5, 5, 5, 5], [6, 7, 8, 6, 7], [6, 7, 8, 9, 9]])
+    rollout = SimpleNamespace(completion_ids_BT=ids_BT, counted_BT=torch.ones(3, 5).bool())
+    other = torch.tensor([2.0, 9.0, 2.0, 3.0])
+    assert repetition_and_distinct(rollout, 1, lambda counts: counts + other) == pytest.approx((4 / 18, 5 / 6))
+    empty = SimpleNamespace(completion_ids_BT=ids_BT, counted_BT=torch.zeros(3, 5).bool())
+    assert repetition_and_distinct(empty, 1, lambda counts: counts) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("word, name", GUARDED.items())
