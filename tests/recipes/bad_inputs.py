@@ -179,6 +179,7 @@ PROMPT_CASES = [
     (("sft", "kd"), "--student_template '{{ 1/0 }}{{ mr }}'", "'student_template' fails on a row: ZeroDivisionError"),
     (("sft", "kd"), "--student_template '{{ mr.__class__ }}'", "'student_template' does what the sandbox forbids"),
     (("kd", "evaluate"), "--student_template '{{ ref }}'", "'student_template' asks for column 'ref'"),
+    (("kd", "evaluate"), "--student_template '{{ references }}'", "'student_template' asks for column 'references'"),
     (("kd",), "--student_template '{{ mr }}{% for i in range(10**9) %}{% endfor %}'", "Range too big"),
     (SOME, "--templates ''", "--templates is empty"),
     (("sft", "kd"), "--student_system_prompt 'w3'", "and 'student' has none: leave it out, or give a chat template"),
