@@ -479,6 +479,25 @@ def test_a_comparison_in_pieces(workplace, monkeypatch):
 
 
 @pytest.mark.slow
+def test_methods_that_follow_one_another_in_pieces(workplace, monkeypatch):
+    """No part is begun once the time is over; a part whose results are gone is made again, and that one alone."""
+    monkeypatch.setattr(cells.time, "monotonic", lambda: 60.0 * len(calls(workplace)))
+    both = "max_steps_3/ppo+rloo_sequence"
+    flags = GOOD.replace("ppo rloo_sequence --seeds 0 1", "ppo+rloo_sequence --seeds 0")
+    assert compare(f"{flags} --stop_after_minutes 1", workplace) == 0
+    assert places(workplace) == [f"{both}/ppo/seed0"], "within the method"
+    row = results_of(workplace)["tests"]["test"]["max_steps_3"][-1]
+    assert (row["seeds"], row["missing_seeds"], row["failed_seeds"]) == ([], [0], [])
+    assert compare(flags, workplace) == 0
+    assert places(workplace) == [f"{both}/ppo/seed0", f"{both}/seed0"], "the same command goes on"
+    shutil.rmtree(workplace / "out" / both / "ppo")
+    assert compare(flags, workplace) == 0
+    assert places(workplace)[2:] == [f"{both}/ppo/seed0"]
+    row = results_of(workplace)["tests"]["test"]["max_steps_3"][-1]
+    assert row["cost"]["cpu_seconds"]["values"] == [2.5 + 2.5]
+
+
+@pytest.mark.slow
 def test_a_run_that_fails(workplace, monkeypatch, capsys):
     monkeypatch.setenv("FAIL", "ppo/seed1")
     assert compare(GOOD, workplace) == 1

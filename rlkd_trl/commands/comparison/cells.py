@@ -63,8 +63,18 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
+        """It has all its results, and so have those before it."""
+        return all(part.has_results for part in self.parts)
+
+    @property
+    def has_results(self) -> bool:
         """It has left all its results, and found them sound: the last of these files says so."""
         return all((self.directory / name).is_file() for name in _RESULTS)
+
+    @property
+    def parts(self) -> list["Cell"]:
+        """The runs that follow one another, this one the last."""
+        return [*(self.before.parts if self.before is not None else []), self]
 
     def read(self, name: str) -> dict:
         """The content of one of the JSON files that the run left."""
@@ -104,7 +114,7 @@ class Cell:
     def check(self) -> None:
         """Raises `InputError` if the directory holds the results of another command, or of other files."""
         record = self.record()  # of every cell: the digests are taken here, before anything runs
-        if not self.is_done:
+        if not self.has_results:
             return
         recorded = self.read("command.json") if (self.directory / "command.json").is_file() else {}
         recorded.setdefault("files", {})
@@ -117,12 +127,8 @@ class Cell:
     def run(self, environment: dict[str, str], running: "RunningProcesses") -> str | None:
         """Runs the recipe in a process of its own; None, or the end of its stderr if it failed.
 
-        The run before it, if there is one, comes first unless it is done.
+        The run before it, if there is one, must be done.
         """
-        if self.before is not None and not self.before.is_done:
-            failure = self.before.run(environment, running)
-            if failure is not None:
-                return failure
         self.directory.mkdir(parents=True, exist_ok=True)
         # A run that breaks off must not look finished by what an earlier one left.
         for name in _RESULTS:
@@ -136,7 +142,7 @@ class Cell:
         stderr = self.directory / "stderr.txt"
         with (self.directory / "stdout.txt").open("w") as out, stderr.open("w") as err:
             code = running.run(words, stdout=out, stderr=err, env=environment)
-        if code == 0 and self.is_done:
+        if code == 0 and self.has_results:
             return None
         tail = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-_STDERR_LINES:])
         missing = "" if code else " without leaving all its results"
@@ -177,15 +183,22 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
     executor = ThreadPoolExecutor(jobs)
 
     def run_in_time(cell: Cell) -> tuple[bool, str | None]:
-        """Whether it was begun, and why it failed, if it did."""
-        is_late = time.monotonic() >= until
-        return not is_late, None if is_late else cell.run(environment, running)
+        """Whether there was time for it and what comes before it, and why it failed, if it did."""
+        for part in cell.parts:
+            if part.is_done:
+                continue
+            if time.monotonic() >= until:
+                return False, None
+            failure = part.run(environment, running)
+            if failure is not None:
+                return True, failure
+        return True, None
 
     waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
     try:
         for number, future in enumerate(as_completed(waiting), start=1):
-            cell, (was_begun, failure) = waiting[future], future.result()
-            if not was_begun:
+            cell, (was_in_time, failure) = waiting[future], future.result()
+            if not was_in_time:
                 continue
             state = "done" if failure is None else f"FAILED: {failure}"
             print(f"[{number}/{len(waiting)}] {cell.directory}: {state}", flush=True)
