@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from metered_trainer import metered
-from step_phases import compare
+from step_phases import PhaseMeter, compare
 from workload import (
     DECODER_STUDENT,
     DECODER_TEACHER,
@@ -37,34 +37,48 @@ from rlkd_trl import RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
 RIVAL = Path(__file__).resolve().parent / "trl_rloo_step.py"
 
 
+def measured_trainer(
+    shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str
+) -> tuple[RLOOKDTrainer, PhaseMeter]:
+    """An `RLOOKDTrainer` for `steps` rollouts and the meter of its phases."""
+    tokenizer, updates = word_tokenizer(shape.vocabulary), shape.completions // update_batch_size
+    args = RLOOKDConfig(
+        output_dir=output_dir,
+        num_generations=shape.samples,
+        max_completion_length=shape.completion_tokens,
+        per_device_train_batch_size=update_batch_size,
+        steps_per_generation=updates,
+        beta=beta,
+        learning_rate=1e-5,
+        max_steps=steps * updates,
+        save_strategy="no",
+        logging_steps=steps * updates,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = RLOOKDTrainer(
+        random_decoder(DECODER_STUDENT, shape.vocabulary, seed=1),
+        TeacherForcingReward(random_decoder(DECODER_TEACHER, shape.vocabulary, seed=2), tokenizer),
+        args,
+        Dataset.from_list([{"prompt": text} for step in range(steps) for text in prompt_texts(shape, step)]),
+        processing_class=tokenizer,
+    )
+    return trainer, metered(trainer, updates)
+
+
+def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+    """The FLOPs that each phase needs."""
+    return decoder_phase_flops(shape, several_updates=several_updates, reference=reference)
+
+
 def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
     """Our step, in this process."""
-    tokenizer, updates = word_tokenizer(shape.vocabulary), shape.completions // update_batch_size
     with tempfile.TemporaryDirectory() as output_dir:
-        args = RLOOKDConfig(
-            output_dir=output_dir,
-            num_generations=shape.samples,
-            max_completion_length=shape.completion_tokens,
-            per_device_train_batch_size=update_batch_size,
-            steps_per_generation=updates,
-            beta=beta,
-            learning_rate=1e-5,
-            max_steps=(steps + 1) * updates,
-            save_strategy="no",
-            logging_steps=(steps + 1) * updates,
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        trainer = RLOOKDTrainer(
-            random_decoder(DECODER_STUDENT, shape.vocabulary, seed=1),
-            TeacherForcingReward(random_decoder(DECODER_TEACHER, shape.vocabulary, seed=2), tokenizer),
-            args,
-            Dataset.from_list([{"prompt": text} for step in range(steps + 1) for text in prompt_texts(shape, step)]),
-            processing_class=tokenizer,
-        )
-        meter, loaded_mib = metered(trainer, updates), resident_mib()
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
+        loaded_mib = resident_mib()
         trainer.train()
-    return meter.results(decoder_phase_flops(shape, several_updates=updates > 1, reference=beta > 0), loaded_mib)
+    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    return meter.results(flops, loaded_mib)
 
 
 def main() -> None:

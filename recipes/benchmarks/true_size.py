@@ -7,7 +7,8 @@ weights, in shards, of which one is in memory at a time; they are deleted when n
 `ppo_kd.py` then runs with the shipped preset for the teacher, but for the data (random words), the lengths and the
 batch, which are a rehearsal's, and the number of steps. Peak memory is the process's resident set at its greatest;
 the planner's number is for a GPU, so what Python and the libraries take, measured in a process that only imports them,
-is added. Linux only.
+is added. Of the resident set pages of mapped files are given apart: the checkpoint is mapped, weights that are not
+quantised stay there, and of those that are the system takes the pages back when it needs them. Linux only.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,15 +128,37 @@ def write_data(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps({"source": text, "target": text[:50]}) + "\n" for text in texts))
 
 
-def run(command: list[str]) -> tuple[float, float, float]:
-    """Runs it; its wall seconds, CPU seconds and peak resident bytes. Raises `SystemExit` if it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)}\n{said[-4000:]}")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+@dataclass(frozen=True)
+class Run:
+    """Seconds, and bytes when most were resident; mapped: of these the pages of files, as of checkpoints."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak: int
+    mapped: int
+
+
+def run(command: list[str]) -> Run:
+    """Runs it, and reads its memory fifty times a second. Raises `SystemExit` if it fails."""
+    started, peak, mapped = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            resident = memory_of(process.pid)
+            if resident.get("VmRSS", 0) > peak:
+                peak, mapped = resident["VmRSS"], resident["RssFile"]
+            time.sleep(0.02)
+        _, status, usage = ended
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{said.read()[-4000:]}")
+    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, mapped)
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes by name in the process's status; none of one that has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
 def planned_bytes(teacher: Path, student: Path, quantization: str) -> int:
@@ -171,14 +195,15 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(COMPLETION)]
     command += ["--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "True"]
     command += ["--output_dir", str(output_dir), "--overwrite_output_dir", "True", "--disable_tqdm", "True"]
-    wall, cpu, peak = run(command)
-    libraries = run([sys.executable, "-c", "import rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation"])[2]
+    rehearsal = run(command)
+    libraries = run([sys.executable, "-c", "import rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation"])
     return {
         "case": case,
-        "wall_seconds": wall,
-        "cpu_seconds": cpu,
-        "peak_gib": peak / 2**30,
-        "libraries_gib": libraries / 2**30,
+        "wall_seconds": rehearsal.wall_seconds,
+        "cpu_seconds": rehearsal.cpu_seconds,
+        "peak_gib": rehearsal.peak / 2**30,
+        "mapped_gib": rehearsal.mapped / 2**30,
+        "libraries_gib": libraries.peak / 2**30,
         "planned_gib": planned_bytes(teacher, student, PRECISIONS[precision]) / 2**30,
         **logged(output_dir),
     }
@@ -204,12 +229,13 @@ def table(rows: list[dict]) -> str:
                 f"{row['training_cpu_seconds']:.0f}",
                 *(f"{row[f'seconds/{phase}']:.1f}" for phase in PHASES),
                 f"{row['peak_gib']:.1f}",
+                f"{row['mapped_gib']:.1f}",
                 f"{row['planned_gib']:.1f} + {row['libraries_gib']:.1f}",
                 f"{row['peak_gib'] / expected:.2f}",
             ]
         )
     heads = ["case", "around training, CPU s", "training, CPU s", *(f"{phase}, s" for phase in PHASES)]
-    heads += ["peak, GiB", "planned + libraries", "peak over these"]
+    heads += ["peak, GiB", "of it files", "planned + libraries", "peak over these"]
     return markdown_table(heads, lines)
 
 
