@@ -54,14 +54,21 @@ class ProfiledPhases:
         self.products: dict[str, Counter] = defaultdict(Counter)
         self._meter, self._step, self._switch = meter, step_number, meter._switch
         self._profiler: profile | None = None
-        meter._switch = self._switched
+        self._finish, self._is_finishing = meter.finish_step, False
+        meter._switch, meter.finish_step = self._switched, self._finished
 
     def _switched(self, phase: str) -> None:
         self._end()
         self._switch(phase)
-        if len(self._meter.steps) == self._step:
+        if len(self._meter.steps) == self._step and not self._is_finishing:
             self._phase, self._profiler = phase, profile(activities=[ProfilerActivity.CPU], record_shapes=True)
             self._profiler.start()
+
+    def _finished(self) -> None:
+        """Without what the meter does between two steps: it measures the rate of large products."""
+        self._is_finishing = True
+        self._finish()
+        self._is_finishing = False
 
     def _end(self) -> None:
         if self._profiler is None:

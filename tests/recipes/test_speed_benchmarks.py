@@ -338,3 +338,32 @@ def test_a_quarter_of_the_memory_and_13_tenths_of_the_time(sliced_mib, seconds, 
     assert row["met"] is met
     assert row["memory_ratio"] == sliced_mib / 100 and row["time_ratio"] == sorted(seconds)[1] / 10
     assert row["time_ratio_per_repetition"] == [round(s / p, 3) for s, p in zip(seconds, [10, 10, 9], strict=True)]
+
+
+def test_products_of_one_step_are_counted_by_phase_and_shape(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    import step_products
+    from step_phases import PhaseMeter
+
+    meter = PhaseMeter()
+    profiled = step_products.ProfiledPhases(meter, step_number=1)
+    meter.begin()
+    for _ in range(3):  # of which the second counts
+        for _ in range(2):
+            with meter.phase("generate"):
+                torch.randn(3, 5) @ torch.randn(5, 7)
+        torch.randn(2, 3, 5) @ torch.randn(2, 5, 7)
+        meter.finish_step()
+    assert profiled.products["generate"] == {("aten::mm", ((3, 5), (5, 7))): 2}
+    assert profiled.products["update"] == {("aten::bmm", ((2, 3, 5), (2, 5, 7))): 1}
+    assert profiled.seconds["generate"]["aten::mm"] > 0 and "aten::bmm" not in profiled.seconds["generate"]
+
+
+def test_where_the_time_goes_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    import step_products
+
+    others = {"aten::cat": 0.5, "aten::mul": 0.25}
+    found = {"update": {"seconds": 5.0, "products": 4.0, "alone": 2.5, "large": 2.0, "others": others}}
+    row = step_products.table(found).splitlines()[-1].strip("| ").split(" | ")
+    assert row == ["update", "5.00", "4.00", "2.50", "2.00", "2.00", "2.50", "cat 10.0, mul 5.0"]
