@@ -13,6 +13,7 @@ from rlkd_trl.models.private_apis import own_shard, quantisation_scales, scales_
 # Of glibc's mallopt(3): their numbers, and the largest sizes that glibc comes to by itself.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_TRIM_THRESHOLD, _LARGEST_MMAP_THRESHOLD = 64 * 2**20, 32 * 2**20
+_SET_BY_THE_ENVIRONMENT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def giving_back_what_is_freed() -> Iterator[None]:
     while in any process with large tensors.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
+    if mallopt is None or any(name in os.environ for name in _SET_BY_THE_ENVIRONMENT):
         yield
         return
     mallopt(_MMAP_THRESHOLD, 2**20)

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from rlkd_trl.models import memory
 from tests.conftest import word_tokenizer
 
 # Loads the model that is named, and prints by how many MiB the memory that belongs to no file has grown.
@@ -26,9 +28,8 @@ print(anonymous() - before)
 @pytest.mark.slow(20)
 def test_quantised_weights_are_not_kept_beside_the_whole_ones(tmp_path):
     """112 million weights are quantised, to 112 MiB in int8; those that are not stay in the mapped file."""
-    config = T5Config(
-        vocab_size=64, d_model=1024, d_ff=4096, num_layers=4, num_heads=16, d_kv=64, feed_forward_proj="gated-gelu"
-    )
+    sizes = {"vocab_size": 64, "d_model": 1024, "d_ff": 4096, "num_layers": 4, "num_heads": 16, "d_kv": 64}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).to(torch.bfloat16)
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "wo" not in name]
     quantised = sum(m.weight.numel() for m in layers if m is not model.lm_head) / 2**20
@@ -39,3 +40,17 @@ def test_quantised_weights_are_not_kept_beside_the_whole_ones(tmp_path):
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         growth = float(found.stdout.split()[-1])
         assert share * quantised <= growth < 1.25 * share * quantised + 16, quantization
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap is meant")
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "OTHER"])
+def test_thresholds_that_the_environment_sets_stay(name, monkeypatch):
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda option, value: calls.append(option))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda library: libc)
+    for setting in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(setting, raising=False)
+    monkeypatch.setenv(name, "65536")
+    with memory.giving_back_what_is_freed():
+        pass
+    assert calls == ([-3, -3, -1] if name == "OTHER" else [])
