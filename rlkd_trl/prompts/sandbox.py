@@ -28,35 +28,56 @@ WRITTEN_SEPARATOR = "|||"
 # text. It has no letters and no spaces, so that filters such as `upper` and `trim` do not change it.
 SEPARATOR = f"\ue000{secrets.randbelow(10**18):018d}\ue001"
 
-_OUTCOME = "outcome of a condition"  # the name of a filter, which no template can write
+# Names of filters, which no template can write.
+_OUTCOME, _LOOP = "outcome of a condition", "step of a loop"
 
 MAX_CHARACTERS = 10_000_000  # in one rendering; also the largest number of elements that a `*` may make
 MAX_POWER_BITS = 10_000
 
 _random: ContextVar[random.Random] = ContextVar("_random")
 _branches: ContextVar[Branches] = ContextVar("_branches")
-_condition_numbers = itertools.count()
+_numbers = itertools.count()  # of conditions and loops
 
 
 class Branches:
-    """The outcomes of a template's conditions, in order, so that a second rendering takes the same branches.
+    """The outcomes of a template's conditions, so that a second rendering takes the same branches.
 
-    A condition about a loop itself (`loop.last`) is not among them: the second rendering may have fewer rounds.
+    They are known by the condition and the rounds of the loops around it, of which the second rendering may have
+    fewer. A condition about a loop itself (`loop.last`) is not among them for this reason.
     """
 
     def __init__(self) -> None:
-        self._outcomes: dict[int, list[bool]] = defaultdict(list)  # by the condition's number
-        self._expected: dict[int, Iterator[bool]] = {}
+        self._outcomes: dict[tuple, list[bool]] = defaultdict(list)  # by the condition's number and place
+        self._expected: dict[tuple, Iterator[bool]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._loops: list[tuple[int, int, int]] = []  # those around: its number, which time it runs there, the round
+        self._times: Counter[tuple] = Counter()  # that a loop has run, by its number and place
 
     def repeat(self) -> None:
         """From now on conditions have the outcomes so far, and their own where they are asked more often."""
-        self._expected = {condition: iter(outcomes) for condition, outcomes in self._outcomes.items()}
+        self._expected = {place: iter(outcomes) for place, outcomes in self._outcomes.items()}
+        self._begin()
 
-    def outcome(self, value: object, condition: int) -> bool:
-        """What the condition with this number and value is taken for."""
+    def outcome(self, value: object, condition: int, chooses_items: bool) -> bool:
+        """What the condition with this number and value is taken for. chooses_items: it is that of a loop itself."""
         is_true = bool(value)
-        self._outcomes[condition].append(is_true)
-        return next(self._expected.get(condition, iter(())), is_true)
+        # Jinja chooses items before their rounds begin, so that the innermost loop's round says nothing then.
+        place = (condition, *(self._loops[:-1] if chooses_items else self._loops))
+        self._outcomes[place].append(is_true)
+        return next(self._expected.get(place, iter(())), is_true)
+
+    def step(self, loop: int, what: str) -> None:
+        """A loop is to "begin", begins its "next" round, or is at its "end"."""
+        if what == "begin":
+            place = (loop, *self._loops)
+            self._loops.append((loop, self._times[place], -1))
+            self._times[place] += 1
+        else:
+            loop, time, round_ = self._loops.pop()
+            if what == "next":
+                self._loops.append((loop, time, round_ + 1))
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -133,7 +154,8 @@ def _make_environment() -> _PromptEnvironment:
     environment.globals["zip"] = zip
     del environment.globals["lipsum"]  # draws at random
     environment.filters.update(choice=_choice, random=_choice, most_frequent=_most_frequent)
-    environment.filters[_OUTCOME] = lambda value, condition: _branches.get().outcome(value, condition)
+    environment.filters[_OUTCOME] = lambda value, *arguments: _branches.get().outcome(value, *arguments)
+    environment.filters[_LOOP] = lambda loop, what: _branches.get().step(loop, what)
     return environment
 
 
@@ -208,12 +230,36 @@ def _mark_separators(parent: nodes.Node) -> None:
         _mark_separators(node)
 
 
-def _number_conditions(tree: nodes.Template) -> None:
-    """Passes the outcome of each condition through `Branches.outcome`."""
-    for node in tree.find_all((nodes.If, nodes.CondExpr, nodes.For)):
-        if node.test is not None and all(name.name != "loop" for name in node.test.find_all(nodes.Name)):
-            number = nodes.Const(next(_condition_numbers))
-            node.test = nodes.Filter(node.test, _OUTCOME, [number], [], None, None, lineno=node.lineno)
+def _number_conditions(parent: nodes.Node) -> None:
+    """Passes the outcome of each condition through `Branches.outcome`, and tells `Branches.step` of each loop."""
+    for name, value in list(parent.iter_fields()):
+        if isinstance(value, list):
+            setattr(parent, name, [part for node in value for part in _numbered_loop(node)])
+    if isinstance(parent, nodes.If | nodes.CondExpr):
+        _number_condition(parent)
+    for node in parent.iter_child_nodes():
+        _number_conditions(node)
+
+
+def _numbered_loop(node: object) -> list:
+    """A loop with its steps; anything else as it is."""
+    if not isinstance(node, nodes.For):
+        return [node]
+    loop = nodes.Const(next(_numbers))
+    begin, following, end = (
+        nodes.ExprStmt(nodes.Filter(loop, _LOOP, [nodes.Const(what)], [], None, None, lineno=node.lineno))
+        for what in ("begin", "next", "end")
+    )
+    if node.test is not None:
+        _number_condition(node)
+    node.body.insert(0, following)
+    return [begin, node, end]
+
+
+def _number_condition(node: nodes.If | nodes.CondExpr | nodes.For) -> None:
+    if all(name.name != "loop" for name in node.test.find_all(nodes.Name)):
+        arguments = [nodes.Const(next(_numbers)), nodes.Const(isinstance(node, nodes.For))]
+        node.test = nodes.Filter(node.test, _OUTCOME, arguments, [], None, None, lineno=node.lineno)
 
 
 def _before_separator(body: list[nodes.Node]) -> tuple[list[nodes.Node], bool]:

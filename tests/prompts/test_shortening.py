@@ -96,6 +96,27 @@ def test_lists_lose_what_is_behind_the_cut(jinja, cap, expected):
     assert shorten(jinja, cap, talk=[f"u{i} v{i}" for i in range(1, 11)]) == expected
 
 
+@pytest.mark.parametrize(
+    "jinja, expected",
+    [
+        # both lists are cut to three words; of the whole ones only the first two items of `facts` are bold
+        (
+            "{% macro show(all) %}{% for u in all %}{{ u }}{{ '*' if 'b' in u else '' }} {% endfor %}{% endmacro %}"
+            "{{ show(facts) }}{{ show(talk) }}",
+            "b1* b2* f3 u1 u2 u3",
+        ),
+        (
+            "{% for u in talk %}{% for f in facts if 'f3' not in f %}{{ u }}{{ f }}{{ '*' if 'b' in f else '' }} "
+            "{% endfor %}{% endfor %}",
+            "u1b1* u1b2* u2b1* u2b2* u3b1* u3b2*",
+        ),
+    ],
+)
+def test_conditions_in_loops_are_those_of_the_same_round(jinja, expected):
+    facts, talk = (["b1", "b2", "f3", "f4", "f5", "f6"], [f"u{i}" for i in range(1, 7)])
+    assert shorten(jinja, 7, facts=facts, talk=talk) == expected
+
+
 def test_mappings_in_lists():
     rows = [{"speaker": f"S{i}", "text": numbered("t", 5)} for i in range(9)]
     jinja = "{% for turn in rows %}{{ turn.speaker }} {{ turn.text }} {% endfor %}end"
