@@ -146,7 +146,8 @@ def test_methods_that_follow_one_another(workplace):
 def test_a_first_part_that_fails_is_the_methods_failure(workplace, monkeypatch, capsys):
     monkeypatch.setenv("FAIL", "rloo_sequence/ppo/seed1")
     assert compare(FOLLOWED, workplace) == 1
-    assert "ppo+rloo_sequence/seed1: FAILED: ppo_kd.py ended with exit code 3:" in capsys.readouterr().out
+    part = "out/max_steps_3/ppo+rloo_sequence/ppo/seed1"  # where its output is
+    assert f"ppo+rloo_sequence/seed1: FAILED: {part}: ppo_kd.py ended with exit code 3:" in capsys.readouterr().out
     rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
     assert (rows["ppo+rloo_sequence"]["seeds"], rows["ppo+rloo_sequence"]["failed_seeds"]) == ([0], [1])
     monkeypatch.delenv("FAIL")

@@ -191,7 +191,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
                 return False, None
             failure = part.run(environment, running)
             if failure is not None:
-                return True, failure
+                return True, failure if part is cell else f"{part.directory}: {failure}"
         return True, None
 
     waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
