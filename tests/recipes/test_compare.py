@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.commands import demo, files_read
 from rlkd_trl.commands.comparison import cells
@@ -664,6 +666,18 @@ def test_bad_input(flags, message, workplace, capsys):
 )
 def test_something_is_missing(command, message, workplace, capsys):
     check_refusal(command, message, workplace, capsys)
+
+
+def test_adapters_that_a_first_part_merges_are_not_there_for_the_next(workplace, capsys):
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("student"), LoraConfig(task_type="SEQ_2_SEQ_LM"))
+    model.save_pretrained("adapters")
+    word_tokenizer().save_pretrained("adapters")
+    capsys.readouterr()
+    flags = f"{GOOD} --student adapters --common merge_adapters=True --methods"
+    check_refusal(
+        f"{flags} ppo+rloo_sequence", "Method ppo+rloo_sequence: --merge_adapters True has no eff", workplace, capsys
+    )
+    assert compare(f"{flags} ppo --seeds 0", workplace) == 0
 
 
 def shipped() -> list[Path]:

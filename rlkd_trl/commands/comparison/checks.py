@@ -3,7 +3,7 @@
 import pkgutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from rlkd_trl.commands.settings import DistillationSettings, RewardedSettings, g
 from rlkd_trl.data import input_key
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplates, is_conversation
+from rlkd_trl.settings.files import adapted_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -176,7 +177,7 @@ def refuse_set_here(
 def first_runs(grid: Grid, configs: Mapping[str, type]) -> dict[str, DistillationSettings]:
     """The settings of the first run of each method's parts, parsed as the recipe will parse them, by the part's name.
 
-    Where another part will make the student, the warm start stands for it: a model of the same kind.
+    Where another part will make the student, a model of the same kind stands for it.
 
     Raises:
         InputError: The recipe would refuse a flag or a value, or adapters would be handed on.
@@ -201,8 +202,14 @@ def first_runs(grid: Grid, configs: Mapping[str, type]) -> dict[str, Distillatio
                     )
             runs[name] = run
             if number > 1:
-                run.student = runs[part_name(method, method.parts[0])].student
+                run.student = _left_by(runs[part_name(method, method.parts[number - 2])])
     return runs
+
+
+def _left_by(run: DistillationSettings) -> StudentArguments:
+    """A stand-in for the student that a run will leave: its own, or what its adapters will be merged into."""
+    merged_into = adapted_model(run.student.student) if run.adapters.merge_adapters else None
+    return run.student if merged_into is None else replace(run.student, student=merged_into, student_revision=None)
 
 
 def check_runs(runs: Mapping[str, DistillationSettings]) -> None:
