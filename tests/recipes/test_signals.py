@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -167,3 +168,41 @@ def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_cs
     assert run(f"{command} --output_dir {tmp_path}/out") == CODES[signum]
     assert capsys.readouterr().err.endswith(f"{SAID[signum]}\nTo continue: the same command.\n")
     assert [process.returncode for process in started] == [-signal.SIGTERM] * jobs
+
+
+def test_a_comparison_that_is_stopped_while_it_begins_ends_its_runs(monkeypatch, tmp_path):
+    started = []
+
+    class Run:
+        directory, is_done = tmp_path, False
+
+        @property
+        def parts(self):
+            return [self]
+
+        def run(self, environment, running):
+            running.run([sys.executable, "-c", "import time; time.sleep(1000)"])
+
+    class Noted(subprocess.Popen):
+        def __init__(self, words, **kwargs):
+            super().__init__(words, **kwargs)
+            started.append(self)
+
+    class Interrupted(cells.ThreadPoolExecutor):
+        """A signal comes between the second and the third run, when both processes are there."""
+
+        number = 0
+
+        def submit(self, *args):
+            self.number += 1
+            if self.number == 3:
+                while len(started) < 2:
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+            return super().submit(*args)
+
+    monkeypatch.setattr(cells, "subprocess", type("Subprocess", (), {"Popen": Noted}))
+    monkeypatch.setattr(cells, "ThreadPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cells.run_cells([Run(), Run(), Run()], jobs=2)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2

@@ -194,8 +194,8 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
                 return True, failure if part is cell else f"{part.directory}: {failure}"
         return True, None
 
-    waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
     try:
+        waiting = {executor.submit(run_in_time, cell): cell for cell in cells if not cell.is_done}
         for number, future in enumerate(as_completed(waiting), start=1):
             cell, (was_in_time, failure) = waiting[future], future.result()
             if not was_in_time:
