@@ -104,8 +104,11 @@ def main() -> None:
     results["in the process"] = run | of_run(here / "local", options.steps)
     for dialect in DIALECTS:
         pipe, of_server = multiprocessing.Pipe()
-        server = multiprocessing.get_context("spawn").Process(target=serve, args=(teacher, dialect, of_server))
+        server = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(teacher, dialect, of_server), daemon=True
+        )
         server.start()
+        of_server.close()  # so that a server that dies is noticed
         url = pipe.recv()
         run = measured("rloo_kd", f"--teacher_server {url} --teacher_tokenizer {teacher} {common}",
                        f"--output_dir {here / dialect}")  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlkd_trl.commands.assistants import ChainSettings
-    from rlkd_trl.commands.comparison.checks import ComparisonSettings
+    from rlkd_trl.commands.comparison.arguments import ComparisonSettings
     from rlkd_trl.commands.settings import DistillationSettings
 
 MAX_COMPLETION_LENGTH = 48

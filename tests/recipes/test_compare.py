@@ -458,7 +458,11 @@ def test_a_comparison_in_pieces(workplace, monkeypatch):
     """Once the time is over, no run is begun, and the tables have what there is; the same command goes on."""
     monkeypatch.setattr(cells.time, "monotonic", lambda: 60.0 * len(calls(workplace)))
     flags = f"{GOOD} --top 1 --top_seeds 7 --learning_rates 5e-4 1e-3"
-    assert compare(f"{flags} --stop_after_minutes 3", workplace) == 0
+    assert compare(f"{flags} --stop_after_minutes 2", workplace) == 0
+    assert len(calls(workplace)) == 2, "both of the first method"
+    rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
+    assert (rows["rloo_sequence"]["missing_seeds"], rows["rloo_sequence"]["failed_seeds"]) == ([0, 1], [])
+    assert compare(f"{flags} --stop_after_minutes 1", workplace) == 0
     assert len(calls(workplace)) == 3, "within the search"
     results = results_of(workplace)
     assert results["search"]["chosen"] == {"ppo": 5e-4, "rloo_sequence": 5e-4}, "of what there is"

@@ -129,8 +129,10 @@ class Examiner:
         failures: Mapping[Path, str],
     ) -> Entry:
         """A method at one budget: its finished seeds, tested. rates: of its parts; the table has the last one's."""
-        if rates is None:
-            return Entry(method.name, [], failed_seeds=list(seeds))
+        if rates is None:  # what the search for them began has failed, or nothing was begun in time
+            place = grid.place(next(iter(grid.budgets)), method)
+            has_failed = any(directory.is_relative_to(place) for directory in failures)
+            return Entry(method.name, [], **{"failed_seeds" if has_failed else "missing_seeds": list(seeds)})
         cells = {seed: grid.cell(budget, method, seed, rates) for seed in seeds}
         done = {seed: cell for seed, cell in cells.items() if cell.is_done}
         left = {seed: cell.directory for seed, cell in cells.items() if seed not in done}

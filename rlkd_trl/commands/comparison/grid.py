@@ -59,7 +59,7 @@ class Grid:
 
     def cell(self, budget: str, method: Method, seed: int, rates: Sequence[float]) -> Cell:
         """A run of a method with a rate for each of its parts; with fewer rates, of so many of its first parts."""
-        place, cell = self.output_dir / budget / method.name, None
+        place, cell = self.place(budget, method), None
         for number, (part, rate) in enumerate(zip(method.parts, rates, strict=False)):
             name = f"seed{seed}"
             if len(self.learning_rates) > 1:
@@ -70,6 +70,10 @@ class Grid:
             flags = (*named, share, f"--learning_rate={rate}", f"--seed={seed}")
             cell = Cell(part, directory, flags, self.digests, before=cell)
         return cell
+
+    def place(self, budget: str, method: Method) -> Path:
+        """The directory of all runs of a method with a budget."""
+        return self.output_dir / budget / method.name
 
     def is_edge(self, rates: Sequence[float]) -> bool:
         """One of the rates is the smallest or the largest of several, so that the best one may lie beyond."""
