@@ -147,7 +147,7 @@ def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monke
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_csv, tmp_path, monkeypatch, capsys):
     """The runs save what they have, and end before the comparison does."""
-    started = []
+    started, sent = [], []
 
     class Signalling(subprocess.Popen):
         def __init__(self, words, **kwargs):
@@ -155,7 +155,8 @@ def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_cs
             started.append(self)
 
         def wait(self):
-            if len(started) == jobs:
+            if len(started) == jobs and not sent:
+                sent.append(signum)
                 os.kill(os.getpid(), signum)
             return super().wait()
 
@@ -170,7 +171,10 @@ def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_cs
     assert [process.returncode for process in started] == [-signal.SIGTERM] * jobs
 
 
-def test_a_comparison_that_is_stopped_while_it_begins_ends_its_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_comparison_that_is_stopped_while_it_begins_ends_its_runs(is_known, monkeypatch, tmp_path):
+    """A signal comes when two processes are there: between two runs, or while the second one's thread is started, of
+    which the pool does not know then."""
     started = []
 
     class Run:
@@ -188,18 +192,23 @@ def test_a_comparison_that_is_stopped_while_it_begins_ends_its_runs(monkeypatch,
             super().__init__(words, **kwargs)
             started.append(self)
 
-    class Interrupted(cells.ThreadPoolExecutor):
-        """A signal comes between the second and the third run, when both processes are there."""
+        def wait(self):
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.3)  # it has ended, and its own thread does not know yet
+            return super().wait()
 
+    class Interrupted(cells.ThreadPoolExecutor):
         number = 0
 
-        def submit(self, *args):
+        def submit(self, function, cell):
             self.number += 1
-            if self.number == 3:
+            if self.number == (3 if is_known else 2):
+                if not is_known:
+                    threading.Thread(target=function, args=[cell], daemon=True).start()
                 while len(started) < 2:
                     time.sleep(0.01)
                 raise KeyboardInterrupt
-            return super().submit(*args)
+            return super().submit(function, cell)
 
     monkeypatch.setattr(cells, "subprocess", type("Subprocess", (), {"Popen": Noted}))
     monkeypatch.setattr(cells, "ThreadPoolExecutor", Interrupted)

@@ -87,7 +87,7 @@ def served(model, tokenizer, **behaviour) -> Iterator[Loopback]:
             with lock:
                 loopback.at_once += 1
                 loopback.most_at_once = max(loopback.most_at_once, loopback.at_once)
-                if loopback.at_once >= loopback.gathers:
+                if 1 < loopback.gathers <= loopback.at_once:
                     gathered.set()
             gathered.wait(timeout=20 if loopback.gathers > 1 else 0)
             understood = ("echo" in body) == (loopback.dialect == "echo") and self.path == "/v1/completions"

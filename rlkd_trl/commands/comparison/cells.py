@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -156,20 +157,25 @@ class RunningProcesses:
         self._lock, self._processes, self._is_ending = threading.Lock(), [], False
 
     def run(self, words: Sequence[str], **kwargs) -> int:
-        """Runs a command and returns its exit code; one that comes too late is told to end at once."""
+        """Runs a command and returns its exit code; one that comes too late is not begun, as if it had been ended."""
         with self._lock:
+            if self._is_ending:
+                return -signal.SIGTERM
             process = subprocess.Popen(words, **kwargs)
             self._processes.append(process)
-            if self._is_ending:
-                process.terminate()
         return process.wait()
 
-    def terminate(self) -> None:
-        """SIGTERM to all, those that have ended excepted."""
+    def end(self) -> None:
+        """SIGTERM to all, and waits until they have ended.
+
+        Not through their threads: of one that was just being started when a signal came, its pool does not know.
+        """
         with self._lock:
             self._is_ending = True
             for process in self._processes:
                 process.terminate()
+        for process in self._processes:
+            process.wait()
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> dict[Path, str]:
@@ -206,7 +212,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, *, until: float = math.inf) -> d
                 failures[cell.directory] = failure
     except BaseException:  # after an interruption none is begun; those that run save what they have
         executor.shutdown(wait=False, cancel_futures=True)
-        running.terminate()
+        running.end()
         raise
     finally:
         executor.shutdown()
