@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from metered_trainer import metered
+from metered_trainer import metered, settings
 from step_phases import PhaseMeter, compare
 from workload import (
     DECODER_STUDENT,
@@ -42,20 +42,7 @@ def measured_trainer(
 ) -> tuple[RLOOKDTrainer, PhaseMeter]:
     """An `RLOOKDTrainer` for `steps` rollouts and the meter of its phases."""
     tokenizer, updates = word_tokenizer(shape.vocabulary), shape.completions // update_batch_size
-    args = RLOOKDConfig(
-        output_dir=output_dir,
-        num_generations=shape.samples,
-        max_completion_length=shape.completion_tokens,
-        per_device_train_batch_size=update_batch_size,
-        steps_per_generation=updates,
-        beta=beta,
-        learning_rate=1e-5,
-        max_steps=steps * updates,
-        save_strategy="no",
-        logging_steps=steps * updates,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    args = RLOOKDConfig(output_dir, **settings(shape, steps, update_batch_size, beta))
     trainer = RLOOKDTrainer(
         random_decoder(DECODER_STUDENT, shape.vocabulary, seed=1),
         TeacherForcingReward(random_decoder(DECODER_TEACHER, shape.vocabulary, seed=2), tokenizer),
