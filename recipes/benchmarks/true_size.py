@@ -6,9 +6,12 @@ Checkpoints of the shapes of T0-3B (5.7 GB), T0-11B (22 GB) and t5-base are writ
 weights, in shards, of which one is in memory at a time; they are deleted when no case is left that needs them.
 `ppo_kd.py` then runs with the shipped preset for the teacher, but for the data (random words), the lengths and the
 batch, which are a rehearsal's, and the number of steps. Peak memory is the process's resident set at its greatest;
-the planner's number is for a GPU, so what Python and the libraries take, measured in a process that only imports them,
-is added. Of the resident set pages of mapped files are given apart: the checkpoint is mapped, weights that are not
-quantised stay there, and of those that are the system takes the pages back when it needs them. Linux only.
+the planner's number is for a GPU, so what Python and the libraries take, measured in a process that only imports
+them, is added. A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and
+keep their shards in files: of it, the memory is that of the process that has most, and the buffers for files are
+added to the planner's number. Of the resident set pages of mapped files are given apart: the checkpoint is mapped,
+weights that are not quantised stay there, and of those that are the system takes the pages back when it needs them.
+Linux only.
 """
 
 import argparse
@@ -74,8 +77,31 @@ TEACHERS = {
     "t0_11b": Size(4096, 10240, 64, 24, preset="t0_11b_t5_base_xsum"),
 }
 PHASES = ("sample", "log_probs", "score", "update")
-PRECISIONS = {"bfloat16": "none", "int8": "int8", "nf4": "nf4"}
-CASES = [f"{teacher}-{precision}" for teacher in TEACHERS for precision in PRECISIONS]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a teacher in bfloat16 is kept, by how many processes, and through how many bytes of buffers for files."""
+
+    placement: str = "replicated"
+    quantization: str = "none"
+    processes: int = 1
+    buffers: int = 0
+
+    def launcher(self) -> list[str]:
+        if self.processes == 1:
+            return [sys.executable]
+        config = RECIPES.parent / "accelerate_configs" / "cpu_2_processes.yaml"
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+
+
+WAYS = {
+    "bfloat16": Way(),
+    "int8": Way(quantization="int8"),
+    "nf4": Way(quantization="nf4"),
+    "offload": Way("offload", processes=2, buffers=5 * 10**8 * torch.bfloat16.itemsize),  # DeepSpeed's, see Placement
+}
+CASES = [f"{teacher}-{way}" for teacher in TEACHERS for way in WAYS]
 
 
 def write_checkpoint(size: Size, directory: Path, dtype: torch.dtype) -> None:
@@ -130,7 +156,7 @@ def write_data(path: Path, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds, and bytes when most were resident; mapped: of these the pages of files, as of checkpoints."""
+    """Seconds of all processes, and bytes when one of them had most; mapped: of these the pages of files."""
 
     wall_seconds: float
     cpu_seconds: float
@@ -144,9 +170,9 @@ def run(command: list[str]) -> Run:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-            resident = memory_of(process.pid)
-            if resident.get("VmRSS", 0) > peak:
-                peak, mapped = resident["VmRSS"], resident["RssFile"]
+            for resident in map(memory_of, family(process.pid)):
+                if resident.get("VmRSS", 0) > peak:
+                    peak, mapped = resident["VmRSS"], resident["RssFile"]
             time.sleep(0.02)
         _, status, usage = ended
         if status:
@@ -155,26 +181,41 @@ def run(command: list[str]) -> Run:
     return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, mapped)
 
 
+def family(pid: int) -> list[int]:
+    """The process, its children, theirs, and so on."""
+    try:
+        children = [
+            int(word) for file in Path(f"/proc/{pid}/task").glob("*/children") for word in file.read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):  # one ended meanwhile
+        children = []
+    return [pid, *(member for child in children for member in family(child))]
+
+
 def memory_of(pid: int) -> dict[str, int]:
     """Bytes by name in the process's status; none of one that has ended."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
-def planned_bytes(teacher: Path, student: Path, quantization: str) -> int:
+def planned_bytes(teacher: Path, student: Path, way: Way) -> int:
     """The peak on a GPU: `rlkd-trl plan` with this rehearsal's sizes; mixed precision and KL as the presets have."""
     workload = Workload(PROMPT, COMPLETION, GENERATIONS, BATCH, 1, BATCH_TOKENS)
-    cluster = Cluster(gpus=1, nodes=1, gpu_memory=2**40, reserve=0.0)
+    cluster = Cluster(gpus=way.processes, nodes=1, gpu_memory=2**40, reserve=0.0)
     of_teacher, of_student = Checkpoint.of("--teacher", str(teacher)), Checkpoint.of("--student", str(student))
-    wanted = ("replicated", "bfloat16", quantization)
+    wanted = (way.placement, "bfloat16", way.quantization)
     estimates = teacher_estimates(of_teacher, workload, cluster)
     chosen = next(t for t in estimates if (t.placement, t.dtype, t.quantization) == wanted)
-    return peak_bytes(chosen, student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0])
+    student_bytes = student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0]
+    return peak_bytes(chosen, student_bytes) + way.buffers
 
 
 def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     """One case: what it took, and what the planner said."""
-    name, precision = case.split("-")
+    name, way = case.split("-")[0], WAYS[case.split("-")[1]]
     teacher, student = work_dir / name, work_dir / "t5_base"
     data, held_out, templates = (work_dir / name for name in ("data.jsonl", "held_out.jsonl", "templates.yaml"))
     started = time.perf_counter()
@@ -184,12 +225,17 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     templates.write_text('again: "{{source}} again :"\n')
     print(f"{case}: checkpoints written in {time.perf_counter() - started:.0f} s", flush=True)
     output_dir = work_dir / f"out_{case}"
-    command = [sys.executable, str(RECIPES / "ppo_kd.py"), "--config", TEACHERS[name].preset]
+    command = [*way.launcher(), str(RECIPES / "ppo_kd.py"), "--config", TEACHERS[name].preset]
     command += ["--teacher", str(teacher), "--student", str(student), "--dataset", str(data)]
     command += ["--dataset_split", "train", "--eval_dataset", str(held_out)]
     command += ["--source_column", "source", "--target_column", "target", "--student_template", "{{source}}"]
     command += ["--templates", str(templates), "--template_names", "again"]
-    command += ["--teacher_quantization", PRECISIONS[precision], "--teacher_batch_tokens", str(BATCH_TOKENS)]
+    command += ["--teacher_placement", way.placement, "--teacher_quantization", way.quantization]
+    if way.buffers:
+        shards = work_dir / "shards"
+        shards.mkdir(exist_ok=True)
+        command += ["--teacher_offload_path", str(shards)]
+    command += ["--teacher_batch_tokens", str(BATCH_TOKENS)]
     command += ["--teacher_max_prompt_length", str(PROMPT), "--max_prompt_length", str(PROMPT)]
     command += ["--per_device_train_batch_size", str(BATCH), "--gradient_accumulation_steps", "1"]
     command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(COMPLETION)]
@@ -204,7 +250,7 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "peak_gib": rehearsal.peak / 2**30,
         "mapped_gib": rehearsal.mapped / 2**30,
         "libraries_gib": libraries.peak / 2**30,
-        "planned_gib": planned_bytes(teacher, student, PRECISIONS[precision]) / 2**30,
+        "planned_gib": planned_bytes(teacher, student, way) / 2**30,
         **logged(output_dir),
     }
 
