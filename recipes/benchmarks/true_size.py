@@ -40,12 +40,15 @@ from rlkd_trl.planning.skeletons import Checkpoint
 
 ROWS, WORDS = 32_128, 32_100  # T5's embeddings have more rows than its tokenizer has tokens
 SHARD_BYTES = 2 * 10**9
-PROMPT, COMPLETION, BATCH, GENERATIONS, BATCH_TOKENS = 64, 32, 16, 4, 16384
+PROMPT, BATCH, GENERATIONS, BATCH_TOKENS = 64, 16, 4, 16384
 
 
 @dataclass(frozen=True)
 class Size:
-    """A T5: of v1.1 (gated, untied), or the first one. preset: the shipped one with such a teacher."""
+    """A T5: of v1.1 (gated, untied), or the first one.
+
+    preset: the shipped one with such a teacher. completion: tokens; a teacher answers held-out prompts one by one.
+    """
 
     d_model: int
     d_ff: int
@@ -53,6 +56,7 @@ class Size:
     layers: int
     v1_1: bool = True
     preset: str = ""
+    completion: int = 32
 
     def config(self) -> T5Config:
         return T5Config(
@@ -74,7 +78,7 @@ class Size:
 STUDENT = Size(768, 3072, 12, 12, v1_1=False)
 TEACHERS = {
     "t0_3b": Size(2048, 5120, 32, 24, preset="t0_3b_t5_base_dailydialog"),
-    "t0_11b": Size(4096, 10240, 64, 24, preset="t0_11b_t5_base_xsum"),
+    "t0_11b": Size(4096, 10240, 64, 24, preset="t0_11b_t5_base_xsum", completion=8),
 }
 PHASES = ("sample", "log_probs", "score", "update")
 
@@ -201,9 +205,9 @@ def memory_of(pid: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
-def planned_bytes(teacher: Path, student: Path, way: Way) -> int:
+def planned_bytes(teacher: Path, student: Path, completion: int, way: Way) -> int:
     """The peak on a GPU: `rlkd-trl plan` with this rehearsal's sizes; mixed precision and KL as the presets have."""
-    workload = Workload(PROMPT, COMPLETION, GENERATIONS, BATCH, 1, BATCH_TOKENS)
+    workload = Workload(PROMPT, completion, GENERATIONS, BATCH, 1, BATCH_TOKENS)
     cluster = Cluster(gpus=way.processes, nodes=1, gpu_memory=2**40, reserve=0.0)
     of_teacher, of_student = Checkpoint.of("--teacher", str(teacher)), Checkpoint.of("--student", str(student))
     wanted = (way.placement, "bfloat16", way.quantization)
@@ -216,16 +220,17 @@ def planned_bytes(teacher: Path, student: Path, way: Way) -> int:
 def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     """One case: what it took, and what the planner said."""
     name, way = case.split("-")[0], WAYS[case.split("-")[1]]
+    size = TEACHERS[name]
     teacher, student = work_dir / name, work_dir / "t5_base"
     data, held_out, templates = (work_dir / name for name in ("data.jsonl", "held_out.jsonl", "templates.yaml"))
     started = time.perf_counter()
-    write_checkpoint(TEACHERS[name], teacher, torch.bfloat16)
+    write_checkpoint(size, teacher, torch.bfloat16)
     write_checkpoint(STUDENT, student, torch.float32)
     write_data(data, 64), write_data(held_out, 2)
     templates.write_text('again: "{{source}} again :"\n')
     print(f"{case}: checkpoints written in {time.perf_counter() - started:.0f} s", flush=True)
     output_dir = work_dir / f"out_{case}"
-    command = [*way.launcher(), str(RECIPES / "ppo_kd.py"), "--config", TEACHERS[name].preset]
+    command = [*way.launcher(), str(RECIPES / "ppo_kd.py"), "--config", size.preset]
     command += ["--teacher", str(teacher), "--student", str(student), "--dataset", str(data)]
     command += ["--dataset_split", "train", "--eval_dataset", str(held_out)]
     command += ["--source_column", "source", "--target_column", "target", "--student_template", "{{source}}"]
@@ -238,7 +243,7 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     command += ["--teacher_batch_tokens", str(BATCH_TOKENS)]
     command += ["--teacher_max_prompt_length", str(PROMPT), "--max_prompt_length", str(PROMPT)]
     command += ["--per_device_train_batch_size", str(BATCH), "--gradient_accumulation_steps", "1"]
-    command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(COMPLETION)]
+    command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(size.completion)]
     command += ["--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "True"]
     command += ["--output_dir", str(output_dir), "--overwrite_output_dir", "True", "--disable_tqdm", "True"]
     rehearsal = run(command)
@@ -250,7 +255,7 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "peak_gib": rehearsal.peak / 2**30,
         "mapped_gib": rehearsal.mapped / 2**30,
         "libraries_gib": libraries.peak / 2**30,
-        "planned_gib": planned_bytes(teacher, student, way) / 2**30,
+        "planned_gib": planned_bytes(teacher, student, size.completion, way) / 2**30,
         **logged(output_dir),
     }
 
@@ -303,7 +308,7 @@ def main() -> None:
     text = f"""# Rehearsals with models of real size
 
 PPO with the shipped presets' settings, but for lengths and batch: {args.steps} steps of {BATCH} completions of
-{COMPLETION} tokens, {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Seconds
+32 tokens (T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Seconds
 of each phase are of the last step, by the wall's clock; "around training" is everything else: imports, loading (and
 quantising), evaluations, saving.
 
