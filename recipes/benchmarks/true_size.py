@@ -308,9 +308,9 @@ def main() -> None:
     text = f"""# Rehearsals with models of real size
 
 PPO with the shipped presets' settings, but for lengths and batch: {args.steps} steps of {BATCH} completions of
-32 tokens (T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student. Seconds
-of each phase are of the last step, by the wall's clock; "around training" is everything else: imports, loading (and
-quantising), evaluations, saving.
+32 tokens (T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student.
+Seconds of each phase are of the last step, by the wall's clock; "around training" is everything else: imports, loading
+(and quantising), evaluations, saving.
 
 {table(rows)}
 
