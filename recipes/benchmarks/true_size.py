@@ -5,12 +5,13 @@ r"""Runs with models of real size and random weights: time, and memory against t
 Checkpoints of the shapes of T0-3B (5.7 GB), T0-11B (22 GB) and t5-base are written to the work directory with random
 weights, in shards, of which one is in memory at a time; they are deleted when no case is left that needs them.
 `ppo_kd.py` then runs with the shipped preset for the teacher, but for the data (random words), the lengths and the
-batch, which are a rehearsal's, and the number of steps. Peak memory is the process's resident set at its greatest;
-the planner's number is for a GPU, so what Python and the libraries take, measured in a process that only imports
-them, is added. A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and
-keep their shards in files: of it, the memory is that of the process that has most, and the buffers for files are
-added to the planner's number. Of the resident set pages of mapped files are given apart: the checkpoint is mapped,
-weights that are not quantised stay there, and of those that are the system takes the pages back when it needs them.
+batch, which are a rehearsal's, and the number of steps. Memory is what belongs to no file at its greatest, and the
+weights that stay in the mapped checkpoint, which are those that are not quantised; beside it stands the resident set
+at its greatest, with all pages of the checkpoint that have been read and not yet taken back. The planner's number is
+for a GPU, so what Python and the libraries take, measured in a process that only imports them, is added.
+
+A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and keep their shards
+in files: its memory is that of the process that has most, and the buffers for files are added to the planner's number.
 Linux only.
 """
 
@@ -37,6 +38,7 @@ from rlkd_trl.evaluation.tables import markdown_table
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, Training, peak_bytes, student_estimates, teacher_estimates
 from rlkd_trl.planning.skeletons import Checkpoint
+from rlkd_trl.planning.weights import weight_bytes
 
 ROWS, WORDS = 32_128, 32_100  # T5's embeddings have more rows than its tokenizer has tokens
 SHARD_BYTES = 2 * 10**9
@@ -160,21 +162,26 @@ def write_data(path: Path, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of all processes, and bytes when one of them had most; mapped: of these the pages of files."""
+    """Seconds of all processes, and bytes when one of them had most.
+
+    mapped: of these the pages of files. own: at its own greatest, memory that is of no file.
+    """
 
     wall_seconds: float
     cpu_seconds: float
     peak: int
     mapped: int
+    own: int
 
 
 def run(command: list[str]) -> Run:
     """Runs it, and reads its memory fifty times a second. Raises `SystemExit` if it fails."""
-    started, peak, mapped = time.perf_counter(), 0, 0
+    started, peak, mapped, own = time.perf_counter(), 0, 0, 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             for resident in map(memory_of, family(process.pid)):
+                own = max(own, resident.get("RssAnon", 0) + resident.get("RssShmem", 0))
                 if resident.get("VmRSS", 0) > peak:
                     peak, mapped = resident["VmRSS"], resident["RssFile"]
             time.sleep(0.02)
@@ -182,7 +189,7 @@ def run(command: list[str]) -> Run:
         if status:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)}\n{said.read()[-4000:]}")
-    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, mapped)
+    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, mapped, own)
 
 
 def family(pid: int) -> list[int]:
@@ -215,6 +222,18 @@ def planned_bytes(teacher: Path, student: Path, completion: int, way: Way) -> in
     chosen = next(t for t in estimates if (t.placement, t.dtype, t.quantization) == wanted)
     student_bytes = student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0]
     return peak_bytes(chosen, student_bytes) + way.buffers
+
+
+def bytes_left_in_file(teacher: Path, way: Way) -> int:
+    """Of the teacher's weights those that stay in the mapped file: what is not quantised; of shards nothing does."""
+    if way.placement != "replicated":
+        return 0
+    skeleton = Checkpoint.of("--teacher", str(teacher)).build(torch.bfloat16)
+    whole = weight_bytes(skeleton)
+    if way.quantization == "none":
+        return whole
+    saved = whole - weight_bytes(skeleton, "int8")  # a byte of each weight that is quantised, less a few scales
+    return whole - 2 * saved
 
 
 def rehearse(case: str, work_dir: Path, steps: int) -> dict:
@@ -254,6 +273,8 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "cpu_seconds": rehearsal.cpu_seconds,
         "peak_gib": rehearsal.peak / 2**30,
         "mapped_gib": rehearsal.mapped / 2**30,
+        "own_gib": rehearsal.own / 2**30,
+        "in_file_gib": bytes_left_in_file(teacher, way) / 2**30,
         "libraries_gib": libraries.peak / 2**30,
         "planned_gib": planned_bytes(teacher, student, size.completion, way) / 2**30,
         **logged(output_dir),
@@ -280,13 +301,13 @@ def table(rows: list[dict]) -> str:
                 f"{row['training_cpu_seconds']:.0f}",
                 *(f"{row[f'seconds/{phase}']:.1f}" for phase in PHASES),
                 f"{row['peak_gib']:.1f}",
-                f"{row['mapped_gib']:.1f}",
+                f"{row['own_gib']:.1f} + {row['in_file_gib']:.1f}",
                 f"{row['planned_gib']:.1f} + {row['libraries_gib']:.1f}",
-                f"{row['peak_gib'] / expected:.2f}",
+                f"{(row['own_gib'] + row['in_file_gib']) / expected:.2f}",
             ]
         )
     heads = ["case", "around training, CPU s", "training, CPU s", *(f"{phase}, s" for phase in PHASES)]
-    heads += ["peak, GiB", "of it files", "planned + libraries", "peak over these"]
+    heads += ["resident, GiB", "own + weights in the file", "planned + libraries", "the former over these"]
     return markdown_table(heads, lines)
 
 
