@@ -100,12 +100,12 @@ def test_inputs_are_disjoint_and_without_references(benchmark, tmp_path):
 
 @pytest.mark.slow(15)
 def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
-    """On a tiny chat model in the teacher's place."""
+    """On a tiny chat model in the teacher's place; in float32, in which it gives the same answers twice."""
     write_csv(tmp_path / "e2e.csv", ROWS)
     make_teacher(tmp_path / "teacher")
     here, results = tmp_path / "work", tmp_path / "results"
     command = ["smollm2.py", "--smoke", "--inputs", str(tmp_path / "e2e.csv"), "--work_dir", str(here)]
-    command += ["--teacher", str(tmp_path / "teacher"), "--results_dir", str(results)]
+    command += ["--teacher", str(tmp_path / "teacher"), "--results_dir", str(results), "--no-bf16"]
     fork_recipes(monkeypatch)
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
@@ -122,6 +122,38 @@ def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
         assert lines[name]["human_bleu"]["mean"] == pytest.approx(expected)
     assert lines["ppo_average"]["cost"]["optimizer_steps"]["mean"] == 1
     assert all(heading in (results / "smollm2.md").read_text() for heading in benchmark.COLUMNS)
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
+def test_half_precision_is_for_training_and_scores(flag, benchmark, tmp_path, monkeypatch):
+    """Not for the answers, from which the students learn."""
+    write_csv(tmp_path / "e2e.csv", ROWS)
+    for name in ("teacher", "work/pruned"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    commands = {}
+
+    def stage(recipe, target, *flags):
+        commands[recipe] = " ".join(map(str, flags))
+        target.parent.mkdir(exist_ok=True)
+        if recipe == "pseudo_label":
+            target.write_text("".join(json.dumps({"mr": row["mr"], "pseudo_label": "so"}) + "\n" for row in ROWS))
+
+    def compare(command):
+        commands["compare"] = " ".join(command)
+        return SimpleNamespace(returncode=7)
+
+    monkeypatch.setitem(benchmark.main.__globals__, "stage", stage)
+    monkeypatch.setattr(benchmark.subprocess, "run", compare)
+    command = ["smollm2.py", "--smoke", "--inputs", str(tmp_path / "e2e.csv"), "--work_dir", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*command, "--teacher", str(tmp_path / "teacher"), flag])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 7
+    is_on = flag == "--bf16"
+    assert ("--bf16 True" in commands["sft"]) == is_on
+    assert ("--teacher_dtype bfloat16" in commands["compare"] and "bf16=true" in commands["compare"]) == is_on
+    assert "dtype" not in commands["pseudo_label"]
 
 
 @pytest.mark.slow
