@@ -1,5 +1,6 @@
 """Reward recipes by name, a user's own functions and classes, and their weighted sum."""
 
+import importlib.machinery
 import importlib.util
 import inspect
 import itertools
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor
@@ -199,7 +201,7 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
         raise InputError(f"`--reward {spec}`: there is no file {path}.")
     # The module's name holds the whole path, so that neither a file json.py nor a second reward.py hides a module.
     module_name = re.sub(r"\W", "_", str(Path(path).resolve()))
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module_spec = importlib.util.spec_from_file_location(module_name, path, loader=_AsWritten(module_name, path))
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look up the module of a class
     try:
@@ -218,6 +220,16 @@ def load_reward(spec: str) -> type[TeacherReward] | Callable:
         raise InputError(f"`--reward {spec}`: {path} defines no function {name!r}; it has: {', '.join(names)}.")
     check_signature(reward)
     return reward
+
+
+class _AsWritten(importlib.machinery.SourceFileLoader):
+    """Compiles the file whenever it is loaded, and leaves nothing beside it.
+
+    Python's compiled files would be taken for one that was rewritten within a second in as many bytes.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _is_teacher_reward(value: object) -> bool:

@@ -88,13 +88,11 @@ def test_the_commands_are_good_without_what_is_wrong(recipe, workplace):
 
 
 def state_of(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Of every file and directory, what any writing changes; but for what Python keeps of a reward's file."""
+    """Of every file and directory, what any writing changes."""
     found, unread = {}, [str(directory)]
     while unread:
         with os.scandir(unread.pop()) as entries:
             for entry in entries:
-                if entry.name == "__pycache__":
-                    continue
                 status = entry.stat(follow_symlinks=False)
                 times = (status.st_mtime_ns, status.st_ctime_ns)
                 found[entry.path] = (status.st_mode, status.st_size, status.st_ino, *times)

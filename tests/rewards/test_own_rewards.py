@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,17 @@ def test_a_file_that_leaves(tmp_path):
     (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(InputError, match=r"mine.py failed: SystemExit: 0"):
         load_reward(f"{tmp_path / 'mine.py'}:f")
+
+
+def test_a_file_is_run_as_it_is_written(tmp_path, monkeypatch):
+    """Rewritten within a second in as many bytes, which is the same to Python's compiled files; there are none."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    for value in (1, 2):
+        file.write_text(f"def f(completions):\n    return [{value}.0] * len(completions)\n")
+        os.utime(file, (10**9, 10**9))
+        assert load_reward(f"{file}:f")(["a"]) == [value]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_reward_may_change_the_directory_for_itself(tmp_path, monkeypatch):
