@@ -30,8 +30,15 @@ MOST_SECONDS = 15
 
 
 def cases(table: tuple | list) -> list:
+    """A test for each recipe of each line; quick, with the first of them."""
     return [
-        pytest.param(recipe, flags, message, id=f"{recipe} {flags[:80]}")
+        pytest.param(
+            recipe,
+            flags,
+            message,
+            marks=() if recipe == recipes[0] else pytest.mark.slow(0.05),
+            id=f"{recipe} {flags[:80]}",
+        )
         for recipes, flags, message in table
         for recipe in recipes
     ]

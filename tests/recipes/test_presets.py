@@ -160,6 +160,7 @@ def test_every_method_runs_two_steps(preset, checkpoints, train_csv, tmp_path):
     assert largest_difference(after, start) > 1e-3, "nothing was learnt"
 
 
+@pytest.mark.slow(0.3)
 @of_all
 def test_a_misspelt_key_of_a_preset_fails(preset, tmp_path):
     """At the top, the name of a section, and in every section."""
