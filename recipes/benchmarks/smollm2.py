@@ -15,8 +15,8 @@ against the teacher's own answers and in its eyes. Every stage is one call of a 
 it stopped (`--stop_after_minutes`). Writes `smollm2.md` and `smollm2.json` to `--results_dir`, beside the comparison's
 own tables. `--smoke` does all of it in small; `--teacher` takes another chat model's directory.
 
-Training and the teacher's scores are in bfloat16 (students' weights stay in float32), which took a third of the CPU
-time of a training step on processors with AVX512_BF16; `--no-bf16` keeps all in float32.
+Training and the teacher's scores are in bfloat16 (students' weights stay in float32): on a processor with AVX512_BF16
+four steps of the warm start took 23 s instead of 46. `--no-bf16` keeps all in float32.
 """
 
 import argparse
