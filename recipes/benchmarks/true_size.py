@@ -12,7 +12,7 @@ for a GPU, so what Python and the libraries take, measured in a process that onl
 
 A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and keep their shards
 in files: its memory is that of the process that has most, and the buffers for files are added to the planner's number.
-It has not been run to its end yet. Linux only.
+It has been run to its end with a small teacher only. Linux only.
 """
 
 import argparse
