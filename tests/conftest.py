@@ -7,6 +7,9 @@ from collections import Counter
 
 # The Hugging Face libraries read it when they are imported: no test asks the real Hub, whatever the machine's network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
+# The programs that tests start read it too: with two threads beside another test some take four times the CPU time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
@@ -26,8 +29,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-# The models are so small that threads only wait for each other; and a sum split over them rounds in another order.
-torch.set_num_threads(1)
 # What is written outlives a killed process without it, and no test cuts the power: each checkpoint of a few bytes
 # would wait for the disk twenty times. Called with what is no open file, it fails as the real one does. That it is
 # called is for `tests/resuming/test_checkpoint_files.py`.

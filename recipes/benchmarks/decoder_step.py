@@ -24,13 +24,14 @@ from step_phases import PhaseMeter, compare
 from workload import (
     DECODER_STUDENT,
     DECODER_TEACHER,
+    Dimensions,
     Shape,
-    decoder_phase_flops,
     prompt_texts,
     random_decoder,
     resident_mib,
     word_tokenizer,
 )
+from workload import decoder_phase_flops as phase_flops
 
 from rlkd_trl import RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
 
@@ -38,14 +39,19 @@ RIVAL = Path(__file__).resolve().parent / "trl_rloo_step.py"
 
 
 def measured_trainer(
-    shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str
+    shape: Shape,
+    steps: int,
+    update_batch_size: int,
+    beta: float,
+    output_dir: str,
+    teacher: Dimensions = DECODER_TEACHER,
 ) -> tuple[RLOOKDTrainer, PhaseMeter]:
     """An `RLOOKDTrainer` for `steps` rollouts and the meter of its phases."""
     tokenizer, updates = word_tokenizer(shape.vocabulary), shape.completions // update_batch_size
     args = RLOOKDConfig(output_dir, **settings(shape, steps, update_batch_size, beta))
     trainer = RLOOKDTrainer(
         random_decoder(DECODER_STUDENT, shape.vocabulary, seed=1),
-        TeacherForcingReward(random_decoder(DECODER_TEACHER, shape.vocabulary, seed=2), tokenizer),
+        TeacherForcingReward(random_decoder(teacher, shape.vocabulary, seed=2), tokenizer),
         args,
         Dataset.from_list([{"prompt": text} for step in range(steps) for text in prompt_texts(shape, step)]),
         processing_class=tokenizer,
@@ -53,18 +59,16 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
-    """The FLOPs that each phase needs."""
-    return decoder_phase_flops(shape, several_updates=several_updates, reference=reference)
-
-
-def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
+def measure(
+    shape: Shape, steps: int, update_batch_size: int, beta: float, teacher: Dimensions = DECODER_TEACHER
+) -> dict[str, object]:
     """Our step, in this process."""
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir, teacher)
         loaded_mib = resident_mib()
         trainer.train()
-    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    several, reference = update_batch_size < shape.completions, beta > 0
+    flops = phase_flops(shape, several_updates=several, reference=reference, teacher=teacher)
     return meter.results(flops, loaded_mib)
 
 

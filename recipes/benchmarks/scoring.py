@@ -2,7 +2,6 @@ r"""Rewards per second and peak memory of our teacher's scoring against naive sc
 
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py --prompt_tokens 256 --prompts 8 --samples 8
-    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/scoring.py --growth
 
 Both compute r_t = q_t − max_v f_{t+1}[v] of the same completions with the same random T5. "Naive" is what one writes
 first: the model's forward pass on every (prompt, completion) pair, with its encoder, and float32 logits of all
@@ -12,15 +11,11 @@ same rewards.
 Time is CPU seconds of the process in one thread, with naive and ours alternating, as the median over `--repetitions`.
 Extra memory is how far the peak resident set of a fresh process rises above what it held with the model loaded, as the
 median over three processes; a tiny call before lets libraries make their first allocations. Linux only. The last line
-is one JSON object.
-
-`--growth` measures ours alone instead, over prompt tokens S, completion tokens T, samples K, vocabulary V and teacher
-layers, one at a time, each with a fitted exponent: the slope of log seconds (or log MiB) over log size.
+is one JSON object. How the cost grows with each size: `growth.py`.
 """
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -47,16 +42,7 @@ from workload import (
 from rlkd_trl.ops.rewards import centre, teacher_forcing_reward
 from rlkd_trl.teachers import Teacher
 
-BASE = Shape(prompt_tokens=64, completion_tokens=32, prompts=8, samples=4)
 TINY = Shape(prompt_tokens=4, completion_tokens=3, prompts=2, samples=2)
-# Vocabulary only changes the head: its memory is measured with sizes up to mT5's.
-GROWTH = {
-    "prompt_tokens": [64, 128, 256, 512],
-    "completion_tokens": [16, 32, 64, 128],
-    "samples": [2, 4, 8, 16],
-    "vocabulary": [8192, 32768, 131072],
-    "teacher_layers": [2, 4, 8, 16],
-}
 
 
 @dataclass(frozen=True)
@@ -180,51 +166,16 @@ def compare(dimensions: Dimensions, shape: Shape, repetitions: int) -> dict[str,
     return results
 
 
-def exponent(sizes: list[float], values: list[float]) -> float:
-    """Least-squares slope of log value over log size."""
-    x, y = ([math.log(max(v, 1e-9)) for v in series] for series in (sizes, values))
-    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-
-
-def growth(dimensions: Dimensions, base: Shape, sizes: dict[str, list[int]], repetitions: int) -> dict[str, object]:
-    """Seconds and memory of ours for each value of each size, with the other sizes as in `base`."""
-    table: dict[str, object] = {"base": asdict(base), "dimensions": asdict(dimensions)}
-    for name, values in sizes.items():
-        rows = []
-        for value in values:
-            if name == "teacher_layers":
-                size, shape = Dimensions(**{**asdict(dimensions), "layers": value}), base
-            else:
-                size, shape = dimensions, Shape(**{**asdict(base), name: value})
-            seconds = cpu_seconds(Scorers(size, shape.vocabulary), ["ours"], shape, repetitions, MatmulRate())["ours"]
-            rows.append(
-                {"size": value, "cpu_seconds": seconds, "extra_mib": extra_mib_in_children("ours", size, shape)}
-            )
-            print(json.dumps({name: value, **rows[-1]}), flush=True)
-        table[name] = {
-            "rows": rows,
-            "exponent_of_seconds": exponent(values, [row["cpu_seconds"] for row in rows]),
-            "exponent_of_mib": exponent(values, [row["extra_mib"] for row in rows]),
-        }
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     Shape.add_flags(parser)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--growth", nargs="*", choices=GROWTH, metavar="SIZE", help=f"all, or of: {', '.join(GROWTH)}")
     parser.add_argument("--measure_memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure_memory:
         request = json.loads(args.measure_memory)
         print(extra_mib(request["way"], Dimensions(**request["dimensions"]), Shape(**request["shape"])))
-        return
-    if args.growth is not None:
-        sizes = {name: values for name, values in GROWTH.items() if name in args.growth or not args.growth}
-        print(json.dumps(growth(TEACHER, BASE, sizes, args.repetitions)))
         return
     shape = Shape.of(args)
     print(json.dumps(compare(TEACHER, shape, args.repetitions)))

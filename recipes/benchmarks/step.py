@@ -36,6 +36,7 @@ from step_phases import PhaseMeter, compare
 from workload import (
     STUDENT,
     TEACHER,
+    Dimensions,
     Shape,
     forward_flops,
     prompt_texts,
@@ -50,7 +51,7 @@ RIVAL = Path(__file__).resolve().parent / "trl_0_11_step.py"
 
 
 def measured_trainer(
-    shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str
+    shape: Shape, steps: int, update_batch_size: int, beta: float, output_dir: str, teacher: Dimensions = TEACHER
 ) -> tuple[PPOKDTrainer, PhaseMeter]:
     """A `PPOKDTrainer` for `steps` rollouts and the meter of its phases."""
     tokenizer = word_tokenizer(shape.vocabulary)
@@ -58,7 +59,7 @@ def measured_trainer(
     args = PPOKDConfig(output_dir, **settings(shape, steps, update_batch_size, beta))
     trainer = PPOKDTrainer(
         random_t5(STUDENT, shape.vocabulary, seed=1),
-        TeacherForcingReward(random_t5(TEACHER, shape.vocabulary, seed=2), tokenizer),
+        TeacherForcingReward(random_t5(teacher, shape.vocabulary, seed=2), tokenizer),
         args,
         Dataset.from_list([{"prompt": text} for step in range(steps) for text in prompt_texts(shape, step)]),
         processing_class=tokenizer,
@@ -66,7 +67,9 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+def phase_flops(
+    shape: Shape, *, several_updates: bool, reference: bool, teacher: Dimensions = TEACHER
+) -> dict[str, int]:
     """The FLOPs that each phase needs.
 
     In the update, the backward pass counts as two forward passes; old and reference log-probabilities need one each.
@@ -74,18 +77,21 @@ def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict
     student = forward_flops(STUDENT, shape)
     return {
         "generate": forward_flops(STUDENT, shape, cached=True),
-        "score": forward_flops(TEACHER, shape),
+        "score": forward_flops(teacher, shape),
         "update": (3 + several_updates + reference) * student,
     }
 
 
-def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
+def measure(
+    shape: Shape, steps: int, update_batch_size: int, beta: float, teacher: Dimensions = TEACHER
+) -> dict[str, object]:
     """Our step, in this process."""
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir, teacher)
         loaded_mib = resident_mib()
         trainer.train()
-    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    several, reference = update_batch_size < shape.completions, beta > 0
+    flops = phase_flops(shape, several_updates=several, reference=reference, teacher=teacher)
     return meter.results(flops, loaded_mib)
 
 

@@ -97,7 +97,7 @@ def test_the_head_is_untied():
 
 
 def test_the_exponent_of_a_power_law():
-    exponent = names_of("scoring").exponent
+    exponent = names_of("growth").exponent
     assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert exponent([1, 2, 4, 8], [5, 5, 5, 5]) == pytest.approx(0)
 
@@ -213,16 +213,36 @@ def test_a_teacher_that_scores_otherwise_is_noticed(monkeypatch):
         names["compare"](small, names["Shape"](5, 3, 2, 2, 40), 1)
 
 
-@pytest.mark.slow
 def test_growth(monkeypatch):
-    names = main_of("benchmarks/scoring").__globals__
-    monkeypatch.setitem(names, "extra_mib_in_children", lambda way, size, shape: 2.0 * shape.samples)
-    small = names["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1)
-    sizes = {"samples": [1, 2, 4], "teacher_layers": [1, 2]}
-    found = names["growth"](small, names["Shape"](5, 3, 2, 2, 40), sizes, 1)
-    assert [row["size"] for row in found["samples"]["rows"]] == [1, 2, 4]
-    assert found["samples"]["exponent_of_mib"] == pytest.approx(1)
-    assert found["teacher_layers"]["exponent_of_mib"] == pytest.approx(0)
+    """Which steps are measured, each once, and what their line says."""
+    names = main_of("benchmarks/growth").__globals__
+    measured = []
+
+    def stand_in(family, shape, teacher, steps):
+        measured.append((shape.samples, shape.vocabulary, teacher.layers))
+        values = {"cpu_seconds": 0.5 * teacher.layers, "extra_mib": 2.0 * shape.samples}
+        return {"generate": values, "score": values, "update": values}
+
+    monkeypatch.setitem(names, "measure_in_child", stand_in)
+    sizes = {"samples": [1, 2, 4], "vocabulary": [40, 80], "teacher_layers": [8, 16]}
+    found = names["grow"]("t5", names["Shape"](5, 3, 2, 2, 40), sizes, 1)
+    assert measured == [(1, 40, 8), (2, 40, 8), (4, 40, 8), (2, 80, 8), (2, 40, 16)]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in names["table"](found).splitlines()[2:]]
+    assert [line[1] for line in lines] == 3 * ["sampling", "scoring", "update"]
+    assert lines[0][2:] == ["1: 4.00 s, 2 MiB · 2: 4.00 s, 4 MiB · 4: 4.00 s, 8 MiB", "0.00", "1.00"]
+    assert lines[8][2:] == ["8: 4.00 s, 4 MiB · 16: 8.00 s, 4 MiB", "1.00", "0.00"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "decoder_only"])
+def test_a_step_whose_growth_is_measured(family):
+    """In a process of its own."""
+    names = names_of("growth")
+    shape, small = names.Shape(5, 3, 2, 2, 40), names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1)
+    phases = names.measure_in_child(family, shape, small, 1)
+    assert list(phases) == ["generate", "score", "update"]
+    assert all(phase["cpu_seconds"] > 0 for phase in phases.values())
+    assert max(phase["extra_mib"] for phase in phases.values()) > 0
 
 
 @pytest.mark.slow
