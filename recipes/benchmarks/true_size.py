@@ -318,6 +318,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the phases of a run's first step are not logged.")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for index, case in enumerate(args.cases):
