@@ -14,6 +14,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_browser_that_does_not_work_is_ended_and_its_tests_are_skipped(script, tmp_path, monkeypatch):
     program, pids = tmp_path / "chromium", tmp_path / "pids"

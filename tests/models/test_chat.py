@@ -304,6 +304,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize(("template", "message"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_chat_template_ends_soon_and_the_next_one_renders(template, message):
     """A tokenizer's directory may come from anywhere."""
@@ -314,6 +315,7 @@ def test_a_hostile_chat_template_ends_soon_and_the_next_one_renders(template, me
     assert ids_read(PromptWriter(chat_tokenizer()), "w4") == [23, 4, 26, 24]
 
 
+@pytest.mark.slow(2)
 def test_a_template_that_is_hostile_to_one_prompt_only():
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     writer = PromptWriter(

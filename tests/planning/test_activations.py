@@ -67,6 +67,7 @@ def assert_close(estimated: int, measured: int, tolerance: float = TOLERANCE) ->
     assert abs(estimated / measured - 1) < tolerance, f"{estimated:,} bytes estimated, {measured:,} measured"
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
@@ -161,6 +162,7 @@ def test_update_of_adapters_and_of_recomputed_layers(name, shape, critic, adapte
     assert_close(estimated, measured)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ["t5-tied", "llama"])
 def test_layers_are_recomputed_with_the_attention_of_a_gpu(name, tmp_path):
     """With adapters, as the command does; they save memory there, too."""
@@ -203,6 +205,7 @@ def measured_update(
     return measured[1]
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize(
     ("name", "shape", "critic", "bf16"),
     [

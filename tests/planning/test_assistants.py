@@ -113,6 +113,7 @@ def test_a_student_that_is_not_smaller():
         assistant_configs(STUDENT, TEACHER, 1)
 
 
+@pytest.mark.slow(4)
 def test_the_planner_prints_them(tmp_path, capsys):
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         config.save_pretrained(tmp_path / name)

@@ -96,6 +96,7 @@ def test_merged_adapters_are_a_plain_checkpoint(family, command, checkpoints, tm
     assert f"{auto.__name__}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow(1)
 def test_a_resumed_run_of_adapters_ends_as_a_whole_one(command, tmp_path, capsys):
     """And is refused with adapters of another kind."""
     line = f"{command('ppo', 'out')} {LORA} --beta 0.1 --save_steps 1"

@@ -672,6 +672,7 @@ def test_something_is_missing(command, message, workplace, capsys):
     check_refusal(command, message, workplace, capsys)
 
 
+@pytest.mark.slow(1)
 def test_adapters_that_a_first_part_merges_are_not_there_for_the_next(workplace, capsys):
     model = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("student"), LoraConfig(task_type="SEQ_2_SEQ_LM"))
     model.save_pretrained("adapters")
@@ -731,6 +732,7 @@ def test_smoke(tmp_path, monkeypatch):
     assert all(row["cost"]["optimizer_steps"]["values"] == [4] for row in rows[2:])
 
 
+@pytest.mark.slow(1)
 def test_a_run_whose_student_gives_numbers_that_are_not_finite(workplace, monkeypatch, capsys):
     """Of finite weights, for some inputs: the tables are written, and the exit code says that they do not hold."""
     spoiled = workplace / "spoiled"

@@ -196,6 +196,7 @@ def observe(workplace, monkeypatch):
     return observed
 
 
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("name", [name for name, (_, is_seen) in ARRIVES.items() if is_seen is not None])
 def test_every_flag_arrives(name, observe):
     flags, is_seen = ARRIVES[name]

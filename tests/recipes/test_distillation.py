@@ -76,6 +76,7 @@ def finished(request, checkpoints, train_csv, test_csv, tmp_path_factory) -> Run
     return Run(method, family, pair, output_dir, *(now - then for then, now in zip(began, ended, strict=True)))
 
 
+@pytest.mark.slow(0.4)
 def test_plain_transformers_loads_the_trained_student(finished):
     model, loading = finished.auto_class.from_pretrained(finished.output_dir, output_loading_info=True)
     assert type(model) is type(MODELS[finished.family]())

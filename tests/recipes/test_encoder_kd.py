@@ -112,6 +112,7 @@ def test_every_preset_trains(name, encoders, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == encoder_tokenizer().get_vocab()
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -412,6 +413,7 @@ def killed_in(stage: int, step: int, monkeypatch) -> None:
     monkeypatch.setattr(EncoderKDTrainer, "training_step", kill)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_that_was_stopped_in_any_stage_ends_as_if_it_had_not_been(
     stage, encoders, tmp_path, monkeypatch, capsys
@@ -438,6 +440,7 @@ def test_a_run_that_was_stopped_in_any_stage_ends_as_if_it_had_not_been(
     assert "is finished, after 3 steps: nothing is left to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -478,6 +481,7 @@ def test_a_stage_that_was_killed_in_its_first_save_begins_anew(encoders, tmp_pat
     assert (out / "stage1-general" / "model.safetensors").stat().st_mtime_ns == of_first
 
 
+@pytest.mark.slow(1)
 def test_begun_anew_all_stages_are(encoders, tmp_path, monkeypatch):
     """Also those that a killed attempt to do so has not come to."""
     flags = f"{command(encoders, tmp_path / 'out')} {TWO_STAGES}"

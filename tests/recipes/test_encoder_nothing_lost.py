@@ -175,6 +175,7 @@ def assert_is(run_directory: Path, whole: Path) -> None:
         assert (run_directory / place / "finished.json").is_file()
 
 
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize(
     ("when", "stage"), [("save_student", 1), ("finish_stage", 1), ("build", 2), ("save_student", 2)]
 )

@@ -254,7 +254,12 @@ def cpu_seconds(*command: str) -> tuple[subprocess.CompletedProcess, float]:
     return finished, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("recipe", WITH_HELP)
+OF_ALL_KINDS = ("ppo_kd", "encoder_kd", "compare")  # of recipes; quick tests time these
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in OF_ALL_KINDS else pytest.mark.slow(0.4)) for name in WITH_HELP]
+)
 def test_help_takes_two_seconds_at_most(recipe):
     """0.2 to 0.4 s of CPU: neither torch nor transformers is imported. With them it was 4 to 7."""
     finished, seconds = cpu_seconds(str(ROOT / "recipes" / f"{recipe}.py"), "--help")
@@ -288,6 +293,7 @@ def test_help_takes_two_seconds_at_most(recipe):
         ("compare --smoke --jobs 0", "--jobs 0 is out of range"),
     ],
 )
+@pytest.mark.slow(0.3)
 def test_an_input_error_takes_two_seconds_at_most(command, message):
     recipe, *flags = command.split()
     finished, seconds = cpu_seconds(str(ROOT / "recipes" / f"{recipe}.py"), *flags)

@@ -88,6 +88,7 @@ def test_a_hard_link_to_the_data_is_the_data(inputs, capsys):
     assert "--dataset" in capsys.readouterr().err
 
 
+@pytest.mark.slow(1)
 def test_a_finished_run_is_not_written_over(inputs, capsys):
     """Nor are an unfinished one's checkpoints, an evaluation's results and pseudo-labels."""
     command = f"{SFT} --student {inputs}/student --dataset {inputs}/data --save_steps 1 --output_dir {inputs}/run"
@@ -132,6 +133,7 @@ def test_resuming_a_finished_run_does_nothing_more(inputs, capsys):
     assert not (inputs / "run" / "checkpoint-3").exists()
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -193,6 +195,7 @@ LATE_CASES = [
 ]
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize(("does", "code", "said"), LATE_CASES, ids=["raises", "exits", "nan", "overflows"])
 def test_a_failing_last_evaluation_loses_nothing(does, code, said, inputs, test_csv, capsys):
     """The student is there, and all that was measured before; what the last evaluation gave is not shown as sound."""
@@ -300,6 +303,7 @@ def test_two_commands_do_not_write_one_file_of_pseudo_labels(inputs, capsys, mon
     assert labels.read_text() == "of the other one\n" and not part.exists()
 
 
+@pytest.mark.slow(3)
 def test_a_directory_is_free_when_its_run_is_killed(tmp_path, monkeypatch):
     """The run that follows waits for the one that is about to end."""
     program = "import sys, time; from rlkd_trl.commands.run_directory import held_alone\n"

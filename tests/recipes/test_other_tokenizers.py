@@ -39,6 +39,7 @@ def test_a_run_and_its_evaluation(place):
     assert student["unreadable"] == 0 and "unreadable_of_teacher" in student
 
 
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize("guards", [True, False])
 def test_kd_says_that_it_has_spoilt_the_student(guards, place, capsys, monkeypatch):
     monkeypatch.setattr("rlkd_trl.trainers.guards._WORSE", -10.0)  # no output is good enough

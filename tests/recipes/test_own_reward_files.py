@@ -7,6 +7,7 @@ from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metr
 MARGIN = ROOT / "recipes" / "rewards" / "margin.py"
 
 
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize("recipe", ["rloo_kd", "ppo_kd"])
 def test_the_shipped_example(recipe, checkpoints, train_csv, tmp_path):
     """The class is the function with a floor that these teachers do not reach; a student's greedy margins are ≤ 0."""

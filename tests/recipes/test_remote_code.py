@@ -89,6 +89,7 @@ def test_it_is_refused_with_the_remedy(who, commands, tmp_path, capsys):
     assert not list(tmp_path.glob("*.ran")) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow(1.5)
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_it_runs_where_it_is_trusted(who, commands, tmp_path):
     for command in commands[who]:

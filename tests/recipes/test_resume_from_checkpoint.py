@@ -7,6 +7,7 @@ from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("recipe", ["rloo_kd", "sft"])
 def test_a_named_checkpoint_leads_to_the_whole_runs_weights(recipe, checkpoints, train_csv, tmp_path):
     """From another student: only the checkpoint can."""

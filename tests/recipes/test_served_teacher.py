@@ -112,6 +112,7 @@ def test_an_evaluation_is_that_with_the_teacher_itself(far, checkpoints, test_cs
     assert "in place of each other" in refused[0] and "--gamma 0.9" in refused[1] and "'expected'" in refused[2]
 
 
+@pytest.mark.slow(1)
 def test_a_server_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(asked, far, checkpoints, tmp_path, capfd):
     """At another address, to the student of a run without the failure."""
     teacher = checkpoints["llama"].teacher
@@ -132,6 +133,7 @@ def test_a_server_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(ask
     assert_same_student(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_obeyed_while_the_server_hangs(signum, asked, far, checkpoints, tmp_path, capfd, monkeypatch):
     """The request of the second step is never answered; its patience is longer than any test. --resume goes on."""

@@ -270,6 +270,7 @@ def own_rewards(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("method", REWARDED_METHODS)
 def test_own_rewards_of_both_protocols(method, own_rewards, checkpoints, train_csv, test_csv, tmp_path):
     pair, output_dir = checkpoints["t5-tied"], tmp_path / "out"

@@ -62,6 +62,7 @@ def test_before_training(signum, distil, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in errors and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow(0.8)
 @pytest.mark.parametrize("signum", CODES)
 def test_while_the_student_is_saved(signum, distil, tmp_path, monkeypatch, capsys):
     """The student is saved whole; evaluation and report are made up for by --resume."""
@@ -143,6 +144,7 @@ def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monke
         os.kill(int(pid_file.read_text()), 0)
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("signum", CODES)
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_csv, tmp_path, monkeypatch, capsys):

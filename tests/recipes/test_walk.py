@@ -92,6 +92,7 @@ def walk(recipe: str, flags: str) -> tuple[list[str], list[tuple[str, str]]]:
     return called_by_main, entered
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_step_until_training_enters_a_room_once(recipe, checkpoints, train_csv, tmp_path):
     pair = checkpoints["t5-tied"]

@@ -191,6 +191,7 @@ def test_the_directory_is_removed_meanwhile(tmp_path):
     assert newest_whole(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-3"
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("method", ["ppo", "sft"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(method, signum, tmp_path):
@@ -274,6 +275,7 @@ def test_a_run_that_saves_models_only_is_stopped_with_all_that_it_takes_to_go_on
     assert same(snapshot(resumed.model), snapshot(whole.model))
 
 
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_a_signal_in_an_evaluation_breaks_it_off(strategy, tmp_path):
     """After the batch; the resumed run evaluates, and goes on as one that was not stopped."""

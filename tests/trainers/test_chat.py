@@ -69,6 +69,7 @@ def weights_of(
     return recorder.weights[-1]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("method", "more"),
     [*((method, {}) for method in (*METHODS, *FULL_VOCABULARY_METHODS)), *OF_TEACHERS.items()],

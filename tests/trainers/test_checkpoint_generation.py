@@ -79,6 +79,7 @@ def our_texts(model, words, sources: list[str], **settings) -> list[str]:
     return [text for batch in batches for text in decode(batch, words)]
 
 
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_learnt_is_said_and_scored_alike_everywhere(name, tmp_path):
     pairs = texts()
@@ -116,6 +117,7 @@ def test_log_probs_after_a_forced_bos_are_those_of_the_models_own_forward_pass(n
     torch.testing.assert_close(found.logps_BT[0], torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("name", ["bart", "t5", "llama"])
 def test_special_tokens_of_the_targets_are_content(name, tmp_path):
     pairs = marked()
@@ -182,6 +184,7 @@ def test_only_the_ids_of_a_generation_config_are_read(name, strategy):
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("name", ["bart", "t5", "llama"])
 def test_a_trained_checkpoint_has_none_of_them_and_is_not_cut(name, tmp_path):
     """Where plain `generate` would stop after 20 tokens."""

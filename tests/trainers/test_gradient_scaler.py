@@ -61,6 +61,7 @@ def trained(method: str, output_dir, **settings) -> Recorder:
     return recorder
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("lost", [{1}, {2}, {1, 3}])
 @pytest.mark.parametrize("method", ["ppo", "rloo-token"])

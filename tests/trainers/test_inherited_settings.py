@@ -477,6 +477,7 @@ def test_the_reward_is_the_default(settings, tmp_path):
     assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
 
 
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize("metric", [None, "teacher_nll_per_token"])
 def test_the_best_checkpoint_is_kept_and_the_worst_is_not(metric, tmp_path):
     """`save_strategy best` saves when the metric is better than ever before."""

@@ -34,6 +34,7 @@ class Watch(TrainerCallback):
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("rloo-token", "reinforce", "kd", "all-actions")]
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("method", ["ppo", *SLOW])
 def test_nothing_grows_with_the_steps(method, tmp_path):
     """Without logs in between: Trainer keeps all of them, as a checkpoint's trainer_state.json does."""
