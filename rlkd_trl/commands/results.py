@@ -26,19 +26,24 @@ ANSWERS_SHOWN = 3
 
 
 def evaluate_teacher_of(trainer: "RolloutTrainer") -> dict[str, float]:
-    """The metrics of the first teacher's greedy outputs on the held-out rows; none without a teacher that answers."""
+    """The metrics of the first teacher's greedy outputs on the held-out rows; none without a teacher that answers.
+
+    The outputs are left in `trainer.teacher_answers`: a teacher whose weights are in files takes minutes for them.
+    """
     from rlkd_trl.evaluation.evaluate import evaluate_teacher
 
     if not any(scorer.teacher.can_answer for panel in trainer.reward_model.panels for scorer in panel.scorers):
         return {}
     say(f"Evaluating the teacher: its greedy outputs on {len(trainer.eval_dataset)} held-out inputs.")
-    return evaluate_teacher(
+    found = evaluate_teacher(
         list(trainer.eval_dataset),
         trainer.reward_model,
         max_completion_length=trainer.args.max_completion_length,
         batch_size=trainer.args.per_device_eval_batch_size,
         progress=None if trainer.args.disable_tqdm else "Evaluating the teacher",
-    ).metrics
+    )
+    trainer.teacher_answers = found.completions
+    return found.metrics
 
 
 def evaluate(trainer: "RolloutTrainer", when: str) -> dict[str, float]:

@@ -34,6 +34,12 @@ class Completions:
     ended_B: Tensor
     support_BTk: Tensor | None = None
 
+    def rows(self, indices: list[int]) -> "Completions":
+        """Those of these indices, in their order, no wider than their longest."""
+        width = int(self.mask_BT[indices].sum(dim=1).max())
+        support = None if self.support_BTk is None else self.support_BTk[indices, :width]
+        return Completions(self.ids_BT[indices, :width], self.mask_BT[indices, :width], self.ended_B[indices], support)
+
 
 @dataclass(frozen=True)
 class MixedWith:

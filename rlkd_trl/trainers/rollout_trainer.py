@@ -17,6 +17,7 @@ from transformers.utils import logging
 from rlkd_trl.data.streams import RowStream, known_rows
 from rlkd_trl.evaluation.directions import base_metric
 from rlkd_trl.evaluation.evaluate import evaluate_student
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.models.sharding import is_sharded, whole
 from rlkd_trl.ops.average_reward import average_reward
 from rlkd_trl.prompts import ChatFormat
@@ -94,6 +95,7 @@ class RolloutTrainer(DistillationTrainer):
         self.reward_model = reward_model
         self.rollout_state = RolloutState()
         self.sample_table: list[dict[str, object]] = []
+        self.teacher_answers: Completions | None = None  # to the held-out rows, where they have been measured
         self.token_samples: Callable[[], list] = list  # records of the last rollout; see `evaluation.token_details`
         self._metrics = RunningMeans()  # since the last log
         self._window_metrics: dict[str, float] = defaultdict(float)

@@ -14,6 +14,7 @@ from rlkd_trl.evaluation.run_log import COMPLETIONS_FILE, append_completions, ke
 from rlkd_trl.evaluation.samples import completion_log_probs
 from rlkd_trl.evaluation.token_details import completion_records, reward_values
 from rlkd_trl.models.answers import answer_prompts, decode, joined
+from rlkd_trl.models.generation import Completions
 from rlkd_trl.prompts import source_text
 from rlkd_trl.rewards import RewardInputs
 from rlkd_trl.students import Policy
@@ -31,7 +32,8 @@ class SampleLog(TrainerCallback):
     """Appends to `completions.jsonl` in the output directory.
 
     Held-out: the greedy answers to the first `HELD_OUT_PROMPTS` held-out prompts, the teacher's and the student's
-    before training, the student's from time to time and at the end. The time this takes is not the run's. Rollout: the
+    before training, the student's from time to time and at the end. The teacher's are those that `teacher_answers` of
+    the trainer has, or are generated. The time this takes is not the run's. Rollout: the
     samples of the last rollout, whenever it logs. Held-out answers also go to the trackers of `report_to`.
     """
 
@@ -85,14 +87,17 @@ class SampleLog(TrainerCallback):
         panel, records = self._trainer.reward_model.panels[0], []
         owner_P = panel.owned(self._rows).long().argmax(dim=0).tolist()
         for k, scorer in enumerate(panel.scorers):
-            rows = [row for row, owner in zip(self._rows, owner_P, strict=True) if owner == k]
-            teacher = scorer.teacher
+            indices = [i for i, owner in enumerate(owner_P) if owner == k]
+            rows, teacher = [self._rows[i] for i in indices], scorer.teacher
             if not rows or teacher.model is None:
                 continue
+            known = self._trainer.teacher_answers and self._trainer.teacher_answers.rows(indices)
             policy = Policy(teacher.model, teacher.processing_class, writer=teacher.writer)
             prompts = scorer.prompts([panel.questions(row) for row in rows])
             with self._trainer.uncounted(), self._trainer.mixed_precision():
-                records += self._answers(policy, teacher.processing_class, rows, prompts, teacher.max_prompt_length)
+                records += self._answers(
+                    policy, teacher.processing_class, rows, prompts, teacher.max_prompt_length, completions=known
+                )
         self._append(records, step=0, by="teacher")
 
     @torch.no_grad()
@@ -103,17 +108,22 @@ class SampleLog(TrainerCallback):
         rows: list[dict],
         prompts: list[str],
         max_prompt_length: int | None,
+        completions: Completions | None = None,
     ) -> list[dict[str, Any]]:
-        """Records of a model's greedy answers to what it is asked for each row, with its own log-probabilities."""
+        """Records of a model's greedy answers to what it is asked for each row, with its own log-probabilities.
+
+        completions: the answers, if they are known.
+        """
         trainer, reward_model = self._trainer, self._trainer.reward_model
-        answers = answer_prompts(
-            policy.model,
-            tokenizer,
-            prompts,
-            max_prompt_length=max_prompt_length,
-            max_completion_length=trainer.args.max_completion_length,
-        )
-        completions = joined(answers, pad_id=policy.pad_id)
+        if completions is None:
+            answers = answer_prompts(
+                policy.model,
+                tokenizer,
+                prompts,
+                max_prompt_length=max_prompt_length,
+                max_completion_length=trainer.args.max_completion_length,
+            )
+            completions = joined(answers, pad_id=policy.pad_id)
         logps_BT = completion_log_probs(policy, tokenizer, prompts, completions, max_prompt_length=max_prompt_length)
         values = {}
         if all(panel.can_score for panel in reward_model.panels):

@@ -2,7 +2,12 @@ import json
 
 import pytest
 
+from rlkd_trl import TeacherForcingReward
+from rlkd_trl.commands.results import evaluate_teacher_of
+from rlkd_trl.teachers import Teacher, TeacherPanel
+from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.trainers.sample_log import SampleLog, _is_due
+from tests.conftest import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import build, pairs, snapshot
 
 pytestmark = pytest.mark.slow
@@ -44,6 +49,44 @@ def test_the_same_prompts_over_training_and_rollouts_between(method, tmp_path):
     for record in rollouts:
         assert len(record["advantage"]) == len(record["reward"]) == len(record["tokens"])
         assert record["total"] == pytest.approx(sum(record["reward"]), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("panel", ["one", "routed"])
+def test_a_teacher_that_has_been_measured_does_not_answer_again(panel, tmp_path, monkeypatch):
+    """The records are those of a teacher that answers for the log alone, without the generation."""
+    from rlkd_trl.trainers import sample_log
+
+    original, by_teachers, logs = sample_log.answer_prompts, [], []
+    for is_measured in (False, True):
+        place = tmp_path / str(is_measured)
+        settings = routed() if panel == "routed" else {"data": pairs(16), "eval_data": pairs(7, seed=1)}
+        trainer = build("rloo-token", place, max_steps=1, **settings)
+        student = trainer.policy.model
+
+        def counted(model, *args, student=student, **kwargs):
+            by_teachers[-1] += model is not student
+            return original(model, *args, **kwargs)
+
+        by_teachers.append(0)
+        monkeypatch.setattr(sample_log, "answer_prompts", counted)
+        trainer.add_callback(SampleLog(trainer))
+        if is_measured:
+            assert evaluate_teacher_of(trainer)["bleu"] >= 0
+        trainer.train()
+        logs.append([record for record in logged(place) if record.get("by") == "teacher"])
+    assert by_teachers == [3 if panel == "routed" else 1, 0]
+    assert len(logs[0]) == 5 and logs[0] == logs[1]
+
+
+def routed() -> dict:
+    """Three teachers, of whom each is asked of some rows."""
+    names = ("one", "two", "three")
+    teachers = [Teacher(MODELS["t5-tied"](seed=seed), word_tokenizer()) for seed in (5, 6, 7)]
+    panel = TeacherPanel(teachers, routing=Routing("expert", None, names))
+    train, held_out = (
+        rows.add_column("expert", [names[i % 3] for i in range(len(rows))]) for rows in (pairs(16), pairs(7, seed=1))
+    )
+    return {"data": train, "eval_data": held_out, "reward": TeacherForcingReward(panel)}
 
 
 def test_the_log_changes_neither_the_run_nor_its_cost(tmp_path):
