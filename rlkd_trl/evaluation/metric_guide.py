@@ -93,7 +93,7 @@ _NOTES = {
     ),
     r"repetition": MetricNote(_HACKING, "Share of repeated word groups in a text.", "It rises.", 1e-2),
     r"guards_raised": MetricNote(
-        _HACKING, "Warnings: the reward rose while texts got worse.", "Above 0: read the log.", 1.0
+        _HACKING, "Warnings: texts got worse while the reward rose, or all alike.", "Above 0: read the log.", 1.0
     ),
     r"kl": MetricNote(
         _HACKING, "Distance from the student at the start, nats per text.", "It grows without end.", 1e-2

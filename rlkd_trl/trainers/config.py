@@ -91,7 +91,8 @@ class RolloutConfig(BaseConfig):
         default=True,
         metadata={
             "help": "Warn when length, EOS rate, entropy, repetition or distinct outputs leave the start's range "
-            "while the reward rises; kd.py: when held-out outputs are worse in the end while the loss fell."
+            "while the reward rises, and when many prompts get the same text; kd.py: when held-out outputs are worse "
+            "in the end while the loss fell."
         },
     )
     num_completions_to_print: CountFromZero = field(default=4, metadata={"help": "How many, with log_completions."})

@@ -13,6 +13,8 @@ _REFERENCE = 8  # the number of rollouts at the start, and of the latest ones th
 _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
 _WORSE = 0.1  # by so large a share, outputs have got worse
+_COLLAPSED = 1 / 3  # of the most distinct of the first rollouts
+_DISTINCT = "completions/distinct"
 
 # What says how good held-out outputs are: whether more is better, and the least difference that is one.
 _QUALITIES = {"teacher_nll_per_token": (False, 0.0), "bleu": (True, 1.0)}
@@ -22,9 +24,11 @@ GUARDED = {
     "EOS rate": "completions/eos_rate",
     "entropy": "entropy",
     "repetition": "repetition",
-    "distinct outputs": "completions/distinct",
+    "distinct outputs": _DISTINCT,
 }
-_REWARDS = ("reward", "reward per token")
+# What may rise meanwhile: its metric's name, and that in a warning. Reward per token is the shaped one that is learnt:
+# the other holds V_1 of each completion, and would rise per token where texts get shorter.
+_REWARDS = {"reward": "reward", "average_reward": "reward per token"}
 
 
 def repetition_counts(
@@ -99,6 +103,10 @@ def spoilt(
     return warnings
 
 
+def _rises(reference: Mapping[str, list[float]], latest: Mapping[str, list[float]], name: str) -> bool:
+    return fmean(latest[name]) > max(reference[name])
+
+
 class Guards:
     """Compares a run's rollouts with its first ones. All its state is in `history`, as plain values."""
 
@@ -108,12 +116,12 @@ class Guards:
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
         """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose.
 
-        The reward is that of completions, or of tokens.
+        The reward is that of completions, or the average of tokens. A student that says nearly the same to every
+        prompt is warned of whatever the reward does: distinct outputs have fallen below a third of what they were in
+        the most distinct of the first rollouts, so that a collapse among these is seen too.
         """
         for since in self.history["rollouts_since_warning"].values():
             since[0] += 1
-        if "reward" in metrics and "completions/mean_length" in metrics:
-            metrics = {**metrics, "reward per token": metrics["reward"] / metrics["completions/mean_length"]}
         for name in (*_REWARDS, *GUARDED.values()):
             if name in metrics:
                 first = self.history["reference"].setdefault(name, [])
@@ -123,26 +131,45 @@ class Guards:
                     latest = self.history["latest"].setdefault(name, [])
                     latest[:] = [*latest, metrics[name]][-_REFERENCE:]
         reference, latest = self.history["reference"], self.history["latest"]
+        warnings = self._of_collapse()
         rising = [
-            name
-            for name in _REWARDS
-            if len(latest.get(name, [])) == _REFERENCE and fmean(latest[name]) > max(reference[name])
+            label for name, label in _REWARDS.items() if self._is_known(name) and _rises(reference, latest, name)
         ]
         if not rising:
-            return []
-        warnings = []
+            return warnings
         for word, name in GUARDED.items():
-            if len(latest.get(name, [])) < _REFERENCE or not self._may_warn(word):
+            if not self._is_known(name) or not self._may_warn(word):
                 continue
             side = left_range(reference[name], latest[name])
             if side is not None:
-                self.history["rollouts_since_warning"][word] = [0.0]
+                self._note(word)
                 warnings.append(
                     f"{word} is {fmean(latest[name]):.3g}, {side} the start's range ({min(reference[name]):.3g} to "
                     f"{max(reference[name]):.3g}), while the {rising[0]} rises: read some completions "
                     "(--log_completions)"
                 )
         return warnings
+
+    def _of_collapse(self) -> list[str]:
+        word, name = "distinct outputs", _DISTINCT
+        if not self._is_known(name) or not self._may_warn(word):
+            return []
+        now, start = fmean(self.history["latest"][name]), max(self.history["reference"][name])
+        if now >= _COLLAPSED * start:
+            return []
+        self._note(word)
+        return [
+            f"{word} is {now:.3g}, {start:.3g} at the start: the student says nearly the same to many prompts. If "
+            "their answers should differ, begin anew with a lower --learning_rate, or from a student that imitates "
+            "better (kd.py with seq_kd)"
+        ]
+
+    def _is_known(self, name: str) -> bool:
+        """Whether there are rollouts enough after those of the start."""
+        return len(self.history["latest"].get(name, [])) == _REFERENCE
+
+    def _note(self, word: str) -> None:
+        self.history["rollouts_since_warning"][word] = [0.0]
 
     def _may_warn(self, word: str) -> bool:
         since = self.history["rollouts_since_warning"].get(word)

@@ -102,6 +102,7 @@ class RolloutTrainer(DistillationTrainer):
         self._timer = PhaseTimer()
         self._guards = Guards()
         self._entropy: dict[str, float] = {}  # of the last optimizer step
+        self._rollout_average: dict[str, float] = {}  # the last rollout's reward per token, where that is learnt
         super().__init__(
             model=Policy(
                 model, processing_class, temperature=args.temperature, critic=self.critic_kind, writer=writer
@@ -214,7 +215,7 @@ class RolloutTrainer(DistillationTrainer):
         return remaining
 
     def _guard(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Records the share of distinct completions, and warns if the reward rises while completions get worse.
+        """Records the share of distinct completions, and warns if they get worse while the reward rises, or collapse.
 
         metrics: of the rollout's rewards; see `Guards` for what is compared.
         """
@@ -222,7 +223,8 @@ class RolloutTrainer(DistillationTrainer):
         self._metrics.record({"completions/distinct": distinct})
         if not self.args.guards:
             return
-        measured = {**metrics, **self._entropy, "completions/distinct": distinct, "repetition": repetition}
+        measured = {**metrics, **self._entropy, **self._rollout_average, "repetition": repetition}
+        measured["completions/distinct"] = distinct
         warnings = self._guards.warnings(measured)
         if warnings:
             self._metrics.record({"guards_raised": len(warnings)})
@@ -242,7 +244,8 @@ class RolloutTrainer(DistillationTrainer):
         if rollout.completion_rewards_BT is not None:
             rewards_BT = rewards_BT - rollout.completion_rewards_BT
         of_rollout_B = average_reward(rewards_BT, mask_BT, sum_over_ranks=self._sum_over_ranks)
-        self._metrics.record({"average_reward": of_rollout_B[0]})
+        self._rollout_average = {"average_reward": float(of_rollout_B[0])}
+        self._metrics.record(self._rollout_average)
         if args.average_reward == "rollout":
             return of_rollout_B
         return average_reward(rewards_BT, mask_BT, num_generations=args.num_generations)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_and_distinct, repetition_counts, spoilt
+from rlkd_trl.trainers.rollout_sampling import RolloutSampling
 from tests.trainers.tiny_runs import build, run
 
 START = {"reward": -10.0, **dict.fromkeys(GUARDED.values(), 0.5)}
@@ -51,24 +52,81 @@ def test_shares_are_of_all_processes():
 def test_each_guard_speaks_while_the_reward_rises(word, name, reward, warned):
     guards = Guards()
     assert not any(guards.warnings(START) for _ in range(8))
-    said = [guards.warnings({**START, "reward": reward, name: 0.05}) for _ in range(40)]
+    said = [guards.warnings({**START, "reward": reward, name: 0.2}) for _ in range(40)]
     found = [line for lines in said for line in lines]
     assert len(found) == (1 if warned else 0), "not again for a while"
     if warned:
-        assert found[0].startswith(f"{word} is 0.05, below the start's range (0.5 to 0.5)")
+        assert found[0].startswith(f"{word} is 0.2, below the start's range (0.5 to 0.5), while the reward rises")
         assert not any(said[:7]), "as many rollouts as are compared with"
 
 
-def test_reward_per_token_may_be_what_rises():
-    """As with `average_reward`, where texts get longer and their sum of rewards falls."""
+def test_the_range_of_the_start_is_as_wide_as_its_values_scatter():
+    """From 8 to 12, so down to 4: a mean of 5 is inside, whatever single rollouts do."""
     guards = Guards()
-    start = {**START, "completions/mean_length": 10.0}  # −1 per token
+    for length in (8.0, 12.0, 9.0, 11.0, 8.0, 12.0, 10.0, 10.0):
+        guards.warnings({**START, "completions/mean_length": length})
+    for length in (3.0, 7.0) * 6:
+        assert not guards.warnings({**START, "reward": 0.0, "completions/mean_length": length})
+    said = [
+        line for _ in range(8) for line in guards.warnings({**START, "reward": 0.0, "completions/mean_length": 3.0})
+    ]
+    assert len(said) == 1 and "below the start's range (8 to 12)" in said[0]
+
+
+@pytest.mark.parametrize("reward", [22.0, 24.0])
+def test_reward_per_token_may_be_what_rises(reward):
+    """The one that is learnt: of completions that hold V_1, here 23, it is neither their sum nor their mean."""
+    guards = Guards()
+    start = {**START, "reward": 23.0, "average_reward": -0.6, "completions/mean_length": 10.0}
     for _ in range(8):
         guards.warnings(start)
-    collapsed = {**start, "reward": -11.0, "completions/mean_length": 12.0, "completions/distinct": 0.1}
-    said = [line for _ in range(10) for line in guards.warnings(collapsed)]
-    assert len(said) == 1 and said[0].startswith("distinct outputs is 0.1, below the start's range (0.5 to 0.5)")
-    assert "while the reward per token rises" in said[0]
+    longer = {**start, "reward": reward, "average_reward": -0.5, "completions/mean_length": 30.0}
+    said = [line for _ in range(10) for line in guards.warnings(longer)]
+    rising = "reward" if reward > 23 else "reward per token"
+    assert len(said) == 1 and said[0].startswith("length is 30, above the start's range (10 to 10)")
+    assert f"while the {rising} rises" in said[0]
+    falling = Guards()
+    for _ in range(8):
+        falling.warnings(start)
+    shorter = {**start, "reward": 22.0, "average_reward": -0.7, "completions/mean_length": 5.0}  # 4.4 a token
+    assert not any(falling.warnings(shorter) for _ in range(20))
+
+
+@pytest.mark.parametrize("reward", [-5.0, -15.0])
+@pytest.mark.parametrize("start", [[0.9] * 8, [0.9, 0.9, 0.6, 0.3, 0.1, 0.1, 0.1, 0.1]])
+def test_a_collapse_is_seen_whatever_the_reward_does(start, reward):
+    """Among the first rollouts too."""
+    guards = Guards()
+    for distinct in start:
+        assert not guards.warnings({**START, "completions/distinct": distinct})
+    said = [
+        line for _ in range(40) for line in guards.warnings({**START, "reward": reward, "completions/distinct": 0.1})
+    ]
+    assert len(said) == 1 and said[0].startswith("distinct outputs is 0.1, 0.9 at the start: the student says nearly")
+
+
+def test_few_answers_from_the_start_are_no_collapse():
+    """As where a task has two labels, and a rollout eight prompts."""
+    guards = Guards()
+    for distinct in [0.25, 0.125, 0.375, 0.25] * 10:
+        assert not guards.warnings({**START, "completions/distinct": distinct})
+
+
+@pytest.mark.parametrize("method", ["rloo-token", "all-actions"])
+def test_a_student_that_says_one_thing_to_all_prompts_is_warned_of(method, tmp_path, caplog, monkeypatch):
+    """It begins to in the ninth rollout."""
+    trainer = build(method, tmp_path, max_steps=17)
+    original = RolloutSampling.completions
+
+    def one_text(sampling, *arguments):
+        found = original(sampling, *arguments)
+        return found if trainer.state.global_step < 8 else found.rows([0] * len(found.ids_BT))
+
+    monkeypatch.setattr(RolloutSampling, "completions", one_text)
+    logging.getLogger("rlkd_trl").propagate = True
+    with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
+        trainer.train()
+    assert "the student says nearly the same to many prompts" in caplog.text
 
 
 def test_they_speak_again_after_a_while():
