@@ -358,6 +358,7 @@ def checked_rewards(
     """
     from rlkd_trl.ops.rewards import VALUES
     from rlkd_trl.rewards import TeacherForcingReward, load_reward
+    from rlkd_trl.rewards.recipes import FAULTS
     from rlkd_trl.trainers.checks import check_k_step, check_log_ratio
 
     rewards = [load_reward(name) for name in reward.reward]
@@ -370,6 +371,12 @@ def checked_rewards(
         raise InputError(f"{len(weights)} --reward_weights for {len(reward.reward)} rewards: give one each.")
     if weights and not any(weights):
         raise InputError(f"--reward_weights {' '.join(map(str, weights))}: all are 0, so nothing is rewarded.")
+    for name, weight in zip(reward.reward, weights or [1.0] * len(reward.reward), strict=True):
+        if name in FAULTS and weight > 0:
+            raise InputError(
+                f"--reward {name} measures a fault, and with weight {weight:g} the student would learn it: give it a "
+                "negative one with --reward_weights."
+            )
     if args is not None:
         check_k_step(reward.k, args)
         for loaded in rewards:

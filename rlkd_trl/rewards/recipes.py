@@ -46,6 +46,9 @@ REWARDS: dict[str, type[TeacherReward] | Callable] = {
     "reference_rouge": sequence_rewards.reference_rouge,
 }
 
+# Of these, those that measure what is bad.
+FAULTS = ("missing_eos", "repetition")
+
 
 @dataclass(frozen=True)
 class RewardResult:

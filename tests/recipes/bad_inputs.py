@@ -462,6 +462,12 @@ REWARD_CASES = [
     (REWARDED, "--reward fails.py:f", "fails.py failed: ValueError: first line"),
     (REWARDED, "--reward_weights 1 2", "2 --reward_weights for 1 rewards: give one each"),
     (REWARDED, "--reward length repetition --reward_weights 1", "1 --reward_weights for 2 rewards"),
+    (REWARDED, "--reward repetition", "--reward repetition measures a fault, and with weight 1 the student would"),
+    (
+        REWARDED,
+        "--reward length missing_eos --reward_weights 1 0.5",
+        "--reward missing_eos measures a fault, and with",
+    ),
     (REWARDED, "--value mean", "--value mean: choose one of max, expected, soft"),
     (REWARDED, "--k 0", "--k 0 is out of range"),
     (REWARDED, "--value soft --tau 0", "--tau 0.0 is out of range"),
