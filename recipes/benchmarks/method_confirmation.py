@@ -29,7 +29,7 @@ COLUMNS = [
     ("NLL / token", "greedy", "teacher_nll_per_token", 3),
     ("sampled BLEU", "sampled", "bleu", 1),
     ("sampled NLL / token", "sampled", "teacher_nll_per_token", 3),
-    ("NLL of the teacher's", "greedy", "student_nll_of_teacher_per_token", 3),
+    ("NLL of the teacher's greedy answers", "greedy", "student_nll_of_teacher_per_token", 3),
     ("words", "greedy", "length_words", 1),
     ("distinct outputs", "greedy", "distinct_outputs", 2),
 ]
@@ -63,7 +63,7 @@ def tables(
 ) -> str:
     """The table of all candidates, and that of the first one's differences from the others.
 
-    found: by candidate, the measures of each seed; rates, tokens: of each candidate; before: of the warm start.
+    measures: by candidate, those of each seed; rates, tokens: of each candidate; before: of the warm start.
     """
 
     def cells(rows: Sequence[Measures]) -> list[str]:

@@ -16,6 +16,7 @@ from e2e_comparison import WARM_START_STEPS
 from result_files import RESULTS, made_by
 
 from rlkd_trl.commands.comparison.statistics import mean_interval
+from rlkd_trl.commands.comparison.tables import paired_by_seed
 from rlkd_trl.evaluation.tables import markdown_table
 
 # Name, kind of output, metric, digits.
@@ -68,11 +69,10 @@ def tables_of(results: dict) -> list[str]:
         seeds = [seed for seed in by_model[name][0]["seeds"] if seed in by_model[baseline][0]["seeds"]]
         cells = []
         for _, kind, metric, digits in COLUMNS[:DIFFERENCES]:
-            of_each = []
-            for ours, theirs in zip(by_model[name], by_model[baseline], strict=True):
-                value = dict(zip(ours["seeds"], ours[kind][metric]["values"], strict=True))
-                base = dict(zip(theirs["seeds"], theirs[kind][metric]["values"], strict=True))
-                of_each.append(with_interval([value[seed] - base[seed] for seed in seeds], digits, signed=True))
+            of_each = [
+                with_interval(paired_by_seed(ours, theirs, kind, metric), digits, signed=True)
+                for ours, theirs in zip(by_model[name], by_model[baseline], strict=True)
+            ]
             cells.append("; ".join(of_each))
         lines.append([f"`{name}`", str(len(seeds)), *cells])
     heads = [f"less `{baseline}`", "seeds", *(name for name, *_ in COLUMNS[:DIFFERENCES])]

@@ -126,7 +126,7 @@ class PromptWriter:
         return ChatText(written({}), said, written)
 
     def _after_system_prompt(self, messages: list[dict[str, object]]) -> list[dict[str, object]]:
-        if self.chat.system_prompt is None or messages[0]["role"] == "system":
+        if self.chat.system_prompt is None or any(message["role"] == "system" for message in messages):
             return messages
         return [{"role": "system", "content": self.chat.system_prompt}, *messages]
 

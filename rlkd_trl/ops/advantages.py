@@ -77,7 +77,8 @@ def token_leave_one_out(
 
     Meant for rewards after `potential_shaping` with the teacher's V_t, which makes the returns of different samples
     comparable at the same t. A sample that has already ended contributes 0, the return of a finished episode. The
-    baseline does not depend on sample i's own actions, so the gradient stays unbiased. `kept_B` as in `leave_one_out`.
+    baseline does not depend on sample i's own actions, so the gradient stays unbiased, if the other samples' rewards
+    do not either: for those less an average reward see `average_reward`. `kept_B` as in `leave_one_out`.
     Returns `[B, T]`, 0 behind the mask.
     """
     returns_BT = return_to_go(rewards_BT, mask_BT, gamma=gamma)

@@ -32,7 +32,10 @@ critic's bootstrap V(s_{T+1}) is a differential value itself, and stays.
 
 ρ is estimated over the rollout, one number for all prompts, E over prompts included; or for every completion over the
 other K − 1 of its prompt, which leaves it independent of that completion's actions. The second is the gradient of each
-prompt's own J_x, weighted by its expected length, up to the bias of a ratio of K − 1 samples' sums.
+prompt's own J_x, weighted by its expected length, up to the bias of a ratio of K − 1 samples' sums. In the first a
+completion is one of the B that ρ is the average of, so that what it earns pays for its own ρ too: a bias of the order
+of 1/B, which matters in rollouts of a few completions only (as the 1 − 1/N of `advantages.mean_baseline`). There is no
+mean over earlier rollouts: it would lag behind a policy that learns, and be one more state to resume.
 """
 
 from collections.abc import Callable

@@ -162,6 +162,8 @@ def test_the_system_prompt_goes_first_unless_the_data_has_its_own():
     assert ids_read(writer, "w4") == applied(tokenizer, said("w4", "w9 w10"))
     assert ids_read(writer, CONTINUED) == [25, 9, 10, 26, 23, 4, 26, 24, 5, 6]
     assert ids_read(writer, TALK) == applied(tokenizer, TALK)
+    later = [{"role": "user", "content": "w4"}, {"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}]
+    assert ids_read(writer, later) == applied(tokenizer, later), "its own need not be the first message"
 
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

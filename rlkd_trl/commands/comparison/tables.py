@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
-from rlkd_trl.commands.comparison.statistics import student_t_critical
+from rlkd_trl.commands.comparison.statistics import mean_interval, student_t_critical
 from rlkd_trl.evaluation.tables import MISSING, markdown_table, number
 
 # Metric -> heading and the format of its numbers.
@@ -63,41 +63,45 @@ def budget_section(title: str, rows: Sequence[dict], *, baseline: str, num_sampl
 def more_seeds(rows: Sequence[dict], *, baseline: str) -> list[str]:
     """Advice, if the intervals over seeds are wider than what the models differ by: which, in what, how many seeds.
 
-    Two means with half-widths h and h' differ by d ± √(h² + h'²). It takes as many seeds as make that less than |d|.
+    Differences are paired by seed, as two methods have the order of the data and their samples' seeds in common: d ± h
+    over the n seeds that both have. It takes as many seeds N as make h t(N − 1) √n / (t(n − 1) √N) less than |d|, with
+    Student's t (see `mean_interval`).
     """
-    of_baseline = next(row["greedy"] for row in rows if row["model"] == baseline)
+    of_baseline = next(row for row in rows if row["model"] == baseline)
     unclear = []
     for row in rows:
+        if row["model"] == baseline or not row["seeds"]:  # the teacher and the warm start have none
+            continue
         for metric in ("bleu", "teacher_nll_per_token", "reward"):
-            ours, theirs = row["greedy"].get(metric), of_baseline.get(metric)
-            if row["model"] == baseline or not ours or not theirs or ours["half_width"] is None:
+            if metric not in row["greedy"] or metric not in of_baseline["greedy"]:
                 continue
-            difference, width = ours["mean"] - theirs["mean"], _width_with(ours, theirs, seeds=0)
-            if not 0 < abs(difference) < width:
+            differences = paired_by_seed(row, of_baseline, "greedy", metric)
+            if len(differences) < 2:
+                continue
+            mean, half_width = mean_interval(differences)
+            if not 0 < abs(mean) < half_width:
                 continue
             heading, number_format = GREEDY[metric]
-            numbers = range(2, _MOST_SEEDS + 1)
-            seeds = next((seeds for seeds in numbers if _width_with(ours, theirs, seeds) <= abs(difference)), None)
+            n = len(differences)
+            of_one = half_width * math.sqrt(n) / student_t_critical(n - 1)
+            numbers = range(n + 1, _MOST_SEEDS + 1)
+            widths = ((seeds, of_one * student_t_critical(seeds - 1) / math.sqrt(seeds)) for seeds in numbers)
+            seeds = next((seeds for seeds, width in widths if width <= abs(mean)), None)
             needed = f"more than {_MOST_SEEDS} seeds" if seeds is None else f"about {seeds} seeds"
-            said = f"{difference:+{number_format}} ± {width:{number_format}}"
+            said = f"{mean:+{number_format}} ± {half_width:{number_format}}"
             unclear.append(f"- {row['model']}, {heading}: {said}; {needed} would tell.")
     if not unclear:
         return []
-    return [f"Not told apart from {baseline} by these seeds (`--seeds` takes more):\n\n" + "\n".join(unclear)]
+    return [
+        f"Not told apart from {baseline} by these seeds, paired by seed (`--seeds` takes more):\n\n"
+        + "\n".join(unclear)
+    ]
 
 
-def _width_with(ours: Mapping, theirs: Mapping, seeds: int) -> float:
-    """The half-width of a difference of two means, if each had at least so many seeds that are alike to its own.
-
-    A mean's half-width is t(n − 1) s / √n (see `mean_interval`): with N seeds the same s, with t(N − 1) / √N.
-    """
-    widths = []
-    for interval in (ours, theirs):
-        n, width = len(interval["values"]), interval["half_width"] or 0.0
-        if width and seeds > n:
-            width *= (student_t_critical(seeds - 1) / math.sqrt(seeds)) / (student_t_critical(n - 1) / math.sqrt(n))
-        widths.append(width)
-    return math.hypot(*widths)
+def paired_by_seed(row: Mapping, baseline: Mapping, kind: str, metric: str) -> list[float]:
+    """A metric's differences over the seeds that both rows of `summarise` have. kind: "greedy" or "sampled"."""
+    ours, theirs = (dict(zip(one["seeds"], one[kind][metric]["values"], strict=True)) for one in (row, baseline))
+    return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
 def learning_rate_section(search: Mapping) -> str:

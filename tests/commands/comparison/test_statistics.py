@@ -352,30 +352,32 @@ def test_csv(rows):
     assert ("base", "cost", "cpu_seconds") in found and ("base", "sampled", "self_bleu") in found
 
 
+def row_of(model: str, values: list[float], seeds: list[int] | None = None) -> dict:
+    seeds = list(range(len(values))) if seeds is None else seeds
+    return {"model": model, "seeds": seeds, "greedy": {"bleu": {"values": values}}}
+
+
 def test_more_seeds_are_advised_where_intervals_are_wider_than_differences():
-    def row(model, mean, half_width):
-        return {"model": model, "greedy": {"bleu": {"mean": mean, "half_width": half_width, "values": [0.0] * 3}}}
-
-    # √(3² + 4²) = 5. Wanted: t(N−1) / √N ≤ |d| / 5 · t(2) / √3, with t(2) = 4.3027.
-    # d = 1: 0.4968; t(17) / √18 = 2.1098 / 4.2426 = 0.4973, t(18) / √19 = 2.1009 / 4.3589 = 0.4820.
-    # d = 0.5: 0.2484; t(63) / √64 = 1.9983 / 8 = 0.2498, t(64) / √65 = 1.9977 / 8.0623 = 0.2478. 10 ± 5 is clear.
-    rows = [row("base", 50.0, 3.0), row("near", 51.0, 4.0), row("nearer", 49.5, 4.0), row("far", 60.0, 4.0)]
-    rows.append(row("nearest", 50.3, 4.0))
+    """Paired by seed: what moves both alike, here by 20 BLEU, is no part of the interval."""
+    # Differences d − 1, d, d + 1, so h = t(2) / √3 = 4.3027 / 1.7321 = 2.484. Wanted: t(N−1) / √N ≤ |d|.
+    # d = 1: t(5) / √6 = 2.5706 / 2.4495 = 1.049, t(6) / √7 = 2.4469 / 2.6458 = 0.925.
+    # d = 0.3: t(44) / √45 = 2.0154 / 6.7082 = 0.3004, t(45) / √46 = 2.0141 / 6.7823 = 0.2970. 10 ± 2.5 is clear.
+    rows = [row_of("base", [30.0, 50.0, 70.0]), row_of("near", [30.0, 51.0, 72.0])]
+    rows += [row_of("nearer", [28.7, 49.7, 70.7]), row_of("far", [39.0, 60.0, 81.0])]
+    rows.append(row_of("nearest", [29.1, 50.1, 71.1]))
     assert more_seeds(rows, baseline="base") == [
-        "Not told apart from base by these seeds (`--seeds` takes more):\n\n"
-        "- near, BLEU: +1.0 ± 5.0; about 19 seeds would tell.\n"
-        "- nearer, BLEU: -0.5 ± 5.0; about 65 seeds would tell.\n"
-        "- nearest, BLEU: +0.3 ± 5.0; more than 100 seeds would tell."
+        "Not told apart from base by these seeds, paired by seed (`--seeds` takes more):\n\n"
+        "- near, BLEU: +1.0 ± 2.5; about 7 seeds would tell.\n"
+        "- nearer, BLEU: -0.3 ± 2.5; about 46 seeds would tell.\n"
+        "- nearest, BLEU: +0.1 ± 2.5; more than 100 seeds would tell."
     ]
-    assert more_seeds([rows[0], rows[3], row("one seed", 51.0, None)], baseline="base") == []
+    assert (
+        more_seeds([rows[0], rows[3], row_of("one seed", [51.0]), row_of("teacher", [50.0], [])], baseline="base")
+        == []
+    )
 
 
-def test_more_seeds_where_the_baseline_has_another_number_of_them():
-    def row(model, mean, half_width, seeds):
-        values = [0.0] * seeds
-        return {"model": model, "greedy": {"bleu": {"mean": mean, "half_width": half_width, "values": values}}}
-
-    # With a third seed the baseline's would be about 3 · (t(2) / √3) / (t(1) / √2) = 3 · 2.4842 / 8.9846 = 0.83, the
-    # other stays as it is: √(0.83² + 2²) = 2.17 < 3 < √(3² + 2²) = 3.61.
-    [advice] = more_seeds([row("base", 50.0, 3.0, 2), row("a", 53.0, 2.0, 5)], baseline="base")
-    assert advice.endswith("- a, BLEU: +3.0 ± 3.6; about 3 seeds would tell.")
+def test_more_seeds_are_of_those_that_both_have():
+    """Seeds 1 and 2, with differences 2 and 4: 3 ± t(1) · √2 / √2; t(3) / √4 = 1.59 is less than 3 / √2, 2.48 not."""
+    rows = [row_of("base", [0.0, 50.0, 60.0]), row_of("a", [52.0, 64.0, 99.0], seeds=[1, 2, 3])]
+    assert more_seeds(rows, baseline="base")[0].endswith("- a, BLEU: +3.0 ± 12.7; about 4 seeds would tell.")
