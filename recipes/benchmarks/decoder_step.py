@@ -26,12 +26,12 @@ from workload import (
     DECODER_TEACHER,
     Dimensions,
     Shape,
+    decoder_phase_flops,
     prompt_texts,
     random_decoder,
     resident_mib,
     word_tokenizer,
 )
-from workload import decoder_phase_flops as phase_flops
 
 from rlkd_trl import RLOOKDConfig, RLOOKDTrainer, TeacherForcingReward
 
@@ -59,16 +59,18 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def measure(
-    shape: Shape, steps: int, update_batch_size: int, beta: float, teacher: Dimensions = DECODER_TEACHER
-) -> dict[str, object]:
+def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+    """The FLOPs that each phase needs."""
+    return decoder_phase_flops(shape, several_updates=several_updates, reference=reference)
+
+
+def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
     """Our step, in this process."""
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir, teacher)
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
         loaded_mib = resident_mib()
         trainer.train()
-    several, reference = update_batch_size < shape.completions, beta > 0
-    flops = phase_flops(shape, several_updates=several, reference=reference, teacher=teacher)
+    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
     return meter.results(flops, loaded_mib)
 
 

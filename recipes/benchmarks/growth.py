@@ -5,9 +5,10 @@ r"""How a step's cost grows: CPU seconds and memory of each phase against one si
 Each cell is a whole step of `step.py` (PPO, T5) or `decoder_step.py` (RLOO, Qwen2's form), in a process of its own,
 with all completions in one update and without a KL penalty. Sizes are prompt tokens S, completion tokens T, samples
 K, vocabulary V and the teacher's layers; the others are those of the base, 8 prompts of 64 tokens with 4 completions
-of 32 each and V = 8192. Seconds are the median of `--steps` steps, in one thread; extra memory of a phase is its peak
-resident set above the loaded models. An exponent is the slope of log over log by least squares: 1 grows in proportion,
-0 does not grow. Linux only. Writes `growth.json` and `growth.md` to `--results_dir`.
+of 32 each and V = 8192. Seconds are the median of `--steps` steps, in one thread, after one that does not count; extra
+memory of a phase is how far the resident set rises in it, from where it was when the phase began and what earlier ones
+had freed was given back. An exponent is the slope of log over log by least squares: 1 grows in proportion, 0 does not
+grow. Linux with glibc only. Writes `growth.json` and `growth.md` to `--results_dir`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from result_files import RESULTS, made_by, write_results
 from workload import DECODER_TEACHER, TEACHER, Dimensions, Shape
 
-from rlkd_trl.evaluation.tables import markdown_table
+from rlkd_trl.evaluation.tables import markdown_table, number
 
 BASE = Shape(prompt_tokens=64, completion_tokens=32, prompts=8, samples=4)
 SIZES = {
@@ -51,12 +53,14 @@ def of_size(family: str, base: Shape, name: str, value: int) -> tuple[Shape, Dim
 def measure(family: str, shape: Shape, teacher: Dimensions, steps: int) -> dict[str, dict[str, float]]:
     """Seconds and extra memory of each phase, in this process, which must not have trained before."""
     script = FAMILIES[family][0]
-    found = script.measure(shape, steps, shape.completions, 0.0, teacher)
-    loaded_mib = found["peak_mib"] - found["extra_mib"]
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, meter = script.measured_trainer(shape, steps + 1, shape.completions, 0.0, output_dir, teacher)
+        meter.trims = True
+        trainer.train()
     return {
         phase: {
-            "cpu_seconds": found["phases"][phase]["cpu_seconds"],
-            "extra_mib": found["phases"][phase]["peak_mib"] - loaded_mib,
+            "cpu_seconds": statistics.median(step[phase] for step in meter.steps[1:]),
+            "extra_mib": meter.extra_mib[phase],
         }
         for phase in PHASES
     }
@@ -72,8 +76,10 @@ def measure_in_child(family: str, shape: Shape, teacher: Dimensions, steps: int)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Least-squares slope of log value over log size."""
-    x, y = ([math.log(max(v, 1e-9)) for v in series] for series in (sizes, values))
+    """Least-squares slope of log value over log size; NaN where a value is 0."""
+    if min(values) <= 0:
+        return math.nan
+    x, y = ([math.log(v) for v in series] for series in (sizes, values))
     mean_x, mean_y = statistics.mean(x), statistics.mean(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
@@ -103,7 +109,7 @@ def table(grown: dict[str, list[dict]]) -> str:
                 f"{point['size']}: {s:.2f} s, {m:.0f} MiB" for point, s, m in zip(points, seconds, mib, strict=True)
             ]
             sizes = [point["size"] for point in points]
-            slopes = [f"{exponent(sizes, values):.2f}" for values in (seconds, mib)]
+            slopes = [number(exponent(sizes, values), ".2f") for values in (seconds, mib)]
             rows.append([name.replace("_", " "), label, " · ".join(cells), *slopes])
     return markdown_table(["size", "phase", "CPU seconds and extra memory at each", "exponent of s", "of MiB"], rows)
 

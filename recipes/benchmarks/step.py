@@ -67,9 +67,7 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def phase_flops(
-    shape: Shape, *, several_updates: bool, reference: bool, teacher: Dimensions = TEACHER
-) -> dict[str, int]:
+def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
     """The FLOPs that each phase needs.
 
     In the update, the backward pass counts as two forward passes; old and reference log-probabilities need one each.
@@ -77,21 +75,18 @@ def phase_flops(
     student = forward_flops(STUDENT, shape)
     return {
         "generate": forward_flops(STUDENT, shape, cached=True),
-        "score": forward_flops(teacher, shape),
+        "score": forward_flops(TEACHER, shape),
         "update": (3 + several_updates + reference) * student,
     }
 
 
-def measure(
-    shape: Shape, steps: int, update_batch_size: int, beta: float, teacher: Dimensions = TEACHER
-) -> dict[str, object]:
+def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
     """Our step, in this process."""
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir, teacher)
+        trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
         loaded_mib = resident_mib()
         trainer.train()
-    several, reference = update_batch_size < shape.completions, beta > 0
-    flops = phase_flops(shape, several_updates=several, reference=reference, teacher=teacher)
+    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
     return meter.results(flops, loaded_mib)
 
 

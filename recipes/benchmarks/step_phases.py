@@ -3,6 +3,7 @@
 It imports nothing of this package, so that an interpreter with other versions of the libraries can run it.
 """
 
+import ctypes
 import json
 import subprocess
 import time
@@ -13,26 +14,32 @@ from importlib.metadata import version
 from statistics import median
 
 from transformers import TrainerCallback
-from workload import MatmulRate, peak_resident_mib, reset_peak
+from workload import MatmulRate, peak_resident_mib, reset_peak, resident_mib
 
 VERSIONS = ("torch", "transformers", "trl")
 
 
 class PhaseMeter:
-    """CPU seconds and peak memory of a trainer's phases; whatever is outside of the named ones is the update."""
+    """CPU seconds and peak memory of a trainer's phases; whatever is outside of the named ones is the update.
+
+    extra_mib: how far a phase's peak rises above what was resident when it began, in all steps but the first, in
+    which the optimizer's state is created. A phase may use what an earlier one has freed, which is no rise; but where
+    `trims` is set, what is free is given back to the system before each phase.
+    """
 
     def __init__(self):
         self.rate = MatmulRate()
         self.steps: list[dict[str, float]] = []
         self.peak_mib: dict[str, float] = defaultdict(float)
+        self.extra_mib: dict[str, float] = defaultdict(float)
+        self.trims = False
         self._cpu_seconds: dict[str, float] = defaultdict(float)
         self._current = "update"
 
     def begin(self) -> None:
         """Starts counting, after a measurement of the matrix rate."""
         self.rate.measure()
-        reset_peak()
-        self._since = time.process_time()
+        self._enter("update")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -48,9 +55,17 @@ class PhaseMeter:
 
     def _switch(self, phase: str) -> None:
         self._cpu_seconds[self._current] += time.process_time() - self._since
-        self.peak_mib[self._current] = max(self.peak_mib[self._current], peak_resident_mib())
+        peak = peak_resident_mib()
+        self.peak_mib[self._current] = max(self.peak_mib[self._current], peak)
+        if self.steps:
+            self.extra_mib[self._current] = max(self.extra_mib[self._current], peak - self._resident_mib)
+        self._enter(phase)
+
+    def _enter(self, phase: str) -> None:
+        if self.trims:
+            ctypes.CDLL(None).malloc_trim(0)
         reset_peak()
-        self._current, self._since = phase, time.process_time()
+        self._current, self._resident_mib, self._since = phase, resident_mib(), time.process_time()
 
     def results(self, flops: dict[str, int], loaded_mib: float) -> dict[str, object]:
         """Medians over all steps but the first; `flops` has what each phase needs."""
@@ -68,6 +83,7 @@ class PhaseMeter:
                     "gflop": flops[name] / 1e9,
                     "floor_ratio": seconds[name] * self.rate.per_second / flops[name],
                     "peak_mib": self.peak_mib[name],
+                    "extra_mib": self.extra_mib[name],
                 }
                 for name in flops
             },

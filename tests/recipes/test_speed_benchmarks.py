@@ -1,6 +1,8 @@
 """The speed benchmarks (steps, scoring, sampling, GPU, losses): their arithmetic against counts, and tiny runs."""
 
 import json
+import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -100,6 +102,7 @@ def test_the_exponent_of_a_power_law():
     exponent = names_of("growth").exponent
     assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert exponent([1, 2, 4, 8], [5, 5, 5, 5]) == pytest.approx(0)
+    assert math.isnan(exponent([1, 2], [0.0, 3.0])), "nothing is no power of anything"
 
 
 def test_the_floor_of_a_phase():
@@ -236,13 +239,47 @@ def test_growth(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "decoder_only"])
 def test_a_step_whose_growth_is_measured(family):
-    """In a process of its own."""
+    """In processes of their own. 20,000 words more are in the update; twice as much, AdamW's moments, is not."""
     names = names_of("growth")
-    shape, small = names.Shape(5, 3, 2, 2, 40), names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1)
-    phases = names.measure_in_child(family, shape, small, 1)
-    assert list(phases) == ["generate", "score", "update"]
-    assert all(phase["cpu_seconds"] > 0 for phase in phases.values())
-    assert max(phase["extra_mib"] for phase in phases.values()) > 0
+    small = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1)
+    few, many = (
+        names.measure_in_child(family, names.Shape(5, 40, 2, 2, vocabulary), small, 1) for vocabulary in (40, 20_000)
+    )
+    assert list(few) == ["generate", "score", "update"]
+    assert all(phase["cpu_seconds"] > 0 for phase in few.values())
+    # Gradients of the student's embedding and head: 2 · 20,000 · 256 float32 are 39 MiB. Scoring has slices of logits.
+    assert 39 < many["update"]["extra_mib"] - few["update"]["extra_mib"] < 78
+    assert many["score"]["extra_mib"] < 32
+
+
+def test_memory_of_a_phase():
+    """A process of its own, whose phases take 100 MiB, free it, take 50 more, and keep 30."""
+    program = """
+import json
+from step_phases import PhaseMeter
+meter = PhaseMeter()
+meter.trims = True
+def take(mib):
+    return bytearray(b"x" * 2**20) * mib
+meter.begin()
+for step in range(2):
+    with meter.phase("score"):
+        freed = take(100)
+        del freed
+    kept = take(30)
+    with meter.phase("generate"):
+        freed = take(50)
+        del freed
+    del kept
+    meter.finish_step()
+print(json.dumps([meter.extra_mib, len(meter.steps)]))
+"""
+    place = str(ROOT / "recipes" / "benchmarks")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {place!r})\n{program}"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    extra, steps = json.loads(finished.stdout.splitlines()[-1])
+    assert steps == 2
+    assert 100 <= extra["score"] < 110 and 50 <= extra["generate"] < 60 and 30 <= extra["update"] < 40
 
 
 @pytest.mark.slow
