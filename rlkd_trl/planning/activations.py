@@ -36,7 +36,8 @@ class Workload:
     prompt_tokens: S, per prompt. completion_tokens: T, per completion. num_generations: K, completions per prompt.
     micro_batch: completions in a micro-batch of the update. micro_batches: micro-batches in a rollout.
     teacher_batch_tokens: the most padded tokens in a scoring batch (see `Teacher`). sampling_batch: completions
-    decoded at a time. forward_batch: completions read without gradients at a time.
+    decoded at a time. forward_batch: completions read without gradients at a time. num_iterations: optimizer steps
+    from one rollout, which takes no more memory.
     """
 
     prompt_tokens: int
@@ -47,6 +48,7 @@ class Workload:
     teacher_batch_tokens: int
     sampling_batch: int = 256
     forward_batch: int = 64
+    num_iterations: int = 1
 
     @property
     def sampled_completions(self) -> int:
@@ -290,6 +292,9 @@ def _with_fused_attention() -> Iterator[None]:
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if torch.is_autocast_enabled(query.device.type):  # as autocast casts what goes into `scaled_dot_product_attention`
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:  # the kernel adds its mask to the scores
             attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)

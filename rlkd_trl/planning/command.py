@@ -35,6 +35,7 @@ _RANGES = {
     "max_completion_length": Length,
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
+    "num_iterations": Count,
     "num_generations": Count,
     "teacher_batch_tokens": Count,
     "sampling_batch_size": Count,
@@ -44,7 +45,7 @@ _RANGES = {
     "lora_r": Count,
 }
 _OF_LORA = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora")
-_OF_GPU = ("node_link", "max_steps")
+_OF_GPU = ("node_link", "max_steps", "num_iterations")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,11 +81,12 @@ def parser() -> argparse.ArgumentParser:
     add("--student", "Checkpoint directory or Hub id.", str, required=True, metavar="S")
     add("--gpus", "GPUs on each node.", default=1, metavar="N")
     add("--nodes", "Nodes.", default=1, metavar="N")
-    add("--gpu_name", "Kind of GPU, to estimate times by its ratings.", str, choices=MACHINES)
+    add("--gpu_name", "Kind of GPU (A100, H100, H200: SXM), to estimate times by its ratings.", str, choices=MACHINES)
     add("--gpu_memory", "Memory of each GPU, in GiB [80, or what --gpu_name has].", float, metavar="GIB")
     add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
     add("--node_link", "With --gpu_name: rated link between --nodes, GB/s.", float, default=25.0, metavar="GB/S")
-    add("--max_steps", "With --gpu_name: steps of the run.", default=1000, metavar="N")
+    add("--max_steps", "With --gpu_name: optimizer steps of the run.", default=1000, metavar="N")
+    add("--num_iterations", "With --gpu_name: optimizer steps from a rollout.", default=1, metavar="N")
     add("--max_prompt_length", "Longest prompt, of teacher and student.", default=512, metavar="N")
     add("--max_completion_length", "Longest completion.", default=64, metavar="N")
     add("--per_device_train_batch_size", "Completions in a micro-batch.", default=64, metavar="N")
@@ -176,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher_batch_tokens=flags.teacher_batch_tokens,
         sampling_batch=flags.sampling_batch_size,
         forward_batch=flags.local_rollout_forward_batch_size,
+        num_iterations=flags.num_iterations,
     )
     timing = flags.gpu_name and Timing(flags.gpu_name, MACHINES[flags.gpu_name], workload, cluster, flags.max_steps)
     models = (flags.teacher, flags.student)

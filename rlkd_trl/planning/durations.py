@@ -1,15 +1,18 @@
 """How long a step takes on each GPU, phase by phase, for a way to hold the teacher and a way to shard the student.
 
-A step is a rollout and the update from it. Phases come one after another. What ranks send each other, or fetch from
-CPU memory, is added: none of it is assumed to be hidden behind computation.
+A step is an optimizer step. Each takes a rollout of its own; with several passes over a rollout (`num_iterations`)
+they share its cost. Phases come one after another. What ranks send each other, or fetch from CPU memory, is added:
+none of it is assumed to be hidden behind computation.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.estimates import Cluster, StudentBytes, TeacherBytes
 from rlkd_trl.planning.machines import Machine
+from rlkd_trl.planning.operations import Operation
 
 _FLOAT32 = 4
 
@@ -36,12 +39,12 @@ def step_seconds(
     """Of a step on each rank, where every prompt and completion has its greatest length."""
     scoring, fetching = _scoring_seconds(teacher, workload, cluster, machine)
     completions = workload.micro_batch * workload.micro_batches
-    passes = math.ceil(completions / workload.forwarded_completions) * (2 if student.has_reference else 1)
+    reading = _in_batches(student.operations.log_probs, completions, workload.forwarded_completions, machine)
     return StepSeconds(
-        sampling=_sampling_seconds(student, workload, machine),
-        log_probs=passes * machine.seconds(student.operations.log_probs),
-        scoring=scoring,
-        fetching=fetching,
+        sampling=_sampling_seconds(student, workload, machine) / workload.num_iterations,
+        log_probs=(2 if student.has_reference else 1) * reading / workload.num_iterations,
+        scoring=scoring / workload.num_iterations,
+        fetching=fetching / workload.num_iterations,
         update=workload.micro_batches * machine.seconds(student.operations.update)
         + _optimizer_bytes(student, cluster) / machine.bandwidth,
         exchange=_exchanged_bytes(student, workload, cluster) / _link(cluster, machine),
@@ -50,7 +53,7 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class Timing:
-    """Times a workload on one kind of GPU, of which `MACHINES` has the name. steps: of a run."""
+    """Times a workload on one kind of GPU, of which `MACHINES` has the name. steps: optimizer steps of a run."""
 
     name: str
     machine: Machine
@@ -73,13 +76,13 @@ class Timing:
 def _scoring_seconds(
     teacher: TeacherBytes, workload: Workload, cluster: Cluster, machine: Machine
 ) -> tuple[float, float]:
-    """Of all scoring batches of a step, of which the last may be smaller: computing, and fetching weights.
+    """Of all scoring batches of a rollout: computing, and fetching weights.
 
     nf4 matrices are multiplied in 16 bits: in each batch they are read, and written as 16 bits, first. int8 ones are
     multiplied as they are; that is taken to be as fast as bfloat16.
     """
-    prompts = workload.micro_batch * workload.micro_batches / workload.num_generations
-    computing = prompts / workload.scored_prompts * machine.seconds(teacher.operations)
+    prompts = workload.micro_batch * workload.micro_batches // workload.num_generations
+    computing = _in_batches(teacher.operations, prompts, workload.scored_prompts, machine)
     if teacher.quantization == "nf4":
         computing += workload.scoring_batches * (teacher.weights + teacher.unquantised) / machine.bandwidth
     fetched = 0.0
@@ -91,8 +94,18 @@ def _scoring_seconds(
     return computing, workload.scoring_batches * fetched
 
 
+def _in_batches(operations: Sequence[Operation], count: int, at_a_time: int, machine: Machine) -> float:
+    """Seconds of whole batches and a last one, whose arithmetic and bytes are its share of a whole one's."""
+    whole, rest = divmod(count, at_a_time)
+    last = machine.seconds(operations, share=rest / at_a_time) if rest else 0.0
+    return whole * machine.seconds(operations) + last
+
+
 def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machine) -> float:
-    """A token takes longer the more tokens are in the cache: from the second to the last, evenly so."""
+    """A token takes longer the more tokens are in the cache: from the second to the last, evenly so.
+
+    A last batch that is smaller counts whole: for a token weights are read, and kernels launched, for however many.
+    """
     work = student.operations
     tokens = (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2 * workload.completion_tokens
     batches = math.ceil(workload.micro_batch * workload.micro_batches / workload.sampled_completions)
@@ -100,17 +113,21 @@ def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machin
 
 
 def _optimizer_bytes(student: StudentBytes, cluster: Cluster) -> float:
-    """AdamW reads weights, gradients and two moments, and writes all but the gradients; in float32."""
-    ranks = 1 if student.sharding == "ddp" else cluster.ranks
-    return 7 * _FLOAT32 * student.num_trained / ranks
+    """AdamW reads weights, gradients and two moments, and writes all but the gradients.
+
+    Under DDP they are all of the weights' kind; DeepSpeed has them in float32.
+    """
+    if student.sharding == "ddp":
+        return 7 * student.gradient_itemsize * student.num_trained
+    return 7 * _FLOAT32 * student.num_trained / cluster.ranks
 
 
 def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster) -> float:
     """What a rank sends in a step, in rings of `cluster.ranks`.
 
     DDP and ZeRO-1: gradients, to whoever sums them, and back what has become of them. ZeRO-2: the same, but gradients
-    after each micro-batch. ZeRO-3 too, and all weights for each forward and each backward pass, for log-probabilities
-    (and those of a reference that is the student without its adapters), and once for sampling.
+    after each micro-batch. ZeRO-3 too, and all weights for each forward and each backward pass, and for each rollout
+    for log-probabilities (and those of a reference that is the student without its adapters), and once for sampling.
     """
     others = (cluster.ranks - 1) / cluster.ranks
     gradients = student.num_trained * student.gradient_itemsize
@@ -122,7 +139,8 @@ def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster
     completions = workload.micro_batch * workload.micro_batches
     reading = math.ceil(completions / workload.forwarded_completions) * (2 if student.is_own_reference else 1)
     learning = (3 if student.recomputes else 2) * workload.micro_batches
-    return others * ((learning + reading + 1) * weights + workload.micro_batches * gradients)
+    gathered = learning + (reading + 1) / workload.num_iterations
+    return others * (gathered * weights + workload.micro_batches * gradients)
 
 
 def _link(cluster: Cluster, machine: Machine) -> float:

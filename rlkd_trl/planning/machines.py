@@ -32,12 +32,15 @@ class Machine:
     bus: float
     seconds_per_operation: float
 
-    def seconds(self, operations: "Iterable[Operation]") -> float:
-        """How long the operations take one after another: each the longest of arithmetic, memory and launch."""
+    def seconds(self, operations: "Iterable[Operation]", *, share: float = 1.0) -> float:
+        """How long the operations take one after another: each the longest of arithmetic, memory and launch.
+
+        share: of their arithmetic and bytes.
+        """
         return sum(
             max(
-                operation.flops / (self.bfloat16 if operation.is_16_bit else self.float32),
-                operation.nbytes / self.bandwidth,
+                share * operation.flops / (self.bfloat16 if operation.is_16_bit else self.float32),
+                share * operation.nbytes / self.bandwidth,
                 self.seconds_per_operation,
             )
             for operation in operations
@@ -63,10 +66,10 @@ def _gpu(memory_gib: float, float32: float, bfloat16: float, bandwidth: float, l
 
 
 # Memory as programs see it; float32 and bfloat16 products; memory bandwidth; link (NVLink between A100, H100 and H200,
-# PCIe between the others) and bus (PCIe), in one direction. Float32 is the rate without TF32, which PyTorch does not
-# use unless it is told to.
+# PCIe between the others) and bus (PCIe), in one direction. A100 (of 80 GB), H100 and H200 are the SXM boards: those
+# for PCIe are slower. Float32 is the rate without TF32, which PyTorch does not use unless it is told to.
 MACHINES = {
-    "a100": _gpu(80, 19.5, 312, 2039, 300, 32),
+    "a100": _gpu(79, 19.5, 312, 2039, 300, 32),
     "h100": _gpu(79, 67, 989, 3350, 450, 64),
     "h200": _gpu(139, 67, 989, 4800, 450, 64),
     "l4": _gpu(22, 30.3, 121, 300, 32, 32),

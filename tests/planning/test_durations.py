@@ -47,6 +47,28 @@ def test_one_gpu():
     assert seconds.total == pytest.approx(20 + 6 + 16 + 21)
 
 
+def test_several_steps_from_a_rollout_share_its_cost():
+    """By hand: 20 + 6 + 16 for a rollout, 21 for each update."""
+    seconds = step_seconds(TEACHER, STUDENT, replace(WORKLOAD, num_iterations=2), ALONE, MACHINE)
+    assert seconds.total == pytest.approx((20 + 6 + 16) / 2 + 21)
+    assert exchange("zero3", num_iterations=3) == pytest.approx((4 + (2 + 1) / 3 + 2) * 75), "gathered for a rollout"
+    text = advice([TEACHER, replace(TEACHER, dtype="float32")], [STUDENT], ALONE, WORKLOAD,
+                  replace(timing(ALONE), workload=replace(WORKLOAD, num_iterations=2)))  # fmt: skip
+    text = " ".join(text.split())
+    # 42 seconds a step: 360 of them are 180 rollouts
+    assert "42 s a step at full lengths, a rollout for every 2 steps (" in text and "take 4.2 GPU-hours" in text
+
+
+def test_a_smaller_last_batch_launches_as_much():
+    """16 prompts, 3 at a time: five batches, and one of a third, in which an operation of 3 s would take 1."""
+    launched = replace(MACHINE, seconds_per_operation=2.0)
+    teacher = replace(TEACHER, operations=[*TEACHER.operations, Operation(0, 100, is_16_bit=True)])
+    seconds = step_seconds(teacher, STUDENT, WORKLOAD, ALONE, launched)
+    assert seconds.scoring == pytest.approx(5 * (3 + 2) + 2 + 2)
+    reading = replace(WORKLOAD, forward_batch=48)  # 64 completions: 48, and 16
+    assert step_seconds(TEACHER, STUDENT, reading, ALONE, MACHINE).log_probs == pytest.approx(3 + 1)
+
+
 def test_a_reference_reads_completions_too():
     seconds = step_seconds(TEACHER, replace(STUDENT, has_reference=True), WORKLOAD, ALONE, MACHINE)
     assert seconds.log_probs == 4 * 3
@@ -73,11 +95,12 @@ def test_a_teacher_that_is_fetched(placement, cluster, fetching):
     assert step_seconds(teacher, STUDENT, WORKLOAD, cluster, MACHINE).fetching == pytest.approx(6 * fetching)
 
 
-def exchange(sharding: str, **changes) -> float:
+def exchange(sharding: str, num_iterations: int = 1, **changes) -> float:
     """In bytes, of a student whose weights and gradients have 100 on four ranks."""
     weights = 25 if sharding == "zero3" else 100
     student = replace(STUDENT, sharding=sharding, weights=weights, **changes)
-    return step_seconds(TEACHER, student, WORKLOAD, FOUR, MACHINE).exchange * MACHINE.link
+    workload = replace(WORKLOAD, num_iterations=num_iterations)
+    return step_seconds(TEACHER, student, workload, FOUR, MACHINE).exchange * MACHINE.link
 
 
 def test_what_ranks_of_a_student_send():
@@ -98,6 +121,13 @@ def test_each_rank_steps_its_own_parameters():
         assert seconds.update == 2 * 7 + 7 * 4 * 25 / 100 / ranks
 
 
+def test_moments_are_of_the_weights_kind_but_deepspeeds():
+    of_16_bits = replace(STUDENT, gradient_itemsize=2)
+    assert step_seconds(TEACHER, of_16_bits, WORKLOAD, ALONE, MACHINE).update == 2 * 7 + 7 * 2 * 25 / 100
+    sharded = replace(of_16_bits, sharding="zero1")
+    assert step_seconds(TEACHER, sharded, WORKLOAD, FOUR, MACHINE).update == 2 * 7 + 7 * 4 * 25 / 100 / 4
+
+
 def timing(cluster: Cluster) -> Timing:
     return Timing("abacus", MACHINE, WORKLOAD, cluster, steps=360)
 
@@ -111,6 +141,15 @@ def test_the_fastest_is_recommended_but_nf4():
     assert [choice.teacher.placement for choice in by_time] == ["offload", "zero3", "replicated"]
     by_fit = fitting_choices(teachers, [STUDENT], FOUR)
     assert [choice.teacher.placement for choice in by_fit] == ["zero3", "offload", "replicated"]
+
+
+@pytest.mark.parametrize(("seconds", "first"), [(1.9, "none"), (2.2, "int8")])
+def test_int8_has_to_be_twice_as_fast(seconds, first):
+    """Its kernels may be slower than planned, and it changes the rewards."""
+    int8, split = replace(TEACHER, quantization="int8"), replace(TEACHER, placement="zero3")
+    times = {"int8": 1.0, "none": seconds}
+    best = fitting_choices([int8, split], [STUDENT], FOUR, lambda teacher, _: times[teacher.quantization])[0]
+    assert best.teacher.quantization == first
 
 
 def test_what_is_as_fast_keeps_its_order():
@@ -140,8 +179,8 @@ def test_reasons_are_those_of_time():
     offloaded = replace(TEACHER, placement="offload")
     slow = replace(split, operations=whole.operations)
     assert "Faster than what else fits: the teacher stays in CPU memory" in words([whole, slow, offloaded], [STUDENT])
-    many = replace(STUDENT, num_trained=10**6, gradient_itemsize=0)
-    text = words([TEACHER], [many, replace(many, sharding="zero1")])
+    many = replace(STUDENT, num_trained=10**6)
+    text = words([TEACHER], [many, replace(many, sharding="zero1")], link=1e9)
     assert "sharded by zero1, of the fastest with which this fits" in text
 
 

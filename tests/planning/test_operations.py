@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlkd_trl.planning.activations import counted
-from rlkd_trl.planning.machines import Machine
+from rlkd_trl.planning.machines import MACHINES, Machine
 from rlkd_trl.planning.operations import Operation
 from tests.planning.models import t5
 
@@ -78,3 +79,40 @@ def test_each_operation_takes_what_is_longest():
     assert machine.seconds([Operation(300, 20, True)]) == 2.0, "memory"
     assert machine.seconds([Operation(300, 4, True)]) == 0.5, "launch"
     assert machine.seconds([Operation(300, 10, False), Operation(0, 1, False)]) == 3.5
+    shared = [Operation(300, 10, False), Operation(0, 40, False), Operation(0, 1, False)]
+    assert machine.seconds(shared, share=0.5) == 1.5 + 2.0 + 0.5, "a launch is a launch"
+
+
+# From the vendors' data sheets: TFLOP/s dense in float32 and bfloat16, GB/s of memory.
+RATED = {
+    "a100": (19.5, 312, 2039),
+    "h100": (67, 989, 3350),
+    "h200": (67, 989, 4800),
+    "l4": (30.3, 121, 300),
+    "rtx4090": (82.6, 165, 1008),
+    "rtx3090": (35.6, 71, 936),
+}
+
+
+def test_a_gpu_reaches_a_share_of_its_ratings():
+    """0.6 of its arithmetic, 0.8 of its bandwidth, 0.7 of its links."""
+    assert MACHINES.keys() == RATED.keys()
+    for name, (float32, bfloat16, bandwidth) in RATED.items():
+        found = MACHINES[name]
+        assert found.float32 == pytest.approx(0.6 * float32 * 1e12)
+        assert found.bfloat16 == pytest.approx(0.6 * bfloat16 * 1e12, rel=0.01)
+        assert found.bandwidth == pytest.approx(0.8 * bandwidth * 1e9)
+    # NVLink 4 has 450 GB/s in one direction, PCIe 5 64; a card without NVLink has PCIe 4.
+    assert (MACHINES["h100"].link, MACHINES["h100"].bus) == pytest.approx((0.7 * 450e9, 0.7 * 64e9))
+    assert MACHINES["a100"].link == pytest.approx(0.7 * 300e9)
+    assert MACHINES["l4"].link == MACHINES["rtx4090"].bus == pytest.approx(0.7 * 32e9)
+
+
+def test_attention_under_autocast_is_in_16_bits():
+    """As a GPU's is, also where rotary positions have made its queries float32."""
+    operations: list[Operation] = []
+    with FakeTensorMode(), counted([], True, operations), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        query = torch.ones(1, 2, 8, 16)
+        nn.functional.scaled_dot_product_attention(query, query, query)
+    products = [operation for operation in operations if operation.flops]
+    assert products and all(operation.is_16_bit for operation in products)

@@ -128,7 +128,7 @@ def test_every_flag_arrives(monkeypatch):
             "--local_rollout_forward_batch_size 15 --student_dtype bfloat16 --critic separate --beta 0.3 --bf16 "
             "--assistants 2 --use_peft --lora_r 9 --lora_target_modules q v --lora_modules_to_save lm_head "
             "--use_dora True --load_in_4bit --gradient_checkpointing True "
-            "--gpu_name h100 --max_steps 7 --node_link 50"
+            "--gpu_name h100 --max_steps 7 --num_iterations 2 --node_link 50"
         )
     )
     cluster = Cluster(gpus=4, nodes=2, gpu_memory=85_899_345_920, reserve=0.2, node_link=35e9)
@@ -141,6 +141,7 @@ def test_every_flag_arrives(monkeypatch):
         teacher_batch_tokens=13,
         sampling_batch=14,
         forward_batch=15,
+        num_iterations=2,
     )
     assert found == [
         "T",
