@@ -3,16 +3,19 @@ r"""Runs with models of real size and random weights: time, and memory against t
     python recipes/benchmarks/true_size.py --work_dir runs/true_size --cases t0_3b-bfloat16 t0_3b-int8
 
 Checkpoints of the shapes of T0-3B (5.7 GB), T0-11B (22 GB) and t5-base are written to the work directory with random
-weights, in shards, of which one is in memory at a time; they are deleted when no case is left that needs them.
+weights, in shards, of which one is in memory at a time. A teacher is deleted when no case is left that needs it, and
+everything else at the end, also of a case that fails.
 `ppo_kd.py` then runs with the shipped preset for the teacher, but for the data (random words), the lengths and the
-batch, which are a rehearsal's, and the number of steps. Memory is what belongs to no file at its greatest, and the
-weights that stay in the mapped checkpoint, which are those that are not quantised; beside it stands the resident set
-at its greatest, with all pages of the checkpoint that have been read and not yet taken back. The planner's number is
-for a GPU, so what Python and the libraries take, measured in a process that only imports them, is added.
+batch, which are a rehearsal's, and the number of steps: two, which are one rollout with the presets' two passes over
+it. Memory is what belongs to no file at its greatest, and the weights that stay in the mapped checkpoint, which are
+those that are not quantised; beside it stands the resident set at its greatest, with all pages of the checkpoint that
+have been read and not yet taken back. The planner's number is for a GPU, so what Python and the libraries take of
+their own, measured in a process that only imports them, is added. Cases that `--results_dir` has already, from other
+calls, stay in the table.
 
 A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and keep their shards
 in files: its memory is that of the process that has most, and the buffers for files are added to the planner's number.
-It has been run to its end with a small teacher only. Linux only.
+Linux only.
 """
 
 import argparse
@@ -275,14 +278,15 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "mapped_gib": rehearsal.mapped / 2**30,
         "own_gib": rehearsal.own / 2**30,
         "in_file_gib": bytes_left_in_file(teacher, way) / 2**30,
-        "libraries_gib": libraries.peak / 2**30,
+        "libraries_gib": libraries.own / 2**30,
         "planned_gib": planned_bytes(teacher, student, size.completion, way) / 2**30,
         **logged(output_dir),
+        "made_by": made_by(),
     }
 
 
 def logged(output_dir: Path) -> dict[str, float]:
-    """Of the run: seconds of training, and of the last step's phases."""
+    """Of the run: seconds of training, and of the last rollout's phases, its updates together."""
     cost = json.loads((output_dir / "cost.json").read_text(encoding="utf-8"))
     history = json.loads((output_dir / "run_log.json").read_text(encoding="utf-8"))["history"]
     last = [entry for entry in history if "loss" in entry][-1]
@@ -311,6 +315,27 @@ def table(rows: list[dict]) -> str:
     return markdown_table(heads, lines)
 
 
+def add_result(results_dir: Path, row: dict) -> None:
+    """Writes the table with this row, and those of other cases that are there already."""
+    file = results_dir / "true_size.json"
+    rows = {one["case"]: one for one in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    rows[row["case"]] = row
+    ordered = [rows[case] for case in CASES if case in rows]
+    commands = "\n".join(f"- {one['case']}: {one['made_by']}" for one in ordered)
+    text = f"""# Rehearsals with models of real size
+
+PPO with the shipped presets' settings, but for lengths and batch: one rollout of {BATCH} completions of 32 tokens
+(T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}, and two optimizer steps from it; random weights, t5-base's
+shape as the student. Seconds of the phases are by the wall's clock, the update's of both steps; "around training" is
+everything else: imports, loading (and quantising), evaluations, saving.
+
+{table(ordered)}
+
+{commands}
+"""
+    write_results(results_dir, "true_size", ordered, text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/true_size"))
@@ -319,27 +344,20 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.steps < 2:
-        parser.error("--steps must be at least 2: the phases of a run's first step are not logged.")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index, case in enumerate(args.cases):
-        rows.append(rehearse(case, args.work_dir, args.steps))
-        print(json.dumps(rows[-1]), flush=True)
-        teacher = case.split("-")[0]
-        if not any(later.startswith(teacher) for later in args.cases[index + 1 :]):
-            shutil.rmtree(args.work_dir / teacher)
-    text = f"""# Rehearsals with models of real size
-
-PPO with the shipped presets' settings, but for lengths and batch: {args.steps} steps of {BATCH} completions of
-32 tokens (T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}; random weights, t5-base's shape as the student.
-Seconds of each phase are of the last step, by the wall's clock; "around training" is everything else: imports, loading
-(and quantising), evaluations, saving.
-
-{table(rows)}
-
-{made_by()}
-"""
-    write_results(args.results_dir, "true_size", rows, text)
+        parser.error("--steps must be at least 2: the presets pass over a rollout twice, and log its phases then.")
+    if args.work_dir.exists():
+        parser.error(f"{args.work_dir} is there, and would be deleted at the end: name a new --work_dir.")
+    args.work_dir.mkdir(parents=True)
+    try:
+        for index, case in enumerate(args.cases):
+            row = rehearse(case, args.work_dir, args.steps)
+            print(json.dumps(row), flush=True)
+            add_result(args.results_dir, row)
+            teacher = case.split("-")[0]
+            if not any(later.startswith(teacher) for later in args.cases[index + 1 :]):
+                shutil.rmtree(args.work_dir / teacher)
+    finally:
+        shutil.rmtree(args.work_dir)
 
 
 if __name__ == "__main__":

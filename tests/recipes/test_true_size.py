@@ -98,14 +98,26 @@ def test_a_case_in_small(names, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["true_size.py", *map(str, flags)])
     names.main()
     (row,) = json.loads((tmp_path / "true_size.json").read_text())
+    # A teacher of 2 bytes a weight, and a student with gradients and two moments in float32, are the least.
+    of_student = names.T5ForConditionalGeneration(names.Size(**SMALL, v1_1=False).config()).num_parameters()
+    assert row["libraries_gib"] == 2, "their own"
     assert row["own_gib"] == 2 and row["training_cpu_seconds"] > 0 and row["seconds/score"] > 0
     teacher = names.Size(**SMALL).config()
     weights = sum(weight.numel() for weight in names.T5ForConditionalGeneration(teacher).parameters())
     head = teacher.vocab_size * teacher.d_model  # of v1.1, which transformers ties before it is loaded
     assert row["in_file_gib"] * 2**30 == 2 * (weights + head)
-    assert not (tmp_path / "work" / "t0_3b").exists(), "it is deleted at the end"
-    line = (tmp_path / "true_size.md").read_text().splitlines()[9]
-    assert line.startswith("| t0_3b-bfloat16 |") and "| 2.0 + 0.0 |" in line
+    assert 2 * (weights + head) + 16 * of_student < row["planned_gib"] * 2**30 < 2**30
+    assert not (tmp_path / "work").exists(), "all is deleted at the end"
+    line = next(line for line in (tmp_path / "true_size.md").read_text().splitlines() if "t0_3b-bfloat16" in line)
+    assert (
+        "| 2.0 + 0.0 |" in line
+        and line.split("|")[-2].strip() == f"{(2 + row['in_file_gib']) / (2 + row['planned_gib']):.2f}"
+    )
+    # Another case stays where it is, and is not lost.
+    names.add_result(tmp_path, {**row, "case": "t0_11b-nf4", "own_gib": 5.0})
+    names.add_result(tmp_path, {**row, "own_gib": 3.0})
+    found = json.loads((tmp_path / "true_size.json").read_text())
+    assert [(one["case"], one["own_gib"]) for one in found] == [("t0_3b-bfloat16", 3.0), ("t0_11b-nf4", 5.0)]
     assert "--config" in commands[0] and preset in commands[0]
 
 
@@ -114,3 +126,18 @@ def test_one_step_is_too_few(names, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         names.main()
     assert exit.value.code == 2 and "--steps" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_leaves_no_checkpoint(names, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise SystemExit("no memory")
+
+    monkeypatch.setitem(names.main.__globals__, "rehearse", fails)
+    monkeypatch.setattr(sys, "argv", ["true_size.py", "--work_dir", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="no memory"):
+        names.main()
+    assert not (tmp_path / "work").exists()
+    (tmp_path / "work").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        names.main()
+    assert exit.value.code == 2 and (tmp_path / "work").exists(), "what is of somebody else is not deleted"
