@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from result_files import RESULTS, made_by
+from result_files import RESULTS, made_by, write_results
 from workload import STUDENT, TEACHER, Dimensions, MatmulRate, Shape, random_t5, t5_config
 
 from rlkd_trl.evaluation.tables import markdown_table
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
-    parser.add_argument("--results", type=Path, default=RESULTS / "planned_time.md")
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -150,8 +150,7 @@ Measured / planned CPU seconds, one thread, {args.steps} counted steps of each s
 The machine, measured around each step: {_span(rates, "float32", 1e9)} GFLOP and {_span(rates, "bandwidth", 1e9)} GB
 per second, {_span(rates, "seconds_per_operation", 1e-6)} µs an operation. {made_by()}
 """
-    args.results.write_text(text, encoding="utf-8")
-    print(text)
+    write_results(args.results_dir, "planned_time", rows, text)
 
 
 def _span(rates: list[dict], name: str, unit: float) -> str:

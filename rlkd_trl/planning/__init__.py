@@ -32,8 +32,8 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
   products, 80 % of its memory's rate and 70 % of its links'. These four figures are assumed, not measured. (On one CPU
   thread, with that machine's own rates, `recipes/benchmarks/planned_time.py` compares.) Sampling writes every token.
   What ranks send each other, in rings, and weights from CPU memory are not hidden behind computation; a teacher's nf4
-  matrices are unpacked to 16 bits for every scoring batch, int8 ones are as fast as bfloat16. One optimizer step a
-  rollout. Not counted:
-  loading, evaluations, checkpoints, a separate critic's values of the rollout, the unpacking of a quantised student's
-  weights, tokenization, rewards that run user code.
+  matrices are unpacked to 16 bits for every scoring batch, int8 ones are as fast as bfloat16. A rollout makes
+  `--num_iterations` optimizer steps, each of all its micro-batches. Not counted: loading, evaluations, checkpoints, a
+  separate critic's values of the rollout, the unpacking of a quantised student's weights, tokenization, rewards that
+  run user code.
 """
