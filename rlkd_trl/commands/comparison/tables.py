@@ -99,9 +99,15 @@ def more_seeds(rows: Sequence[dict], *, baseline: str) -> list[str]:
 
 
 def paired_by_seed(row: Mapping, baseline: Mapping, kind: str, metric: str) -> list[float]:
-    """A metric's differences over the seeds that both rows of `summarise` have. kind: "greedy" or "sampled"."""
-    ours, theirs = (dict(zip(one["seeds"], one[kind][metric]["values"], strict=True)) for one in (row, baseline))
-    return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    """A metric's differences over the seeds that both rows of `summarise` have, or from a baseline that has none.
+
+    The teacher and the warm start have one value and no seed. kind: "greedy" or "sampled".
+    """
+    ours, theirs = row[kind][metric]["values"], baseline[kind][metric]["values"]
+    if not baseline["seeds"]:
+        return [value - theirs[0] for value in ours]
+    of_seed = dict(zip(baseline["seeds"], theirs, strict=True))
+    return [value - of_seed[seed] for seed, value in zip(row["seeds"], ours, strict=True) if seed in of_seed]
 
 
 def learning_rate_section(search: Mapping) -> str:

@@ -377,6 +377,12 @@ def test_more_seeds_are_advised_where_intervals_are_wider_than_differences():
     )
 
 
+def test_more_seeds_than_of_a_baseline_without_seeds():
+    """As the warm start is one: 1 ± 4.3027 / √3."""
+    rows = [row_of("warm_start", [50.0], []), row_of("a", [50.0, 51.0, 52.0])]
+    assert more_seeds(rows, baseline="warm_start")[0].endswith("- a, BLEU: +1.0 ± 2.5; about 7 seeds would tell.")
+
+
 def test_more_seeds_are_of_those_that_both_have():
     """Seeds 1 and 2, with differences 2 and 4: 3 ± t(1) · √2 / √2; t(3) / √4 = 1.59 is less than 3 / √2, 2.48 not."""
     rows = [row_of("base", [0.0, 50.0, 60.0]), row_of("a", [52.0, 64.0, 99.0], seeds=[1, 2, 3])]
