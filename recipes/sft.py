@@ -101,7 +101,7 @@ def train(
             trainer.merge_adapters()
         trainer.save_model(_internal_call=True)
         if trainer.is_world_process_zero():
-            write_supervised_card(trainer, settings, templates)
+            write_supervised_card(trainer, settings, templates, writer)
         mark_finished(args.output_dir, trainer.state.global_step)
         print(f"The model is in {args.output_dir}.", flush=True)
     finish_pushes(trainer)

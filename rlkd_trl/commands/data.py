@@ -16,6 +16,7 @@ from rlkd_trl.commands.loading import supervised_writer
 from rlkd_trl.commands.prompt_lengths import fit_prompts, naming, student_prompt
 from rlkd_trl.commands.settings import DistillationSettings, SupervisedSettings
 from rlkd_trl.data import (
+    answers_apart,
     as_references,
     demo_dataset,
     group_by_source,
@@ -24,10 +25,10 @@ from rlkd_trl.data import (
     require_columns,
     require_no_blanks,
     require_prompt,
-    require_two_columns,
 )
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import (
+    Message,
     PromptTemplate,
     PromptTemplates,
     is_conversation,
@@ -87,6 +88,7 @@ def load_prompts(
         with naming(name):
             grouped = _grouped(rows, data, held_out)
         _say_what_is_replaced(rows, data)
+    _say_what_is_continued(grouped["prompt"])
     if data.max_rows is not None and held_out is None:
         grouped = grouped.select(range(min(data.max_rows, len(grouped))))
     with naming(name):
@@ -157,6 +159,17 @@ def _say_what_is_replaced(rows: "Dataset", data: DataArguments) -> None:
         say(f"The data's own column `source` is replaced by the source text, from `{data.source_column}`.")
 
 
+def _say_what_is_continued(prompts: Collection[str | list[Message]]) -> None:
+    """Says that conversations end with the assistant: they may be whole ones, whose last message is the answer."""
+    count = sum(is_conversation(prompt) and prompt[-1]["role"] == "assistant" for prompt in prompts)
+    if count:
+        say(
+            f"{count} of {len(prompts)} conversations end with the assistant, whose last words are gone on from. If "
+            "they are the answers, name the source column as --target_column (for held-out data "
+            "--eval_target_column) too: they are then the targets, and no part of prompts."
+        )
+
+
 def _say_what_gets_the_source(templates: PromptTemplates, row: Mapping[str, object]) -> None:
     """Says which variable of the templates gets the source text: it could be a column's name misspelt."""
     variable = variable_of_source(templates, row)
@@ -170,7 +183,7 @@ def _grouped(rows: "Dataset", data: DataArguments, held_out: HeldOutArguments | 
     if held_out is not None and held_out.eval_target_column is not None:
         target_column, target_flag = held_out.eval_target_column, "eval_target_column"
     require_columns(rows, **{"source_column": data.source_column, target_flag: target_column})
-    require_two_columns(data.source_column, target_column, flag=target_flag)
+    rows, target_column = answers_apart(rows, data.source_column, target_column, flag=target_flag)
     grouped = group_by_source(rows, data.source_column, target_column)
     if data.source_column == "source" and not is_conversation(grouped[0]["prompt"]):
         return grouped
@@ -270,6 +283,7 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     pairs = _pairs_of(rows, data, prompts, templates)
     if templates is not None:
         _say_what_gets_the_source(templates, pairs[0])
+    _say_what_is_continued([pair["prompt"] for pair in pairs])
     empty_targets([pair["target"] for pair in pairs])
     return pairs
 
@@ -311,7 +325,7 @@ def _pairs_of(
     if target is None:
         raise InputError("--target_column is needed here.")
     require_columns(rows, source_column=source, target_column=target)
-    require_two_columns(source, target)
+    rows, target = answers_apart(rows, source, target)
     require_no_blanks(rows[source], source)
     pairs = []
     for i, row in enumerate(rows):

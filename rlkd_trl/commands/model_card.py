@@ -14,6 +14,8 @@ from rlkd_trl.prompts import PromptTemplates
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+    from rlkd_trl.models.chat import PromptWriter
+
 _USUAL = (
     *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs", "seed"),
@@ -71,8 +73,10 @@ def place_on_hub(trainer: "Trainer") -> str | None:
     return trainer.hub_model_id if trainer.args.push_to_hub else None
 
 
-def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings, templates: PromptTemplates | None) -> None:
-    """The model card of a model that was trained on targets; templates: those that wrote its prompts."""
+def write_supervised_card(
+    trainer: "Trainer", settings: SupervisedSettings, templates: PromptTemplates | None, writer: "PromptWriter"
+) -> None:
+    """The model card of a model that was trained on targets; templates and writer: what wrote its prompts."""
     from peft import PeftModel
 
     from rlkd_trl.evaluation.report import write_model_card
@@ -93,6 +97,7 @@ def write_supervised_card(trainer: "Trainer", settings: SupervisedSettings, temp
         auto_class="AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM",
         has_content_tokens=bool(allowed_special_tokens(trainer.model)),
         has_adapters=isinstance(trainer.model, PeftModel),
+        chat=writer.chat if writer.is_chat else None,
         sections=card_sections(trainer, settings, templates),
         checkpoint=place_on_hub(trainer),
     )

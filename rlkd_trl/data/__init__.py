@@ -2,6 +2,7 @@
 
 from rlkd_trl.data.columns import (
     answer_in,
+    answers_apart,
     as_references,
     group_by_source,
     input_key,
@@ -12,7 +13,6 @@ from rlkd_trl.data.columns import (
     require_no_blanks,
     require_prompt,
     require_text,
-    require_two_columns,
 )
 from rlkd_trl.data.demo import demo_dataset
 from rlkd_trl.data.loading import content_digest, data_files, load_rows, require_dataset
@@ -20,6 +20,7 @@ from rlkd_trl.data.tokenizer import train_tokenizer
 
 __all__ = [
     "answer_in",
+    "answers_apart",
     "as_references",
     "content_digest",
     "data_files",
@@ -35,6 +36,5 @@ __all__ = [
     "require_no_blanks",
     "require_prompt",
     "require_text",
-    "require_two_columns",
     "train_tokenizer",
 ]

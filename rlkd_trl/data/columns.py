@@ -27,10 +27,37 @@ def require_columns(rows: Dataset, **flags: str | None) -> None:
             raise InputError(message)
 
 
-def require_two_columns(source_column: str, target_column: str | None, *, flag: str = "target_column") -> None:
-    """Raises `InputError` if sources and targets are one column. flag: the one that names the targets."""
-    if source_column == target_column:
-        raise InputError(f"`--{flag} {target_column}` is the source column too; name another or leave it out.")
+def answers_apart(
+    rows: Dataset, source_column: str, target_column: str | None, *, flag: str = "target_column"
+) -> tuple[Dataset, str | None]:
+    """The rows and their target column, which is a new one where one column of conversations is source and target.
+
+    There, as in TRL's column `messages`, the last message is the target and those before it are the prompt.
+
+    flag: the one that names the targets.
+
+    Raises:
+        InputError: The one column holds texts, or a conversation that is no prompt and an answer of the assistant's.
+    """
+    if source_column != target_column:
+        return rows, target_column
+    require_no_blanks(rows[source_column], source_column)
+    prompts, answers = [], []
+    for i, messages in enumerate(rows[source_column]):
+        if not is_conversation(messages):
+            raise InputError(f"`--{flag} {target_column}` is the source column too; name another or leave it out.")
+        require_prompt(messages, source_column, i)
+        roles = [message["role"] for message in messages]
+        if len(roles) < 2 or roles[-1] != "assistant":
+            raise InputError(
+                f"Row {i + 1}: column `{source_column}` is the source and the target, so that each conversation has "
+                f"to end with the assistant's answer; the roles in this one are: {', '.join(roles)}."
+            )
+        prompts.append(messages[:-1])
+        answers.append(messages[-1:])
+    feature, answer = rows.features[source_column], f"answer in {source_column}"
+    rows = rows.add_column(answer, answers, feature=feature)  # first: without columns a table has no rows
+    return rows.remove_columns(source_column).add_column(source_column, prompts, feature=feature), answer
 
 
 def group_by_source(rows: Dataset, source_column: str, target_column: str | None = None) -> Dataset:
@@ -44,7 +71,8 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     Args:
         rows: the data.
         source_column: a column of non-blank strings, or of conversations.
-        target_column: a column of non-blank strings, or of non-empty lists of them; or of the assistant's messages.
+        target_column: a column of non-blank strings, or of non-empty lists of them; or of the assistant's messages; or
+            the source column, if its conversations end with these.
 
     Raises:
         InputError: a column is missing, its values are not as above (rows are counted from 1, headers left out), or
@@ -53,7 +81,7 @@ def group_by_source(rows: Dataset, source_column: str, target_column: str | None
     from datasets import List, Value
 
     require_columns(rows, source_column=source_column, target_column=target_column)
-    require_two_columns(source_column, target_column)
+    rows, target_column = answers_apart(rows, source_column, target_column)
     if "prompt" in rows.column_names and "prompt" not in (source_column, target_column):
         raise InputError(
             f"The data has a column `prompt` besides the source column `{source_column}`, and the source text goes by "

@@ -1,8 +1,11 @@
 """Prompts as a model reads them: as they are, or through its tokenizer's chat template."""
 
+import contextlib
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,9 +14,24 @@ from rlkd_trl.models.loading import load_tokenizer
 from rlkd_trl.prompts import ChatFormat, ChatText, Message, RenderedPrompt, checked_messages, is_conversation
 from rlkd_trl.prompts.chat import AUTO, NONE, render_chat
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 # What a chat template is tried out with. Letters only, so that no filter of a template changes it.
 _USER, _ASSISTANT, _SYSTEM = "ThisIsTheQuestion", "ThisIsTheAnswer", "ThisIsTheSystem"
+
+
+class _Turn(NamedTuple):
+    """How a chat template begins turns.
+
+    openings: the words behind the user's in a prompt, without whitespace, if a special token is among them. of_user:
+    the last special token before the user's words, and what follows it; "" if there is none. missing: what the
+    template writes before the assistant's words and leaves out of prompts.
+    """
+
+    openings: tuple[str, ...]
+    of_user: str
+    missing: str
 
 
 class PromptWriter:
@@ -22,7 +40,9 @@ class PromptWriter:
     Without a chat template a text is what it was before. With one, a text is the user's message, behind the system
     prompt if there is one, unless it ends with the template's own markers already; a conversation that has no system
     message gets the system prompt, too. The result is what transformers' `apply_chat_template` writes, rendered in
-    the bounds of all templates, and is tokenised as that does it: without the tokenizer's own special tokens.
+    the bounds of all templates, and is tokenised as that does it: without the tokenizer's own special tokens. Only
+    where a template does not say how the assistant's turn begins when it is asked for that, it gets what the template
+    writes between a user's message and the answer.
 
     Attributes:
         processing_class: the tokenizer. It is the one that was given, or a copy where that has another chat template
@@ -34,6 +54,8 @@ class PromptWriter:
             the user says; a system prompt without a chat template.
     """
 
+    _warned_of_markers = False
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None = None):
         self.chat = ChatFormat() if chat is None else chat
         self.processing_class = _with_template(tokenizer, self.chat)
@@ -41,7 +63,8 @@ class PromptWriter:
         if not self.is_chat:
             self._refuse_what_needs_a_template()
             return
-        self._opening = self._check_template()
+        self._roles_seen: set[tuple[str, ...]] = set()
+        self._turn = self._check_template()
         end = self._end_of_turn()
         if end not in (None, self.processing_class.eos_token):
             if self.processing_class is tokenizer:
@@ -56,7 +79,8 @@ class PromptWriter:
         """The prompt as the model reads it; written once, it stays as it is.
 
         Raises:
-            InputError: A conversation without a chat template, or one that the template refuses.
+            InputError: A conversation without a chat template, or one that the template refuses or leaves a message
+                of out.
         """
         if isinstance(prompt, ChatText):
             return prompt
@@ -69,6 +93,7 @@ class PromptWriter:
             return self._written_conversation(checked_messages(prompt))
         if not self.is_chat or self._is_written(prompt):
             return prompt
+        self._warn_of_markers(prompt)
         return self._written_text(prompt)
 
     def is_plain(self, prompt: str | list[Message]) -> bool:
@@ -108,12 +133,15 @@ class PromptWriter:
         return ChatText(written({}), variables, written)
 
     def _written_conversation(self, messages: list[dict[str, object]]) -> ChatText:
-        """Of a prompt that is too long, what the system says stays whole, as a template's words do."""
+        """Of a prompt that is too long, what the system says stays whole, as a template's words do, and so does what
+        the assistant has begun to say."""
+        self._check_that_all_are_read(messages)
+        begun = len(messages) if messages[-1]["role"] == "assistant" else None
         names = {f"message {number}": message for number, message in enumerate(messages, start=1)}
         said = {
             name: message["content"]
             for name, message in names.items()
-            if message["role"] != "system" and message.get("content")
+            if message["role"] != "system" and name != f"message {begun}" and message.get("content")
         }
 
         def written(shorter: Mapping[str, object]) -> str:
@@ -131,24 +159,108 @@ class PromptWriter:
         return [{"role": "system", "content": self.chat.system_prompt}, *messages]
 
     def _render(self, messages: list[dict[str, object]], *, as_prompt: bool = True) -> str:
-        variables = {**self.processing_class.special_tokens_map, **(self.chat.template_kwargs or {})}
+        said = self._rendered(messages, as_prompt=as_prompt)
+        return said + self._turn.missing if as_prompt and messages[-1]["role"] != "assistant" else said
+
+    def _rendered(
+        self, messages: list[dict[str, object]], *, as_prompt: bool = True, with_variables: bool = True
+    ) -> str:
+        """What the template itself writes; with_variables: with those that it is given (`ChatFormat`)."""
+        given = self.chat.template_kwargs if with_variables else None
+        variables = {**self.processing_class.special_tokens_map, **(given or {})}
         return render_chat(self._template, messages, variables, tokenizer_name=self._name, as_prompt=as_prompt)
 
     def _is_written(self, prompt: str) -> bool:
-        """Whether a text ends as the template opens the assistant's turn, special tokens included."""
-        return bool(self._opening) and str(prompt).rstrip().endswith(self._opening)
+        """Whether a text ends as the template opens the assistant's turn, but for whitespace.
+
+        With or without the variables that the template is given here. Special tokens have to be in it.
+        """
+        return "".join(prompt.split()).endswith(self._turn.openings)
+
+    def _warn_of_markers(self, prompt: str) -> None:
+        """Once, of a text that has the markers by which the template opens a user's turn, and gets them again."""
+        if self._warned_of_markers or not self._turn.of_user or self._turn.of_user not in prompt:
+            return
+        self._warned_of_markers = True
+        logger.warning(
+            f"A prompt holds {self._turn.of_user!r}, by which the chat template of {self._name} opens the user's "
+            "turn, and does not end as that opens the assistant's: it is taken for what the user says, and gets the "
+            "markers once more. If it was written for the model already, turn the chat template off ('none')."
+        )
+
+    def _check_that_all_are_read(self, messages: list[dict[str, object]]) -> None:
+        """Raises `InputError` if the template leaves a message out; each order of roles is tried once."""
+        roles = tuple(message["role"] for message in messages)
+        if roles in self._roles_seen:
+            return
+        names = [f"message{'of' * number}here" for number in range(len(messages))]  # none is in another
+        marked = [
+            {**message, "content": name} if isinstance(message.get("content"), str) else message
+            for message, name in zip(messages, names, strict=True)
+        ]
+        try:
+            shown = self._rendered(self._after_system_prompt(marked))
+        except InputError:  # a template that reads the words, and refuses these: the messages' own may be accepted
+            return
+        for number, (message, name) in enumerate(zip(marked, names, strict=True), start=1):
+            if message.get("content") == name and name not in shown.lower():
+                raise InputError(
+                    f"The chat template of {self._name} leaves out message {number} of a conversation, what the "
+                    f"{message['role']} says (the roles are: {', '.join(roles)}): give another chat template, or "
+                    "conversations without such a message."
+                )
+        self._roles_seen.add(roles)
 
     # What is found out about the template
 
-    def _check_template(self) -> str:
-        """The words that open the assistant's turn, if a special token is among them. Raises `InputError`."""
-        _, said, behind = self._render([{"role": "user", "content": _USER}]).rpartition(_USER)
+    def _check_template(self) -> _Turn:
+        """How turns begin. Raises `InputError`."""
+        user = {"role": "user", "content": _USER}
+        messages = [user]
+        try:
+            shown = self._rendered(messages)
+        except InputError as error:
+            # It may want a system message, which the prompt or the data give.
+            messages = [{"role": "system", "content": self.chat.system_prompt or _SYSTEM}, user]
+            try:
+                shown = self._rendered(messages)
+            except InputError:
+                raise error from None
+        before, said, behind = shown.rpartition(_USER)
         if not said:
             raise InputError(f"The chat template of {self._name} leaves out what the user says: give another one.")
         if self.chat.system_prompt is not None:
             self._check_system_prompt()
-        opening = behind.strip()
-        return opening if any(token in opening for token in self._added_tokens) else ""
+        missing = self._missing_opening(messages, behind)
+        openings = {behind + missing}
+        if self.chat.template_kwargs:
+            with contextlib.suppress(InputError):  # it may need its variables
+                openings.add(self._rendered(messages, with_variables=False).rpartition(_USER)[2] + missing)
+        openings = {"".join(opening.split()) for opening in openings}
+        of_user = max((token for token in self._added_tokens if token in before), key=before.rfind, default=None)
+        return _Turn(
+            tuple(opening for opening in openings if self._has_special_token(opening)),
+            "" if of_user in (None, self.processing_class.bos_token) else before[before.rfind(of_user) :].strip(),
+            missing,
+        )
+
+    def _missing_opening(self, messages: list[dict[str, object]], behind: str) -> str:
+        """What the template writes before an answer, if it does not do so for a prompt; "" where it does.
+
+        behind: what it writes behind the user's words for a prompt.
+        """
+        try:
+            if self._rendered(messages, as_prompt=False).rpartition(_USER)[2] != behind:
+                return ""
+            talk = [*messages, {"role": "assistant", "content": _ASSISTANT}]
+            shown = self._rendered(talk, as_prompt=False)
+        except InputError:  # a template of prompts alone
+            return ""
+        between = shown.rpartition(_ASSISTANT)[0].rpartition(_USER)[2]
+        return between.removeprefix(behind) if between.startswith(behind) and between.strip() != behind.strip() else ""
+
+    def _has_special_token(self, text: str) -> bool:
+        return any("".join(token.split()) in text for token in self._added_tokens if token.strip())
 
     def _check_system_prompt(self) -> None:
         remedy = (
@@ -156,7 +268,8 @@ class PromptWriter:
             "'Answer in one sentence. {{ source }}')."
         )
         try:
-            shown = self._render([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
+            talk = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+            shown = self._rendered(talk)
         except InputError as error:
             raise InputError(f"{str(error).rstrip('.')}. {remedy}") from error
         if _SYSTEM not in shown:
@@ -170,7 +283,7 @@ class PromptWriter:
         talk = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
         for messages in (talk, [*talk, talk[0]]):
             try:
-                behind = self._render(messages, as_prompt=False).rpartition(_ASSISTANT)[2].lstrip()
+                behind = self._rendered(messages, as_prompt=False).rpartition(_ASSISTANT)[2].lstrip()
             except InputError:  # a template of prompts alone
                 return None
             for token in sorted(self._added_tokens, key=len, reverse=True):

@@ -175,8 +175,9 @@ def check_same_tokenizer(
     if student.eos_token_id != teacher.eos_token_id:
         raise InputError(
             f"Teacher and student end a completion with different tokens: EOS is {teacher.eos_token_id} for the "
-            f"teacher, {student.eos_token_id} for the student. Give both the same `eos_token`"
-            f"{or_align if can_align else ''}."
+            f"teacher, {student.eos_token_id} for the student. If one is asked in a chat and the other is not, give "
+            "the student the teacher's chat template (--student_chat_template TEACHER), or the teacher none "
+            f"(--teacher_chat_template none). Else give both the same `eos_token`{or_align if can_align else ''}."
         )
 
 

@@ -161,12 +161,14 @@ def _result(function: Callable, inputs: RewardInputs) -> object:
 def _trl_arguments(function: Callable, inputs: RewardInputs) -> dict[str, list]:
     """The keyword arguments that the function accepts: those of TRL, `ended`, and data columns of other names.
 
-    Where prompts are conversations, completions are too: one message of the assistant each, as in TRL.
+    Where a prompt is a conversation, its completions are too: one message of the assistant each, as in TRL.
     """
     arguments = {key: inputs.column(key) for key in inputs.rows[0] if key != "prompt"}
-    prompts, completions = inputs.column("prompt"), list(inputs.completions)
-    if is_conversation(prompts[0]):
-        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    prompts = inputs.column("prompt")
+    completions = [
+        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+        for prompt, text in zip(prompts, inputs.completions, strict=True)
+    ]
     arguments |= {
         "prompts": prompts,
         "completions": completions,

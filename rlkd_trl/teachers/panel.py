@@ -142,7 +142,8 @@ class TeacherPanel:
         if self.templates is None:
             prompt = row["prompt"]
             return [prompt if isinstance(prompt, str) or is_conversation(prompt) else str(prompt)]
-        if set(row) <= {"prompt", "references"}:
+        is_all = set(row) <= {"prompt", "references"}
+        if is_all and not (is_conversation(row["prompt"]) and self.templates.source_variable == "prompt"):
             return self.templates.render_source(source_text(row["prompt"]))
         return self.templates.render(question_columns(self.templates, row))
 

@@ -327,7 +327,13 @@ def check_log_ratio(reward: object, args: OnPolicyConfig) -> None:
 
 
 def check_k_step(k: int, args: OnPolicyConfig) -> None:
-    """Raises `InputError` for K-step returns with λ < 1, which needs rewards (see `ops.rewards_from_returns`)."""
+    """Raises `InputError` for K-step returns with λ < 1, which needs rewards (see `ops.rewards_from_returns`), or with
+    an average reward for each token, where they hold the rewards of one in K."""
     lam = getattr(args, "lam", 1.0)
     if k > 1 and lam != 1.0:
         raise InputError(f"k = {k} gives K-step returns, which PPO can only use whole: set lam to 1 (it is {lam}).")
+    if k > 1 and getattr(args, "average_reward", "none") != "none":
+        raise InputError(
+            f"k = {k} gives K-step returns, the sum of one in {k} tokens' rewards. Less an average for each token "
+            "they would prefer long texts: set average_reward to 'none', as the preset ketchup does."
+        )

@@ -1,6 +1,7 @@
 """Warnings of a student that earns more reward, or a lower loss, by writing worse than at the start of the run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from statistics import fmean
 
 import torch
@@ -13,8 +14,11 @@ _REFERENCE = 8  # the number of rollouts at the start, and of the latest ones th
 _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
 _WORSE = 0.1  # by so large a share, outputs have got worse
-_COLLAPSED = 1 / 3  # of the most distinct of the first rollouts
+_COLLAPSED = 1 / 3  # of the first rollouts' distinct answers
 _DISTINCT = "completions/distinct"
+_SKETCH = 4  # values that stand for the n-grams of an answer
+_NO_ANSWER = -1
+_MOST_ANSWERS = 64  # of a rollout, that are compared
 
 # What says how good held-out outputs are: whether more is better, and the least difference that is one.
 _QUALITIES = {"teacher_nll_per_token": (False, 0.0), "bleu": (True, 1.0)}
@@ -60,6 +64,54 @@ def repetition_and_distinct(
     on_device = torch.tensor(counts, device=rollout.completion_ids_BT.device)
     repeated, grams, distinct, count = sum_over_ranks(on_device).tolist()
     return repeated / max(grams, 1), distinct / max(count, 1)
+
+
+def answer_sketches(
+    prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, completion_ids_BT: Tensor, mask_BT: Tensor, *, num_generations: int
+) -> Tensor:
+    """A number for each prompt, and 4 for its first completion, `[P, 5]`, int64; −1 for a completion without tokens.
+
+    The 4 are MinHash values (Broder 1997) of its n-grams, of a shorter one of the whole: each is alike in two
+    completions with the probability that an n-gram of either is one of both.
+    """
+    ids_PT, mask_PT = completion_ids_BT[::num_generations], mask_BT[::num_generations]
+    grams_PT = _scattered(ids_PT + 1)
+    kept_PT = mask_PT
+    for shift in range(1, _NGRAM):
+        later_PT, has_later_PT = torch.zeros_like(ids_PT), torch.zeros_like(mask_PT)
+        later_PT[:, :-shift], has_later_PT[:, :-shift] = ids_PT[:, shift:] + 1, mask_PT[:, shift:]
+        grams_PT = _scattered(grams_PT + later_PT * has_later_PT)
+        kept_PT = kept_PT & (has_later_PT | (mask_PT.sum(dim=1, keepdim=True) < _NGRAM))
+    largest = torch.iinfo(torch.int64).max
+    sketches = [
+        torch.where(kept_PT, _scattered(grams_PT + k).abs().clamp(max=largest), largest).amin(dim=1)
+        for k in range(_SKETCH)
+    ]
+    sketch_P4 = torch.where(mask_PT.any(dim=1, keepdim=True), torch.stack(sketches, dim=1), _NO_ANSWER)
+    number_P = torch.zeros_like(prompt_ids_PS[:, 0])
+    for ids_P, real_P in zip(prompt_ids_PS.T, prompt_mask_PS.T.bool(), strict=True):
+        number_P = torch.where(real_P, _scattered(number_P + ids_P + 1), number_P)
+    return torch.cat([number_P[:, None], sketch_P4], dim=1)
+
+
+def _scattered(values: Tensor) -> Tensor:
+    """Other 64-bit integers, as if drawn at random, alike where the values are (the finaliser of SplitMix64)."""
+    values = values * -7046029254386353131  # 2⁶⁴ / golden ratio, as a signed number
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return values
+
+
+def distinct_answers(sketches: Sequence[Sequence[int]]) -> float:
+    """The share of prompts whose answers are unlike all others', from `answer_sketches` of some rollouts.
+
+    1 where no two have an n-gram in common, 1 / P where P are alike. Of a prompt that was answered several times the
+    last answer counts. 0 of none.
+    """
+    of_prompt = {number: values for number, *values in sketches if _NO_ANSWER not in values}
+    if not of_prompt:
+        return 0.0
+    return fmean(len(set(values)) for values in zip(*of_prompt.values(), strict=True)) / len(of_prompt)
 
 
 def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | None:
@@ -111,14 +163,17 @@ class Guards:
     """Compares a run's rollouts with its first ones. All its state is in `history`, as plain values."""
 
     def __init__(self):
-        self.history: dict[str, dict[str, list[float]]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
+        self.history: dict[str, dict[str, list]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
 
-    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+    def warnings(self, metrics: Mapping[str, float], sketches: Sequence[Sequence[int]] = ()) -> list[str]:
         """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose.
 
         The reward is that of completions, or the average of tokens. A student that says nearly the same to every
-        prompt is warned of whatever the reward does: distinct outputs have fallen below a third of what they were in
-        the most distinct of the first rollouts, so that a collapse among these is seen too.
+        prompt is warned of whatever the reward does: of the answers in the latest rollouts, taken together, a third at
+        most as large a share is distinct as of those in the first. If some of the first were answered before a
+        collapse, it is seen as well.
+
+        sketches: of the rollout's answers on all processes (`answer_sketches`); none are not compared.
         """
         for since in self.history["rollouts_since_warning"].values():
             since[0] += 1
@@ -131,7 +186,7 @@ class Guards:
                     latest = self.history["latest"].setdefault(name, [])
                     latest[:] = [*latest, metrics[name]][-_REFERENCE:]
         reference, latest = self.history["reference"], self.history["latest"]
-        warnings = self._of_collapse()
+        warnings = self._of_collapse(sketches)
         rising = [
             label for name, label in _REWARDS.items() if self._is_known(name) and _rises(reference, latest, name)
         ]
@@ -150,12 +205,19 @@ class Guards:
                 )
         return warnings
 
-    def _of_collapse(self) -> list[str]:
-        word, name = "distinct outputs", _DISTINCT
-        if not self._is_known(name) or not self._may_warn(word):
+    def _of_collapse(self, sketches: Sequence[Sequence[int]]) -> list[str]:
+        if not sketches:
             return []
-        now, start = fmean(self.history["latest"][name]), max(self.history["reference"][name])
-        if now >= _COLLAPSED * start:
+        word, answers = "distinct outputs", self.history.setdefault("answers", {"first": [], "latest": []})
+        ours = [list(sketch) for sketch in sketches[:_MOST_ANSWERS]]
+        if len(answers["first"]) < _REFERENCE:
+            answers["first"].append(ours)
+            return []
+        answers["latest"][:] = [*answers["latest"], ours][-_REFERENCE:]
+        if len(answers["latest"]) < _REFERENCE or not self._may_warn(word):
+            return []
+        now, start = (distinct_answers(list(chain(*answers[part]))) for part in ("latest", "first"))
+        if now > _COLLAPSED * start:
             return []
         self._note(word)
         return [

@@ -115,6 +115,8 @@ class KDTrainer(FullVocabularyTrainer):
         self._metrics.record(
             {**completion_metrics(rollout, self._sum_over_ranks), "student_samples": source == "student"}
         )
+        if source == "student":
+            self._guard(rollout, {})
         self.sample_table = sample_table(
             rows, decode(completions, self.processing_class), rollout, args.num_completions_to_print
         )

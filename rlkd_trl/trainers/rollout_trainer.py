@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
@@ -35,7 +36,7 @@ from rlkd_trl.trainers.config import RolloutConfig
 from rlkd_trl.trainers.distillation_trainer import DistillationTrainer
 from rlkd_trl.trainers.dropping import UsableSamples
 from rlkd_trl.trainers.finite import PROMPTS_SHOWN, MicroBatch
-from rlkd_trl.trainers.guards import Guards, repetition_and_distinct
+from rlkd_trl.trainers.guards import Guards, answer_sketches, repetition_and_distinct
 from rlkd_trl.trainers.preparation import prepare_student, teachers_of
 from rlkd_trl.trainers.prompt_sampler import rollout_loader
 from rlkd_trl.trainers.rollout import Rollout
@@ -225,7 +226,14 @@ class RolloutTrainer(DistillationTrainer):
             return
         measured = {**metrics, **self._entropy, **self._rollout_average, "repetition": repetition}
         measured["completions/distinct"] = distinct
-        warnings = self._guards.warnings(measured)
+        sketches = answer_sketches(
+            rollout.prompt_ids_PS,
+            rollout.prompt_mask_PS,
+            rollout.completion_ids_BT,
+            rollout.counted_BT,
+            num_generations=self.args.num_generations,
+        )
+        warnings = self._guards.warnings(measured, gather_object(sketches.tolist()))
         if warnings:
             self._metrics.record({"guards_raised": len(warnings)})
         if self.is_world_process_zero():

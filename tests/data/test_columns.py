@@ -113,6 +113,28 @@ def test_columns_that_are_missing_or_the_same():
         group_by_source(rows, "mr", "mr")
 
 
+def dialogue(*words: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": word} for n, word in enumerate(words)]
+
+
+def test_conversations_with_their_answers_are_source_and_target():
+    """TRL's column `messages`: the last message is the answer to the others, which may have several."""
+    talks = [dialogue("a", "b"), dialogue("a", "c"), dialogue("a", "b", "d", "e")]
+    grouped = group_by_source(Dataset.from_dict({"messages": talks, "id": [1, 2, 3]}), "messages", "messages")
+    assert grouped.to_list() == [
+        {"messages": dialogue("a"), "id": 1, "prompt": dialogue("a"), "references": ["b", "c"]},
+        {"messages": dialogue("a", "b", "d"), "id": 3, "prompt": dialogue("a", "b", "d"), "references": ["e"]},
+    ]
+
+
+@pytest.mark.parametrize("talk", [dialogue("a"), dialogue("a", "b", "c"), dialogue("a", "b")[1:]])
+def test_conversations_without_an_answer_are_no_targets(talk):
+    rows = Dataset.from_dict({"messages": [dialogue("a", "b"), talk]})
+    roles = ", ".join(message["role"] for message in talk)
+    with pytest.raises(InputError, match=f"Row 2: .* end with the assistant's answer; .* are: {roles}"):
+        group_by_source(rows, "messages", "messages")
+
+
 def test_na_in_a_csv_counts_as_empty_and_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = tmp_path / "a.csv"

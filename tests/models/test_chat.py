@@ -9,7 +9,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.prompts import check_can_fit, prompt_lengths, prompt_token_ids, shorten
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
-from rlkd_trl.prompts import ChatFormat, PromptTemplate
+from rlkd_trl.prompts import ChatFormat, PromptTemplate, source_text
 from tests.conftest import CHAT_TEMPLATE, END, EOS, PADDED_VOCAB, chat_tokenizer, tiny_llama, word_tokenizer
 
 END_ID = 26
@@ -95,6 +95,15 @@ def test_a_text_with_the_templates_own_markers_is_left_alone():
     assert writer.text(written) is written
     # Something of it is not enough.
     assert ids_read(writer, "w23 w4") == [23, 23, 4, 26, 24]
+    # Where a line ends may be written in several ways; the variables of the template need not be those of the text.
+    turns = (
+        "{% for m in messages %}w23 {{ m.content }} w26\n{% endfor %}{% if add_generation_prompt %}w24\n{% endif %}"
+    )
+    hurried = turns.replace("w24", "w24{% if hurry %} w25{% endif %}")
+    for template, kwargs in ((turns, None), (hurried, {"hurry": True})):
+        writer = PromptWriter(chat_tokenizer(template), ChatFormat(template_kwargs=kwargs))
+        for text in ("w23 w4 w26\nw24\n", "w23 w4 w26 w24"):
+            assert writer.text(text) == text
     # And where no special token shows it, nobody can know.
     plain = PromptWriter(chat_tokenizer("{% for m in messages %}{{ m.content }} w9{% endfor %}"))
     assert ids_read(plain, "w4 w9") == [4, 9, 9]
@@ -164,6 +173,94 @@ def test_the_system_prompt_goes_first_unless_the_data_has_its_own():
     assert ids_read(writer, TALK) == applied(tokenizer, TALK)
     later = [{"role": "user", "content": "w4"}, {"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}]
     assert ids_read(writer, later) == applied(tokenizer, later), "its own need not be the first message"
+
+
+def test_a_text_that_gets_its_markers_twice_is_warned_of_once(caplog):
+    writer = PromptWriter(chat_tokenizer())
+    with caplog.at_level("WARNING", logger="rlkd_trl.models.chat"):
+        writer.texts(["w4 w26", "w23 w4 w26 w24 w5", "w23 w4"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "A prompt holds 'w23', by which the chat template of the tokenizer opens the user's turn, and does not end as "
+        "that opens the assistant's: it is taken for what the user says, and gets the markers once more. If it was "
+        "written for the model already, turn the chat template off ('none')."
+    ]
+
+
+@pytest.mark.parametrize("is_asked_in_a_chat", [True, False])
+def test_a_template_without_a_generation_prompt_gets_the_words_that_open_an_answer(is_asked_in_a_chat):
+    """Those between what the user says and the answer to it; what the assistant has begun to say is gone on from."""
+    template = CHAT_TEMPLATE.split("{%- if add_generation_prompt")[0]
+    tokenizer = chat_tokenizer(template)
+    writer = PromptWriter(tokenizer)
+    question = "w4" if is_asked_in_a_chat else said("w4", system="w9")
+    system = [] if is_asked_in_a_chat else [25, 9, 26]
+    assert tokenizer.apply_chat_template(said("w4"), add_generation_prompt=True)["input_ids"] == [23, 4, 26]
+    assert ids_read(writer, question) == [*system, 23, 4, 26, 24]
+    assert ids_read(writer, CONTINUED) == [23, 4, 26, 24, 5, 6]
+    assert ids_read(writer, "w23 w4 w26 w24") == [23, 4, 26, 24]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}w23 {{ m.content }} w26{% else %} {{ m.content }}</s>"
+        "{% endif %}{% endfor %}",
+        # The answer in whose place this would stand has been thought about; one that is to come is not yet.
+        CHAT_TEMPLATE.replace("{{ m.content }}", "{% if m.role == 'assistant' %}w9 w9 {% endif %}{{ m.content }}"),
+    ],
+)
+def test_one_that_needs_no_such_words_gets_none(template):
+    tokenizer = chat_tokenizer(template)
+    assert ids_read(PromptWriter(tokenizer), "w4 w5") == applied(tokenizer, said("w4 w5"))
+
+
+ALTERNATING = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('The first message must be of the system') }}{% endif %}"
+    + CHAT_TEMPLATE
+)
+
+
+def test_a_template_that_wants_a_system_message_gets_it_from_the_prompt_or_the_data():
+    tokenizer = chat_tokenizer(ALTERNATING)
+    assert ids_read(PromptWriter(tokenizer, ChatFormat(system_prompt="w9")), "w4") == applied(
+        tokenizer, said("w4", "w9")
+    )
+    writer = PromptWriter(tokenizer)
+    assert ids_read(writer, TALK) == applied(tokenizer, TALK)
+    with pytest.raises(InputError, match="The first message must be of the system"):
+        writer.text("w4")
+
+
+ONLY_TWO_ROLES = CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m.role in ('user', 'assistant')")
+FIRST_SYSTEM = "{% if messages[0].role == 'system' %}w25 {{ messages[0].content }} w26 {% endif %}" + ONLY_TWO_ROLES
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "left_out"),
+    [
+        (ONLY_TWO_ROLES, "system user", 1),
+        (FIRST_SYSTEM, "system user", None),
+        (FIRST_SYSTEM, "system user system user", 3),
+        (FIRST_SYSTEM, "user tool", 2),
+        (CHAT_TEMPLATE, "user assistant user", None),
+        (CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.content | upper }}"), "system user", None),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_an_error(template, roles, left_out):
+    """Whatever its words are, and though others may have been read before."""
+    if "upper" in template:  # one that shows `_USER` as it is: what is tried here is the messages
+        template = template.replace("| upper", "| replace('message', 'MESSAGE')")
+    writer = PromptWriter(chat_tokenizer(template))
+    writer.text(said("w4"))
+    talk = [{"role": role, "content": f"w{4 + n}"} for n, role in enumerate(roles.split())]
+    for _ in range(2):
+        if left_out is None:
+            assert all(message["content"] in writer.text(talk).split() for message in talk)
+        else:
+            role = roles.split()[left_out - 1]
+            with pytest.raises(InputError, match=f"leaves out message {left_out} of a conversation, what the {role}"):
+                writer.text(talk)
 
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -270,6 +367,16 @@ def test_of_a_conversation_the_longest_turns_are_cut_and_the_systems_is_not():
         check_can_fit(writer.processing_class, text, len(applied(tokenizer, cut)) - 7)
 
 
+def test_what_the_assistant_has_begun_to_say_is_not_cut():
+    writer = PromptWriter(chat_tokenizer())
+    begun = [*said(long(0, 30)), {"role": "assistant", "content": long(5, 8)}]
+    cut = [*said(long(0, 4)), begun[1]]
+    expected = writer.processing_class.apply_chat_template(cut, continue_final_message=True)["input_ids"]
+    assert ids_read(writer, begun, len(expected)) == expected
+    with pytest.raises(InputError, match="cannot be cut to 6"):
+        ids_read(writer, begun, 6)
+
+
 # Templates and messages that are not good
 
 BAD_MESSAGES = {
@@ -283,6 +390,15 @@ BAD_MESSAGES = {
 def test_a_bad_conversation_is_refused_in_words(messages, message):
     with pytest.raises(InputError, match=message):
         PromptWriter(chat_tokenizer()).text(messages)
+
+
+def test_content_in_blocks_of_text_is_their_text():
+    writer = PromptWriter(chat_tokenizer())
+    blocks = [{"type": "text", "text": "w4 "}, {"type": "text", "text": "w5", "image": None}]
+    assert writer.text([{"role": "user", "content": blocks}]) == writer.text(said("w4 w5"))
+    assert source_text([{"role": "user", "content": blocks}]) == "w4 w5"
+    with pytest.raises(InputError, match="not a text: models here read texts only"):
+        writer.text([{"role": "user", "content": [*blocks, {"type": "image"}]}])
 
 
 def test_keys_without_a_value_are_left_out():

@@ -531,6 +531,8 @@ SETTING_CASES = [
     (("ppo_kd",), "--critic none", "critic = 'none': choose one of shared, separate"),
     (("ppo_kd",), "--lam 1.1", "lam = 1.1 is out of range"),
     (("ppo_kd",), "--k 2", "k = 2 gives K-step returns, which PPO can only use whole: set lam to 1 (it is 0.95)"),
+    (("rloo_kd",), "--k 2", "k = 2 gives K-step returns, the sum of one in 2 tokens' rewards"),
+    (("ppo_kd",), "--k 4 --lam 1", "set average_reward to 'none', as the preset ketchup does"),
     (("ppo_kd",), "--baseline mean", "baseline = 'mean' has no effect with normalize_advantages"),
     (("rloo_kd",), "--baseline mean", "baseline = 'mean' is not for level 'sequence'"),
     (DISTILLED, "--num_generations 3", "8 completions per device"),

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, metrics_of, read_jsonl, run, word_rows, write_csv
 from tests.recipes.stand_ins import GOOD, calls, compare, results_of
+from tests.trainers.tiny_runs import assert_same_weights
 
 CAP = "--max_completion_length 6"
 SYSTEM = "w3 w3"
@@ -105,6 +107,34 @@ def test_from_conversations_to_a_student_that_plain_generate_speaks_with(method,
         assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_whole_conversations_are_prompts_and_answers(chats, tmp_path, capsys):
+    """TRL's column `messages`, named as source and target, is what `prompt` and `completion` are; the card's example
+    asks as the student was asked."""
+    rows = [{"messages": talk(row["mr"]) + said(row["ref"])} for row in rows_of(30)]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = f"--student {chats / 'base'} --student_chat_template {chats / 'teacher'} --student_system_prompt w5"
+    weights = []
+    for data, columns in ((file, ("messages", "messages")), (chats / "train.jsonl", ("prompt", "completion"))):
+        flags = f"--dataset {data} --source_column {columns[0]} --target_column {columns[1]} {TWO_STEPS}"
+        out = tmp_path / f"out{len(weights)}"
+        assert run(f"sft {student} {flags} --output_dir {out}") == 0
+        weights.append(load_file(out / "model.safetensors"))
+        card = (out / "README.md").read_text()
+        assert "tokenizer.apply_chat_template(" in card and "'content': 'w5'" in card
+    assert_same_weights(*weights)
+    assert "conversations end with the assistant" not in capsys.readouterr().out
+    # Without a target they are conversations to go on with, which is said.
+    teacher = f"--teacher {chats / 'teacher'} --dataset {file} --source_column messages {CAP}"
+    assert run(f"pseudo_label {teacher} --output {tmp_path / 'labels.jsonl'}") == 0
+    assert (
+        "30 of 30 conversations end with the assistant, whose last words are gone on from" in capsys.readouterr().out
+    )
+    assert run(f"pseudo_label {teacher} --target_column messages --output {tmp_path / 'asked.jsonl'}") == 0
+    found = [row["pseudo_label"] for row in read_jsonl(tmp_path / "asked.jsonl")]
+    assert found == answers(chats / "teacher", [talk(row["mr"]) for row in rows_of(30)], **UNTRAINED)
+
+
 def test_templates_stand_inside_of_the_chat(chats, tmp_path):
     """The source text is what the user said last."""
     output = tmp_path / "labels.jsonl"
@@ -161,7 +191,7 @@ def test_a_comparison_asks_as_the_evaluation_does(workplace):
     evaluated += " --templates good.yaml"
     assert run(f"{evaluated} {flags} --output_dir chat") == 0
     assert run(f"{evaluated} --output_dir plain") == 0
-    for name in ("teacher_nll_per_token", "bleu"):
+    for name in ("bleu", "teacher_nll_per_token"):
         found = rows["ppo"]["greedy"][name]["mean"]
         assert found == pytest.approx(metrics_of(workplace / "chat")["student"][name], rel=1e-5)
     assert found != pytest.approx(metrics_of(workplace / "plain")["student"][name], rel=1e-3)

@@ -529,7 +529,7 @@ ARRIVES = {
     "RewardArguments.value": (WITH_REWARDS, "--value expected", lambda r, seen, base: reward(seen) > reward(base)),
     "RewardArguments.k": (
         WITH_REWARDS,
-        "--k 3{lam}",
+        "--k 3{k_step}",
         lambda r, seen, base: reward(seen) != reward(base),
     ),
     "RewardArguments.tau": (
@@ -718,6 +718,7 @@ def test_every_flag_arrives(name, recipe, files, observe):
     if recipe not in _BASES:
         _BASES[recipe] = observe(command.format(**files))
     target = "" if recipe == "pseudo_label" else " --target_column mr"
-    lam = " --lam 1" if recipe == "ppo_kd" else ""  # of K-step returns
-    seen = observe(f"{command} {flags}".format(**files, lam=lam, target=target))
+    # What K-step returns go with.
+    k_step = {"ppo_kd": " --lam 1 --average_reward none", "rloo_kd": " --average_reward none"}.get(recipe, "")
+    seen = observe(f"{command} {flags}".format(**files, k_step=k_step, target=target))
     assert is_seen(recipe, seen, _BASES[recipe])

@@ -114,6 +114,34 @@ def test_without_templates_the_teacher_gets_the_conversation_in_its_own_chat(tmp
     torch.testing.assert_close(scores[0], plain.score_tokens(by_hand, [[5, 26], [7]])[0])
 
 
+@pytest.mark.parametrize("more", [{}, {"id": 1}])
+def test_a_template_reads_the_messages_as_prompt(more):
+    """Whatever other columns a row has; `source` is what the user said last."""
+    by_role = PromptTemplates.inline("{% for m in prompt %}{{ m.role }} {{ m.content }} {% endfor %}")
+    row = {"prompt": talk("w4 w5", "w11"), "references": ["w9"], **more}
+    panel = reward(chat_tokenizer(), templates=by_role).panel
+    assert panel.questions(row) == ["system w11 user w4 w5"]
+    of_source = reward(chat_tokenizer(), templates=PromptTemplates.inline("w6 {{ source }}")).panel
+    assert of_source.questions(row) == ["w6 w4 w5"]
+    assert panel.questions({"prompt": talk("w4"), **more}) == ["user w4"]
+
+
+def test_a_reward_of_ones_own_gets_each_completion_in_the_form_of_its_prompt(tmp_path):
+    seen = []
+
+    def watch(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    trainer = build(
+        "rloo-token", tmp_path, family="llama", reward=watch, tokenizer=chat_tokenizer(), num_generations=2
+    )
+    trainer.make_rollout([{"prompt": "w4"}, {"prompt": talk("w5")}])
+    forms = [(type(prompt), type(completion)) for prompt, completion in seen]
+    assert forms == [(str, str)] * 2 + [(list, list)] * 2
+    assert all(completion[0]["role"] == "assistant" for _, completion in seen[2:])
+
+
 def test_the_end_of_the_turn_ends_samples_and_is_what_the_reward_takes_for_an_end(tmp_path):
     trainer = build(
         "rloo-token", tmp_path, family="llama", reward=reward(chat_tokenizer()), tokenizer=chat_tokenizer()

@@ -80,8 +80,20 @@ def test_reward_and_returns_are_discounted_alike(method, tmp_path):
 def test_k_step_returns_are_refused_where_gae_would_take_them_apart(tmp_path):
     with pytest.raises(InputError, match=r"k = 3 .* set lam to 1 \(it is 0\.95\)"):
         build("ppo", tmp_path, reward=teacher_reward(k=3), lam=0.95)
-    build("ppo", tmp_path, reward=teacher_reward(k=3), lam=1.0)
-    build("rloo-token", tmp_path, reward=teacher_reward(k=3))
+    build("ppo", tmp_path, reward=teacher_reward(k=3), lam=1.0, average_reward="none")
+    build("rloo-token", tmp_path, reward=teacher_reward(k=3), average_reward="none")
+    build("reinforce", tmp_path, reward=teacher_reward(k=3))
+
+
+@pytest.mark.parametrize("average_reward", ["rollout", "prompt"])
+@pytest.mark.parametrize(("method", "settings"), [("ppo", {"lam": 1.0}), ("rloo-token", {}), ("rloo-sequence", {})])
+def test_k_step_returns_are_refused_where_an_average_per_token_is_subtracted(
+    method, settings, average_reward, tmp_path
+):
+    """Of rewards at every third token only: completions that are as good per token would differ by their length."""
+    with pytest.raises(InputError, match=r"k = 3 .* would prefer long texts: set average_reward to 'none'"):
+        build(method, tmp_path, reward=teacher_reward(k=3), average_reward=average_reward, **settings)
+    build(method, tmp_path, reward=teacher_reward(k=1), average_reward=average_reward, **settings)
 
 
 def test_evaluation_data_without_prompts(tmp_path):

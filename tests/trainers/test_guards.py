@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlkd_trl.trainers.guards import GUARDED, Guards, left_range, repetition_and_distinct, repetition_counts, spoilt
+from rlkd_trl.trainers.guards import (
+    GUARDED,
+    Guards,
+    answer_sketches,
+    distinct_answers,
+    left_range,
+    repetition_and_distinct,
+    repetition_counts,
+    spoilt,
+)
 from rlkd_trl.trainers.rollout_sampling import RolloutSampling
 from tests.trainers.tiny_runs import build, run
 
@@ -92,27 +101,92 @@ def test_reward_per_token_may_be_what_rises(reward):
     assert not any(falling.warnings(shorter) for _ in range(20))
 
 
+def sketches_of(answers: list[list[int]], prompts: list[int] | None = None) -> list[list[int]]:
+    """Of answers of one length each to the prompts, which are single tokens; without them to other ones each."""
+    ids_PT = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in answers], batch_first=True)
+    mask_PT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in answers], batch_first=True).bool()
+    prompt_P1 = torch.tensor(list(range(len(answers))) if prompts is None else prompts)[:, None]
+    return answer_sketches(prompt_P1, torch.ones_like(prompt_P1), ids_PT, mask_PT, num_generations=1).tolist()
+
+
+def test_sketches_agree_as_often_as_answers_share_ngrams():
+    """Against the share of trigrams of either that are in both, over 400 pairs whose second halves differ."""
+    generator = torch.Generator().manual_seed(0)
+    agreed, shared = 0, 0.0
+    for _ in range(400):
+        first = torch.randint(0, 9, (12,), generator=generator).tolist()
+        second = first[:6] + torch.randint(0, 9, (6,), generator=generator).tolist()
+        (_, *ours), (_, *theirs) = sketches_of([first, second])
+        agreed += sum(a == b for a, b in zip(ours, theirs, strict=True)) / 4
+        grams = [set(zip(ids, ids[1:], ids[2:], strict=False)) for ids in (first, second)]
+        shared += len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+    assert agreed / 400 == pytest.approx(shared / 400, abs=0.04) and 0.2 < shared / 400 < 0.5
+
+
+def test_sketches_are_of_the_first_samples_and_of_real_tokens():
+    ids_BT = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9], [5, 6, 1, 1], [5, 6, 2, 2]])
+    mask_BT = torch.tensor([[1] * 4] * 4 + [[1, 1, 0, 0]] * 2).bool()
+    prompts_PS, real_PS = torch.tensor([[3, 4], [3, 0], [3, 4]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
+    (a, *x), (b, *y), (c, *z) = answer_sketches(prompts_PS, real_PS, ids_BT, mask_BT, num_generations=2).tolist()
+    assert a == c != b and x == y and z != x
+    padded_PS, real_PS = torch.tensor([[0, 3, 4]]), torch.tensor([[0, 1, 1]])
+    [(d, *w)] = answer_sketches(padded_PS, real_PS, ids_BT[4:5], mask_BT[4:5], num_generations=1).tolist()
+    assert d == a and w == z, "whatever stands in the padding"
+    [(_, *none)] = answer_sketches(padded_PS, real_PS, ids_BT[:1], mask_BT[:1] & False, num_generations=1).tolist()
+    assert set(none) == {-1}
+
+
+def test_distinct_answers():
+    alike = sketches_of([[5, 6, 7]] * 4)
+    assert distinct_answers(alike) == 0.25 and distinct_answers([]) == 0.0
+    assert distinct_answers(sketches_of([[5, 6], [6, 5], [7], [5, 6]])) == 0.75
+    again = sketches_of([[1, 2, 3], [7, 7, 7], [7, 7, 7]], prompts=[0, 0, 1])
+    assert distinct_answers(again) == 0.5, "a prompt's last answer"
+    assert distinct_answers([*alike, [9, -1, -1, -1, -1]]) == 0.25, "an answer without tokens is none"
+
+
+COLLAPSES = {
+    "one prompt a rollout": (1, lambda n, random: [7, 8, 9, 10]),
+    "two": (2, lambda n, random: [7, 8, 9, 10]),
+    "many": (16, lambda n, random: [7, 8, 9, 10]),
+    "nearly": (16, lambda n, random: [7, 8, 9, 10, 11, 12, 13, 14, random[0]]),
+}
+
+
 @pytest.mark.parametrize("reward", [-5.0, -15.0])
-@pytest.mark.parametrize("start", [[0.9] * 8, [0.9, 0.9, 0.6, 0.3, 0.1, 0.1, 0.1, 0.1]])
-def test_a_collapse_is_seen_whatever_the_reward_does(start, reward):
-    """Among the first rollouts too."""
-    guards = Guards()
-    for distinct in start:
-        assert not guards.warnings({**START, "completions/distinct": distinct})
-    said = [
-        line for _ in range(40) for line in guards.warnings({**START, "reward": reward, "completions/distinct": 0.1})
-    ]
-    assert len(said) == 1 and said[0].startswith("distinct outputs is 0.1, 0.9 at the start: the student says nearly")
+@pytest.mark.parametrize("good", [8, 5])
+@pytest.mark.parametrize("case", COLLAPSES)
+def test_a_collapse_is_seen_whatever_the_reward_does(case, good, reward):
+    """However few prompts a rollout has, and among the first rollouts too."""
+    prompts, collapsed = COLLAPSES[case]
+    generator, guards, said = torch.Generator().manual_seed(0), Guards(), []
+    for n in range(40):
+        random = torch.randint(20, 900, (prompts, 8), generator=generator).tolist()
+        answers = random if n < good else [collapsed(n, words) for words in random]
+        sketches = sketches_of(answers, list(range(n * prompts, (n + 1) * prompts)))
+        said += guards.warnings({**START, "reward": reward}, sketches)
+    assert len(said) == 1 and said[0].startswith("distinct outputs is 0.")
+    assert "at the start: the student says nearly the same to many prompts" in said[0]
 
 
 def test_few_answers_from_the_start_are_no_collapse():
     """As where a task has two labels, and a rollout eight prompts."""
-    guards = Guards()
-    for distinct in [0.25, 0.125, 0.375, 0.25] * 10:
-        assert not guards.warnings({**START, "completions/distinct": distinct})
+    generator, guards = torch.Generator().manual_seed(0), Guards()
+    for n in range(40):
+        labels = torch.randint(5, 7, (8, 1), generator=generator).tolist()
+        assert not guards.warnings(START, sketches_of(labels, list(range(8 * n, 8 * n + 8))))
 
 
-@pytest.mark.parametrize("method", ["rloo-token", "all-actions"])
+def test_surer_answers_to_the_same_prompts_are_no_collapse():
+    """Eight prompts again and again: at first their samples differ, later each has its one answer."""
+    generator, guards = torch.Generator().manual_seed(0), Guards()
+    for n in range(40):
+        random = torch.randint(20, 900, (8, 6), generator=generator).tolist()
+        answers = random if n < 8 else [[p, p + 1, p + 2] for p in range(8)]
+        assert not guards.warnings(START, sketches_of(answers, list(range(8))))
+
+
+@pytest.mark.parametrize("method", ["rloo-token", "all-actions", "kd"])
 def test_a_student_that_says_one_thing_to_all_prompts_is_warned_of(method, tmp_path, caplog, monkeypatch):
     """It begins to in the ninth rollout."""
     trainer = build(method, tmp_path, max_steps=17)
@@ -143,7 +217,7 @@ def test_a_run_that_goes_wrong_is_warned_of(method, tmp_path, caplog, monkeypatc
     trainer = build(method, tmp_path, max_steps=17)
     watched = trainer._guards.warnings
 
-    def going_wrong(metrics):
+    def going_wrong(metrics, sketches):
         assert {"reward", *GUARDED.values()} - {"entropy"} <= set(metrics)
         late = trainer.state.global_step >= 8
         return watched({**metrics, "reward": 5.0 if late else 0.0, "completions/mean_length": 40.0 if late else 5.0})
