@@ -243,6 +243,7 @@ def test_launched_with_fsdp(recipe, workplace, monkeypatch, capfd):
 def test_what_a_launcher_has_left(environment, message, recipe, workplace, monkeypatch, capfd):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+    flags_of(recipe.split()[0])  # which commands tell in a good environment only, and once
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_refusal(f"{recipe.split()[0]} {GOOD[recipe]}", message, workplace, capfd)
