@@ -22,10 +22,11 @@ MAX_SLICE_ELEMENTS = 2**24
 # On a CPU 8 MiB: such a slice stays in the cache from the head to the statistics. Used without gradients only: with
 # them each slice is computed a second time, and many small slices would cost more.
 _MAX_SLICE_ELEMENTS_CPU = 2**21
-# Where several passes go over the same logits, they take a block of 16 MiB at a time, which bounds the memory for
+# Where several passes go over the same logits, they take a block of them at a time, 16 MiB, which bounds the memory for
 # intermediate results; on a CPU 2 MiB, which stay in the cache.
-_BLOCK_ELEMENTS = 2**22
-_BLOCK_ELEMENTS_CPU = 2**19
+BLOCKS_IN_A_SLICE = 4
+_BLOCK_ELEMENTS = MAX_SLICE_ELEMENTS // BLOCKS_IN_A_SLICE
+_BLOCK_ELEMENTS_CPU = _MAX_SLICE_ELEMENTS_CPU // BLOCKS_IN_A_SLICE
 # Stands for −∞: its product with a probability of 0 is 0, not NaN.
 _LOWEST = torch.finfo(torch.float32).min / 2
 # A probability below e^−75 of the largest may be a subnormal float, which makes a CPU several times slower; in the
@@ -101,6 +102,7 @@ def token_log_probs(
     entropy: bool = True,
     overwrite: bool = False,
     precise: bool = False,
+    block_elements: int | None = None,
 ) -> TokenLogProbs:
     """log π(y) and entropy of π = softmax(z / temperature), renormalised over the ids that are not forbidden.
 
@@ -116,7 +118,7 @@ def token_log_probs(
     """
     if precise and entropy:
         raise ValueError("precise log-probabilities come without the entropy: set entropy=False")
-    settings = (temperature, forbidden_V, entropy, overwrite, precise)
+    settings = (temperature, forbidden_V, entropy, overwrite, precise, block_elements)
     return TokenLogProbs(*_TokenLogProbs.apply(logits_NV, chosen_N, *settings))
 
 
@@ -129,14 +131,14 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite, precise):
+    def forward(ctx, logits_NV, chosen_N, temperature, forbidden_V, entropy, overwrite, precise, block_elements):
         z_NV = logits_NV.detach().float()
         if not overwrite and logits_NV.dtype == torch.float32:
             z_NV = z_NV.clone()
         forbidden_ids = None if forbidden_V is None else forbidden_V.nonzero()[:, 0]
         logps_N = z_NV.new_empty(len(z_NV))
         entropy_N = z_NV.new_empty(len(z_NV)) if entropy else None
-        for block in _blocks(z_NV):
+        for block in _blocks(z_NV, block_elements):
             z_nV = z_NV[block]
             if temperature != 1.0:
                 z_nV.div_(temperature)
@@ -161,6 +163,7 @@ class _TokenLogProbs(torch.autograd.Function):
         is_free_N = None if forbidden_V is None else ~forbidden_V[chosen_N]
         ctx.save_for_backward(z_NV, chosen_N, entropy_N, is_free_N, logps_N if precise else None)
         ctx.temperature, ctx.dtype, ctx.overwrite = temperature, logits_NV.dtype, overwrite
+        ctx.block_elements = block_elements
         ctx.set_materialize_grads(False)
         return logps_N, entropy_N
 
@@ -169,7 +172,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, logps_grad_N, entropy_grad_N):
         pi_NV, chosen_N, entropy_N, is_free_N, precise_logps_N = ctx.saved_tensors
         grad_NV = pi_NV if ctx.overwrite else pi_NV.clone()
-        for block in _blocks(grad_NV):
+        for block in _blocks(grad_NV, ctx.block_elements):
             pi_nV = grad_NV[block]
             if entropy_grad_N is None:
                 pi_nV.mul_(-logps_grad_N[block, None])
@@ -188,13 +191,15 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_NV.scatter_(-1, chosen_N[:, None], (-chosen_grad_N * torch.expm1(precise_logps_N))[:, None])
         if ctx.temperature != 1.0:
             grad_NV.div_(ctx.temperature)
-        return grad_NV.to(ctx.dtype), None, None, None, None, None, None
+        return grad_NV.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-def _blocks(rows_NV: Tensor) -> Iterator[slice]:
-    """Slices of consecutive rows, each of at most `_BLOCK_ELEMENTS` logits but at least one row."""
+def _blocks(rows_NV: Tensor, most: int | None) -> Iterator[slice]:
+    """Slices of consecutive rows, each of at most so many logits but at least one row; None: as the device has it."""
     N, V = rows_NV.shape
-    size = max(1, (_BLOCK_ELEMENTS_CPU if rows_NV.device.type == "cpu" else _BLOCK_ELEMENTS) // V)
+    if most is None:
+        most = _BLOCK_ELEMENTS_CPU if rows_NV.device.type == "cpu" else _BLOCK_ELEMENTS
+    size = max(1, most // V)
     return (slice(first, first + size) for first in range(0, N, size))
 
 

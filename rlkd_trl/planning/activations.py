@@ -11,7 +11,7 @@ tensors.
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from rlkd_trl.teachers import Teacher
 class Workload:
     """The sizes of what one rank reads and writes.
 
-    prompt_tokens: S, per prompt. completion_tokens: T, per completion. num_generations: K, completions per prompt.
+    prompt_tokens: S, per prompt; question_tokens: of the teacher's, None: as many. completion_tokens: T, per completion. num_generations: K, completions per prompt.
     micro_batch: completions in a micro-batch of the update. micro_batches: micro-batches in a rollout.
     teacher_batch_tokens: the most padded tokens in a scoring batch (see `Teacher`). sampling_batch: completions
     decoded at a time. forward_batch: completions read without gradients at a time. num_iterations: optimizer steps
@@ -49,6 +49,12 @@ class Workload:
     sampling_batch: int = 256
     forward_batch: int = 64
     num_iterations: int = 1
+    question_tokens: int | None = None
+
+    @property
+    def of_teacher(self) -> "Workload":
+        """With the teacher's questions as prompts."""
+        return self if self.question_tokens is None else replace(self, prompt_tokens=self.question_tokens)
 
     @property
     def sampled_completions(self) -> int:
@@ -65,7 +71,7 @@ class Workload:
     def scored_prompts(self) -> int:
         """Prompts in one scoring batch."""
         in_rollout = self.micro_batch * self.micro_batches // self.num_generations
-        tokens = self.num_generations * (self.prompt_tokens + self.completion_tokens)
+        tokens = self.num_generations * (self.of_teacher.prompt_tokens + self.completion_tokens)
         return max(1, min(in_rollout, self.teacher_batch_tokens // tokens))
 
     @property
@@ -89,7 +95,7 @@ def scoring_bytes(
     """
     prompts = workload.scored_prompts
     with teacher.mode:
-        batch = _Batch.of(workload, prompts=prompts, completions=prompts * workload.num_generations)
+        batch = _Batch.of(workload.of_teacher, prompts=prompts, completions=prompts * workload.num_generations)
         scorer = Teacher(teacher.model, one_word_tokenizer(), max_batch_tokens=workload.teacher_batch_tokens)
         scorer.backbone.max_slice_elements = max_slice_elements
         truncated_B = torch.zeros(len(batch.completion_ids_BT), dtype=torch.bool)
@@ -131,16 +137,18 @@ def update_bytes(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     fused_attention: bool = True,
+    max_slice_elements: int | None = MAX_SLICE_ELEMENTS,
     operations: list[Operation] | None = None,
 ) -> int:
     """Peak of forward and backward of `Policy` on one micro-batch, beyond weights and their gradients.
 
-    critic: as `Policy` takes it. bf16: under autocast. gradient_checkpointing: with recomputed layers. operations: as
-    for `scoring_bytes`.
+    critic: as `Policy` takes it. bf16: under autocast. gradient_checkpointing: with recomputed layers.
+    max_slice_elements, operations: as for `scoring_bytes`.
     """
     with student.mode:
         with CopyingSkeletons():  # a separate critic is a copy
             policy = Policy(student.model, one_word_tokenizer(), critic=critic)
+        policy.backbone.max_slice_elements = max_slice_elements
         if gradient_checkpointing:
             policy.activation_checkpointing_enable()
         parameters = list(policy.parameters())

@@ -1,5 +1,6 @@
 """Recommends one of the estimated configurations, as flags, with the reasons in words."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def advice(
         return _nothing_fits(teachers, students, cluster)
     best_choice, *other_choices = choices
     whole_teacher = _whole_in_bfloat16(teachers)
-    reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload, timing is not None)
+    reasons = _reasons(best_choice, other_choices, teachers, whole_teacher, cluster, workload, timing)
     if timing is not None:
         reasons.insert(1, _duration(best_choice, timing))
     bullets = [textwrap.fill(reason, 118, initial_indent="- ", subsequent_indent="  ") for reason in reasons]
@@ -135,13 +136,13 @@ def _reasons(
     whole_teacher: TeacherBytes,
     cluster: Cluster,
     workload: Workload,
-    by_time: bool,
+    timing: Timing | None,
 ) -> list[str]:
     teacher, student = best_choice.teacher, best_choice.student
     others = {choice.teacher.placement for choice in other_choices if choice.teacher.precision != "nf4"}
     total, usable = gib(peak_bytes(teacher, student)), gib(cluster.usable)
     reasons = [f"{total} of the {usable} GiB that may be used on each GPU."]
-    gathered = whole_teacher.weights - whole_teacher.weights // cluster.ranks
+    gathered = whole_teacher.gathers * (whole_teacher.weights - whole_teacher.weights // cluster.ranks)
     traffic = f"{gib(gathered)} GiB for each of the {workload.scoring_batches} scoring batches of a rollout"
     if teacher.placement == "replicated" and cluster.ranks > 1:
         reasons.append(
@@ -150,18 +151,20 @@ def _reasons(
         )
     elif teacher.placement == "zero3":
         reason = "A whole teacher fits too, and is slower" if "replicated" in others else "No whole teacher fits"
+        reason = _planned_faster(best_choice, other_choices, timing) or reason
         reasons.append(f"{reason}: each rank holds a share and gathers at least {traffic}.")
     elif teacher.placement == "offload":
         reason = "Faster than what else fits" if others else "Not even a share of the teacher fits"
+        reason = _planned_faster(best_choice, other_choices, timing) or reason
         reasons.append(
             f"{reason}: the teacher stays in CPU memory, {gib(teacher.host)} GiB on each node, "
-            f"and {gib(whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
+            f"and {gib(whole_teacher.gathers * whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
             "scoring batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens "
             "makes fewer batches."
         )
     reasons += _costs(best_choice, other_choices, teachers, cluster)
     if student.sharding != "ddp":
-        why = "of the fastest with which this fits" if by_time else "the least sharding with which this fits"
+        why = "of the fastest with which this fits" if timing is not None else "the least sharding with which this fits"
         reasons.append(f"The student is sharded by {student.sharding}, {why}.")
     if cluster.nodes > 1:
         reasons.append(
@@ -169,6 +172,19 @@ def _reasons(
             "and --main_process_port too, before ppo_kd."
         )
     return reasons
+
+
+def _planned_faster(best_choice: Choice, other_choices: Sequence[Choice], timing: Timing | None) -> str:
+    """What speaks against an int8 teacher whose step is planned to be faster than the best one's; "" without one."""
+    if timing is None:
+        return ""
+    of_int8 = [timing.total(c.teacher, c.student) for c in other_choices if c.teacher.precision == "int8"]
+    if min(of_int8, default=math.inf) >= timing.total(best_choice.teacher, best_choice.student):
+        return ""
+    return (
+        f"A whole teacher in int8 fits too and is planned to be faster, {duration(min(of_int8))} a step, but it "
+        f"changes the rewards, and its kernels may take {_INT8_FACTOR:g} times as long"
+    )
 
 
 def _duration(best_choice: Choice, timing: Timing) -> str:

@@ -32,6 +32,7 @@ _RANGES = {
     "max_steps": Count,
     "reserve": ShareBelowOne,
     "max_prompt_length": Length,
+    "teacher_max_prompt_length": Length | None,
     "max_completion_length": Length,
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
@@ -81,13 +82,15 @@ def parser() -> argparse.ArgumentParser:
     add("--student", "Checkpoint directory or Hub id.", str, required=True, metavar="S")
     add("--gpus", "GPUs on each node.", default=1, metavar="N")
     add("--nodes", "Nodes.", default=1, metavar="N")
-    add("--gpu_name", "Kind of GPU (A100, H100, H200: SXM), to estimate times by its ratings.", str, choices=MACHINES)
+    kinds = "Kind of GPU (a100: SXM, 80 GB; h100, h200: SXM), to estimate times by its ratings."
+    add("--gpu_name", kinds, str.lower, choices=MACHINES)
     add("--gpu_memory", "Memory of each GPU, in GiB [80, or what --gpu_name has].", float, metavar="GIB")
     add("--reserve", "Share of it that is to stay free.", float, default=0.1, metavar="X")
     add("--node_link", "With --gpu_name: rated link between --nodes, GB/s.", float, default=25.0, metavar="GB/S")
     add("--max_steps", "With --gpu_name: optimizer steps of the run.", default=1000, metavar="N")
     add("--num_iterations", "With --gpu_name: optimizer steps from a rollout.", default=1, metavar="N")
-    add("--max_prompt_length", "Longest prompt, of teacher and student.", default=512, metavar="N")
+    add("--max_prompt_length", "Longest prompt.", default=512, metavar="N")
+    add("--teacher_max_prompt_length", "Longest question to the teacher [as --max_prompt_length].", metavar="N")
     add("--max_completion_length", "Longest completion.", default=64, metavar="N")
     add("--per_device_train_batch_size", "Completions in a micro-batch.", default=64, metavar="N")
     add("--gradient_accumulation_steps", "Micro-batches in a rollout.", default=1, metavar="N")
@@ -171,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     workload = Workload(
         prompt_tokens=flags.max_prompt_length,
+        question_tokens=flags.teacher_max_prompt_length,
         completion_tokens=flags.max_completion_length,
         num_generations=flags.num_generations,
         micro_batch=flags.per_device_train_batch_size,

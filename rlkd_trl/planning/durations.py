@@ -91,6 +91,7 @@ def _scoring_seconds(
         fetched = (teacher.unquantised - share) / _link(cluster, machine)
         if teacher.placement == "offload":
             fetched += share / machine.bus
+        fetched *= teacher.gathers
     return computing, workload.scoring_batches * fetched
 
 
@@ -102,12 +103,13 @@ def _in_batches(operations: Sequence[Operation], count: int, at_a_time: int, mac
 
 
 def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machine) -> float:
-    """A token takes longer the more tokens are in the cache: from the second to the last, evenly so.
+    """A token takes longer the more tokens are in the cache: from the second to the last, evenly so. The first one's
+    state comes with the prompts.
 
     A last batch that is smaller counts whole: for a token weights are read, and kernels launched, for however many.
     """
     work = student.operations
-    tokens = (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2 * workload.completion_tokens
+    tokens = (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2 * (workload.completion_tokens - 1)
     batches = math.ceil(workload.micro_batch * workload.micro_batches / workload.sampled_completions)
     return batches * (machine.seconds(work.prompts) + tokens)
 

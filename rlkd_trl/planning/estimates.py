@@ -14,6 +14,7 @@ from rlkd_trl.planning.adapters import Adapters, adapted
 from rlkd_trl.planning.operations import Operation
 from rlkd_trl.planning.skeletons import Checkpoint, Skeleton
 from rlkd_trl.planning.weights import (
+    MAX_LIVE_PARAMETERS,
     SHARDINGS,
     Shares,
     gathered_bytes,
@@ -71,7 +72,8 @@ class TeacherBytes:
     """The bytes of one way to hold the teacher: on a rank's GPU, or for `host` in a node's CPU memory.
 
     weights: held throughout. gathered: other ranks' weights while it computes. scoring: activations. unquantised: all
-    weights as they are computed with. operations: of a scoring batch.
+    weights as they are computed with. gathers: how often these are gathered for a scoring batch, where they are in
+    shares. operations: of a scoring batch.
     """
 
     placement: str
@@ -82,6 +84,7 @@ class TeacherBytes:
     scoring: int
     host: int
     unquantised: int = 0
+    gathers: int = 1
     operations: Sequence[Operation] = field(default=(), repr=False)
 
     @property
@@ -157,7 +160,10 @@ def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Clust
 def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluster) -> Iterator[TeacherBytes]:
     operations: list[Operation] = []
     scoring, all_weights = scoring_bytes(teacher, workload, operations=operations), weight_bytes(teacher)
-    work = {"unquantised": all_weights, "operations": operations}
+    # A decoder-only model reads the prompts, then the completions; what fits in DeepSpeed's limit stays for these. Of an
+    # encoder-decoder each part reads once.
+    twice = not teacher.model.config.is_encoder_decoder and teacher.num_parameters > MAX_LIVE_PARAMETERS
+    work = {"unquantised": all_weights, "gathers": 2 if twice else 1, "operations": operations}
     for _, quantization in (precision for precision in PRECISIONS if precision[0] == dtype):
         workspace = quantisation_workspace_bytes(teacher) if quantization != "none" else 0
         yield TeacherBytes(

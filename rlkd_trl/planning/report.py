@@ -68,11 +68,14 @@ def report(
     """
     teacher_checkpoint = Checkpoint.of("--teacher", teacher)
     student_checkpoint = Checkpoint.of("--student", student)
-    for who, checkpoint in (("The teacher", teacher_checkpoint), ("The student", student_checkpoint)):
+    for who, checkpoint, read in (
+        ("The teacher", teacher_checkpoint, workload.of_teacher),
+        ("The student", student_checkpoint, workload),
+    ):
         check_caps(
             who,
             position_limits_of_config(checkpoint.config),
-            max_prompt_length=workload.prompt_tokens,
+            max_prompt_length=read.prompt_tokens,
             max_completion_length=workload.completion_tokens,
         )
     if training.adapters is not None:  # that they fit takes a second, the estimates half a minute

@@ -22,7 +22,14 @@ from rlkd_trl.models.generation import Completions, MixedWith, sample_completion
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
-from rlkd_trl.ops.lm_head import TokenLogProbs, map_head_slices, slices_needed, support_log_probs, token_log_probs
+from rlkd_trl.ops.lm_head import (
+    BLOCKS_IN_A_SLICE,
+    TokenLogProbs,
+    map_head_slices,
+    slices_needed,
+    support_log_probs,
+    token_log_probs,
+)
 from rlkd_trl.ops.masking import pad_columns
 from rlkd_trl.settings.ranges import Temperature, check_values
 
@@ -237,6 +244,7 @@ class Policy(nn.Module):
     ) -> TokenLogProbs:
         if support_Nk is not None:
             return support_log_probs(logits_NV, chosen_N, support_Nk, temperature=self.temperature)
+        slice_elements = self.backbone.max_slice_elements
         return token_log_probs(
             logits_NV,
             chosen_N,
@@ -245,6 +253,7 @@ class Policy(nn.Module):
             entropy=with_entropy,
             overwrite=True,
             precise=precise,
+            block_elements=None if slice_elements is None else slice_elements // BLOCKS_IN_A_SLICE,
         )
 
     def sample(

@@ -254,9 +254,8 @@ def test_a_constant_added_to_the_logits_costs_no_more_than_its_rounding(offset):
 @pytest.mark.parametrize("forbid", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_blocks_of_positions_and_the_logits_own_memory_change_nothing(
-    overwrite, forbid, entropy, rows_in_a_block, monkeypatch
+    overwrite, forbid, entropy, rows_in_a_block
 ):
-    monkeypatch.setattr(lm_head, "_BLOCK_ELEMENTS_CPU", rows_in_a_block * V)
     leaf_NV = random_logits(0)[0].requires_grad_()
     chosen_N = torch.arange(1, N + 1) % 6 + 1  # 1 .. 6, none of them forbidden
     forbidden_V = forbidden_mask() if forbid else torch.zeros(V, dtype=torch.bool)
@@ -268,6 +267,7 @@ def test_blocks_of_positions_and_the_logits_own_memory_change_nothing(
         forbidden_V=forbidden_V if forbid else None,
         entropy=entropy,
         overwrite=overwrite,
+        block_elements=rows_in_a_block * V,
     )
     p_NV = leaf_NV.double() / 0.7
     log_p_NV = p_NV.masked_fill(forbidden_V, -1e30).log_softmax(dim=-1)

@@ -6,6 +6,7 @@ the encoder, once the decoder, once the cache, and once the LM head takes most.
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.models.generation import Completions
+from rlkd_trl.ops.lm_head import MAX_SLICE_ELEMENTS
 from rlkd_trl.planning.activations import (
     Workload,
     counted,
@@ -57,6 +59,9 @@ def workload(shape: tuple[int, int, int, int], teacher_batch_tokens: int = 4000)
     )
 
 
+ON_CPU = {"fused_attention": False, "max_slice_elements": None}
+
+
 def prompt_texts(shape: tuple[int, int, int, int]) -> list[str]:
     """S tokens each with the EOS, but for the last, which is a token shorter: batches have padding."""
     P, S, _, _ = shape
@@ -94,8 +99,30 @@ def test_scoring(name, shape, dtype, tmp_path):
     )
     measured = peak_bytes(lambda: teacher.score(*arguments))
     skeleton = checkpoint_of(model, tmp_path).build(dtype)
-    on_cpu = {"fused_attention": False, "max_slice_elements": None}
-    assert_close(scoring_bytes(skeleton, wanted, **on_cpu), measured)
+    assert_close(scoring_bytes(skeleton, wanted, **ON_CPU), measured)
+
+
+@pytest.mark.parametrize("measure", [log_prob_bytes, update_bytes])
+def test_log_probs_and_updates_take_the_blocks_of_a_gpu(measure, tmp_path):
+    """Of 4 · 400 tokens and 8,000 ids a block of 16 MiB holds 524, one of 2 MiB 65: 4 blocks in place of 25 a pass."""
+    model = MODELS["t5-large-vocabulary"]()
+    assert model.config.vocab_size == 8000
+    counts = []
+    for elements in (MAX_SLICE_ELEMENTS, None):
+        operations = []
+        skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
+        measure(skeleton, workload((1, 4, 4, 400)), max_slice_elements=elements, operations=operations)
+        counts.append(len(operations))
+    assert counts[1] - counts[0] >= 21 * 3, "at least three operations a block"
+
+
+def test_the_teachers_questions_may_be_longer_than_prompts(tmp_path):
+    skeleton = checkpoint_of(MODELS["t5-tied"](), tmp_path).build(torch.float32)
+    longer = replace(workload((4, 8, 2, 6)), question_tokens=40)
+    assert scoring_bytes(skeleton, longer) == scoring_bytes(skeleton, workload((4, 40, 2, 6)))
+    assert log_prob_bytes(skeleton, longer) == log_prob_bytes(skeleton, workload((4, 8, 2, 6)))
+    few = replace(workload((4, 8, 2, 6), teacher_batch_tokens=100), question_tokens=40)
+    assert (few.scored_prompts, replace(few, question_tokens=None).scored_prompts) == (1, 3)
 
 
 def test_scoring_takes_the_slices_of_a_gpu(tmp_path):
@@ -129,7 +156,7 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
     model = MODELS[name]()
     measured = measured_update(model, shape, tmp_path, monkeypatch, critic=critic, bf16=bool(bf16))
     skeleton = checkpoint_of(model, tmp_path / "config").build(torch.float32)
-    estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), fused_attention=False)
+    estimated = update_bytes(skeleton, workload(SHAPES[shape]), critic=critic, bf16=bool(bf16), **ON_CPU)
     assert_close(estimated, measured)
 
 
@@ -158,7 +185,7 @@ def test_update_of_adapters_and_of_recomputed_layers(name, shape, critic, adapte
         )
     how = {"critic": critic, "gradient_checkpointing": recomputed}
     measured = measured_update(model, shape, tmp_path, monkeypatch, peft_config=config, **how)
-    estimated = update_bytes(skeleton, workload(SHAPES[shape]), **how, fused_attention=False)
+    estimated = update_bytes(skeleton, workload(SHAPES[shape]), **how, **ON_CPU)
     assert_close(estimated, measured)
 
 
@@ -229,8 +256,7 @@ def test_log_probs(name, shape, critic, bf16, tmp_path):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         measured = peak_bytes(lambda: policy(*inputs, with_entropy=False))
     skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
-    on_cpu = {"fused_attention": False, "max_slice_elements": None}
-    assert_close(log_prob_bytes(skeleton, workload(SHAPES[shape]), bf16=bf16, **on_cpu), measured)
+    assert_close(log_prob_bytes(skeleton, workload(SHAPES[shape]), bf16=bf16, **ON_CPU), measured)
 
 
 def sampled(name: str, shape: tuple[int, int, int, int], directory: Path) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from rlkd_trl.planning.estimates import (
 )
 from rlkd_trl.planning.skeletons import Checkpoint
 from tests.planning.measured import weight_bytes
-from tests.planning.models import T5_BASE, llama, write_config
+from tests.planning.models import MODELS, T5_BASE, checkpoint_of, llama, write_config
 
 # Few and very wide layers, which are quick to build: t5-base's fields, D = 16384, F = 32768, A = 64, V = 100, tied.
 # Embeddings VD, an encoder layer 4DA + 2DF + 2D, a decoder layer 8DA + 2DF + 3D, relative positions 2 · 32, norms 2D:
@@ -62,6 +62,19 @@ def test_a_teachers_shares_on_two_nodes(tmp_path, monkeypatch):
         assert (replicated.weights, replicated.gathered, replicated.host) == (nbytes, 0, 0)
         assert (zero3.weights, zero3.gathered, zero3.host) == (nbytes // 4, nbytes - nbytes // 4, 0)
         assert (offload.weights, offload.gathered, offload.host) == (0, nbytes, nbytes // 4 * 2)
+
+
+@pytest.mark.parametrize(("architecture", "most", "gathers"), [("llama", 1, 2), ("llama", 10**9, 1), ("t5", 1, 1)])
+def test_a_decoder_only_teacher_beyond_deepspeeds_limit_is_gathered_twice(
+    architecture, most, gathers, tmp_path, monkeypatch
+):
+    """For the prompts and for the completions; of an encoder-decoder each part reads once."""
+    monkeypatch.setattr(estimates, "scoring_bytes", lambda *args, **settings: 7)
+    monkeypatch.setattr(estimates, "MAX_LIVE_PARAMETERS", most)
+    checkpoint = checkpoint_of(MODELS[{"llama": "llama", "t5": "t5-tied"}[architecture]](), tmp_path)
+    cluster = Cluster(gpus=2, nodes=1, gpu_memory=2**30, reserve=0.0)
+    found = teacher_estimates(checkpoint, Workload(8, 4, 2, 4, 1, 64), cluster)
+    assert {teacher.gathers for teacher in found} == {gathers}
 
 
 @pytest.mark.parametrize("tied", [True, False])

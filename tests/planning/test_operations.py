@@ -86,6 +86,7 @@ def test_each_operation_takes_what_is_longest():
 # From the vendors' data sheets: TFLOP/s dense in float32 and bfloat16, GB/s of memory.
 RATED = {
     "a100": (19.5, 312, 2039),
+    "a100_40gb": (19.5, 312, 1555),
     "h100": (67, 989, 3350),
     "h200": (67, 989, 4800),
     "l4": (30.3, 121, 300),
