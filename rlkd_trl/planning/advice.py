@@ -164,7 +164,9 @@ def _reasons(
         )
     reasons += _costs(best_choice, other_choices, teachers, cluster)
     if student.sharding != "ddp":
-        why = "of the fastest with which this fits" if timing is not None else "the least sharding with which this fits"
+        why = (
+            "of the fastest with which this fits" if timing is not None else "the least sharding with which this fits"
+        )
         reasons.append(f"The student is sharded by {student.sharding}, {why}.")
     if cluster.nodes > 1:
         reasons.append(

@@ -253,9 +253,7 @@ def test_a_constant_added_to_the_logits_costs_no_more_than_its_rounding(offset):
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("forbid", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_blocks_of_positions_and_the_logits_own_memory_change_nothing(
-    overwrite, forbid, entropy, rows_in_a_block
-):
+def test_blocks_of_positions_and_the_logits_own_memory_change_nothing(overwrite, forbid, entropy, rows_in_a_block):
     leaf_NV = random_logits(0)[0].requires_grad_()
     chosen_N = torch.arange(1, N + 1) % 6 + 1  # 1 .. 6, none of them forbidden
     forbidden_V = forbidden_mask() if forbid else torch.zeros(V, dtype=torch.bool)
