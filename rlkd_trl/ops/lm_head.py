@@ -22,7 +22,7 @@ MAX_SLICE_ELEMENTS = 2**24
 # On a CPU 8 MiB: such a slice stays in the cache from the head to the statistics. Used without gradients only: with
 # them each slice is computed a second time, and many small slices would cost more.
 _MAX_SLICE_ELEMENTS_CPU = 2**21
-# Where several passes go over the same logits, they take a block of them at a time, 16 MiB, which bounds the memory for
+# Where several passes go over the same logits, they take a block of 16 MiB at a time, which bounds the memory for
 # intermediate results; on a CPU 2 MiB, which stay in the cache.
 BLOCKS_IN_A_SLICE = 4
 _BLOCK_ELEMENTS = MAX_SLICE_ELEMENTS // BLOCKS_IN_A_SLICE

@@ -33,11 +33,11 @@ from rlkd_trl.teachers import Teacher
 class Workload:
     """The sizes of what one rank reads and writes.
 
-    prompt_tokens: S, per prompt; question_tokens: of the teacher's, None: as many. completion_tokens: T, per completion. num_generations: K, completions per prompt.
-    micro_batch: completions in a micro-batch of the update. micro_batches: micro-batches in a rollout.
-    teacher_batch_tokens: the most padded tokens in a scoring batch (see `Teacher`). sampling_batch: completions
-    decoded at a time. forward_batch: completions read without gradients at a time. num_iterations: optimizer steps
-    from one rollout, which takes no more memory.
+    prompt_tokens: S, per prompt; question_tokens: of the teacher's, None: as many. completion_tokens: T, per
+    completion. num_generations: K, completions per prompt. micro_batch: completions in a micro-batch of the update.
+    micro_batches: micro-batches in a rollout. teacher_batch_tokens: the most padded tokens in a scoring batch (see
+    `Teacher`). sampling_batch: completions decoded at a time. forward_batch: completions read without gradients at a
+    time. num_iterations: optimizer steps from one rollout, which takes no more memory.
     """
 
     prompt_tokens: int
