@@ -155,10 +155,11 @@ def _reasons(
         reasons.append(f"{reason}: each rank holds a share and gathers at least {traffic}.")
     elif teacher.placement == "offload":
         reason = "Faster than what else fits" if others else "Not even a share of the teacher fits"
+        fetched = gib(whole_teacher.gathers * whole_teacher.weights)
         reason = _planned_faster(best_choice, other_choices, timing) or reason
         reasons.append(
             f"{reason}: the teacher stays in CPU memory, {gib(teacher.host)} GiB on each node, "
-            f"and {gib(whole_teacher.gathers * whole_teacher.weights)} GiB pass over the bus for each of the {workload.scoring_batches} "
+            f"and {fetched} GiB pass over the bus for each of the {workload.scoring_batches} "
             "scoring batches of a rollout. Expect scoring to wait for it; a larger --teacher_batch_tokens "
             "makes fewer batches."
         )

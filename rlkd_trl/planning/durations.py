@@ -109,11 +109,9 @@ def _sampling_seconds(student: StudentBytes, workload: Workload, machine: Machin
     A last batch that is smaller counts whole: for a token weights are read, and kernels launched, for however many.
     """
     work = student.operations
-    tokens = (
-        (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2 * (workload.completion_tokens - 1)
-    )
+    of_token = (machine.seconds(work.second_token) + machine.seconds(work.last_token)) / 2
     batches = math.ceil(workload.micro_batch * workload.micro_batches / workload.sampled_completions)
-    return batches * (machine.seconds(work.prompts) + tokens)
+    return batches * (machine.seconds(work.prompts) + of_token * (workload.completion_tokens - 1))
 
 
 def _optimizer_bytes(student: StudentBytes, cluster: Cluster) -> float:

@@ -160,7 +160,7 @@ def teacher_estimates(checkpoint: Checkpoint, workload: Workload, cluster: Clust
 def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluster) -> Iterator[TeacherBytes]:
     operations: list[Operation] = []
     scoring, all_weights = scoring_bytes(teacher, workload, operations=operations), weight_bytes(teacher)
-    # A decoder-only model reads the prompts, then the completions; what fits in DeepSpeed's limit stays for these. Of an
+    # A decoder-only model reads prompts, then completions, for which what is within DeepSpeed's limit stays. Of an
     # encoder-decoder each part reads once.
     twice = not teacher.model.config.is_encoder_decoder and teacher.num_parameters > MAX_LIVE_PARAMETERS
     work = {"unquantised": all_weights, "gathers": 2 if twice else 1, "operations": operations}

@@ -67,8 +67,8 @@ def _gpu(memory_gib: float, float32: float, bfloat16: float, bandwidth: float, l
 
 # Memory as programs see it; float32 and bfloat16 products; memory bandwidth; link (NVLink between A100, H100 and H200,
 # PCIe between the others) and bus (PCIe), in one direction. A100, H100 and H200 are the SXM boards: those for PCIe are
-# slower. GPUs of the RTX 40 series cannot reach each other's memory: what they send passes through the CPU's, which may
-# take longer than the link's rating says. Float32 is the rate without TF32, which PyTorch does not use unless it is told to.
+# slower. GPUs of the RTX 40 series cannot reach each other's memory: what they send passes through the CPU's, which
+# may take longer than the link's rating says. Float32 is the rate without TF32, which PyTorch uses only if told to.
 MACHINES = {
     "a100": _gpu(79, 19.5, 312, 2039, 300, 32),  # of 80 GB
     "a100_40gb": _gpu(39, 19.5, 312, 1555, 300, 32),

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from rlkd_trl.ops import lm_head
 from rlkd_trl.ops.lm_head import (
     allowed_logsumexp,
     logit_statistics,
