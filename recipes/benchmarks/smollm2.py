@@ -144,8 +144,12 @@ def make_models(args: argparse.Namespace, here: Path) -> None:
     if not (here / "pruned" / "config.json").is_file():
         prune(args.teacher, here / "pruned")
     sizes, answers = {name: getattr(args, f"{name}_inputs") for name in SIZES}, here / "answers.jsonl"
+    made_of, asked_for = here / "inputs_made_of.json", {"inputs": str(args.inputs.resolve()), **sizes}
+    if made_of.is_file() and json.loads(made_of.read_text(encoding="utf-8")) != asked_for:
+        sys.exit(f"{here} has inputs of another file or number ({made_of}): give another --work_dir, or delete it.")
     if not (here / "human.json").is_file():
         make_inputs(args.inputs, here, sizes)
+    made_of.write_text(json.dumps(asked_for), encoding="utf-8")
     teacher_flags = ["--teacher", args.teacher, "--dataset", here / "inputs.jsonl", "--source_column", "mr"]
     teacher_flags += ["--template", QUESTION, *CAP, "--batch_size", "32"]
     stage("pseudo_label", answers, *teacher_flags, "--output", answers)

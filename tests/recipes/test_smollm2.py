@@ -122,6 +122,11 @@ def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
         assert lines[name]["human_bleu"]["mean"] == pytest.approx(expected)
     assert lines["ppo_average"]["cost"]["optimizer_steps"]["mean"] == 1
     assert all(heading in (results / "smollm2.md").read_text() for heading in benchmark.COLUMNS)
+    # Inputs of another number, or of another file, are not what is there.
+    for flags in (["--test_inputs", "5"], ["--inputs", str(tmp_path / "teacher")]):
+        monkeypatch.setattr(sys, "argv", [word for word in command if word != "--smoke"] + flags)
+        with pytest.raises(SystemExit, match="has inputs of another file or number"):
+            benchmark.main()
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
