@@ -120,6 +120,7 @@ def stream_prompts(
     stream = open_stream(data, streaming, prepare, seed)
     if templates is not None:
         _say_what_gets_the_source(templates, stream.head[0])
+    _say_what_is_continued(stream.head["prompt"])
     return stream
 
 

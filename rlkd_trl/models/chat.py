@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,14 +25,17 @@ _USER, _ASSISTANT, _SYSTEM = "ThisIsTheQuestion", "ThisIsTheAnswer", "ThisIsTheS
 class _Turn(NamedTuple):
     """How a chat template begins turns.
 
-    openings: the words behind the user's in a prompt, without whitespace, if a special token is among them. of_user:
-    the last special token before the user's words, and what follows it; "" if there is none. missing: what the
-    template writes before the assistant's words and leaves out of prompts.
+    asked: the messages that it was tried with. openings: the words behind the user's in a prompt, without whitespace,
+    if a special token is among them. of_user: the last special token before the user's words, and what follows it; ""
+    if there is none. missing: what the template writes before the assistant's words and leaves out of prompts;
+    without: how a prompt without it ends, as in openings.
     """
 
+    asked: list[dict[str, str]]
     openings: tuple[str, ...]
     of_user: str
     missing: str
+    without: tuple[str, ...]
 
 
 class PromptWriter:
@@ -40,13 +44,14 @@ class PromptWriter:
     Without a chat template a text is what it was before. With one, a text is the user's message, behind the system
     prompt if there is one, unless it ends with the template's own markers already; a conversation that has no system
     message gets the system prompt, too. The result is what transformers' `apply_chat_template` writes, rendered in
-    the bounds of all templates, and is tokenised as that does it: without the tokenizer's own special tokens. Only
-    where a template does not say how the assistant's turn begins when it is asked for that, it gets what the template
-    writes between a user's message and the answer.
+    the bounds of all templates, and is tokenised as that does it: without the tokenizer's own special tokens. A
+    template that does not say how an answer begins when it is asked for that is one that does from here on: it gets
+    what it writes between a user's message and the answer.
 
     Attributes:
         processing_class: the tokenizer. It is the one that was given, or a copy where that has another chat template
-            than `chat` asks for, or another EOS than the token by which the chat template ends a turn.
+            than `chat` asks for, or one that does not say how an answer begins, or another EOS than the token by which
+            the chat template ends a turn.
         is_chat: whether there is a chat template.
 
     Raises:
@@ -63,8 +68,13 @@ class PromptWriter:
         if not self.is_chat:
             self._refuse_what_needs_a_template()
             return
-        self._roles_seen: set[tuple[str, ...]] = set()
+        self._kinds_read: set[tuple] = set()
         self._turn = self._check_template()
+        if self._turn.missing:
+            self.processing_class = copy.deepcopy(self.processing_class)
+            self.processing_class.chat_template = _opening_answers(
+                self.processing_class.chat_template, self._turn.missing
+            )
         end = self._end_of_turn()
         if end not in (None, self.processing_class.eos_token):
             if self.processing_class is tokenizer:
@@ -91,8 +101,10 @@ class PromptWriter:
                     "file of Jinja), or texts as prompts (with a template, '{{ source }}' is what the user said last)."
                 )
             return self._written_conversation(checked_messages(prompt))
-        if not self.is_chat or self._is_written(prompt):
+        if not self.is_chat or self._ends_with(prompt, self._turn.openings):
             return prompt
+        if self._ends_with(prompt, self._turn.without):
+            return f"{prompt}{self._turn.missing}"
         self._warn_of_markers(prompt)
         return self._written_text(prompt)
 
@@ -158,24 +170,17 @@ class PromptWriter:
             return messages
         return [{"role": "system", "content": self.chat.system_prompt}, *messages]
 
-    def _render(self, messages: list[dict[str, object]], *, as_prompt: bool = True) -> str:
-        said = self._rendered(messages, as_prompt=as_prompt)
-        return said + self._turn.missing if as_prompt and messages[-1]["role"] != "assistant" else said
-
-    def _rendered(
+    def _render(
         self, messages: list[dict[str, object]], *, as_prompt: bool = True, with_variables: bool = True
     ) -> str:
-        """What the template itself writes; with_variables: with those that it is given (`ChatFormat`)."""
+        """with_variables: with those that the template is given (`ChatFormat`)."""
         given = self.chat.template_kwargs if with_variables else None
         variables = {**self.processing_class.special_tokens_map, **(given or {})}
         return render_chat(self._template, messages, variables, tokenizer_name=self._name, as_prompt=as_prompt)
 
-    def _is_written(self, prompt: str) -> bool:
-        """Whether a text ends as the template opens the assistant's turn, but for whitespace.
-
-        With or without the variables that the template is given here. Special tokens have to be in it.
-        """
-        return "".join(prompt.split()).endswith(self._turn.openings)
+    def _ends_with(self, prompt: str, endings: tuple[str, ...]) -> bool:
+        """Whether a text ends as the template would end it, but for whitespace."""
+        return "".join(prompt.split()).endswith(endings)
 
     def _warn_of_markers(self, prompt: str) -> None:
         """Once, of a text that has the markers by which the template opens a user's turn, and gets them again."""
@@ -189,27 +194,34 @@ class PromptWriter:
         )
 
     def _check_that_all_are_read(self, messages: list[dict[str, object]]) -> None:
-        """Raises `InputError` if the template leaves a message out; each order of roles is tried once."""
-        roles = tuple(message["role"] for message in messages)
-        if roles in self._roles_seen:
+        """Raises `InputError` if the template leaves out what a message says, the system prompt's included.
+
+        Each order of messages is tried once: of their roles, keys, and whether they have words. Messages with other
+        keys, calls of tools for one, are not looked for: templates may well show these in place of the words.
+        """
+        messages = self._after_system_prompt(messages)
+        kind = tuple((m["role"], frozenset(m), bool(str(m.get("content", "")).strip())) for m in messages)
+        if kind in self._kinds_read:
             return
-        names = [f"message{'of' * number}here" for number in range(len(messages))]  # none is in another
+        names = [
+            f"message{'of' * number}here" if has_words and keys <= {"role", "content"} else ""  # none is in another
+            for number, (_, keys, has_words) in enumerate(kind)
+        ]
         marked = [
-            {**message, "content": name} if isinstance(message.get("content"), str) else message
-            for message, name in zip(messages, names, strict=True)
+            {**message, "content": name} if name else message for message, name in zip(messages, names, strict=True)
         ]
         try:
-            shown = self._rendered(self._after_system_prompt(marked))
+            shown = self._render(marked).lower()
         except InputError:  # a template that reads the words, and refuses these: the messages' own may be accepted
             return
-        for number, (message, name) in enumerate(zip(marked, names, strict=True), start=1):
-            if message.get("content") == name and name not in shown.lower():
+        for number, (message, name) in enumerate(zip(messages, names, strict=True), start=1):
+            if name not in shown:
                 raise InputError(
                     f"The chat template of {self._name} leaves out message {number} of a conversation, what the "
-                    f"{message['role']} says (the roles are: {', '.join(roles)}): give another chat template, or "
-                    "conversations without such a message."
+                    f"{message['role']} says (the roles are: {', '.join(role for role, _, _ in kind)}): give another "
+                    "chat template, or conversations without such a message."
                 )
-        self._roles_seen.add(roles)
+        self._kinds_read.add(kind)
 
     # What is found out about the template
 
@@ -218,12 +230,12 @@ class PromptWriter:
         user = {"role": "user", "content": _USER}
         messages = [user]
         try:
-            shown = self._rendered(messages)
+            shown = self._render(messages)
         except InputError as error:
             # It may want a system message, which the prompt or the data give.
             messages = [{"role": "system", "content": self.chat.system_prompt or _SYSTEM}, user]
             try:
-                shown = self._rendered(messages)
+                shown = self._render(messages)
             except InputError:
                 raise error from None
         before, said, behind = shown.rpartition(_USER)
@@ -235,14 +247,20 @@ class PromptWriter:
         openings = {behind + missing}
         if self.chat.template_kwargs:
             with contextlib.suppress(InputError):  # it may need its variables
-                openings.add(self._rendered(messages, with_variables=False).rpartition(_USER)[2] + missing)
-        openings = {"".join(opening.split()) for opening in openings}
+                openings.add(self._render(messages, with_variables=False).rpartition(_USER)[2] + missing)
         of_user = max((token for token in self._added_tokens if token in before), key=before.rfind, default=None)
         return _Turn(
-            tuple(opening for opening in openings if self._has_special_token(opening)),
+            messages,
+            self._endings(openings),
             "" if of_user in (None, self.processing_class.bos_token) else before[before.rfind(of_user) :].strip(),
             missing,
+            self._endings({behind}) if missing else (),
         )
+
+    def _endings(self, texts: set[str]) -> tuple[str, ...]:
+        """The texts without whitespace, of those that have a special token."""
+        shown = {"".join(text.split()) for text in texts}
+        return tuple(text for text in shown if any("".join(token.split()) in text for token in self._added_tokens))
 
     def _missing_opening(self, messages: list[dict[str, object]], behind: str) -> str:
         """What the template writes before an answer, if it does not do so for a prompt; "" where it does.
@@ -250,17 +268,16 @@ class PromptWriter:
         behind: what it writes behind the user's words for a prompt.
         """
         try:
-            if self._rendered(messages, as_prompt=False).rpartition(_USER)[2] != behind:
+            if self._render(messages, as_prompt=False).rpartition(_USER)[2] != behind:
                 return ""
             talk = [*messages, {"role": "assistant", "content": _ASSISTANT}]
-            shown = self._rendered(talk, as_prompt=False)
+            shown = self._render(talk, as_prompt=False)
         except InputError:  # a template of prompts alone
             return ""
         between = shown.rpartition(_ASSISTANT)[0].rpartition(_USER)[2]
-        return between.removeprefix(behind) if between.startswith(behind) and between.strip() != behind.strip() else ""
-
-    def _has_special_token(self, text: str) -> bool:
-        return any("".join(token.split()) in text for token in self._added_tokens if token.strip())
+        if not between.startswith(behind) or between.strip() == behind.strip():
+            return ""
+        return between.removeprefix(behind).rstrip(" ")  # a space belongs to the answer's first word
 
     def _check_system_prompt(self) -> None:
         remedy = (
@@ -269,7 +286,7 @@ class PromptWriter:
         )
         try:
             talk = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-            shown = self._rendered(talk)
+            shown = self._render(talk)
         except InputError as error:
             raise InputError(f"{str(error).rstrip('.')}. {remedy}") from error
         if _SYSTEM not in shown:
@@ -280,10 +297,10 @@ class PromptWriter:
 
         Of templates that write none it is the one that opens the user's next turn, as GLM's; None if that is none.
         """
-        talk = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-        for messages in (talk, [*talk, talk[0]]):
+        talk = [*self._turn.asked, {"role": "assistant", "content": _ASSISTANT}]
+        for messages in (talk, [*talk, self._turn.asked[-1]]):
             try:
-                behind = self._rendered(messages, as_prompt=False).rpartition(_ASSISTANT)[2].lstrip()
+                behind = self._render(messages, as_prompt=False).rpartition(_ASSISTANT)[2].lstrip()
             except InputError:  # a template of prompts alone
                 return None
             for token in sorted(self._added_tokens, key=len, reverse=True):
@@ -293,7 +310,8 @@ class PromptWriter:
 
     @property
     def _added_tokens(self) -> list[str]:
-        return [token.content for token in self.processing_class.added_tokens_decoder.values()]
+        tokens = (token.content for token in self.processing_class.added_tokens_decoder.values())
+        return [token for token in tokens if token.strip()]
 
     def _refuse_what_needs_a_template(self) -> None:
         for name, value in (("system prompt", self.chat.system_prompt), ("variable", self.chat.template_kwargs)):
@@ -315,6 +333,14 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> PreT
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def _opening_answers(template: str | dict[str, str], opening: str) -> str | dict[str, str]:
+    """A chat template that writes `opening` behind a prompt, if it is asked for the words that open an answer."""
+    if isinstance(template, dict):
+        return {**template, "default": _opening_answers(template["default"], opening)}
+    literal = json.dumps(opening, ensure_ascii=False)
+    return template + "{% if add_generation_prompt %}{{ " + literal + " }}{% endif %}"
 
 
 def read_chat_template(path: str) -> str | dict[str, str]:

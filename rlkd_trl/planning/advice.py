@@ -142,7 +142,7 @@ def _reasons(
     others = {choice.teacher.placement for choice in other_choices if choice.teacher.precision != "nf4"}
     total, usable = gib(peak_bytes(teacher, student)), gib(cluster.usable)
     reasons = [f"{total} of the {usable} GiB that may be used on each GPU."]
-    gathered = whole_teacher.gathers * (whole_teacher.weights - whole_teacher.weights // cluster.ranks)
+    gathered = int(whole_teacher.gathers * (whole_teacher.weights - whole_teacher.weights // cluster.ranks))
     traffic = f"{gib(gathered)} GiB for each of the {workload.scoring_batches} scoring batches of a rollout"
     if teacher.placement == "replicated" and cluster.ranks > 1:
         reasons.append(
@@ -155,7 +155,7 @@ def _reasons(
         reasons.append(f"{reason}: each rank holds a share and gathers at least {traffic}.")
     elif teacher.placement == "offload":
         reason = "Faster than what else fits" if others else "Not even a share of the teacher fits"
-        fetched = gib(whole_teacher.gathers * whole_teacher.weights)
+        fetched = gib(int(whole_teacher.gathers * whole_teacher.weights))
         reason = _planned_faster(best_choice, other_choices, timing) or reason
         reasons.append(
             f"{reason}: the teacher stays in CPU memory, {gib(teacher.host)} GiB on each node, "

@@ -84,7 +84,7 @@ class TeacherBytes:
     scoring: int
     host: int
     unquantised: int = 0
-    gathers: int = 1
+    gathers: float = 1.0
     operations: Sequence[Operation] = field(default=(), repr=False)
 
     @property
@@ -162,8 +162,9 @@ def _of_dtype(teacher: Skeleton, dtype: str, workload: Workload, cluster: Cluste
     scoring, all_weights = scoring_bytes(teacher, workload, operations=operations), weight_bytes(teacher)
     # A decoder-only model reads prompts, then completions, for which what is within DeepSpeed's limit stays. Of an
     # encoder-decoder each part reads once.
-    twice = not teacher.model.config.is_encoder_decoder and teacher.num_parameters > MAX_LIVE_PARAMETERS
-    work = {"unquantised": all_weights, "gathers": 2 if twice else 1, "operations": operations}
+    stays = min(1.0, MAX_LIVE_PARAMETERS / teacher.num_parameters)
+    gathers = 1.0 if teacher.model.config.is_encoder_decoder else 2 - stays
+    work = {"unquantised": all_weights, "gathers": gathers, "operations": operations}
     for _, quantization in (precision for precision in PRECISIONS if precision[0] == dtype):
         workspace = quantisation_workspace_bytes(teacher) if quantization != "none" else 0
         yield TeacherBytes(

@@ -102,7 +102,8 @@ def report(
         f"Rollout: {workload.micro_batches} × {workload.micro_batch} completions on each, of "
         f"{workload.completion_tokens} tokens, {workload.num_generations} for each prompt of "
         f"{workload.prompt_tokens};\n"
-        f"         the teacher reads {workload.scored_prompts} prompts at a time",
+        f"         the teacher reads {workload.scored_prompts} prompts at a time, of "
+        f"{workload.of_teacher.prompt_tokens} tokens",
         "Teacher, GiB on each GPU:\n" + teacher_table(teachers),
         "Student, GiB on each GPU:\n" + student_table(students),
         "Peak, GiB on each GPU (always held, and the largest of the phases; x does not fit):\n"

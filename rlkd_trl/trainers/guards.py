@@ -76,21 +76,22 @@ def answer_sketches(
     """
     ids_PT, mask_PT = completion_ids_BT[::num_generations], mask_BT[::num_generations]
     grams_PT = _scattered(ids_PT + 1)
-    kept_PT = mask_PT
+    is_short_P1 = mask_PT.sum(dim=1, keepdim=True) < _NGRAM
+    is_first_PT = torch.arange(ids_PT.shape[1], device=ids_PT.device) == 0
+    kept_PT = mask_PT & (is_first_PT | ~is_short_P1)
     for shift in range(1, _NGRAM):
         later_PT, has_later_PT = torch.zeros_like(ids_PT), torch.zeros_like(mask_PT)
         later_PT[:, :-shift], has_later_PT[:, :-shift] = ids_PT[:, shift:] + 1, mask_PT[:, shift:]
         grams_PT = _scattered(grams_PT + later_PT * has_later_PT)
-        kept_PT = kept_PT & (has_later_PT | (mask_PT.sum(dim=1, keepdim=True) < _NGRAM))
+        kept_PT = kept_PT & (has_later_PT | is_short_P1)
     largest = torch.iinfo(torch.int64).max
     sketches = [
-        torch.where(kept_PT, _scattered(grams_PT + k).abs().clamp(max=largest), largest).amin(dim=1)
+        torch.where(kept_PT, _scattered(grams_PT + k) & largest, largest).amin(dim=1)  # without the sign
         for k in range(_SKETCH)
     ]
     sketch_P4 = torch.where(mask_PT.any(dim=1, keepdim=True), torch.stack(sketches, dim=1), _NO_ANSWER)
-    number_P = torch.zeros_like(prompt_ids_PS[:, 0])
-    for ids_P, real_P in zip(prompt_ids_PS.T, prompt_mask_PS.T.bool(), strict=True):
-        number_P = torch.where(real_P, _scattered(number_P + ids_P + 1), number_P)
+    place_PS = prompt_mask_PS.long().cumsum(dim=1)
+    number_P = (_scattered(_scattered(prompt_ids_PS + 1) + place_PS) * prompt_mask_PS.long()).sum(dim=1)
     return torch.cat([number_P[:, None], sketch_P4], dim=1)
 
 
@@ -163,7 +164,12 @@ class Guards:
     """Compares a run's rollouts with its first ones. All its state is in `history`, as plain values."""
 
     def __init__(self):
-        self.history: dict[str, dict[str, list]] = {"reference": {}, "latest": {}, "rollouts_since_warning": {}}
+        self.history: dict[str, dict[str, list]] = {
+            "reference": {},
+            "latest": {},
+            "rollouts_since_warning": {},
+            "answers": {"first": [], "latest": []},
+        }
 
     def warnings(self, metrics: Mapping[str, float], sketches: Sequence[Sequence[int]] = ()) -> list[str]:
         """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose.
@@ -206,9 +212,9 @@ class Guards:
         return warnings
 
     def _of_collapse(self, sketches: Sequence[Sequence[int]]) -> list[str]:
-        if not sketches:
+        word, answers = "distinct outputs", self.history.get("answers")
+        if not sketches or answers is None:  # None: an earlier version began the run, and its answers are not known
             return []
-        word, answers = "distinct outputs", self.history.setdefault("answers", {"first": [], "latest": []})
         ours = [list(sketch) for sketch in sketches[:_MOST_ANSWERS]]
         if len(answers["first"]) < _REFERENCE:
             answers["first"].append(ours)
@@ -217,7 +223,7 @@ class Guards:
         if len(answers["latest"]) < _REFERENCE or not self._may_warn(word):
             return []
         now, start = (distinct_answers(list(chain(*answers[part]))) for part in ("latest", "first"))
-        if now > _COLLAPSED * start:
+        if now > _COLLAPSED * start or now == 0:
             return []
         self._note(word)
         return [

@@ -27,8 +27,8 @@ class PPOKDTrainer(OnPolicyTrainer):
     `vf_coef` depends on the scale of the teacher's logits.
 
     K-step returns (Fan, Luo, Bowling & Mou 2026, "KETCHUP"; a reward with k > 1) need λ = 1, as they are defined for
-    the sum from t to the end only. With `average_reward`, rewards and the critic's values are differential. The
-    constant of `baseline` is subtracted from the advantages.
+    the sum from t to the end only, and `average_reward="none"`. With `average_reward`, rewards and the critic's values
+    are differential. The constant of `baseline` is subtracted from the advantages.
     """
 
     args: PPOKDConfig

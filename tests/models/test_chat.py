@@ -155,6 +155,13 @@ def test_variables_reach_the_template():
         assert ids_read(writer, "w4") == applied(tokenizer, said("w4"), thinks=thinks) == [23, 4, 26, 24, word]
 
 
+def test_an_opening_may_hold_any_character():
+    template = "{% for m in messages %}w23 {{ m.role }} \"'\\\n {{ m.content }} w26 {% endfor %}"
+    writer = PromptWriter(chat_tokenizer({"default": template, "other": "{{ 1 }}"}))
+    assert writer.text("w4") == "w23 user \"'\\\n w4 w26 w23 assistant \"'\\\n"
+    assert writer.processing_class.chat_template["other"] == "{{ 1 }}"
+
+
 def test_of_several_templates_the_default_is_used():
     named = {"default": CHAT_TEMPLATE, "tool_use": "w9"}
     assert ids_read(PromptWriter(chat_tokenizer(named)), "w4") == [23, 4, 26, 24]
@@ -198,6 +205,13 @@ def test_a_template_without_a_generation_prompt_gets_the_words_that_open_an_answ
     assert ids_read(writer, question) == [*system, 23, 4, 26, 24]
     assert ids_read(writer, CONTINUED) == [23, 4, 26, 24, 5, 6]
     assert ids_read(writer, "w23 w4 w26 w24") == [23, 4, 26, 24]
+    assert ids_read(writer, "w23 w4 w26") == [23, 4, 26, 24], "what `apply_chat_template` wrote without it"
+    # What is saved writes it, and is read as it is.
+    saved = writer.processing_class
+    assert applied(saved, said("w4")) == ids_read(writer, said("w4")) == [23, 4, 26, 24]
+    again = PromptWriter(saved)
+    assert again.processing_class is saved and again.record() == writer.record()
+    assert tokenizer.chat_template == template, "the tokenizer that was given is not changed"
 
 
 @pytest.mark.parametrize(
@@ -228,6 +242,7 @@ def test_a_template_that_wants_a_system_message_gets_it_from_the_prompt_or_the_d
     )
     writer = PromptWriter(tokenizer)
     assert ids_read(writer, TALK) == applied(tokenizer, TALK)
+    assert writer.processing_class.eos_token == END
     with pytest.raises(InputError, match="The first message must be of the system"):
         writer.text("w4")
 
@@ -244,13 +259,10 @@ FIRST_SYSTEM = "{% if messages[0].role == 'system' %}w25 {{ messages[0].content 
         (FIRST_SYSTEM, "system user system user", 3),
         (FIRST_SYSTEM, "user tool", 2),
         (CHAT_TEMPLATE, "user assistant user", None),
-        (CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.content | upper }}"), "system user", None),
     ],
 )
 def test_a_message_that_the_template_leaves_out_is_an_error(template, roles, left_out):
     """Whatever its words are, and though others may have been read before."""
-    if "upper" in template:  # one that shows `_USER` as it is: what is tried here is the messages
-        template = template.replace("| upper", "| replace('message', 'MESSAGE')")
     writer = PromptWriter(chat_tokenizer(template))
     writer.text(said("w4"))
     talk = [{"role": role, "content": f"w{4 + n}"} for n, role in enumerate(roles.split())]
@@ -261,6 +273,49 @@ def test_a_message_that_the_template_leaves_out_is_an_error(template, roles, lef
             role = roles.split()[left_out - 1]
             with pytest.raises(InputError, match=f"leaves out message {left_out} of a conversation, what the {role}"):
                 writer.text(talk)
+
+
+# As Llama 3.1's: a call of a tool is shown in place of the words beside it.
+OF_TOOLS = CHAT_TEMPLATE.replace(
+    "{{ m.content }}", "{{ m.tool_calls[0].name if m.tool_calls else m.content }}"
+).replace("'system': 'w25'", "'system': 'w25', 'tool': 'w22'")
+CALL = [{"name": "w8"}]
+
+
+@pytest.mark.parametrize("words", [{}, {"content": ""}, {"content": "w9"}])
+def test_calls_of_tools_are_shown_as_the_template_has_it(words):
+    talk = [*said("w4"), {"role": "assistant", "tool_calls": CALL, **words}, {"role": "tool", "content": "w5"}]
+    writer = PromptWriter(chat_tokenizer(OF_TOOLS))
+    assert ids_read(writer, talk) == applied(writer.processing_class, talk)
+
+
+def test_what_was_read_of_some_messages_is_not_taken_for_others():
+    """Here only a tool's last message is shown; the roles are alike."""
+    template = OF_TOOLS.replace("{%- for m in messages -%}", "{%- for m in messages if m.tool_calls or not m.id -%}")
+    writer = PromptWriter(chat_tokenizer(template))
+    fine = [*said("w4"), {"role": "assistant", "content": "", "tool_calls": CALL}, *said("w6")]
+    assert ids_read(writer, fine) == applied(writer.processing_class, fine)
+    other = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w9"}, *said("w6")]
+    assert ids_read(writer, other) == applied(writer.processing_class, other)
+    nowhere = CHAT_TEMPLATE.replace(
+        "for m in messages", "for m in messages if m.content != '' and m.role != 'assistant'"
+    )
+    writer = PromptWriter(chat_tokenizer(nowhere.replace("{%- endfor", "{%- endfor")))
+    assert writer.text([*said("w4"), {"role": "assistant", "content": ""}, *said("w6")])
+    with pytest.raises(InputError, match="leaves out message 2"):
+        writer.text(other)
+
+
+def test_a_system_prompt_that_a_continued_conversation_would_lose_is_an_error():
+    """As with Mistral's, which shows it before the user's last message only where that ends the conversation."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if loop.last and m.role == 'user' and messages[0].role == "
+        "'system' %}{{ messages[0].content }} {% endif %}w23 {{ m.content }} {% endfor %}"
+    )
+    writer = PromptWriter(chat_tokenizer(template), ChatFormat(system_prompt="w9"))
+    assert "w9" in writer.text("w4")
+    with pytest.raises(InputError, match="leaves out message 1 of a conversation, what the system says"):
+        writer.text(CONTINUED)
 
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlkd_trl.trainers import rollout_trainer
 from rlkd_trl.trainers.guards import (
     GUARDED,
     Guards,
@@ -140,6 +141,7 @@ def test_distinct_answers():
     alike = sketches_of([[5, 6, 7]] * 4)
     assert distinct_answers(alike) == 0.25 and distinct_answers([]) == 0.0
     assert distinct_answers(sketches_of([[5, 6], [6, 5], [7], [5, 6]])) == 0.75
+    assert distinct_answers(sketches_of([[10 + i, 1] for i in range(64)])) == 1.0, "short ones are compared whole"
     again = sketches_of([[1, 2, 3], [7, 7, 7], [7, 7, 7]], prompts=[0, 0, 1])
     assert distinct_answers(again) == 0.5, "a prompt's last answer"
     assert distinct_answers([*alike, [9, -1, -1, -1, -1]]) == 0.25, "an answer without tokens is none"
@@ -167,6 +169,28 @@ def test_a_collapse_is_seen_whatever_the_reward_does(case, good, reward):
         said += guards.warnings({**START, "reward": reward}, sketches)
     assert len(said) == 1 and said[0].startswith("distinct outputs is 0.")
     assert "at the start: the student says nearly the same to many prompts" in said[0]
+
+
+def test_answers_of_all_processes_are_compared(tmp_path, monkeypatch):
+    trainer, seen = build("rloo-token", tmp_path), []
+    monkeypatch.setattr(rollout_trainer, "gather_object", lambda ours: [*ours, "theirs"])
+    monkeypatch.setattr(trainer._guards, "warnings", lambda metrics, sketches: seen.append(sketches) or [])
+    trainer.make_rollout([trainer.train_dataset[i] for i in range(4)])
+    [[*ours, theirs]] = seen
+    assert theirs == "theirs" and [len(sketch) for sketch in ours] == [5] * 4
+
+
+@pytest.mark.parametrize("case", ["an earlier version's checkpoint", "no answers"])
+def test_what_cannot_be_compared_is_no_collapse(case):
+    guards = Guards()
+    for n in range(40):
+        alike = [[7, 7, 7]] * 8 if case.startswith("an") or n < 8 else []
+        sketches = sketches_of(alike or [[1]], [8 * n + i for i in range(len(alike) or 1)])
+        if not alike:
+            sketches = [[number, -1, -1, -1, -1] for number, *_ in sketches]
+        if n == 4 and case.startswith("an"):
+            del guards.history["answers"]
+        assert not guards.warnings(START, sketches)
 
 
 def test_few_answers_from_the_start_are_no_collapse():

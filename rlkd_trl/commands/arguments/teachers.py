@@ -178,7 +178,7 @@ class RewardArguments:
         metadata={"help": "One or several, summed with --reward_weights: a name or path/to/file.py:name of yours."},
     )
     value: str = field(default="max", metadata={"help": "V of the teacher-forcing reward: max, expected or soft."})
-    k: Count = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP)."})
+    k: Count = field(default=1, metadata={"help": "Steps of the K-step return (KETCHUP); with --average_reward none."})
     tau: Temperature = field(default=1.0, metadata={"help": "Temperature of --value soft."})
 
     def __post_init__(self):
