@@ -19,6 +19,8 @@ Methods start from each with the same seeds and budget; each has its learning ra
 validation inputs, at the first seed; the four that are best there, by the mean of three seeds, get two seeds more.
 Methods ask the teacher through one of its templates, which judges them too.
 
+Two methods in `cold_start_methods/` are for the cold start alone: name them with `--methods`.
+
 `recipes/compare.py` does the rest. Its tables and figures go to `--results_dir`/WARM_START. With
 `--max_generated_tokens` the budget is in tokens, those read from data included, and learning rates do not decay;
 `--architecture llama` makes decoder-only models of the same sizes, and needs a work_dir and a results_dir of its own.

@@ -14,7 +14,10 @@ _REFERENCE = 8  # the number of rollouts at the start, and of the latest ones th
 _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
 _WORSE = 0.1  # by so large a share, outputs have got worse
-_COLLAPSED = 1 / 3  # of the first rollouts' distinct answers
+# Of the first rollouts' share of distinct answers, and of distinct n-grams. Students that had ended in a few texts for
+# all inputs had 0.06 to 0.38 of the first, others 0.57 or more (docs/results.md, the cold start); the n-grams of some
+# good ones fell to half.
+_COLLAPSED, _COLLAPSED_NGRAMS = 1 / 2, 1 / 4
 _DISTINCT = "completions/distinct"
 _SKETCH = 4  # values that stand for the n-grams of an answer
 _NO_ANSWER = -1
@@ -69,10 +72,10 @@ def repetition_and_distinct(
 def answer_sketches(
     prompt_ids_PS: Tensor, prompt_mask_PS: Tensor, completion_ids_BT: Tensor, mask_BT: Tensor, *, num_generations: int
 ) -> Tensor:
-    """A number for each prompt, and 4 for its first completion, `[P, 5]`, int64; −1 for a completion without tokens.
+    """A number for each prompt, and 5 for its first completion, `[P, 6]`, int64; −1 for a completion without tokens.
 
-    The 4 are MinHash values (Broder 1997) of its n-grams, of a shorter one of the whole: each is alike in two
-    completions with the probability that an n-gram of either is one of both.
+    The first is one of its whole text, the other 4 are MinHash values (Broder 1997) of its n-grams, of a shorter one
+    of the whole: each is alike in two completions with the probability that an n-gram of either is one of both.
     """
     ids_PT, mask_PT = completion_ids_BT[::num_generations], mask_BT[::num_generations]
     grams_PT = _scattered(ids_PT + 1)
@@ -89,10 +92,15 @@ def answer_sketches(
         torch.where(kept_PT, _scattered(grams_PT + k) & largest, largest).amin(dim=1)  # without the sign
         for k in range(_SKETCH)
     ]
-    sketch_P4 = torch.where(mask_PT.any(dim=1, keepdim=True), torch.stack(sketches, dim=1), _NO_ANSWER)
-    place_PS = prompt_mask_PS.long().cumsum(dim=1)
-    number_P = (_scattered(_scattered(prompt_ids_PS + 1) + place_PS) * prompt_mask_PS.long()).sum(dim=1)
-    return torch.cat([number_P[:, None], sketch_P4], dim=1)
+    answer_P5 = torch.stack([_number_of_text(ids_PT, mask_PT) & largest, *sketches], dim=1)
+    answer_P5 = torch.where(mask_PT.any(dim=1, keepdim=True), answer_P5, _NO_ANSWER)
+    return torch.cat([_number_of_text(prompt_ids_PS, prompt_mask_PS)[:, None], answer_P5], dim=1)
+
+
+def _number_of_text(ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
+    """A number for each row of ids, `[P]`, whatever stands in the padding."""
+    real_PS = mask_PS.long()
+    return (_scattered(_scattered(ids_PS + 1) + real_PS.cumsum(dim=1)) * real_PS).sum(dim=1)
 
 
 def _scattered(values: Tensor) -> Tensor:
@@ -103,16 +111,17 @@ def _scattered(values: Tensor) -> Tensor:
     return values
 
 
-def distinct_answers(sketches: Sequence[Sequence[int]]) -> float:
-    """The share of prompts whose answers are unlike all others', from `answer_sketches` of some rollouts.
+def distinct_answers(sketches: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """The shares of prompts whose answers differ from all others', from `answer_sketches` of some rollouts.
 
-    1 where no two have an n-gram in common, 1 / P where P are alike. Of a prompt that was answered several times the
-    last answer counts. 0 of none.
+    As whole texts, and by their n-grams: 1 where no two have one in common, 1 / P where P are alike. Of a prompt that
+    was answered several times the last answer counts. 0 of none.
     """
     of_prompt = {number: values for number, *values in sketches if _NO_ANSWER not in values}
     if not of_prompt:
-        return 0.0
-    return fmean(len(set(values)) for values in zip(*of_prompt.values(), strict=True)) / len(of_prompt)
+        return 0.0, 0.0
+    whole, *by_ngrams = (len(set(values)) / len(of_prompt) for values in zip(*of_prompt.values(), strict=True))
+    return whole, fmean(by_ngrams)
 
 
 def left_range(reference: Sequence[float], latest: Sequence[float]) -> str | None:
@@ -175,9 +184,9 @@ class Guards:
         """Takes one rollout's metrics; returns warnings of those that left the start's range while the reward rose.
 
         The reward is that of completions, or the average of tokens. A student that says nearly the same to every
-        prompt is warned of whatever the reward does: of the answers in the latest rollouts, taken together, a third at
-        most as large a share is distinct as of those in the first. If some of the first were answered before a
-        collapse, it is seen as well.
+        prompt is warned of whatever the reward does: of the answers in the latest rollouts, taken together, a share is
+        distinct that is half as large as of those in the first, or less; or by n-grams a quarter. If some of the first
+        were answered before a collapse, it is seen as well.
 
         sketches: of the rollout's answers on all processes (`answer_sketches`); none are not compared.
         """
@@ -223,11 +232,13 @@ class Guards:
         if len(answers["latest"]) < _REFERENCE or not self._may_warn(word):
             return []
         now, start = (distinct_answers(list(chain(*answers[part]))) for part in ("latest", "first"))
-        if now > _COLLAPSED * start or now == 0:
+        limits = (_COLLAPSED, _COLLAPSED_NGRAMS)
+        if now[0] == 0 or not any(n <= limit * s for n, s, limit in zip(now, start, limits, strict=True)):
             return []
         self._note(word)
         return [
-            f"{word} is {now:.3g}, {start:.3g} at the start: the student says nearly the same to many prompts. If "
+            f"{word} is {now[0]:.3g}, {start[0]:.3g} at the start (of prompts in {_REFERENCE} rollouts), by trigrams "
+            f"{now[1]:.3g} and {start[1]:.3g}: the student says nearly the same to many prompts. If "
             "their answers should differ, begin anew with a lower --learning_rate, or from a student that imitates "
             "better (kd.py with seq_kd)"
         ]
