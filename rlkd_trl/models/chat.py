@@ -257,6 +257,11 @@ class PromptWriter:
             self._endings({behind}) if missing else (),
         )
 
+    def _between(self, messages: list[dict[str, object]], role: str) -> str:
+        """What the template writes between the user's words and those of the next message."""
+        shown = self._render([*messages, {"role": role, "content": _ASSISTANT}], as_prompt=False)
+        return shown.rpartition(_ASSISTANT)[0].rpartition(_USER)[2]
+
     def _endings(self, texts: set[str]) -> tuple[str, ...]:
         """The texts without whitespace, of those that have a special token."""
         shown = {"".join(text.split()) for text in texts}
@@ -265,16 +270,19 @@ class PromptWriter:
     def _missing_opening(self, messages: list[dict[str, object]], behind: str) -> str:
         """What the template writes before an answer, if it does not do so for a prompt; "" where it does.
 
+        It is none either where the same stands before what a user says: then no words of the assistant's are opened.
+
         behind: what it writes behind the user's words for a prompt.
         """
         try:
             if self._render(messages, as_prompt=False).rpartition(_USER)[2] != behind:
                 return ""
-            talk = [*messages, {"role": "assistant", "content": _ASSISTANT}]
-            shown = self._render(talk, as_prompt=False)
+            between = self._between(messages, "assistant")
         except InputError:  # a template of prompts alone
             return ""
-        between = shown.rpartition(_ASSISTANT)[0].rpartition(_USER)[2]
+        with contextlib.suppress(InputError):  # it may refuse a user who speaks twice
+            if self._between(messages, "user") == between:
+                return ""
         if not between.startswith(behind) or between.strip() == behind.strip():
             return ""
         return between.removeprefix(behind).rstrip(" ")  # a space belongs to the answer's first word

@@ -218,6 +218,7 @@ def test_a_template_without_a_generation_prompt_gets_the_words_that_open_an_answ
     "template",
     [
         "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}w23 {{ m.content }} w26 {% endfor %}",
         "{% for m in messages %}{% if m.role == 'user' %}w23 {{ m.content }} w26{% else %} {{ m.content }}</s>"
         "{% endif %}{% endfor %}",
         # The answer in whose place this would stand has been thought about; one that is to come is not yet.

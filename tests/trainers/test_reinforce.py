@@ -110,9 +110,9 @@ CASES = {
     "KETCHUP": ("t5-tied", 3, {"baseline": "min_variance", "teacher_baseline": False}),
     "lagging": ("t5-tied", 1, {"baseline": "min_variance", "behaviour_sync_steps": 3, "num_iterations": 1}),
     "average reward": ("llama", 1, {"average_reward": "rollout", "baseline": "none", "return_denom": 10.0}),
-    "average reward, 2 steps, truncated completions masked": (
+    "average reward, truncated completions masked": (
         "t5-tied",
-        2,
+        1,
         {"average_reward": "rollout", "mask_truncated_completions": True, "num_generations": 4},
     ),
     "top k": ("llama", 2, {"top_k": 4, "baseline": "mean", "entropy_coef": 0.5}),

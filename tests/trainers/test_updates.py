@@ -107,9 +107,13 @@ CASES = {
         {"average_reward": "prompt", "num_generations": 4, "gamma": 0.9, "mask_truncated_completions": True},
     ),
     # K-step returns, by the k of the reward
-    "ppo, 3 steps": ("ppo", "t5-tied", {"k": 3, "lam": 1.0, "gamma": 0.9}),
-    "rloo, sequences, 2 steps": ("rloo-sequence", "t5-tied", {"k": 2, "learning_rate": 0.01}),
-    "rloo, tokens, 3 steps": ("rloo-token", "llama", {"k": 3, "baseline": "min_variance"}),
+    "ppo, 3 steps": ("ppo", "t5-tied", {"k": 3, "lam": 1.0, "gamma": 0.9, "average_reward": "none"}),
+    "rloo, sequences, 2 steps": (
+        "rloo-sequence",
+        "t5-tied",
+        {"k": 2, "learning_rate": 0.01, "average_reward": "none"},
+    ),
+    "rloo, tokens, 3 steps": ("rloo-token", "llama", {"k": 3, "baseline": "min_variance", "average_reward": "none"}),
 }
 
 
