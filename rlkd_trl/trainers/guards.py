@@ -15,8 +15,8 @@ _SILENCE = 50  # rollouts after a warning before the same one can be given again
 _LEAST_SPREAD = 0.2  # as a share of the reference's mean
 _WORSE = 0.1  # by so large a share, outputs have got worse
 # Of the first rollouts' share of distinct answers, and of distinct n-grams. Students that had ended in a few texts for
-# all inputs had 0.07 to 0.38 of the first, but for one with 0.57, others 0.75 and more (docs/results.md, "Collapse");
-# the n-grams of some good ones fell to half.
+# all inputs had 0.10 to 0.30 of the first, but for one with 0.55; others 0.58 and more. The n-grams of a good one fell
+# to less than half (recipes/benchmarks/results/collapse.md).
 _COLLAPSED, _COLLAPSED_NGRAMS = 1 / 2, 1 / 4
 _DISTINCT = "completions/distinct"
 _SKETCH = 4  # values that stand for the n-grams of an answer

@@ -1,6 +1,7 @@
 """recipes/benchmarks/e2e_comparison.py: its data, and what it runs in which order."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -8,8 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import T5ForConditionalGeneration
 
+from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import ROOT, main_of, write_csv
+from tests.recipes.command_lines import run as run_command
 
 FOODS, AREAS = ("Thai", "Greek", "Lao"), ("north", "south", "west")
 SOURCES = [f"name[NAME], food[{food}], area[{area}]" for food in FOODS for area in AREAS] + ["name[NAME], area[east]"]
@@ -171,3 +176,24 @@ def test_the_tables_of_warm_starts(monkeypatch):
     assert of_models[2][1:4] == ["0.001", "2", "51.0 ± 12.7; 40.0 ± 0.0"]
     # Seed 0: 53.2 − 50, seed 1: 55 − 52.
     assert of_differences[0][:3] == ["`ppo`", "2", "**+3.1 ± 1.3**; +0.0 ± 0.0"]
+
+
+def test_how_distinct_answers_are(checkpoints, tmp_path, capsys):
+    """Of a student that says the same to 20 inputs, beside what it began with."""
+    model = T5ForConditionalGeneration.from_pretrained(checkpoints["t5-tied"].student)
+    with torch.no_grad():
+        model.decoder.final_layer_norm.weight.zero_()  # all words are as likely then, whatever it reads
+        model.lm_head.weight.zero_()
+    model.generation_config.min_new_tokens = 64  # as many as it may write
+    model.generation_config.bad_words_ids = [[i] for i in range(model.config.vocab_size) if i != 5]
+    model.save_pretrained(tmp_path / "same")
+    word_tokenizer().save_pretrained(tmp_path / "same")
+    rows = "".join(json.dumps({"mr": f"w{3 + i}"}) + "\n" for i in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    student = checkpoints["t5-tied"].student
+    flags = f"--dataset {tmp_path / 'rows.jsonl'} --source_column mr --start {student}"
+    assert run_command(f"benchmarks/collapse {flags} --students {tmp_path / 'same'}") == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    start, same = (line for line in lines if line and line[0].startswith("`"))
+    assert same[1:3] == ["0.050", "0.050"], "one text for 20 inputs"
+    assert start[3:] == ["1.00", "1.00"] and float(start[1]) > 0.5
