@@ -130,8 +130,8 @@ def test_all_of_it_in_small(benchmark, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
-def test_half_precision_is_for_training_and_scores(flag, benchmark, tmp_path, monkeypatch):
-    """Not for the answers, from which the students learn."""
+def test_half_precision_is_for_training_and_for_all_that_the_teacher_does(flag, benchmark, tmp_path, monkeypatch):
+    """It answers as it judges: in another precision it would give other answers to some inputs."""
     write_csv(tmp_path / "e2e.csv", ROWS)
     for name in ("teacher", "work/pruned"):
         (tmp_path / name).mkdir(parents=True)
@@ -158,7 +158,7 @@ def test_half_precision_is_for_training_and_scores(flag, benchmark, tmp_path, mo
     is_on = flag == "--bf16"
     assert ("--bf16 True" in commands["sft"]) == is_on
     assert ("--teacher_dtype bfloat16" in commands["compare"] and "bf16=true" in commands["compare"]) == is_on
-    assert "dtype" not in commands["pseudo_label"]
+    assert ("--teacher_dtype bfloat16" in commands["pseudo_label"]) == is_on
 
 
 @pytest.mark.slow
