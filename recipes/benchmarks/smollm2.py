@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--max_steps", default="60")
-    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4", "3e-4"])
+    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", default="1")
     parser.add_argument("--stop_after_minutes")
