@@ -93,7 +93,13 @@ def joined(parts: Iterable[Completions], *, pad_id: int) -> Completions:
         pad_columns([part.mask_BT for part in batches], width, value=False),
         torch.cat([part.ended_B for part in batches]),
         None if batches[0].support_BTk is None else _joined_supports(batches, width),
+        _joined_columns([part.logps_BT for part in batches], width),
+        _joined_columns([part.values_BT1 for part in batches], width + 1),
     )
+
+
+def _joined_columns(parts: list[Tensor | None], width: int) -> Tensor | None:
+    return None if parts[0] is None else pad_columns(parts, width)
 
 
 def _joined_supports(batches: list[Completions], width: int) -> Tensor:

@@ -13,7 +13,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import Backbone
 from rlkd_trl.models.sharding import largest_of_all
 from rlkd_trl.ops.lm_head import mixture_log_probs
-from rlkd_trl.ops.masking import completion_mask
+from rlkd_trl.ops.masking import completion_mask, masked, state_mask
 
 # Finished rows leave the batch when they are more than this share of it; not one by one, as that copies the cache.
 _DROP_FINISHED_SHARE = 0.25
@@ -26,19 +26,26 @@ class Completions:
 
     ids_BT: token ids, padded with the pad id. mask_BT: True up to and including the first EOS. ended_B: whether there
     is an EOS. support_BTk: with top-k sampling, the k ids that each token was sampled from; meaningless behind the
-    mask.
+    mask. logps_BT: log-probabilities of the tokens under the distribution that they were drawn from, 0 behind the
+    mask. values_BT1: a value of each token's state and of the one after the last token of a completion that has not
+    ended, `[B, T+1]`, 0 elsewhere. Both float32, and None where they were not asked for.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     ended_B: Tensor
     support_BTk: Tensor | None = None
+    logps_BT: Tensor | None = None
+    values_BT1: Tensor | None = None
 
     def rows(self, indices: list[int]) -> "Completions":
-        """Those of these indices, in their order, no wider than their longest."""
+        """Those of these indices, in their order, no wider than their longest; without values."""
         width = int(self.mask_BT[indices].sum(dim=1).max())
-        support = None if self.support_BTk is None else self.support_BTk[indices, :width]
-        return Completions(self.ids_BT[indices, :width], self.mask_BT[indices, :width], self.ended_B[indices], support)
+        support, logps = (
+            None if tensor is None else tensor[indices, :width] for tensor in (self.support_BTk, self.logps_BT)
+        )
+        tokens = (self.ids_BT[indices, :width], self.mask_BT[indices, :width], self.ended_B[indices])
+        return Completions(*tokens, support, logps)
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,15 @@ class _Reader:
         with precision():
             self.prefix = backbone.prefill(prompt_ids_PS, prompt_mask_PS).select(prompt_index_B)
 
+    @property
+    def state_bD(self) -> Tensor:
+        """The states in which each row's next token is chosen."""
+        return self.prefix.hidden_B1D[:, 0]
+
     def next_logits(self) -> Tensor:
         """Logits `[b, V]` of each row's next token, in float32."""
         with self._precision():
-            return self.backbone.head(self.prefix.hidden_B1D[:, 0]).float()
+            return self.backbone.head(self.state_bD).float()
 
     def keep(self, rows_b: Tensor) -> None:
         """Drops all other rows."""
@@ -111,6 +123,7 @@ def sample_completions(
     top_k: int = 0,
     uniforms_BT: Tensor | None = None,
     mixed_with: MixedWith | None = None,
+    value_of_states: Callable[[Tensor], Tensor] | None = None,
 ) -> Completions:
     """Completion b of prompt `prompt_index_B[b]`, token by token, from softmax(z / temperature) over allowed ids.
 
@@ -118,7 +131,11 @@ def sample_completions(
     depends on its own random numbers alone, not on the rest of the batch, on the process it is sampled in, or on which
     others have finished. With `top_k`, it is drawn from the k likeliest allowed ids, renormalised; with `mixed_with`,
     from the mixture of both models at this temperature (see `mixture_log_probs`). Without `uniforms_BT`, decoding is
-    greedy. With a sharded model, all processes call this together, and decode until the last of them has finished.
+    greedy, and there are no log-probabilities. With a sharded model, all processes call this together, and decode
+    until the last of them has finished.
+
+    value_of_states: from the states `[b, D]` in which tokens are chosen to their values `[b]`. With it the last token
+    of completions that have not ended is read too.
 
     Raises:
         InputError: `top_k` with `mixed_with`.
@@ -139,10 +156,14 @@ def sample_completions(
     eos_E = torch.tensor(eos_ids, device=device)
     ids_BT = torch.full((batch_size, max_completion_length), pad_id, device=device)
     support_BTk = torch.zeros(batch_size, max_completion_length, top_k, dtype=torch.long, device=device)
+    logps_BT = torch.zeros(batch_size, max_completion_length, device=device)
+    values_BT1 = torch.zeros(batch_size, max_completion_length + 1, device=device)
     row_b = torch.arange(batch_size, device=device)  # the rows still being decoded
     alive_b = torch.ones(batch_size, dtype=torch.bool, device=device)
     for t in range(max_completion_length):
         logits_bV = _next_logits(readers, mixed_with, forbidden_V, temperature)
+        if value_of_states is not None:
+            values_BT1[row_b, t] = value_of_states(readers[0].state_bD)
         if top_k:
             likeliest = logits_bV.topk(top_k, dim=-1)
             support_BTk[row_b, t] = likeliest.indices
@@ -150,7 +171,7 @@ def sample_completions(
         if uniforms_BT is None:
             token_b = logits_bV.argmax(dim=-1)
         else:
-            token_b = invert_distribution(logits_bV / temperature, uniforms_BT[row_b, t])
+            token_b, logps_BT[row_b, t] = _drawn(logits_bV, temperature, uniforms_BT[row_b, t])
         token_b = torch.where(alive_b, token_b, pad_id)
         ids_BT[row_b, t] = token_b
         alive_b = alive_b & ~torch.isin(token_b, eos_E)
@@ -168,11 +189,21 @@ def sample_completions(
                 reader.keep(keep)
         for reader in readers:
             reader.read(token_b)
+    if value_of_states is not None and (sharded or alive_b.any()):
+        for reader in readers:
+            reader.read(token_b)
+        values_BT1[row_b, t + 1] = value_of_states(readers[0].state_bD)
     mask_BT, ended_B = completion_mask(ids_BT[:, : t + 1], eos_ids)
     longest = int(mask_BT.sum(dim=1).max())
     ids_BT, mask_BT = ids_BT[:, :longest], mask_BT[:, :longest]
-    support_BTk = support_BTk[:, :longest] if top_k else None
-    return Completions(torch.where(mask_BT, ids_BT, pad_id), mask_BT, ended_B, support_BTk)
+    return Completions(
+        torch.where(mask_BT, ids_BT, pad_id),
+        mask_BT,
+        ended_B,
+        support_BTk[:, :longest] if top_k else None,
+        None if uniforms_BT is None else masked(logps_BT[:, :longest], mask_BT),
+        None if value_of_states is None else masked(values_BT1[:, : longest + 1], state_mask(mask_BT, ended_B)),
+    )
 
 
 def _next_logits(
@@ -187,13 +218,20 @@ def _next_logits(
     )
 
 
-def invert_distribution(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+def _drawn(logits_bV: Tensor, temperature: float, uniforms_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids `[b]` drawn from softmax(logits / temperature), and their log-probabilities."""
+    probabilities_bV = (logits_bV / temperature).softmax(dim=-1)
+    token_b = invert_distribution(probabilities_bV, uniforms_b)
+    return token_b, probabilities_bV.gather(-1, token_b[:, None])[:, 0].log()
+
+
+def invert_distribution(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Ids v with Σ_{u<v} p_u ≤ uniform < Σ_{u≤v} p_u; an id of probability 0 is never returned.
 
     First the block of ids that holds v is found, then v in it: sums of blocks are cheaper than running sums over V.
     """
-    B, V = logits_BV.shape
-    blocks_BNn = F.pad(logits_BV.softmax(dim=-1), (0, -V % _BLOCK)).view(B, -1, _BLOCK)
+    B, V = probabilities_BV.shape
+    blocks_BNn = F.pad(probabilities_BV, (0, -V % _BLOCK)).view(B, -1, _BLOCK)
     sums_BN = blocks_BNn.sum(dim=-1)
     block_B, rest_B = _search(sums_BN, uniforms_B.to(sums_BN) * sums_BN.sum(dim=-1))
     inside_B, _ = _search(blocks_BNn[torch.arange(B, device=block_B.device), block_B], rest_B)

@@ -192,7 +192,7 @@ def sampling_bytes(
 
             def draw() -> Tensor:
                 logits_BV = backbone.head(prefix.hidden_B1D[:, 0]).float()
-                invert_distribution(logits_BV / 1.0, uniforms_B)
+                invert_distribution((logits_BV / 1.0).softmax(dim=-1), uniforms_B)
                 return logits_BV
 
             live.operations = prompt_operations

@@ -42,7 +42,7 @@ def step_seconds(
     reading = _in_batches(student.operations.log_probs, completions, workload.forwarded_completions, machine)
     return StepSeconds(
         sampling=_sampling_seconds(student, workload, machine) / workload.num_iterations,
-        log_probs=(2 if student.has_reference else 1) * reading / workload.num_iterations,
+        log_probs=(student.reads_samples + student.has_reference) * reading / workload.num_iterations,
         scoring=scoring / workload.num_iterations,
         fetching=fetching / workload.num_iterations,
         update=workload.micro_batches * machine.seconds(student.operations.update)
@@ -129,7 +129,8 @@ def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster
 
     DDP and ZeRO-1: gradients, to whoever sums them, and back what has become of them. ZeRO-2: the same, but gradients
     after each micro-batch. ZeRO-3 too, and all weights for each forward and each backward pass, and for each rollout
-    for log-probabilities (and those of a reference that is the student without its adapters), and once for sampling.
+    for what is read of samples (by the student in 16 bits; by a reference that is the student without its adapters),
+    and once for sampling.
     """
     others = (cluster.ranks - 1) / cluster.ranks
     gradients = student.num_trained * student.gradient_itemsize
@@ -139,9 +140,10 @@ def _exchanged_bytes(student: StudentBytes, workload: Workload, cluster: Cluster
         return (workload.micro_batches + 1) * others * gradients
     weights = student.weights * cluster.ranks
     completions = workload.micro_batch * workload.micro_batches
-    reading = math.ceil(completions / workload.forwarded_completions) * (2 if student.is_own_reference else 1)
+    reading = math.ceil(completions / workload.forwarded_completions)
+    readings = reading * (student.reads_samples + student.is_own_reference)
     learning = (3 if student.recomputes else 2) * workload.micro_batches
-    gathered = learning + (reading + 1) / workload.num_iterations
+    gathered = learning + (readings + 1) / workload.num_iterations
     return others * (gathered * weights + workload.micro_batches * gradients)
 
 

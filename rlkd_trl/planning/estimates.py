@@ -66,6 +66,11 @@ class Training:
     adapters: Adapters | None = None
     gradient_checkpointing: bool = False
 
+    @property
+    def reads_samples(self) -> bool:
+        in_float32 = self.student_dtype == "float32" and not self.bf16 and self.quantization == "none"
+        return not in_float32 or self.critic == "separate"
+
 
 @dataclass(frozen=True)
 class TeacherBytes:
@@ -111,7 +116,8 @@ class StudentBytes:
     learns or reads completions. update, log_probs, sampling: activations of these phases; sampling includes all
     weights of other ranks, which ZeRO-3 gathers for it. cache: the part of sampling that is its key/value cache at the
     end. num_trained: parameters that are trained. gradient_itemsize: bytes of each one's gradient, as ranks send it.
-    is_own_reference: with its adapters off. recomputes: layers, in the backward pass.
+    is_own_reference: with its adapters off. recomputes: layers, in the backward pass. reads_samples: for their
+    log-probabilities, as sampling does not tell them (see `Policy.samples_as_it_reads`).
     """
 
     sharding: str
@@ -130,6 +136,7 @@ class StudentBytes:
     gradient_itemsize: int = 4
     is_own_reference: bool = False
     recomputes: bool = False
+    reads_samples: bool = False
     operations: StudentOperations = field(default_factory=StudentOperations, repr=False)
 
     @property
@@ -245,6 +252,7 @@ def student_estimates(
             gradient_itemsize=2 if training.bf16 and sharding != "ddp" else student.trained_itemsize,
             is_own_reference=training.beta > 0 and training.adapters is not None,
             recomputes=training.gradient_checkpointing,
+            reads_samples=training.reads_samples,
             operations=operations,
         )
         for sharding, share in shares.items()

@@ -184,9 +184,12 @@ class Policy(nn.Module):
         if self.critic_model is not None:
             del states_BTD, states_ND  # their memory is needed for the critic's states
             states_BTD = self.critic_backbone.completion_states(*texts, with_final_state=with_final_value)
-        with torch.autocast(states_BTD.device.type, enabled=False):
-            values = self.value_head(states_BTD.to(self.value_head.weight.dtype))[..., 0].float()
-        return PolicyOutput(logps_BT, entropy_BT, values)
+        return PolicyOutput(logps_BT, entropy_BT, self._values(states_BTD))
+
+    def _values(self, states: Tensor) -> Tensor:
+        """The critic's values `[...]` of states `[..., D]`, in float32 whatever else is computed in."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.value_head(states.to(self.value_head.weight.dtype))[..., 0].float()
 
     def of_states(
         self,
@@ -266,10 +269,12 @@ class Policy(nn.Module):
         uniforms_BT: Tensor | None,
         top_k: int = 0,
         mixed_with: MixedWith | None = None,
+        with_values: bool = False,
     ) -> Completions:
         """One completion per entry of `prompt_index_B`; greedy without `uniforms_BT` (see `sample_completions`).
 
-        With `mixed_with`, tokens are drawn from the mixture of π and a teacher's distribution.
+        With `mixed_with`, tokens are drawn from the mixture of π and a teacher's distribution. with_values: of the
+        shared critic, too.
         """
         return sample_completions(
             self.backbone,
@@ -284,7 +289,22 @@ class Policy(nn.Module):
             top_k=top_k,
             uniforms_BT=uniforms_BT,
             mixed_with=mixed_with,
+            value_of_states=self._values if with_values else None,
         )
+
+    def samples_as_it_reads(self) -> bool:
+        """Whether sampling tells what reading the samples would tell, log-probabilities and values, but for rounding.
+
+        So it is in float32, where the two differ by about 1e-6. In 16 bits, or TF32, a token's log-probability differs
+        by up to some hundredths between a pass over one token and one over many: enough for a KL penalty to see a
+        difference between equal models. A critic with weights of its own does not sample, and a student with
+        quantised weights computes in another precision than its other weights have.
+        """
+        model = base_of(self.model)
+        in_float32 = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        in_float32 &= not torch.is_autocast_enabled(self.backbone.device.type)
+        in_float32 &= torch.get_float32_matmul_precision() == "highest"
+        return in_float32 and self.critic_model is None
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a checkpoint that plain transformers loads, and a file of its own for the critic.

@@ -56,7 +56,8 @@ class AllActionsKDTrainer(FullVocabularyTrainer):
                 mixed_with = self._mixture(rows) if args.teacher_mix else None
                 completions = self.sampling.completions(self.policy, *prompt_PS, self._rollout_number, mixed_with)
             rollout = self.sampling.rollout_of(prompt_PS, completions)
-            rollout = rollout.with_(old_logps_BT=self.sampling.log_probs(self.policy, rollout))
+            if rollout.old_logps_BT is None:
+                rollout = rollout.with_(old_logps_BT=self.sampling.log_probs(self.policy, rollout))
         with timer.phase("score"):
             rollout = self._with_teacher_states(rollout, rows)
             rollout = rollout.with_(rewards_BT=self._with_teachers_heads(partial(self._signals, rollout)))

@@ -58,7 +58,7 @@ class RolloutConfig(BaseConfig):
     )
     local_rollout_forward_batch_size: Count = field(
         default=64,
-        metadata={"help": "Completions read without gradients, for old and reference log-probabilities, at a time."},
+        metadata={"help": "Completions read without gradients, for log-probabilities and values, at a time."},
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave truncated completions out of the loss."}

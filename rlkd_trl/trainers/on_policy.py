@@ -222,16 +222,17 @@ class OnPolicyTrainer(RolloutTrainer):
     def _student_log_probs(self, policy: Policy, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         """The rollout with old log-probabilities and values if they are needed, and the reference's log-probabilities.
 
-        All come from the same forward pass as the update's, not from sampling, whose rounding differs.
+        The student's come from sampling; where that does not tell them, from a pass over the completions.
         """
         if not self._needs_old_log_probs():
-            return rollout, None
-        width = rollout.completion_ids_BT.shape[1]
-        old = self.sampling.outputs(policy, rollout)
-        rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
-        if old[0].values is not None:
-            values_BT1 = pad_columns([output.values for output in old], width + 1)
-            rollout = rollout.with_(old_values_BT1=values_BT1)
+            return rollout.with_(old_logps_BT=None), None
+        if rollout.old_logps_BT is None:
+            width = rollout.completion_ids_BT.shape[1]
+            old = self.sampling.outputs(policy, rollout)
+            rollout = rollout.with_(old_logps_BT=pad_columns([output.logps_BT for output in old], width))
+            if old[0].values is not None:
+                values_BT1 = pad_columns([output.values for output in old], width + 1)
+                rollout = rollout.with_(old_values_BT1=values_BT1)
         if self.reference is None:
             return rollout, None
         with self._as_reference():

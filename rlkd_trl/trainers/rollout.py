@@ -75,6 +75,8 @@ class Rollout:
             loss_mask_BT,
             completions.ended_B,
             completions.support_BTk,
+            old_logps_BT=completions.logps_BT,
+            old_values_BT1=completions.values_BT1,
         )
 
     def with_(self, **tensors: Tensor | list[Tensor] | None) -> "Rollout":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -76,8 +76,10 @@ class RolloutSampling:
     ) -> Completions:
         """`num_generations` completions of each prompt, sampled from the policy.
 
-        `mixed_with` gives the teacher to mix with for a slice of the prompts.
+        `mixed_with` gives the teacher to mix with for a slice of the prompts. The policy's log-probabilities, and the
+        values of a critic that shares its weights, come with them where sampling tells them.
         """
+        tells = mixed_with is None and policy.samples_as_it_reads()
         P, K = len(prompt_ids_PS), self.args.num_generations
         prompt_index_B = self.prompt_index(P)
         uniforms_BT = self.uniforms(len(prompt_index_B), rollout_number)
@@ -92,10 +94,12 @@ class RolloutSampling:
                 uniforms_BT=uniforms_BT[first * K : (first + count) * K],
                 top_k=self.args.top_k,
                 mixed_with=None if mixed_with is None else mixed_with(slice(first, first + count)),
+                with_values=tells and policy.value_head is not None,
             )
             for first in range(0, P, count)
         ]
-        return joined(parts, pad_id=policy.pad_id)
+        completions = joined(parts, pad_id=policy.pad_id)
+        return completions if tells else replace(completions, logps_BT=None)
 
     def rollout_of(self, prompt_PS: tuple[Tensor, Tensor], completions: Completions) -> Rollout:
         """The rollout of tokenized prompts and their completions, before anything has scored them."""

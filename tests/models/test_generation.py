@@ -242,19 +242,23 @@ HAND_LOGITS = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0]).log()
 BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
 
 
+def inverted(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    return invert_distribution(logits_BV.softmax(dim=-1), uniforms_B)
+
+
 @pytest.mark.parametrize(
     "uniform, token",
     [(0.0, 1), (0.25, 1), (0.4999, 1), (0.5, 3), (0.6, 3), (0.7499, 3), (0.75, 4), (0.99, 4), (BELOW_ONE, 4)],
 )
 def test_inverting_a_distribution_by_hand(uniform, token):
-    assert invert_distribution(HAND_LOGITS[None], torch.tensor([uniform])).tolist() == [token]
+    assert inverted(HAND_LOGITS[None], torch.tensor([uniform])).tolist() == [token]
 
 
 @pytest.mark.parametrize("certain", [0, 3, 5])
 def test_inverting_a_certain_outcome(certain):
     logits_BV = torch.full((3, 6), -torch.inf)
     logits_BV[:, certain] = 7.0
-    assert invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [certain] * 3
+    assert inverted(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [certain] * 3
 
 
 def test_inverting_near_one_over_a_large_vocabulary():
@@ -262,7 +266,7 @@ def test_inverting_near_one_over_a_large_vocabulary():
     logits_V = torch.randn(32128, generator=torch.Generator().manual_seed(0))
     logits_V[32100:] = -torch.inf
     near_one = 1 - torch.arange(1, 200) * 2.0**-24
-    tokens = invert_distribution(logits_V.expand(199, -1), near_one)
+    tokens = inverted(logits_V.expand(199, -1), near_one)
     assert tokens.max() < 32100
     assert tokens.min() > 32000  # the last 1e-5 of the mass; a token has 3e-5 on average
 
@@ -270,7 +274,7 @@ def test_inverting_near_one_over_a_large_vocabulary():
 def test_a_nearly_certain_token_leaves_the_impossible_ones_alone():
     """exp(−200) underflows to 0 in float32: such an id has no interval."""
     logits_BV = torch.tensor([[-200.0, 0.0, -200.0]]).expand(3, -1)
-    assert invert_distribution(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]
+    assert inverted(logits_BV, torch.tensor([0.0, 0.5, BELOW_ONE])).tolist() == [1, 1, 1]
 
 
 def test_inverting_over_many_blocks():
@@ -286,7 +290,7 @@ def test_inverting_over_many_blocks():
     clear_B = (uniforms_B[:, None] - sums_V).abs().amin(dim=-1) > 1e-6  # of the borders, by float32's rounding
     expected_B = torch.searchsorted(sums_V, uniforms_B.double(), right=True)
     assert clear_B.sum() > 0.95 * B and len(expected_B.unique()) > 100
-    assert torch.equal(invert_distribution(logits_V.expand(B, -1), uniforms_B)[clear_B], expected_B[clear_B])
+    assert torch.equal(inverted(logits_V.expand(B, -1), uniforms_B)[clear_B], expected_B[clear_B])
 
 
 def test_a_sum_that_is_not_monotonic(monkeypatch):
@@ -300,11 +304,11 @@ def test_a_sum_that_is_not_monotonic(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cumsum", running_sum)
     uniforms_B = torch.tensor([0.0, 0.25, 0.50000006, 0.6, 0.9, BELOW_ONE])
-    assert invert_distribution(HAND_LOGITS.expand(6, -1), uniforms_B).tolist() == [1, 1, 3, 3, 4, 4]
+    assert inverted(HAND_LOGITS.expand(6, -1), uniforms_B).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_a_uniform_that_rounds_to_one():
     """The largest float64 below 1 is 1 in float32: the last possible id, and not one beyond it."""
     uniform = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     assert uniform < 1 and uniform.float() == 1
-    assert invert_distribution(HAND_LOGITS[None], uniform).tolist() == [4]
+    assert inverted(HAND_LOGITS[None], uniform).tolist() == [4]

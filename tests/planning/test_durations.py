@@ -7,7 +7,7 @@ import pytest
 from rlkd_trl.planning.activations import Workload
 from rlkd_trl.planning.advice import advice, fitting_choices
 from rlkd_trl.planning.durations import Timing, step_seconds
-from rlkd_trl.planning.estimates import Cluster, StudentBytes, StudentOperations, TeacherBytes
+from rlkd_trl.planning.estimates import Cluster, StudentBytes, StudentOperations, TeacherBytes, Training
 from rlkd_trl.planning.machines import Machine
 from rlkd_trl.planning.operations import Operation
 
@@ -31,7 +31,7 @@ TEACHER = TeacherBytes(
 )  # fmt: skip
 STUDENT = StudentBytes(
     "ddp", weights=100, gathered=0, gradients=0, optimizer=0, value_head=0, reference=0, update=0, log_probs=0,
-    sampling=0, cache=0, num_trained=25, gradient_itemsize=4,
+    sampling=0, cache=0, num_trained=25, gradient_itemsize=4, reads_samples=True,
     operations=StudentOperations(operation(7), operation(3), operation(5), operation(1), operation(2)),
 )  # fmt: skip
 
@@ -72,6 +72,19 @@ def test_a_smaller_last_batch_launches_as_much():
 def test_a_reference_reads_completions_too():
     seconds = step_seconds(TEACHER, replace(STUDENT, has_reference=True), WORKLOAD, ALONE, MACHINE)
     assert seconds.log_probs == 4 * 3
+
+
+def test_where_sampling_tells_log_probabilities_only_a_reference_reads():
+    student = replace(STUDENT, reads_samples=False)
+    assert step_seconds(TEACHER, student, WORKLOAD, ALONE, MACHINE).log_probs == 0
+    student = replace(student, has_reference=True)
+    assert step_seconds(TEACHER, student, WORKLOAD, ALONE, MACHINE).log_probs == 2 * 3
+    assert exchange("zero3", reads_samples=False) == pytest.approx((4 + 1 + 2) * 75)
+    assert exchange("zero3", reads_samples=False, is_own_reference=True) == pytest.approx((4 + 2 + 1 + 2) * 75)
+    in_float32 = Training()
+    assert not in_float32.reads_samples
+    for change in ({"bf16": True}, {"student_dtype": "bfloat16"}, {"critic": "separate"}, {"quantization": "nf4"}):
+        assert replace(in_float32, **change).reads_samples
 
 
 def test_nf4_is_unpacked_for_each_batch():

@@ -131,7 +131,10 @@ def gradient(value, parameters) -> torch.Tensor:
 
 
 def test_samples_come_from_the_distribution_that_forward_returns(any_model, tokenizer):
-    """Token by token from the model's own logits: the sample inverts the distribution function at the uniforms."""
+    """Token by token from the model's own logits: the sample inverts the distribution function at the uniforms.
+
+    Their log-probabilities come with them.
+    """
     policy = Policy(any_model, tokenizer, temperature=0.7)
     prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
     index_B = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -154,10 +157,53 @@ def test_samples_come_from_the_distribution_that_forward_returns(any_model, toke
             completion.append(v)
             assert int(samples.ids_BT[b, t]) == v
             assert float(logps_BT[b, t]) == pytest.approx(float(step_logps[v]), abs=2e-5)
+            assert float(samples.logps_BT[b, t]) == pytest.approx(float(step_logps[v]), abs=2e-5)
             if v == EOS:
                 break
         assert samples.mask_BT[b].tolist() == [t < len(completion) for t in range(samples.mask_BT.shape[1])]
         assert bool(samples.ended_B[b]) == (completion[-1] == EOS)
+    assert (samples.logps_BT[~samples.mask_BT] == 0).all() and samples.values_BT1 is None
+
+
+@pytest.mark.parametrize("cap", [3, 12])
+def test_values_of_a_shared_critic_come_with_the_samples(any_model, tokenizer, cap):
+    """Of the states that the model's own forward pass gives, one completion at a time: one more where it is cut."""
+    policy = Policy(any_model, tokenizer, temperature=0.7, critic="shared")
+    randomise_head(policy)
+    prompt_ids, prompt_mask, _, _, _ = ragged_inputs(policy)
+    index_B = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
+    uniforms_BT = torch.rand(12, cap, generator=torch.Generator().manual_seed(8))
+    samples = policy.sample(
+        prompt_ids, prompt_mask, index_B, max_completion_length=cap, uniforms_BT=uniforms_BT, with_values=True
+    )
+    assert samples.ended_B.any() and (cap > 3 or not samples.ended_B.all()), "the test needs both"
+    assert samples.values_BT1.shape == (12, samples.ids_BT.shape[1] + 1)
+    for b, p in enumerate(index_B.tolist()):
+        completion = samples.ids_BT[b][samples.mask_BT[b]].tolist()
+        states = plain_forward(any_model, RAGGED.prompts[p], completion)[1]
+        expected = policy.value_head(states)[:, 0].tolist()
+        states_left = len(completion) + int(not samples.ended_B[b])
+        got = samples.values_BT1[b].tolist()
+        assert got[:states_left] == pytest.approx(expected[:states_left], abs=1e-4)
+        assert got[states_left:] == [0.0] * (len(got) - states_left)
+
+
+@pytest.mark.parametrize(
+    ("change", "tells"),
+    [("none", True), ("shared", True), ("separate", False), ("bfloat16", False), ("autocast", False), ("tf32", False)],
+)
+def test_when_sampling_tells_what_reading_would(change, tells, tokenizer):
+    """In bfloat16 a token's log-probability depends on how many tokens are computed at a time."""
+    model = tiny_t5(tied=True).to(torch.bfloat16 if change == "bfloat16" else torch.float32)
+    policy = Policy(model, tokenizer, critic=change if change in ("shared", "separate") else "none")
+    assert torch.get_float32_matmul_precision() == "highest"
+    if change == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            assert policy.samples_as_it_reads() == tells
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
@@ -186,6 +232,7 @@ def test_top_k_samples_come_from_the_support_that_comes_with_them(any_model, tok
             assert cumulative - 1e-5 < float(uniforms_BT[b, t]) < cumulative + probabilities[support.index(y)] + 1e-5
             logp = math.log(probabilities[support.index(y)])
             assert float(output.logps_BT[b, t]) == pytest.approx(logp, abs=1e-4)
+            assert float(samples.logps_BT[b, t]) == pytest.approx(logp, abs=1e-4)
             entropy = -math.fsum(q * math.log(q) for q in probabilities)
             assert float(output.entropy_BT[b, t]) == pytest.approx(entropy, abs=1e-4)
     assert samples.mask_BT.sum() > 12

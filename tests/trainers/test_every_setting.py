@@ -38,7 +38,7 @@ CHANGED = {
     "max_completion_length": (3, (LEARNS, EVALUATES), {}),
     "temperature": (0.5, LEARNS, {}),
     "sampling_batch_size": (2, READS, {}),
-    "local_rollout_forward_batch_size": (2, READS, {"num_iterations": 2}),
+    "local_rollout_forward_batch_size": (2, READS, {"num_iterations": 2, "bf16": True}),
     "mask_truncated_completions": (True, LEARNS, {}),
     "steps_per_generation": (2, LEARNS, {"per_device_train_batch_size": 4}),
     "num_iterations": (2, LEARNS, {}),
