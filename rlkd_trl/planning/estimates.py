@@ -244,7 +244,7 @@ def student_estimates(
             # Of adapters it is the student with these off.
             reference=before if training.beta > 0 and training.adapters is None else 0,
             update=update + workspace,
-            log_probs=log_probs + workspace,
+            log_probs=log_probs + workspace if training.reads_samples or training.beta > 0 else 0,
             sampling=share.elsewhere + sampling + workspace,
             cache=cache,
             has_reference=training.beta > 0,
