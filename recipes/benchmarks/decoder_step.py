@@ -59,9 +59,9 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+def phase_flops(shape: Shape, *, reference: bool) -> dict[str, int]:
     """The FLOPs that each phase needs."""
-    return decoder_phase_flops(shape, several_updates=several_updates, reference=reference)
+    return decoder_phase_flops(shape, reference=reference)
 
 
 def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> dict[str, object]:
@@ -70,7 +70,7 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
         trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
         loaded_mib = resident_mib()
         trainer.train()
-    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    flops = phase_flops(shape, reference=beta > 0)
     return meter.results(flops, loaded_mib)
 
 

@@ -67,16 +67,17 @@ def measured_trainer(
     return trainer, metered(trainer, updates)
 
 
-def phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+def phase_flops(shape: Shape, *, reference: bool) -> dict[str, int]:
     """The FLOPs that each phase needs.
 
-    In the update, the backward pass counts as two forward passes; old and reference log-probabilities need one each.
+    In the update, the backward pass counts as two forward passes, and the reference's log-probabilities need one.
+    Those of the student that samples need none.
     """
     student = forward_flops(STUDENT, shape)
     return {
         "generate": forward_flops(STUDENT, shape, cached=True),
         "score": forward_flops(TEACHER, shape),
-        "update": (3 + several_updates + reference) * student,
+        "update": (3 + reference) * student,
     }
 
 
@@ -86,7 +87,7 @@ def measure(shape: Shape, steps: int, update_batch_size: int, beta: float) -> di
         trainer, meter = measured_trainer(shape, steps + 1, update_batch_size, beta, output_dir)
         loaded_mib = resident_mib()
         trainer.train()
-    flops = phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    flops = phase_flops(shape, reference=beta > 0)
     return meter.results(flops, loaded_mib)
 
 

@@ -100,7 +100,7 @@ def measure(script: object, shape: Shape, update_batch_size: int, beta: float) -
         trainer, meter = script.measured_trainer(shape, 2, update_batch_size, beta, output_dir)
         profiled = ProfiledPhases(meter, step_number=1)
         trainer.train()
-    flops = script.phase_flops(shape, several_updates=update_batch_size < shape.completions, reference=beta > 0)
+    flops = script.phase_flops(shape, reference=beta > 0)
     found = {}
     for phase in PHASES:
         seconds = profiled.seconds[phase]

@@ -108,7 +108,7 @@ def main() -> None:
         trainer.meter = meter
         loaded_mib = resident_mib()
         trainer.train()
-    needed = decoder_phase_flops(shape, several_updates=updates > 1, reference=args.beta > 0)
+    needed = decoder_phase_flops(shape, reference=args.beta > 0)
     print(json.dumps(meter.results(needed, loaded_mib)))
 
 

@@ -194,12 +194,12 @@ def decoder_flops(dimensions: Dimensions, shape: Shape, *, cached: bool = False,
     return readings * of_prompt + shape.completions * (of_completion + 2 * D * shape.vocabulary * T)
 
 
-def decoder_phase_flops(shape: Shape, *, several_updates: bool, reference: bool) -> dict[str, int]:
+def decoder_phase_flops(shape: Shape, *, reference: bool) -> dict[str, int]:
     """The operations that each phase of a step of decoder-only models needs, counted as in `step.py`."""
     return {
         "generate": decoder_flops(DECODER_STUDENT, shape, cached=True),
         "score": decoder_flops(DECODER_TEACHER, shape),
-        "update": (3 + several_updates + reference) * decoder_flops(DECODER_STUDENT, shape),
+        "update": (3 + reference) * decoder_flops(DECODER_STUDENT, shape),
     }
 
 

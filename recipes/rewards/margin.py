@@ -24,7 +24,7 @@ def margin(inputs: RewardInputs) -> Tensor:
 class MarginReward(TeacherReward):
     """The same, but never below `lowest`, so that one odd token does not outweigh all others."""
 
-    reads_student_log_probs = False  # saves the trainer a forward pass
+    reads_student_log_probs = False  # can save the trainer a forward pass
     lowest = -10.0
 
     def rewards(self, scores: TeacherScores, inputs: RewardInputs) -> Tensor:

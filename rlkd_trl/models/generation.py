@@ -39,13 +39,20 @@ class Completions:
     values_BT1: Tensor | None = None
 
     def rows(self, indices: list[int]) -> "Completions":
-        """Those of these indices, in their order, no wider than their longest; without values."""
+        """Those of these indices, in their order, no wider than their longest."""
         width = int(self.mask_BT[indices].sum(dim=1).max())
-        support, logps = (
-            None if tensor is None else tensor[indices, :width] for tensor in (self.support_BTk, self.logps_BT)
+
+        def part(tensor: Tensor | None, width: int) -> Tensor | None:
+            return None if tensor is None else tensor[indices, :width]
+
+        return Completions(
+            ids_BT=self.ids_BT[indices, :width],
+            mask_BT=self.mask_BT[indices, :width],
+            ended_B=self.ended_B[indices],
+            support_BTk=part(self.support_BTk, width),
+            logps_BT=part(self.logps_BT, width),
+            values_BT1=part(self.values_BT1, width + 1),
         )
-        tokens = (self.ids_BT[indices, :width], self.mask_BT[indices, :width], self.ended_B[indices])
-        return Completions(*tokens, support, logps)
 
 
 @dataclass(frozen=True)
@@ -189,9 +196,8 @@ def sample_completions(
                 reader.keep(keep)
         for reader in readers:
             reader.read(token_b)
-    if value_of_states is not None and (sharded or alive_b.any()):
-        for reader in readers:
-            reader.read(token_b)
+    if value_of_states is not None and (readers[0].backbone.is_sharded or alive_b.any()):
+        readers[0].read(token_b)
         values_BT1[row_b, t + 1] = value_of_states(readers[0].state_bD)
     mask_BT, ended_B = completion_mask(ids_BT[:, : t + 1], eos_ids)
     longest = int(mask_BT.sum(dim=1).max())

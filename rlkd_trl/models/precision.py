@@ -7,6 +7,7 @@ import torch
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from rlkd_trl.errors import InputError
@@ -51,6 +52,15 @@ def quantization_settings(quantization: str, dtype: torch.dtype | None) -> dict[
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
     }
+
+
+def computes_in_float32(model: PreTrainedModel) -> bool:
+    """Whether weights and products of the model are in float32 where this is called, not in 16 bits or TF32."""
+    if model.dtype != torch.float32 or getattr(model, "is_quantized", False):
+        return False
+    kind = model.device.type
+    products = torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn.matmul
+    return not torch.is_autocast_enabled(kind) and products.fp32_precision in ("none", "ieee")
 
 
 def check_precision(config: PreTrainedConfig, dtype: str, *, fp16: bool = False) -> None:

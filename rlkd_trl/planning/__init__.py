@@ -26,7 +26,9 @@ Only config.json is downloaded, and nothing of a model's size is allocated. The 
 - **Recomputed layers** are computed again while the fake backward pass runs, and counted like everything else.
 - Sampling, log-probabilities, scoring and update come one after another, so a rank's peak is what it always holds plus
   the largest of the four. Log-probabilities are a phase where there is a reference (beta > 0), a separate critic, or a
-  student that computes in 16 bits; otherwise they come from sampling.
+  student in 16 bits or with quantised weights; otherwise they come from sampling. RLOO and REINFORCE in 16 bits with
+  one step for each rollout have no such phase, and are planned as if they had. The student's pass for `min_variance`
+  with a lagging policy, and for `teacher_mix`, is not counted in float32.
   The **reserve** is for what is not counted: CUDA's context, kernels' workspace, fragmentation.
 - **Time** (`--gpu_name`) is by the roofline: each operation of the same passes takes the longest of its arithmetic at
   the GPU's rate, its bytes at the memory's, and 10 µs for Python and the launch. A GPU reaches 60 % of its rated

@@ -19,6 +19,8 @@ from rlkd_trl.models.backbone import Result, backbone_of
 from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.checkpoint_weights import check_complete
 from rlkd_trl.models.generation import Completions, MixedWith, sample_completions
+from rlkd_trl.models.precision import computes_in_float32
+from rlkd_trl.models.rotary import angles_change_with_length
 from rlkd_trl.models.sharding import largest_of_all, loading_shards
 from rlkd_trl.models.verification import verify
 from rlkd_trl.models.vocabulary import base_of, eos_token_ids, forbidden_ids_of, padding_id
@@ -295,16 +297,13 @@ class Policy(nn.Module):
     def samples_as_it_reads(self) -> bool:
         """Whether sampling tells what reading the samples would tell, log-probabilities and values, but for rounding.
 
-        So it is in float32, where the two differ by about 1e-6. In 16 bits, or TF32, a token's log-probability differs
-        by up to some hundredths between a pass over one token and one over many: enough for a KL penalty to see a
-        difference between equal models. A critic with weights of its own does not sample, and a student with
-        quantised weights computes in another precision than its other weights have.
+        So it is in float32, where the two differ by 1e-6 to 1e-4 nats a token. In 16 bits, or TF32, it can be some
+        hundredths: enough for a KL penalty to see a difference between equal models. A quantised student computes in
+        another precision than its other weights have, a critic with weights of its own does not sample, and some
+        rotary positions turn by other angles in a longer text than when its first tokens were sampled.
         """
         model = base_of(self.model)
-        in_float32 = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-        in_float32 &= not torch.is_autocast_enabled(self.backbone.device.type)
-        in_float32 &= torch.get_float32_matmul_precision() == "highest"
-        return in_float32 and self.critic_model is None
+        return computes_in_float32(model) and self.critic_model is None and not angles_change_with_length(model.config)
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a checkpoint that plain transformers loads, and a file of its own for the critic.

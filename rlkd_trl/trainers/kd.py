@@ -100,7 +100,7 @@ class KDTrainer(FullVocabularyTrainer):
             else:
                 with self.mixed_precision(), self.whole_student():
                     completions = self.sampling.completions(self.policy, *prompt_PS, self._rollout_number)
-        rollout = self.sampling.rollout_of(prompt_PS, completions)
+        rollout = self.sampling.rollout_of(prompt_PS, completions).with_(old_logps_BT=None)  # no ratio is taken
         if source == "data":
             rollout = rollout.with_(loss_mask_BT=rollout.loss_mask_BT & self._to_learn(rollout.completion_ids_BT))
         with timer.phase("score"):

@@ -173,13 +173,29 @@ def test_batches_come_in_the_prompts_order_and_are_joined_at_one_width(strategy)
 
 def test_batches_of_different_widths_are_joined():
     """The narrower one is padded with the given id, outside its mask."""
-    narrow = Completions(torch.tensor([[5, 1]]), torch.tensor([[True, True]]), torch.tensor([True]))
-    wide = Completions(torch.tensor([[6, 7, 8]]), torch.tensor([[True, True, True]]), torch.tensor([False]))
+    narrow = Completions(
+        torch.tensor([[5, 1]]),
+        torch.tensor([[True, True]]),
+        torch.tensor([True]),
+        logps_BT=torch.tensor([[-1.0, -2.0]]),
+        values_BT1=torch.tensor([[0.5, 1.5, 0.0]]),
+    )
+    wide = Completions(
+        torch.tensor([[6, 7, 8]]),
+        torch.tensor([[True, True, True]]),
+        torch.tensor([False]),
+        logps_BT=torch.tensor([[-3.0, -4.0, -5.0]]),
+        values_BT1=torch.tensor([[2.5, 3.5, 4.5, 5.5]]),
+    )
     whole = joined([narrow, wide], pad_id=9)
     assert whole.ids_BT.tolist() == [[5, 1, 9], [6, 7, 8]]
     assert whole.mask_BT.tolist() == [[True, True, False], [True, True, True]]
     assert whole.ended_B.tolist() == [True, False]
     assert whole.support_BTk is None
+    assert whole.logps_BT.tolist() == [[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0]]
+    assert whole.values_BT1.tolist() == [[0.5, 1.5, 0.0, 0.0], [2.5, 3.5, 4.5, 5.5]]
+    first = whole.rows([0])
+    assert first.logps_BT.tolist() == [[-1.0, -2.0]] and first.values_BT1.tolist() == [[0.5, 1.5, 0.0]]
 
 
 def test_the_supports_of_batches_of_different_widths_are_joined_too():

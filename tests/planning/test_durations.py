@@ -5,11 +5,20 @@ from dataclasses import replace
 import pytest
 
 from rlkd_trl.planning.activations import Workload
+from rlkd_trl.planning.adapters import Adapters
 from rlkd_trl.planning.advice import advice, fitting_choices
 from rlkd_trl.planning.durations import Timing, step_seconds
-from rlkd_trl.planning.estimates import Cluster, StudentBytes, StudentOperations, TeacherBytes, Training
+from rlkd_trl.planning.estimates import (
+    Cluster,
+    StudentBytes,
+    StudentOperations,
+    TeacherBytes,
+    Training,
+    student_estimates,
+)
 from rlkd_trl.planning.machines import Machine
 from rlkd_trl.planning.operations import Operation
+from tests.planning.models import MODELS, checkpoint_of
 
 MACHINE = Machine(
     memory_gib=1.0, float32=1.0, bfloat16=10.0, bandwidth=100.0, link=20.0, bus=10.0, seconds_per_operation=0.0
@@ -85,6 +94,18 @@ def test_where_sampling_tells_log_probabilities_only_a_reference_reads():
     assert not in_float32.reads_samples
     for change in ({"bf16": True}, {"student_dtype": "bfloat16"}, {"critic": "separate"}, {"quantization": "nf4"}):
         assert replace(in_float32, **change).reads_samples
+
+
+def test_memory_for_log_probabilities_only_where_something_reads_the_samples(tmp_path):
+    checkpoint = checkpoint_of(MODELS["t5-tied"](), tmp_path)
+
+    def planned(**settings) -> int:
+        return student_estimates(checkpoint, WORKLOAD, ALONE, Training(**settings))[0].log_probs
+
+    assert planned() == 0
+    for change in ({"beta": 0.1}, {"bf16": True}, {"critic": "separate"}, {"quantization": "nf4"}):
+        settings = {"adapters": Adapters(lora_r=2)} if "quantization" in change else {}
+        assert planned(**change, **settings) > 0, change
 
 
 def test_nf4_is_unpacked_for_each_batch():

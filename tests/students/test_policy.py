@@ -1,12 +1,15 @@
 import copy
 import math
+import multiprocessing
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.generation import MixedWith
+from rlkd_trl.models.precision import computes_in_float32
+from rlkd_trl.models.rotary import angles_change_with_length
 from rlkd_trl.students import Policy, frozen_copy
 from tests.conftest import EOS, MODELS, VOCAB, tiny_t5, word_tokenizer
 from tests.students.plain_forward import (
@@ -188,22 +191,75 @@ def test_values_of_a_shared_critic_come_with_the_samples(any_model, tokenizer, c
         assert got[states_left:] == [0.0] * (len(got) - states_left)
 
 
+PRECISIONS = {
+    "global": "torch.backends.fp32_precision = 'tf32'",
+    "of products": "torch.backends.mkldnn.matmul.fp32_precision = 'tf32'",
+    "by the older function": "torch.set_float32_matmul_precision('high')",
+    "exact": "torch.set_float32_matmul_precision('highest')",
+}
+
+
 @pytest.mark.parametrize(
     ("change", "tells"),
-    [("none", True), ("shared", True), ("separate", False), ("bfloat16", False), ("autocast", False), ("tf32", False)],
+    [
+        *(("none", True), ("shared", True), ("separate", False), ("bfloat16", False), ("autocast", False)),
+        ("quantised", False),
+    ],
 )
 def test_when_sampling_tells_what_reading_would(change, tells, tokenizer):
     """In bfloat16 a token's log-probability depends on how many tokens are computed at a time."""
     model = tiny_t5(tied=True).to(torch.bfloat16 if change == "bfloat16" else torch.float32)
+    model.is_quantized = change == "quantised"
     policy = Policy(model, tokenizer, critic=change if change in ("shared", "separate") else "none")
-    assert torch.get_float32_matmul_precision() == "highest"
-    if change == "tf32":
-        torch.set_float32_matmul_precision("high")
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-            assert policy.samples_as_it_reads() == tells
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert policy.samples_as_it_reads() == tells
+
+
+def is_in_float32_after(statement: str) -> bool:
+    exec(statement)
+    return computes_in_float32(tiny_t5(tied=True))
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_tf32_however_it_is_set(name):
+    """In a process of its own: torch refuses to read by one of its two interfaces what the other one has set."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(is_in_float32_after, (PRECISIONS[name],)) == (name == "exact")
+
+
+@pytest.mark.parametrize(
+    ("rotary", "tells"),
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "yarn", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "longrope"}}, False),
+    ],
+)
+def test_angles_that_change_with_the_length(rotary, tells):
+    config = LlamaConfig()
+    config.rope_parameters = rotary
+    assert angles_change_with_length(config) != tells
+    config.rope_parameters = None
+    assert not angles_change_with_length(config) and not angles_change_with_length(T5Config())
+
+
+def test_where_angles_change_with_the_length_samples_are_read(tokenizer):
+    """Beyond 16 positions of this model, its frequencies depend on how long the text is that one call reads."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rotary = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = LlamaConfig(
+        vocab_size=VOCAB + 3, max_position_embeddings=16, rope_parameters=rotary, initializer_range=1.0, **shape
+    )
+    policy = Policy(LlamaForCausalLM(config), tokenizer)
+    prompt = (torch.full((1, 6), 5), torch.ones(1, 6, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    uniforms_BT = torch.rand(1, 40, generator=torch.Generator().manual_seed(0))
+    policy.eos_ids = [-1]  # it goes on to the end
+    samples = policy.sample(*prompt, max_completion_length=40, uniforms_BT=uniforms_BT)
+    read_BT = policy(*prompt, samples.ids_BT, samples.mask_BT).logps_BT
+    assert (samples.logps_BT - read_BT).abs().max() > 0.1, "the test needs a difference"
+    assert not policy.samples_as_it_reads()
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
