@@ -9,7 +9,7 @@ float32. It is asked zero-shot, through its chat template, for one short sentenc
 E2E, Novikova et al. 2017). The student is the same model with layers 0, 3, … 27: it babbles, is trained on the
 teacher's answers for a warm start, and learns from there by sequence-level distillation, GKD, PPO on differential
 rewards, and half of the steps by the first and half by `recommended`, each with the same budget of steps. It reads the
-bare input as what a user says.
+bare input as what a user says. Every method has one seed, the best three have three.
 
 Nothing is learnt from, chosen or tested by human references but for one column of the table: validation and test are
 against the teacher's own answers and in its eyes. Every stage is one call of a recipe; the same command goes on where
@@ -171,6 +171,7 @@ def compare(args: argparse.Namespace, here: Path) -> int:
     command += ["--test_dataset", here / "test.jsonl", "--num_samples", "2", "--batch_size", BATCH]
     command += ["--methods", *args.methods, "--baseline", args.baseline, "--seeds", *args.seeds]
     command += ["--max_steps", args.max_steps, "--learning_rates", *args.learning_rates, "--select_on", "bleu"]
+    command += ["--top", args.top, "--top_seeds", *args.top_seeds] if args.top != "0" else []
     command += ["--common", *(SMOKE_COMMON if args.smoke else COMMON), *(BF16["common"] if args.bf16 else [])]
     command += BF16["teacher"] if args.bf16 else []
     if args.stop_after_minutes is not None:
@@ -246,9 +247,11 @@ def main() -> None:
     parser.add_argument("--warm_start_steps", default="60")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--baseline", default="seq_kd")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--top", default="3", help="So many methods, the best on validation inputs, get --top_seeds.")
+    parser.add_argument("--top_seeds", nargs="+", default=["1", "2"])
     parser.add_argument("--max_steps", default="60")
-    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4"])
+    parser.add_argument("--learning_rates", nargs="+", default=["1e-6", "1e-5", "1e-4"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", default="1")
     parser.add_argument("--stop_after_minutes")
@@ -256,7 +259,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
-        args.methods, args.baseline, args.seeds = [METHODS[2]], "warm_start", ["0"]
+        args.methods, args.baseline, args.top = [METHODS[2]], "warm_start", "0"
         args.warm_start_steps, args.max_steps, args.learning_rates = "2", "1", ["1e-4"]
         for name, count in SMOKE_SIZES.items():
             setattr(args, f"{name}_inputs", count)
