@@ -9,7 +9,7 @@ float32. It is asked zero-shot, through its chat template, for one short sentenc
 E2E, Novikova et al. 2017). The student is the same model with layers 0, 3, … 27: it babbles, is trained on the
 teacher's answers for a warm start, and learns from there by sequence-level distillation, GKD, PPO on differential
 rewards, and half of the steps by the first and half by `recommended`, each with the same budget of steps. It reads the
-bare input as what a user says. Every method has one seed, the best three have three.
+bare input as what a user says. Every method has one seed, the best two have three.
 
 Nothing is learnt from, chosen or tested by human references but for one column of the table: validation and test are
 against the teacher's own answers and in its eyes. Every stage is one call of a recipe; the same command goes on where
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--baseline", default="seq_kd")
     parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--top", default="3", help="So many methods, the best on validation inputs, get --top_seeds.")
+    parser.add_argument("--top", default="2", help="So many methods, the best on validation inputs, get --top_seeds.")
     parser.add_argument("--top_seeds", nargs="+", default=["1", "2"])
     parser.add_argument("--max_steps", default="60")
     parser.add_argument("--learning_rates", nargs="+", default=["1e-6", "1e-5", "1e-4"])
