@@ -277,7 +277,12 @@ class Policy(nn.Module):
 
         With `mixed_with`, tokens are drawn from the mixture of π and a teacher's distribution. with_values: of the
         shared critic, too.
+
+        Raises:
+            InputError: `with_values`, and there is no critic that shares the student's weights.
         """
+        if with_values and (self.value_head is None or self.critic_model is not None):
+            raise InputError("Values with samples need a critic that shares the student's weights: critic='shared'.")
         return sample_completions(
             self.backbone,
             prompt_ids_PS,

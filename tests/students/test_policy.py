@@ -192,6 +192,15 @@ def test_values_of_a_shared_critic_come_with_the_samples(any_model, tokenizer, c
         assert got[states_left:] == [0.0] * (len(got) - states_left)
 
 
+@pytest.mark.parametrize("critic", ["none", "separate"])
+def test_values_of_another_critic_do_not_come_with_samples(critic, tokenizer):
+    """A separate one's head on the student's states would give numbers that mean nothing."""
+    policy = Policy(tiny_t5(tied=True), tokenizer, critic=critic)
+    prompts = (*ragged_inputs(policy)[:2], torch.tensor([0]))
+    with pytest.raises(InputError, match="a critic that shares the student's weights"):
+        policy.sample(*prompts, max_completion_length=2, uniforms_BT=torch.rand(1, 2), with_values=True)
+
+
 PRECISIONS = {
     "global": "torch.backends.fp32_precision = 'tf32'",
     "of products": "torch.backends.mkldnn.matmul.fp32_precision = 'tf32'",
