@@ -12,6 +12,7 @@ from pathlib import Path
 from rlkd_trl.commands.comparison.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
+REMARKS = "\n## Remarks\n"
 
 
 def made_by() -> str:
@@ -33,11 +34,16 @@ def _git(*words: str) -> str:
 
 
 def write_results(directory: str | Path, name: str, results: object, text: str) -> None:
-    """Writes `name`.json and `name`.md into the directory, and prints the text."""
+    """Writes `name`.json and `name`.md into the directory, and prints the text.
+
+    A page that is there keeps what stands below its line `## Remarks`, which people write.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (directory / f"{name}.md").write_text(text, encoding="utf-8")
+    page = directory / f"{name}.md"
+    _, *remarks = page.read_text(encoding="utf-8").partition(REMARKS) if page.is_file() else ("",)
+    page.write_text("".join([text, *remarks]), encoding="utf-8")
     print(text)
 
 

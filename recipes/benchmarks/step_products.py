@@ -1,7 +1,8 @@
 r"""Where the time of a step's phases goes: matrix products, what they take alone in their own shapes, and the rest.
 
     OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step_products.py --models t5
-    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step_products.py --models decoder_only
+    OMP_NUM_THREADS=1 taskset -c 0 python recipes/benchmarks/step_products.py --models decoder_only \
+        --prompt_tokens 256 --prompts 8 --samples 8
 
 `step.py` and `decoder_step.py` hold each phase against the time that its arithmetic would take at the rate of large
 matrix products. That is a bound that no shape of these models reaches: a product of 64 rows reads its weights from
@@ -11,7 +12,7 @@ with contiguous operands, of which the median counts: `alone` is the sum over al
 would take if nothing but its products were computed. Below it stand the operators that take most of the rest.
 
 Seconds are the profiler's, of one thread by the wall's clock: run it on a machine that is doing nothing else. Writes
-`step_products_MODELS.json` and `.md` to `--results_dir`.
+`step_products_MODELS_TOKENS.json` and `.md` to `--results_dir`, where TOKENS are the prompt's.
 """
 
 import argparse
@@ -142,8 +143,9 @@ def main() -> None:
     shape = Shape.of(args)
     script, update_batch_size = MODELS[args.models]
     found = measure(script, shape, update_batch_size or shape.completions, args.beta)
-    text = f"# Where a step's time goes: {args.models}\n\n{table(found)}\n\n{made_by()}\n"
-    write_results(args.results_dir, f"step_products_{args.models}", found, text)
+    about = f"{shape.prompt_tokens}-token prompts, {shape.prompts} prompts × {shape.samples} samples."
+    text = f"# Where a step's time goes: {args.models}\n\n{about}\n\n{table(found)}\n\n{made_by()}\n"
+    write_results(args.results_dir, f"step_products_{args.models}_{shape.prompt_tokens}", found, text)
 
 
 if __name__ == "__main__":

@@ -141,3 +141,14 @@ def test_a_case_that_fails_leaves_no_checkpoint(names, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         names.main()
     assert exit.value.code == 2 and (tmp_path / "work").exists(), "what is of somebody else is not deleted"
+
+
+def test_a_page_keeps_what_people_wrote_below_the_results(names, tmp_path):
+    """Written anew, it has the new results and the old remarks, once, also where a result has a heading."""
+    names.write_results(tmp_path, "page", {}, "# Old\n\n## Part\n\nold\n")
+    assert (tmp_path / "page.md").read_text() == "# Old\n\n## Part\n\nold\n"
+    with (tmp_path / "page.md").open("a") as file:
+        file.write("\n## Remarks\n\nSeen.\n\n### More\n\nAlso.\n")
+    for new in ("first", "second"):
+        names.write_results(tmp_path, "page", {}, f"# New\n\n{new}\n")
+    assert (tmp_path / "page.md").read_text() == "# New\n\nsecond\n\n## Remarks\n\nSeen.\n\n### More\n\nAlso.\n"
