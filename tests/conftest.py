@@ -87,7 +87,7 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE, **kwargs) -> PreTrained
     return tokenizer
 
 
-def tiny_t5(*, tied: bool, seed: int = 0, d_model: int = 16, dropout: float = 0.0) -> PreTrainedModel:
+def tiny_t5(*, tied: bool, seed: int = 0, d_model: int = 16, layers: int = 2, dropout: float = 0.0) -> PreTrainedModel:
     """Tied and scaled head with ReLU (t5-base) or untied with gated GELU (T0, Flan-T5)."""
     torch.manual_seed(seed)
     config = T5Config(
@@ -95,7 +95,7 @@ def tiny_t5(*, tied: bool, seed: int = 0, d_model: int = 16, dropout: float = 0.
         d_model=d_model,
         d_kv=8,
         d_ff=32,
-        num_layers=2,
+        num_layers=layers,
         num_heads=2,
         dropout_rate=dropout,
         tie_word_embeddings=tied,

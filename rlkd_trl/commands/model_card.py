@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import MISSING, fields
-from fnmatch import fnmatch
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def _of_trainer(args: "TrainingArguments") -> dict[str, object]:
         del values["fsdp_config"]  # which the trainer's settings fill with defaults, as the next
     if args.accelerator_config == AcceleratorConfig():
         del values["accelerator_config"]
-    left_out = {name for pattern in _WHERE_AND_HOW_OFTEN for name in values if fnmatch(name, pattern)}
+    left_out = {name for pattern in _WHERE_AND_HOW_OFTEN for name in matching(values, pattern)}
     return {name: value for name, value in values.items() if name not in left_out}
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
+from fnmatch import filter as matching
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ _SAME_WEIGHT = 1e-4  # relative difference of a teacher's weight
 def settings_of(args: TrainingArguments) -> dict[str, object]:
     """The settings that must be the same in a resumed run, in JSON's types."""
     settings = json.loads(json.dumps(args.to_dict(), default=str))
-    return {name: value for name, value in settings.items() if not any(fnmatch(name, may) for may in _MAY_CHANGE)}
+    may_change = {name for pattern in _MAY_CHANGE for name in matching(settings, pattern)}
+    return {name: value for name, value in settings.items() if name not in may_change}
 
 
 def rows_digest(dataset: Dataset | RowStream) -> str:

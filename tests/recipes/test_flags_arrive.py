@@ -5,7 +5,6 @@ must get a line in `ARRIVES`, or a test fails. The trainers' own settings: tests
 """
 
 import dataclasses
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,9 @@ from rlkd_trl.commands import arguments, checks
 from rlkd_trl.data.streams import RowStream
 from rlkd_trl.models.vocabulary import allowed_special_tokens
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import word_tokenizer
+from tests.conftest import tiny_t5, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
+from tests.recipes.conftest import Pair
 
 HUB_ID, HUB_ROWS = "owner/name", word_rows(40, seed=9)
 
@@ -155,8 +155,9 @@ def observe(files, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, checkpoints) -> dict[str, object]:
-    directory, pair = tmp_path_factory.mktemp("flags"), checkpoints["t5-untied"]
+def files(tmp_path_factory) -> dict[str, object]:
+    """Data, templates, and models of one layer, the fewest there are: each command makes, reads and asks them anew."""
+    directory = tmp_path_factory.mktemp("flags")
     rows, held_out = (
         [
             {**row, "better": f"{row['ref']} w3", "expert": ("teacher", "other")[i % 2], "ask": ("one", "two")[i % 2]}
@@ -166,11 +167,11 @@ def files(tmp_path_factory, checkpoints) -> dict[str, object]:
     )
     words = word_tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<triplet>"]})
-    for role, checkpoint in pair._asdict().items():
-        shutil.copytree(checkpoint, directory / role)
+    for seed, role in enumerate(Pair._fields):
+        tiny_t5(tied=False, seed=seed, layers=1).save_pretrained(directory / role)
         words.save_pretrained(directory / role)
     return {
-        **{role: directory / role for role in pair._fields},
+        **{role: directory / role for role in Pair._fields},
         "train": write_csv(directory / "train.csv", rows),
         "test": write_csv(directory / "test.csv", held_out),
         "templates": write_templates(directory / "t.yaml", one="w3 w4 w5 w6 {{ mr }}", two="{{ mr }} w7"),
