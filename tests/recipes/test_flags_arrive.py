@@ -2,10 +2,14 @@
 
 The real commands run, with loaders that note their arguments and a trainer that does not train. A flag that is new
 must get a line in `ARRIVES`, or a test fails. The trainers' own settings: tests/trainers/test_every_setting.py.
+
+The recipes that distil have one body. What all of them share is tried flag by flag with the two that differ most,
+`ALONE`; with the others in the runs of `TOGETHER`, each of several flags of which none hides what another does.
 """
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -698,6 +702,43 @@ def test_every_flag_has_its_line(kind):
 
 
 QUICK = ("ppo_kd", "pseudo_label")
+ALONE = ("ppo_kd", "kd")  # on-policy with rewards and a critic, and whole distributions with neither
+SHARED = [name for name, (recipes, _, _) in ARRIVES.items() if set(DISTILLING) <= set(recipes)]
+# Each run's flags; of one that two of them set, the last counts.
+TOGETHER = {
+    "training data": (
+        *("DataArguments.dataset", "DataArguments.dataset_split", "DataArguments.dataset_config"),
+        *("DataArguments.dataset_revision", "RolloutConfig.max_prompt_length"),
+        "TeacherArguments.teacher_revision",
+    ),
+    "held-out data": (
+        *("HeldOutArguments.eval_dataset", "HeldOutArguments.eval_split", "DataArguments.source_column"),
+        *("TeacherArguments.teacher_placement", "TeacherArguments.allowed_special_tokens"),
+    ),
+    "student": (
+        *("StudentArguments.student", "AdapterArguments.use_peft", "HeldOutArguments.eval_target_column"),
+        *("TeacherArguments.teacher_batch_tokens", "DataArguments.max_rows"),
+    ),
+    "template_names": (
+        *("PromptArguments.template_names", "StudentArguments.student_revision", "StudentArguments.student_dtype"),
+    ),
+    "template_weights": (
+        "PromptArguments.templates",
+        "PanelArguments.template_weights",
+        "DataArguments.target_column",
+    ),
+    "teacher_weighting": ("PanelArguments.teacher_weighting", "PromptArguments.student_template"),
+    "template_column": ("PanelArguments.template_column",),
+    "teacher_column": ("PanelArguments.teacher_column",),
+    "rename_columns": ("PromptArguments.rename_columns", "StudentArguments.student_chat_template"),
+    "teacher_weights": ("PromptArguments.template", "PanelArguments.teacher_weights"),
+    "teacher": ("TeacherArguments.teacher", "RolloutConfig.max_completion_length"),
+    "teacher_quantization": (
+        *("TeacherArguments.teacher_max_prompt_length", "TeacherArguments.teacher_dtype"),
+        "TeacherArguments.teacher_quantization",
+    ),
+    "teacher_chat_template": ("TeacherArguments.teacher_chat_template",),
+}
 
 
 def cases() -> list:
@@ -705,7 +746,7 @@ def cases() -> list:
         pytest.param(name, recipe, marks=() if recipe in QUICK else pytest.mark.slow, id=f"{recipe}-{name}")
         for name, (recipes, _, is_seen) in ARRIVES.items()
         for recipe in recipes
-        if is_seen is not None
+        if is_seen is not None and (name not in SHARED or recipe not in DISTILLING or recipe in ALONE)
     ]
 
 
@@ -714,12 +755,29 @@ _BASES: dict[str, Seen] = {}
 
 @pytest.mark.parametrize(("name", "recipe"), cases())
 def test_every_flag_arrives(name, recipe, files, observe):
-    _, flags, is_seen = ARRIVES[name]
+    check_arrival(recipe, [name], files, observe)
+
+
+@pytest.mark.slow(0.4)
+@pytest.mark.parametrize("recipe", [recipe for recipe in DISTILLING if recipe not in ALONE])
+@pytest.mark.parametrize("run_of", TOGETHER)
+def test_shared_flags_arrive_together(run_of, recipe, files, observe):
+    check_arrival(recipe, TOGETHER[run_of], files, observe)
+
+
+def test_every_shared_flag_is_in_one_of_the_runs():
+    assert sorted(name for names in TOGETHER.values() for name in names) == sorted(SHARED)
+
+
+def check_arrival(recipe: str, names: Sequence[str], files: dict[str, object], observe: Callable) -> None:
     command = f"{'sft' if recipe == 'new' else recipe} {BASE[recipe]}"
     if recipe not in _BASES:
         _BASES[recipe] = observe(command.format(**files))
     target = "" if recipe == "pseudo_label" else " --target_column mr"
     # What K-step returns go with.
     k_step = {"ppo_kd": " --lam 1 --average_reward none", "rloo_kd": " --average_reward none"}.get(recipe, "")
+    flags = " ".join(ARRIVES[name][1] for name in names)
     seen = observe(f"{command} {flags}".format(**files, k_step=k_step, target=target))
-    assert is_seen(recipe, seen, _BASES[recipe])
+    for name in names:
+        is_seen = ARRIVES[name][2]
+        assert is_seen(recipe, seen, _BASES[recipe]), name

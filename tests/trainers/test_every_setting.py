@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from rlkd_trl.errors import InputError
+from tests.conftest import tiny_t5
 from tests.trainers.plain_distillation import asked_twice
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,
@@ -133,7 +134,8 @@ def behaviour(method: str, output_dir, capsys, settings: dict, kinds: tuple[str,
     settings = {"max_steps": 2, **settings}
     several = settings.pop(SEVERAL_TEACHERS, False)
     reward = asked_twice("t5-tied")[0] if several else teacher_reward(gamma=settings.get("gamma", 1.0))
-    trainer = build(method, output_dir, reward=reward, data=pairs(32), eval_data=pairs(5, seed=3), **settings)
+    data = {"data": pairs(32), "eval_data": pairs(5, seed=3)}
+    trainer = build(method, output_dir, model=tiny_t5(tied=True, layers=1), reward=reward, **data, **settings)
     evaluated = trainer.evaluate() if EVALUATES in kinds else {}
     before, shapes = snapshot(trainer.model), []
     projection = next(module for module in trainer.model.model.modules() if isinstance(module, torch.nn.Linear))
