@@ -196,11 +196,30 @@ def observe(workplace, monkeypatch):
     return observed
 
 
+# Each of them arrives as a value of its own, which no other changes: one comparison with all.
+TOGETHER = [
+    f"{kind}Arguments.{name}"
+    for kind, names in {
+        "Comparison": ("methods", "max_steps", "learning_rates", "common", "jobs"),
+        "Measurement": ("num_samples", "num_resamples", "max_prompt_length", "max_completion_length", "batch_size"),
+    }.items()
+    for name in names
+]
+
+
 @pytest.mark.slow(0.5)
-@pytest.mark.parametrize("name", [name for name, (_, is_seen) in ARRIVES.items() if is_seen is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, is_seen) in ARRIVES.items() if is_seen is not None and name not in TOGETHER]
+)
 def test_every_flag_arrives(name, observe):
     flags, is_seen = ARRIVES[name]
     assert is_seen(observe(flags))
+
+
+@pytest.mark.slow(0.5)
+def test_flags_arrive_together(observe):
+    seen = observe(" ".join(ARRIVES[name][0] for name in TOGETHER))
+    assert [name for name in TOGETHER if ARRIVES[name][1](seen)] == TOGETHER
 
 
 def test_no_flag_is_seen_without_it(observe):
