@@ -24,7 +24,7 @@ def check_survival(place: Path, methods: list[str], kills: int, processes: int =
         assert line["kills"] >= max(kills // 4, 1), f"few were killed: {line}"
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(35)
 @pytest.mark.timeout(SECONDS)
 def test_killed_at_random_moments(tmp_path):
     check_survival(tmp_path, [*TRAINERS, "encoder"], 3)
