@@ -79,7 +79,7 @@ def run_forked(
 def _work(module: str, directory: Path, environment: dict[str, str], log: Path, arguments: tuple) -> None:
     os.environ.update({**environment, "CUDA_VISIBLE_DEVICES": ""})
     os.chdir(directory)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     gc.freeze()  # each `Trainer.train` collects garbage: over all that is imported it takes twice as long as the steps
     importlib.import_module(module).main(*arguments)

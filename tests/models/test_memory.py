@@ -1,6 +1,5 @@
 """What a process holds after a model has been loaded."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rlkd_trl.models import memory
 from tests.conftest import word_tokenizer
+from tests.distributed.launching import run_forked
 
 # Loads the model that is named, and prints by how many MiB the memory that belongs to no file has grown.
 GROWTH = """
@@ -25,20 +25,20 @@ print(anonymous() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc's heap is meant")
-@pytest.mark.slow(20)
+@pytest.mark.slow(6)
 def test_quantised_weights_are_not_kept_beside_the_whole_ones(tmp_path):
-    """112 million weights are quantised, to 112 MiB in int8; those that are not stay in the mapped file."""
-    sizes = {"vocab_size": 64, "d_model": 1024, "d_ff": 4096, "num_layers": 4, "num_heads": 16, "d_kv": 64}
+    """56 million weights are quantised, to 56 MiB in int8; those that are not stay in the mapped file."""
+    sizes = {"vocab_size": 64, "d_model": 1024, "d_ff": 4096, "num_layers": 2, "num_heads": 16, "d_kv": 64}
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).to(torch.bfloat16)
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "wo" not in name]
     quantised = sum(m.weight.numel() for m in layers if m is not model.lm_head) / 2**20
     model.save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "growth.py").write_text(GROWTH)
     for quantization, share in [("int8", 1.0), ("nf4", 0.5)]:
-        command = [sys.executable, "-c", GROWTH, str(tmp_path), quantization]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        growth = float(found.stdout.split()[-1])
+        flags = [str(tmp_path / "growth.py"), str(tmp_path), quantization]
+        growth = float(run_forked("tests.distributed.forked_script", tmp_path, [{}], *flags).split()[-1])
         assert share * quantised <= growth < 1.25 * share * quantised + 16, quantization
 
 

@@ -11,9 +11,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.commands import console
 from rlkd_trl.errors import InputError
+from tests.distributed import forked_launchers
+from tests.distributed.launching import ENVIRONMENT
 from tests.recipes.command_lines import COLUMNS, RECIPES, ROOT, SAMPLING, TWO_STEPS
 
 COMMANDS = (*RECIPES, "generate_data", "compare", "encoder_search", "assistant_kd", "plan", "report", "score")
@@ -196,13 +199,19 @@ console.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_wheel_runs_the_demo(installed, tmp_path):
+    """The one command of the README, without the two minutes in which its models learn something."""
     flags = "ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20"
     _run([str(installed / "python"), "-c", SHORT_DEMO, *flags.split()], tmp_path)
     found = tmp_path / "runs" / "demo_ppo"
     assert list(json.loads((found / "metrics.json").read_text())) == ["teacher", "before", "after"]
-    assert (found / "model.safetensors").is_file() and (found / "report.html").is_file()
+    assert (found / "report.html").is_file()
+    for name in ("demo_models/teacher", "demo_models/warm_start", "."):
+        AutoModelForSeq2SeqLM.from_pretrained(found / name)
+    card = (found / "README.md").read_text()
+    assert "the embedded demo of rlkd_trl" in card
+    assert str(Path("runs", "demo_ppo", "demo_models", "teacher")) in card
 
 
 @pytest.mark.slow
@@ -213,12 +222,12 @@ def test_a_wheel_plans(installed, checkpoints, tmp_path):
     assert "Recommended:\n    rlkd-trl --config_file multi_gpu --num_processes 2 ppo_kd" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["", "--num_processes 2 "])
-def test_a_wheel_trains(launcher, installed, checkpoints, train_csv, test_csv, tmp_path):
+@pytest.mark.slow(15)
+def test_a_wheel_trains(installed, checkpoints, train_csv, test_csv, tmp_path):
+    """In two processes; the demo above trains in one."""
     pair = checkpoints["t5-tied"]
     flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} --eval_dataset {test_csv}"
-    command = f"{launcher}ppo_kd --config ppo {flags} {COLUMNS} {TWO_STEPS} {SAMPLING} --output_dir out"
+    command = f"--num_processes 2 ppo_kd --config ppo {flags} {COLUMNS} {TWO_STEPS} {SAMPLING} --output_dir out"
     said = _run([str(installed / "rlkd-trl"), *command.split()], tmp_path)
     assert said.count("Student, metrics.json and report.html are in out.") == 1
     assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())) == ["teacher", "before", "after"]
@@ -226,10 +235,11 @@ def test_a_wheel_trains(launcher, installed, checkpoints, train_csv, test_csv, t
     assert cost["optimizer_steps"] == 2
 
 
-@pytest.mark.slow
-def test_an_input_error_under_the_launcher_is_no_traceback(installed, tmp_path):
-    command = "--num_processes 2 ppo_kd --dataset nowhere.csv --teacher t --student s --output_dir out"
-    said = _run([str(installed / "rlkd-trl"), *command.split()], tmp_path, code=2)
-    assert said.count("error: Dataset nowhere.csv does not exist") == 1
-    assert said.count("\n") <= 3
+@pytest.mark.slow(1)
+def test_an_input_error_under_the_launcher_is_no_traceback(tmp_path):
+    command = "rlkd-trl --num_processes 2 ppo_kd --dataset nowhere.csv --teacher t --student s --output_dir out"
+    finished = forked_launchers.launched(command, directory=tmp_path, environment=ENVIRONMENT)
+    assert finished.returncode == 2
+    assert finished.stderr.count("error: Dataset nowhere.csv does not exist") == 1
+    assert finished.stderr.count("\n") <= 3
     assert not (tmp_path / "out").exists()

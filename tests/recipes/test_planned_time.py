@@ -11,9 +11,12 @@ from tests.recipes.command_lines import ROOT, main_of
 
 @pytest.fixture
 def names(monkeypatch) -> SimpleNamespace:
-    """The script's global names; it imports its neighbours, as a script does."""
+    """The script's global names, with models of one layer; it imports its neighbours, as a script does."""
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
-    return SimpleNamespace(**main_of("benchmarks/planned_time").__globals__)
+    scope = main_of("benchmarks/planned_time").__globals__
+    for model in ("TEACHER", "STUDENT"):
+        monkeypatch.setitem(scope, model, scope["Dimensions"](d_model=32, d_ff=32, heads=2, layers=1))
+    return SimpleNamespace(**scope)
 
 
 def test_log_probabilities_are_part_of_the_measured_update(names):

@@ -1,4 +1,4 @@
-"""Recipes in processes of their own, launched as the README says, and the demo.
+"""Recipes in processes of their own, launched as the README says.
 
 One run is launched for real in two processes, and some that start one; the others in forks, which import nothing.
 """
@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from rlkd_trl.commands import demo
 from tests.distributed import forked_launchers
 from tests.distributed.launching import ENVIRONMENT
 from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, TWO_STEPS, metrics_of, run
@@ -113,19 +111,6 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert finished.stderr.startswith("error: Dataset nowhere.csv does not exist")
     assert finished.stderr.count("\n") == 1
     assert finished.stdout == ""
-
-
-def test_the_demo_with_a_few_steps_of_everything(tmp_path, monkeypatch):
-    """The one command of the README, without the two minutes in which its models learn something."""
-    few = partial(demo.DemoRequest, teacher_steps=5, student_steps=5, pseudo_labelled_inputs=16)
-    monkeypatch.setattr(demo, "DemoRequest", few)
-    assert run(f"ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20 --output_dir {tmp_path}") == 0
-    metrics = metrics_of(tmp_path)
-    assert list(metrics) == ["teacher", "before", "after"]
-    for name in ("demo_models/teacher", "demo_models/warm_start", "."):
-        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
-    card = (tmp_path / "README.md").read_text()
-    assert "the embedded demo of rlkd_trl" in card and str(tmp_path / "demo_models" / "teacher") in card
 
 
 @pytest.mark.parametrize("flags", ["--cpu --num_processes 2", "--num_processes 2"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.distributed.launching import run_forked
 from tests.recipes.command_lines import ROOT, main_of, run
 
 TINY = "--prompt_tokens 5 --completion_tokens 3 --prompts 2 --samples 2 --vocabulary 40"
@@ -23,6 +24,17 @@ def beside_workload(monkeypatch):
 
 def names_of(benchmark: str) -> SimpleNamespace:
     return SimpleNamespace(**main_of(f"benchmarks/{benchmark}").__globals__)
+
+
+@pytest.fixture
+def forked_measurements(monkeypatch, tmp_path):
+    """The scripts' processes are forks of one that has imported everything and computed nothing."""
+
+    def run_script(words: list[str], **settings) -> SimpleNamespace:
+        printed = run_forked("tests.distributed.forked_script", tmp_path, [{}], *words[1:])
+        return SimpleNamespace(returncode=0, stdout=printed)
+
+    monkeypatch.setattr(subprocess, "run", run_script)
 
 
 def last_line(capsys) -> dict:
@@ -236,9 +248,9 @@ def test_growth(monkeypatch):
     assert lines[8][2:] == ["8: 4.00 s, 4 MiB · 16: 8.00 s, 4 MiB", "1.00", "0.00"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("family", ["t5", "decoder_only"])
-def test_a_step_whose_growth_is_measured(family):
+def test_a_step_whose_growth_is_measured(family, forked_measurements):
     """In processes of their own. 20,000 words more are in the update; twice as much, AdamW's moments, is not."""
     names = names_of("growth")
     small = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1)

@@ -21,18 +21,18 @@ def check_survival(place: Path, methods: list[str], kills: int, processes: int =
     assert [line["method"] for line in lines] == methods, said[-3000:]
     for line in lines:
         assert line["failures"] == [] and line["bit_identical"] == kills, line
-        assert line["kills"] >= kills // 4, f"few were killed: {line}"
+        assert line["kills"] >= max(kills // 4, 1), f"few were killed: {line}"
 
 
-@pytest.mark.slow(50)
+@pytest.mark.slow(35)
 @pytest.mark.timeout(SECONDS)
 def test_killed_at_random_moments(tmp_path):
-    check_survival(tmp_path, [*TRAINERS, "encoder"], 5)
+    check_survival(tmp_path, [*TRAINERS, "encoder"], 3)
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(14)
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize(("method", "kills"), [("compare", 5), ("encoder-stages", 3)])
+@pytest.mark.parametrize(("method", "kills"), [("compare", 3), ("encoder-stages", 3)])
 def test_several_runs_in_one_command(method, kills, tmp_path):
     """Each of these is of 2 or 3 runs, and costs as much."""
     check_survival(tmp_path, [method], kills)
