@@ -72,6 +72,8 @@ def test_what_stops_a_command_ends_in_a_line_or_two(error, code, lines, capsys):
     ("command", "is_one"),
     [
         ("/usr/bin/python3 /venv/bin/accelerate launch recipes/ppo_kd.py", True),
+        ("/usr/bin/python3 /venv/bin/torchrun --nproc_per_node 2 recipes/ppo_kd.py", True),
+        ("/usr/bin/python3 /venv/bin/rlkd-trl --num_processes 2 ppo_kd", True),
         ("/usr/bin/python3 -m torch.distributed.run --nproc_per_node 2 ppo_kd.py", True),
         ("python recipes/compare.py --smoke", True),
         ("bash -c accelerate launch recipes/ppo_kd.py", False),

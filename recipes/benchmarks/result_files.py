@@ -1,6 +1,7 @@
 """Where a benchmark's results go, and how they are written."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from rlkd_trl.commands.comparison.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REMARKS = "\n## Remarks\n"
+REMARKS = re.compile(r"^## Remarks[ \t]*$.*", re.MULTILINE | re.DOTALL)
 
 
 def made_by() -> str:
@@ -36,14 +37,14 @@ def _git(*words: str) -> str:
 def write_results(directory: str | Path, name: str, results: object, text: str) -> None:
     """Writes `name`.json and `name`.md into the directory, and prints the text.
 
-    A page that is there keeps what stands below its line `## Remarks`, which people write.
+    A page that is there keeps its section `## Remarks`, the last one, which people write.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     page = directory / f"{name}.md"
-    _, *remarks = page.read_text(encoding="utf-8").partition(REMARKS) if page.is_file() else ("",)
-    page.write_text("".join([text, *remarks]), encoding="utf-8")
+    remarks = REMARKS.search(page.read_text(encoding="utf-8")) if page.is_file() else None
+    page.write_text(f"{text}\n{remarks[0]}" if remarks else text, encoding="utf-8")
     print(text)
 
 

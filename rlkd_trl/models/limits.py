@@ -22,8 +22,6 @@ _BATCH_SIZE = 1000  # texts that are tokenised at a time
 # grows as needed, so it is no limit.
 _TABLE = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")
 
-_LIMITS: dict[tuple[type, str, str], PositionLimits] = {}  # of configs: class, checkpoint and content
-
 
 @dataclass(frozen=True)
 class PositionLimits:
@@ -58,17 +56,8 @@ def position_limits(model: PreTrainedModel) -> PositionLimits:
 
 
 def position_limits_of_config(config: PreTrainedConfig) -> PositionLimits:
-    """`position_limits` before any weights are read, from a model on the meta device. Raises `InputError`.
-
-    A recipe asks for each part of its data, and making the model takes longer than all else of the check: it is made
-    once for each config, but for those whose model is a checkpoint's own code.
-    """
-    if getattr(config, "auto_map", None):
-        return position_limits(model_without_weights(config))
-    key = (type(config), config.name_or_path, config.to_json_string(use_diff=False))
-    if key not in _LIMITS:
-        _LIMITS[key] = position_limits(model_without_weights(config))
-    return _LIMITS[key]
+    """`position_limits` before any weights are read, from a model on the meta device. Raises `InputError`."""
+    return position_limits(model_without_weights(config))
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -521,7 +521,7 @@ REWARD_CASES = [
     (("evaluate",), "--reward_weights inf", "--reward_weights inf is out of range"),
 ]
 PANEL_CASES = [
-    (SOME_COMPARED, "--teacher_weights 1 2", "--teacher_weights has 2 weights for 1 teachers: give one each"),
+    (COMPARED, "--teacher_weights 1 2", "--teacher_weights has 2 weights for 1 teachers: give one each"),
     (("kd", "evaluate"), "--template_weights 1 2", "--template_weights has 2 weights for 1 templates: give one each"),
     (SOME_DISTILLED, "--teacher_weights 0", "--teacher_weights 0.0 is out of range"),
     (

@@ -438,12 +438,16 @@ ARRIVES = {
         "--teacher {teacher} {other} --teacher_column expert",
         lambda r, seen, base: (
             seen.metrics["teacher"]["teacher_nll_per_token"] != base.metrics["teacher"]["teacher_nll_per_token"]
+            and (r == "evaluate" or panel(seen).routing.teacher_column == "expert")
         ),
     ),
     "PanelArguments.template_column": (
         (*DISTILLING, "evaluate"),
         f"{ASKED} --template_column ask",
-        lambda r, seen, base: seen.widest("teacher") > base.widest("teacher"),
+        lambda r, seen, base: (
+            seen.widest("teacher") > base.widest("teacher")
+            and (r == "evaluate" or panel(seen).routing.template_column == "ask")
+        ),
     ),
     "RoutingArguments.teacher_column": (
         ("pseudo_label",),

@@ -144,7 +144,10 @@ def test_a_case_that_fails_leaves_no_checkpoint(names, tmp_path, monkeypatch):
 
 
 def test_a_page_keeps_what_people_wrote_below_the_results(names, tmp_path):
-    """Written anew, it has the new results and the old remarks, once, also where a result has a heading."""
+    """Written anew, it has the new results and the old remarks, once, also where a result has a heading.
+
+    The line may end in a space, or the page with it.
+    """
     names.write_results(tmp_path, "page", {}, "# Old\n\n## Part\n\nold\n")
     assert (tmp_path / "page.md").read_text() == "# Old\n\n## Part\n\nold\n"
     with (tmp_path / "page.md").open("a") as file:
@@ -152,3 +155,7 @@ def test_a_page_keeps_what_people_wrote_below_the_results(names, tmp_path):
     for new in ("first", "second"):
         names.write_results(tmp_path, "page", {}, f"# New\n\n{new}\n")
     assert (tmp_path / "page.md").read_text() == "# New\n\nsecond\n\n## Remarks\n\nSeen.\n\n### More\n\nAlso.\n"
+    for end in ("## Remarks", "## Remarks \nSeen.\n"):
+        (tmp_path / "page.md").write_text(f"# Old\n\n{end}")
+        names.write_results(tmp_path, "page", {}, "# New\n")
+        assert (tmp_path / "page.md").read_text() == f"# New\n\n{end}"
