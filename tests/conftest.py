@@ -165,12 +165,10 @@ MOST_WORKERS = 4
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest` alone, which is all tests, takes several processes where pytest-xdist is installed; as with -n.
+    """`pytest` alone, which is all tests, takes a process for each core where pytest-xdist is installed; as with -n.
 
-    One more than there are cores, up to four, and one alone on a single core: for a fourth of the time a test waits,
-    for a signal to be obeyed or for a process that hangs to be found out. Tests of one file stay in one process: they
-    share models, runs and launches. `pytest -n 0` is one process again, and so is a command with files or
-    directories.
+    Tests of one file stay in one process: they share models, runs and launches. `pytest -n 0` is one process again,
+    and so is a command that names files or directories.
     """
     is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     is_asked = getattr(config.option, "numprocesses", 0) is not None  # 0: not installed
@@ -178,7 +176,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores > 1:
-        config.option.numprocesses, config.option.dist = min(cores + 1, MOST_WORKERS), "loadfile"
+        config.option.numprocesses, config.option.dist = min(cores, MOST_WORKERS), "loadfile"
         config.option.loadscopereorder = False  # by number of tests; here files go as below
 
 
