@@ -292,7 +292,8 @@ def checkpoint_to_resume(run: RunArguments, args: "TrainingArguments") -> str | 
             f"--resume: there is no whole checkpoint in {output_dir}: {'; '.join(passed_over)}. Begin anew with "
             "--overwrite_output_dir."
             if passed_over
-            else f"--resume: there is no checkpoint in {output_dir}; save some with --save_steps."
+            else f"--resume: there is no checkpoint in {output_dir} to go on from. Begin without --resume, and save "
+            "some with --save_steps."
         )
     for defect in passed_over:
         say(f"{defect}; going on from {newest}.")

@@ -140,7 +140,7 @@ def test_na_in_a_csv_counts_as_empty_and_the_message_says_so(tmp_path, monkeypat
     file = tmp_path / "a.csv"
     file.write_text("mr,ref\na,b\nNA,c\n")
     rows = load_rows(str(file))
-    with pytest.raises(InputError, match=r"Row 2: .*NA, null and None count as empty"):
+    with pytest.raises(InputError, match=r"Row 2: .*NA, N/A, NaN, null and None count as empty"):
         group_by_source(rows, "mr")
 
 

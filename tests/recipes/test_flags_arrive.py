@@ -41,6 +41,7 @@ class Seen:
     datasets: list[dict] = field(default_factory=list)  # of the Hub
     loads: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))  # by role
     teachers: list[dict] = field(default_factory=list)
+    panels: list[TeacherPanel] = field(default_factory=list)
     shapes: dict[str, list[torch.Size]] = field(default_factory=lambda: defaultdict(list))  # of prompts, by role
     models: dict[str, transformers.PreTrainedModel] = field(default_factory=dict)  # by role
     trainer: transformers.Trainer | None = None
@@ -106,6 +107,7 @@ def observe(files, tmp_path, monkeypatch):
             "config": transformers.AutoConfig.from_pretrained,
             "tokenizer": transformers.AutoTokenizer.from_pretrained,
             "teacher": Teacher.from_pretrained.__func__,
+            "panel": TeacherPanel.__init__,
         }
 
         def role(checkpoint) -> str:
@@ -138,6 +140,10 @@ def observe(files, tmp_path, monkeypatch):
             kept = {**kwargs, "placement": "replicated", "offload_path": None}
             return original["teacher"](cls, name, **kept)
 
+        def make_panel(panel, *args, **kwargs):
+            original["panel"](panel, *args, **kwargs)
+            seen.panels.append(panel)
+
         def train(trainer, resume_from_checkpoint=None, **kwargs):
             seen.trainer, seen.resumed_from = trainer, resume_from_checkpoint
             return TrainOutput(0, 0.0, {"train_loss": 0.0})
@@ -150,6 +156,7 @@ def observe(files, tmp_path, monkeypatch):
             patch.setattr(transformers.AutoConfig, "from_pretrained", load_config)
             patch.setattr(transformers.AutoTokenizer, "from_pretrained", load_tokenizer)
             patch.setattr(Teacher, "from_pretrained", classmethod(load_teacher))
+            patch.setattr(TeacherPanel, "__init__", make_panel)
             patch.setattr(transformers.Trainer, "train", train)
             code = run(command.replace("OUT", str(seen.output_dir)))
         assert code == 0
@@ -210,8 +217,8 @@ WITH_STUDENTS = (*DISTILLING, "sft", "evaluate")
 
 
 def panel(seen: Seen) -> TeacherPanel:
-    """How the trainer's teachers are weighed."""
-    (only,) = seen.trainer.reward_model.panels
+    """How teachers are weighed, and which examples are whose."""
+    (only,) = seen.panels
     return only
 
 
@@ -431,14 +438,14 @@ ARRIVES = {
     "PanelArguments.teacher_weighting": (
         (*DISTILLING, "evaluate"),
         f"{ASKED} --teacher_weighting per_example",
-        lambda r, seen, _: r == "evaluate" or panel(seen).weighting == "per_example",
+        lambda r, seen, _: panel(seen).weighting == "per_example",
     ),
     "PanelArguments.teacher_column": (
         (*DISTILLING, "evaluate"),
         "--teacher {teacher} {other} --teacher_column expert",
         lambda r, seen, base: (
             seen.metrics["teacher"]["teacher_nll_per_token"] != base.metrics["teacher"]["teacher_nll_per_token"]
-            and (r == "evaluate" or panel(seen).routing.teacher_column == "expert")
+            and panel(seen).routing.teacher_column == "expert"
         ),
     ),
     "PanelArguments.template_column": (
@@ -446,7 +453,7 @@ ARRIVES = {
         f"{ASKED} --template_column ask",
         lambda r, seen, base: (
             seen.widest("teacher") > base.widest("teacher")
-            and (r == "evaluate" or panel(seen).routing.template_column == "ask")
+            and panel(seen).routing.template_column == "ask"
         ),
     ),
     "RoutingArguments.teacher_column": (
