@@ -174,8 +174,8 @@ def require_no_blanks(values: Sequence, column: str) -> None:
 
 def _empty(row: int, column: str) -> str:
     return (
-        f"Row {row}: column `{column}` is empty; drop the row or fill it in. (In CSV files NA, N/A, NaN, null and None "
-        "count as empty too.)"
+        f"Row {row}: column `{column}` is empty; drop the row or fill it in. (In CSV files NA, N/A, NaN, null and "
+        "None count as empty too.)"
     )
 
 
