@@ -452,8 +452,7 @@ ARRIVES = {
         (*DISTILLING, "evaluate"),
         f"{ASKED} --template_column ask",
         lambda r, seen, base: (
-            seen.widest("teacher") > base.widest("teacher")
-            and panel(seen).routing.template_column == "ask"
+            seen.widest("teacher") > base.widest("teacher") and panel(seen).routing.template_column == "ask"
         ),
     ),
     "RoutingArguments.teacher_column": (
