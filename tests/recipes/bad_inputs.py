@@ -289,7 +289,11 @@ MODEL_CASES = [
     (("sft (new model)",), "--tokenizer ./nowhere", "nowhere` is not a directory"),
     (SOME_TRAINED, "--resume_from_checkpoint files", "--resume_from_checkpoint files is no checkpoint of a run"),
     (SOME_TRAINED, "--resume --resume_from_checkpoint files", "are two checkpoints: give one of them"),
-    (TRAINED, "--resume", "no checkpoint in out; save some with --save_steps"),
+    (
+        TRAINED,
+        "--resume",
+        "no checkpoint in out to go on from. Begin without --resume, and save some with --save_steps",
+    ),
     (("kd", "sft"), "--student config_is_text", "config_is_text/config.json' is not a valid JSON file"),
     (
         ("pseudo_label", "rloo_kd", "evaluate"),
@@ -457,7 +461,11 @@ MODEL_CASES = [
         "--resume --output_dir begun",
         "checkpoint-1 is not whole (it has no manifest.json, which is written last)",
     ),
-    (SOME_TRAINED, "--resume --output_dir finished", "no checkpoint in finished; save some with --save_steps"),
+    (
+        SOME_TRAINED,
+        "--resume --output_dir finished",
+        "no checkpoint in finished to go on from. Begin without --resume",
+    ),
     (
         SOME_TRAINED,
         "--resume --overwrite_output_dir",
