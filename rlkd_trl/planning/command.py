@@ -8,6 +8,7 @@ weights are not needed. Lengths and batch sizes are those of the run; at a short
 """
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Annotated
 
 from rlkd_trl.errors import InputError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16")
 _GPU_MEMORY = 80.0
 _CRITICS = ("shared", "separate", "none")
+_MOST_TOKENS = 2**20  # of a micro-batch: of integer tensors with more elements `skeletons` knows no values
 _GIB = Annotated[float, Range(0, 1e6, above=True)]
 
 # Flags that recipes have too have the same ranges there.
@@ -125,6 +127,15 @@ def _check(flags: argparse.Namespace) -> None:
             f"A rollout of {completions} completions (--per_device_train_batch_size "
             f"{flags.per_device_train_batch_size} × --gradient_accumulation_steps "
             f"{flags.gradient_accumulation_steps}) is not divisible by --num_generations {flags.num_generations}."
+        )
+    prompt_length = max(flags.max_prompt_length, flags.teacher_max_prompt_length or 0)
+    prompts = math.ceil(flags.per_device_train_batch_size / flags.num_generations)
+    tokens = max(flags.per_device_train_batch_size * flags.max_completion_length, prompts * prompt_length)
+    if tokens > _MOST_TOKENS:
+        raise InputError(
+            f"A micro-batch of --per_device_train_batch_size {flags.per_device_train_batch_size} has {tokens:,} "
+            f"tokens of prompts or completions; up to {_MOST_TOKENS:,} can be planned. Give a smaller one, and more "
+            "--gradient_accumulation_steps."
         )
     if flags.load_in_8bit and flags.load_in_4bit:
         raise InputError("--load_in_8bit and --load_in_4bit are two precisions: give one of them.")

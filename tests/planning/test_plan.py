@@ -198,6 +198,10 @@ def test_bytes_are_shown_in_gib(nbytes, shown):
         ),
         ("--teacher {teacher} --student {student} --gpu_name l4 --node_link 0", "--node_link 0.0 is out of range"),
         ("--teacher {teacher} --student {student} --num_generations 5", "not divisible by --num_generations 5"),
+        (
+            "--teacher {teacher} --student {student} --per_device_train_batch_size 32768",
+            "has 4,194,304 tokens of prompts or completions; up to 1,048,576 can be planned",
+        ),
         ("--teacher {teacher} --student {student} --student_dtype float16", "invalid choice: 'float16'"),
         ("--teacher {encoder} --student {student}", "model type 'bert') is neither"),
         ("--teacher {teacher} --student {encoder}", "`--student "),
