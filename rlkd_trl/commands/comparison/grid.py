@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlkd_trl.commands.comparison.arguments import SELECTION, Budget, ComparisonSettings
 from rlkd_trl.commands.comparison.cells import Cell, Method, run_cells
-from rlkd_trl.commands.comparison.statistics import best, choose_learning_rate
+from rlkd_trl.commands.comparison.choice import best, choose_learning_rate
 from rlkd_trl.commands.files_read import FileDigests
 
 

@@ -89,19 +89,6 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, student_t_critical(n - 1) * statistics.stdev(values) / math.sqrt(n))
 
 
-def choose_learning_rate(scores: Mapping[float, float | None], *, lower_is_better: bool) -> float | None:
-    """The rate with the best score, the smaller of two as good; None where no rate has a finite one."""
-    finite = {rate: score for rate, score in scores.items() if score is not None and math.isfinite(score)}
-    sign = 1 if lower_is_better else -1
-    return min(finite, key=lambda rate: (sign * finite[rate], rate), default=None)
-
-
-def best(scores: Mapping[str, float], count: int, *, lower_is_better: bool) -> list[str]:
-    """The names of the `count` best finite scores, the best first; of two as good, the one that stands first."""
-    finite = [name for name, score in scores.items() if math.isfinite(score)]
-    return sorted(finite, key=lambda name: scores[name] if lower_is_better else -scores[name])[:count]
-
-
 def input_statistics(inputs: Sequence[Mapping]) -> dict[str, Tensor]:
     """For each metric that is a function of sums over inputs, what is summed: float64 `[N, D]`.
 
