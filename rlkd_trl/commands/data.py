@@ -26,6 +26,7 @@ from rlkd_trl.data import (
     require_no_blanks,
     require_prompt,
 )
+from rlkd_trl.data.columns import input_key
 from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import (
     Message,
@@ -94,7 +95,7 @@ def load_prompts(
     with naming(name):
         grouped = _rendered(grouped, prompts, templates)
     if templates is not None and held_out is None:
-        _say_what_gets_the_source(templates, grouped[0])
+        _say_what_gets_the_source(templates, grouped[0], data.target_column)
     return grouped
 
 
@@ -119,7 +120,7 @@ def stream_prompts(
 
     stream = open_stream(data, streaming, prepare, seed)
     if templates is not None:
-        _say_what_gets_the_source(templates, stream.head[0])
+        _say_what_gets_the_source(templates, stream.head[0], data.target_column)
     _say_what_is_continued(stream.head["prompt"])
     return stream
 
@@ -171,9 +172,19 @@ def _say_what_is_continued(prompts: Collection[str | list[Message]]) -> None:
         )
 
 
-def _say_what_gets_the_source(templates: PromptTemplates, row: Mapping[str, object]) -> None:
-    """Says which variable of the templates gets the source text: it could be a column's name misspelt."""
+def _say_what_gets_the_source(
+    templates: PromptTemplates, row: Mapping[str, object], target_column: str | None
+) -> None:
+    """Says which variable of the templates gets the source text: it could be a column's name misspelt.
+
+    Raises `InputError` if it is the target column's name, which templates do not see.
+    """
     variable = variable_of_source(templates, row)
+    if variable is not None and variable == target_column:
+        raise InputError(
+            f"The templates read `{variable}`, which is the --target_column: no prompt shows it. Write "
+            "{{ source }} for the source text, or another column's name."
+        )
     if variable is not None:
         say(f"The templates read `{variable}`, which is no column of the data: it gets the source text.")
 
@@ -255,6 +266,7 @@ def load_train_and_held_out(
     train = load_prompts(data, prompts, templates)
     if held_out.eval_dataset is not None or data.dataset is None:
         test = load_prompts(data, prompts, templates, held_out)
+        _say_what_is_shared(train, test, flag)
     else:
         count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
         if count == 0:
@@ -263,6 +275,13 @@ def load_train_and_held_out(
         say(f"No {flag}: {count} of {len(train)} distinct inputs are held out for evaluation.")
         train, test = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
     return train, test
+
+
+def _say_what_is_shared(train: "Dataset", test: "Dataset", flag: str) -> None:
+    trained = set(map(input_key, train["prompt"]))
+    count = sum(input_key(prompt) in trained for prompt in test["prompt"])
+    if count:
+        say(f"{count} of {len(test)} inputs of {flag} are training inputs too: results on these are not held out.")
 
 
 def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, object]]:
@@ -283,7 +302,7 @@ def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) 
     require_variables(prompts, templates)
     pairs = _pairs_of(rows, data, prompts, templates)
     if templates is not None:
-        _say_what_gets_the_source(templates, pairs[0])
+        _say_what_gets_the_source(templates, pairs[0], data.target_column)
     _say_what_is_continued([pair["prompt"] for pair in pairs])
     empty_targets([pair["target"] for pair in pairs])
     return pairs

@@ -163,6 +163,19 @@ def test_a_variable_that_gets_the_source_is_named(recipe, checkpoints, test_csv,
         assert (GETS_THE_SOURCE.format("reff") in capsys.readouterr().out) is is_named
 
 
+@pytest.mark.parametrize("recipe", ["pseudo_label", "sft", "ppo_kd"])
+def test_a_template_that_reads_the_target_is_refused(recipe, checkpoints, test_csv, tmp_path, capsys):
+    """It would get the source text in place of what it names, or show what is to be learnt."""
+    pair = checkpoints["t5-tied"]
+    places = {"pseudo_label": f"--output {tmp_path / 'out.jsonl'}"}
+    models = f"--student {pair.student}" if recipe == "sft" else f"--teacher {pair.teacher}"
+    models += f" --student {pair.student}" if recipe == "ppo_kd" else ""
+    command = f"{recipe} {models} {COLUMNS} {places.get(recipe, f'--output_dir {tmp_path}/out')}"
+    assert run(f"{command} --dataset {test_csv} --template 'w9 {{{{ ref }}}}'") == 2
+    assert "The templates read `ref`, which is the --target_column" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
 @pytest.mark.parametrize("strategy, generation", [("greedy", {}), ("beam --num_beams 3", {"num_beams": 3})])
 def test_forced_tokens_are_given_and_allowed_special_tokens_are_written(strategy, generation, test_csv, tmp_path):
     """Of a model that is forced to begin with a language's code, and that likes special tokens best."""

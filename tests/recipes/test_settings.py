@@ -158,6 +158,15 @@ def test_held_out_data_of_its_own_is_used_whole(train_csv, test_csv):
     }
 
 
+def test_held_out_inputs_that_are_trained_on_are_counted(train_csv, test_csv, tmp_path, capsys):
+    data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
+    partly = write_csv(tmp_path / "partly.csv", [*word_rows(8, seed=1), *word_rows(30)[:3]])
+    for file, said in ((test_csv, ""), (partly, "3 of 11 inputs of --eval_dataset are training inputs too")):
+        load_train_and_held_out(settings(data, HeldOutArguments(eval_dataset=str(file)), RLOOKDConfig()), None)
+        printed = capsys.readouterr().out
+        assert said in printed and ("training inputs" in printed) is bool(said)
+
+
 def test_the_reference_is_in_no_column_that_a_template_could_read(train_csv):
     data = DataArguments(dataset=str(train_csv), source_column="mr", target_column="ref")
     assert "ref" not in load_prompts(data, PromptArguments(), None).column_names
