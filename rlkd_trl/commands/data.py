@@ -278,6 +278,7 @@ def load_train_and_held_out(
 
 
 def _say_what_is_shared(train: "Dataset", test: "Dataset", flag: str) -> None:
+    """Says how many held-out inputs are training inputs too: the table would call them held out."""
     trained = set(map(input_key, train["prompt"]))
     count = sum(input_key(prompt) in trained for prompt in test["prompt"])
     if count:
