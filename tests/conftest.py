@@ -1,5 +1,6 @@
 """Tiny models and a word-level tokenizer, so that no test needs a network or a minute."""
 
+import functools
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The programs that tests start read it too: with two threads beside another test some take four times the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import accelerate.utils.imports
 import hypothesis
 import pytest
 import torch
@@ -33,6 +35,8 @@ from transformers import (
 # would wait for the disk twenty times. Called with what is no open file, it fails as the real one does. That it is
 # called is for `tests/resuming/test_checkpoint_files.py`.
 os.fsync = lambda descriptor: os.fstat(descriptor) and None
+# Accelerate looks on the disk for DeepSpeed whenever it unwraps a model, for half a millisecond and more.
+accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 # The same examples in every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(
     "tests",

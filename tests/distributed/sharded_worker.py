@@ -65,7 +65,7 @@ CASES = {
     "rloo": Case("rloo-sequence", ("zero3",)),
     # The first process needs no decoder pass over tokens, the second one does.
     "rloo-uneven": Case("rloo-token", ("zero3",), "llama", forced=([EOS],) * 4 + LONGER),
-    "ppo-lora": Case("ppo", ("zero2", "zero3"), "t5-tied", lora=True),
+    "ppo-lora": Case("ppo", ("zero3",), "t5-tied", lora=True),
     # Tied embeddings get a gradient from the head and elsewhere.
     "kd-student": Case("kd", ("zero2", "zero3"), family="t5-tied"),
     "kd-teacher": Case("kd", ("zero3",), settings=(("sequences", "teacher"), ("lmbda", 0.0), ("alpha", 0.5))),
@@ -78,7 +78,7 @@ CASES = {
         settings=(("future", "expected"),),
         forced=([EOS],) * 3 + ([4, EOS],) + ([4, 5, EOS], [6, EOS], [7, 8, 9, 3], [4, 5, 6, 7, 8, EOS]),
     ),
-    "all-actions-mixed": Case("all-actions", ("zero2", "zero3"), settings=(("teacher_mix", 0.5),)),
+    "all-actions-mixed": Case("all-actions", ("zero3",), settings=(("teacher_mix", 0.5),)),
     "reinforce-lagging": Case("reinforce", ("zero3",), settings=(("behaviour_sync_steps", 2),)),
 }
 RESUMED = ("ppo", "reinforce-lagging")

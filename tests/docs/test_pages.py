@@ -108,7 +108,7 @@ SMALL = {
     "cache_teacher": "--max_completion_length 6",
     "evaluate": "--max_completion_length 6",
     "compare": "--seeds 0 --max_steps 1 --learning_rates 1e-3 --max_completion_length 6 --num_resamples 100 "
-    "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd rloo_token",
+    "--common per_device_train_batch_size=8 num_generations=2 --methods seq_kd",
     "assistant_kd": "--max_steps 1 --common per_device_train_batch_size=8 max_completion_length=6",
     "encoder_kd": "--max_steps 1 --stage_max_steps 1 --per_device_train_batch_size 8 --max_length 32",
     "encoder_search": "--base soft_only --sets leave_one_out --seeds 0 --max_steps 1 --common max_length=32",

@@ -70,6 +70,7 @@ def rows_of(completions: Completions) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(completions.ids_BT, completions.mask_BT, strict=True)]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("family", FAMILIES)

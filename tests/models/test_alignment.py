@@ -50,6 +50,7 @@ def aligned(align: TokenAligner, ids: list[int], *, width: int = 0):
     return align.align(ids_BT, mask_BT, torch.tensor([ids[-1] == 1]))
 
 
+@pytest.mark.slow(0.1)
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 @settings(max_examples=EXAMPLES)
 @given(text=TEXT, ended=st.booleans(), seed=st.integers(0, 99))

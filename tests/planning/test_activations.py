@@ -102,6 +102,7 @@ def test_scoring(name, shape, dtype, tmp_path):
     assert_close(scoring_bytes(skeleton, wanted, **ON_CPU), measured)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("measure", [log_prob_bytes, update_bytes])
 def test_log_probs_and_updates_take_the_blocks_of_a_gpu(measure, tmp_path):
     """Of 4 · 400 tokens and 8,000 ids a block of 16 MiB holds 524, one of 2 MiB 65: 4 blocks in place of 25 a pass."""
@@ -116,6 +117,7 @@ def test_log_probs_and_updates_take_the_blocks_of_a_gpu(measure, tmp_path):
     assert counts[1] - counts[0] >= 21 * 3, "at least three operations a block"
 
 
+@pytest.mark.slow(2)
 def test_the_teachers_questions_may_be_longer_than_prompts(tmp_path):
     skeleton = checkpoint_of(MODELS["t5-tied"](), tmp_path).build(torch.float32)
     longer = replace(workload((4, 8, 2, 6)), question_tokens=40)
@@ -125,6 +127,7 @@ def test_the_teachers_questions_may_be_longer_than_prompts(tmp_path):
     assert (few.scored_prompts, replace(few, question_tokens=None).scored_prompts) == (1, 3)
 
 
+@pytest.mark.slow(0.8)
 def test_scoring_takes_the_slices_of_a_gpu(tmp_path):
     """2^24 float32 logits are 64 MiB, and their log-softmax as much; everything else of this model is below 5 MiB."""
     skeleton = checkpoint_of(MODELS["t5-large-vocabulary"](), tmp_path).build(torch.float32)

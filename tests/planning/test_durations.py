@@ -96,6 +96,7 @@ def test_where_sampling_tells_log_probabilities_only_a_reference_reads():
         assert replace(in_float32, **change).reads_samples
 
 
+@pytest.mark.slow(8)
 def test_memory_for_log_probabilities_only_where_something_reads_the_samples(tmp_path):
     checkpoint = checkpoint_of(MODELS["t5-tied"](), tmp_path)
 

@@ -3,7 +3,7 @@
 The kernel for CPU communication is left out: nothing here uses it. Adam's for offloaded optimizers is one of torch's.
 The file KIND gets the kind of parallelism that Accelerate has really set up: where it cannot, it takes another one and
 says nothing. FEW_DEMO_STEPS in the environment: so many steps for each of the demo's models, which take minutes
-otherwise.
+otherwise, and a tenth of its held-out rows.
 
     launched_recipe.py KIND RECIPE FLAGS...
 """
@@ -51,6 +51,7 @@ def main(kind_file: Path, *words: str) -> None:
         steps = int(os.environ["FEW_DEMO_STEPS"])
         few = {"teacher_steps": steps, "student_steps": steps, "pseudo_labelled_inputs": 16}
         demo.DemoRequest = partial(demo.DemoRequest, **few)
+        demo.SPLIT_SIZES.update(validation=6, test=10)
     runpy.run_path(words[0], run_name="__main__")
     state = AcceleratorState()
     stage = state.deepspeed_plugin.zero_stage if state.deepspeed_plugin else "none"

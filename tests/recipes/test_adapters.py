@@ -59,6 +59,7 @@ def test_every_recipe_trains_adapters_alone(method, command, tmp_path, capsys):
     assert "AutoPeftModelForSeq2SeqLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow(1.0)
 def test_adapters_of_a_warm_start_are_trained_further_and_evaluated(
     command, checkpoints, train_csv, test_csv, tmp_path
 ):

@@ -101,6 +101,7 @@ def test_no_preset_sends_every_assistant_to_the_hub(place, monkeypatch):
         chain_of("--methods kd/pushed.yaml", monkeypatch)
 
 
+@pytest.mark.slow(0.7)
 def test_each_hop_is_checked_with_its_own_teachers(place, monkeypatch):
     """A teacher with another tokenizer is asked in the first hop alone; weights by losses begin with two teachers."""
     (place / "ppo_kd").mkdir()
@@ -212,5 +213,7 @@ def test_a_killed_hop_goes_on_from_its_checkpoint(place, monkeypatch):
 def test_on_the_demo(tmp_path, monkeypatch):
     fork_recipes(monkeypatch)
     monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 5, "student_steps": 5})
+    for split in ("validation", "test"):
+        monkeypatch.setitem(demo.SPLIT_SIZES, split, 20)
     assert run(f"assistant_kd --smoke --output_dir {tmp_path / 'out'}") == 0
     assert "| assistant1 | word_kd | 4 |" in (tmp_path / "out" / "chain.md").read_text()

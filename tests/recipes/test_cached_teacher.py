@@ -56,6 +56,7 @@ def test_the_student_is_that_of_the_teacher_itself_which_is_not_there(place, cap
     assert "cached: 30 targets" in (here / "cached" / "README.md").read_text()
 
 
+@pytest.mark.slow(0.6)
 def test_it_is_continued_to_the_same_student(place, tmp_path, capsys):
     (here, command), out = place, tmp_path / "out"
     if not (here / "cached").exists():

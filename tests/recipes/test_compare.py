@@ -706,6 +706,7 @@ def test_shipped_methods(preset):
     assert (run.args.logging_steps, run.args.max_steps, run.teacher.teacher) == (5, 3, ["teacher"])
 
 
+@pytest.mark.slow(0.7)
 def test_a_method_may_keep_its_teacher_in_another_way(workplace):
     assert compare(f"{GOOD} --methods in_int8 --baseline in_int8 --seeds 0", workplace) == 0
     (call,) = [call for call in calls(workplace) if "in_int8" in str(call)]
@@ -718,11 +719,13 @@ def test_shipped_methods_are_found_by_name():
     assert main_of("compare").__globals__["CONFIGS"]["rloo_kd"] is RLOOKDConfig
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(15)
 def test_smoke(tmp_path, monkeypatch):
-    """With the real recipes; fewer seeds, rates and steps of its models than it has, which take 117 s of CPU."""
+    """With the real recipes; fewer seeds, rates, held-out rows and steps of its models than it has: 117 s of CPU."""
     fork_recipes(monkeypatch)
     monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
+    for split in ("validation", "test"):
+        monkeypatch.setitem(demo.SPLIT_SIZES, split, 20)
     monkeypatch.chdir(tmp_path)
     assert run("compare --smoke --seeds 0 --learning_rates 1e-3") == 0
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())

@@ -222,6 +222,7 @@ def test_flags_arrive_together(observe):
     assert [name for name in TOGETHER if ARRIVES[name][1](seen)] == TOGETHER
 
 
+@pytest.mark.slow(0.6)
 def test_no_flag_is_seen_without_it(observe):
     """Or the tests above could not fail."""
     seen = observe("")

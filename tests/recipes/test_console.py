@@ -188,12 +188,13 @@ def test_a_source_archive_brings_what_the_package_is_built_from(tmp_path):
     assert {str(path.relative_to(ROOT)) for path in wanted if "results" not in path.parts} <= found
 
 
-# The embedded demo as `rlkd-trl ppo_kd` starts it, but for the minutes in which its models learn something.
+# The embedded demo as `rlkd-trl ppo_kd` starts it, but for the minutes in which its models learn and are tested.
 SHORT_DEMO = """
 import sys
 from functools import partial
 from rlkd_trl.commands import console, demo
 demo.DemoRequest = partial(demo.DemoRequest, teacher_steps=5, student_steps=5, pseudo_labelled_inputs=16)
+demo.SPLIT_SIZES.update(validation=6, test=10)
 sys.argv = ["rlkd-trl", *sys.argv[1:]]
 console.main()
 """
@@ -201,7 +202,7 @@ console.main()
 
 @pytest.mark.slow(10)
 def test_a_wheel_runs_the_demo(installed, tmp_path):
-    """The one command of the README, without the two minutes in which its models learn something."""
+    """The one command of the README, without the minutes in which its models learn and are tested."""
     flags = "ppo_kd --max_steps 2 --max_completion_length 12 --max_rows 20"
     _run([str(installed / "python"), "-c", SHORT_DEMO, *flags.split()], tmp_path)
     found = tmp_path / "runs" / "demo_ppo"

@@ -146,6 +146,7 @@ def test_students_of_other_sizes(name, sizes, encoders, tmp_path):
 # Several teachers
 
 
+@pytest.mark.slow(1)
 def test_teachers_fine_tuned_together_teach_one_student(encoders, tmp_path, capfd):
     labelled = f"--task_dataset {encoders.train} --label_column label {STEPS}"
     together = f"encoder_kd --losses hard_ce --student {encoders.general} --train_along {encoders.task} {labelled}"
@@ -238,6 +239,7 @@ def with_adapters(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("place", ["with_tokenizer", "without"])
 def test_a_teacher_of_adapters_teaches_as_the_merged_model(place, encoders, tmp_path):
     """For a task of two classes, and the model beneath is of three."""
@@ -263,6 +265,7 @@ def test_a_model_beneath_adapters_is_not_written_over(encoders, tmp_path, capsys
 # Tasks
 
 
+@pytest.mark.slow(0.7)
 def test_labels_are_the_teachers_classes_by_name_or_number(encoders, tmp_path):
     results = {}
     for column in ("label", "number"):
@@ -465,6 +468,7 @@ def test_another_run_is_not_continued(changed, named, encoders, tmp_path, monkey
     assert "is of another run" in error.splitlines()[-1] and named in error
 
 
+@pytest.mark.slow(0.6)
 def test_a_stage_that_was_killed_in_its_first_save_begins_anew(encoders, tmp_path):
     """And the one before it does not."""
     out = tmp_path / "out"

@@ -198,6 +198,7 @@ def test_killed_outside_of_training(when, stage, encoders, tmp_path, whole, monk
     assert_is(tmp_path / "out", whole)
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("place", ["stage1-general", "."])
 def test_a_torn_checkpoint_is_not_gone_on_from(place, encoders, tmp_path, whole, capsys):
     out = tmp_path / "out"

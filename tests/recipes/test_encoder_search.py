@@ -90,6 +90,7 @@ def sets(workplace: Path) -> dict[str, dict]:
     return {one["set"]: one for one in json.loads((workplace / "out" / "search.json").read_text())["sets"]}
 
 
+@pytest.mark.slow(0.9)
 def test_questions_and_what_they_come_to(encoders, workplace):
     assert search("--base one.yaml --sets questions --seeds 0 1 2 --max_steps 7", encoders, workplace) == 0
     found = {name: set(one["losses"]) for name, one in sets(workplace).items()}
@@ -127,6 +128,7 @@ def test_one_left_out_and_one_added(encoders, workplace):
     assert sets(workplace)["with attention_kl"]["losses"]["logits_kl"] == 2.0, "weights of the base stay"
 
 
+@pytest.mark.slow(0.6)
 def test_all_subsets(encoders, workplace):
     flags = "--base one.yaml --sets subsets --candidates logits_kl hard_ce hidden_mse --up_to 2 --seeds 0"
     assert search(flags, encoders, workplace) == 0
@@ -137,6 +139,7 @@ def test_all_subsets(encoders, workplace):
     )
 
 
+@pytest.mark.slow(1)
 def test_candidates_are_what_the_models_can_have(encoders, workplace, capsys):
     """Of another width and number of heads: no attention maps, no cosines."""
     flags = "--base two.yaml --sets add_one --seeds 0 --hidden_size 8 --num_heads 4"
@@ -158,6 +161,7 @@ def test_general_stages_too(encoders, workplace):
     assert [call["losses"] for call in calls(workplace)] == [["hidden_mse", "logits_kl"], ["mlm_ce", "logits_kl"]]
 
 
+@pytest.mark.slow(1)
 def test_a_run_is_made_once(encoders, workplace, monkeypatch, capsys):
     flags = "--base one.yaml --sets leave_one_out --seeds 0 1"
     monkeypatch.setenv("FAIL", "without_hard_ce/seed1")

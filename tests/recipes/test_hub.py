@@ -102,6 +102,7 @@ def test_what_needs_an_account_is_said_once_and_loaded_with_its_token(options, h
     assert TOKEN not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow(2)
 def test_a_broken_download_goes_on_where_it_stopped(hub, checkpoints, tmp_path, monkeypatch, capsys):
     """In one command from the byte where the connection broke; in the next one with the file that is missing."""
     teacher = checkpoints["t5-tied"].teacher

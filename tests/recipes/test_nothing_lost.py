@@ -115,6 +115,7 @@ def test_a_finished_run_is_not_written_over(inputs, capsys):
         assert run(f"{command} --overwrite_output_dir") == 0
 
 
+@pytest.mark.slow(1)
 def test_resuming_a_finished_run_does_nothing_more(inputs, capsys):
     command = f"{RLOO} {DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
     assert run(command) == 0
@@ -158,6 +159,7 @@ def test_another_run_is_not_continued(changed, named, inputs, checkpoints, test_
     assert contents(inputs / "run") == before
 
 
+@pytest.mark.slow(1.0)
 def test_another_method_or_architecture_is_not_continued(inputs, checkpoints, capsys):
     flags = f"{DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
     assert run(f"{RLOO} {flags}") == 0
@@ -168,6 +170,7 @@ def test_another_method_or_architecture_is_not_continued(inputs, checkpoints, ca
     assert "is of another run" in capsys.readouterr().err
 
 
+@pytest.mark.slow(1)
 def test_what_is_logged_and_saved_may_change(inputs):
     flags = f"{DISTIL.format(i=inputs)} --save_steps 1 --output_dir {inputs}/run"
     assert run(f"{RLOO} {flags}") == 0
@@ -223,6 +226,7 @@ def test_what_is_not_finite_before_training_is_said_before_training(inputs, caps
     assert not (inputs / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow(0.7)
 def test_an_evaluation_that_fails_keeps_what_it_has(inputs, test_csv, capsys):
     """The teacher's metrics, where the student's cannot be had; both, where they are not finite."""
     command = f"{EVALUATE.replace('{i}/data', str(test_csv))} --reward {{i}}/late.py:late"
@@ -253,6 +257,7 @@ IN_USE = {
 }
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", IN_USE)
 def test_two_commands_do_not_write_into_one_directory(name, inputs, capsys, monkeypatch):
     monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)
@@ -268,6 +273,7 @@ def test_two_commands_do_not_write_into_one_directory(name, inputs, capsys, monk
     assert contents(inputs) == before
 
 
+@pytest.mark.slow(0.3)
 def test_two_commands_do_not_write_one_cache(inputs, capsys, monkeypatch):
     monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)
     (inputs / "cache").mkdir()
@@ -278,6 +284,7 @@ def test_two_commands_do_not_write_one_cache(inputs, capsys, monkeypatch):
     assert not list((inputs / "cache").iterdir())
 
 
+@pytest.mark.slow(0.3)
 def test_two_commands_do_not_write_one_file_of_pseudo_labels(inputs, capsys, monkeypatch):
     """The part that another one writes is left as it is. One that waits finds the other's labels, and keeps them."""
     monkeypatch.setattr(run_directory, "_SECONDS_TO_END", 0.2)

@@ -31,6 +31,7 @@ def test_log_probabilities_are_part_of_the_measured_update(names):
     assert cells == ["S=8 T=4 P=2 K=3", "2.00 / 1.00", "2.00 / 2.00", "4.00 / 3.00", "8.00 / 6.00", "0.75"]
 
 
+@pytest.mark.slow(4)
 def test_a_machine_twice_as_fast_is_planned_half_the_time(names):
     shape = names.Shape(8, 4, 4, 4, 40)
     slow = names.Machine(0.0, 1e9, 1e9, 1e9, 1.0, 1.0, 1e-6)

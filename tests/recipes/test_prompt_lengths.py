@@ -59,6 +59,7 @@ def test_supervised_pairs(long_csv, tmp_path, monkeypatch):
     assert len(set(seen)) < 20  # some are cut to the same beginning
 
 
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize("recipe", ["ppo_kd", "kd"])
 def test_questions_to_the_teacher(recipe, checkpoints, long_csv, tmp_path, capsys):
     pair, templates = checkpoints["t5-tied"], write_templates(tmp_path / "t.yaml", one=TEMPLATE)

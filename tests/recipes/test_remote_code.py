@@ -99,6 +99,7 @@ def test_it_runs_where_it_is_trusted(who, commands, tmp_path):
         assert marker(tmp_path / who).exists() and run(f"{command} {overwrite}") == 2, "and not in the next command"
 
 
+@pytest.mark.slow(0.7)
 def test_a_distilled_student_brings_its_code_along(commands, tmp_path, train_csv):
     command = commands["student"][1]
     assert run(f"{command} --trust_remote_code True") == 0

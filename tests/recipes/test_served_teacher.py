@@ -70,6 +70,7 @@ def test_the_student_is_that_of_the_teacher_itself(method, asked, far, checkpoin
     assert "tiny, behind a server" in (tmp_path / "far" / "README.md").read_text()
 
 
+@pytest.mark.slow(1)
 def test_the_key_is_sent_and_written_nowhere(asked, far, checkpoints, tmp_path, monkeypatch, capfd):
     """Also where the server goes on failing with the request's headers in its answers."""
     monkeypatch.setenv("TEACHER_KEY", KEY)

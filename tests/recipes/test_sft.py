@@ -152,6 +152,7 @@ def test_a_checkpoint_in_bfloat16_stays_so(checkpoints, train_csv, tmp_path):
     assert type(saved) is type(MODELS["llama"]())
 
 
+@pytest.mark.slow(1)
 def test_the_accounts_token_is_in_no_file_of_a_run(checkpoints, train_csv, tmp_path, capfd):
     """Checkpoints are pushed while training goes on, each with the settings that Trainer pickles."""
     push = f"--push_to_hub True --hub_model_id owner/name --hub_token {TOKEN} --hub_strategy checkpoint"

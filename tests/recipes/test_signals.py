@@ -126,6 +126,7 @@ def test_evaluate(checkpoints, train_csv, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()).keys() == {"teacher"}
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("signum", CODES)
 def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monkeypatch, capsys):
     pid_file = tmp_path / "pid"

@@ -264,6 +264,7 @@ def test_a_step_whose_growth_is_measured(family, forked_measurements):
     assert many["score"]["extra_mib"] < 32
 
 
+@pytest.mark.slow(7)
 def test_memory_of_a_phase():
     """A process of its own, whose phases take 100 MiB, free it, take 50 more, and keep 30."""
     program = """

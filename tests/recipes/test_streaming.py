@@ -88,6 +88,7 @@ def test_what_a_stream_cannot_do_for_an_encoder(flags, message, encoders, tmp_pa
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow(0.8)
 def test_an_encoder_from_a_stream_and_on(encoders, tmp_path):
     """Two steps and six more are eight: the same rows, with the same tokens masked."""
     command = (

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.recipes.command_lines import ROOT, main_of, write_csv
+from tests.recipes.forks import fork_recipes
 from tests.recipes.test_encoders import ROWS as SENTENCES
 from tests.recipes.test_encoders import encoder  # noqa: F401 (a fixture)
 from tests.recipes.test_smollm2 import ROWS, make_teacher
@@ -107,8 +109,9 @@ def test_ways_are_compared_seed_by_seed(script):
     assert rows["dense less direct"][0] == "0.000 ± 0.000"
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(6)
 def test_assistants_in_small(script, run_forked, tmp_path, monkeypatch):
+    fork_recipes(monkeypatch)
     inputs = [f"name[NAME], food[{food}], priceRange[{price}]" for food in "abcdefgh" for price in range(6)]
     write_csv(
         tmp_path / "e2e.csv", [{"mr": text, "ref": f"NAME serves {text[17]} for {text[-2]}."} for text in inputs]
@@ -193,7 +196,7 @@ def test_table_of_experts_by_hand(script):
     assert rows["PPO, routed less PPO, equal"][2] == "0.000 ± 0.000" and "equal less equal" not in rows
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(8)
 def test_experts_in_small(script, run_forked, tmp_path, monkeypatch):
     inputs = [
         f"name[NAME], food[{food}]" + ", near[NEAR]" * near for food in "abcdefghijklmnopqrstuvwx" for near in (0, 1)
@@ -283,12 +286,15 @@ def percent_right(checkpoint: Path, task: Path) -> float:
     )
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(7)
 def test_several_encoders_in_small(script, encoder, run_forked, tmp_path, monkeypatch):  # noqa: F811
     names = script("several_encoders")
     kept = {name: names.STUDENTS[name] for name in ("one teacher", "together, MT-BERT's weights")}
     monkeypatch.setitem(names.main.__globals__, "STUDENTS", kept)
     monkeypatch.setitem(names.main.__globals__, "QUESTIONS", names.QUESTIONS[-1:])
+    import encoders
+
+    monkeypatch.setattr(encoders, "documented_roots", lambda: [Path(datasets.__file__).parent])
     write_csv(tmp_path / "e2e.csv", SENTENCES * 2)
     flags = ["--e2e", tmp_path / "e2e.csv", "--encoder", encoder, "--smoke", "--seeds", 0]
     run_forked(names, *flags)
@@ -328,7 +334,7 @@ def test_each_method_begins_with_the_same_student_and_data(script, tmp_path, mon
     assert cells_of(names.table(found))["word_kd"] == ["1.250", "41.0", "50.0", "7.0", "1", "10"]
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(6)
 def test_other_tokenizers_in_small(script, run_forked, tmp_path):
     """On a tiny chat model in the teacher's place."""
     write_csv(tmp_path / "e2e.csv", ROWS)

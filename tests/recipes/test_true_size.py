@@ -56,6 +56,7 @@ def test_what_stays_in_the_file_is_what_is_not_quantised(names, tmp_path, monkey
         assert names.bytes_left_in_file(tmp_path, names.WAYS[way]) == pytest.approx(left, rel=0.02)
 
 
+@pytest.mark.slow(0.9)
 def test_memory_of_a_family_of_processes(names, tmp_path):
     """The child's 200 MiB of its own are seen, and of a file of 100 MiB what has been read of it."""
     (tmp_path / "file").write_bytes(bytes(100 * MIB))

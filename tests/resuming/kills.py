@@ -3,7 +3,7 @@
     python -m tests.resuming.kills --methods ppo sft encoder compare --kills 20 --processes 1
 
 A run is a process of its own (two with --processes 2), forked from this one so that nothing is imported again, and
-killed by SIGKILL with the processes that it has started: after a random part of its CPU time, and, every third time,
+killed by SIGKILL with the processes that it has started: after a random part of its CPU time, and, every other time,
 at a call by which a checkpoint is written. It is resumed from the newest whole checkpoint, or begun anew where there
 is none, and may be killed again. Prints one line of JSON per method.
 """
@@ -171,7 +171,7 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
             directory.mkdir()
             moments = []
             for _ in range(rng.choice([1, 1, 2])):
-                aimed = number % 3 == 2
+                aimed = number % 2 == 1
                 killed_at = rng.randint(1, 120) if aimed else None
                 kill_after = None if aimed else rng.uniform(0, 0.9 * seconds)
                 (directory / "started").unlink(missing_ok=True)

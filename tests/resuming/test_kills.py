@@ -24,20 +24,20 @@ def check_survival(place: Path, methods: list[str], kills: int, processes: int =
         assert line["kills"] >= max(kills // 4, 1), f"few were killed: {line}"
 
 
-@pytest.mark.slow(35)
+@pytest.mark.slow(20)
 @pytest.mark.timeout(SECONDS)
 def test_killed_at_random_moments(tmp_path):
-    check_survival(tmp_path, [*TRAINERS, "encoder"], 3)
+    check_survival(tmp_path, [*TRAINERS, "encoder"], 2)
 
 
-@pytest.mark.slow(14)
+@pytest.mark.slow(9)
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize(("method", "kills"), [("compare", 3), ("encoder-stages", 3)])
-def test_several_runs_in_one_command(method, kills, tmp_path):
+@pytest.mark.parametrize("method", ["compare", "encoder-stages"])
+def test_several_runs_in_one_command(method, tmp_path):
     """Each of these is of 2 or 3 runs, and costs as much."""
-    check_survival(tmp_path, [method], kills)
+    check_survival(tmp_path, [method], 2)
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(7)
 def test_killed_on_two_ranks(tmp_path):
-    check_survival(tmp_path, ["ppo", "sft"], 3, processes=2)
+    check_survival(tmp_path, ["ppo", "sft"], 2, processes=2)

@@ -123,6 +123,7 @@ def test_ids_are_sent_in_few_requests_and_only_so_many_at_a_time():
     torch.testing.assert_close(torch.tensor([answer.chosen for answer in answers]), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("code", [429, 500, 503])
 def test_what_fails_for_a_while_is_asked_again(code):
     with served(model(), word_tokenizer(), fails=lambda body, number: code if number in (2, 3) else None) as loopback:
@@ -131,6 +132,7 @@ def test_what_fails_for_a_while_is_asked_again(code):
         assert len(loopback.requests) == 4  # to connect, two failures, and the answer
 
 
+@pytest.mark.slow(0.7)
 def test_what_goes_on_failing_ends_and_says_why_without_the_key():
     """The server answers with the request's headers; so do its models, where a wrong key is given."""
     failing = {"fails": lambda body, number: 503 if number > 1 else None, "key": KEY}
@@ -203,6 +205,7 @@ def test_a_server_that_is_not_there_is_named_without_repeats():
         assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow(1)
 def test_a_request_has_its_time_also_where_the_server_trickles():
     """A byte every 0.2 s is never late for a socket, and the whole answer takes minutes."""
     with served(model(), word_tokenizer()) as loopback:

@@ -30,6 +30,7 @@ def one_per_completion(inputs: RewardInputs) -> torch.Tensor:
     return torch.arange(len(inputs.ended_B)).float()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_constant_added_to_every_tokens_reward_changes_nothing(method, average, tmp_path):

@@ -178,6 +178,7 @@ def late_step(method: str, output_dir, size: int, *, with_dropped: bool) -> Reco
     return recorder
 
 
+@pytest.mark.slow(0.4)
 @pytest.mark.parametrize("size", [5, 1])
 @pytest.mark.parametrize("method", LATE)
 def test_an_update_is_done_again_without_samples_that_it_finds_bad(method, size, tmp_path, caplog):

@@ -151,6 +151,7 @@ def test_a_short_run_of_skipped_steps_only_is_no_success(method, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("method", ALL)
 def test_many_in_a_row_stop_the_run_with_its_last_good_state(method, tmp_path):
     trainer = build_any(method, tmp_path, max_steps=20, max_skipped_steps=2)

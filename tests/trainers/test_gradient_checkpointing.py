@@ -51,6 +51,7 @@ def assert_same_steps(make, tmp_path, tolerance: float = 1e-6, **settings) -> No
             assert float((found[name] - gradient).abs().max()) <= tolerance * largest, name
 
 
+@pytest.mark.slow(0.2)
 @pytest.mark.parametrize("family", ["t5-tied", "llama"])
 @pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
 def test_on_rollouts(method, family, tmp_path):

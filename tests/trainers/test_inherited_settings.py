@@ -406,6 +406,7 @@ def test_supervised_training_takes_it(name, tmp_path):
         assert trainer.state.num_input_tokens_seen == 2 * 2 * 3  # steps × pairs × (two words and EOS)
 
 
+@pytest.mark.slow(0.8)
 @pytest.mark.parametrize("name", sorted(tables.REFUSED_ON_ROLLOUTS.keys() - tables.REFUSED_ON_LAYERS.keys()))
 def test_encoder_distillation_takes_it(name, tmp_path):
     settings = {
