@@ -35,8 +35,10 @@ from transformers import (
 # would wait for the disk twenty times. Called with what is no open file, it fails as the real one does. That it is
 # called is for `tests/resuming/test_checkpoint_files.py`.
 os.fsync = lambda descriptor: os.fstat(descriptor) and None
-# Accelerate looks on the disk for DeepSpeed whenever it unwraps a model, for half a millisecond and more.
+# Accelerate looks on the disk for DeepSpeed whenever it unwraps a model, for half a millisecond and more. That it is
+# there is found out before a test could hide it.
 accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
+accelerate.utils.imports.is_deepspeed_available()
 # The same examples in every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(
     "tests",

@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,9 +82,10 @@ def _work(module: str, directory: Path, environment: dict[str, str], log: Path, 
     os.chdir(directory)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    # Each trainer and each engine of DeepSpeed collects garbage, which takes longer than its steps.
-    gc.disable()
-    gc.collect = lambda generation=2: 0
+    # Each trainer and each engine of DeepSpeed collects garbage, which takes longer than its steps: here they do not.
+    gc.freeze()
+    for collector in ("accelerate.utils.memory", "deepspeed.runtime.zero.utils"):
+        importlib.import_module(collector).gc = SimpleNamespace(collect=lambda: 0)
     importlib.import_module(module).main(*arguments)
 
 

@@ -230,7 +230,7 @@ def assert_command_left(words: list[str], printed: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
 def test_commands_run_in_the_order_of_the_page(page, place, checkpoints, encoders, monkeypatch, capsys):
-    """What they start is forked, but for a comparison's runs, which are new interpreters here alone."""
+    """What they start is forked, but for a comparison's run, which is a new interpreter here alone."""
     if page.name != "choosing.md":
         fork_recipes(monkeypatch)
     for words in runnable(page):

@@ -721,7 +721,7 @@ def test_shipped_methods_are_found_by_name():
 
 @pytest.mark.slow(15)
 def test_smoke(tmp_path, monkeypatch):
-    """With the real recipes; fewer seeds, rates, held-out rows and steps of its models than it has: 117 s of CPU."""
+    """With the real recipes; fewer of all than `--smoke` has, which takes 117 s of CPU."""
     fork_recipes(monkeypatch)
     monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
     for split in ("validation", "test"):

@@ -215,14 +215,6 @@ def test_a_wheel_runs_the_demo(installed, tmp_path):
     assert str(Path("runs", "demo_ppo", "demo_models", "teacher")) in card
 
 
-@pytest.mark.slow
-def test_a_wheel_plans(installed, checkpoints, tmp_path):
-    pair = checkpoints["t5-untied"]
-    flags = f"--teacher {pair.teacher} --student {pair.student} --gpus 2 --max_prompt_length 16"
-    text = _run([str(installed / "rlkd-trl"), "plan", *flags.split(), "--max_completion_length", "8"], tmp_path)
-    assert "Recommended:\n    rlkd-trl --config_file multi_gpu --num_processes 2 ppo_kd" in text
-
-
 @pytest.mark.slow(15)
 def test_a_wheel_trains(installed, checkpoints, train_csv, test_csv, tmp_path):
     """In two processes; the demo above trains in one."""

@@ -245,6 +245,11 @@ def test_a_file_without_its_columns_is_refused(material, tmp_path):
 # All of it
 
 
+def test_sentences_are_of_packages_that_are_there(material):
+    roots = material["documented_roots"]()
+    assert len(roots) > 1 and all(any(root.glob("*.py")) for root in roots)
+
+
 @pytest.mark.slow(10)
 def test_a_tiny_run(encoder, tmp_path, monkeypatch):
     """With a general stage, and two stages of a task. Of docstrings it reads one package's."""

@@ -1,6 +1,7 @@
 """Recipes in processes of their own, launched as the README says.
 
-One run is launched for real in two processes, and some that start one; the others in forks, which import nothing.
+Some that start one process are launched for real; the others in forks, which import nothing. Two processes are
+launched for real in test_faults.py and, by `rlkd-trl`, in test_console.py.
 """
 
 import os
@@ -43,7 +44,7 @@ def test_two_processes_do_what_one_does(checkpoints, train_csv, test_csv, tmp_pa
     flags += f" {COLUMNS} {TWO_STEPS} {SAMPLING} --optim sgd --learning_rate 0.3"
     assert run(f"ppo_kd {flags} --output_dir {tmp_path / 'one'}") == 0
     flags += " --per_device_train_batch_size 4 --output_dir two"
-    finished = launched(f"{LAUNCHER} {ROOT}/recipes/ppo_kd.py {flags}", tmp_path)
+    finished = launched_in_forks("ppo_kd", flags, tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert finished.stdout.count("Student, metrics.json and report.html are in") == 1, "one process speaks"
 

@@ -292,8 +292,9 @@ def test_several_encoders_in_small(script, encoder, run_forked, tmp_path, monkey
     kept = {name: names.STUDENTS[name] for name in ("one teacher", "together, MT-BERT's weights")}
     monkeypatch.setitem(names.main.__globals__, "STUDENTS", kept)
     monkeypatch.setitem(names.main.__globals__, "QUESTIONS", names.QUESTIONS[-1:])
-    import encoders
+    import encoders  # the script's neighbour
 
+    # Of docstrings it reads one package's.
     monkeypatch.setattr(encoders, "documented_roots", lambda: [Path(datasets.__file__).parent])
     write_csv(tmp_path / "e2e.csv", SENTENCES * 2)
     flags = ["--e2e", tmp_path / "e2e.csv", "--encoder", encoder, "--smoke", "--seeds", 0]

@@ -3,9 +3,9 @@
     python -m tests.resuming.kills --methods ppo sft encoder compare --kills 20 --processes 1
 
 A run is a process of its own (two with --processes 2), forked from this one so that nothing is imported again, and
-killed by SIGKILL with the processes that it has started: after a random part of its CPU time, and, every other time,
-at a call by which a checkpoint is written. It is resumed from the newest whole checkpoint, or begun anew where there
-is none, and may be killed again. Prints one line of JSON per method.
+killed by SIGKILL with the processes that it has started: after a random part of its CPU time, at a call by which a
+checkpoint is written, or first so and then so. It is resumed from the newest whole checkpoint, or begun anew where
+there is none. Prints one line of JSON per method.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from tests.resuming.runs import COMMANDS, TRAINERS, finish, make_inputs, same
 METHODS = (*TRAINERS, *COMMANDS)
 # The calls by which a checkpoint is written, from its first file to its name.
 WRITING = ((torch, "save"), (os, "fsync"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir"))
+CALLS = (30, 120)  # of them: in most runs the first checkpoint is whole by then
 
 # Large modules that a recipe imports only when it needs them.
 LATE = ("matplotlib.backends.backend_agg", "rouge_score.rouge_scorer", "rlkd_trl.trainers.encoder")
@@ -154,7 +155,7 @@ def differences(ends: list[dict], expected: list[dict]) -> list[str]:
 
 def survive(method: str, kills: int, processes: int, seed: int) -> dict:
     """Runs once without and `kills` times with kills; how many of these end as the first."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} {method}")
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / "inputs").mkdir()
         make_inputs(method, Path(root) / "inputs")
@@ -165,23 +166,23 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
         if not ended:
             raise RuntimeError((whole.parent / "log0.txt").read_text()[-3000:])
         expected = [torch.load(whole.parent / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
-        survived, failures, deaths = 0, [], 0
+        survived, resumed, failures, deaths = 0, 0, [], {"CPU time": 0, "call": 0}
         for number in range(kills):
             directory = Path(root) / f"killed{number}"
             directory.mkdir()
             moments = []
-            for _ in range(rng.choice([1, 1, 2])):
-                aimed = number % 2 == 1
-                killed_at = rng.randint(1, 120) if aimed else None
+            for aimed in [[False], [True, False], [True]][number % 3]:
+                killed_at = rng.randint(*CALLS) if aimed else None
                 kill_after = None if aimed else rng.uniform(0, 0.9 * seconds)
                 (directory / "started").unlink(missing_ok=True)
                 ids = start(method, directory / "run", processes, killed_at)
                 ended, _ = run_to_end(ids, kill_after=kill_after, started=directory / "started")
-                deaths += not ended
-                left = sorted(path.name for path in (directory / "run").glob("checkpoint-*"))
+                deaths["call" if aimed else "CPU time"] += not ended
+                left = sorted(path.name for path in (directory / "run").rglob("checkpoint-*"))
                 moments.append(f"call {killed_at}" if aimed else f"{kill_after:.2f} CPU s, {left}")
                 if ended:
                     break
+            resumed += bool(left)
             for file in directory.glob("rank*.pt"):
                 file.unlink()
             ids = start(method, directory / "run", processes)
@@ -201,6 +202,7 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
         "processes": processes,
         "runs": kills,
         "kills": deaths,
+        "resumed": resumed,
         "bit_identical": survived,
         "failures": failures,
     }

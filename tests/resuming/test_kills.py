@@ -21,7 +21,8 @@ def check_survival(place: Path, methods: list[str], kills: int, processes: int =
     assert [line["method"] for line in lines] == methods, said[-3000:]
     for line in lines:
         assert line["failures"] == [] and line["bit_identical"] == kills, line
-        assert line["kills"] >= max(kills // 4, 1), f"few were killed: {line}"
+        assert all(line["kills"].values()), f"of each kind one at least: {line}"
+        assert line["resumed"], f"all began anew: {line}"
 
 
 @pytest.mark.slow(20)

@@ -83,7 +83,6 @@ def lora_config(family: str, **others) -> peft.LoraConfig:
     return peft.LoraConfig(r=2, target_modules=TARGETS[family], **others)
 
 
-@pytest.mark.slow(0.2)
 @pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
 @pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
 def test_a_config_is_a_student_with_new_adapters(method, task_type, tmp_path):

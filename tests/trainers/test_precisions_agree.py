@@ -33,7 +33,6 @@ def gradient_of(recorder: Recorder) -> torch.Tensor:
     return torch.cat([gradient.double().flatten() for gradient in found if gradient is not None])
 
 
-@pytest.mark.slow(0.1)
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("method", [*METHODS, "kd", "all-actions"])
 def test_one_update(method, precision, tmp_path):
