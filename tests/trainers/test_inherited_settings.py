@@ -253,7 +253,10 @@ OWN_ON_ROLLOUTS = ("gradient_accumulation_steps", "num_train_epochs", "bf16", "s
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("supervised", name) for name in CHANGES_THE_WEIGHTS]
+    [
+        pytest.param("supervised", name, marks=() if name in OWN_ON_ROLLOUTS else pytest.mark.slow(0.1))
+        for name in CHANGES_THE_WEIGHTS
+    ]
     + [
         pytest.param("encoders", name, marks=() if name in OWN_OF_ENCODERS else pytest.mark.slow)
         for name in CHANGES_THE_WEIGHTS

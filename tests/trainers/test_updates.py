@@ -270,7 +270,7 @@ def of_inputs(inputs):
         ("ppo", {"critic": "separate"}, None, True),
     ],
 )
-@pytest.mark.parametrize("in_16_bits", [False, True])
+@pytest.mark.parametrize("in_16_bits", [False, pytest.param(True, marks=pytest.mark.slow(0.1))])
 def test_old_log_probs_only_where_something_reads_them(method, settings, reward, needed, in_16_bits, tmp_path):
     """They come from sampling, or in 16 bits from a pass of their own; a critic of its own always needs a pass."""
     rewards = teacher_reward() if reward is None else [teacher_reward(), reward]
