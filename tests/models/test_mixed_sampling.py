@@ -182,6 +182,7 @@ def many_rows(pair):
     return student, teacher, index, uniforms_BT, batch, reads
 
 
+@pytest.mark.slow(0.4)
 def test_a_sample_does_not_depend_on_the_batch_it_is_in(many_rows):
     """Each row alone, the teacher's question alone too, is the row in the batch, out of which others were dropped."""
     student, teacher, index, uniforms_BT, batch, _ = many_rows

@@ -134,6 +134,7 @@ def test_positions_of_weight_zero_change_nothing(poison):
         torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("divergence", DIVERGENCES.values())
 def test_gradients_match_finite_differences(divergence):
     batch = Batch(dtype=torch.float64)

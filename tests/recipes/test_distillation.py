@@ -31,9 +31,14 @@ from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 DISTIL = f"{COLUMNS} {TWO_STEPS} {SAMPLING}"
 LESS_OFTEN = ("t5-untied", "glm")
+QUICK = ("t5-tied", ("ppo", "llama"), ("kd", "llama"))
 # Tied and untied T5, and two decoder-only families.
 RUNS = [
-    pytest.param((method, family), id=f"{method}-{family}", marks=[pytest.mark.slow] if family in LESS_OFTEN else [])
+    pytest.param(
+        (method, family),
+        id=f"{method}-{family}",
+        marks=[] if family in QUICK or (method, family) in QUICK else [pytest.mark.slow(0.5)],
+    )
     for method in METHODS
     for family in MODELS
     if method in REWARDED_METHODS or family not in LESS_OFTEN  # for these, see tests/trainers

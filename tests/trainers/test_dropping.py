@@ -323,6 +323,7 @@ def test_a_prompt_of_which_nothing_is_left(tmp_path):
     assert recorder.logs[0]["samples_dropped"] == 2
 
 
+@pytest.mark.slow(0.1)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 1e30])
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_that_are_all_not_finite_stop_the_run(method, value, tmp_path):
