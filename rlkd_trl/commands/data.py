@@ -1,7 +1,7 @@
 """Loads the data that a recipe's flags name, as prompts or pairs, and checks it before any model is loaded."""
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import (
@@ -266,7 +266,7 @@ def load_train_and_held_out(
     train = load_prompts(data, prompts, templates)
     if held_out.eval_dataset is not None or data.dataset is None:
         test = load_prompts(data, prompts, templates, held_out)
-        _say_what_is_shared(train, test, flag)
+        say_what_is_shared(*(map(input_key, rows["prompt"]) for rows in (train, test)), flag)
     else:
         count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
         if count == 0:
@@ -277,12 +277,15 @@ def load_train_and_held_out(
     return train, test
 
 
-def _say_what_is_shared(train: "Dataset", test: "Dataset", flag: str) -> None:
+def say_what_is_shared(trained: Iterable[Hashable], held_out: Iterable[Hashable], flag: str) -> None:
     """Says how many held-out inputs are training inputs too: the table would call them held out."""
-    trained = set(map(input_key, train["prompt"]))
-    count = sum(input_key(prompt) in trained for prompt in test["prompt"])
-    if count:
-        say(f"{count} of {len(test)} inputs of {flag} are training inputs too: results on these are not held out.")
+    trained = set(trained)
+    is_shared = [tested in trained for tested in held_out]
+    if any(is_shared):
+        say(
+            f"{sum(is_shared)} of {len(is_shared)} inputs of {flag} are training inputs too: results on these are not "
+            "held out."
+        )
 
 
 def load_pairs(settings: SupervisedSettings, templates: PromptTemplates | None) -> list[dict[str, object]]:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlkd_trl.commands.arguments import EncoderHeldOutArguments
-from rlkd_trl.commands.data import HELD_OUT_MOST, HELD_OUT_SHARE, HOLDS_NOTHING_OUT, open_stream
+from rlkd_trl.commands.data import (
+    HELD_OUT_MOST,
+    HELD_OUT_SHARE,
+    HOLDS_NOTHING_OUT,
+    open_stream,
+    say_what_is_shared,
+)
 from rlkd_trl.commands.launched import say
 from rlkd_trl.commands.settings import EncoderSettings
 from rlkd_trl.data import load_rows, require_columns, require_no_blanks, require_text
@@ -150,13 +156,17 @@ def _require_labels(labels: Sequence, column: str) -> None:
             raise InputError(f"Row {i + 1}: column `{column}` holds {label!r}, which is no label: a name or a number.")
 
 
-def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Rows:
+def _split(train: "Dataset | RowStream", test: "Dataset | None", flag: str, seed: int) -> Rows:
     """Training and held-out rows; without a test set a share of the training rows is held out.
 
     Raises:
         InputError: There are too few rows. flag: the flag that names a test set, for the message.
     """
+    from datasets import Dataset
+
     if test is not None:
+        if isinstance(train, Dataset):
+            say_what_is_shared(_inputs(train), _inputs(test), flag)
         return Rows(train, test)
     count = min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(train)))
     if count == 0:
@@ -164,6 +174,11 @@ def _split(train: "Dataset", test: "Dataset | None", flag: str, seed: int) -> Ro
     order = random.Random(seed).sample(range(len(train)), len(train))
     say(f"No {flag}: {count} of {len(train)} rows are held out for evaluation.")
     return Rows(train.select(sorted(order[count:])), train.select(sorted(order[:count])))
+
+
+def _inputs(rows: "Dataset") -> list[tuple[str, ...]]:
+    """Each row's text, or pair of texts."""
+    return list(zip(*(rows[name][:] for name in ("text", "text_pair") if name in rows.column_names), strict=True))
 
 
 def with_next_sentences(rows: "Dataset", seed: int) -> "Dataset":

@@ -520,6 +520,21 @@ def test_maps_are_announced(encoders, tmp_path, capsys):
     assert "layers 2 of the student and layers 4 of the teacher run eager attention, all others SDPA" in said
 
 
+@pytest.mark.slow(0.5)
+def test_held_out_texts_that_are_trained_on_are_counted(encoders, tmp_path, capsys):
+    general = f"{command(encoders, tmp_path / 'general', 'general')} --config minilm --eval_dataset {encoders.train}"
+    assert run(general) == 0
+    count = len(encoders.train.read_text().splitlines()) - 1
+    assert f"{count} of {count} inputs of --eval_dataset are training inputs too" in capsys.readouterr().out
+    pairs = [{"text": "w3 w4", "other": f"w{i}", "label": str(i % 2)} for i in range(3, 23)]
+    write_csv(tmp_path / "train.csv", pairs)
+    write_csv(tmp_path / "test.csv", [*pairs[:2], {"text": "w3 w4", "other": "w23", "label": "0"}])
+    task = f"encoder_kd --losses hard_ce --student {encoders.general} --task_dataset {tmp_path / 'train.csv'} {STEPS} "
+    task += f"--task_eval_dataset {tmp_path / 'test.csv'} --label_column label --task_pair_column other "
+    assert run(f"{task} --output_dir {tmp_path / 'task'}") == 0
+    assert "2 of 3 inputs of --task_eval_dataset are training inputs too" in capsys.readouterr().out
+
+
 @pytest.mark.slow(25)
 def test_the_demo(tmp_path, monkeypatch):
     """Of five classes, of which the commonest has 56 % of the texts: the student learns all of them."""
