@@ -173,16 +173,16 @@ def survive(method: str, kills: int, processes: int, seed: int) -> dict:
             moments = []
             for aimed in [[False], [True, False], [True]][number % 3]:
                 killed_at = rng.randint(*CALLS) if aimed else None
-                kill_after = None if aimed else rng.uniform(0, 0.9 * seconds)
+                kill_after = None if aimed else rng.uniform(0, 0.7 * seconds)
                 (directory / "started").unlink(missing_ok=True)
                 ids = start(method, directory / "run", processes, killed_at)
                 ended, _ = run_to_end(ids, kill_after=kill_after, started=directory / "started")
                 deaths["call" if aimed else "CPU time"] += not ended
                 left = sorted(path.name for path in (directory / "run").rglob("checkpoint-*"))
+                resumed += bool(left) and not ended
                 moments.append(f"call {killed_at}" if aimed else f"{kill_after:.2f} CPU s, {left}")
                 if ended:
                     break
-            resumed += bool(left)
             for file in directory.glob("rank*.pt"):
                 file.unlink()
             ids = start(method, directory / "run", processes)

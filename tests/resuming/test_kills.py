@@ -21,8 +21,9 @@ def check_survival(place: Path, methods: list[str], kills: int, processes: int =
     assert [line["method"] for line in lines] == methods, said[-3000:]
     for line in lines:
         assert line["failures"] == [] and line["bit_identical"] == kills, line
-        assert all(line["kills"].values()), f"of each kind one at least: {line}"
-        assert line["resumed"], f"all began anew: {line}"
+        assert line["kills"]["call"] and line["resumed"], f"none was killed at a call, or all began anew: {line}"
+    # How much CPU time a run takes is never the same: one that is to be killed late may end before.
+    assert sum(line["kills"]["CPU time"] for line in lines), lines
 
 
 @pytest.mark.slow(20)
