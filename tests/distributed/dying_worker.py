@@ -9,8 +9,8 @@ import deepspeed
 from accelerate import PartialState
 
 from rlkd_trl.teachers import Teacher
-from tests.conftest import MODELS, word_tokenizer
 from tests.teachers.test_teacher import score
+from tests.tiny_models import MODELS, word_tokenizer
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -10,8 +10,8 @@ from accelerate import PartialState
 
 from rlkd_trl.models.memory import held_bytes
 from rlkd_trl.teachers import Teacher
-from tests.conftest import tiny_llama, tiny_t5, word_tokenizer
 from tests.distributed.sharded_worker import read_by
+from tests.tiny_models import tiny_llama, tiny_t5, word_tokenizer
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -22,6 +22,7 @@ SECONDS = 550
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
+        "tests.conftest",  # no fsync
         "tests.distributed.sharded_worker",
         "tests.distributed.worker",
         # What recipes import only when they need it.

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from rlkd_trl.teachers import Teacher
-from tests.conftest import MODELS, word_tokenizer
 from tests.distributed.sharded_worker import TEACHERS, read_by
+from tests.tiny_models import MODELS, word_tokenizer
 
 
 def main(directory: Path) -> None:

@@ -24,10 +24,10 @@ from rlkd_trl.models.answers import answer_prompts, joined
 from rlkd_trl.models.memory import held_bytes
 from rlkd_trl.ops.lm_head import map_head_slices, slices_needed
 from rlkd_trl.teachers import Teacher
-from tests.conftest import EOS, MODELS, PADDED_VOCAB, word_tokenizer
 from tests.distributed.worker import COMMON, GLOBAL_BATCH
 from tests.models.reference import pad_completions
 from tests.teachers.test_teacher import COMPLETIONS, ENDED, INDEX, NAMES, PROMPTS, score
+from tests.tiny_models import EOS, MODELS, PADDED_VOCAB, word_tokenizer
 from tests.trainers.test_peft import lora_student
 from tests.trainers.tiny_runs import build, pairs, samples_instead
 

@@ -13,11 +13,11 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlkd_trl.teachers import placement
-from tests.conftest import MODELS
 from tests.distributed import dying_worker, files_worker, sharded_worker
 from tests.distributed.forked_launchers import launched
 from tests.distributed.launching import ENVIRONMENT, launch, without_launcher
 from tests.distributed.sharded_worker import save_checkpoints
+from tests.tiny_models import MODELS
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.trainers.processes import from_first_process
-from tests.conftest import MODELS, PAD, word_tokenizer
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
+from tests.tiny_models import MODELS, PAD, word_tokenizer
 from tests.trainers.tiny_runs import METHODS, Recorder, build, pairs, teacher_reward
 
 # Weights of AdamW's first steps move by the learning rate whatever the gradient's size, so an almost-zero gradient

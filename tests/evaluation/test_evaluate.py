@@ -11,9 +11,9 @@ from rlkd_trl.prompts import PromptTemplate
 from rlkd_trl.rewards import LogRatioReward, RewardModel
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, MODELS, chat_tokenizer, word_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
 from tests.students.plain_forward import ALLOWED, chosen_log_probs, plain_forward
+from tests.tiny_models import EOS, MODELS, chat_tokenizer, word_tokenizer
 from tests.trainers.tiny_runs import prompts
 
 ROWS = [dict(row) for row in prompts(7, seed=3)]

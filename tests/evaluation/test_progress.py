@@ -5,7 +5,7 @@ import pytest
 from rlkd_trl.evaluation import evaluate
 from rlkd_trl.rewards import LogLikelihoodReward, RewardModel
 from rlkd_trl.students import Policy
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 
 ROWS = [{"prompt": f"w{3 + i} w{4 + i}"} for i in range(7)]  # three batches of 3, 3 and 1
 

@@ -17,7 +17,7 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.prompts import prompt_token_ids
 from rlkd_trl.prompts import ChatFormat
-from tests.conftest import CHAT_TEMPLATE, MODELS, chat_tokenizer, word_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, MODELS, chat_tokenizer, word_tokenizer
 
 RESULTS = {
     "student before": {"bleu": 12.3456, "rougeL": 30.0, "reward": -1.5, "loss_of_my_own": 0.25},

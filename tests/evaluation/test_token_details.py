@@ -10,7 +10,7 @@ from rlkd_trl.evaluation.token_details import completion_records, reward_values,
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel
 from rlkd_trl.teachers.scores import TeacherScores
-from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 
 def test_tokens_are_the_texts_pieces():

@@ -5,7 +5,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlkd_trl.models.loading import load_tokenizer
-from tests.conftest import EOS, PAD, PADDED_VOCAB, word_tokenizer
+from tests.tiny_models import EOS, PAD, PADDED_VOCAB, word_tokenizer
 
 MARKERS = ["<triplet>", "<subj>"]  # ids 29 and 30 of the tokenizer
 LANGUAGE = 31

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import EOS, PAD
+from tests.tiny_models import EOS, PAD
 
 NEVER_SAMPLED = [0, 2, 27, 28, 29, 30, 31]  # pad, unknown, two sentinels, and the LM head's three rows without a token
 

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB
+from tests.tiny_models import EOS, MODELS, PAD, PADDED_VOCAB
 
 
 def tiny_bart(seed: int = 0) -> PreTrainedModel:

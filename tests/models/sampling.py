@@ -5,8 +5,8 @@ import torch
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import sample_completions
 from rlkd_trl.models.vocabulary import forbidden_ids
-from tests.conftest import EOS, PAD, PADDED_VOCAB, word_tokenizer
 from tests.models.reference import own_logits, pad_prompts
+from tests.tiny_models import EOS, PAD, PADDED_VOCAB, word_tokenizer
 
 PROMPTS = [[4, 5, 6, 7, 8], [9], [10, 11, 12], [13, 14], [15, 16, 17, 18]]
 FORBIDDEN = forbidden_ids(word_tokenizer(), PADDED_VOCAB, [EOS])

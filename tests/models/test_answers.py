@@ -6,8 +6,8 @@ import torch
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.answers import answer_prompts, decode, joined
 from rlkd_trl.models.generation import Completions
-from tests.conftest import EOS, MODELS, PAD, tiny_llama, word_tokenizer
 from tests.models.plain_generate import NEVER_SAMPLED, plain_answers, plain_texts
+from tests.tiny_models import EOS, MODELS, PAD, tiny_llama, word_tokenizer
 
 # Of 1 to 6 words, longest in the middle, and one of them twice.
 PROMPTS = ["w3 w4", "w9", "w10 w11 w12 w13 w14 w15", "w16 w17 w18", "w9", "w23 w8 w20 w5", "w26 w3"]

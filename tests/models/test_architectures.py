@@ -9,7 +9,7 @@ from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.models.verification import logits_of_both, verify
 from rlkd_trl.teachers import Teacher
-from tests.conftest import EOS, PAD, PADDED_VOCAB, word_tokenizer
+from tests.tiny_models import EOS, PAD, PADDED_VOCAB, word_tokenizer
 
 DECODER = {
     "vocab_size": PADDED_VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,

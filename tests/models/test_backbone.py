@@ -8,8 +8,8 @@ import transformers
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.verification import verify
-from tests.conftest import EOS, PAD, PADDED_VOCAB, tiny_llama, tiny_t5
 from tests.models.reference import FAMILIES, own_logits, pad_completions, pad_prompts
+from tests.tiny_models import EOS, PAD, PADDED_VOCAB, tiny_llama, tiny_t5
 
 PROMPTS = [[4, 5, 6, 7, 8, 1], [9, 1], [10, 11, 12, 1]]
 # Three, one and two completions, not in the prompts' order, and one pair twice.

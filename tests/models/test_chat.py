@@ -10,7 +10,7 @@ from rlkd_trl.models.chat import PromptWriter
 from rlkd_trl.models.prompts import check_can_fit, prompt_lengths, prompt_token_ids, shorten
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids
 from rlkd_trl.prompts import ChatFormat, PromptTemplate, source_text
-from tests.conftest import CHAT_TEMPLATE, END, EOS, PADDED_VOCAB, chat_tokenizer, tiny_llama, word_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, END, EOS, PADDED_VOCAB, chat_tokenizer, tiny_llama, word_tokenizer
 
 END_ID = 26
 TALK = [

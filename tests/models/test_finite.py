@@ -9,7 +9,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.finite import check_weights, is_finite, listed, not_finite
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.teachers import Teacher
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

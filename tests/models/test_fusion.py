@@ -16,7 +16,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from rlkd_trl.models import fusion
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.fusion import FusedParts
-from tests.conftest import tiny_llama, tiny_t5
+from tests.tiny_models import tiny_llama, tiny_t5
 
 NORMS = [T5LayerNorm, MT5LayerNorm, UMT5LayerNorm, LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm]
 MODELS = {"t5": lambda: tiny_t5(tied=False), "llama": tiny_llama}

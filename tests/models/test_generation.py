@@ -5,7 +5,6 @@ import torch
 
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import _BLOCK, invert_distribution, sample_completions
-from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB
 from tests.models.reference import FAMILIES, pad_prompts
 from tests.models.sampling import (
     ALLOWED_IDS,
@@ -17,6 +16,7 @@ from tests.models.sampling import (
     sample,
     uniforms,
 )
+from tests.tiny_models import EOS, MODELS, PAD, PADDED_VOCAB
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])

@@ -29,7 +29,7 @@ from rlkd_trl.models.limits import (
     position_limits,
     position_limits_of_config,
 )
-from tests.conftest import MODELS, VOCAB, word_tokenizer
+from tests.tiny_models import MODELS, VOCAB, word_tokenizer
 
 SMALL = {
     "gpt2": GPT2Config(vocab_size=40, n_positions=20, n_embd=16, n_layer=1, n_head=2),

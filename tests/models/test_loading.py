@@ -22,7 +22,7 @@ from rlkd_trl.models.generation_config import set_trained_generation_config
 from rlkd_trl.models.loading import load_model, load_tokenizer, require_checkpoint
 from rlkd_trl.models.prompts import prompt_token_ids, tokenize_prompts
 from rlkd_trl.models.vocabulary import eos_token_ids, forbidden_ids_of
-from tests.conftest import EOS, MODELS, PADDED_VOCAB, VOCAB, tiny_llama, tiny_t5, word_tokenizer
+from tests.tiny_models import EOS, MODELS, PADDED_VOCAB, VOCAB, tiny_llama, tiny_t5, word_tokenizer
 
 
 @pytest.fixture(scope="module")

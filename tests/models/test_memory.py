@@ -8,8 +8,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rlkd_trl.models import memory
-from tests.conftest import word_tokenizer
 from tests.distributed.launching import run_forked
+from tests.tiny_models import word_tokenizer
 
 # Loads the model that is named, and prints by how many MiB the memory that belongs to no file has grown.
 GROWTH = """

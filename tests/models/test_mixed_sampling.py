@@ -6,7 +6,6 @@ import torch
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.generation import MixedWith
-from tests.conftest import EOS, MODELS, PADDED_VOCAB
 from tests.models.reference import pad_prompts
 from tests.models.sampling import (
     ALLOWED_IDS,
@@ -18,6 +17,7 @@ from tests.models.sampling import (
     sample,
     uniforms,
 )
+from tests.tiny_models import EOS, MODELS, PADDED_VOCAB
 
 # What the teacher is asked: in other words, of other lengths, and the same thing for two of the student's prompts.
 QUESTIONS = [[19, 3, 18, 4, 17, 5, 16], [3, 4], [19], [12, 11, 10, 9]]

@@ -14,7 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 
 import rlkd_trl
 from rlkd_trl.models import private_apis
-from tests.conftest import tiny_llama, tiny_t5
+from tests.tiny_models import tiny_llama, tiny_t5
 
 SEEN = {
     "transformers": "5.23.0 and 5.24.0",

@@ -16,9 +16,9 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.prompts import check_can_fit, prompt_lengths, prompt_token_ids, shorten
 from rlkd_trl.prompts import PromptTemplate
 from rlkd_trl.teachers import Teacher
-from tests.conftest import MODELS, word_tokenizer
 from tests.models.reference import own_logits
 from tests.rewards.reference import teacher_forcing
+from tests.tiny_models import MODELS, word_tokenizer
 
 
 def words(first: int, last: int) -> str:

@@ -9,9 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.backbone import backbone_of
 from rlkd_trl.models.recomputation import RecomputedLayers, check_cache
-from tests.conftest import tiny_llama
 from tests.models.reference import FAMILIES, pad_completions, pad_prompts
 from tests.models.test_backbone import COMPLETIONS, PROMPT_INDEX, PROMPTS
+from tests.tiny_models import tiny_llama
 
 
 def gradients(model, backbone, completions=COMPLETIONS) -> tuple[dict[str, torch.Tensor], int]:

@@ -11,8 +11,8 @@ from rlkd_trl.models.shared_attention import (
     SharedPrompts,
     attend_to_shared_prompts,
 )
-from tests.conftest import PADDED_VOCAB, tiny_llama, tiny_t5
 from tests.models.reference import own_logits, pad_completions, pad_prompts
+from tests.tiny_models import PADDED_VOCAB, tiny_llama, tiny_t5
 
 PROMPTS = [[4, 5, 6, 1], [9, 1], [10, 11, 1]]
 

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.models.vocabulary import check_same_tokenizer, eos_token_ids, forbidden_ids
-from tests.conftest import EOS, PAD, PADDED_VOCAB, UNK, VOCAB, tiny_llama, tiny_t5, word_tokenizer
+from tests.tiny_models import EOS, PAD, PADDED_VOCAB, UNK, VOCAB, tiny_llama, tiny_t5, word_tokenizer
 
 
 def forbidden(tokenizer, vocab_size=PADDED_VOCAB, eos_ids=(EOS,)) -> list[int]:

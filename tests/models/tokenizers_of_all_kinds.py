@@ -11,7 +11,7 @@ TEXTS = [
     "naïve über 東京 😀👩‍👩‍👧 e\u0301 ﬁne — a cheap, cheap shop",
     "It serves Japanese food for less than £20 per person.",
 ]
-CHARACTERS = " w0123456789"  # of the words of `tests.conftest.word_tokenizer`
+CHARACTERS = " w0123456789"  # of the words of `tests.tiny_models.word_tokenizer`
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 ALPHABET = sorted({character for text in TEXTS for character in text})
 

@@ -31,9 +31,9 @@ from rlkd_trl.planning.adapters import Adapters, adapted
 from rlkd_trl.planning.skeletons import CopyingSkeletons
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
-from tests.conftest import word_tokenizer
 from tests.planning.measured import peak_bytes
 from tests.planning.models import MODELS, checkpoint_of
+from tests.tiny_models import word_tokenizer
 from tests.trainers.tiny_runs import build
 
 # (prompts P, prompt tokens S, completions per prompt K, completion tokens T)

@@ -20,8 +20,8 @@ from transformers import (
     ViTConfig,
 )
 
-from tests.conftest import VOCAB, tiny_llama, word_tokenizer
 from tests.recipes.command_lines import word_rows, write_csv, write_templates
+from tests.tiny_models import VOCAB, tiny_llama, word_tokenizer
 
 ROWS = word_rows(30)
 # Nine aliases of nine aliases …: 9 ** 9 values.

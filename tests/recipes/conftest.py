@@ -8,10 +8,10 @@ from typing import NamedTuple
 import datasets
 import pytest
 
-from tests.conftest import MODELS, chat_tokenizer, word_tokenizer
 from tests.models.encoders import FIRST_WORD, VOCAB, encoder_tokenizer, make
 from tests.recipes.command_lines import word_rows, write_csv, write_templates
 from tests.recipes.stand_ins import STAND_IN
+from tests.tiny_models import MODELS, chat_tokenizer, word_tokenizer
 
 
 class Pair(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 from peft import AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification, PeftModel, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
-from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, METHODS, SAMPLING, TWO_STEPS, metrics_of, read_jsonl, run
 from tests.recipes.forks import fork_recipes
+from tests.tiny_models import word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights
 
 LORA = "--use_peft --lora_r 4"

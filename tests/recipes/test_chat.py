@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, metrics_of, read_jsonl, run, word_rows, write_csv
 from tests.recipes.stand_ins import GOOD, calls, compare, results_of
+from tests.tiny_models import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
 from tests.trainers.tiny_runs import assert_same_weights
 
 CAP = "--max_completion_length 6"

@@ -25,7 +25,6 @@ from rlkd_trl.commands.comparison.grid import Grid
 from rlkd_trl.commands.parser import RecipeParser
 from rlkd_trl.commands.settings import groups_of
 from rlkd_trl.trainers.config import RLOOKDConfig
-from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import (
     COLUMNS,
     ROOT,
@@ -40,6 +39,7 @@ from tests.recipes.command_lines import (
 )
 from tests.recipes.forks import fork_recipes
 from tests.recipes.stand_ins import DATA, GOOD, MODELS, calls, compare, places, results_of
+from tests.tiny_models import word_tokenizer
 
 
 @pytest.fixture(scope="module")

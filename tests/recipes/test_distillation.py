@@ -15,7 +15,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.recipes.command_lines import (
     COLUMNS,
     METHODS,
@@ -27,6 +26,7 @@ from tests.recipes.command_lines import (
     run,
 )
 from tests.recipes.conftest import Pair
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 DISTIL = f"{COLUMNS} {TWO_STEPS} {SAMPLING}"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import ROOT, main_of, write_csv
 from tests.recipes.command_lines import run as run_command
+from tests.tiny_models import word_tokenizer
 
 FOODS, AREAS = ("Thai", "Greek", "Lao"), ("north", "south", "west")
 SOURCES = [f"name[NAME], food[{food}], area[{area}]" for food in FOODS for area in AREAS] + ["name[NAME], area[east]"]

@@ -9,10 +9,10 @@ import torch
 from sacrebleu.metrics import BLEU
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.recipes.command_lines import metrics_of, read_jsonl, run, write_csv, write_templates
 from tests.rewards.reference import log_probability, teacher_forcing
 from tests.students.plain_forward import ALLOWED, allowed_log_softmax, plain_forward
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 CAP = 6
 FLAGS = f"--source_column mr --target_column ref --max_completion_length {CAP} --batch_size 3"

@@ -26,9 +26,9 @@ from rlkd_trl.commands import arguments, checks
 from rlkd_trl.data.streams import RowStream
 from rlkd_trl.models.vocabulary import allowed_special_tokens
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import tiny_t5, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, read_jsonl, run, word_rows, write_csv, write_templates
 from tests.recipes.conftest import Pair
+from tests.tiny_models import tiny_t5, word_tokenizer
 
 HUB_ID, HUB_ROWS = "owner/name", word_rows(40, seed=9)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.conftest import EOS
 from tests.models.bart_like import LANGUAGE, bart_like, checkpoint_texts, tokenizer
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, write_csv
+from tests.tiny_models import EOS
 
 pytestmark = pytest.mark.slow
 LEARN = "--max_steps 150 --learning_rate 1e-2 --disable_tqdm True"

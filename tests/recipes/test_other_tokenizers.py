@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from tests.conftest import MODELS
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.recipes.command_lines import SAMPLING, TWO_STEPS, metrics_of, run, word_rows, write_csv
+from tests.tiny_models import MODELS
 
 
 @pytest.fixture(scope="module")

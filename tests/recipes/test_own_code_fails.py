@@ -7,8 +7,8 @@ import pytest
 
 from rlkd_trl.settings import trusted_code
 from rlkd_trl.trainers.checkpoint_files import newest_whole
-from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, metrics_of, run
+from tests.tiny_models import MODELS, word_tokenizer
 
 # What fails reads a file that is there until the first checkpoint is.
 READS = """

@@ -4,8 +4,8 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlkd_trl.models import loading
-from tests.conftest import MODELS, VOCAB, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, write_csv, write_templates
+from tests.tiny_models import MODELS, VOCAB, word_tokenizer
 
 
 def words(first: int, last: int) -> str:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rlkd_trl.models.loading import load_model
-from tests.conftest import EOS
 from tests.models.bart_like import LANGUAGE, bart_like, tokenizer
 from tests.models.plain_generate import NEVER_SAMPLED, plain_texts
 from tests.recipes.command_lines import COLUMNS, TWO_STEPS, read_jsonl, run, word_rows, write_csv, write_templates
+from tests.tiny_models import EOS
 
 FAMILIES = ["t5-tied", "llama", "glm"]
 

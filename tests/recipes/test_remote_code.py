@@ -7,8 +7,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from rlkd_trl.settings import trusted_code
-from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run
+from tests.tiny_models import MODELS, word_tokenizer
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

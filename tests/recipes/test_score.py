@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.recipes.command_lines import run
 from tests.rewards.reference import log_probability
 from tests.students.plain_forward import plain_forward
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from rlkd_trl.models.loading import load_model
 from rlkd_trl.teachers import server_signals
-from tests.conftest import word_tokenizer
 from tests.recipes.command_lines import COLUMNS, metrics_of, run, write_templates
 from tests.teachers.loopback_server import served
+from tests.tiny_models import word_tokenizer
 
 KEY = "sk-recipe-9b74c9897bac770f"
 FLAGS = (

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from rlkd_trl.trainers.supervised import SupervisedTrainer
-from tests.conftest import MODELS, word_tokenizer
 from tests.hub_server import TOKEN, loopback_hub
 from tests.recipes.command_lines import COLUMNS, SAMPLING, TWO_STEPS, run, word_rows, write_csv, write_templates
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 
 AUTO_CLASSES = {"t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}

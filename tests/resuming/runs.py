@@ -14,11 +14,11 @@ from rlkd_trl.commands.comparison import cells, results
 from rlkd_trl.trainers.checkpoint_files import MANIFEST, newest_whole
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import tiny_t5, word_tokenizer
 from tests.models.encoders import encoder_tokenizer, make
 from tests.recipes.command_lines import COLUMNS, run, word_rows, write_csv
 from tests.recipes.conftest import CLASSES, labelled_rows
 from tests.recipes.forks import Fork
+from tests.tiny_models import tiny_t5, word_tokenizer
 from tests.trainers.tiny_runs import build, pairs, prompts
 
 # Rollouts of several optimizer steps with accumulation, so that most checkpoints lie inside of one; logs and saves at

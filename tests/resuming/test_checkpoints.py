@@ -345,7 +345,7 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(strategy, tmp_path):
 
 def test_another_beginning_is_refused_where_the_reference_is_it(tmp_path):
     """The reference of the KL penalty is the student that a run began with, not the one it goes on with."""
-    from tests.conftest import MODELS
+    from tests.tiny_models import MODELS
 
     settings = {**SAVING, "beta": 0.1}
     build("rloo-token", tmp_path, **settings).train()

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from rlkd_trl.commands.comparison import cells
-from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import COLUMNS, run, word_rows, write_csv
 from tests.recipes.forks import Fork
 from tests.resuming.runs import without_times
+from tests.tiny_models import MODELS, word_tokenizer
 
 pytestmark = pytest.mark.slow
 

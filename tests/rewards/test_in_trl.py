@@ -6,9 +6,9 @@ from datasets import Dataset
 
 from rlkd_trl.rewards import TeacherForcingReward
 from rlkd_trl.rewards.sequence_rewards import length
-from tests.conftest import EOS, tiny_llama, word_tokenizer
 from tests.rewards.reference import logits_of, teacher_forcing_sum
 from tests.rewards.test_teacher_rewards import templates_of
+from tests.tiny_models import EOS, tiny_llama, word_tokenizer
 from tests.trainers.tiny_runs import build, prompts, samples_instead, teacher_reward
 
 

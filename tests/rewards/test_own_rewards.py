@@ -12,10 +12,10 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel, TeacherReward, load_reward
 from rlkd_trl.rewards.own_rewards import construct
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.recipes.command_lines import ROOT
 from tests.rewards.reference import log_probability, logits_of
 from tests.rewards.test_teacher_rewards import templates_of
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 MARGIN = ROOT / "recipes" / "rewards" / "margin.py"
 PROMPTS = ["w3 w4", "w5"]

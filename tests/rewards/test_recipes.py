@@ -19,10 +19,10 @@ from rlkd_trl.rewards import (
     sequence_rewards,
 )
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, tiny_llama, tiny_t5
 from tests.models.reference import pad_completions
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
 from tests.rewards.test_teacher_rewards import templates_of
+from tests.tiny_models import EOS, tiny_llama, tiny_t5
 
 PROMPTS = ["w3 w4 w5", "w6"]
 INDEX = [1, 0, 1, 0]

@@ -12,9 +12,9 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardInputs, RewardModel, TeacherForcingReward
 from rlkd_trl.students.policy import Policy
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, MODELS, tiny_llama, tiny_t5, word_tokenizer
 from tests.models.reference import FAMILIES, pad_completions, pad_prompts
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing, teacher_forcing_sum, value
+from tests.tiny_models import EOS, MODELS, tiny_llama, tiny_t5, word_tokenizer
 
 PROMPTS = ["w3 w4 w5", "w6", "w3 w4 w5", "w7 w8 w9 w10 w11", "w6", "w12 w13"]
 # Ended, truncated, one token of either kind, and EOS in the middle, which a trainer never produces.

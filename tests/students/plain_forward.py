@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.conftest import EOS, PAD, UNK, VOCAB
+from tests.tiny_models import EOS, PAD, UNK, VOCAB
 
 # `<pad>` 0, `<unk>` 2 and the two sentinels (the tokenizer's last ids) are never sampled; `</s>` and the words are.
 ALLOWED = [EOS, *range(UNK + 1, VOCAB - 2)]

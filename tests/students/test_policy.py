@@ -12,7 +12,6 @@ from rlkd_trl.models.generation import MixedWith
 from rlkd_trl.models.precision import computes_in_float32
 from rlkd_trl.models.rotary import angles_change_with_length
 from rlkd_trl.students import Policy, frozen_copy
-from tests.conftest import EOS, MODELS, VOCAB, tiny_t5, word_tokenizer
 from tests.students.plain_forward import (
     ALLOWED,
     RAGGED,
@@ -23,6 +22,7 @@ from tests.students.plain_forward import (
     plain_forward,
     plain_values,
 )
+from tests.tiny_models import EOS, MODELS, VOCAB, tiny_t5, word_tokenizer
 
 # float32 forward passes of different batch shapes agree to a few units of 1e-6 on numbers up to about 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
 from rlkd_trl.teachers import Teacher
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.models.reference import tiny_gpt2
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, run
 
 MAPS = {

@@ -10,8 +10,8 @@ import pytest
 from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.teachers import Teacher
 from rlkd_trl.teachers.generated_inputs import Schema, generate_inputs, start_text, write_inputs
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.rewards.reference import log_probability, logits_of
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 SLOTS = {"food": ["w3", "w4"], "area": ["w5 w6", "w7"], "name": ["w8"]}
 

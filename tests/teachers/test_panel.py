@@ -8,9 +8,9 @@ from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs, RewardModel, TeacherForcingReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
-from tests.conftest import EOS, tiny_llama, word_tokenizer
 from tests.models.tokenizers_of_all_kinds import character_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing
+from tests.tiny_models import EOS, tiny_llama, word_tokenizer
 
 ROWS = [
     {"prompt": "w3 w4 w5", "references": ["w8 w9", "w3"], "expert": "runs/two", "ask": "first"},

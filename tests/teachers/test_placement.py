@@ -15,7 +15,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.models.memory import held_bytes
 from rlkd_trl.teachers import Teacher, placement
 from rlkd_trl.teachers.placement import Placement
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 
 PROMPTS = ["w3 w4 w5 w6", "w9"]
 IDS_BT = torch.tensor([[4, 5, 6, 1], [7, 1, 0, 0], [8, 9, 10, 11]])

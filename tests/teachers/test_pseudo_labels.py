@@ -9,8 +9,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.pseudo_labels import nearest_candidate, pseudo_labels, write_pseudo_labels
-from tests.conftest import MODELS, word_tokenizer
 from tests.models.plain_generate import plain_texts
+from tests.tiny_models import MODELS, word_tokenizer
 
 LENGTH = 6
 ROWS = [

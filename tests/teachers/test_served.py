@@ -24,8 +24,8 @@ from rlkd_trl.teachers.served import ServedTeacher
 from rlkd_trl.teachers.server_secrets import checked_url
 from rlkd_trl.trainers.interruption import StopRequest
 from rlkd_trl.trainers.run_record import check_same_run
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.teachers.loopback_server import served
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 
 TEMPLATES = PromptTemplates([PromptTemplate("before", "w9 {{ source }}"), PromptTemplate("after", "{{ source }} w10")])
 COMPLETIONS = [[5, 6, 7, EOS], [8, EOS], [9, 10, 11, 12, 13], [EOS], [14, 15], [16, 17, 18, 19, EOS]]

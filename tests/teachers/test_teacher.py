@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rlkd_trl.errors import InputError
 from rlkd_trl.ops.lm_head import map_head_slices
 from rlkd_trl.teachers import Teacher
 from rlkd_trl.teachers import teacher as teacher_module
-from tests.conftest import MODELS, PADDED_VOCAB, tiny_llama, tiny_t5, word_tokenizer
 from tests.models.reference import FAMILIES, count_rows, own_logits, pad_completions
+from tests.tiny_models import MODELS, PADDED_VOCAB, tiny_llama, tiny_t5, word_tokenizer
 
 PROMPTS = ["w3 w4 w5 w6 w7 w8", "w9", "w10 w11", "w12 w13 w14 w15"]
 # Completion b answers PROMPTS[INDEX[b]]: three, none, two and two of them, in no order. EOS is 1.
@@ -19,6 +20,12 @@ NAMES = ("chosen", "mean", "max", "logsumexp", "expected", "soft", "allowed_logs
 TAU = 0.5
 FORBIDDEN_V = torch.tensor([v % 3 == 0 for v in range(PADDED_VOCAB - 1)])  # of a student whose head has a row less
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(params=list(MODELS))
+def any_model(request) -> PreTrainedModel:
+    """One of each family and head kind."""
+    return MODELS[request.param]()
 
 
 def score(teacher, prompts=PROMPTS, index=INDEX, completions=COMPLETIONS, ended=ENDED, filler=0, **kwargs):

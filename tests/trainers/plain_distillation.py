@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import MODELS, UNK, word_tokenizer
 from tests.students.plain_forward import ALLOWED, plain_forward
+from tests.tiny_models import MODELS, UNK, word_tokenizer
 from tests.trainers.plain_update import Sample, average_rewards
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlkd_trl.trainers.rollout import Rollout
-from tests.conftest import EOS
 from tests.students.plain_forward import chosen_log_probs, entropies, plain_forward, plain_values
+from tests.tiny_models import EOS
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 
 from rlkd_trl import AllActionsKDConfig, TeacherForcingReward
 from rlkd_trl.errors import InputError
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import ALLOWED
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.plain_distillation import Asked, all_actions_loss, asked_twice, assert_gradients, signals
 from tests.trainers.plain_update import samples_of, teacher_rewards
 from tests.trainers.tiny_runs import (

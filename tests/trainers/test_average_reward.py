@@ -5,7 +5,7 @@ import torch
 
 from rlkd_trl.ops.masking import last_token
 from rlkd_trl.rewards import LogLikelihoodReward, RewardInputs
-from tests.conftest import EOS
+from tests.tiny_models import EOS
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,
     METHODS,

@@ -14,7 +14,7 @@ from rlkd_trl.teachers import Teacher, TeacherPanel, cache_writer
 from rlkd_trl.teachers.cache import CachedPanel, TeacherCache, key_of, shard_file
 from rlkd_trl.teachers.cache_writer import is_place_of_cache, remove_cache, targets_of, write_cache
 from rlkd_trl.trainers.run_record import model_record
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, pairs, run
 
 DATA = pairs(32)

@@ -18,7 +18,7 @@ from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.pseudo_labels import pseudo_labels
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
+from tests.tiny_models import CHAT_TEMPLATE, END, chat_tokenizer, tiny_llama
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,
     METHODS,

@@ -18,8 +18,8 @@ from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import EOS, tiny_llama, tiny_t5
 from tests.models.bart_like import LANGUAGE, bart_like, checkpoint_texts, tokenizer
+from tests.tiny_models import EOS, tiny_llama, tiny_t5
 from tests.trainers.tiny_runs import build, prompts
 
 LENGTH = 7

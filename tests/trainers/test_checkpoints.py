@@ -3,8 +3,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.conftest import MODELS
 from tests.students.plain_forward import plain_forward
+from tests.tiny_models import MODELS
 from tests.trainers.tiny_runs import assert_same_weights, build, largest_difference, prompts, run, snapshot
 
 

@@ -6,7 +6,7 @@ import types
 import pytest
 from transformers.integrations import integration_utils
 
-from tests.conftest import MODELS
+from tests.tiny_models import MODELS
 from tests.trainers.test_supervised import build as supervised
 from tests.trainers.tiny_runs import build, prompts
 

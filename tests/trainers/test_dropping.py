@@ -13,7 +13,7 @@ from rlkd_trl.ops.advantages import leave_one_out, token_leave_one_out
 from rlkd_trl.ops.finite import usable_rows, usable_states
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, Recorder, build, samples_instead, teacher_reward
 
 # Of float32 sums in another order, where gradients reach 13.

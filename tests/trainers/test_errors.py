@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogLikelihoodReward, RewardModel
-from tests.conftest import EOS, MODELS, tiny_t5, word_tokenizer
+from tests.tiny_models import EOS, MODELS, tiny_t5, word_tokenizer
 from tests.trainers.test_peft import lora_student
 from tests.trainers.tiny_runs import METHODS, build, prompts, teacher_reward
 

@@ -4,8 +4,8 @@ from sacrebleu.metrics import BLEU
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.evaluation.evaluate import evaluate_student
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import ALLOWED, plain_forward
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import METHODS, build, prompts
 
 

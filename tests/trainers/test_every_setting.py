@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from rlkd_trl.errors import InputError
-from tests.conftest import tiny_t5
+from tests.tiny_models import tiny_t5
 from tests.trainers.plain_distillation import asked_twice
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,

@@ -13,7 +13,7 @@ from rlkd_trl.errors import InputError, TrainingError
 from rlkd_trl.evaluation.not_finite import check_finite
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, assert_same_weights, build, pairs, snapshot
 
 ALL = [*METHODS, *FULL_VOCABULARY_METHODS, "sft"]

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkd_trl.errors import InputError
-from tests.conftest import MODELS
+from tests.tiny_models import MODELS
 from tests.trainers.test_encoder import build as encoder
 from tests.trainers.test_supervised import build as supervised
 from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, build

@@ -17,8 +17,8 @@ from rlkd_trl.evaluation.directions import HIGHER_IS_BETTER
 from rlkd_trl.trainers import inherited_settings as tables
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import MODELS, word_tokenizer
 from tests.recipes.command_lines import parsed
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers import test_encoder, tiny_runs
 from tests.trainers.tiny_runs import largest_difference, prompts, snapshot
 

@@ -13,8 +13,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.ops.divergences import DIVERGENCES
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import EOS, MODELS, UNK, VOCAB, word_tokenizer
 from tests.students.plain_forward import ALLOWED, plain_forward
+from tests.tiny_models import EOS, MODELS, UNK, VOCAB, word_tokenizer
 from tests.trainers.plain_distillation import Asked, asked_twice, assert_gradients, kd_loss
 from tests.trainers.plain_update import samples_of
 from tests.trainers.tiny_runs import (

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import entropies, plain_forward, plain_values
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import METHODS, Recorder, build, prompts, run, samples_instead
 
 EVERY_METHOD = {

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.conftest import MODELS, tiny_t5
+from tests.tiny_models import MODELS, tiny_t5
 from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, build, pairs, prompts, run
 
 # Beside the ways to train, those whose extra passes over the student could forget the precision.

@@ -14,10 +14,10 @@ from rlkd_trl.evaluation.evaluate import evaluate_student, evaluate_teacher
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward, RewardModel
 from rlkd_trl.students import Policy
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.models.tokenizers_of_all_kinds import CHARACTERS, character_tokenizer
 from tests.rewards.reference import log_probability, logits_of, teacher_forcing, teacher_forcing_sum
 from tests.students.plain_forward import allowed_log_softmax, plain_forward
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import (
     METHODS,
     assert_same_weights,

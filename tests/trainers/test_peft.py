@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from rlkd_trl.errors import InputError
-from tests.conftest import MODELS
 from tests.students.plain_forward import plain_forward
+from tests.tiny_models import MODELS
 from tests.trainers.test_supervised import build as supervised
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,

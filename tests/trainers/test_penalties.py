@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.conftest import EOS, MODELS
 from tests.students.plain_forward import chosen_log_probs
+from tests.tiny_models import EOS, MODELS
 from tests.trainers.plain_update import samples_of
 from tests.trainers.tiny_runs import (
     METHODS,

@@ -9,7 +9,7 @@ import torch
 
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.errors import InputError
-from tests.conftest import EOS, MODELS, word_tokenizer
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.tiny_runs import METHODS, Recorder, build, samples_instead
 
 COMPLETIONS = [[5, 6, EOS], [7, 8, 9, 10, 11, 12], [13, EOS], [14, 15, 16, EOS]] * 2

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from rlkd_trl import ReinforceKDConfig
 from rlkd_trl.errors import InputError
 from rlkd_trl.rewards import LogRatioReward
-from tests.conftest import EOS, MODELS
 from tests.students.plain_forward import ALLOWED, plain_forward
+from tests.tiny_models import EOS, MODELS
 from tests.trainers.plain_update import Sample, samples_of
 from tests.trainers.tiny_runs import (
     Recorder,

@@ -7,7 +7,7 @@ from rlkd_trl.commands.results import evaluate_teacher_of
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.trainers.sample_log import SampleLog, _is_due
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import build, pairs, snapshot
 
 pytestmark = pytest.mark.slow

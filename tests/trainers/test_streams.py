@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from rlkd_trl.data.streams import RepeatedRows, RowStream
 from rlkd_trl.errors import InputError
-from tests.conftest import MODELS
+from tests.tiny_models import MODELS
 from tests.trainers.test_supervised import build as supervised
 from tests.trainers.tiny_runs import build, prompts, snapshot
 

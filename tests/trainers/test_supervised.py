@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from rlkd_trl.errors import InputError
 from rlkd_trl.trainers.supervised import PairCollator, SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import EOS, MODELS, PAD, PADDED_VOCAB, word_tokenizer
 from tests.models.reference import FAMILIES, own_logits
+from tests.tiny_models import EOS, MODELS, PAD, PADDED_VOCAB, word_tokenizer
 from tests.trainers.tiny_runs import assert_same_weights, largest_difference, snapshot
 
 # Prompts of 1 to 6 words and targets of 0 to 5: every row has its own length, and one is answered by EOS alone.

@@ -10,7 +10,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.ops.all_actions import mixture_importance
 from rlkd_trl.prompts import PromptTemplate, PromptTemplates
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.tiny_runs import prompts, teacher_reward
 
 ROWS = [{"prompt": "w5 w6"}, {"prompt": "w7"}]

@@ -12,8 +12,8 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.teachers import Teacher, TeacherPanel
 from rlkd_trl.teachers.routing import Routing
 from rlkd_trl.trainers.run_record import RUN_RECORD, check_same_run
-from tests.conftest import EOS, MODELS, word_tokenizer
 from tests.students.plain_forward import plain_forward
+from tests.tiny_models import EOS, MODELS, word_tokenizer
 from tests.trainers.plain_distillation import Asked, assert_gradients, kd_loss
 from tests.trainers.plain_update import Sample, samples_of
 from tests.trainers.tiny_runs import Recorder, assert_same_weights, build, pairs, run, snapshot

@@ -9,7 +9,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from rlkd_trl import TeacherForcingReward
 from rlkd_trl.rewards import LogLikelihoodReward, LogRatioReward
 from rlkd_trl.teachers import Teacher, TeacherPanel
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers.plain_update import plain_loss, samples_of, targets_of
 from tests.trainers.tiny_runs import (
     FULL_VOCABULARY_METHODS,

@@ -9,7 +9,7 @@ from rlkd_trl.rewards import TeacherForcingReward
 from rlkd_trl.students import Policy
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
-from tests.conftest import MODELS, word_tokenizer
+from tests.tiny_models import MODELS, word_tokenizer
 from tests.trainers import tiny_runs
 
 MESSAGE = "The tokenizer.* has no EOS token, so no text would end: set `eos_token`"

@@ -25,7 +25,7 @@ from rlkd_trl import (
 )
 from rlkd_trl.models.generation import Completions
 from rlkd_trl.trainers.rollout import Rollout
-from tests.conftest import EOS, MODELS, PAD, word_tokenizer
+from tests.tiny_models import EOS, MODELS, PAD, word_tokenizer
 
 # The ways to train on rewards, as (trainer, config, arguments of the config).
 METHODS = {
