@@ -23,7 +23,13 @@ from pathlib import Path
 
 from rlkd_trl.commands.encoder_data import Rows, is_demo
 from rlkd_trl.commands.encoder_demo import use_demo_teachers
-from rlkd_trl.commands.encoder_results import evaluate, evaluate_untrained, finish_stage, save_student
+from rlkd_trl.commands.encoder_results import (
+    evaluate,
+    evaluate_untrained,
+    finish_stage,
+    save_student,
+    warn_if_one_class,
+)
 from rlkd_trl.commands.encoder_stages import build, check_data, check_directories, clear_unfinished, plan_stages
 from rlkd_trl.commands.hub import push
 from rlkd_trl.commands.run_directory import held_alone, leaves_no_empty_directory
@@ -69,6 +75,7 @@ def distil(settings: EncoderSettings, rows: dict[str, Rows]) -> None:
         trainer.train(resume_from_checkpoint=stage.checkpoint)
         save_student(trainer, results, merge=settings.adapters.merge_adapters)
         results["after"] = evaluate(trainer, "after training")
+        warn_if_one_class(trainer)
 
         # Report.
         finish_stage(trainer, results, settings, stage)

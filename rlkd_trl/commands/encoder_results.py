@@ -38,6 +38,16 @@ def evaluate(trainer: "EncoderKDTrainer", when: str) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
+def warn_if_one_class(trainer: "EncoderKDTrainer") -> None:
+    """Says so if the trained student gives every held-out text the same class, where several are right."""
+    if trainer.only_class is not None:
+        say(
+            f"Warning: the student gives each of the {len(trainer.eval_dataset)} held-out texts the class "
+            f"{trainer.only_class!r}, where several are right: it has not learnt to tell them apart. Train it "
+            "for more steps, or with another --learning_rate."
+        )
+
+
 def save_student(trainer: "EncoderKDTrainer", results: Results, *, merge: bool) -> None:
     """Writes the trained student, `cost.json`, and the metrics so far to `metrics.json`.
 

@@ -146,6 +146,18 @@ class Seen:
         of_known = predictions[known].tolist(), labels[known].tolist()
         return {"accuracy": accuracy(*of_known), "f1": f1(*of_known)}
 
+    def only_class(self) -> int | None:
+        """The class that is predicted for every text, if the labels, or else the teacher's classes, are several.
+
+        None in regression.
+        """
+        if not self.predictions or self.predictions[0].is_floating_point():
+            return None
+        right = [set(torch.cat(batches).tolist()) - {IGNORED} for batches in (self.labels, self.teachers) if batches]
+        predicted = set(torch.cat(self.predictions).tolist())
+        are_several = len(next(filter(None, right), ())) > 1
+        return predicted.pop() if len(predicted) == 1 and are_several else None
+
     def likeness(self) -> dict[str, float]:
         """How like the teacher's the student's last hidden states are.
 

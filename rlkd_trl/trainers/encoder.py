@@ -118,6 +118,7 @@ class EncoderKDTrainer(DistillationTrainer):
         self._step_metrics: dict[str, float] = defaultdict(float)
         self.spent = Spent()
         self.sample_table: list[dict[str, object]] = []
+        self.only_class: str | None = None
         # The tokenizer puts a forced BOS into the target itself, so only the first of the start ids is given.
         start_id = completion_start_ids(model)[0] if base_of(model).config.is_encoder_decoder else None
         super().__init__(
@@ -347,6 +348,8 @@ class EncoderKDTrainer(DistillationTrainer):
                 seen.add_states(*(self._last_states(reader, batch) for reader in self._readers), token_mask(batch))
         self.student.train(was_training)
         self.sample_table = seen.samples(dataset, self.student.config) if self.objective.stage == "task" else []
+        only = seen.only_class()
+        self.only_class = None if only is None else str(self.student.config.id2label.get(only, only))
         losses = {
             f"losses/{name}": sum(total / max(counts[unit], 1) for unit, total in by_unit.items())
             for name, by_unit in sums.items()

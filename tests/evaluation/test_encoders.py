@@ -46,11 +46,34 @@ def test_outputs_of_classes():
     assert seen.metrics(is_regression=False) == pytest.approx({"accuracy": 50, "f1": 100 / 3, "agreement": 200 / 3})
 
 
+@pytest.mark.parametrize(
+    ("predicted", "teachers", "labels", "only"),
+    [
+        ([1, 1, 1], [0, 1, 1], None, 1),
+        ([1, 1, 1], [1, 1, 1], None, None),  # as the teacher
+        ([0, 1, 1], [0, 1, 1], None, None),
+        ([1, 1, 1], None, [1, 0, 1], 1),
+        ([1, 1, 1], [0, 1, 1], [1, 1, IGNORED], None),  # it is right
+        ([1, 1, 1], [0, 1, 1], [IGNORED] * 3, 1),
+        ([1, 1, 1], None, None, None),
+    ],
+)
+def test_one_class_for_all_texts(predicted, teachers, labels, only):
+    seen = Seen()
+    for cut in (slice(0, 1), slice(1, 3)):
+        logits, of_teacher = (None if of is None else torch.eye(2)[of[cut]] for of in (predicted, teachers))
+        seen.add_outputs(logits, of_teacher, None if labels is None else tensor(labels[cut]))
+    assert seen.only_class() == only
+
+
 def test_outputs_of_regression():
     seen = Seen()
     seen.add_outputs(tensor([[1.0], [2], [3], [4]]), tensor([[1.0], [2], [3], [4]]), tensor([2.0, 1, 4, 3]))
     found = seen.metrics(is_regression=True)
     assert found == pytest.approx({"pearson": 0.6, "spearman": 0.6, "agreement": 1})
+    seen = Seen()
+    seen.add_outputs(tensor([[3.0], [3.0]]), None, tensor([1.0, 2]))
+    assert seen.only_class() is None
 
 
 def test_states_behind_a_text_are_not_read():

@@ -514,6 +514,18 @@ def test_several_stages_under_deepspeed_are_refused(way, encoders, tmp_path, mon
     assert "--stages general task: under DeepSpeed a command trains one stage" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow(1)
+def test_one_class_for_all_texts_is_warned_of(encoders, tmp_path, capsys):
+    """One class is learnt of one word alone, which is in none of the held-out texts."""
+    write_csv(tmp_path / "train.csv", [{"text": f"w{i}", "label": "odd" if i == 3 else "even"} for i in range(3, 23)])
+    write_csv(tmp_path / "test.csv", [{"text": f"w{i} w{i}", "label": ("even", "odd")[i % 2]} for i in range(4, 10)])
+    task = f"encoder_kd --losses hard_ce --student {encoders.general} --task_dataset {tmp_path / 'train.csv'} {STEPS} "
+    task += f"--max_steps 20 --learning_rate 1e-3 --task_eval_dataset {tmp_path / 'test.csv'} --label_column label "
+    assert run(f"{task} --output_dir {tmp_path / 'task'}") == 0
+    said = capsys.readouterr().out
+    assert "Warning: the student gives each of the 6 held-out texts the class 'even', where several are right" in said
+
+
 def test_maps_are_announced(encoders, tmp_path, capsys):
     assert run(f"{command(encoders, tmp_path / 'out', 'general')} --config minilm") == 0
     said = capsys.readouterr().out
