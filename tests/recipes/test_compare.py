@@ -38,8 +38,25 @@ from tests.recipes.command_lines import (
     write_templates,
 )
 from tests.recipes.forks import fork_recipes
-from tests.recipes.stand_ins import DATA, GOOD, MODELS, calls, compare, places, results_of
+from tests.recipes.stand_ins import DATA, GOOD, MODELS, MeasuredOnce, calls, compare, places, results_of
 from tests.tiny_models import word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def measured_once() -> MeasuredOnce:
+    return MeasuredOnce()
+
+
+@pytest.fixture
+def in_full() -> None:
+    """For tests of processes and of numbers: every run is a process, and every model is measured anew."""
+
+
+@pytest.fixture(autouse=True)
+def in_short(request, measured_once, monkeypatch) -> None:
+    """The others are about which runs are made, and what is kept of them."""
+    if "in_full" not in request.fixturenames:
+        measured_once.patch(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +77,7 @@ def finished(tmp_path_factory) -> Callable[[str, Path], None]:
 
 
 @pytest.mark.slow
-def test_search_runs_and_tables(workplace):
+def test_search_runs_and_tables(in_full, workplace):
     rates = "--learning_rates 2e-4 5e-4 1e-3 --common logging_steps=7 temperature=0.9"
     assert compare(f"{GOOD} --max_steps 9 3 {rates} --baseline rloo_sequence", workplace, figures=True) == 0
     # The search: the smallest budget, the first seed, all rates. Then each method's best rate, once for each cell.
@@ -199,7 +216,7 @@ def test_the_metric_to_select_on_says_what_is_better(workplace):
 
 
 @pytest.mark.slow
-def test_the_test_metrics_are_those_of_the_evaluation_recipe(workplace):
+def test_the_test_metrics_are_those_of_the_evaluation_recipe(in_full, workplace):
     """Teacher, warm start and a run's student, greedy and sampled, measured by recipes/evaluate.py."""
     assert compare(f"{GOOD} --seeds 0", workplace) == 0
     rows = {row["model"]: row for row in results_of(workplace)["tests"]["test"]["max_steps_3"]}
@@ -403,7 +420,7 @@ def test_what_was_tested_before_is_tested_again_on_other_test_data(column, finis
 
 
 @pytest.mark.slow
-def test_several_test_sets_have_a_table_each(finished, workplace):
+def test_several_test_sets_have_a_table_each(in_full, finished, workplace):
     """What was tested on one of them is not tested again; the same inputs under two names give the same numbers."""
     finished(f"{GOOD} --seeds 0", workplace)
     alone = results_of(workplace)["tests"]["test"]
@@ -425,7 +442,7 @@ def test_several_test_sets_have_a_table_each(finished, workplace):
 
 
 @pytest.mark.slow
-def test_coverage_is_the_nll_of_the_teachers_samples(workplace):
+def test_coverage_is_the_nll_of_the_teachers_samples(in_full, workplace):
     """By a student with the teacher's weights that is asked in the teacher's words, it is the teacher's own."""
     write_templates(workplace / "bare.yaml", one="{{ mr }}")
     flags = GOOD.replace("good.yaml", "bare.yaml")
@@ -505,7 +522,7 @@ def test_methods_that_follow_one_another_in_pieces(workplace, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails(workplace, monkeypatch, capsys):
+def test_a_run_that_fails(in_full, workplace, monkeypatch, capsys):
     monkeypatch.setenv("FAIL", "ppo/seed1")
     assert compare(GOOD, workplace) == 1
     assert len(calls(workplace)) == 4, "the others went on"
@@ -719,13 +736,13 @@ def test_shipped_methods_are_found_by_name():
     assert main_of("compare").__globals__["CONFIGS"]["rloo_kd"] is RLOOKDConfig
 
 
-@pytest.mark.slow(15)
-def test_smoke(tmp_path, monkeypatch):
+@pytest.mark.slow(9)
+def test_smoke(in_full, tmp_path, monkeypatch):
     """With the real recipes; fewer of all than `--smoke` has, which takes 117 s of CPU."""
     fork_recipes(monkeypatch)
     monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 40, "student_steps": 30})
-    for split in ("validation", "test"):
-        monkeypatch.setitem(demo.SPLIT_SIZES, split, 20)
+    for split, size in {"train": 200, "validation": 6, "test": 8}.items():
+        monkeypatch.setitem(demo.SPLIT_SIZES, split, size)
     monkeypatch.chdir(tmp_path)
     assert run("compare --smoke --seeds 0 --learning_rates 1e-3") == 0
     results = json.loads((tmp_path / "runs" / "compare_smoke" / "comparison.json").read_text())
