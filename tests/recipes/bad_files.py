@@ -28,6 +28,7 @@ ROWS = word_rows(30)
 _YAML_BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
+_DEEP = "[\n" * 5000 + "]" * 5000  # a bracket a line: in one line PyYAML looks for a key behind each, for seconds
 
 
 class _Touches:
@@ -166,7 +167,7 @@ def _make_templates(here: Path) -> None:
             "bomb.jinja": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "no_templates.yaml": "dataset: mine\ntemplates: []\n",
             "number_for_text.yaml": "ask: 7\n",
-            "deep_template.yaml": f"ask: {'[' * 5000}{']' * 5000}",
+            "deep_template.yaml": f"ask: {_DEEP}",
             "code.yaml": "ask: !!python/object/apply:os.system ['touch unpickled']\n",
             "key_twice.yaml": "ask: 'w3 {{ mr }}'\nask: 'w4 {{ mr }}'\n",
         },
@@ -193,7 +194,7 @@ def _make_presets(here: Path) -> None:
             "unknown_choice.yaml": "save_strategy: sometimes\n",
             "twice_in_preset.yaml": "max_rows: 3\nsource_column: mr\nmax_rows: 4\n",
             "date.yaml": "max_rows: 2026-13-45\n",
-            "deep.yaml": f"max_rows: {'[' * 5000}{']' * 5000}",
+            "deep.yaml": f"max_rows: {_DEEP}",
             "yaml_bomb.yaml": _YAML_BOMB,
             "cycle.yaml": "max_rows: &a [*a]\n",
             "python.yaml": "max_rows: !!python/object/apply:os.system ['touch unpickled']\n",

@@ -23,6 +23,7 @@ from tests.recipes.bad_inputs import (
     PRESETS,
     REFUSED_AT_ONCE,
     UNLABELLED,
+    in_turn,
 )
 from tests.recipes.command_lines import PROMPTED, RECIPES, SAMPLING, TWO_STEPS, flags_of, main_of, run
 
@@ -30,17 +31,18 @@ MOST_SECONDS = 15
 
 
 def cases(table: tuple | list) -> list:
-    """A test for each recipe of each line; quick are those of every third line, with the first of its recipes."""
+    """A test for each recipe whose turn it is; quick are those of every third line, with the first of its recipes."""
     return [
         pytest.param(
             recipe,
             flags,
             message,
-            marks=() if number % 3 == 0 and recipe == recipes[0] else pytest.mark.slow(0.05),
+            marks=() if number % 3 == 0 and recipe == given[0] else pytest.mark.slow(0.05),
             id=f"{recipe} {flags[:80]}",
         )
         for number, (recipes, flags, message) in enumerate(table)
-        for recipe in recipes
+        for given in (in_turn(recipes, number),)
+        for recipe in given
     ]
 
 
