@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rlkd_trl
+from tests.distributed.launching import run_forked
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlkd_trl"
@@ -145,15 +147,16 @@ def test_dir_lists_the_public_names():
     assert dir(rlkd_trl) == sorted([*rlkd_trl.__all__, "__version__"])
 
 
-@pytest.mark.slow
-def test_importing_changes_no_other_librarys_log_level():
-    code = """
-import logging
-before = logging.getLogger("bitsandbytes").level
-import rlkd_trl, rlkd_trl.trainers.ppo
-assert logging.getLogger("bitsandbytes").level == before == logging.NOTSET, logging.getLogger("bitsandbytes").level
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+@pytest.mark.slow(1)
+def test_importing_changes_no_other_librarys_log_level(tmp_path):
+    """In a process that has imported the package, and done nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import logging, rlkd_trl, rlkd_trl.trainers.ppo, rlkd_trl.models.precision, bitsandbytes\n"
+        'print(logging.getLogger("bitsandbytes").level)\n'
+    )
+    printed = run_forked("tests.distributed.forked_script", tmp_path, [{}], str(script))
+    assert int(printed.splitlines()[-1]) == logging.NOTSET
 
 
 def test_a_name_that_is_not_there():

@@ -264,8 +264,8 @@ def test_a_step_whose_growth_is_measured(family, forked_measurements):
     assert many["score"]["extra_mib"] < 32
 
 
-@pytest.mark.slow(7)
-def test_memory_of_a_phase():
+@pytest.mark.slow(1)
+def test_memory_of_a_phase(tmp_path):
     """A process of its own, whose phases take 100 MiB, free it, take 50 more, and keep 30."""
     program = """
 import json
@@ -288,15 +288,15 @@ for step in range(2):
 print(json.dumps([meter.extra_mib, len(meter.steps)]))
 """
     place = str(ROOT / "recipes" / "benchmarks")
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {place!r})\n{program}"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    extra, steps = json.loads(finished.stdout.splitlines()[-1])
+    (tmp_path / "phases.py").write_text(f"import sys; sys.path.insert(0, {place!r})\n{program}")
+    printed = run_forked("tests.distributed.forked_script", tmp_path, [{}], str(tmp_path / "phases.py"))
+    extra, steps = json.loads(printed.splitlines()[-1])
     assert steps == 2
     assert 100 <= extra["score"] < 110 and 50 <= extra["generate"] < 60 and 30 <= extra["update"] < 40
 
 
-@pytest.mark.slow
-def test_memory_of_a_fresh_process():
+@pytest.mark.slow(2)
+def test_memory_of_a_fresh_process(forked_measurements):
     """Naive scoring holds all logits: 4 × 41 × 20,000 float32 are 12.5 MiB, and more than once."""
     names = names_of("scoring")
     small, shape = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1), names.Shape(5, 40, 2, 2, 20_000)
