@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import cpuinfo
 import datasets
 import deepspeed
 from accelerate.state import AcceleratorState
@@ -44,6 +45,7 @@ def main(kind_file: Path, *words: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     adam = SimpleNamespace(create_adam=nothing, destroy_adam=nothing, adam_update=adam_update)
     CPUAdamBuilder.load = lambda builder: adam
+    cpuinfo.get_cpu_info = dict  # for Adam's kernel, by processes of its own
     sys.argv = list(words)
     if "HF_DATASETS_CACHE" in os.environ:  # in a forked process it is imported already
         datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])

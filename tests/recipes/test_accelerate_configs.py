@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from tests.distributed import forked_launchers
 from tests.distributed.launching import ENVIRONMENT, environments_of_ranks, free_port, run_forked
-from tests.recipes.command_lines import COLUMNS, ROOT, SAMPLING, metrics_of
+from tests.recipes.command_lines import COLUMNS, ROOT, metrics_of
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 LAUNCHED = Path(__file__).with_name("launched_recipe.py")
@@ -99,8 +99,8 @@ def launched(name: str, words: str, directory: Path, *launch_flags: str) -> str:
     return finished.stdout + finished.stderr
 
 
-@pytest.mark.slow(8)
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.slow(5)
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "zero3"])  # with the demo, below
 def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_path):
     """Two updates with a sharded teacher, up to a student that plain transformers loads.
 
@@ -109,8 +109,9 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     """
     pair, processes = checkpoints["t5-untied"], int(EXPECTED[name].split()[-1])
     words = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
-    words += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} {SAMPLING} --max_steps 2 --logging_steps 1 "
-    words += f"--per_device_train_batch_size 4 --disable_tqdm True --output_dir {tmp_path / 'student'}"
+    words += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} --num_generations 2 "
+    words += "--max_completion_length 3 --max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --disable_tqdm True "
+    words += f"--output_dir {tmp_path / 'student'}"
     if name == "zero3_multi_node":
         common = "--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 "
         common += f"--main_process_port {free_port()}"
@@ -135,12 +136,13 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
 def test_the_demo_makes_its_models_outside_of_the_launchers_engine(tmp_path):
     """Once, on the first process, while the others wait; of DeepSpeed's engines a process has one."""
     flags = f"{ROOT}/recipes/ppo_kd.py --bf16 false --use_cpu --teacher_placement zero3 --max_steps 1 --max_rows 20 "
-    flags += "--per_device_train_batch_size 8 --max_completion_length 12 --disable_tqdm True "
+    flags += "--per_device_train_batch_size 4 --max_completion_length 4 --disable_tqdm True "
     flags += f"--output_dir {tmp_path / 'student'}"
     log = launched("zero3", flags, tmp_path, "--num_processes 2")
     assert (tmp_path / "kind").is_file(), log[-6000:]
     assert (tmp_path / "kind").read_text() == EXPECTED["zero3"]
     assert log.count("Demo 1/3") == log.count("Demo 2/3") == 1
+    assert log.count("demo_models/teacher: sharded (zero3), float32, not quantised") == 1
     assert log.count("Student, metrics.json and report.html are in") == 1
     assert "Traceback" not in log and log.count("FutureWarning") < 10, log[-6000:]
     assert list(metrics_of(tmp_path / "student")) == ["teacher", "before", "after"]

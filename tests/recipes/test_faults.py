@@ -125,7 +125,6 @@ def start(checkpoints, train_csv, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "tracebacks", "signum", "rank", "said"),
     [
-        ("rlkd-trl", 0, signal.SIGKILL, 1, KILLED.format(1)),
         ("accelerate for real", 1, signal.SIGKILL, 1, KILLED.format(1)),
         ("rlkd-trl", 0, signal.SIGKILL, 0, KILLED.format(0)),
         ("rlkd-trl", 0, signal.SIGSTOP, 1, r"error: process 1 \(pid \d+\) is stopped \(SIGSTOP\)"),

@@ -58,7 +58,7 @@ METHODS = {
     "method", [name if name == "rloo-token" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_the_student_is_that_of_the_teacher_itself(method, asked, far, checkpoints, tmp_path, capsys):
-    teacher, command = checkpoints["llama"].teacher, f"{METHODS[method]} {asked}"
+    teacher, command = checkpoints["llama"].teacher, f"{METHODS[method]} {asked} --max_steps 2"
     assert run(f"{command} --teacher {teacher} --output_dir {tmp_path / 'near'}") == 0
     with far() as loopback:
         assert run(f"{command} {flags(loopback, teacher)} --output_dir {tmp_path / 'far'}") == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -36,13 +37,17 @@ def signalled_at(patch, owner, name: str, signum: int, call: int = 1) -> None:
     patch.setattr(owner, name, with_signal)
 
 
-@pytest.fixture
-def distil(checkpoints, train_csv, tmp_path):
+def distillation(checkpoints, train_csv, place: Path) -> str:
     pair = checkpoints["t5-tied"]
     return (
         f"rloo_kd --teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} "
-        f"{SAMPLING} --output_dir {tmp_path}/out"
+        f"{SAMPLING} --output_dir {place}/out"
     )
+
+
+@pytest.fixture
+def distil(checkpoints, train_csv, tmp_path):
+    return distillation(checkpoints, train_csv, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +67,27 @@ def test_before_training(signum, distil, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in errors and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow(0.8)
+@pytest.fixture(scope="module")
+def whole(checkpoints, train_csv, tmp_path_factory) -> Path:
+    """What the run leaves where nothing stops it."""
+    place = tmp_path_factory.mktemp("whole")
+    assert run(distillation(checkpoints, train_csv, place)) == 0
+    return place / "out"
+
+
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("signum", CODES)
-def test_while_the_student_is_saved(signum, distil, tmp_path, monkeypatch, capsys):
+def test_while_the_student_is_saved(signum, distil, whole, tmp_path, capsys):
     """The student is saved whole; evaluation and report are made up for by --resume."""
-    whole = distil.replace("/out", "/whole")
-    assert run(whole) == 0
     with pytest.MonkeyPatch.context() as patch:
         signalled_at(patch, RolloutTrainer, "_save", signum, call=2)  # the first is the checkpoint's
         assert run(distil) == CODES[signum]
     assert SAID[signum] in capsys.readouterr().err
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(tensor.equal(saved[key]) for key, tensor in load_file(tmp_path / "whole" / "model.safetensors").items())
+    assert all(tensor.equal(saved[key]) for key, tensor in load_file(whole / "model.safetensors").items())
     assert (tmp_path / "out" / "cost.json").is_file() and not (tmp_path / "out" / "finished.json").exists()
     assert run(f"{distil} --resume") == 0
-    metrics = [json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("out", "whole")]
+    metrics = [json.loads((place / "metrics.json").read_text()) for place in (tmp_path / "out", whole)]
     assert metrics[0] == metrics[1] and (tmp_path / "out" / "finished.json").exists()
 
 
@@ -146,8 +157,7 @@ def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monke
 
 
 @pytest.mark.slow(0.4)
-@pytest.mark.parametrize("signum", CODES)
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(("jobs", "signum"), zip([1, 2], CODES, strict=True))
 def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_csv, tmp_path, monkeypatch, capsys):
     """The runs save what they have, and end before the comparison does."""
     started, sent = [], []

@@ -28,13 +28,19 @@ def saved(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """A trainer for what it refuses before it does anything."""
+    return build("ppo", tmp_path_factory.mktemp("refusing"), **SAVING)
+
+
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "run_state.pth", "trainer_state.json",
          "value_head.safetensors", "run.json", "config.json", "tokenizer.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("harm", ["missing", "empty", "truncated", "changed"])
-def test_a_harmed_checkpoint_is_passed_over(name, harm, saved, tmp_path):
+def test_a_harmed_checkpoint_is_passed_over(name, harm, saved, refusing, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(saved, directory)
     file = directory / "checkpoint-3" / name
@@ -49,9 +55,8 @@ def test_a_harmed_checkpoint_is_passed_over(name, harm, saved, tmp_path):
     found, defects = newest_whole(directory)
     assert found == directory / "checkpoint-2"
     assert list(defects) == [directory / "checkpoint-3"] and name in defects[directory / "checkpoint-3"]
-    trainer = build("ppo", directory, **SAVING)
     with pytest.raises(InputError, match=name):
-        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+        refusing.train(resume_from_checkpoint=str(directory / "checkpoint-3"))
 
 
 def test_training_goes_on_from_the_one_before(saved, tmp_path, capsys):

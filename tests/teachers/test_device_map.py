@@ -10,7 +10,7 @@ from rlkd_trl.errors import InputError
 from rlkd_trl.teachers import Teacher
 from tests.models.reference import tiny_gpt2
 from tests.tiny_models import EOS, MODELS, word_tokenizer
-from tests.trainers.tiny_runs import assert_same_weights, largest_difference, run
+from tests.trainers.tiny_runs import Recorder, assert_same_weights, largest_difference, run
 
 MAPS = {
     "cpu": {"": "cpu"},
@@ -21,26 +21,31 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize("method", ["ppo", "kd"])
+def trained_by(teacher: PreTrainedModel, method: str, output_dir) -> Recorder:
+    # Hooks keep a norm's own forward pass, so scores differ by rounding, of which AdamW would make whole steps.
+    settings = {"optim": "sgd", "learning_rate": 0.3}
+    return run(method, output_dir, family="llama", reward=TeacherForcingReward(teacher, word_tokenizer()), **settings)
+
+
+@pytest.fixture(scope="module", params=["ppo", "kd"])
+def by_whole(request, tmp_path_factory) -> tuple[str, Recorder]:
+    """A method, and what it makes with the whole teacher."""
+    return request.param, trained_by(MODELS["llama"](seed=5), request.param, tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("where", [*MAPS, "parked"])
-def test_an_offloaded_teacher_trains_as_a_whole_one(where, method, tmp_path):
-    whole = MODELS["llama"](seed=5)
-    whole.save_pretrained(tmp_path / "teacher")
+def test_an_offloaded_teacher_trains_as_a_whole_one(where, by_whole, tmp_path):
+    method, of_whole = by_whole
     if where == "parked":
         offloaded = accelerate.cpu_offload(MODELS["llama"](seed=5), execution_device=torch.device("cpu"))
         assert offloaded.device.type == "meta"
     else:
+        MODELS["llama"](seed=5).save_pretrained(tmp_path / "teacher")
         offloaded = AutoModelForCausalLM.from_pretrained(
             tmp_path / "teacher", device_map=MAPS[where], offload_folder=tmp_path / "offload", dtype=torch.float32
         )
-    results = []
-    for number, model in enumerate([whole, offloaded]):
-        reward = TeacherForcingReward(model, word_tokenizer())
-        # Hooks keep a norm's own forward pass, so scores differ by rounding, of which AdamW would make whole steps.
-        settings = {"optim": "sgd", "learning_rate": 0.3}
-        results.append(run(method, tmp_path / str(number), family="llama", reward=reward, **settings))
-    of_whole, of_offloaded = results
-    losses = [[log["loss"] for log in recorder.logs] for recorder in results]
+    of_offloaded = trained_by(offloaded, method, tmp_path / "run")
+    losses = [[log["loss"] for log in recorder.logs] for recorder in (of_whole, of_offloaded)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert_same_weights(of_offloaded.weights[-1], of_whole.weights[-1], rtol=1e-4, atol=1e-5)
     assert largest_difference(of_whole.weights[-1], of_whole.weights[0]) > 1e-3
