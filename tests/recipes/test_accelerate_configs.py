@@ -110,8 +110,8 @@ def test_it_starts_what_it_promises(name, checkpoints, train_csv, test_csv, tmp_
     pair, processes = checkpoints["t5-untied"], int(EXPECTED[name].split()[-1])
     words = f"{ROOT}/recipes/ppo_kd.py --teacher {pair.teacher} --student {pair.student} --teacher_placement zero3 "
     words += f"--dataset {train_csv} --eval_dataset {test_csv} {COLUMNS} --num_generations 2 "
-    words += "--max_completion_length 3 --max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --disable_tqdm True "
-    words += f"--output_dir {tmp_path / 'student'}"
+    words += "--max_completion_length 3 --max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 "
+    words += f"--disable_tqdm True --output_dir {tmp_path / 'student'}"
     if name == "zero3_multi_node":
         common = "--num_processes 2 --num_machines 2 --main_process_ip 127.0.0.1 "
         common += f"--main_process_port {free_port()}"
