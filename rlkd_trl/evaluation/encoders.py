@@ -149,9 +149,10 @@ class Seen:
     def only_class(self) -> int | None:
         """The class that is predicted for every text, if the labels, or else the teacher's classes, are several.
 
-        None in regression.
+        None in regression, and if some numbers are not finite: then the classes say nothing.
         """
-        if not self.predictions or self.predictions[0].is_floating_point():
+        is_finite = all(usable_N.all() for usable_N in self.is_usable.values())
+        if not self.predictions or self.predictions[0].is_floating_point() or not is_finite:
             return None
         right = [set(torch.cat(batches).tolist()) - {IGNORED} for batches in (self.labels, self.teachers) if batches]
         predicted = set(torch.cat(self.predictions).tolist())

@@ -64,6 +64,8 @@ def test_one_class_for_all_texts(predicted, teachers, labels, only):
         logits, of_teacher = (None if of is None else torch.eye(2)[of[cut]] for of in (predicted, teachers))
         seen.add_outputs(logits, of_teacher, None if labels is None else tensor(labels[cut]))
     assert seen.only_class() == only
+    seen.add_losses([tensor([math.nan, 0, 0])])
+    assert seen.only_class() is None, "a class of what is not finite says nothing"
 
 
 def test_outputs_of_regression():

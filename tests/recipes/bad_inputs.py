@@ -1,8 +1,7 @@
 """A user's mistakes: commands with one thing wrong in each, and a part of what they are to say.
 
 Each is a row of a table: the recipes that it is for, the flags with the mistake, a part of the message. Recipes that
-share the code which refuses it take turns, so that each of them is given every second mistake or so (`in_turn`); those
-of an `Each` are given it all. The files that the flags name are those of `bad_files`.
+share the code which refuses it take turns (`in_turn`); those of an `Each` are all given it. The files that the flags name are those of `bad_files`.
 """
 
 import shlex
@@ -16,7 +15,7 @@ class Each(tuple):
 
 
 def in_turn(recipes: Sequence[str], row: int) -> Sequence[str]:
-    """Those that are given the mistake in this row of a table: one of two or three recipes, two of more."""
+    """Those that are given the mistake in this row of a table: half of up to four recipes, two or one of more."""
     step = max(2, (len(recipes) + 1) // 2)
     return recipes if isinstance(recipes, Each) or len(recipes) == 1 else recipes[row % step :: step]
 

@@ -548,11 +548,12 @@ def test_held_out_texts_that_are_trained_on_are_counted(encoders, tmp_path, caps
 
 
 @pytest.mark.slow(25)
-def test_the_demo(tmp_path, monkeypatch):
+def test_the_demo(tmp_path, monkeypatch, capsys):
     """Of five classes, of which the commonest has 56 % of the texts: the student learns all of them."""
     fork_recipes(monkeypatch)
     assert run(f"encoder_kd --output_dir {tmp_path / 'demo'} --disable_tqdm True") == 0
     metrics = metrics_of(tmp_path / "demo")
     assert metrics["teacher"]["accuracy"] > 95
     assert metrics["after"]["accuracy"] > 90 and metrics["after"]["f1"] > 90
+    assert "the student gives each of the" not in capsys.readouterr().out
     assert (ROOT / "recipes" / "configs" / "demo_encoder.yaml").is_file()
