@@ -1,7 +1,8 @@
 """A user's mistakes: commands with one thing wrong in each, and a part of what they are to say.
 
 Each is a row of a table: the recipes that it is for, the flags with the mistake, a part of the message. Recipes that
-share the code which refuses it take turns (`in_turn`); those of an `Each` are all given it. The files that the flags name are those of `bad_files`.
+share the code which refuses it take turns (`in_turn`); those of an `Each` are all given it. The files that the flags
+name are those of `bad_files`.
 """
 
 import shlex
