@@ -157,7 +157,7 @@ def test_the_demo_takes_the_training_of_its_models_along(signum, tmp_path, monke
 
 
 @pytest.mark.slow(0.4)
-@pytest.mark.parametrize(("jobs", "signum"), zip([1, 2], CODES, strict=True))
+@pytest.mark.parametrize(("jobs", "signum"), list(zip([1, 2], CODES, strict=True)))
 def test_a_comparison_passes_it_on(jobs, signum, checkpoints, train_csv, test_csv, tmp_path, monkeypatch, capsys):
     """The runs save what they have, and end before the comparison does."""
     started, sent = [], []
