@@ -1,4 +1,4 @@
-"""BART, mBART and M2M100 by the real commands: a forced BOS is given everywhere, and markers are content."""
+"""BART and mBART by the real commands: a forced BOS is given everywhere, and markers are content."""
 
 import pytest
 
@@ -11,9 +11,7 @@ LEARN = "--max_steps 150 --learning_rate 1e-2 --disable_tqdm True"
 TEMPLATE = "--template 'w26 {{ mr }} w25'"
 
 
-@pytest.mark.parametrize(
-    ("name", "start", "forced"), [("Bart", EOS, LANGUAGE), ("MBart", LANGUAGE, None), ("M2M100", EOS, LANGUAGE)]
-)
+@pytest.mark.parametrize(("name", "start", "forced"), [("Bart", EOS, LANGUAGE), ("MBart", LANGUAGE, None)])
 def test_what_plain_generate_says_is_labelled_and_evaluated(name, start, forced, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bart_like(name, start=start, forced=forced).save_pretrained("new")
