@@ -12,7 +12,7 @@ from tests.tiny_models import EOS, MODELS, PAD, tiny_llama, word_tokenizer
 # Of 1 to 6 words, longest in the middle, and one of them twice.
 PROMPTS = ["w3 w4", "w9", "w10 w11 w12 w13 w14 w15", "w16 w17 w18", "w9", "w23 w8 w20 w5", "w26 w3"]
 LENGTH = 8
-FAMILIES = ["t5-tied", "t5-untied", "llama"]
+FAMILIES = ["t5-tied", pytest.param("t5-untied", marks=pytest.mark.slow(0.3)), "llama"]
 STRATEGIES = ["greedy", "sample", "beam"]
 
 

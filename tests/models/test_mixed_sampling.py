@@ -25,10 +25,16 @@ QUESTION_OF = [2, 0, 1, 0, 3]
 
 # (student, teacher): encoder-decoder, decoder-only, and one of each.
 PAIRS = [("t5-tied", "t5-untied"), ("llama", "glm"), ("t5-untied", "llama"), ("llama", "t5-tied")]
+QUICK = [("llama", "glm"), ("t5-untied", "llama")]
 ENDS_OFTEN = {"eos_ids": MANY_EOS, "forbidden_V": FORBIDDEN_MANY_EOS}
 
 
-@pytest.fixture(params=PAIRS, ids=" and ".join)
+@pytest.fixture(
+    params=[
+        pytest.param(pair, id=" and ".join(pair), marks=() if pair in QUICK else pytest.mark.slow(0.5))
+        for pair in PAIRS
+    ]
+)
 def pair(request):
     """A student and a teacher that likes best what may not be sampled."""
     student, teacher = (MODELS[name](seed=seed) for seed, name in enumerate(request.param))

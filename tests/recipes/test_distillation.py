@@ -35,12 +35,12 @@ from tests.trainers.tiny_runs import assert_same_weights, largest_difference
 DISTIL = f"{COLUMNS} {TWO_STEPS} {SAMPLING}"
 # Every method with tied T5, and with one of the other families: methods by families, see tests/trainers.
 OTHERS = ("llama", "t5-untied", "llama", "glm")
-QUICK = ("t5-tied", ("ppo", "llama"), ("kd", "llama"))
+QUICK = (("ppo", "t5-tied"), ("rloo-token", "llama"), ("reinforce", "t5-tied"), ("kd", "llama"))
 RUNS = [
     pytest.param(
         (method, family),
         id=f"{method}-{family}",
-        marks=[] if family in QUICK or (method, family) in QUICK else [pytest.mark.slow(0.5)],
+        marks=[] if (method, family) in QUICK else [pytest.mark.slow(0.5)],
     )
     for method, other in zip(METHODS, itertools.cycle(OTHERS))
     for family in ("t5-tied", other)
@@ -208,7 +208,8 @@ def test_resuming_equals_not_stopping(method, two_steps, train_csv, test_csv, tm
     assert largest_difference(load_file(halves / "model.safetensors"), half) > 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5-untied", marks=pytest.mark.slow)])
+@pytest.mark.slow(2)
+@pytest.mark.parametrize("family", ["llama", "t5-untied"])
 def test_reinforce_with_the_papers_settings_runs_and_resumes(family, checkpoints, train_csv, tmp_path):
     """Stopped between two exchanges of the policy that samples."""
     pair = checkpoints[family]
@@ -304,7 +305,7 @@ def test_results_of_an_earlier_run_do_not_stay_beside_an_unfinished_one(recipe, 
     assert stale == {"notes.txt"}
 
 
-@pytest.mark.parametrize("disabled", [True, False])
+@pytest.mark.parametrize("disabled", [True, pytest.param(False, marks=pytest.mark.slow(0.5))])
 def test_it_says_what_is_evaluated_and_shows_bars_unless_disabled(disabled, checkpoints, train_csv, tmp_path, capsys):
     pair = checkpoints["t5-tied"]
     flags = f"--teacher {pair.teacher} --student {pair.student} --dataset {train_csv} {COLUMNS} {TWO_STEPS} {SAMPLING}"

@@ -89,10 +89,7 @@ def test_a_preset_is_what_the_table_says(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("pkd", "minilmv2", "tinybert") else pytest.param(name, marks=pytest.mark.slow)
-        for name in TABLE
-    ],
+    [name if name in ("pkd", "minilmv2") else pytest.param(name, marks=pytest.mark.slow) for name in TABLE],
 )
 def test_every_preset_trains(name, encoders, tmp_path):
     stages = set(TABLE[name][0])
@@ -183,6 +180,7 @@ def begun_with(flags: str, encoders, tmp_path, monkeypatch) -> dict[str, torch.T
     return seen
 
 
+@pytest.mark.slow(0.7)
 def test_it_begins_with_the_teachers_layers(encoders, tmp_path, monkeypatch):
     teacher = weights(encoders.general)
     for init, layers in (("uniform", [1, 3]), ("bottom", [0, 1]), ("top", [2, 3]), ("1:1,2:4", [0, 3])):
@@ -301,7 +299,13 @@ def test_a_task_of_pairs_of_texts(encoders, tmp_path, monkeypatch):
     assert batches[0]["token_type_ids"].any(), "the second text is of another type"
 
 
-@pytest.mark.parametrize("losses", ["hard_ce", "logits_kl", "logits_kl+hard_ce+hidden_mse"])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow(0.3)) for name in ("hard_ce", "logits_kl")),
+        "logits_kl+hard_ce+hidden_mse",
+    ],
+)
 def test_regression(losses, encoders, tmp_path):
     task = f"--task_teacher {encoders.regression} --task_dataset {encoders.train} --task_eval_dataset {encoders.test}"
     label = f"--label_column score --losses {losses} --output_dir {tmp_path / 'out'}"
@@ -326,6 +330,7 @@ def test_a_teacher_is_fine_tuned_by_the_same_recipe(encoders, tmp_path):
 # General stages
 
 
+@pytest.mark.slow(0.7)
 def test_a_general_student_keeps_the_head_that_it_was_trained_with(encoders, tmp_path):
     for losses, auto_class in (("hidden_mse", AutoModel), ("hidden_mse+mlm_ce", AutoModelForMaskedLM)):
         place = tmp_path / losses
@@ -344,7 +349,7 @@ def test_next_sentences(encoders, tmp_path):
     assert not info["missing_keys"]
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.slow(0.4))])
 def test_other_models_layers(kind, tmp_path, encoders):
     """An encoder-decoder's, of pairs of source and target, and a decoder-only model's."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM

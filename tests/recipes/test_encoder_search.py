@@ -115,6 +115,7 @@ def test_questions_and_what_they_come_to(encoders, workplace):
     assert ranked[0] == "without attention" and ranked[-1] == "without hard labels", "the best first"
 
 
+@pytest.mark.slow(0.6)
 def test_one_left_out_and_one_added(encoders, workplace):
     flags = "--base one.yaml --sets leave_one_out add_one --candidates attention_kl hidden_mse --seeds 0"
     assert search(flags, encoders, workplace) == 0
@@ -225,6 +226,7 @@ def test_attention_is_all_losses_that_read_it():
     ]
 
 
+@pytest.mark.slow(0.6)
 def test_a_set_that_answers_two_questions_is_run_once(encoders, workplace):
     """Without attention losses this base is soft and hard targets, and without hard labels too it is soft alone."""
     (workplace / "three.yaml").write_text("stages: [task]\nlosses: [logits_kl + hard_ce + attention_mse]\n")

@@ -179,7 +179,7 @@ def test_text_metrics_are_of_all_rows(evaluated, rows):
         assert metrics[who]["ibleu"] == pytest.approx(0.8 * bleu - 0.2 * of_source)
 
 
-@pytest.mark.parametrize("family", ["t5-untied", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("t5-untied", marks=pytest.mark.slow(0.8)), "llama"])
 def test_the_batch_size_changes_nothing(family, pairs, rows, tmp_path):
     pair, found = pairs[family], {}
     data = write_csv(tmp_path / "test.csv", rows)

@@ -81,7 +81,7 @@ def test_a_stream_is_of_the_revision_that_is_named(filled, monkeypatch):
         stream_rows("lab/texts@old")
 
 
-@pytest.mark.parametrize("options", [{"gated": True}, {"private": True}])
+@pytest.mark.parametrize("options", [{"gated": True}, pytest.param({"private": True}, marks=pytest.mark.slow(0.4))])
 def test_what_needs_an_account_is_said_once_and_loaded_with_its_token(options, hub, checkpoints, monkeypatch, capfd):
     hub.add_directory("owner/secret", checkpoints["t5-tied"].teacher, **options)
     hub.add("lab/texts", {"train.csv": b"mr\nw4\n"}, "dataset")

@@ -29,10 +29,18 @@ def test_the_shipped_example(recipe, checkpoints, train_csv, tmp_path):
     ("body", "message"),
     [
         ("sys.exit(0)", "raised SystemExit: 0 (line 4 of"),
-        ("return completions[0]['w3']", "raised TypeError: string indices must be integers"),
+        pytest.param(
+            "return completions[0]['w3']",
+            "raised TypeError: string indices must be integers",
+            marks=pytest.mark.slow(0.3),
+        ),
         ("return None", "returned None; it must return one number per completion"),
-        ("return 'good'", "returned 'good'; it must return one number per completion"),
-        ("return 1.0", "returned 1.0; it must return one number per completion"),
+        pytest.param(
+            "return 'good'", "returned 'good'; it must return one number per completion", marks=pytest.mark.slow(0.3)
+        ),
+        pytest.param(
+            "return 1.0", "returned 1.0; it must return one number per completion", marks=pytest.mark.slow(0.3)
+        ),
     ],
 )
 def test_a_reward_that_fails_ends_in_one_line(body, message, checkpoints, train_csv, tmp_path, capsys):

@@ -143,7 +143,7 @@ def test_the_source_is_the_source_column_whatever_else_is_called_source(checkpoi
 GETS_THE_SOURCE = "The templates read `{}`, which is no column of the data: it gets the source text."
 
 
-@pytest.mark.parametrize("recipe", ["pseudo_label", "sft"])
+@pytest.mark.parametrize("recipe", ["pseudo_label", pytest.param("sft", marks=pytest.mark.slow(0.6))])
 def test_a_variable_that_gets_the_source_is_named(recipe, checkpoints, test_csv, tmp_path, capsys):
     """It may be a column's name misspelt. Names that are a column's, or renamed, get what they name without a word."""
     pair = checkpoints["t5-tied"]

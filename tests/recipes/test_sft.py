@@ -92,7 +92,7 @@ def test_every_reference_of_a_row_is_learnt(checkpoints, tmp_path, monkeypatch):
     assert [(pair["prompt"], pair["target"]) for pair in seen] == [("w3 w4", "w5"), ("w3 w4", "w6 w7"), ("w8", "w9")]
 
 
-@pytest.mark.parametrize("recipe", ["sft", "kd"])
+@pytest.mark.parametrize("recipe", ["sft", pytest.param("kd", marks=pytest.mark.slow(0.5))])
 def test_the_card_has_the_templates_that_were_used(recipe, checkpoints, train_csv, tmp_path, monkeypatch):
     """Their file is gone when the card is written."""
     pair, file = checkpoints["t5-tied"], write_templates(tmp_path / "t.yaml", first="w9 {{ mr }} ||| {{ ref }}")

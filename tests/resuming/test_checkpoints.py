@@ -250,7 +250,11 @@ def at_the(moment: str, trainer, signum: int) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "strategy", "signum"),
-    [("end", "steps", signal.SIGTERM), ("end", "no", signal.SIGINT), ("last save", "steps", signal.SIGTERM)],
+    [
+        pytest.param("end", "steps", signal.SIGTERM, marks=pytest.mark.slow(0.7)),
+        pytest.param("end", "no", signal.SIGINT, marks=pytest.mark.slow(0.7)),
+        ("last save", "steps", signal.SIGTERM),
+    ],
 )
 def test_a_signal_after_the_last_step_is_obeyed_too(signum, strategy, moment, tmp_path):
     """What comes after training, the saved student for instance, is not there: it did not end well."""
@@ -328,7 +332,7 @@ def test_a_signal_before_the_first_step(tmp_path):
     assert not stop.value.is_saved and newest_whole(tmp_path) == (None, {})
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=pytest.mark.slow(0.8))])
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(strategy, tmp_path):
     settings = {"eval_strategy": strategy, "eval_steps": 2, "eval_data": prompts(4, seed=3), "data": prompts(8),
                 "max_steps": 4, "save_strategy": "steps", "save_steps": 10}  # fmt: skip

@@ -22,6 +22,7 @@ ROWS = [
 ]
 BEFORE = PromptTemplate("before", "w5 w6 {{ source }} ||| {{ target }}")
 AFTER = PromptTemplate("after", "{{ source }} w7 w8 w19 ||| {{ target }}")
+BATCH_SIZES = [pytest.param(1, marks=pytest.mark.slow(0.3)), 2, pytest.param(64, marks=pytest.mark.slow(0.3))]
 QUESTIONS = {"before": "w5 w6 {}".format, "after": "{} w7 w8 w19".format}  # what these two come to
 
 
@@ -38,7 +39,7 @@ def without_references(row: dict) -> dict:
     return {key: value for key, value in row.items() if key != "references"}
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize(("family", "seed"), [("t5-untied", 14), ("llama", 22)])
 def test_every_row_is_labelled_once_per_template_with_the_answer_to_that_question(family, seed, batch_size):
     teacher = teacher_of(family, seed)
@@ -135,7 +136,7 @@ def test_the_nearest_candidate_is_near_any_of_the_references():
     assert nearest_candidate(["A B C D X", "P Q R S T"], ["A B C D E"]) == 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize(("family", "seed"), [("t5-untied", 14), ("llama", 22)])
 def test_interpolation_takes_the_beam_nearest_to_the_references(family, seed, batch_size):
     """Among the beams of transformers' own search, by sacrebleu's own score. Some rows have two references."""
