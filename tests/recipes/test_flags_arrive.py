@@ -3,13 +3,11 @@
 The real commands run, with loaders that note their arguments and a trainer that does not train. A flag that is new
 must get a line in `ARRIVES`, or a test fails. The trainers' own settings: tests/trainers/test_every_setting.py.
 
-The recipes that distil have one body. What all of them share is tried flag by flag with the two that differ most,
-`ALONE`; with the others in the runs of `TOGETHER`, each of several flags of which none hides what another does.
+Flags of which none hides what another does share a run, `TOGETHER`; any other has one of its own.
 """
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -712,80 +710,98 @@ def test_every_flag_has_its_line(kind):
 
 
 QUICK = ("ppo_kd", "pseudo_label")
-ALONE = ("ppo_kd", "kd")  # on-policy with rewards and a critic, and whole distributions with neither
-SHARED = [name for name, (recipes, _, _) in ARRIVES.items() if set(DISTILLING) <= set(recipes)]
-# Each run's flags; of one that two of them set, the last counts.
+# Each run's flags, of which each recipe takes those it has; of one that two of them set, the last counts.
 TOGETHER = {
     "training data": (
         *("DataArguments.dataset", "DataArguments.dataset_split", "DataArguments.dataset_config"),
-        *("DataArguments.dataset_revision", "RolloutConfig.max_prompt_length"),
-        "TeacherArguments.teacher_revision",
+        *("DataArguments.dataset_revision", "RolloutConfig.max_prompt_length", "TeacherArguments.teacher_revision"),
+        *("SupervisedConfig.max_prompt_length", "SupervisedConfig.max_completion_length"),
+        *(
+            "EvaluationArguments.max_prompt_length",
+            "EvaluationArguments.batch_size",
+            "PseudoLabelArguments.batch_size",
+        ),
     ),
     "held-out data": (
         *("HeldOutArguments.eval_dataset", "HeldOutArguments.eval_split", "DataArguments.source_column"),
-        *("TeacherArguments.teacher_placement", "TeacherArguments.allowed_special_tokens"),
+        *("TeacherArguments.teacher_placement", "StudentArguments.load_in_8bit"),
     ),
     "student": (
         *("StudentArguments.student", "AdapterArguments.use_peft", "HeldOutArguments.eval_target_column"),
-        *("TeacherArguments.teacher_batch_tokens", "DataArguments.max_rows"),
+        *("TeacherArguments.teacher_batch_tokens", "DataArguments.max_rows", "EvaluationArguments.ibleu"),
+        *("NewModelArguments.architecture", "NewModelArguments.tokenizer", "PseudoLabelArguments.interpolate"),
+        "AdapterArguments.lora_modules_to_save",
     ),
+    "new model": tuple(
+        f"NewModelArguments.{name}" for name in ("d_model", "num_layers", "num_heads", "d_ff", "dropout", "vocab_size")
+    ),
+    "adapters": tuple(
+        f"AdapterArguments.{name}"
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+    ),
+    "streaming": ("StreamingArguments.streaming", "StreamingArguments.shuffle_buffer_size"),
     "template_names": (
         *("PromptArguments.template_names", "StudentArguments.student_revision", "StudentArguments.student_dtype"),
+        "TeacherArguments.allowed_special_tokens",
     ),
     "template_weights": (
-        "PromptArguments.templates",
-        "PanelArguments.template_weights",
-        "DataArguments.target_column",
+        *("PromptArguments.templates", "PanelArguments.template_weights", "DataArguments.target_column"),
     ),
-    "teacher_weighting": ("PanelArguments.teacher_weighting", "PromptArguments.student_template"),
-    "template_column": ("PanelArguments.template_column",),
-    "teacher_column": ("PanelArguments.teacher_column",),
+    "teacher_weighting": (
+        *("PanelArguments.teacher_weighting", "PromptArguments.student_template", "EvaluationArguments.output_dir"),
+    ),
+    "template_column": (
+        *("PanelArguments.template_column", "RoutingArguments.template_column", "StudentArguments.load_in_4bit"),
+    ),
     "rename_columns": ("PromptArguments.rename_columns", "StudentArguments.student_chat_template"),
-    "teacher_weights": ("PromptArguments.template", "PanelArguments.teacher_weights"),
-    "teacher": ("TeacherArguments.teacher", "RolloutConfig.max_completion_length"),
+    "teacher_weights": (
+        *(
+            "PromptArguments.template",
+            "PanelArguments.teacher_weights",
+            "StudentArguments.student_chat_template_kwargs",
+        ),
+    ),
+    "teacher": (
+        *("TeacherArguments.teacher", "RolloutConfig.max_completion_length"),
+        *("EvaluationArguments.max_completion_length", "PseudoLabelArguments.max_completion_length"),
+    ),
     "teacher_quantization": (
         *("TeacherArguments.teacher_max_prompt_length", "TeacherArguments.teacher_dtype"),
         "TeacherArguments.teacher_quantization",
     ),
-    "teacher_chat_template": ("TeacherArguments.teacher_chat_template",),
+    "teacher_chat_template": ("TeacherArguments.teacher_chat_template", "StudentArguments.student_system_prompt"),
+    "num_beams": ("PseudoLabelArguments.num_beams", "PseudoLabelArguments.output"),
 }
 
 
+def runs() -> dict[str, tuple[str, ...]]:
+    """Those of `TOGETHER`, and one for each flag that is in none of them."""
+    shared = [name for names in TOGETHER.values() for name in names]
+    assert len(shared) == len(set(shared)) and set(shared) <= ARRIVES.keys()
+    alone = [name for name, (_, _, is_seen) in ARRIVES.items() if is_seen is not None and name not in shared]
+    return {**TOGETHER, **{name: (name,) for name in alone}}
+
+
 def cases() -> list:
-    """Quick are those of every other flag, with the recipes of `QUICK`."""
+    """Quick are those of every other run, with the recipes of `QUICK`."""
     return [
         pytest.param(
-            name,
             recipe,
-            marks=() if number % 2 == 0 and recipe in QUICK else pytest.mark.slow(0.2),
-            id=f"{recipe}-{name}",
+            flags,
+            marks=() if number % 2 == 0 and recipe in QUICK else pytest.mark.slow(0.25),
+            id=f"{recipe}-{run_of}",
         )
-        for number, (name, (recipes, _, is_seen)) in enumerate(ARRIVES.items())
-        for recipe in recipes
-        if is_seen is not None and (name not in SHARED or recipe not in DISTILLING or recipe in ALONE)
+        for number, (run_of, names) in enumerate(runs().items())
+        for recipe in BASE
+        if (flags := [name for name in names if recipe in ARRIVES[name][0]])
     ]
 
 
 _BASES: dict[str, Seen] = {}
 
 
-@pytest.mark.parametrize(("name", "recipe"), cases())
-def test_every_flag_arrives(name, recipe, files, observe):
-    check_arrival(recipe, [name], files, observe)
-
-
-@pytest.mark.slow(0.4)
-@pytest.mark.parametrize("recipe", [recipe for recipe in DISTILLING if recipe not in ALONE])
-@pytest.mark.parametrize("run_of", TOGETHER)
-def test_shared_flags_arrive_together(run_of, recipe, files, observe):
-    check_arrival(recipe, TOGETHER[run_of], files, observe)
-
-
-def test_every_shared_flag_is_in_one_of_the_runs():
-    assert sorted(name for names in TOGETHER.values() for name in names) == sorted(SHARED)
-
-
-def check_arrival(recipe: str, names: Sequence[str], files: dict[str, object], observe: Callable) -> None:
+@pytest.mark.parametrize(("recipe", "names"), cases())
+def test_every_flag_arrives(recipe, names, files, observe):
     command = f"{'sft' if recipe == 'new' else recipe} {BASE[recipe]}"
     if recipe not in _BASES:
         _BASES[recipe] = observe(command.format(**files))
