@@ -209,11 +209,11 @@ def test_a_killed_hop_goes_on_from_its_checkpoint(place, monkeypatch):
     assert len(started) == 3 and "--resume" in started[1] and "--resume" not in started[2]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(4)
 def test_on_the_demo(tmp_path, monkeypatch):
     fork_recipes(monkeypatch)
     monkeypatch.setattr(demo, "SMOKE_STEPS", {"teacher_steps": 5, "student_steps": 5})
-    for split in ("validation", "test"):
-        monkeypatch.setitem(demo.SPLIT_SIZES, split, 20)
+    for split, size in {"train": 100, "validation": 6, "test": 8}.items():
+        monkeypatch.setitem(demo.SPLIT_SIZES, split, size)
     assert run(f"assistant_kd --smoke --output_dir {tmp_path / 'out'}") == 0
     assert "| assistant1 | word_kd | 4 |" in (tmp_path / "out" / "chain.md").read_text()
