@@ -251,12 +251,52 @@ def test_every_flag_has_its_line():
     assert not missing, "say in ARRIVES where they are seen"
 
 
-QUICK = ("label_column", "task_teacher", "teacher_revision", "eval_dataset", "init", "num_layers")
+# Flags of a run, none of which hides what another does.
+RUNS = {
+    "general data": (
+        *(
+            f"GeneralDataArguments.{name}"
+            for name in ("dataset", "dataset_split", "dataset_config", "dataset_revision")
+        ),
+        *("TaskDataArguments.task_source_column", "EncoderTeacherArguments.teacher_revision"),
+    ),
+    "task data": (
+        *(f"TaskDataArguments.{name}" for name in ("task_dataset", "task_split", "task_config", "task_revision")),
+        *("GeneralDataArguments.source_column", "EncoderTeacherArguments.task_teacher_revision"),
+    ),
+    "general pairs": (
+        *("GeneralDataArguments.pair_column", "TaskDataArguments.task_max_rows"),
+        *("EncoderTeacherArguments.teacher_dtype", "EncoderStudentArguments.num_layers"),
+        *("EncoderStudentArguments.num_heads", "EncoderStudentArguments.intermediate_size"),
+    ),
+    "task pairs": (
+        *("TaskDataArguments.task_pair_column", "GeneralDataArguments.max_rows"),
+        "EncoderStudentArguments.hidden_size",
+    ),
+    "held-out data": (
+        *("EncoderHeldOutArguments.eval_dataset", "TaskDataArguments.label_column", "EncoderStudentArguments.init"),
+    ),
+    "task's held-out data": (
+        *("EncoderHeldOutArguments.task_eval_dataset", "EncoderStudentArguments.student"),
+        "EncoderStudentArguments.student_revision",
+    ),
+    "held-out split": ("EncoderHeldOutArguments.eval_split", "EncoderPanelArguments.more_teachers"),
+    "task's held-out split": ("EncoderHeldOutArguments.task_eval_split", "EncoderPanelArguments.teacher_weighting"),
+    "teachers": ("EncoderTeacherArguments.teacher", "EncoderTeacherArguments.task_teacher"),
+    "train_along": ("EncoderPanelArguments.train_along",),
+}
+QUICK = ("general data", "held-out data", "teachers")
+
+
+def test_every_flag_is_in_one_of_the_runs():
+    assert sorted(name for names in RUNS.values() for name in names) == sorted(ARRIVES)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.split(".")[1] in QUICK else pytest.mark.slow) for n in ARRIVES]
+    "run_of", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow(0.4)) for name in RUNS]
 )
-def test_every_flag_arrives(name, encoders, observe):
-    flags, is_seen = ARRIVES[name]
-    assert is_seen(observe(f"{BASE} {flags}".format(**encoders._asdict())))
+def test_every_flag_arrives(run_of, encoders, observe):
+    flags = " ".join(ARRIVES[name][0] for name in RUNS[run_of])
+    seen = observe(f"{BASE} {flags}".format(**encoders._asdict()))
+    for name in RUNS[run_of]:
+        assert ARRIVES[name][1](seen), name
