@@ -3,6 +3,7 @@
 Real processes with exit codes and signals; what a new interpreter does is left to the tests that launch one.
 """
 
+import importlib
 import os
 import pkgutil
 import shlex
@@ -12,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +24,22 @@ from rlkd_trl.commands import apart
 from rlkd_trl.commands.comparison import cells
 from tests.recipes.command_lines import run
 
+# What recipes import as late as they train and evaluate.
+LATE = ("rlkd_trl.trainers.encoder", "rlkd_trl.trainers.kd", "rlkd_trl.trainers.ppo", "rouge_score.rouge_scorer")
+
+
+@cache
+def import_before_forking() -> None:
+    """What every fork would import anew."""
+    for name in LATE:
+        importlib.import_module(name)
+
 
 class Fork:
     """Stands in for `subprocess.Popen`: runs a recipe in a fork of this process, so that nothing is imported again."""
 
     def __init__(self, words: list[str], *, stdout, stderr, env: dict[str, str]):
+        import_before_forking()
         self.pid = os.fork()
         if self.pid:
             return
@@ -59,6 +72,7 @@ class Fork:
 
 def run_in_fork(function: Callable[[], None]) -> int:
     """The exit code of a fork that calls the function as a command's `main`."""
+    import_before_forking()
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

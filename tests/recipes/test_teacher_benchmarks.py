@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.recipes.command_lines import ROOT, main_of, write_csv
-from tests.recipes.forks import fork_recipes
+from tests.recipes.forks import fork_recipes, import_before_forking
 from tests.recipes.test_encoders import ROWS as SENTENCES
 from tests.recipes.test_encoders import encoder  # noqa: F401 (a fixture)
 from tests.recipes.test_smollm2 import ROWS, make_teacher
@@ -32,6 +32,7 @@ def script(monkeypatch) -> Callable[[str], SimpleNamespace]:
 @pytest.fixture
 def run_forked(monkeypatch, tmp_path):
     """Runs a whole script with these flags, its recipes being forks of this process: nothing is imported again."""
+    import_before_forking()
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
 
@@ -117,7 +118,12 @@ def test_assistants_in_small(script, run_forked, tmp_path, monkeypatch):
         tmp_path / "e2e.csv", [{"mr": text, "ref": f"NAME serves {text[17]} for {text[-2]}."} for text in inputs]
     )
     names = script("assistants")
-    monkeypatch.setitem(names.main.__globals__, "TEST_INPUTS", 6)
+    for name, value in {
+        "TEST_INPUTS": 6,
+        "TEACHER": [*names.TEACHER, "--per_device_train_batch_size", "8"],
+        "EACH_RUN": names.EACH_RUN | {"per_device_train_batch_size": "8", "max_completion_length": "12"},
+    }.items():
+        monkeypatch.setitem(names.main.__globals__, name, value)
     run_forked(names, "--train", tmp_path / "e2e.csv", "--smoke")
     found = json.loads((tmp_path / "results" / "assistants.json").read_text())
     assert list(found["ways"]) == ["direct", "chain", "dense"]
@@ -196,7 +202,7 @@ def test_table_of_experts_by_hand(script):
     assert rows["PPO, routed less PPO, equal"][2] == "0.000 ± 0.000" and "equal less equal" not in rows
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(6)
 def test_experts_in_small(script, run_forked, tmp_path, monkeypatch):
     inputs = [
         f"name[NAME], food[{food}]" + ", near[NEAR]" * near for food in "abcdefghijklmnopqrstuvwx" for near in (0, 1)
@@ -207,6 +213,8 @@ def test_experts_in_small(script, run_forked, tmp_path, monkeypatch):
     for name, value in (
         ("TEST_INPUTS", 6),
         ("HELD_OUT_INPUTS", 4),
+        ("TEACHER", [*names.TEACHER, "--per_device_train_batch_size", "8"]),
+        ("EACH_RUN", [*names.EACH_RUN, *"--per_device_train_batch_size 8 --max_completion_length 12".split()]),
         ("WAYS", kept),
         ("REWARDS", {"PPO, routed": names.ROUTED}),
     ):
@@ -336,12 +344,14 @@ def test_each_method_begins_with_the_same_student_and_data(script, tmp_path, mon
 
 
 @pytest.mark.slow(6)
-def test_other_tokenizers_in_small(script, run_forked, tmp_path):
+def test_other_tokenizers_in_small(script, run_forked, tmp_path, monkeypatch):
     """On a tiny chat model in the teacher's place."""
     write_csv(tmp_path / "e2e.csv", ROWS)
     make_teacher(tmp_path / "teacher")
     flags = ["--train", tmp_path / "e2e.csv", "--teacher", tmp_path / "teacher", "--smoke"]
-    run_forked(script("other_tokenizers"), *flags)
+    names = script("other_tokenizers")
+    monkeypatch.setitem(names.main.__globals__, "CAP", ["--max_completion_length", "16"])
+    run_forked(names, *flags)
     found = json.loads((tmp_path / "results" / "other_tokenizers.json").read_text())
     assert list(found) == ["teacher", "warm start", "rloo", "word_kd", "seq_kd"]
     assert found["teacher"]["bleu"] == pytest.approx(100)  # against its own answers
