@@ -71,10 +71,10 @@ def llama(*, layers: int = 2, hidden_size: int = 64, vocab_size: int = 1000) -> 
 MODELS = {
     "t5-tied": lambda: t5(tied=True),
     "t5-untied": lambda: t5(tied=False),
-    "t5-deep-encoder": lambda: t5(tied=False, layers=4, decoder_layers=1),
+    "t5-deep-encoder": lambda: t5(tied=False, layers=3, decoder_layers=1),
     "t5-large-vocabulary": lambda: t5(tied=False, vocab_size=8000),
     "llama": llama,
-    "llama-deep": lambda: llama(layers=5, hidden_size=32),
+    "llama-deep": lambda: llama(layers=3, hidden_size=32),
 }
 
 

@@ -32,14 +32,14 @@ from rlkd_trl.planning.skeletons import CopyingSkeletons
 from rlkd_trl.students import Policy
 from rlkd_trl.teachers import Teacher
 from tests.planning.measured import peak_bytes
-from tests.planning.models import MODELS, checkpoint_of
+from tests.planning.models import MODELS, checkpoint_of, t5
 from tests.tiny_models import word_tokenizer
 from tests.trainers.tiny_runs import build
 
 # (prompts P, prompt tokens S, completions per prompt K, completion tokens T)
 SHAPES = {
     "long-prompts": (16, 200, 2, 8),
-    "long-completions": (3, 20, 8, 100),
+    "long-completions": (3, 20, 8, 50),
     "both": (6, 100, 4, 40),
     "one-completion": (4, 250, 1, 4),
 }
@@ -59,6 +59,13 @@ def workload(shape: tuple[int, int, int, int], teacher_batch_tokens: int = 4000)
     )
 
 
+@pytest.fixture(autouse=True)
+def models_are_not_verified(monkeypatch):
+    """Whoever reads a model first compares with the model's own pass, which takes longer here than what is measured."""
+    monkeypatch.setattr("rlkd_trl.students.policy.verify", lambda backbone: None)
+    monkeypatch.setattr("rlkd_trl.teachers.teacher.verify", lambda backbone: None)
+
+
 ON_CPU = {"fused_attention": False, "max_slice_elements": None}
 
 
@@ -72,7 +79,7 @@ def assert_close(estimated: int, measured: int, tolerance: float = TOLERANCE) ->
     assert abs(estimated / measured - 1) < tolerance, f"{estimated:,} bytes estimated, {measured:,} measured"
 
 
-@pytest.mark.slow(0.6)
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
@@ -102,24 +109,23 @@ def test_scoring(name, shape, dtype, tmp_path):
     assert_close(scoring_bytes(skeleton, wanted, **ON_CPU), measured)
 
 
-@pytest.mark.slow(1)
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize("measure", [log_prob_bytes, update_bytes])
 def test_log_probs_and_updates_take_the_blocks_of_a_gpu(measure, tmp_path):
-    """Of 4 · 400 tokens and 8,000 ids a block of 16 MiB holds 524, one of 2 MiB 65: 4 blocks in place of 25 a pass."""
-    model = MODELS["t5-large-vocabulary"]()
-    assert model.config.vocab_size == 8000
+    """Of 4 · 200 tokens and 8,000 ids a block of 16 MiB holds 524, one of 2 MiB 65: 2 blocks in place of 13 a pass."""
+    model = t5(tied=False, layers=1, decoder_layers=1, vocab_size=8000)
     counts = []
     for elements in (MAX_SLICE_ELEMENTS, None):
         operations = []
         skeleton = checkpoint_of(model, tmp_path).build(torch.float32)
-        measure(skeleton, workload((1, 4, 4, 400)), max_slice_elements=elements, operations=operations)
+        measure(skeleton, workload((1, 4, 4, 200)), max_slice_elements=elements, operations=operations)
         counts.append(len(operations))
-    assert counts[1] - counts[0] >= 21 * 3, "at least three operations a block"
+    assert counts[1] - counts[0] >= 11 * 3, "at least three operations a block"
 
 
-@pytest.mark.slow(2)
+@pytest.mark.slow(0.9)
 def test_the_teachers_questions_may_be_longer_than_prompts(tmp_path):
-    skeleton = checkpoint_of(MODELS["t5-tied"](), tmp_path).build(torch.float32)
+    skeleton = checkpoint_of(t5(tied=True, layers=1, decoder_layers=1), tmp_path).build(torch.float32)
     longer = replace(workload((4, 8, 2, 6)), question_tokens=40)
     assert scoring_bytes(skeleton, longer) == scoring_bytes(skeleton, workload((4, 40, 2, 6)))
     assert log_prob_bytes(skeleton, longer) == log_prob_bytes(skeleton, workload((4, 8, 2, 6)))
@@ -127,7 +133,7 @@ def test_the_teachers_questions_may_be_longer_than_prompts(tmp_path):
     assert (few.scored_prompts, replace(few, question_tokens=None).scored_prompts) == (1, 3)
 
 
-@pytest.mark.slow(0.8)
+@pytest.mark.slow(0.4)
 def test_scoring_takes_the_slices_of_a_gpu(tmp_path):
     """2^24 float32 logits are 64 MiB, and their log-softmax as much; everything else of this model is below 5 MiB."""
     skeleton = checkpoint_of(MODELS["t5-large-vocabulary"](), tmp_path).build(torch.float32)
@@ -141,7 +147,7 @@ def full_length(prompt_ids_PS, prompt_mask_PS, prompt_index_B, *, length: int, *
     return Completions(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), torch.zeros(len(ids_BT), dtype=torch.bool))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("name", "shape", "critic"),
     [
@@ -163,7 +169,7 @@ def test_update(name, shape, critic, tmp_path, monkeypatch):
     assert_close(estimated, measured)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("name", "shape", "critic", "adapters", "recomputed"),
     [
@@ -235,7 +241,7 @@ def measured_update(
     return measured[1]
 
 
-@pytest.mark.slow(0.4)
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("name", "shape", "critic", "bf16"),
     [
@@ -278,7 +284,7 @@ def sampled(name: str, shape: tuple[int, int, int, int], directory: Path) -> tup
     return *sampling_bytes(skeleton, workload(shape), fused_attention=False), measured
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.6)
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -295,10 +301,10 @@ def test_sampling(name, shape, tmp_path):
     assert 0 < cache < estimated
 
 
-@pytest.mark.parametrize("name", ["t5-deep-encoder", pytest.param("llama-deep", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["t5-deep-encoder", pytest.param("llama-deep", marks=pytest.mark.slow(0.8))])
 def test_reading_tokens_at_once_stands_for_sampling_them(name, tmp_path):
     """`sampling_bytes` is held to `Policy.sample`, token by token, where both see the same fake tensors."""
-    P, S, K, T = 3, 6, 4, 8
+    P, S, K, T = 3, 6, 4, 5
     skeleton = checkpoint_of(MODELS[name](), tmp_path).build(torch.float32)
     estimated, _ = sampling_bytes(skeleton, workload((P, S, K, T)), fused_attention=False)
     with skeleton.mode:
