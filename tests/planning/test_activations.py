@@ -61,7 +61,7 @@ def workload(shape: tuple[int, int, int, int], teacher_batch_tokens: int = 4000)
 
 @pytest.fixture(autouse=True)
 def models_are_not_verified(monkeypatch):
-    """Whoever reads a model first compares with the model's own pass, which takes longer here than what is measured."""
+    """Whoever reads a model compares with its own pass first, which takes longer here than what is measured."""
     monkeypatch.setattr("rlkd_trl.students.policy.verify", lambda backbone: None)
     monkeypatch.setattr("rlkd_trl.teachers.teacher.verify", lambda backbone: None)
 

@@ -1,5 +1,6 @@
 """A sample with a number that is not finite is dropped: the update is the one without it, and nothing hides it."""
 
+import functools
 import logging
 import math
 
@@ -14,7 +15,15 @@ from rlkd_trl.ops.finite import usable_rows, usable_states
 from rlkd_trl.trainers.supervised import SupervisedTrainer
 from rlkd_trl.trainers.supervised_config import SupervisedConfig
 from tests.tiny_models import EOS, MODELS, word_tokenizer
-from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, Recorder, build, samples_instead, teacher_reward
+from tests.trainers.tiny_runs import (
+    FULL_VOCABULARY_METHODS,
+    METHODS,
+    Recorder,
+    build,
+    samples_instead,
+    shared_reward,
+    teacher_reward,
+)
 
 # Of float32 sums in another order, where gradients reach 13.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
@@ -66,7 +75,7 @@ def _nan_where_bad(ids_BT, like_BTD):
 
 def gradients_of(method: str, output_dir, where: str, *, with_dropped: bool, **settings):
     """Of one step on five prompts: two good completions each, and with `with_dropped` a third to be dropped."""
-    reward = [teacher_reward(), spoiled(math.inf) if where == "reward" else zero]
+    reward = [shared_reward(), spoiled(math.inf) if where == "reward" else zero]
     extra = {"num_iterations": 2} if where == "student" and method.startswith("rloo") else {}
     count = 3 if with_dropped else 2
     trainer = build(
@@ -178,13 +187,19 @@ def late_step(method: str, output_dir, size: int, *, with_dropped: bool) -> Reco
     return recorder
 
 
-@pytest.mark.slow(0.4)
+@pytest.fixture(scope="module")
+def clean_step(tmp_path_factory):
+    """`late_step` of a method without the samples to be dropped, once for all sizes."""
+    return functools.cache(lambda method: late_step(method, tmp_path_factory.mktemp("clean"), 10, with_dropped=False))
+
+
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("size", [5, 1])
 @pytest.mark.parametrize("method", LATE)
-def test_an_update_is_done_again_without_samples_that_it_finds_bad(method, size, tmp_path, caplog):
+def test_an_update_is_done_again_without_samples_that_it_finds_bad(method, size, clean_step, tmp_path, caplog):
     """As if they had never been there, however the step is cut: in loss, counts, baselines and moments."""
     logging.getLogger("rlkd_trl").propagate = True
-    clean = late_step(method, tmp_path / "clean", 10, with_dropped=False)
+    clean = clean_step(method)
     with caplog.at_level(logging.WARNING, logger="rlkd_trl"):
         dirty = late_step(method, tmp_path / "dirty", size, with_dropped=True)
     for name, expected in clean.gradients[0].items():
@@ -309,7 +324,7 @@ def test_the_average_reward_is_without_them_too(method, average, tmp_path):
 
 def test_a_prompt_of_which_nothing_is_left(tmp_path):
     """Of the third prompt's samples both are dropped; the others' update is the same as if it had not been there."""
-    trainer = build("rloo-token", tmp_path, reward=[teacher_reward(), spoiled(math.nan)], data=DATA, max_steps=1,
+    trainer = build("rloo-token", tmp_path, reward=[shared_reward(), spoiled(math.nan)], data=DATA, max_steps=1,
                     num_generations=2, per_device_train_batch_size=10)  # fmt: skip
     samples_instead(trainer, *GOOD[:4], *DROPPED[:2], *GOOD[6:])
     recorder = Recorder(trainer)
@@ -332,7 +347,7 @@ def test_rewards_that_are_all_not_finite_stop_the_run(method, value, tmp_path):
     def mine(prompts, **columns) -> list[float]:
         return [value] * len(prompts)
 
-    trainer = build(method, tmp_path, reward=[teacher_reward(), mine], max_steps=9, max_skipped_steps=2)
+    trainer = build(method, tmp_path, reward=[shared_reward(), mine], max_steps=9, max_skipped_steps=2)
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     with pytest.raises(TrainingError, match=r"first in step 1 \(all 8 samples dropped, the reward mine or .* not fin"):
         trainer.train()

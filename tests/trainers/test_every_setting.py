@@ -18,8 +18,8 @@ from tests.trainers.tiny_runs import (
     build,
     largest_difference,
     pairs,
+    shared_reward,
     snapshot,
-    teacher_reward,
 )
 
 EVERY_METHOD = {**METHODS, **FULL_VOCABULARY_METHODS}
@@ -124,7 +124,8 @@ def cases() -> list:
     for method in EVERY_METHOD:
         for name in own_settings(method):
             quick = name not in tried or name == "max_prompt_length" or (method, name) in REFUSED
-            found.append(pytest.param(method, name, marks=() if quick else pytest.mark.slow, id=f"{method}-{name}"))
+            marks = () if quick else pytest.mark.slow(0.1)
+            found.append(pytest.param(method, name, marks=marks, id=f"{method}-{name}"))
             tried.add(name)
     return found
 
@@ -133,7 +134,7 @@ def behaviour(method: str, output_dir, capsys, settings: dict, kinds: tuple[str,
     """What a trainer does on two rollouts, kind by kind."""
     settings = {"max_steps": 2, **settings}
     several = settings.pop(SEVERAL_TEACHERS, False)
-    reward = asked_twice("t5-tied")[0] if several else teacher_reward(gamma=settings.get("gamma", 1.0))
+    reward = asked_twice("t5-tied")[0] if several else shared_reward(gamma=settings.get("gamma", 1.0))
     data = {"data": pairs(32), "eval_data": pairs(5, seed=3)}
     trainer = build(method, output_dir, model=tiny_t5(tied=True, layers=1), reward=reward, **data, **settings)
     evaluated = trainer.evaluate() if EVALUATES in kinds else {}

@@ -26,6 +26,7 @@ from tests.trainers.tiny_runs import (
     prompts,
     run,
     snapshot,
+    teacher_reward,
 )
 
 ON_DATA = {"divergence": "forward_kl", "sequences": "data", "lmbda": 0.0, "data": pairs(32)}
@@ -118,7 +119,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(divergence, fami
 
 
 def test_the_teacher_is_frozen_and_gets_no_gradient(tmp_path):
-    trainer = build("kd", tmp_path)
+    trainer = build("kd", tmp_path, reward=teacher_reward())
     teacher = trainer.panel.scorers[0].teacher.model
     before = snapshot(teacher)
     trainer.train()
@@ -128,7 +129,7 @@ def test_the_teacher_is_frozen_and_gets_no_gradient(tmp_path):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_hard_labels_alone_need_no_teacher(alpha, tmp_path):
-    trainer = build("kd", tmp_path, **ON_DATA, alpha=alpha)
+    trainer = build("kd", tmp_path, reward=teacher_reward(), **ON_DATA, alpha=alpha)
     calls = []
     for module in trainer.panel.scorers[0].teacher.model.modules():
         module.register_forward_hook(lambda *_: calls.append(1))

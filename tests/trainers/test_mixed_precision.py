@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_models import MODELS, tiny_t5
-from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, build, pairs, prompts, run
+from tests.trainers.tiny_runs import FULL_VOCABULARY_METHODS, METHODS, build, pairs, prompts, run, teacher_reward
 
 # Beside the ways to train, those whose extra passes over the student could forget the precision.
 RUNS = {
@@ -59,7 +59,8 @@ def watched(trainer) -> dict[str, list[torch.dtype]]:
 def test_who_is_read_in_bfloat16(case, family, tmp_path):
     """In every pass of training and of evaluation."""
     method, settings = RUNS[case]
-    trainer = build(method, tmp_path, family=family, bf16=True, max_steps=1, eval_data=prompts(3, seed=3), **settings)
+    settings = {"reward": teacher_reward(family), "eval_data": prompts(3, seed=3), **settings}
+    trainer = build(method, tmp_path, family=family, bf16=True, max_steps=1, **settings)
     for stage in (trainer.train, trainer.evaluate):
         found = watched(trainer)
         stage()
@@ -73,7 +74,7 @@ def test_who_is_read_in_bfloat16(case, family, tmp_path):
 
 @pytest.mark.parametrize("method", ["rloo-token", "all-actions"])
 def test_without_it_nothing_is(method, tmp_path):
-    trainer = build(method, tmp_path, eval_data=prompts(3, seed=3), bf16=False)
+    trainer = build(method, tmp_path, reward=teacher_reward(), eval_data=prompts(3, seed=3), bf16=False)
     found = watched(trainer)
     trainer.train()
     trainer.evaluate()
@@ -84,7 +85,8 @@ def test_without_it_nothing_is(method, tmp_path):
 def test_a_bfloat16_teacher_and_student_stay_what_they_are(family, tmp_path):
     """Checkpoints in bfloat16, without mixed precision."""
     student = MODELS[family]().to(torch.bfloat16)
-    trainer = build("ppo", tmp_path, family=family, model=student, eval_data=prompts(3, seed=3))
+    own = {"model": student, "reward": teacher_reward(family)}
+    trainer = build("ppo", tmp_path, family=family, **own, eval_data=prompts(3, seed=3))
     found = watched(trainer)
     trainer.train()
     trainer.evaluate()

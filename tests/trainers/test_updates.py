@@ -19,6 +19,7 @@ from tests.trainers.tiny_runs import (
     build,
     largest_difference,
     run,
+    shared_reward,
     snapshot,
     teacher_reward,
 )
@@ -143,7 +144,7 @@ def test_gradients_are_those_of_the_papers_loops(case, accumulation, tmp_path):
         method,
         tmp_path,
         family=family,
-        reward=teacher_reward(family, gamma=settings.get("gamma", 1.0), k=k),
+        reward=shared_reward(family, gamma=settings.get("gamma", 1.0), k=k),
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
         num_iterations=2,
@@ -211,7 +212,7 @@ def test_by_its_log_ratio_a_student_that_equals_its_teacher_has_nothing_to_learn
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path):
-    """The first of two over each of three rollouts; with dropout on in the config it would not be."""
+    """The first of two over each of two rollouts; with dropout on in the config it would not be."""
     model = MODELS[family]()
     if family == "t5-tied":
         for module in model.modules():
@@ -226,9 +227,9 @@ def test_first_pass_is_exactly_on_policy(method, family, accumulation, tmp_path)
         gradient_accumulation_steps=accumulation,
         temperature=0.8,
         num_iterations=2,
-        max_steps=6,
+        max_steps=4,
     )
-    assert len(recorder.logs) == 6
+    assert len(recorder.logs) == 4
     for entry in recorder.logs[::2]:
         assert entry["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert entry["approx_kl"] == pytest.approx(0.0, abs=1e-6)
@@ -273,7 +274,7 @@ def of_inputs(inputs):
 @pytest.mark.parametrize("in_16_bits", [False, pytest.param(True, marks=pytest.mark.slow(0.1))])
 def test_old_log_probs_only_where_something_reads_them(method, settings, reward, needed, in_16_bits, tmp_path):
     """They come from sampling, or in 16 bits from a pass of their own; a critic of its own always needs a pass."""
-    rewards = teacher_reward() if reward is None else [teacher_reward(), reward]
+    rewards = shared_reward() if reward is None else [shared_reward(), reward]
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, **settings}
     trainer = build(method, tmp_path, reward=rewards, bf16=in_16_bits, **settings)
     calls = forward_passes(getattr(trainer, "behaviour", None) or trainer.model)
@@ -316,7 +317,7 @@ def test_without_old_log_probs_the_update_is_the_same(method, tmp_path):
     settings |= {"optim": "sgd", "learning_rate": 0.3}
     without = run(method, tmp_path / "without", **settings)
     computed = run(
-        method, tmp_path / "with", reward=[teacher_reward(), of_inputs], reward_weights=[1.0, 0.0], **settings
+        method, tmp_path / "with", reward=[shared_reward(), of_inputs], reward_weights=[1.0, 0.0], **settings
     )
     assert without.rollouts[0].old_logps_BT is None and computed.rollouts[0].old_logps_BT is not None
     assert largest_difference(without.weights[-1], without.weights[0]) > 1e-2
@@ -417,7 +418,7 @@ def test_logged_update_metrics_do_not_depend_on_how_the_batch_is_cut(method, mas
 
 
 def test_teacher_is_frozen_and_gets_no_gradient(tmp_path):
-    trainer = build("ppo", tmp_path, max_steps=3)
+    trainer = build("ppo", tmp_path, reward=teacher_reward(), max_steps=3)
     teacher = trainer.reward_model.panels[0].scorers[0].teacher.model
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     trainer.train()

@@ -28,7 +28,7 @@ def without_eos(monkeypatch):
 def test_trainers(method, family, without_eos, tmp_path):
     """Although the generation config has one, with which samples would end."""
     with pytest.raises(InputError, match=MESSAGE):
-        tiny_runs.build(method, tmp_path, family=family)
+        tiny_runs.build(method, tmp_path, family=family, reward=tiny_runs.teacher_reward(family))
 
 
 def test_supervised_training(without_eos, tmp_path):

@@ -1,5 +1,6 @@
 """A few training steps of tiny models, and what they leave behind."""
 
+import functools
 import random
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ FULL_VOCABULARY_METHODS = {
 }
 
 
+@functools.cache
 def prompts(count: int, seed: int = 0) -> Dataset:
     """Rows with prompts of one to six words."""
     generator = random.Random(seed)
@@ -48,6 +50,7 @@ def prompts(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list([{"prompt": text} for text in texts])
 
 
+@functools.cache
 def pairs(count: int, seed: int = 0) -> Dataset:
     """`prompts` with one to three references each, of one to eight words, every tenth of them unknown."""
     generator = random.Random(seed + 1)
@@ -65,6 +68,12 @@ def pairs(count: int, seed: int = 0) -> Dataset:
 def teacher_reward(family: str = "t5-tied", **kwargs) -> TeacherForcingReward:
     """A different model of the same family."""
     return TeacherForcingReward(MODELS[family](seed=5), word_tokenizer(), **kwargs)
+
+
+@functools.cache
+def shared_reward(family: str = "t5-tied", **kwargs) -> TeacherForcingReward:
+    """`teacher_reward`, made once, for tests that change nothing of it."""
+    return teacher_reward(family, **kwargs)
 
 
 @dataclass
@@ -114,7 +123,7 @@ def build(
     The methods without a reward take the teachers of `reward`.
     """
     trainer_class, config_class, arguments = {**METHODS, **FULL_VOCABULARY_METHODS}[method]
-    reward = teacher_reward(family) if reward is None else reward
+    reward = shared_reward(family) if reward is None else reward
     settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
