@@ -69,7 +69,14 @@ def is_whole(weights: dict[str, torch.Tensor]) -> bool:
     return all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
 
 
-@pytest.mark.parametrize("where, value", [("loss", math.nan), ("gradient", math.nan), ("gradient", math.inf)])
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        ("loss", math.nan),
+        pytest.param("gradient", math.nan, marks=pytest.mark.slow(0.2)),
+        pytest.param("gradient", math.inf, marks=pytest.mark.slow(0.2)),
+    ],
+)
 @pytest.mark.parametrize("method", ALL)
 def test_a_step_that_is_not_finite_is_skipped_whole(method, where, value, tmp_path):
     trainer = build_any(method, tmp_path, max_steps=3, weight_decay=0.1)

@@ -214,7 +214,9 @@ def test_surer_answers_to_the_same_prompts_are_no_collapse():
         assert not guards.warnings(START, sketches_of(answers, list(range(8))))
 
 
-@pytest.mark.parametrize("method", ["rloo-token", "all-actions", "kd"])
+@pytest.mark.parametrize(
+    "method", ["rloo-token", *(pytest.param(method, marks=pytest.mark.slow(0.5)) for method in ("all-actions", "kd"))]
+)
 def test_a_student_that_says_one_thing_to_all_prompts_is_warned_of(method, tmp_path, caplog, monkeypatch):
     """It begins to in the ninth rollout."""
     trainer = build(method, tmp_path, max_steps=17)

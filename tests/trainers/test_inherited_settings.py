@@ -316,7 +316,9 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "rollouts" else pytest.param(kind, marks=pytest.mark.slow(0.1)) for kind in BUILDERS]
+)
 @pytest.mark.parametrize("name", SEEN)
 def test_it_is_seen_in_what_a_run_leaves(kind, name, tmp_path):
     settings, look, expected = SEEN[name]

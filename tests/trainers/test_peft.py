@@ -36,8 +36,8 @@ def adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ("method", "family"),
     [
         ("ppo", "t5-tied"),
-        ("rloo-token", "llama"),
-        ("reinforce", "llama"),
+        pytest.param("rloo-token", "llama", marks=pytest.mark.slow(0.4)),
+        pytest.param("reinforce", "llama", marks=pytest.mark.slow(0.4)),
         ("kd", "glm"),
         pytest.param("all-actions", "t5-tied", marks=pytest.mark.slow),
         pytest.param("all-actions", "glm", marks=pytest.mark.slow),
@@ -83,7 +83,7 @@ def lora_config(family: str, **others) -> peft.LoraConfig:
     return peft.LoraConfig(r=2, target_modules=TARGETS[family], **others)
 
 
-@pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("task_type", [None, pytest.param("SEQ_2_SEQ_LM", marks=pytest.mark.slow(0.2))])
 @pytest.mark.parametrize("method", [*METHODS, *FULL_VOCABULARY_METHODS])
 def test_a_config_is_a_student_with_new_adapters(method, task_type, tmp_path):
     """Which begins as the student, trains adapters (and a critic) only, and saves them."""
@@ -107,7 +107,7 @@ def test_supervised_training_takes_a_config(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("method", ["ppo", "rloo-token"])
+@pytest.mark.parametrize("method", ["ppo", pytest.param("rloo-token", marks=pytest.mark.slow(0.5))])
 def test_the_reference_is_the_student_without_its_adapters(method, tmp_path):
     """The run is that of a student that was wrapped before, whose reference is a copy; the KL is not 0."""
     settings = {"beta": 0.1, "max_steps": 4, "seed": 3}

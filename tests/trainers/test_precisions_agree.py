@@ -34,7 +34,13 @@ def gradient_of(recorder: Recorder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("method", [*METHODS, "kd", "all-actions"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("ppo", "kd") else pytest.param(method, marks=pytest.mark.slow(0.1))
+        for method in [*METHODS, "kd", "all-actions"]
+    ],
+)
 def test_one_update(method, precision, tmp_path):
     kind, _, dtype = precision.partition(" ")
     changed = {"bf16": True} if kind == "bf16" else {"teacher_dtype": getattr(torch, dtype)}

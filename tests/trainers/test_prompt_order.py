@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory):
     return output_dir, seen
 
 
-@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6)), 7])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow(0.5)) for step in (4, 6, 7))])
 def test_a_resumed_run_sees_the_prompts_that_the_uninterrupted_one_saw(step, uninterrupted, tmp_path):
     """From the end of an epoch (after 3 or 6 rollouts) and from within the second and the third (after 4 or 7)."""
     output_dir, expected = uninterrupted
