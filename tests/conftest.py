@@ -80,16 +80,10 @@ def cpu_seconds(item: pytest.Item) -> float:
     return 0.05 if mark is None else mark.args[0] if mark.args else 3.0
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`Trainer.train` collects garbage, which takes longer over the imported libraries than the few steps do.
-
-    What is there when a test begins is looked through after its file's last test only, where `unfreeze` is.
-    """
-    gc.freeze()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def garbage_of_a_file_is_collected():
+def imported_modules_are_no_garbage():
+    """`Trainer.train` collects garbage, which takes longer over the imported libraries than the few steps do."""
+    gc.freeze()
     yield
     gc.unfreeze()
 
