@@ -55,6 +55,8 @@ BASE = (
 )
 
 # Flag: (the command line with it, whether it is seen).
+# One line shows both: the best method goes on with these seeds.
+TOP = ("--top 1 --top_seeds 6 9", lambda seen: seen.row("ppo")["seeds"] == [0, 6, 9])
 ARRIVES = {
     "ComparisonArguments.smoke": ("", None),  # test_compare: test_smoke
     "ComparisonArguments.methods": (
@@ -84,15 +86,15 @@ ARRIVES = {
         lambda seen: results_of(seen.workplace)["search"]["chosen"] == {"ppo": 2e-3},
     ),
     "ComparisonArguments.common": (
-        "--common logging_steps=7 temperature=0.9",
-        lambda seen: (seen.of_runs("--logging_steps"), seen.of_runs("--temperature")) == (["7"], ["0.9"]),
+        "--common logging_steps=9 temperature=0.9",
+        lambda seen: (seen.of_runs("--logging_steps"), seen.of_runs("--temperature")) == (["9"], ["0.9"]),
     ),
     "ComparisonArguments.jobs": (
         "--jobs 2",
         lambda seen: [call["threads"] for call in calls(seen.workplace)] == ["1"],
     ),
-    "ComparisonArguments.top": ("--top 1 --top_seeds 6 9", lambda seen: seen.row("ppo")["seeds"] == [0, 6, 9]),
-    "ComparisonArguments.top_seeds": ("--top 1 --top_seeds 6 9", lambda seen: seen.row("ppo")["seeds"] == [0, 6, 9]),
+    "ComparisonArguments.top": TOP,
+    "ComparisonArguments.top_seeds": TOP,
     "ComparisonArguments.stop_after_minutes": (
         "--stop_after_minutes 1e-9",
         lambda seen: not (seen.workplace / "calls.jsonl").exists() and seen.row("ppo")["missing_seeds"] == [0],
@@ -145,7 +147,7 @@ ARRIVES = {
             and seen.of_evaluations("max_completion_length") == {2}
         ),
     ),
-    "MeasurementArguments.batch_size": ("--batch_size 3", lambda seen: seen.of_evaluations("batch_size") == {3}),
+    "MeasurementArguments.batch_size": ("--batch_size 4", lambda seen: seen.of_evaluations("batch_size") == {4}),
 }
 GROUPS = [arguments.ComparisonArguments, arguments.MeasurementArguments]
 
@@ -189,7 +191,7 @@ def observe(workplace, monkeypatch):
     monkeypatch.setattr(statistics, "resample_weights", noted_weights)
 
     def observed(flags: str) -> Seen:
-        budget = "" if flags.startswith("--max_") and "length" not in flags else "--max_steps 3"
+        budget = "" if flags.startswith("--max_") else "--max_steps 3"
         assert compare(f"{BASE} {budget} {flags}", workplace) == 0
         return seen
 

@@ -279,8 +279,8 @@ ARRIVES = {
     "DataArguments.dataset_config": (BASE, f"{HUB} --dataset_config c", lambda r, seen, _: seen.hub("name") == "c"),
     "DataArguments.dataset_revision": (
         BASE,
-        f"{HUB} --dataset_revision v1",
-        lambda r, seen, _: seen.hub("revision") == "v1",
+        f"{HUB} --dataset_revision v2",
+        lambda r, seen, _: seen.hub("revision") == "v2",
     ),
     "DataArguments.source_column": (
         BASE,
@@ -513,8 +513,8 @@ ARRIVES = {
     "AdapterArguments.lora_r": (ADAPTED, "--use_peft --lora_r 3", lambda r, seen, _: lora(seen).r == 3),
     "AdapterArguments.lora_alpha": (
         ADAPTED,
-        "--use_peft --lora_alpha 3",
-        lambda r, seen, _: lora(seen).lora_alpha == 3,
+        "--use_peft --lora_alpha 5",
+        lambda r, seen, _: lora(seen).lora_alpha == 5,
     ),
     "AdapterArguments.lora_dropout": (
         ("sft",),
@@ -641,8 +641,8 @@ ARRIVES = {
     ),
     "EvaluationArguments.batch_size": (
         ("evaluate",),
-        "--batch_size 3",
-        lambda r, seen, base: seen.most_rows("student") == 3 < base.most_rows("student"),
+        "--batch_size 5",
+        lambda r, seen, base: seen.most_rows("student") == 5 < base.most_rows("student"),
     ),
     "EvaluationArguments.sample": (("evaluate",), "--sample", lambda r, seen, base: said(seen) != said(base)),
     "EvaluationArguments.temperature": (
@@ -730,14 +730,14 @@ TOGETHER = {
         *("StudentArguments.student", "AdapterArguments.use_peft", "HeldOutArguments.eval_target_column"),
         *("TeacherArguments.teacher_batch_tokens", "DataArguments.max_rows", "EvaluationArguments.ibleu"),
         *("NewModelArguments.architecture", "NewModelArguments.tokenizer", "PseudoLabelArguments.interpolate"),
-        "AdapterArguments.lora_modules_to_save",
+        *("AdapterArguments.lora_modules_to_save", "AdapterArguments.use_dora"),
     ),
     "new model": tuple(
         f"NewModelArguments.{name}" for name in ("d_model", "num_layers", "num_heads", "d_ff", "dropout", "vocab_size")
     ),
     "adapters": tuple(
         f"AdapterArguments.{name}"
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
     ),
     "streaming": ("StreamingArguments.streaming", "StreamingArguments.shuffle_buffer_size"),
     "template_names": (
