@@ -54,9 +54,9 @@ BASE = (
     "--output_dir out"
 )
 
-# Flag: (the command line with it, whether it is seen).
-# One line shows both: the best method goes on with these seeds.
+# One line shows two flags: the best method goes on with these seeds.
 TOP = ("--top 1 --top_seeds 6 9", lambda seen: seen.row("ppo")["seeds"] == [0, 6, 9])
+# Flag: (the command line with it, whether it is seen).
 ARRIVES = {
     "ComparisonArguments.smoke": ("", None),  # test_compare: test_smoke
     "ComparisonArguments.methods": (

@@ -301,7 +301,7 @@ def test_memory_of_a_fresh_process(forked_measurements):
     names = names_of("scoring")
     small, shape = names.Dimensions(d_model=32, d_ff=32, heads=2, layers=1), names.Shape(5, 40, 2, 2, 20_000)
     naive, ours = (names.extra_mib_in_children(way, small, shape, processes=1) for way in ("naive", "ours"))
-    assert naive > 1.6 * 12.5 > 1.4 * 12.5 > ours
+    assert naive > 1.5 * 12.5 > ours
 
 
 @pytest.mark.slow
