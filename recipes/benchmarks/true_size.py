@@ -14,7 +14,11 @@ their own, measured in a process that only imports them, is added. Cases that `-
 calls, stay in the table.
 
 A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and keep their shards
-in files: its memory is that of the process that has most, and the buffers for files are added to the planner's number.
+in files: its memory is that of the process that has most. To the planner's number the buffers for files are added,
+which are locked and so resident, and of the teacher's weights it counts as many as are gathered then: the planner's
+are of shards in CPU memory, which `Placement` lets stay up to DeepSpeed's limit, and from files a layer at a time.
+Both processes give all memory of a MiB or more back as soon as it is free: of T0-3B's gathered weights glibc's heap
+would keep fragments of gigabytes.
 Linux only.
 """
 
@@ -27,7 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -90,12 +95,16 @@ PHASES = ("sample", "log_probs", "score", "update")
 
 @dataclass(frozen=True)
 class Way:
-    """How a teacher in bfloat16 is kept, by how many processes, and through how many bytes of buffers for files."""
+    """How a teacher in bfloat16 is kept, by how many processes, and through how many bytes of buffers for files.
+
+    allocator: environment variables of the processes.
+    """
 
     placement: str = "replicated"
     quantization: str = "none"
     processes: int = 1
     buffers: int = 0
+    allocator: Mapping[str, str] = field(default_factory=dict)
 
     def launcher(self) -> list[str]:
         if self.processes == 1:
@@ -108,8 +117,14 @@ WAYS = {
     "bfloat16": Way(),
     "int8": Way(quantization="int8"),
     "nf4": Way(quantization="nf4"),
-    "offload": Way("offload", processes=2, buffers=5 * 10**8 * torch.bfloat16.itemsize),  # DeepSpeed's, see Placement
+    "offload": Way(
+        "offload",
+        processes=2,
+        buffers=5 * 10**8 * torch.bfloat16.itemsize,  # DeepSpeed's, see Placement
+        allocator={"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)},
+    ),
 }
+PREFETCHED = 5 * 10**7  # parameters at most: DeepSpeed's default for `stage3_prefetch_bucket_size`
 CASES = [f"{teacher}-{way}" for teacher in TEACHERS for way in WAYS]
 
 
@@ -177,11 +192,15 @@ class Run:
     own: int
 
 
-def run(command: list[str]) -> Run:
-    """Runs it, and reads its memory fifty times a second. Raises `SystemExit` if it fails."""
+def run(command: list[str], variables: Mapping[str, str] | None = None) -> Run:
+    """Runs it, and reads its memory fifty times a second. Raises `SystemExit` if it fails.
+
+    variables: of the environment, besides this process's.
+    """
+    environment = {**os.environ, **(variables or {})}
     started, peak, mapped, own = time.perf_counter(), 0, 0, 0
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environment)
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             for resident in map(memory_of, family(process.pid)):
                 own = max(own, resident.get("RssAnon", 0) + resident.get("RssShmem", 0))
@@ -223,8 +242,18 @@ def planned_bytes(teacher: Path, student: Path, completion: int, way: Way) -> in
     wanted = (way.placement, "bfloat16", way.quantization)
     estimates = teacher_estimates(of_teacher, workload, cluster)
     chosen = next(t for t in estimates if (t.placement, t.dtype, t.quantization) == wanted)
+    if way.buffers:
+        chosen = replace(chosen, gathered=gathered_from_files(of_teacher))
     student_bytes = student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0]
     return peak_bytes(chosen, student_bytes) + way.buffers
+
+
+def gathered_from_files(teacher: Checkpoint) -> int:
+    """The most that is whole at a time: the largest layer's own weights, and those of the next, fetched meanwhile."""
+    skeleton = teacher.build(torch.bfloat16)
+    layers = (module.parameters(recurse=False) for module in skeleton.model.modules())
+    largest = max(sum(weight.numel() for weight in layer) for layer in layers)
+    return min(weight_bytes(skeleton), (largest + PREFETCHED) * torch.bfloat16.itemsize)
 
 
 def bytes_left_in_file(teacher: Path, way: Way) -> int:
@@ -268,8 +297,9 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     command += ["--num_generations", str(GENERATIONS), "--max_completion_length", str(size.completion)]
     command += ["--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "True"]
     command += ["--output_dir", str(output_dir), "--overwrite_output_dir", "True", "--disable_tqdm", "True"]
-    rehearsal = run(command)
-    libraries = run([sys.executable, "-c", "import rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation"])
+    rehearsal = run(command, way.allocator)
+    imported = "rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation" + (", deepspeed" if way.buffers else "")
+    libraries = run([sys.executable, "-c", f"import {imported}"])
     return {
         "case": case,
         "wall_seconds": rehearsal.wall_seconds,

@@ -56,6 +56,19 @@ def test_what_stays_in_the_file_is_what_is_not_quantised(names, tmp_path, monkey
         assert names.bytes_left_in_file(tmp_path, names.WAYS[way]) == pytest.approx(left, rel=0.02)
 
 
+def test_of_shards_in_files_a_layer_at_a_time_is_gathered(names, tmp_path, monkeypatch):
+    """The head is the largest; with it what DeepSpeed fetches ahead, for which its own default is read."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    checkpoint(names, tmp_path, monkeypatch)
+    ahead = zero.DeepSpeedZeroConfig().prefetch_bucket_size
+    teacher = names.Checkpoint.of("--teacher", str(tmp_path))
+    whole = names.weight_bytes(teacher.build(torch.bfloat16))
+    assert 2 * (32_128 * 64 + ahead) > whole
+    assert names.gathered_from_files(teacher) == whole
+    monkeypatch.setitem(names.gathered_from_files.__globals__, "PREFETCHED", ahead // 1000)
+    assert names.gathered_from_files(teacher) == 2 * (32_128 * 64 + ahead // 1000) < whole
+
+
 @pytest.mark.slow(0.9)
 def test_memory_of_a_family_of_processes(names, tmp_path):
     """The child's 200 MiB of its own are seen, and of a file of 100 MiB what has been read of it."""
@@ -77,7 +90,7 @@ with open({str(tmp_path / "file")!r}, "rb") as file:
 
 def test_a_rehearsal_that_fails_says_why(names):
     with pytest.raises(SystemExit, match="no such weights"):
-        names.run([sys.executable, "-c", "raise SystemExit('no such weights')"])
+        names.run([sys.executable, "-c", "import os; raise SystemExit(os.environ['WHY'])"], {"WHY": "no such weights"})
 
 
 @pytest.mark.slow
@@ -85,7 +98,7 @@ def test_a_case_in_small(names, tmp_path, monkeypatch):
     """The recipe runs with the preset's settings, in this process; its memory is another's."""
     scope, commands = names.rehearse.__globals__, []
 
-    def in_this_process(command: list[str]):
+    def in_this_process(command: list[str], variables=None):
         commands.append(command)
         if "-c" not in command:
             assert run(shlex.join(["ppo_kd", *command[2:]])) == 0
