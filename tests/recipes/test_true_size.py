@@ -56,17 +56,28 @@ def test_what_stays_in_the_file_is_what_is_not_quantised(names, tmp_path, monkey
         assert names.bytes_left_in_file(tmp_path, names.WAYS[way]) == pytest.approx(left, rel=0.02)
 
 
+@pytest.mark.slow
 def test_of_shards_in_files_a_layer_at_a_time_is_gathered(names, tmp_path, monkeypatch):
     """The head is the largest; with it what DeepSpeed fetches ahead, for which its own default is read."""
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
     checkpoint(names, tmp_path, monkeypatch)
     ahead = zero.DeepSpeedZeroConfig().prefetch_bucket_size
+    assert ahead == names.PREFETCHED
     teacher = names.Checkpoint.of("--teacher", str(tmp_path))
     whole = names.weight_bytes(teacher.build(torch.bfloat16))
     assert 2 * (32_128 * 64 + ahead) > whole
     assert names.gathered_from_files(teacher) == whole
     monkeypatch.setitem(names.gathered_from_files.__globals__, "PREFETCHED", ahead // 1000)
     assert names.gathered_from_files(teacher) == 2 * (32_128 * 64 + ahead // 1000) < whole
+    # It is what the planner's number has, and only of files: with the buffers, 10^10 bytes gathered are the most.
+    monkeypatch.setitem(names.planned_bytes.__globals__, "gathered_from_files", lambda teacher: 10**10)
+    student = tmp_path / "student"
+    names.write_checkpoint(names.Size(**SMALL, v1_1=False), student, torch.float32)
+    in_memory, in_files = (
+        names.planned_bytes(tmp_path, student, 4, names.Way("offload", processes=2, buffers=buffers))
+        for buffers in (0, 10**6)
+    )
+    assert in_memory < 10**10 and 10**10 + 10**6 < in_files < 2 * 10**10
 
 
 @pytest.mark.slow(0.9)
