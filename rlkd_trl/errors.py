@@ -216,7 +216,7 @@ def _handle_signals(handler: Handler, *, but_not: Handler | None = None) -> dict
 
 @contextmanager
 def _stopping_at_signals() -> Iterator[None]:
-    """Within it SIGINT and SIGTERM end the command."""
+    """Within it SIGINT and SIGTERM end the command, also where Python or a library makes another error of the stop."""
     global _is_interrupted
     process, _is_interrupted = os.getpid(), False
 
@@ -232,7 +232,28 @@ def _stopping_at_signals() -> Iterator[None]:
 
     # One that a shell has it ignore, as Ctrl-C where it is started in the background, stays so.
     with _signals(stop, but_not=signal.SIG_IGN):
-        yield
+        try:
+            yield
+        except Exception as error:
+            stopped = _stop_behind(error)
+            if stopped is None:
+                raise
+            raise stopped from None
+
+
+def _stop_behind(error: Exception) -> KeyboardInterrupt | None:
+    """What stopped the command, if `error` was raised for it or while it was handled.
+
+    While a class is made, as in an import, Python turns whatever `__set_name__` raises into a `RuntimeError`.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _end_with_launcher() -> None:

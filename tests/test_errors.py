@@ -115,6 +115,51 @@ def test_ctrl_c_that_a_shell_has_it_ignore_stays_ignored():
 TOKENS = ["hf_" + "a1B2" * 6, "api_org_" + "c3D4" * 6]
 
 
+class Signals:
+    """An attribute for whose name, while its class is made, a signal comes."""
+
+    def __set_name__(self, owner, name):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def while_a_class_is_made():
+    type("Settings", (), {"field": Signals()})  # RuntimeError, in Python 3.11; KeyboardInterrupt since 3.12
+
+
+def while_a_checkpoint_is_read():
+    try:
+        while_a_class_is_made()
+    except (RuntimeError, KeyboardInterrupt):
+        raise InputError("config.json cannot be read") from None
+
+
+def while_cleaning_up():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        raise OSError(2, "gone", "a_file")
+
+
+@pytest.mark.parametrize("main", [while_a_class_is_made, while_a_checkpoint_is_read, while_cleaning_up])
+def test_a_stop_that_another_error_hides_is_a_stop(main, capsys):
+    """SIGTERM is what a launcher sends when another process has ended, mostly while this one still imports."""
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 143 and capsys.readouterr().err.startswith("Stopped by SIGTERM.\n")
+
+
+def test_an_error_after_other_errors_keeps_its_own_end():
+    """A chain of causes without a stop in it, which goes round."""
+
+    def main():
+        first, second = ValueError("first"), ValueError("second")
+        first.__cause__, second.__cause__ = second, first
+        raise first
+
+    with pytest.raises(ValueError, match="first"):
+        run(main)
+
+
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize(
     ("raised", "arguments"), [("errors.InputError", "--debug"), ("errors.InputError", ""), ("RuntimeError", "")]
