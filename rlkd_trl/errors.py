@@ -234,25 +234,28 @@ def _stopping_at_signals() -> Iterator[None]:
     with _signals(stop, but_not=signal.SIG_IGN):
         try:
             yield
+        except (CheckpointError, PushError, TrainingError):  # which say what is left of the work
+            raise
         except Exception as error:
             stopped = _stop_behind(error)
             if stopped is None:
                 raise
-            raise stopped from None
+            raise stopped from error
 
 
 def _stop_behind(error: Exception) -> KeyboardInterrupt | None:
     """What stopped the command, if `error` was raised for it or while it was handled.
 
-    While a class is made, as in an import, Python turns whatever `__set_name__` raises into a `RuntimeError`.
+    While a class is made, as in an import, Python 3.11 turns whatever `__set_name__` raises into a `RuntimeError`.
     """
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
+    seen, unseen = set(), [error]
+    while unseen:
+        cause = unseen.pop()
         if isinstance(cause, KeyboardInterrupt):
             return cause
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            unseen += [cause.__cause__, cause.__context__]
     return None
 
 

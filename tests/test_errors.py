@@ -118,45 +118,84 @@ TOKENS = ["hf_" + "a1B2" * 6, "api_org_" + "c3D4" * 6]
 class Signals:
     """An attribute for whose name, while its class is made, a signal comes."""
 
+    def __init__(self, signum: int):
+        self.signum = signum
+
     def __set_name__(self, owner, name):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(self.signum)
 
 
-def while_a_class_is_made():
-    type("Settings", (), {"field": Signals()})  # RuntimeError, in Python 3.11; KeyboardInterrupt since 3.12
+def while_a_class_is_made(signum):
+    type("Settings", (), {"field": Signals(signum)})  # RuntimeError in Python 3.11, KeyboardInterrupt since 3.12
 
 
-def while_a_checkpoint_is_read():
+def while_a_checkpoint_is_read(signum):
     try:
-        while_a_class_is_made()
+        while_a_class_is_made(signum)
     except (RuntimeError, KeyboardInterrupt):
         raise InputError("config.json cannot be read") from None
 
 
-def while_cleaning_up():
+def while_an_error_gets_another_cause(signum):
     try:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signum)
+    except KeyboardInterrupt:
+        raise RuntimeError("not imported") from ValueError("its cause")
+
+
+def while_cleaning_up(signum):
+    try:
+        signal.raise_signal(signum)
     finally:
         raise OSError(2, "gone", "a_file")
 
 
-@pytest.mark.parametrize("main", [while_a_class_is_made, while_a_checkpoint_is_read, while_cleaning_up])
-def test_a_stop_that_another_error_hides_is_a_stop(main, capsys):
+@pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+@pytest.mark.parametrize(
+    "main",
+    [while_a_class_is_made, while_a_checkpoint_is_read, while_an_error_gets_another_cause, while_cleaning_up],
+)
+def test_a_stop_that_another_error_hides_is_a_stop(main, signum, said, monkeypatch, capsys):
     """SIGTERM is what a launcher sends when another process has ended, mostly while this one still imports."""
     with pytest.raises(SystemExit) as ended:
+        run(lambda: main(signum))
+    assert ended.value.code == 128 + signum
+    message = capsys.readouterr().err
+    assert message.startswith(f"Stopped by {said}.\n") and "Traceback" not in message
+    monkeypatch.setattr(sys, "argv", ["ppo_kd.py", "--debug"])
+    with pytest.raises(SystemExit):
+        run(lambda: while_cleaning_up(signum))
+    assert "FileNotFoundError" in capsys.readouterr().err, "the other error is not lost"
+
+
+def test_an_error_that_says_what_is_left_is_said_after_a_stop_too(capsys):
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise CheckpointError("checkpoint-2 is intact")
+
+    with pytest.raises(SystemExit) as ended:
         run(main)
-    assert ended.value.code == 143 and capsys.readouterr().err.startswith("Stopped by SIGTERM.\n")
+    assert ended.value.code == 1 and capsys.readouterr().err == "error: checkpoint-2 is intact\n"
+
+
+class EqualToNothing(ValueError):
+    def __eq__(self, other):
+        raise TypeError("cannot be compared")
+
+    __hash__ = None
 
 
 def test_an_error_after_other_errors_keeps_its_own_end():
     """A chain of causes without a stop in it, which goes round."""
 
     def main():
-        first, second = ValueError("first"), ValueError("second")
+        first, second = EqualToNothing("first"), EqualToNothing("second")
         first.__cause__, second.__cause__ = second, first
         raise first
 
-    with pytest.raises(ValueError, match="first"):
+    with pytest.raises(EqualToNothing, match="first"):
         run(main)
 
 
