@@ -6,9 +6,9 @@ r"""CPU seconds, arithmetic and memory of one whole RLOO step of decoder-only mo
 
 What `step.py` does for T5 and TRL 0.11.4: random models of Qwen2's form, `RLOOKDTrainer` with one reward for each
 completion, as TRL's `RLOOTrainer` has it, and the KL penalty to the initial student. `--versus PYTHON` is an
-interpreter of an environment with TRL 1.16, such as this package's own, which runs `trl_rloo_step.py`. Measures and
-the last line are as in `step.py`; the floor has each prompt read once, in the update too, and the LM head at the
-completions only.
+interpreter of an environment with TRL 1.16, such as this package's own, which runs `trl_rloo_step.py`. Measures, the
+last line and `--results_dir` (decoder_step.json and .md) are as in `step.py`; the floor has each prompt read once, in
+the update too, and the LM head at the completions only.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from metered_trainer import metered, settings
 from step_phases import PhaseMeter, compare
+from step_results import add_flag, add_result
 from workload import (
     DECODER_STUDENT,
     DECODER_TEACHER,
@@ -82,17 +83,24 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
     parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
+    add_flag(parser)
     args = parser.parse_args()
     shape = Shape.of(args)
     update_batch_size = args.update_batch_size or shape.completions
     if shape.completions % update_batch_size:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
+    if args.results_dir and not args.versus:
+        parser.error("--results_dir is for results beside another library's: give --versus too.")
     torch.set_num_threads(1)
     if args.versus:
         flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(update_batch_size)]
         flags += ["--beta", str(args.beta)]
         ours, theirs = [sys.executable, __file__, *flags], [args.versus, str(RIVAL), *flags]
-        print(json.dumps(compare(ours, theirs, args.rounds, "trl_1_16")))
+        found = compare(ours, theirs, args.rounds, "trl_1_16")
+        if args.results_dir:
+            title = "One RLOO step of decoder-only models, ours and TRL 1.16"
+            add_result(args.results_dir, "decoder_step", title, shape, found, "trl_1_16")
+        print(json.dumps(found))
     else:
         print(json.dumps(measure(shape, args.steps, update_batch_size, args.beta)))
 

@@ -21,6 +21,8 @@ steps, of which the first does not count. Linux only. The last line is one JSON 
     python3.11 -m venv trl_0_11
     trl_0_11/bin/pip install trl==0.11.4 transformers==4.46.3 torch==2.13.0 numpy==2.4.6 accelerate==1.15.0 \
         datasets==5.0.1 rich
+
+With it, `--results_dir DIRECTORY` writes step.json and step.md there, in which other shapes' results stay.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import torch
 from datasets import Dataset
 from metered_trainer import metered, settings
 from step_phases import PhaseMeter, compare
+from step_results import add_flag, add_result
 from workload import (
     STUDENT,
     TEACHER,
@@ -99,16 +102,23 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
     parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 0.11.4")
     parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
+    add_flag(parser)
     args = parser.parse_args()
     shape = Shape.of(args)
     if shape.completions % args.update_batch_size:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
+    if args.results_dir and not args.versus:
+        parser.error("--results_dir is for results beside another library's: give --versus too.")
     torch.set_num_threads(1)
     settings = (shape, args.steps, args.update_batch_size, args.beta)
     if args.versus:
         flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(args.update_batch_size)]
         ours = [sys.executable, __file__, *flags, "--beta", str(args.beta)]
-        print(json.dumps(compare(ours, [args.versus, str(RIVAL), *flags], args.rounds, "trl_0_11_4")))
+        found = compare(ours, [args.versus, str(RIVAL), *flags], args.rounds, "trl_0_11_4")
+        if args.results_dir:
+            title = "One PPO step of T5, ours and TRL 0.11.4"
+            add_result(args.results_dir, "step", title, shape, found, "trl_0_11_4")
+        print(json.dumps(found))
     else:
         print(json.dumps(measure(*settings)))
 

@@ -143,7 +143,7 @@ def _over_rounds(runs: list[dict]) -> dict[str, object]:
         **runs[0],
         "cpu_seconds_of_steps": totals,
         "total_cpu_seconds": median(totals),
-        **_medians(runs, ("peak_mib", "extra_mib")),
+        **_medians(runs, ("peak_mib", "extra_mib", "matmul_gflop_per_cpu_second")),
         "phases": {name: _medians([run["phases"][name] for run in runs]) for name in runs[0]["phases"]},
     }
 

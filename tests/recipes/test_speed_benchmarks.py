@@ -169,13 +169,14 @@ def test_a_step_refuses_a_batch_that_does_not_divide(script, capsys):
 
 
 def test_ratios_are_theirs_over_ours(monkeypatch):
-    def result(totals, generate, peak, extra):
+    def result(totals, generate, peak, extra, rate):
         phases = {"generate": {"cpu_seconds": generate}, "score": {"cpu_seconds": 1.0}, "update": {"cpu_seconds": 2.0}}
-        return {"cpu_seconds_of_steps": totals, "phases": phases, "peak_mib": peak, "extra_mib": extra}
+        found = {"cpu_seconds_of_steps": totals, "phases": phases, "peak_mib": peak, "extra_mib": extra}
+        return {**found, "matmul_gflop_per_cpu_second": rate}
 
     said = {
-        "ours": [result([2.0, 3.0], 0.5, 600, 100), result([4.0], 1.5, 800, 300)],
-        "theirs": [result([10.0, 12.0], 2.0, 1200, 400), result([14.0], 4.0, 1600, 1200)],
+        "ours": [result([2.0, 3.0], 0.5, 600, 100, 90), result([4.0], 1.5, 800, 300, 96)],
+        "theirs": [result([10.0, 12.0], 2.0, 1200, 400, 100), result([14.0], 4.0, 1600, 1200, 90)],
     }
     import step_phases
 
@@ -184,6 +185,87 @@ def test_ratios_are_theirs_over_ours(monkeypatch):
     assert found["times_faster"] == 12 / 3  # medians of 10, 12, 14 and of 2, 3, 4
     assert found["times_faster_by_phase"] == {"generate": 3.0 / 1.0, "score": 1, "update": 1}
     assert (found["peak_memory_ratio"], found["extra_memory_ratio"]) == (700 / 1400, 200 / 800)  # medians of runs
+    assert (found["matmul_gflop_per_cpu_second"], found["trl"]["matmul_gflop_per_cpu_second"]) == (93, 95)
+
+
+def results_beside_another_library() -> dict:
+    """Floors of 0.5, 2 and 1 s; 12 s over ours of 5."""
+
+    def phase(cpu_seconds, floor_ratio):
+        return {"cpu_seconds": cpu_seconds, "floor_ratio": floor_ratio}
+
+    theirs = {"generate": {"cpu_seconds": 3.0}, "score": {"cpu_seconds": 5.0}, "update": {"cpu_seconds": 4.0}}
+    return {
+        "phases": {"generate": phase(1.0, 2.0), "score": phase(2.5, 1.25), "update": phase(1.5, 1.5)},
+        "times_faster_by_phase": {"generate": 3.0, "score": 2.0, "update": 4 / 1.5},
+        **{"total_cpu_seconds": 5.0, "cpu_seconds_of_steps": [4.9, 5.1], "times_faster": 2.4},
+        **{"peak_mib": 1000.0, "extra_mib": 250.0, "peak_memory_ratio": 0.5, "extra_memory_ratio": 0.25},
+        "matmul_gflop_per_cpu_second": 101.5,
+        "trl": {
+            "phases": theirs,
+            **{
+                "total_cpu_seconds": 12.0,
+                "cpu_seconds_of_steps": [11.5, 12.5],
+                "peak_mib": 2000.0,
+                "extra_mib": 1000.0,
+            },
+            "matmul_gflop_per_cpu_second": 99.5,
+            "versions": {"trl": "0.11.4", "transformers": "4.46.3"},
+        },
+    }
+
+
+def test_the_page_of_steps_has_every_shape(tmp_path):
+    """One measured again takes its old place; what people wrote stays."""
+    import step_results
+    from workload import Shape
+
+    found = results_beside_another_library()
+    for shape in (Shape(64, 32, 16, 4), Shape(256, 32, 8, 8)):
+        step_results.add_result(tmp_path, "step", "Steps", shape, found, "trl")
+    with (tmp_path / "step.md").open("a") as page:
+        page.write("\n## Remarks\n\nSeen.\n")
+    step_results.add_result(tmp_path, "step", "Steps", Shape(64, 32, 16, 4), {**found, "peak_mib": 990.0}, "trl")
+    shapes = ["64-token prompts, 16 prompts × 4 samples", "256-token prompts, 8 prompts × 8 samples"]
+    saved = json.loads((tmp_path / "step.json").read_text())
+    assert [(shape, one["peak_mib"]) for shape, one in saved.items()] == list(zip(shapes, (990, 1000), strict=True))
+    page = (tmp_path / "step.md").read_text()
+    lines = page.splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# Steps",
+        *(f"## {one}" for one in shapes),
+        "## Remarks",
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][1] == "TRL 0.11.4, CPU s"
+    assert rows[2] == ["generate", "3.00", "1.00", "3.00", "0.50", "2.00"]
+    assert rows[5] == ["step", "12.00", "5.00", "2.40", "3.50", "1.43"]
+    assert (
+        "ours 4.90 to 5.10, theirs 11.50 to 12.50" in page
+        and "Peak memory: 990 MiB, theirs 2000 (ratio 0.500)" in page
+    )
+    assert page.count("commit ") == page.count("Made by `python") == 2 and page.endswith("\n\nSeen.\n")
+
+
+@pytest.mark.parametrize("script", ["step", "decoder_step"])
+def test_results_are_written_beside_another_librarys(script, tmp_path, monkeypatch, capsys):
+    assert run(f"benchmarks/{script} {TINY} --update_batch_size 2 --results_dir {tmp_path}") == 2
+    assert "give --versus too" in capsys.readouterr().err
+    main = main_of(f"benchmarks/{script}")
+    asked = []
+
+    def compared(ours, theirs, rounds, name):
+        asked.append((theirs[0], rounds))
+        found = results_beside_another_library()
+        return {**found, name: found.pop("trl")}
+
+    monkeypatch.setitem(main.__globals__, "compare", compared)
+    flags = f"{TINY} --update_batch_size 2 --versus theirs/python --rounds 2 --results_dir {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    main()
+    assert asked == [("theirs/python", 2)] and last_line(capsys)["times_faster"] == 2.4
+    (shape,) = json.loads((tmp_path / f"{script}.json").read_text())
+    assert shape == "5-token prompts, 2 prompts × 2 samples"
 
 
 def test_commands_take_turns(tmp_path):
