@@ -14,11 +14,11 @@ their own, measured in a process that only imports them, is added. Cases that `-
 calls, stay in the table.
 
 A case named for `offload` runs in two processes on the CPU, which share the teacher in bfloat16 and keep their shards
-in files: its memory is that of the process that has most. To the planner's number the buffers for files are added,
-which are locked and so resident, and of the teacher's weights it counts as many as are gathered then: the planner's
-are of shards in CPU memory, which `Placement` lets stay up to DeepSpeed's limit, and from files a layer at a time.
-Both processes give all memory of a MiB or more back as soon as it is free: of T0-3B's gathered weights glibc's heap
-would keep fragments of gigabytes.
+in files: its memory is that of the process that has most. `rlkd-trl plan` plans shards in CPU memory, of which up to
+10^9 weights stay gathered. What stands as planned here is its number changed for files: the buffers are added, which
+are locked and so resident, and of the teacher's weights what is gathered out of files, a layer at a time. Plan's own
+stands beside it in the JSON (`plan_prints_gib`). Both processes give all memory of a MiB or more back as soon as it is
+free: of T0-3B's gathered weights glibc's heap would keep fragments of gigabytes.
 Linux only.
 """
 
@@ -51,6 +51,7 @@ from rlkd_trl.planning.weights import weight_bytes
 ROWS, WORDS = 32_128, 32_100  # T5's embeddings have more rows than its tokenizer has tokens
 SHARD_BYTES = 2 * 10**9
 PROMPT, BATCH, GENERATIONS, BATCH_TOKENS = 64, 16, 4, 16384
+PREFETCHED = 5 * 10**7  # parameters: DeepSpeed's default for `stage3_prefetch_bucket_size`
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Way:
     buffers: int = 0
     allocator: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_in_files(self) -> bool:
+        return self.buffers > 0
+
     def launcher(self) -> list[str]:
         if self.processes == 1:
             return [sys.executable]
@@ -124,7 +129,6 @@ WAYS = {
         allocator={"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)},
     ),
 }
-PREFETCHED = 5 * 10**7  # parameters at most: DeepSpeed's default for `stage3_prefetch_bucket_size`
 CASES = [f"{teacher}-{way}" for teacher in TEACHERS for way in WAYS]
 
 
@@ -234,26 +238,35 @@ def memory_of(pid: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
-def planned_bytes(teacher: Path, student: Path, completion: int, way: Way) -> int:
-    """The peak on a GPU: `rlkd-trl plan` with this rehearsal's sizes; mixed precision and KL as the presets have."""
+def planned_bytes(teacher: Path, student: Path, completion: int, way: Way) -> tuple[int, int]:
+    """The peak on a GPU with this rehearsal's sizes: what `rlkd-trl plan` prints, and the same changed for files.
+
+    Mixed precision and KL are as the presets have them.
+    """
     workload = Workload(PROMPT, completion, GENERATIONS, BATCH, 1, BATCH_TOKENS)
     cluster = Cluster(gpus=way.processes, nodes=1, gpu_memory=2**40, reserve=0.0)
     of_teacher, of_student = Checkpoint.of("--teacher", str(teacher)), Checkpoint.of("--student", str(student))
     wanted = (way.placement, "bfloat16", way.quantization)
     estimates = teacher_estimates(of_teacher, workload, cluster)
     chosen = next(t for t in estimates if (t.placement, t.dtype, t.quantization) == wanted)
-    if way.buffers:
-        chosen = replace(chosen, gathered=gathered_from_files(of_teacher))
     student_bytes = student_estimates(of_student, workload, cluster, Training(bf16=True, beta=0.01))[0]
-    return peak_bytes(chosen, student_bytes) + way.buffers
+    printed = peak_bytes(chosen, student_bytes)
+    if not way.is_in_files:
+        return printed, printed
+    out_of_files = replace(chosen, gathered=gathered_from_files(of_teacher))
+    return printed, peak_bytes(out_of_files, student_bytes) + way.buffers
 
 
 def gathered_from_files(teacher: Checkpoint) -> int:
-    """The most that is whole at a time: the largest layer's own weights, and those of the next, fetched meanwhile."""
+    """A bound on what is whole at a time: the largest layer's own weights, and those fetched meanwhile.
+
+    DeepSpeed fetches weights as long as they are fewer than `PREFETCHED`, the last one whole.
+    """
     skeleton = teacher.build(torch.bfloat16)
     layers = (module.parameters(recurse=False) for module in skeleton.model.modules())
-    largest = max(sum(weight.numel() for weight in layer) for layer in layers)
-    return min(weight_bytes(skeleton), (largest + PREFETCHED) * torch.bfloat16.itemsize)
+    largest_layer = max(sum(weight.numel() for weight in layer) for layer in layers)
+    largest_weight = max(weight.numel() for weight in skeleton.model.parameters())
+    return min(weight_bytes(skeleton), (largest_layer + PREFETCHED + largest_weight) * torch.bfloat16.itemsize)
 
 
 def bytes_left_in_file(teacher: Path, way: Way) -> int:
@@ -287,7 +300,7 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     command += ["--source_column", "source", "--target_column", "target", "--student_template", "{{source}}"]
     command += ["--templates", str(templates), "--template_names", "again"]
     command += ["--teacher_placement", way.placement, "--teacher_quantization", way.quantization]
-    if way.buffers:
+    if way.is_in_files:
         shards = work_dir / "shards"
         shards.mkdir(exist_ok=True)
         command += ["--teacher_offload_path", str(shards)]
@@ -298,8 +311,9 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
     command += ["--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "True"]
     command += ["--output_dir", str(output_dir), "--overwrite_output_dir", "True", "--disable_tqdm", "True"]
     rehearsal = run(command, way.allocator)
-    imported = "rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation" + (", deepspeed" if way.buffers else "")
+    imported = "rlkd_trl.trainers.ppo, rlkd_trl.commands.distillation" + (", deepspeed" if way.is_in_files else "")
     libraries = run([sys.executable, "-c", f"import {imported}"])
+    printed, planned = planned_bytes(teacher, student, size.completion, way)
     return {
         "case": case,
         "wall_seconds": rehearsal.wall_seconds,
@@ -309,7 +323,8 @@ def rehearse(case: str, work_dir: Path, steps: int) -> dict:
         "own_gib": rehearsal.own / 2**30,
         "in_file_gib": bytes_left_in_file(teacher, way) / 2**30,
         "libraries_gib": libraries.own / 2**30,
-        "planned_gib": planned_bytes(teacher, student, size.completion, way) / 2**30,
+        "plan_prints_gib": printed / 2**30,
+        "planned_gib": planned / 2**30,
         **logged(output_dir),
         "made_by": made_by(),
     }
@@ -357,7 +372,8 @@ def add_result(results_dir: Path, row: dict) -> None:
 PPO with the shipped presets' settings, but for lengths and batch: one rollout of {BATCH} completions of 32 tokens
 (T0-11B's 8), {GENERATIONS} for each prompt of {PROMPT}, and two optimizer steps from it; random weights, t5-base's
 shape as the student. Seconds of the phases are by the wall's clock, the update's of both steps; "around training" is
-everything else: imports, loading (and quantising), evaluations, saving.
+everything else: imports, loading (and quantising), evaluations, saving. "planned" is what `rlkd-trl plan` prints; for
+`offload`, which it plans for CPU memory, that number changed for files.
 
 {table(ordered)}
 

@@ -58,26 +58,56 @@ def test_what_stays_in_the_file_is_what_is_not_quantised(names, tmp_path, monkey
 
 @pytest.mark.slow
 def test_of_shards_in_files_a_layer_at_a_time_is_gathered(names, tmp_path, monkeypatch):
-    """The head is the largest; with it what DeepSpeed fetches ahead, for which its own default is read."""
+    """The head is the largest layer, and the largest weight that DeepSpeed fetches ahead; its own default is read."""
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
     checkpoint(names, tmp_path, monkeypatch)
     ahead = zero.DeepSpeedZeroConfig().prefetch_bucket_size
     assert ahead == names.PREFETCHED
     teacher = names.Checkpoint.of("--teacher", str(tmp_path))
     whole = names.weight_bytes(teacher.build(torch.bfloat16))
-    assert 2 * (32_128 * 64 + ahead) > whole
+    assert 2 * (2 * 32_128 * 64 + ahead) > whole
     assert names.gathered_from_files(teacher) == whole
-    monkeypatch.setitem(names.gathered_from_files.__globals__, "PREFETCHED", ahead // 1000)
-    assert names.gathered_from_files(teacher) == 2 * (32_128 * 64 + ahead // 1000) < whole
-    # It is what the planner's number has, and only of files: with the buffers, 10^10 bytes gathered are the most.
+    monkeypatch.setitem(names.gathered_from_files.__globals__, "PREFETCHED", ahead // 10_000)
+    assert names.gathered_from_files(teacher) == 2 * (2 * 32_128 * 64 + ahead // 10_000) < whole
+    # It is what the planned number has, and only of files: 10^10 bytes gathered are the most, and buffers on top.
     monkeypatch.setitem(names.planned_bytes.__globals__, "gathered_from_files", lambda teacher: 10**10)
     student = tmp_path / "student"
     names.write_checkpoint(names.Size(**SMALL, v1_1=False), student, torch.float32)
-    in_memory, in_files = (
+    (in_memory, same), (printed, in_files), (also_printed, with_more) = (
         names.planned_bytes(tmp_path, student, 4, names.Way("offload", processes=2, buffers=buffers))
-        for buffers in (0, 10**6)
+        for buffers in (0, 10**6, 10**9)
     )
-    assert in_memory < 10**10 and 10**10 + 10**6 < in_files < 2 * 10**10
+    assert in_memory == same == printed == also_printed < 10**10
+    assert 10**10 < in_files - 10**6 < 10**10 + in_memory and with_more - in_files == 10**9 - 10**6
+
+
+def test_shards_in_files_are_rehearsed_by_two_processes(names, tmp_path, monkeypatch):
+    """With the allocator's settings, and beside the libraries that they import."""
+    scope, started = names.rehearse.__globals__, []
+
+    def noted(command: list[str], variables=None):
+        started.append((command, dict(variables or {})))
+        return names.Run(9.0, 8.0, peak=3, mapped=1, own=2)
+
+    for name, stand_in in (
+        ("run", noted),
+        ("write_checkpoint", lambda *arguments: None),
+        ("planned_bytes", lambda *arguments: (2 * 2**30, 3 * 2**30)),
+        ("bytes_left_in_file", lambda *arguments: 0),
+        ("logged", lambda output_dir: {}),
+    ):
+        monkeypatch.setitem(scope, name, stand_in)
+    row = names.rehearse("t0_11b-offload", tmp_path, 2)
+    assert (row["plan_prints_gib"], row["planned_gib"]) == (2, 3)
+    (training, variables), (libraries, _) = started
+    assert {"accelerate.commands.launch", "--teacher_placement", "offload", str(tmp_path / "shards")} < set(training)
+    assert training[training.index("--teacher_offload_path") + 1] == str(tmp_path / "shards")
+    assert variables == {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
+    assert libraries[-1].endswith(", deepspeed")
+    names.rehearse("t0_11b-int8", tmp_path, 2)
+    (training, variables), (libraries, _) = started[2:]
+    assert "--teacher_offload_path" not in training and "accelerate.commands.launch" not in training
+    assert variables == {} and "deepspeed" not in libraries[-1]
 
 
 @pytest.mark.slow(0.9)
