@@ -193,8 +193,17 @@ def shipped_files() -> list[Path]:
     return files
 
 
+PATH_OF_ONE_MACHINE = re.compile(r"(?<!\w)/(?:home|work|tmp|root|opt|Users)/")
+
+
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_path_of_one_machine(path):
     text = path.read_text()
     assert not re.search(r"\bshared/", text), "a data folder beside the repository"
-    assert not re.search(r"(?<!\w)/(?:home|work|tmp|root|Users)/", text)
+    assert not PATH_OF_ONE_MACHINE.search(text)
+
+
+def test_no_path_of_one_machine_in_results():
+    files = [p for p in (ROOT / "recipes" / "benchmarks" / "results").rglob("*") if p.suffix in (".json", ".csv")]
+    assert len(files) > 20
+    assert not [path for path in files if PATH_OF_ONE_MACHINE.search(path.read_text())]

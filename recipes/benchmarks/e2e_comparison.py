@@ -28,6 +28,7 @@ Two methods in `cold_start_methods/` are for the cold start alone: name them wit
 
 import argparse
 import csv
+import os
 import random
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ WARM_START_STEPS = {"middling": 130, "good": 400, "cold": 70}  # in the order in
 RIVALS = Path(__file__).resolve().parent / "rivals"
 METHODS = "seq_kd word_kd f_distill_js f_distill_tvd f_distill_rkl gkd llmr ketchup minillm".split()
 METHODS += "ppo rloo_token rloo_sequence all_actions all_actions_w1 all_actions_expected seq_kd+recommended".split()
-METHODS += [str(path) for path in sorted(RIVALS.glob("*/*.yaml"))]
+# From here, as results name them.
+METHODS += [os.path.relpath(path) for path in sorted(RIVALS.glob("*/*.yaml"))]
 COMMON = ["per_device_train_batch_size=32", "warmup_steps=10", "logging_steps=20", "per_device_eval_batch_size=100"]
 RATES = ["1e-5", "5e-5", "2e-4", "1e-3", "4e-3", "1.5e-2"]
 TOP, TOP_SEEDS = 4, ["3", "4"]

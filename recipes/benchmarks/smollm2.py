@@ -26,6 +26,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -49,7 +50,8 @@ LABELS = ["--source_column", "mr", "--target_column", "pseudo_label"]
 WARM_START = ["--per_device_train_batch_size", "16", "--learning_rate", "5e-4", "--warmup_steps", "10"]
 WARM_START += ["--logging_steps", "10"]
 METHODS_HERE = Path(__file__).resolve().parent / "smollm2_methods"
-METHODS = ["seq_kd", "gkd", str(METHODS_HERE / "ppo_kd" / "ppo_average.yaml"), "seq_kd+recommended"]
+OWN_METHOD = os.path.relpath(METHODS_HERE / "ppo_kd" / "ppo_average.yaml")  # from here, as results name it
+METHODS = ["seq_kd", "gkd", OWN_METHOD, "seq_kd+recommended"]
 BATCH = "20"  # inputs that are answered at a time
 BF16 = {"teacher": ["--teacher_dtype", "bfloat16"], "warm_start": ["--bf16", "True"], "common": ["bf16=true"]}
 COMMON = ["per_device_train_batch_size=16", "warmup_steps=5", "logging_steps=10"]

@@ -38,7 +38,10 @@ _SMALL = 0.02  # of all; packages below are summed up
 
 
 def until_first_line(words: list[str], *options: str) -> tuple[str, float, list[str]]:
-    """The first line that is no import's, the CPU seconds until then, and the lines on imports before it."""
+    """The first line that is no import's, the CPU seconds until then, and the lines on imports before it.
+
+    Paths in the directory where the command runs are relative.
+    """
     command = [sys.executable, "-u", *options, str(RECIPES / f"{words[0]}.py"), *words[1:]]
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -53,7 +56,7 @@ def until_first_line(words: list[str], *options: str) -> tuple[str, float, list[
                 seconds += sum(member.cpu_times()[:2])
                 member.kill()
         process.wait()
-    return line.strip(), seconds, imports
+    return line.strip().replace(f"{directory}/", ""), seconds, imports
 
 
 def shares_by_package(lines: Iterable[str]) -> dict[str, float]:
