@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from metered_trainer import metered, settings
 from step_phases import PhaseMeter, compare
-from step_results import add_flag, add_result
+from step_results import add_flags, add_result, check_flags
 from workload import (
     DECODER_STUDENT,
     DECODER_TEACHER,
@@ -81,16 +81,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--update_batch_size", type=int, help="all completions of a step by default")
     parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
-    parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 1.16")
-    parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
-    add_flag(parser)
+    add_flags(parser, "TRL 1.16")
     args = parser.parse_args()
     shape = Shape.of(args)
     update_batch_size = args.update_batch_size or shape.completions
     if shape.completions % update_batch_size:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
-    if args.results_dir and not args.versus:
-        parser.error("--results_dir is for results beside another library's: give --versus too.")
+    check_flags(parser, args)
     torch.set_num_threads(1)
     if args.versus:
         flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(update_batch_size)]
@@ -98,8 +95,9 @@ def main() -> None:
         ours, theirs = [sys.executable, __file__, *flags], [args.versus, str(RIVAL), *flags]
         found = compare(ours, theirs, args.rounds, "trl_1_16")
         if args.results_dir:
+            others = {"completions of an update": update_batch_size, "beta": args.beta}
             title = "One RLOO step of decoder-only models, ours and TRL 1.16"
-            add_result(args.results_dir, "decoder_step", title, shape, found, "trl_1_16")
+            add_result(args.results_dir, "decoder_step", title, shape, others, found, "trl_1_16")
         print(json.dumps(found))
     else:
         print(json.dumps(measure(shape, args.steps, update_batch_size, args.beta)))

@@ -35,7 +35,7 @@ import torch
 from datasets import Dataset
 from metered_trainer import metered, settings
 from step_phases import PhaseMeter, compare
-from step_results import add_flag, add_result
+from step_results import add_flags, add_result, check_flags
 from workload import (
     STUDENT,
     TEACHER,
@@ -100,27 +100,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--update_batch_size", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.05, help="KL coefficient; 0 does without the initial student")
-    parser.add_argument("--versus", metavar="PYTHON", help="interpreter of an environment with TRL 0.11.4")
-    parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
-    add_flag(parser)
+    add_flags(parser, "TRL 0.11.4")
     args = parser.parse_args()
     shape = Shape.of(args)
     if shape.completions % args.update_batch_size:
         parser.error(f"{shape.completions} completions are not a multiple of --update_batch_size.")
-    if args.results_dir and not args.versus:
-        parser.error("--results_dir is for results beside another library's: give --versus too.")
+    check_flags(parser, args)
     torch.set_num_threads(1)
-    settings = (shape, args.steps, args.update_batch_size, args.beta)
     if args.versus:
         flags = [*shape.flags(), "--steps", str(args.steps), "--update_batch_size", str(args.update_batch_size)]
         ours = [sys.executable, __file__, *flags, "--beta", str(args.beta)]
         found = compare(ours, [args.versus, str(RIVAL), *flags], args.rounds, "trl_0_11_4")
         if args.results_dir:
+            others = {"completions of an update": args.update_batch_size, "beta": args.beta}
             title = "One PPO step of T5, ours and TRL 0.11.4"
-            add_result(args.results_dir, "step", title, shape, found, "trl_0_11_4")
+            add_result(args.results_dir, "step", title, shape, others, found, "trl_0_11_4")
         print(json.dumps(found))
     else:
-        print(json.dumps(measure(*settings)))
+        print(json.dumps(measure(shape, args.steps, args.update_batch_size, args.beta)))
 
 
 if __name__ == "__main__":

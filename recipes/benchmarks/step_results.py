@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from result_files import made_by, write_results
@@ -10,20 +11,38 @@ from workload import Shape
 from rlkd_trl.evaluation.tables import markdown_table
 
 
-def add_flag(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, rival: str) -> None:
+    """Adds the flags of a comparison. rival: the other library, with its version."""
+    parser.add_argument("--versus", metavar="PYTHON", help=f"interpreter of an environment with {rival}")
+    parser.add_argument("--rounds", type=int, default=1, help="with --versus: runs of each library, in turn")
     parser.add_argument(
         "--results_dir", type=Path, help="with --versus: where the page and the JSON are written; nowhere by default"
     )
 
 
-def add_result(directory: Path, name: str, title: str, shape: Shape, found: dict, rival: str) -> None:
-    """Writes `name`.json and `name`.md with this shape's results, and those of other shapes that are there already.
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with exit code 2 if a comparison could not be made, or not be written."""
+    if args.results_dir and not args.versus:
+        parser.error("--results_dir is for results beside another library's: give --versus too.")
+    if args.results_dir and args.results_dir.exists() and not args.results_dir.is_dir():
+        parser.error(f"--results_dir {args.results_dir} is a file: name a directory.")
+    if args.versus and shutil.which(args.versus) is None:
+        parser.error(f"--versus {args.versus} is no program: name the interpreter of that environment.")
 
-    found: see `step_phases.compare`. rival: the key of the other library's results in it.
+
+def add_result(
+    directory: Path, name: str, title: str, shape: Shape, settings: dict[str, object], found: dict, rival: str
+) -> None:
+    """Writes `name`.json and `name`.md with these results, and those of other shapes and settings that are there.
+
+    settings: what else makes a step, by its name. found: see `step_phases.compare`. rival: the key of the other
+    library's results in it.
     """
     file = directory / f"{name}.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     heading = f"{shape.prompt_tokens}-token prompts, {shape.prompts} prompts × {shape.samples} samples"
+    others = {"completion tokens": shape.completion_tokens, "words": shape.vocabulary, **settings}
+    heading += f" ({', '.join(f'{name} {value}' for name, value in others.items())})"
     results[heading] = {**found, "made_by": made_by()}
     parts = [f"## {heading}\n\n{_part(result, rival)}" for heading, result in results.items()]
     about = "CPU seconds of one thread; medians over rounds in turn, of medians over each round's counted steps."

@@ -203,9 +203,10 @@ def _duration(best_choice: Choice, timing: Timing) -> str:
     parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items() if value)
     passes = timing.workload.num_iterations
     of_rollout = "" if passes == 1 else f", a rollout for every {passes} steps"
+    hours = timing.gpu_hours(seconds.total)
     return (
         f"By the ratings of {timing.name}, not measured: {duration(seconds.total)} a step at full lengths{of_rollout} "
-        f"({parts}); {timing.steps:,} steps take {timing.gpu_hours(seconds.total):,.1f} GPU-hours."
+        f"({parts}); {timing.steps:,} steps take {f'{hours:,.1f}' if hours >= 1 else f'{hours:.2g}'} GPU-hours."
     )
 
 

@@ -237,3 +237,5 @@ def test_what_is_said_of_time():
     # 61.5 seconds a step, 360 of them on one GPU
     assert "62 s a step" in text and "(sampling 18 s, log-probabilities 6.00 s, scoring 16 s, update 21 s)" in text
     assert "360 steps take 6.2 GPU-hours" in text
+    text = advice([TEACHER, exact], [STUDENT], ALONE, WORKLOAD, replace(timing(ALONE), steps=10))
+    assert "10 steps take 0.17 GPU-hours" in " ".join(text.split()), "few hours are not none"

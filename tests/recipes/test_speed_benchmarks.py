@@ -216,41 +216,60 @@ def results_beside_another_library() -> dict:
 
 
 def test_the_page_of_steps_has_every_shape(tmp_path):
-    """One measured again takes its old place; what people wrote stays."""
+    """And other settings; one measured again takes its old place; what people wrote stays."""
     import step_results
     from workload import Shape
 
+    def add(shape, found, beta=0.05):
+        step_results.add_result(tmp_path, "step", "Steps", shape, {"beta": beta}, found, "trl")
+
     found = results_beside_another_library()
-    for shape in (Shape(64, 32, 16, 4), Shape(256, 32, 8, 8)):
-        step_results.add_result(tmp_path, "step", "Steps", shape, found, "trl")
+    add(Shape(64, 32, 16, 4), found), add(Shape(256, 32, 8, 8), found)
     with (tmp_path / "step.md").open("a") as page:
         page.write("\n## Remarks\n\nSeen.\n")
-    step_results.add_result(tmp_path, "step", "Steps", Shape(64, 32, 16, 4), {**found, "peak_mib": 990.0}, "trl")
-    shapes = ["64-token prompts, 16 prompts × 4 samples", "256-token prompts, 8 prompts × 8 samples"]
+    add(Shape(64, 32, 16, 4), {**found, "peak_mib": 990.0})
+    add(Shape(64, 16, 16, 4, 50), found, beta=0)
+    shapes = [
+        "64-token prompts, 16 prompts × 4 samples (completion tokens 32, words 8192, beta 0.05)",
+        "256-token prompts, 8 prompts × 8 samples (completion tokens 32, words 8192, beta 0.05)",
+        "64-token prompts, 16 prompts × 4 samples (completion tokens 16, words 50, beta 0)",
+    ]
     saved = json.loads((tmp_path / "step.json").read_text())
-    assert [(shape, one["peak_mib"]) for shape, one in saved.items()] == list(zip(shapes, (990, 1000), strict=True))
+    assert {shape: one["peak_mib"] for shape, one in saved.items()} == dict(
+        zip(shapes, (990, 1000, 1000), strict=True)
+    )
     page = (tmp_path / "step.md").read_text()
     lines = page.splitlines()
-    assert [line for line in lines if line.startswith("#")] == [
-        "# Steps",
-        *(f"## {one}" for one in shapes),
-        "## Remarks",
-    ]
+    headings = [line for line in lines if line.startswith("#")]
+    assert headings == ["# Steps", *(f"## {one}" for one in shapes), "## Remarks"]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][1] == "TRL 0.11.4, CPU s"
     assert rows[2] == ["generate", "3.00", "1.00", "3.00", "0.50", "2.00"]
     assert rows[5] == ["step", "12.00", "5.00", "2.40", "3.50", "1.43"]
-    assert (
-        "ours 4.90 to 5.10, theirs 11.50 to 12.50" in page
-        and "Peak memory: 990 MiB, theirs 2000 (ratio 0.500)" in page
-    )
-    assert page.count("commit ") == page.count("Made by `python") == 2 and page.endswith("\n\nSeen.\n")
+    assert "ours 4.90 to 5.10, theirs 11.50 to 12.50" in page
+    assert "Peak memory: 990 MiB, theirs 2000 (ratio 0.500)" in page
+    assert page.count("Made by `python") == 3 and page.endswith("\n\nSeen.\n")
+
+
+@pytest.mark.parametrize("script", ["step", "decoder_step"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--results_dir out", "give --versus too"),
+        ("--results_dir a_file --versus {python}", "--results_dir a_file is a file: name a directory"),
+        ("--versus nowhere/python", "--versus nowhere/python is no program"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(script, flags, said, tmp_path, monkeypatch, capsys):
+    """Before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    assert run(f"benchmarks/{script} {TINY} --update_batch_size 2 {flags.format(python=sys.executable)}") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["step", "decoder_step"])
 def test_results_are_written_beside_another_librarys(script, tmp_path, monkeypatch, capsys):
-    assert run(f"benchmarks/{script} {TINY} --update_batch_size 2 --results_dir {tmp_path}") == 2
-    assert "give --versus too" in capsys.readouterr().err
     main = main_of(f"benchmarks/{script}")
     asked = []
 
@@ -260,12 +279,13 @@ def test_results_are_written_beside_another_librarys(script, tmp_path, monkeypat
         return {**found, name: found.pop("trl")}
 
     monkeypatch.setitem(main.__globals__, "compare", compared)
-    flags = f"{TINY} --update_batch_size 2 --versus theirs/python --rounds 2 --results_dir {tmp_path}"
+    flags = f"{TINY} --update_batch_size 2 --versus {sys.executable} --rounds 2 --results_dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
     main()
-    assert asked == [("theirs/python", 2)] and last_line(capsys)["times_faster"] == 2.4
+    assert asked == [(sys.executable, 2)] and last_line(capsys)["times_faster"] == 2.4
     (shape,) = json.loads((tmp_path / f"{script}.json").read_text())
-    assert shape == "5-token prompts, 2 prompts × 2 samples"
+    settings = "completion tokens 3, words 40, completions of an update 2, beta 0.05"
+    assert shape == f"5-token prompts, 2 prompts × 2 samples ({settings})"
 
 
 def test_commands_take_turns(tmp_path):
